@@ -1,0 +1,121 @@
+"""Uniform integer grids: step, zero point, rounding, groups along the input channels.
+
+A b-bit grid has 2^b levels. Symmetric: w = Δ·q with q in [−2^(b−1), 2^(b−1)−1]; asymmetric: w = Δ·(u − z) with u in
+[0, 2^b−1]. Steps are rounded to bfloat16 *before* weights are coded, because that is what the file stores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SMALLEST_STEP = 1e-30
+"""Steps of all-zero groups: any positive number that bfloat16 holds; their codes are all zero."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Settings of a grid: ``bits`` 2-8, ``group_size`` input channels per step (None: one per output channel)."""
+
+    bits: int
+    group_size: int | None = None
+    symmetric: bool = True
+
+    @property
+    def low(self) -> int:
+        """Smallest code."""
+        return -(1 << (self.bits - 1)) if self.symmetric else 0
+
+    @property
+    def high(self) -> int:
+        """Largest code."""
+        return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
+
+
+@dataclass
+class Quantised:
+    """Codes and their grid: weight = scale·(codes − zero), group by group."""
+
+    grid: Grid
+    codes: Tensor
+    """int16 ``[C_out, C_in]`` in [grid.low, grid.high]; at pruned positions the value has no meaning."""
+    scale: Tensor
+    """float32 ``[C_out, G]``, every value exact in bfloat16."""
+    zero: Tensor
+    """float32 ``[C_out, G]``: integers in [0, 2^b−1], all zero on a symmetric grid."""
+
+    def dequantise(self, mask: Tensor | None = None) -> Tensor:
+        """``[C_out, C_in]`` float32; zeros where ``mask`` is False."""
+        columns = self.codes.shape[1]
+        width = columns // self.scale.shape[1]
+        w = (self.codes.float() - self.zero.repeat_interleave(width, 1)) * self.scale.repeat_interleave(width, 1)
+        return w if mask is None else w * mask
+
+
+def steps(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Step Δ and zero point z of ranges [low, high] (any shape), Δ rounded to bfloat16.
+
+    Symmetric: Δ = max(|low|, |high|)/(2^(b−1)−1), z = 0. Asymmetric: the range is widened to contain 0,
+    Δ = (high−low)/(2^b−1), z = −round(low/Δ).
+    """
+    if grid.symmetric:
+        step = torch.maximum(low.abs(), high.abs()) / grid.high
+        step = to_bfloat16(step)
+        return step, torch.zeros_like(step)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    step = to_bfloat16((high - low) / grid.high)
+    return step, (-low / step).round().clamp(0, grid.high)
+
+
+def to_bfloat16(step: Tensor) -> Tensor:
+    """Nearest bfloat16 as float32; zero becomes the smallest step."""
+    return step.clamp(min=SMALLEST_STEP).bfloat16().float()
+
+
+def code(w: Tensor, step: Tensor, zero: Tensor, grid: Grid) -> Tensor:
+    """Codes round(w/Δ) + z, clipped to the grid; float32 of whole numbers, shapes broadcast."""
+    return ((w / step).round() + zero).clamp(grid.low, grid.high)
+
+
+def round_to_grid(w: Tensor, step: Tensor, zero: Tensor, grid: Grid) -> Tensor:
+    """The nearest point of the grid, Δ·(code − z)."""
+    return (code(w, step, zero, grid) - zero) * step
+
+
+def grouped(w: Tensor, group_size: int | None) -> Tensor:
+    """View ``[C_out, C_in]`` as ``[C_out, G, C_in/G]``."""
+    rows, columns = w.shape
+    return w.reshape(rows, -1, group_size or columns)
+
+
+def find_steps(
+    w: Tensor, grid: Grid, importance: Tensor | None = None, search: int = 0, mask: Tensor | None = None, norm: float = 2.0
+) -> tuple[Tensor, Tensor]:
+    """Step and zero point ``[C_out, G]`` for W ``[C_out, C_in]``.
+
+    ``search`` = 0 takes the extremes of each group. Otherwise that many clip ratios from 1 down to 0.5 are tried and
+    the one with the least Σ_j importance_j·|w_j − ŵ_j|^norm is kept, group by group. ``importance`` ``[C_in]`` is the
+    diagonal of the Hessian (None: ones); positions outside ``mask`` do not count.
+    """
+    g = grouped(w, grid.group_size)
+    weight = torch.ones_like(w) if importance is None else importance.expand_as(w)
+    if mask is not None:
+        g, weight = g * grouped(mask, grid.group_size), weight * mask
+    weight = grouped(weight, grid.group_size)
+    low, high = g.amin(-1), g.amax(-1)
+    best_step, best_zero = steps(low, high, grid)
+    if search == 0:
+        return best_step, best_zero
+    best = torch.full_like(best_step, torch.inf)
+    for i in range(search):
+        ratio = 1 - 0.5 * i / search
+        step, zero = steps(low * ratio, high * ratio, grid)
+        q = round_to_grid(g, step[..., None], zero[..., None], grid)
+        error = (weight * (g - q).abs().pow(norm)).sum(-1)
+        better = error < best
+        best = torch.where(better, error, best)
+        best_step = torch.where(better, step, best_step)
+        best_zero = torch.where(better, zero, best_zero)
+    return best_step, best_zero

@@ -1,0 +1,104 @@
+"""The layer Hessian H = 2·XᵀX/T, its accumulation, damping and factorisations.
+
+Sources: GPTQ (Frantar et al. 2022, eqs 1-3) and SparseGPT (Frantar & Alistarh 2023, eq. 4), whose sweeps need the
+upper Cholesky factor of H⁻¹.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tulle.errors import UserError
+
+ESCALATIONS = 6
+"""A failed factorisation is tried again with ten times the damping, this many times."""
+
+
+@dataclass
+class Hessian:
+    """Accumulates H = 2·XᵀX/T in float32, ``[C_in, C_in]``.
+
+    ``add`` takes X ``[T, C_in]``. The factorisations are cached, so that linears that share an input share the work.
+    """
+
+    matrix: Tensor
+    tokens: int = 0
+    _factors: dict[tuple[float, bool], Factor] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def zeros(cls, channels: int, device: torch.device | str = "cpu") -> Hessian:
+        return cls(torch.zeros(channels, channels, device=device))
+
+    def add(self, x: Tensor) -> None:
+        """Adds the tokens X ``[T, C_in]`` to the running mean."""
+        x = x.reshape(-1, x.shape[-1]).float()
+        total = self.tokens + x.shape[0]
+        self.matrix.mul_(self.tokens / total)
+        self.matrix.addmm_(x.T, x, alpha=2.0 / total)
+        self.tokens = total
+        self._factors.clear()
+
+    @property
+    def dead(self) -> Tensor:
+        """bool ``[C_in]``: channels that no calibration token ever used (their diagonal is zero)."""
+        return self.matrix.diagonal() == 0
+
+    def damped(self, damping: float) -> Tensor:
+        """H + damping·mean(diag H)·I, a new float32 tensor; dead channels get 1 on the diagonal."""
+        h = self.matrix.clone()
+        d = h.diagonal()
+        mean = d[~self.dead].mean() if not bool(self.dead.all()) else torch.ones(())
+        d.add_(damping * mean)
+        d[self.dead] = 1.0
+        return h
+
+    def factor(self, damping: float, descending: bool = False) -> Factor:
+        """Upper Cholesky factor U of (H + damping)⁻¹ = UᵀU, with the channel order it is for.
+
+        ``descending`` orders channels by falling diagonal of H (GPTQ's act-order). Damping escalates tenfold when the
+        factorisation fails; the value that worked is in the result. Raises ``UserError`` when none works.
+        """
+        key = (damping, descending)
+        if key not in self._factors:
+            self._factors[key] = _factorise(self, damping, descending)
+        return self._factors[key]
+
+
+@dataclass(frozen=True)
+class Factor:
+    upper: Tensor
+    """U ``[C_in, C_in]``, upper triangular, (H + λI)⁻¹ = UᵀU in the permuted order."""
+    order: Tensor
+    """``[C_in]``: position i of the sweep is channel ``order[i]``."""
+    damping: float
+    """The damping, as a share of the mean diagonal, that made the factorisation succeed."""
+
+
+def _factorise(hessian: Hessian, damping: float, descending: bool) -> Factor:
+    n = hessian.matrix.shape[0]
+    if not bool(torch.isfinite(hessian.matrix).all()):
+        raise UserError(
+            "expected finite calibration activations, found NaN or Inf in a layer's Hessian; "
+            "check the checkpoint and the calibration text"
+        )
+    order = torch.arange(n, device=hessian.matrix.device)
+    if descending:
+        order = torch.argsort(hessian.matrix.diagonal(), descending=True, stable=True)
+    share = damping
+    for _ in range(ESCALATIONS + 1):
+        h = hessian.damped(share)[order][:, order]
+        lower, info = torch.linalg.cholesky_ex(h)
+        if int(info) == 0:
+            inverse = torch.cholesky_inverse(lower)
+            # H⁻¹ loses symmetry by rounding; the factorisation reads one triangle only, so no repair is needed.
+            upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
+            if int(info) == 0 and bool(torch.isfinite(upper).all()):
+                return Factor(upper, order, share)
+        share = max(share, 1e-4) * 10
+    raise UserError(
+        f"expected an invertible Hessian, found a singular one of size {n} even with damping {share / 10:g} of its mean "
+        "diagonal; use more or longer calibration samples"
+    )
