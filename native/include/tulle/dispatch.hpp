@@ -1,0 +1,23 @@
+// Which set of kernels runs: the widest that this build contains and this CPU executes, or the one that the
+// environment variable TULLE_ISA names.
+#pragma once
+
+#include <vector>
+
+#include "tulle/packing.hpp"
+
+namespace tulle {
+
+struct Isa {
+  const char* name;  // "scalar", "avx2", "avx512"
+  const PackingKernels* packing;
+};
+
+// Narrowest (scalar) first.
+const std::vector<Isa>& supported_isas();
+
+// Reads TULLE_ISA at the first call that succeeds. Throws std::invalid_argument, one line, if it names a set
+// that is unknown or not supported here.
+const Isa& active_isa();
+
+}  // namespace tulle

@@ -1,0 +1,16 @@
+// The kernel tables, one per file of this folder.
+//
+// A kernel file other than scalar.cpp is compiled for instructions that the CPU may lack, so it must not
+// instantiate anything with external linkage (standard templates, inline functions of shared headers): the
+// linker keeps one copy of those and could keep this one for the whole library.
+#pragma once
+
+#include "tulle/packing.hpp"
+
+namespace tulle {
+
+extern const PackingKernels scalar_packing;
+extern const PackingKernels avx2_packing;
+extern const PackingKernels avx512_packing;
+
+}  // namespace tulle

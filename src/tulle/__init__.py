@@ -1,0 +1,23 @@
+"""Tulle makes Transformer language models sparse and low-bit, and runs them.
+
+`import tulle` alone imports neither torch nor transformers; the names below are looked up at first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib import metadata
+from typing import Any
+
+__all__ = ["__version__", "compress", "load"]
+
+__version__ = metadata.version("tulle")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "compress":
+        # The module is callable: importing a submodule binds it to this name, whatever else stood here.
+        return importlib.import_module("tulle.compress")
+    if name == "load":
+        return importlib.import_module("tulle.hf").load
+    raise AttributeError(f"module 'tulle' has no attribute {name!r}")
