@@ -1,0 +1,211 @@
+"""Which tensors a compressed linear is stored as, and the `quantization_config` that says so.
+
+docs/format.md, sections "config.json" and "Tensors of a linear", is the specification.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+from tulle.errors import UserError
+
+QUANT_METHOD = "tulle"
+FORMAT_VERSION = 1
+
+ITEM_BYTES = {"uint8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
+SAFETENSORS_DTYPE = {"uint8": "U8", "bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+"""Names of our dtypes in the header of a safetensors file."""
+FLOAT_DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """How one linear, weight `[C_out, C_in]`, is stored. Raises UserError if fields contradict each other."""
+
+    shape: tuple[int, int]
+    bits: int | None = None
+    """2-8, or None: the weights keep `values_dtype`."""
+    group_size: int | None = None
+    """Input channels that share a scale; None: one scale per output channel."""
+    symmetric: bool = True
+    sparse: bool = False
+    nonzeros: int | None = None
+    """Stored weights of a sparse linear."""
+    pattern: str | None = None
+    """N:M, such as 2:4: at most N of M consecutive input channels, from a multiple of M on, are stored."""
+    input_bits: int | None = None
+    """8: the input is quantised per token, symmetric and dynamic; None: it is not."""
+    values_dtype: str | None = None
+    """Of unquantised weights: bfloat16, float16 or float32."""
+
+    def __post_init__(self) -> None:
+        problem = self._problem()
+        if problem:
+            raise UserError(f"linear of shape {list(self.shape)}: {problem}")
+
+    def _problem(self) -> str | None:
+        c_out, c_in = self.shape
+        if c_out < 1 or c_in < 1:
+            return "expected positive sizes"
+        if self.bits is None:
+            if self.values_dtype not in FLOAT_DTYPES:
+                names = ", ".join(FLOAT_DTYPES)
+                return f"expected bits, or values_dtype of {names}, found values_dtype {self.values_dtype}"
+            if self.group_size is not None or not self.symmetric:
+                return "expected bits with group_size or symmetric: false, found none; set bits to 2-8"
+        else:
+            if not 2 <= self.bits <= 8:
+                return f"expected bits 2-8, found {self.bits}"
+            if self.values_dtype is not None:
+                return f"expected no values_dtype with bits, found {self.values_dtype}"
+            if self.group_size is not None and (self.group_size < 1 or c_in % self.group_size):
+                return f"expected a group_size that divides {c_in} input channels, found {self.group_size}"
+        if self.input_bits not in (None, 8):
+            return f"expected input_bits 8 or null, found {self.input_bits}"
+        return self._sparsity_problem()
+
+    def _sparsity_problem(self) -> str | None:
+        c_out, c_in = self.shape
+        if not self.sparse:
+            if self.nonzeros is not None or self.pattern is not None:
+                return "expected nonzeros and pattern only where sparse is true"
+            return None
+        if self.nonzeros is None or not 0 <= self.nonzeros <= c_out * c_in:
+            return f"expected nonzeros from 0 to {c_out * c_in}, found {self.nonzeros}"
+        if self.pattern is not None:
+            n, m = parse_pattern(self.pattern)
+            if c_in % m:
+                return f"expected a pattern whose M divides {c_in} input channels, found {self.pattern}"
+            most = c_out * c_in // m * n
+            if self.nonzeros > most:
+                return f"expected at most {most} nonzeros for {self.pattern}, found {self.nonzeros}"
+        return None
+
+    @property
+    def groups(self) -> int:
+        """Scales per output channel, G."""
+        return 1 if self.group_size is None else self.shape[1] // self.group_size
+
+    @property
+    def stored(self) -> int:
+        """Weights that have a code or value in the file."""
+        return self.shape[0] * self.shape[1] if self.nonzeros is None else self.nonzeros
+
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """suffix -> (dtype, shape) of every tensor that stands for `NAME.weight`, stored as `NAME.suffix`."""
+        c_out, c_in = self.shape
+        tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+        if self.sparse:
+            tensors["mask"] = ("uint8", (c_out, math.ceil(c_in / 8)))
+            if self.bits is None:
+                tensors["values"] = (str(self.values_dtype), (self.stored,))
+            else:
+                tensors["values"] = ("uint8", code_shape(self.bits, (self.stored,)))
+        elif self.bits is None:
+            tensors["weight"] = (str(self.values_dtype), self.shape)
+        else:
+            tensors["codes"] = ("uint8", code_shape(self.bits, self.shape))
+        if self.bits is not None:
+            tensors["scale"] = ("bfloat16", (c_out, self.groups))
+            if not self.symmetric:
+                tensors["zero_point"] = ("uint8", (c_out, self.groups))
+        return tensors
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(ITEM_BYTES[dtype] * math.prod(shape) for dtype, shape in self.tensors().values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits, scales and masks included, per weight of the dense matrix."""
+        return 8 * self.packed_bytes / math.prod(self.shape)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "shape": list(self.shape)}
+
+    @classmethod
+    def from_json(cls, data: object) -> LinearSpec:
+        """Inverse of `to_json`. Raises UserError on unknown, missing or mistyped keys."""
+        fields = _checked(data, get_type_hints(cls) | {"shape": list}, "a linear")
+        if len(fields["shape"]) != 2 or any(type(size) is not int for size in fields["shape"]):
+            raise UserError(f"a linear: expected shape [C_out, C_in], found {fields['shape']}")
+        return cls(**{**fields, "shape": tuple(fields["shape"])})
+
+
+def code_shape(bits: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the uint8 tensor that holds codes of the given shape, packed along the last axis."""
+    *rows, n = shape
+    if bits == 8:
+        return shape
+    if bits == 4:
+        return (*rows, math.ceil(n / 2))
+    return (*rows, bits, math.ceil(n / 8))
+
+
+def parse_pattern(pattern: str) -> tuple[int, int]:
+    """N:M -> (N, M). Raises UserError unless 0 < N <= M."""
+    match = re.fullmatch(r"(\d+):(\d+)", pattern)
+    n, m = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 0 < n <= m:
+        raise UserError(f"expected a pattern N:M with 0 < N <= M, such as 2:4, found {pattern!r}")
+    return n, m
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """`quantization_config` of config.json: the compressed linears by module name, and the recipe."""
+
+    linears: dict[str, LinearSpec]
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "linears": {name: spec.to_json() for name, spec in self.linears.items()},
+            "recipe": self.recipe,
+        }
+
+    @classmethod
+    def from_json(cls, data: object) -> QuantizationConfig:
+        """Inverse of `to_json`. Raises UserError on another method, a newer version or a malformed entry."""
+        hints = {"quant_method": str, "format_version": int, "linears": dict, "recipe": dict}
+        fields = _checked(data, hints, "quantization_config")
+        if fields["quant_method"] != QUANT_METHOD:
+            raise UserError(f"expected quant_method {QUANT_METHOD!r}, found {fields['quant_method']!r}")
+        if fields["format_version"] != FORMAT_VERSION:
+            raise UserError(
+                f"expected format_version {FORMAT_VERSION}, found {fields['format_version']}; "
+                "read it with the version of tulle that wrote it"
+            )
+        linears = {}
+        for name, entry in fields["linears"].items():
+            try:
+                linears[name] = LinearSpec.from_json(entry)
+            except UserError as error:
+                raise UserError(f"quantization_config, {name}: {error}") from None
+        return cls(linears, fields["recipe"])
+
+
+def _checked(data: object, hints: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """`data` as a dict with exactly the keys of `hints`, each an instance of its type."""
+    if not isinstance(data, dict):
+        raise UserError(f"{what}: expected an object, found {type(data).__name__}")
+    for key in hints:
+        if key not in data:
+            raise UserError(f"{what}: expected the key {key!r}, found {', '.join(map(str, data)) or 'none'}")
+    for key, value in data.items():
+        if key not in hints:
+            raise UserError(f"{what}: expected the keys {', '.join(hints)}, found {key!r}")
+        # JSON's true is not a number, but Python's True is an int.
+        mistyped_bool = isinstance(value, bool) and hints[key] is not bool
+        if mistyped_bool or not isinstance(value, hints[key]):
+            expected = getattr(hints[key], "__name__", str(hints[key]))
+            raise UserError(f"{what}: expected {key} to be {expected}, found {value!r}")
+    return data

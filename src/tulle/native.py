@@ -1,0 +1,66 @@
+"""The compiled kernels, as functions on NumPy arrays.
+
+The kernels are compiled for several instruction sets; the widest that this CPU executes is chosen at run
+time. `TULLE_ISA=scalar|avx2|avx512` forces one. All sets give the same bytes.
+
+Arrays of codes and values are C-contiguous; other layouts are copied first. Bit and nibble order are those of
+docs/format.md: little-endian within a byte.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tulle import _native
+from tulle.errors import UserError
+
+cpu_features = _native.cpu_features
+supported_isas = _native.supported_isas
+
+try:
+    isa = _native.active_isa()
+except ValueError as error:
+    raise UserError(str(error)) from None
+
+Bytes = NDArray[np.uint8]
+
+
+def pack_nibbles(codes: Bytes) -> Bytes:
+    """codes [R, n] below 16 -> [R, ceil(n/2)]: two per byte, low nibble first, a missing last code is 0.
+
+    Raises ValueError if a code is above 15.
+    """
+    return _native.pack_nibbles(np.ascontiguousarray(codes))
+
+
+def unpack_nibbles(packed: Bytes, n: int) -> Bytes:
+    """packed [R, ceil(n/2)] -> codes [R, n]. Raises ValueError if the width of a row does not fit n."""
+    return _native.unpack_nibbles(np.ascontiguousarray(packed), n)
+
+
+def count_mask(mask: Bytes, columns: int) -> int:
+    """Set bits of mask [R, ceil(columns/8)], padding bits not counted. Raises ValueError on another width."""
+    return _native.count_mask(np.ascontiguousarray(mask), columns)
+
+
+def expand(mask: Bytes, values: NDArray, columns: int) -> NDArray:
+    """Scatters values [nnz] (1, 2 or 4 bytes each) over the set bits of mask [R, ceil(columns/8)], row-major.
+
+    Returns [R, columns] of the same dtype, zero where the bit is clear. Raises ValueError if the number of
+    values is not the number of set bits.
+    """
+    return _native.expand(np.ascontiguousarray(mask), _bits(values), columns).view(values.dtype)
+
+
+def compress(mask: Bytes, dense: NDArray) -> NDArray:
+    """Inverse of `expand`: the elements of dense [R, C] where mask [R, ceil(C/8)] is set, row-major.
+
+    Raises ValueError if the shapes do not fit each other.
+    """
+    return _native.compress(np.ascontiguousarray(mask), _bits(dense)).view(dense.dtype)
+
+
+def _bits(array: NDArray) -> NDArray:
+    """The same bytes as unsigned integers: the kernels move elements and never look into them."""
+    return np.ascontiguousarray(array).view(f"u{array.itemsize}")
