@@ -80,9 +80,9 @@ def pack_linear(
 ) -> dict[str, NDArray]:
     """suffix -> array, exactly the tensors of `spec`.
 
-    values [C_out, C_in]: codes u (uint8) of a quantised linear, else the weights as `values_dtype`; ignored
-    where mask is False. mask [C_out, C_in]: True = stored. scale [C_out, G]: bfloat16 bits. zero_point [C_out, G].
-    Raises UserError where an array does not fit the spec.
+    values [C_out, C_in]: codes u (uint8) of a quantised linear, else the weights as `values_dtype`.
+    mask [C_out, C_in]: True = stored, the other values are ignored. scale [C_out, G]: bfloat16 bits.
+    zero_point [C_out, G]. Raises UserError where an array does not fit the spec.
     """
     dtype = np.dtype(STORAGE[spec.values_dtype] if spec.values_dtype else np.uint8)
     _require("values", values, dtype, spec.shape)
@@ -145,7 +145,7 @@ def unpack_linear_codes(
 
 
 def check_tensors(spec: LinearSpec, tensors: Mapping[str, NDArray]) -> None:
-    """Raises UserError unless names, dtypes, shapes, padding and counts are the spec's and scales are finite."""
+    """Raises UserError unless names, dtypes, shapes, padding and counts fit and scales are finite."""
     expected = spec.tensors()
     if set(tensors) != set(expected):
         wanted, found = ", ".join(sorted(expected)), ", ".join(sorted(tensors))

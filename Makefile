@@ -1,0 +1,44 @@
+# Every target sets up .venv first, from nothing but Python 3.11 or newer and a C++ compiler.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+# What an editable install copies or compiles; other Python sources are used from where they are.
+BUILT_FROM := pyproject.toml CMakeLists.txt constraints.txt $(shell find native -name '*.hpp' -o -name '*.cpp')
+BENCHMARKS = $(shell grep -o 'benchmarks/[a-z0-9_]*\.py' benchmarks/README.md | sort -u)
+
+.PHONY: demo test check bench reference sanitize
+
+demo: $(INSTALLED)
+	$(BIN)/tulle demo -o demo
+
+# One process per core; more threads inside each would only fight for the same cores.
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses=8
+
+check: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# The scripts that benchmarks/README.md names, one after the other.
+bench: $(INSTALLED)
+	set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+
+reference: $(INSTALLED)
+	$(BIN)/tulle train recipes/reference.yaml -o build/reference
+
+# The native kernels' own tests under the address and undefined-behaviour sanitizers.
+sanitize: $(INSTALLED)
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+		-DTULLE_NATIVE_TESTS=ON -DTULLE_SANITIZE=ON
+	$(BIN)/cmake --build build/sanitize
+	build/sanitize/tulle_native_tests
+
+# torch first, alone: its version is settled before anything that merely depends on it.
+$(INSTALLED): $(BUILT_FROM)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,export,data]'
+	touch $@

@@ -1,0 +1,232 @@
+"""Packing is exact and checked: round trips of every kind of linear, and every kind of damaged tensor."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from tulle.errors import UserError
+from tulle.format import pack
+from tulle.format.spec import LinearSpec
+
+Arrays = dict[str, NDArray]
+
+
+def random_linear(
+    c_out: int,
+    c_in: int,
+    bits: int | None,
+    group_size: int | None,
+    symmetric: bool,
+    density: float | None,
+    seed: int,
+) -> tuple[LinearSpec, Arrays]:
+    """A spec and the arguments of `pack_linear` for it."""
+    rng = np.random.default_rng(seed)
+    mask = None if density is None else rng.random((c_out, c_in)) < density
+    spec = LinearSpec(
+        shape=(c_out, c_in),
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        sparse=mask is not None,
+        nonzeros=None if mask is None else int(mask.sum()),
+        values_dtype="float16" if bits is None else None,
+    )
+    arrays: Arrays = {} if mask is None else {"mask": mask}
+    if bits is None:
+        return spec, arrays | {"values": rng.standard_normal((c_out, c_in)).astype(np.float16)}
+    arrays["values"] = rng.integers(0, 2**bits, (c_out, c_in), dtype=np.uint8)
+    arrays["scale"] = pack.f32_to_bf16(rng.uniform(1e-3, 2, (c_out, spec.groups)).astype(np.float32))
+    if not symmetric:
+        arrays["zero_point"] = rng.integers(0, 2**bits, (c_out, spec.groups), dtype=np.uint8)
+    return spec, arrays
+
+
+def meaning(spec: LinearSpec, arrays: Arrays) -> NDArray[np.float64]:
+    """The weights by the definition in docs/format.md, one at a time, in double precision."""
+    c_out, c_in = spec.shape
+    weight = np.zeros((c_out, c_in))
+    for i in range(c_out):
+        for j in range(c_in):
+            if spec.sparse and not arrays["mask"][i, j]:
+                continue
+            u = float(arrays["values"][i, j])
+            if spec.bits is None:
+                weight[i, j] = u
+                continue
+            group = 0 if spec.group_size is None else j // spec.group_size
+            zero = 2 ** (spec.bits - 1) if spec.symmetric else int(arrays["zero_point"][i, group])
+            scale = np.array(int(arrays["scale"][i, group]) << 16, np.uint32).view(np.float32)
+            weight[i, j] = float(scale) * (u - zero)
+    return weight
+
+
+@pytest.mark.parametrize("bits", [None, 2, 3, 4, 5, 6, 7, 8])
+@given(
+    c_out=st.integers(1, 5),
+    groups=st.integers(1, 3),
+    width=st.integers(1, 23),
+    grouped=st.booleans(),
+    symmetric=st.booleans(),
+    density=st.sampled_from([None, 0.0, 0.3, 0.9, 1.0]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_round_trip(
+    bits: int | None,
+    c_out: int,
+    groups: int,
+    width: int,
+    grouped: bool,
+    symmetric: bool,
+    density: float | None,
+    seed: int,
+) -> None:
+    quantised = bits is not None
+    group_size = width if grouped and quantised else None
+    spec, arrays = random_linear(
+        c_out, groups * width, bits, group_size, symmetric or not quantised, density, seed
+    )
+    tensors = pack.pack_linear(spec, **arrays)
+    assert {name: array.shape for name, array in tensors.items()} == {
+        name: shape for name, (_, shape) in spec.tensors().items()
+    }
+    assert sum(array.nbytes for array in tensors.values()) == spec.packed_bytes
+    # A bfloat16 has 8 significant bits and u - zero at most 9: float32 holds the product exactly.
+    np.testing.assert_array_equal(pack.unpack_linear(spec, tensors), meaning(spec, arrays))
+    if quantised:
+        codes, mask = pack.unpack_linear_codes(spec, tensors)
+        kept = np.ones(spec.shape, bool) if mask is None else mask
+        np.testing.assert_array_equal(codes, np.where(kept, arrays["values"], 0))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_unquantised_values_keep_their_bits(dtype: str) -> None:
+    rng = np.random.default_rng(3)
+    weight = rng.standard_normal((5, 37)).astype(np.float32)
+    mask = rng.random((5, 37)) < 0.5
+    values = pack.f32_to_bf16(weight) if dtype == "bfloat16" else weight.astype(dtype)
+    stored = pack.bf16_to_f32(values) if dtype == "bfloat16" else values.astype(np.float32)
+    spec = LinearSpec(shape=(5, 37), sparse=True, nonzeros=int(mask.sum()), values_dtype=dtype)
+    tensors = pack.pack_linear(spec, values, mask)
+    np.testing.assert_array_equal(tensors["values"], values[mask])
+    np.testing.assert_array_equal(pack.unpack_linear(spec, tensors), np.where(mask, stored, 0))
+
+
+def test_bytes_do_not_depend_on_pruned_values() -> None:
+    spec, arrays = random_linear(4, 24, 4, 8, True, 0.5, seed=1)
+    other = {**arrays, "values": np.where(arrays["mask"], arrays["values"], 15)}
+    one, two = pack.pack_linear(spec, **arrays), pack.pack_linear(spec, **other)
+    assert all(one[name].tobytes() == two[name].tobytes() for name in one)
+
+
+def test_layout_by_hand() -> None:
+    """Low nibble first, little bit order, bit planes from the least significant: as docs/format.md says."""
+    codes = np.array([[1, 2, 3], [15, 0, 7]], np.uint8)
+    assert pack.pack_codes(codes, 4).tolist() == [[0x21, 0x03], [0x0F, 0x07]]
+    assert pack.pack_codes(codes[:, :], 8).tolist() == codes.tolist()
+    three = np.array([[1, 2, 3, 4, 5, 6, 7, 0, 1]], np.uint8)
+    assert pack.pack_codes(three, 3).tolist() == [[[0b01010101, 1], [0b01100110, 0], [0b01111000, 0]]]
+    mask = np.array([[1, 0, 0, 0, 0, 0, 0, 1, 1, 0]], bool)
+    assert pack.pack_mask(mask).tolist() == [[0b10000001, 0b00000001]]
+
+
+def test_bfloat16_agrees_with_torch() -> None:
+    import torch
+
+    # Every bfloat16, the two floats halfway to its neighbours, and their neighbours: all cases of rounding.
+    upper = np.arange(2**16, dtype=np.uint32) << 16
+    lower = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
+    x = (upper[:, None] | lower).view(np.float32).ravel()
+    ours = pack.bf16_to_f32(pack.f32_to_bf16(x))
+    theirs = torch.from_numpy(x).bfloat16().float().numpy()
+    np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(np.signbit(ours), np.signbit(x))
+
+
+SPEC, ARRAYS = random_linear(3, 21, 4, 7, False, 0.5, seed=5)
+TENSORS = pack.pack_linear(SPEC, **ARRAYS)
+
+
+def changed(name: str, index: tuple[int, ...], value: int) -> Arrays:
+    array = TENSORS[name].copy()
+    array[index] = value
+    return {**TENSORS, name: array}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (
+            {k: v for k, v in TENSORS.items() if k != "scale"},
+            "expected the tensors mask, scale, values, zero_point",
+        ),
+        ({**TENSORS, "codes": TENSORS["mask"]}, "found codes, mask"),
+        ({**TENSORS, "values": TENSORS["values"][:-1]}, "values: expected uint8"),
+        ({**TENSORS, "scale": TENSORS["scale"].astype(np.float32)}, "scale: expected uint16"),
+        (
+            {**TENSORS, "mask": TENSORS["mask"][:, :-1]},
+            r"mask: expected uint8 \[3, 3\], found uint8 \[3, 2\]",
+        ),
+        (changed("mask", (0, 2), 0xFF), "mask: expected zero padding after 21 columns"),
+        (changed("mask", (1, 0), int(TENSORS["mask"][1, 0]) ^ 1), "set bits, found"),
+        (changed("scale", (0, 0), 0x7F80), "scale: expected finite"),
+        (changed("scale", (0, 0), 0x7FC0), "scale: expected finite"),
+        (changed("zero_point", (2, 1), 16), "zero_point: expected values below 16, found 16"),
+    ],
+)
+def test_damaged_tensors_are_refused(tensors: Arrays, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        pack.unpack_linear(SPEC, tensors)
+
+
+@pytest.mark.parametrize(("bits", "index"), [(4, (0, -1)), (3, (0, 2, -1))])
+def test_padding_of_codes_is_refused(bits: int, index: tuple[int, ...]) -> None:
+    spec, arrays = random_linear(2, 13, bits, None, True, None, seed=2)
+    tensors = pack.pack_linear(spec, **arrays)
+    tensors["codes"][index] |= 0x80
+    with pytest.raises(UserError, match="codes: expected zero padding after 13"):
+        pack.unpack_linear(spec, tensors)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({**ARRAYS, "values": ARRAYS["values"] + 16}, "expected codes below 16 for 4 bits, found"),
+        ({**ARRAYS, "values": ARRAYS["values"].astype(np.int16)}, "values: expected uint8"),
+        (
+            {**ARRAYS, "values": ARRAYS["values"][:2]},
+            r"values: expected uint8 \[3, 21\], found uint8 \[2, 21\]",
+        ),
+        ({**ARRAYS, "mask": None}, r"mask: expected bool \[3, 21\], found nothing"),
+        ({**ARRAYS, "mask": ~ARRAYS["mask"]}, "set bits, found"),
+        ({**ARRAYS, "zero_point": None}, "expected the tensors"),
+        (
+            {**ARRAYS, "scale": ARRAYS["scale"][:, :1]},
+            r"scale: expected uint16 \[3, 3\], found uint16 \[3, 1\]",
+        ),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(arrays: Arrays, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        pack.pack_linear(SPEC, **arrays)
+
+
+def test_a_mask_without_sparsity_is_refused() -> None:
+    spec, arrays = random_linear(2, 8, 4, None, True, None, seed=0)
+    with pytest.raises(UserError, match="a mask only for a sparse linear"):
+        pack.pack_linear(spec, **arrays, mask=np.ones((2, 8), bool))
+
+
+def test_a_mask_against_its_pattern_is_refused() -> None:
+    mask = np.array([[1, 1, 1, 0, 0, 0, 0, 1]], bool)
+    spec = LinearSpec((1, 8), sparse=True, nonzeros=4, pattern="2:4", values_dtype="float32")
+    with pytest.raises(UserError, match="at most 2 set bits in every 4 columns, found 3"):
+        pack.pack_linear(spec, np.ones((1, 8), np.float32), mask)
+
+
+def test_codes_of_an_unquantised_linear_are_refused() -> None:
+    spec, arrays = random_linear(2, 8, None, None, True, None, seed=0)
+    with pytest.raises(UserError, match="expected a quantised linear"):
+        pack.unpack_linear_codes(spec, pack.pack_linear(spec, **arrays))

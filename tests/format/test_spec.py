@@ -1,0 +1,128 @@
+"""The spec's JSON, its tensors, and what it refuses."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from tulle.errors import UserError
+from tulle.format.spec import LinearSpec, QuantizationConfig, parse_pattern
+
+INT4 = LinearSpec(shape=(6, 256), bits=4, group_size=128)
+SPARSE_INT8 = LinearSpec(shape=(6, 20), bits=8, symmetric=False, sparse=True, nonzeros=60, pattern="2:4")
+SPARSE_BF16 = LinearSpec(shape=(6, 20), sparse=True, nonzeros=33, values_dtype="bfloat16")
+DENSE_F16 = LinearSpec(shape=(6, 20), values_dtype="float16", input_bits=8)
+
+
+def test_tensors() -> None:
+    assert INT4.tensors() == {"codes": ("uint8", (6, 128)), "scale": ("bfloat16", (6, 2))}
+    assert replace(INT4, bits=3).tensors()["codes"] == ("uint8", (6, 3, 32))
+    assert SPARSE_INT8.tensors() == {
+        "mask": ("uint8", (6, 3)),
+        "values": ("uint8", (60,)),
+        "scale": ("bfloat16", (6, 1)),
+        "zero_point": ("uint8", (6, 1)),
+    }
+    assert replace(SPARSE_INT8, bits=4, nonzeros=33, pattern=None).tensors()["values"] == ("uint8", (17,))
+    assert replace(SPARSE_INT8, bits=5, nonzeros=33, pattern=None).tensors()["values"] == ("uint8", (5, 5))
+    assert SPARSE_BF16.tensors() == {"mask": ("uint8", (6, 3)), "values": ("bfloat16", (33,))}
+    assert DENSE_F16.tensors() == {"weight": ("float16", (6, 20))}
+
+
+def test_sizes() -> None:
+    assert INT4.packed_bytes == 6 * 128 + 6 * 2 * 2
+    assert INT4.bits_per_weight == 4 + 16 / 128
+    assert SPARSE_BF16.packed_bytes == 6 * 3 + 33 * 2
+    assert LinearSpec(shape=(4, 64), bits=8).bits_per_weight == 8 + 16 / 64
+
+
+@pytest.mark.parametrize("spec", [INT4, SPARSE_INT8, SPARSE_BF16, DENSE_F16])
+def test_json_round_trip(spec: LinearSpec) -> None:
+    assert LinearSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+def test_config_round_trip() -> None:
+    config = QuantizationConfig({"model.layers.0.mlp.down_proj": INT4}, {"steps": [{"gptq": {"bits": 4}}]})
+    data = config.to_json()
+    assert (data["quant_method"], data["format_version"]) == ("tulle", 1)
+    assert set(data["linears"]["model.layers.0.mlp.down_proj"]) == {
+        *("shape", "bits", "group_size", "symmetric", "sparse", "nonzeros", "pattern", "input_bits"),
+        "values_dtype",
+    }
+    assert QuantizationConfig.from_json(json.loads(json.dumps(data))) == config
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"shape": (0, 4), "bits": 4}, "positive sizes"),
+        ({"bits": 9}, "expected bits 2-8, found 9"),
+        ({"bits": 1}, "expected bits 2-8, found 1"),
+        ({"bits": 4, "group_size": 3}, "divides 20 input channels, found 3"),
+        ({"bits": 4, "group_size": 0}, "divides 20 input channels, found 0"),
+        ({"bits": 4, "values_dtype": "float32"}, "no values_dtype with bits"),
+        ({"bits": 4, "input_bits": 4}, "input_bits 8 or null, found 4"),
+        ({}, "found values_dtype None"),
+        ({"values_dtype": "float64"}, "found values_dtype float64"),
+        ({"values_dtype": "float16", "symmetric": False}, "set bits to 2-8"),
+        ({"values_dtype": "float16", "group_size": 4}, "set bits to 2-8"),
+        ({"bits": 4, "nonzeros": 3}, "only where sparse is true"),
+        ({"bits": 4, "pattern": "2:4"}, "only where sparse is true"),
+        ({"bits": 4, "sparse": True}, "nonzeros from 0 to 120, found None"),
+        ({"bits": 4, "sparse": True, "nonzeros": 121}, "nonzeros from 0 to 120, found 121"),
+        ({"bits": 4, "sparse": True, "nonzeros": 60, "pattern": "4:8"}, "M divides 20"),
+        ({"bits": 4, "sparse": True, "nonzeros": 61, "pattern": "2:4"}, "at most 60 nonzeros"),
+        ({"bits": 4, "sparse": True, "nonzeros": 9, "pattern": "4:2"}, "0 < N <= M"),
+    ],
+)
+def test_contradictions_are_refused(fields: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        LinearSpec(**{"shape": (6, 20), **fields})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bitz": 4}, "found 'bitz'"),
+        ({"bits": "4"}, "bits to be"),
+        ({"bits": True}, "bits to be"),
+        ({"sparse": 0}, "sparse to be bool"),
+        ({"shape": [6]}, r"expected shape \[C_out, C_in\]"),
+        ({"shape": [6, 20.0]}, r"expected shape \[C_out, C_in\]"),
+        ({"shape": None}, "shape to be list"),
+    ],
+)
+def test_malformed_json_is_refused(change: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        LinearSpec.from_json({**INT4.to_json(), **change})
+
+
+def test_missing_key_is_refused() -> None:
+    data = INT4.to_json()
+    del data["group_size"]
+    with pytest.raises(UserError, match="expected the key 'group_size'"):
+        LinearSpec.from_json(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"quant_method": "gptq"}, "quant_method 'tulle', found 'gptq'"),
+        ({"format_version": 2}, "format_version 1, found 2"),
+        ({"linears": []}, "linears to be dict"),
+        (
+            {"linears": {"a.b": {}}},
+            "quantization_config, a.b: a linear: expected the key 'shape', found none",
+        ),
+    ],
+)
+def test_malformed_config_is_refused(change: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        QuantizationConfig.from_json({**QuantizationConfig({}).to_json(), **change})
+
+
+@pytest.mark.parametrize("pattern", ["", "2", "0:4", "5:4", "2:4:8", "-1:4", "a:b"])
+def test_impossible_patterns(pattern: str) -> None:
+    with pytest.raises(UserError, match="0 < N <= M"):
+        parse_pattern(pattern)

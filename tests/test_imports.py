@@ -1,0 +1,36 @@
+"""What a fresh interpreter really imports; `make check` reads the source for who may import whom."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {"torch", "transformers"}
+
+
+def imported_by(statement: str) -> set[str]:
+    """Names in sys.modules after `statement` in a new interpreter."""
+    code = f"{statement}\nimport sys\nprint(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["import tulle", "import tulle.native", "import tulle.format.spec, tulle.format.pack"],
+)
+def test_deployment_rooms_stay_free_of_torch(statement: str) -> None:
+    modules = imported_by(statement)
+    assert "tulle" in modules
+    assert not modules & HEAVY
+
+
+def test_an_import_of_torch_would_be_seen() -> None:
+    assert "torch" in imported_by("import torch")
+
+
+def test_unknown_attribute() -> None:
+    import tulle
+
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = tulle.nothing
