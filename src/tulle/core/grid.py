@@ -1,7 +1,8 @@
 """Uniform integer grids: step, zero point, rounding, groups along the input channels.
 
-A b-bit grid has 2^b levels. Symmetric: w = Δ·q with q in [−2^(b−1), 2^(b−1)−1]; asymmetric: w = Δ·(u − z) with u in
-[0, 2^b−1]. Steps are rounded to bfloat16 *before* weights are coded, because that is what the file stores.
+A b-bit grid has 2^b levels. Symmetric: w = Δ·q with q in [−2^(b−1), 2^(b−1)−1]; asymmetric: w = Δ·(u − z)
+with u in [0, 2^b−1]. Steps are rounded to bfloat16 *before* weights are coded, because that is what the file
+stores.
 """
 
 from __future__ import annotations
@@ -11,17 +12,39 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tulle.errors import UserError
+
 SMALLEST_STEP = 1e-30
 """Steps of all-zero groups: any positive number that bfloat16 holds; their codes are all zero."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Settings of a grid: ``bits`` 2-8, ``group_size`` input channels per step (None: one per output channel)."""
+    """Settings of a grid: ``bits`` 2-8, ``group_size`` input channels per step (None: one per output
+    channel).
+    """
 
     bits: int
     group_size: int | None = None
     symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise UserError(f"expected 2 to 8 bits, found {self.bits}; 4 and 8 are the usual choices")
+        if self.group_size is not None and self.group_size < 1:
+            raise UserError(
+                f"expected a positive group_size, found {self.group_size}; "
+                "leave it out for one step per output channel"
+            )
+
+    def check(self, name: str, columns: int) -> None:
+        """Raises ``UserError`` when ``columns`` input channels do not split into groups."""
+        if self.group_size is not None and columns % self.group_size:
+            fits = [str(g) for g in (256, 128, 64, 32, 16, 8) if columns % g == 0]
+            raise UserError(
+                f"{name}: expected a number of input channels divisible by group_size {self.group_size}, "
+                f"found {columns}; use group_size {fits[0] if fits else columns} or leave it out"
+            )
 
     @property
     def low(self) -> int:
@@ -50,7 +73,9 @@ class Quantised:
         """``[C_out, C_in]`` float32; zeros where ``mask`` is False."""
         columns = self.codes.shape[1]
         width = columns // self.scale.shape[1]
-        w = (self.codes.float() - self.zero.repeat_interleave(width, 1)) * self.scale.repeat_interleave(width, 1)
+        w = (self.codes.float() - self.zero.repeat_interleave(width, 1)) * self.scale.repeat_interleave(
+            width, 1
+        )
         return w if mask is None else w * mask
 
 
@@ -91,13 +116,18 @@ def grouped(w: Tensor, group_size: int | None) -> Tensor:
 
 
 def find_steps(
-    w: Tensor, grid: Grid, importance: Tensor | None = None, search: int = 0, mask: Tensor | None = None, norm: float = 2.0
+    w: Tensor,
+    grid: Grid,
+    importance: Tensor | None = None,
+    search: int = 0,
+    mask: Tensor | None = None,
+    norm: float = 2.0,
 ) -> tuple[Tensor, Tensor]:
     """Step and zero point ``[C_out, G]`` for W ``[C_out, C_in]``.
 
-    ``search`` = 0 takes the extremes of each group. Otherwise that many clip ratios from 1 down to 0.5 are tried and
-    the one with the least Σ_j importance_j·|w_j − ŵ_j|^norm is kept, group by group. ``importance`` ``[C_in]`` is the
-    diagonal of the Hessian (None: ones); positions outside ``mask`` do not count.
+    ``search`` = 0 takes the extremes of each group. Otherwise that many clip ratios from 1 down to 0.5 are
+    tried and the one with the least Σ_j importance_j·|w_j − ŵ_j|^norm is kept, group by group. ``importance``
+    ``[C_in]`` is the diagonal of the Hessian (None: ones); positions outside ``mask`` do not count.
     """
     g = grouped(w, grid.group_size)
     weight = torch.ones_like(w) if importance is None else importance.expand_as(w)

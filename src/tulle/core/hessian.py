@@ -1,7 +1,7 @@
 """The layer Hessian H = 2·XᵀX/T, its accumulation, damping and factorisations.
 
-Sources: GPTQ (Frantar et al. 2022, eqs 1-3) and SparseGPT (Frantar & Alistarh 2023, eq. 4), whose sweeps need the
-upper Cholesky factor of H⁻¹.
+Sources: GPTQ (Frantar et al. 2022, eqs 1-3) and SparseGPT (Frantar & Alistarh 2023, eq. 4), whose sweeps need
+the upper Cholesky factor of H⁻¹.
 """
 
 from __future__ import annotations
@@ -17,11 +17,18 @@ ESCALATIONS = 6
 """A failed factorisation is tried again with ten times the damping, this many times."""
 
 
+def check_damping(damping: float) -> None:
+    """Raises ``UserError`` unless the damping of a step's settings is positive."""
+    if not 0 < damping < float("inf"):
+        raise UserError(f"expected a positive damping, found {damping}; the papers use 0.01")
+
+
 @dataclass
 class Hessian:
     """Accumulates H = 2·XᵀX/T in float32, ``[C_in, C_in]``.
 
-    ``add`` takes X ``[T, C_in]``. The factorisations are cached, so that linears that share an input share the work.
+    ``add`` takes X ``[T, C_in]``. The factorisations are cached, so that linears that share an input share
+    the work.
     """
 
     matrix: Tensor
@@ -50,16 +57,29 @@ class Hessian:
         """H + damping·mean(diag H)·I, a new float32 tensor; dead channels get 1 on the diagonal."""
         h = self.matrix.clone()
         d = h.diagonal()
-        mean = d[~self.dead].mean() if not bool(self.dead.all()) else torch.ones(())
+        mean = d[~self.dead].mean() if not bool(self.dead.all()) else d.new_ones(())
         d.add_(damping * mean)
         d[self.dead] = 1.0
         return h
 
+    def remarks(self, damping: float, factor: Factor) -> list[str]:
+        """Lines for a linear's notes: an escalated damping, channels without calibration data."""
+        lines = []
+        if factor.damping != damping:
+            lines.append(
+                f"singular Hessian: damping raised from {damping:g} to {factor.damping:g} "
+                "of its mean diagonal"
+            )
+        if dead := int(self.dead.sum()):
+            lines.append(f"{dead} input channels were zero on all calibration tokens")
+        return lines
+
     def factor(self, damping: float, descending: bool = False) -> Factor:
         """Upper Cholesky factor U of (H + damping)⁻¹ = UᵀU, with the channel order it is for.
 
-        ``descending`` orders channels by falling diagonal of H (GPTQ's act-order). Damping escalates tenfold when the
-        factorisation fails; the value that worked is in the result. Raises ``UserError`` when none works.
+        ``descending`` orders channels by falling diagonal of H (GPTQ's act-order). Damping escalates tenfold
+        when the factorisation fails; the value that worked is in the result. Raises ``UserError`` when none
+        works.
         """
         key = (damping, descending)
         if key not in self._factors:
@@ -89,16 +109,21 @@ def _factorise(hessian: Hessian, damping: float, descending: bool) -> Factor:
         order = torch.argsort(hessian.matrix.diagonal(), descending=True, stable=True)
     share = damping
     for _ in range(ESCALATIONS + 1):
-        h = hessian.damped(share)[order][:, order]
+        h = hessian.damped(share)
+        if descending:
+            h = h[order][:, order]
         lower, info = torch.linalg.cholesky_ex(h)
+        del h  # matrices of a wide layer are large; no more of them than needed are held at once
         if int(info) == 0:
             inverse = torch.cholesky_inverse(lower)
-            # H⁻¹ loses symmetry by rounding; the factorisation reads one triangle only, so no repair is needed.
+            del lower
+            # H⁻¹ loses symmetry by rounding; the factorisation reads one triangle only, so no repair is
+            # needed.
             upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
             if int(info) == 0 and bool(torch.isfinite(upper).all()):
                 return Factor(upper, order, share)
         share = max(share, 1e-4) * 10
     raise UserError(
-        f"expected an invertible Hessian, found a singular one of size {n} even with damping {share / 10:g} of its mean "
-        "diagonal; use more or longer calibration samples"
+        f"expected an invertible Hessian, found a singular one of size {n} even with damping {share / 10:g} "
+        "of its mean diagonal; use more or longer calibration samples"
     )

@@ -1,0 +1,1 @@
+"""Methods that set weights to zero. One file per method; none imports another."""

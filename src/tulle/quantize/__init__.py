@@ -1,0 +1,1 @@
+"""Methods that put weights on an integer grid. One file per method; none imports another."""

@@ -1,0 +1,76 @@
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+from tulle.core.grid import Grid, Quantised, code, find_steps, round_to_grid, steps
+
+GRIDS = st.builds(
+    Grid, bits=st.integers(2, 8), group_size=st.sampled_from([None, 4, 8]), symmetric=st.booleans()
+)
+
+
+def weights(seed: int) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(5, 16, generator=g) * torch.rand(5, 1, generator=g) * 10 + torch.randn(
+        5, 1, generator=g
+    )
+
+
+@given(grid=GRIDS, seed=st.integers(0, 999))
+@settings(max_examples=80, deadline=None)
+def test_rounding_is_within_half_a_step(grid: Grid, seed: int) -> None:
+    w = weights(seed)
+    step, zero = find_steps(w, grid)
+    width = 16 // step.shape[1]
+    step, zero = step.repeat_interleave(width, 1), zero.repeat_interleave(width, 1)
+    error = (w - round_to_grid(w, step, zero, grid)).abs()
+    # bfloat16 keeps 8 bits, so a step may come out 2^-9 too small and the outermost codes, at most 2^bits
+    # steps away, miss by that much more; the zero point's own rounding adds up to half a step on an
+    # asymmetric grid.
+    slack = 0.5 + 2.0 ** (grid.bits - 8) + (0 if grid.symmetric else 0.5)
+    assert bool((error <= slack * step).all())
+
+
+@given(grid=GRIDS, seed=st.integers(0, 999))
+@settings(max_examples=40, deadline=None)
+def test_a_grid_reproduces_its_own_points(grid: Grid, seed: int) -> None:
+    w = weights(seed)
+    step, zero = find_steps(w, grid)
+    width = 16 // step.shape[1]
+    codes = code(w, step.repeat_interleave(width, 1), zero.repeat_interleave(width, 1), grid)
+    on_grid = Quantised(grid, codes.to(torch.int16), step, zero).dequantise()
+    again = round_to_grid(on_grid, step.repeat_interleave(width, 1), zero.repeat_interleave(width, 1), grid)
+    assert torch.equal(on_grid, again)
+
+
+@given(grid=GRIDS, seed=st.integers(0, 999))
+@settings(max_examples=40, deadline=None)
+def test_clip_search_never_loses(grid: Grid, seed: int) -> None:
+    w, importance = weights(seed), torch.rand(16, generator=torch.Generator().manual_seed(seed))
+
+    def error(step: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        width = 16 // step.shape[1]
+        q = round_to_grid(w, step.repeat_interleave(width, 1), zero.repeat_interleave(width, 1), grid)
+        return (importance * (w - q) ** 2).reshape(5, -1, width).sum(-1)
+
+    plain, searched = error(*find_steps(w, grid)), error(*find_steps(w, grid, importance, search=20))
+    assert bool((searched <= plain * (1 + 1e-6)).all())
+
+
+def test_zero_is_on_every_asymmetric_grid() -> None:
+    step, zero = steps(torch.tensor([2.0, -3.0]), torch.tensor([5.0, -1.0]), Grid(4, symmetric=False))
+    assert torch.equal(round_to_grid(torch.zeros(2), step, zero, Grid(4, symmetric=False)), torch.zeros(2))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_all_zero_group(symmetric: bool) -> None:
+    step, zero = find_steps(torch.zeros(1, 4), Grid(4, symmetric=symmetric), search=5)
+    assert bool((step > 0).all()) and torch.equal(zero, torch.zeros(1, 1))
+
+
+def test_eight_bits_symmetric_by_hand() -> None:
+    w = torch.tensor([[1.27, -1.27, 0.635, 0.0]])
+    step, zero = find_steps(w, Grid(8))
+    assert step.item() == torch.tensor(0.01).bfloat16().item()
+    assert code(w, step, zero, Grid(8)).tolist() == [[127, -127, 63, 0]]
