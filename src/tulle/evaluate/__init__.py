@@ -1,0 +1,7 @@
+"""Evaluation: perplexity, bits per byte, tasks."""
+
+from tulle.evaluate.perplexity import TextScore, evaluate_text, held_out_text
+from tulle.evaluate.tasks import TaskScore, evaluate_task
+from tulle.evaluate.text import Protocol
+
+__all__ = ["Protocol", "TaskScore", "TextScore", "evaluate_task", "evaluate_text", "held_out_text"]

@@ -1,0 +1,1 @@
+"""Reports: tables for the terminal, self-contained HTML pages."""

@@ -1,0 +1,199 @@
+"""``report.html`` of one compression, from the object in ``report.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tulle.report import plots, units
+from tulle.report.page import chart, render, tile, write_page
+
+COLUMNS = (
+    "linear", "role", "shape", "scheme", "sparsity", "dense", "packed", "bits/weight", "output error", "time",
+)  # fmt: skip
+
+
+def write_report(report: Mapping[str, Any], file: str | Path) -> None:
+    """Writes the page for ``report`` (the content of ``report.json``)."""
+    write_page(Path(file), compression_page(report))
+
+
+def compression_page(report: Mapping[str, Any]) -> str:
+    """The page as HTML that needs no other file."""
+    recipe = report["recipe"]
+    return render(
+        "compression.html",
+        title=f"{report['model']} → {recipe.get('name') or 'compressed'}",
+        subtitle=recipe.get("description", ""),
+        tiles=_tiles(report),
+        charts=_charts(report),
+        recipe_note="Every setting, defaults included.",
+        recipe_text=yaml.safe_dump(
+            {k: v for k, v in recipe.items() if k not in ("name", "description")}, sort_keys=False, default_flow_style=None
+        ),
+        facts=_facts(report),
+        notes=notes(report),
+        table_columns=COLUMNS,
+        table_rows=[_table_row(linear) for linear in report["linears"]],
+    )
+
+
+def scheme(linear: Mapping[str, Any]) -> str:
+    """``W4 g128 asym A8``: how the numbers of a linear are stored."""
+    if linear["bits"] is None:
+        return "unquantised"
+    group = f" g{linear['group_size']}" if linear["group_size"] else " per channel"
+    inputs = f" A{linear['input_bits']}" if linear["input_bits"] else ""
+    return f"W{linear['bits']}{group}{'' if linear['symmetric'] else ' asym'}{inputs}"
+
+
+def notes(report: Mapping[str, Any]) -> list[str]:
+    """Notes of all linears, equal ones once with the linears they concern."""
+    found: dict[str, list[str]] = {}
+    for linear in report["linears"]:
+        for note in linear["notes"]:
+            found.setdefault(note, []).append(linear["name"])
+    lines = []
+    for note, names in found.items():
+        where = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        lines.append(f"{where}: {note}")
+    return lines
+
+
+def _tiles(report: Mapping[str, Any]) -> list[dict[str, str]]:
+    totals, evaluation = report["totals"], report["evaluation"]
+    ratio = totals["dense_bytes"] / max(1, totals["packed_bytes"])
+    tiles = [
+        tile(
+            "Size",
+            f"{units.size(totals['dense_bytes'])} → {units.size(totals['packed_bytes'])}",
+            f"{ratio:.2f}× smaller; linears {totals['linear_dense_bytes'] / max(1, totals['linear_packed_bytes']):.2f}×",
+        ),
+        tile("Bits per weight", f"{totals['bits_per_weight']:.2f}", "of the linears, all counted"),
+        tile("Sparsity", units.percent(totals["sparsity"]), "of the linears"),
+    ]
+    if evaluation:
+        before, after = evaluation["dense"], evaluation["compressed"]
+        tiles.append(
+            tile(
+                "Perplexity",
+                f"{units.significant(before['perplexity'], 4)} → {units.significant(after['perplexity'], 4)}",
+                f"bits per byte {before['bits_per_byte']:.3f} → {after['bits_per_byte']:.3f}",
+            )
+        )
+    tiles.append(
+        tile("Time", units.duration(report["seconds"]["total"]), f"peak memory {units.size(report['peak_memory_bytes'])}")
+    )
+    return tiles
+
+
+def _charts(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    totals, linears = report["totals"], report["linears"]
+    names, table = _by_block(linears)
+    blocks = len(report["blocks"])
+    roles = list(dict.fromkeys(linear["role"] for linear in linears))
+    packed = {
+        role: [sum(x["packed_bytes"] for x in linears if x["role"] == role and x["block"] == b) / 1e6 for b in range(blocks)]
+        for role in roles
+    }
+    dense = [sum(x["dense_bytes"] for x in linears if x["block"] == b) / 1e6 for b in range(blocks)]
+
+    def column(key: str) -> list[list[float | None]]:
+        return [[None if (x := table.get((name, b))) is None else x[key] for b in range(blocks)] for name in names]
+
+    sizes = [
+        (label, totals[f"linear_{key}_bytes"], totals[f"{key}_bytes"] - totals[f"linear_{key}_bytes"])
+        for label, key in (("before", "dense"), ("after", "packed"))
+    ]
+    errors = {name: (_role(linears, name), row) for name, row in zip(names, column("output_error"), strict=True)}
+    charts = [
+        chart(
+            "Output error per linear",
+            "‖ŷ − y‖² / ‖y‖² over the calibration tokens: what the linear gives in the compressed model against the dense "
+            "model, so errors of the blocks before it are included.",
+            plots.error_per_linear(errors),
+        ),
+        chart(
+            "Size", "All tensors of the files. The rest is embeddings, norms and biases, which stay as they are.", plots.totals(sizes)
+        ),
+        chart("Size per block", "Linears only, dense and packed.", plots.size_per_block(dense, packed)),
+        chart(
+            "Error growth through the blocks",
+            "The same measure for the residual stream after each block.",
+            plots.block_error([block["output_error"] for block in report["blocks"]]),
+        ),
+        chart(
+            "Bits per weight",
+            "Packed bytes × 8 / weights: codes, scales, zero points and bitmask.",
+            plots.matrix("bits", names, column("bits_per_weight"), lambda v: f"{v:.2f}"),
+        ),
+    ]
+    if any(linear["sparsity"] for linear in linears):
+        charts.append(
+            chart(
+                "Sparsity",
+                "Share of weights that are exactly zero and are not stored.",
+                plots.matrix("sparsity", names, column("sparsity"), units.percent),
+            )
+        )
+    charts.append(chart("Time per stage", _time_note(report), plots.durations(stage_seconds(report))))
+    return charts
+
+
+def stage_seconds(report: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds of each stage, the recipe's steps by name."""
+    stages = {k: v for k, v in report["seconds"].items() if k not in ("total", "steps")}
+    return stages | report["seconds"]["steps"]
+
+
+def _time_note(report: Mapping[str, Any]) -> str:
+    tokens = report["calibration"]["tokens"]
+    return f"{units.duration(report['seconds']['total'])} in all, for {tokens:,} calibration tokens."
+
+
+def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    calibration, machine, evaluation = report["calibration"], report["machine"], report["evaluation"]
+    source = calibration["source"]
+    facts = [
+        ("Calibration", source if isinstance(source, str) else ", ".join(map(str, source))),
+        ("", f"{calibration['samples']} sequences of up to {calibration['length']} tokens, {calibration['tokens']:,} in all"),
+        ("Seed", str(report["seed"])),
+    ]
+    if evaluation:
+        facts.append(("Perplexity", f"{evaluation['protocol']}; {evaluation['compressed']['tokens']:,} tokens scored"))
+    facts += [
+        ("Parameters", f"{report['totals']['parameters']:,}"),
+        ("Peak memory", units.size(report["peak_memory_bytes"])),
+        ("Machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['isa']}"),
+        ("Software", f"Tulle {report['tulle']}, Python {machine['python']}, torch {machine['torch']}"),
+    ]
+    return facts
+
+
+def _table_row(linear: Mapping[str, Any]) -> tuple[str, ...]:
+    pattern = f" ({linear['pattern']})" if linear["pattern"] else ""
+    return (
+        linear["name"],
+        linear["role"],
+        "×".join(map(str, linear["shape"])),
+        scheme(linear),
+        units.percent(linear["sparsity"]) + pattern,
+        units.size(linear["dense_bytes"]),
+        units.size(linear["packed_bytes"]),
+        f"{linear['bits_per_weight']:.2f}",
+        units.error(linear["output_error"]),
+        units.duration(linear["seconds"]),
+    )
+
+
+def _by_block(linears: Iterable[Mapping[str, Any]]) -> tuple[list[str], dict[tuple[str, int], Mapping[str, Any]]]:
+    """Short names in order, and the linears by (short name, block)."""
+    table = {(linear["name"].rsplit(".", 1)[-1], linear["block"]): linear for linear in linears}
+    return list(dict.fromkeys(name for name, _ in table)), table
+
+
+def _role(linears: Iterable[Mapping[str, Any]], short: str) -> str:
+    return next(x["role"] for x in linears if x["name"].endswith("." + short))

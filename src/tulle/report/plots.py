@@ -1,0 +1,186 @@
+"""The pictures, as SVG strings. Input is plain numbers; units are in the parameter names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from matplotlib.ticker import MaxNLocator
+
+from tulle.report import style, units
+
+MARKERS = ("o", "s", "^", "D")
+
+
+def totals(rows: Sequence[tuple[str, float, float]]) -> str:
+    """Stacked horizontal bars, one per (label, bytes of linears, bytes of the rest)."""
+    with style.picture("totals", 6.4, 0.55 + 0.5 * len(rows)) as p:
+        ax = p.axes
+        longest = max(a + b for _, a, b in rows)
+        for y, (_, linears, rest) in enumerate(rows):
+            ax.barh(y, linears / 1e6, 0.62, color=style.ACCENT, label="linears" if y == 0 else None)
+            ax.barh(y, rest / 1e6, 0.62, left=linears / 1e6, color=style.DENSE, label="rest" if y == 0 else None)
+            ax.text((linears + rest) / 1e6 + longest / 1e8, y, units.size(linears + rest), va="center", fontsize=9.5)
+        ax.set_yticks(range(len(rows)), [label for label, _, _ in rows])
+        ax.set_xlim(0, longest / 1e6 * 1.14)
+        ax.invert_yaxis()
+        ax.set_xlabel("MB")
+        ax.grid(axis="y", visible=False)
+        ax.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=2)
+    return p.svg
+
+
+def size_per_block(dense_mb: Sequence[float], packed_mb: Mapping[str, Sequence[float]]) -> str:
+    """Per block: the dense linears as a pale bar, the packed ones stacked by role in front of its right half."""
+    blocks = range(len(dense_mb))
+    with style.picture("size_per_block") as p:
+        ax = p.axes
+        ax.bar([b - 0.2 for b in blocks], dense_mb, 0.38, color=style.DENSE, label="dense")
+        base = [0.0] * len(dense_mb)
+        for role, sizes in packed_mb.items():
+            ax.bar([b + 0.2 for b in blocks], sizes, 0.38, bottom=base, color=style.ROLES[role], label=role)
+            base = [a + b for a, b in zip(base, sizes, strict=True)]
+        _block_axis(ax, len(dense_mb))
+        ax.set_ylabel("MB")
+        ax.grid(axis="x", visible=False)
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=5, columnspacing=1.2, handlelength=1)
+    return p.svg
+
+
+def matrix(
+    name: str, rows: Sequence[str], values: Sequence[Sequence[float | None]], write: Callable[[float], str]
+) -> str:
+    """Heat map, one row per linear of a block, one column per block; ``None`` leaves a cell blank."""
+    known = [v for row in values for v in row if v is not None]
+    low, high = min(known, default=0.0), max(known, default=0.0)
+    columns = max(len(row) for row in values)
+    with style.picture(name, 6.4, 0.55 + 0.33 * len(rows)) as p:
+        ax = p.axes
+        for y, row in enumerate(values):
+            for x, value in enumerate(row):
+                if value is None:
+                    continue
+                step = style.ramp_index(value, low, high)
+                ax.bar(x, 0.92, 0.94, bottom=y - 0.46, color=style.RAMP[step])
+                if columns <= 14:
+                    ax.text(x, y, write(value), ha="center", va="center", fontsize=8.5, color=style.ON_RAMP[step])
+        ax.set_yticks(range(len(rows)), rows)
+        ax.set_ylim(len(rows) - 0.5, -0.5)
+        _block_axis(ax, columns)
+        ax.grid(visible=False)
+        for side in ("left", "bottom"):
+            ax.spines[side].set_visible(False)
+        if columns > 14:
+            span = f"{write(low)} (pale) to {write(high)} (strong)" if high > low else f"{write(low)} everywhere"
+            ax.set_title(span, fontsize=9, color=style.MUTED, loc="right")
+    return p.svg
+
+
+def error_per_linear(series: Mapping[str, tuple[str, Sequence[float | None]]]) -> str:
+    """Relative output error, log scale: ``{linear: (role, error per block)}``."""
+    with style.picture("error_per_linear", 6.4, 3.6) as p:
+        ax = p.axes
+        seen: dict[str, int] = {}
+        shown = False
+        for name, (role, errors) in series.items():
+            marker = MARKERS[seen.get(role, 0) % len(MARKERS)]
+            seen[role] = seen.get(role, 0) + 1
+            points = [(b, e) for b, e in enumerate(errors) if e is not None and e > 0]
+            if not points:
+                continue
+            shown = True
+            ax.plot(
+                *zip(*points, strict=True), color=style.ROLES[role], marker=marker, markersize=5.5, linewidth=1.4,
+                markeredgecolor=style.PAPER, markeredgewidth=0.8, label=name,
+            )  # fmt: skip
+        if shown:
+            ax.set_yscale("log")
+            ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.2), ncols=7, columnspacing=1.1, handlelength=1.4)
+        _block_axis(ax, max(len(errors) for _, errors in series.values()))
+        ax.set_ylabel("relative error of the output")
+    return p.svg
+
+
+def block_error(errors: Sequence[float]) -> str:
+    """Relative error of the residual stream after each block."""
+    with style.picture("block_error", 6.4, 2.6) as p:
+        ax = p.axes
+        ax.plot(range(len(errors)), errors, color=style.ACCENT, marker="o", markersize=5.5, linewidth=1.8)
+        ax.annotate(
+            units.error(errors[-1]), (len(errors) - 1, errors[-1]), (0, 7), textcoords="offset points", ha="right", fontsize=9.5
+        )
+        _block_axis(ax, len(errors))
+        ax.set_ylabel("relative error after the block")
+        ax.set_ylim(0, max(errors) * 1.18 or 1)
+    return p.svg
+
+
+def durations(seconds: Mapping[str, float]) -> str:
+    """Horizontal bars, longest first."""
+    ordered = sorted(seconds.items(), key=lambda item: -item[1])
+    longest = max(seconds.values(), default=1.0) or 1.0
+    with style.picture("durations", 6.4, 0.6 + 0.34 * len(ordered)) as p:
+        ax = p.axes
+        for y, (_, value) in enumerate(ordered):
+            ax.barh(y, value, 0.62, color=style.ACCENT)
+            ax.text(value + longest / 100, y, units.duration(value), va="center", fontsize=9)
+        ax.set_yticks(range(len(ordered)), [name.replace("_", " ") for name, _ in ordered])
+        ax.invert_yaxis()
+        ax.set_xlim(0, longest * 1.15)
+        ax.set_xlabel("seconds")
+        ax.grid(axis="y", visible=False)
+    return p.svg
+
+
+def size_against_quality(points: Sequence[tuple[str, float, float]], dense: str) -> str:
+    """Scatter of (name, MB, bits per byte); ``dense`` names the uncompressed model."""
+    with style.picture("size_against_quality", 7.6, 3.8) as p:
+        ax = p.axes
+        base = next(quality for name, _, quality in points if name == dense)
+        ax.axhline(base, color=style.MUTED, linewidth=1, linestyle=(0, (4, 4)))
+        for name, mb, quality in points:
+            color = style.DENSE if name == dense else style.ACCENT
+            ax.plot([mb], [quality], marker="o", markersize=9, color=color, linestyle="none", markeredgecolor=style.PAPER)
+        for name, mb, quality, offset in _spread(points):
+            ax.annotate(name, (mb, quality), (0, offset), textcoords="offset points", ha="center", va="center", fontsize=9.5)
+        ax.set_xlabel("size of the model, MB")
+        ax.set_ylabel("bits per byte (less is better)")
+        ax.set_xlim(0, max(mb for _, mb, _ in points) * 1.1)
+        ax.margins(y=0.22)
+    return p.svg
+
+
+def horizontal(name: str, rows: Sequence[tuple[str, float]], unit: str) -> str:
+    """Plain horizontal bars in the given order."""
+    longest = max((value for _, value in rows), default=1.0) or 1.0
+    with style.picture(name, 6.4, 0.6 + 0.34 * len(rows)) as p:
+        ax = p.axes
+        for y, (_, value) in enumerate(rows):
+            ax.barh(y, value, 0.62, color=style.ACCENT)
+            ax.text(value + longest / 100, y, units.significant(value, 3), va="center", fontsize=9)
+        ax.set_yticks(range(len(rows)), [label for label, _ in rows])
+        ax.invert_yaxis()
+        ax.set_xlim(0, longest * 1.15)
+        ax.set_xlabel(unit)
+        ax.grid(axis="y", visible=False)
+    return p.svg
+
+
+def _block_axis(ax: style.Axes, blocks: int) -> None:
+    ax.set_xlabel("block")
+    ax.set_xlim(-0.5, blocks - 0.5)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
+
+
+def _spread(points: Sequence[tuple[str, float, float]]) -> list[tuple[str, float, float, float]]:
+    """Label offsets in points: above, or below where a neighbour to the upper side is close."""
+    width = max(mb for _, mb, _ in points) or 1.0
+    height = (max(q for _, _, q in points) - min(q for _, _, q in points)) or 1.0
+    placed = []
+    for name, mb, quality in points:
+        above = [
+            other for other, x, y in points
+            if other != name and abs(x - mb) < 0.16 * width and 0 <= y - quality < 0.14 * height and not math.isclose(y, quality)
+        ]  # fmt: skip
+        placed.append((name, mb, quality, -14.0 if above else 14.0))
+    return placed

@@ -1,0 +1,68 @@
+"""Pictures in the page's own colours: matplotlib draws with placeholders that become CSS variables.
+
+So one SVG is right in light and dark mode and in print, and its text is set in the page's font.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+INK, MUTED, GRID, PAPER, ACCENT, DENSE = "#010101", "#010102", "#010103", "#010104", "#010105", "#010106"
+ROLES = {"qkv": "#020101", "o": "#020102", "gate_up": "#020103", "down": "#020104"}
+RAMP = tuple(f"#03010{i}" for i in range(8))
+"""Sequential: index 0 is the least."""
+ON_RAMP = tuple(f"#04010{i}" for i in range(8))
+"""Text on the ramp's colours."""
+
+_VARIABLES = {
+    INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper", ACCENT: "--accent", DENSE: "--dense",
+    **{color: f"--role-{role.replace('_', '-')}" for role, color in ROLES.items()},
+    **{color: f"--ramp-{i}" for i, color in enumerate(RAMP)},
+    **{color: f"--on-ramp-{i}" for i, color in enumerate(ON_RAMP)},
+}  # fmt: skip
+
+_RC = {
+    "svg.fonttype": "none", "font.size": 10, "axes.edgecolor": MUTED, "axes.labelcolor": MUTED, "text.color": INK,
+    "xtick.color": MUTED, "ytick.color": MUTED, "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID,
+    "grid.linewidth": 0.8, "axes.linewidth": 0.8, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.facecolor": "none", "figure.facecolor": "none", "savefig.facecolor": "none", "legend.frameon": False,
+    "legend.fontsize": 9, "xtick.labelsize": 9, "ytick.labelsize": 9, "axes.labelsize": 9.5,
+    "xtick.major.size": 0, "ytick.major.size": 0, "xtick.minor.size": 0, "ytick.minor.size": 0,
+}  # fmt: skip
+
+
+class Picture:
+    """A figure being drawn; ``svg`` is set when the ``with`` block ends."""
+
+    def __init__(self, width: float, height: float) -> None:
+        self.figure = Figure(figsize=(width, height), layout="constrained")
+        self.axes: Axes = self.figure.subplots()
+        self.svg = ""
+
+
+@contextmanager
+def picture(name: str, width: float = 6.4, height: float = 3.0) -> Iterator[Picture]:
+    """``with picture("error") as p: p.axes.plot(...)``, then ``p.svg``. Sizes in inches; ``name`` salts the SVG's ids."""
+    with rc_context({**_RC, "svg.hashsalt": name}):
+        drawn = Picture(width, height)
+        yield drawn
+        buffer = io.StringIO()
+        drawn.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    for color, variable in _VARIABLES.items():
+        svg = svg.replace(color, f"var({variable})")
+    drawn.svg = svg
+
+
+def ramp_index(value: float, low: float, high: float) -> int:
+    """The ramp's step for a value between ``low`` and ``high``."""
+    if high <= low:
+        return len(RAMP) // 2
+    return min(len(RAMP) - 1, max(0, int((value - low) / (high - low) * len(RAMP))))
