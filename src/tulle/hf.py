@@ -1,0 +1,135 @@
+"""Importing this module teaches transformers to load compressed models.
+
+``AutoModelForCausalLM.from_pretrained(OUT)`` then replaces the linears listed in ``quantization_config``
+by :class:`tulle.simulate.PackedLinear` and fills them with the packed tensors, whatever ``dtype`` is asked
+for: that is the dtype of everything else (embeddings, norms, biases, activations). ``save_pretrained``
+writes the packed form back.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from tulle.errors import UserError
+from tulle.format.spec import QUANT_METHOD, LinearSpec, QuantizationConfig
+from tulle.models.checkpoint import Checkpoint
+from tulle.simulate import DTYPES, PackedLinear
+
+MISMATCH = "config.json and weights are not of one model"
+
+
+@register_quantization_config(QUANT_METHOD)
+class TulleConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a compressed model.
+
+    Raises ``UserError`` for a ``format_version`` not known here and for malformed entries.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
+        self.packed = QuantizationConfig.from_json({"quant_method": QUANT_METHOD} | settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.packed.to_json()
+
+
+@register_quantizer(QUANT_METHOD)
+class TulleQuantizer(HfQuantizer):
+    """Puts the packed linears in place before transformers reads the weights."""
+
+    requires_calibration = True
+    quantization_config: TulleConfig
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        linears = self.quantization_config.packed.linears
+        files = kwargs.get("checkpoint_files")
+        if files:
+            require_packed_tensors(Checkpoint.open(Path(files[0]).parent), linears)
+        for name, spec in linears.items():
+            _replace(model, name, spec)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        for name, module in model.named_modules():
+            if not isinstance(module, PackedLinear):
+                continue
+            for suffix, (kind, _) in module.spec.tensors().items():
+                found = module.get_buffer(suffix).dtype
+                if found != DTYPES[kind]:
+                    raise UserError(
+                        f"expected {name}.{suffix} as {kind}, found {found}; transformers cast it, upgrade it"
+                    )
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def load(path: str | Path, dtype: torch.dtype | str = "auto", **kwargs: Any) -> PreTrainedModel:
+    """A compressed folder as a transformers causal language model, in evaluation mode.
+
+    ``dtype`` is that of activations and of the tensors that are not packed ("auto": as stored); other
+    arguments go to ``from_pretrained``. Raises ``UserError`` when the folder is not a whole compressed model.
+    """
+    checkpoint = Checkpoint.open(path)
+    require_packed_tensors(checkpoint, packed_linears(checkpoint))
+    return AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype, **kwargs).eval()
+
+
+def packed_linears(checkpoint: Checkpoint) -> dict[str, LinearSpec]:
+    """The linears that the folder's ``quantization_config`` lists; ``UserError`` when it is not of Tulle."""
+    settings = checkpoint.config.get("quantization_config")
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    if not isinstance(settings, dict) or method != QUANT_METHOD:
+        found = "a dense model" if settings is None else f"quant_method {method!r}"
+        raise UserError(
+            f"expected a model made by tulle compress, found {found} in {checkpoint.path}; compress it first"
+        )
+    return QuantizationConfig.from_json(settings).linears
+
+
+def require_packed_tensors(checkpoint: Checkpoint, linears: dict[str, LinearSpec]) -> None:
+    """Raises ``UserError`` when a packed tensor is missing or not of the dtype and shape its spec says."""
+    for name, spec in linears.items():
+        for suffix, (kind, shape) in spec.tensors().items():
+            info = checkpoint.info(f"{name}.{suffix}")
+            if info.dtype != DTYPES[kind] or info.shape != tuple(shape):
+                raise UserError(
+                    f"expected {name}.{suffix} as {kind} {list(shape)}, found {info.dtype} "
+                    f"{list(info.shape)}; {MISMATCH}"
+                )
+
+
+def _replace(model: PreTrainedModel, name: str, spec: LinearSpec) -> None:
+    if not hasattr(model, model.base_model_prefix):
+        # A base model (AutoModel) has the same modules without the prefix, and no head.
+        prefix = model.base_model_prefix + "."
+        if not name.startswith(prefix):
+            return
+        name = name.removeprefix(prefix)
+    parent_name, _, child = name.rpartition(".")
+    try:
+        parent = model.get_submodule(parent_name)
+        linear = model.get_submodule(name)
+    except AttributeError:
+        raise UserError(
+            f"expected a linear {name}, found none in {type(model).__name__}; {MISMATCH}"
+        ) from None
+    if not isinstance(linear, nn.Linear) or (linear.out_features, linear.in_features) != tuple(spec.shape):
+        raise UserError(
+            f"expected {name} as a linear of shape {list(spec.shape)}, found {linear}; {MISMATCH}"
+        )
+    weight = linear.weight
+    setattr(
+        parent, child, PackedLinear(spec, linear.bias is not None, device=weight.device, dtype=weight.dtype)
+    )
