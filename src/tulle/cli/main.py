@@ -1,0 +1,99 @@
+"""``tulle``: dispatch and exit codes.
+
+0: done. 2: bad input, with one line on standard error. 130: interrupted. Anything else is a fault of ours and exits
+with 1 and one line; ``--debug``, anywhere on the line, shows the traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from tulle.cli.common import quiet_libraries
+from tulle.cli.compress import compress
+from tulle.cli.demo import demo
+from tulle.cli.eval import evaluate
+from tulle.cli.export import export
+from tulle.cli.inspect import inspect
+from tulle.cli.train import train
+from tulle.errors import UserError
+
+app = typer.Typer(
+    name="tulle",
+    help="Make Transformer language models sparse and low-bit, and run them.",
+    epilog="Start with: tulle demo. Every command has --help with an example; --debug shows tracebacks.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+app.command("demo")(demo)
+app.command("compress")(compress)
+app.command("eval")(evaluate)
+app.command("inspect")(inspect)
+app.command("export")(export)
+app.command("train")(train)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import tulle
+
+        print(f"tulle {tulle.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version and exit."),
+) -> None:
+    """Make Transformer language models sparse and low-bit, and run them."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command and returns its exit code."""
+    debug = "--debug" in arguments
+    quiet_libraries()
+    try:
+        code = app(args=[a for a in arguments if a != "--debug"], prog_name="tulle", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except UserError as error:
+        if debug:
+            raise
+        return _fail(str(error), 2)
+    except OSError as error:
+        if debug:
+            raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _fail(f"expected space on the disk, found it full ({error}); free some and run again", 2)
+        return _fail(f"{type(error).__name__}: {error}; run again with --debug for the traceback", 1)
+    except Exception as error:
+        # click's exceptions, whether click is a package of its own or part of typer, describe themselves.
+        if hasattr(error, "format_message"):
+            return _fail(_usage(error.format_message(), getattr(error, "ctx", None)), 2)
+        if debug:
+            raise
+        return _fail(f"{type(error).__name__}: {error}; run again with --debug for the traceback", 1)
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def _usage(message: str, context: object) -> str:
+    command = getattr(context, "command_path", "tulle")
+    return f"{message.rstrip('.')}; try: {command} --help"
+
+
+def _fail(message: str, code: int) -> int:
+    print("tulle: " + " ".join(message.split()), file=sys.stderr)
+    return code
