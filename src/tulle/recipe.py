@@ -104,7 +104,9 @@ def load_recipe(recipe: str | os.PathLike[str]) -> Recipe:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"expected a recipe file, found nothing at {path}; shipped recipes: {', '.join(shipped())}") from None
+        raise UserError(
+            f"expected a recipe file, found nothing at {path}; shipped recipes: {', '.join(shipped())}"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"expected a recipe file, found {path} unreadable ({error}); check the path") from None
     except yaml.YAMLError as error:
@@ -118,7 +120,9 @@ def parse_recipe(content: Any, default_name: str = "recipe") -> Recipe:
     _known(content, ("name", "description", "calibration", "steps"), "recipe")
     steps = content.get("steps")
     if not isinstance(steps, list) or not steps:
-        raise UserError(f"expected a list of steps in recipe, found {steps!r}; name at least one of {', '.join(METHODS)}")
+        raise UserError(
+            f"expected a list of steps in recipe, found {steps!r}; name at least one of {', '.join(METHODS)}"
+        )
     settings = _mapping(content.get("calibration") or {}, "calibration")
     _known(settings, Calibration.model_fields, "calibration")
     try:
@@ -157,7 +161,9 @@ def shipped() -> list[str]:
 def _step(content: Any) -> Step:
     content = _mapping(content, "a step", "such as gptq: {bits: 4}")
     if len(content) != 1:
-        raise UserError(f"expected one method per step, found {', '.join(map(str, content)) or 'none'}; start each with '- '")
+        raise UserError(
+            f"expected one method per step, found {', '.join(map(str, content)) or 'none'}; start each with '- '"
+        )
     name, settings = next(iter(content.items()))
     cls = method_class(str(name))
     settings = dict(_mapping(settings or {}, f"the settings of {name}"))
@@ -166,7 +172,9 @@ def _step(content: Any) -> Step:
         raise UserError(f"expected targets of {name} as a list of {', '.join(ROLES)}, found {targets!r}")
     for target in targets:
         if target not in ROLES:
-            raise UserError(f"expected targets of {', '.join(ROLES)} in {name}, found {target!r}" + _nearest(str(target), ROLES))
+            raise UserError(
+                f"expected targets of {', '.join(ROLES)} in {name}, found {target!r}" + _nearest(str(target), ROLES)
+            )
     _known(settings, [f.name for f in dataclasses.fields(cls)] + ["targets"], str(name))  # type: ignore[arg-type]
     try:
         method = TypeAdapter(cls).validate_python(settings)

@@ -55,18 +55,25 @@ def read_text(
         rows, are_documents = _read(str(source))
         separate = separate or are_documents
         for row in rows:
-            found.extend(piece.strip() for piece in row.split(separator)) if separator else found.append(row)
+            found += [piece.strip() for piece in row.split(separator)] if separator else [row]
     kept = [d for d in found if len(d) >= min_chars and d.strip()]
     if documents is not None:
         kept = kept[documents[0] : documents[1]]
     names = ", ".join(str(s) for s in sources)
     if not kept:
-        raise UserError(f"expected text in {names or 'the calibration sources'}, found none; give a longer text or other documents")
+        raise UserError(
+            f"expected text in {names or 'the calibration sources'}, found none; give a longer text or other documents"
+        )
     return Text(tuple(kept), separate, tuple(Path(s).name if Path(s).exists() else str(s) for s in sources))
 
 
 def sequences(
-    text: Text, tokenizer: Any, length: int, samples: int | None = None, seed: int = 0, what: str = "calibration"
+    text: Text,
+    tokenizer: Any,
+    length: int,
+    samples: int | None = None,
+    seed: int = 0,
+    what: str = "calibration",
 ) -> list[Tensor]:
     """Token sequences, int64 ``[≤ length]`` each (``[length]`` in a stream, whose incomplete last window is dropped).
 
@@ -90,7 +97,11 @@ def sequences(
     if not found or (samples is not None and len(found) < samples):
         raise UserError(
             f"expected {samples or 1} {unit} of {what} text, found {len(found)}; "
-            + ("give more text" if not found else f"give more text, or ask for {len(found)} with --samples or a shorter --length")
+            + (
+                "give more text"
+                if not found
+                else f"give more text, or ask for {len(found)} with --samples or a shorter --length"
+            )
         )
     return found
 
@@ -100,7 +111,9 @@ def _read(source: str) -> tuple[list[str], bool]:
     if path.is_dir():
         files = sorted(f for f in path.rglob("*") if f.suffix in FOLDER_SUFFIXES and f.is_file())
         if not files:
-            raise UserError(f"expected files ending in {', '.join(FOLDER_SUFFIXES)} in {path}, found none; check the folder")
+            raise UserError(
+                f"expected files ending in {', '.join(FOLDER_SUFFIXES)} in {path}, found none; check the folder"
+            )
         read = [_read(str(f)) for f in files]
         return [row for rows, _ in read for row in rows], any(flag for _, flag in read)
     if path.is_file():
@@ -110,7 +123,9 @@ def _read(source: str) -> tuple[list[str], bool]:
             raise UserError(f"expected UTF-8 text in {path}, found it unreadable ({error}); convert it first") from None
         return (_json_rows(content, path), True) if path.suffix == ".jsonl" else ([content], False)
     if path.suffix or source.startswith((".", "/", "~")):
-        raise UserError(f"expected a text file, JSONL file, folder or data set name, found nothing at {source}; check the path")
+        raise UserError(
+            f"expected a text file, JSONL file, folder or data set name, found nothing at {source}; check the path"
+        )
     return _data_set(source), True
 
 
@@ -125,7 +140,9 @@ def _json_rows(content: str, path: Path) -> list[str]:
             raise UserError(f"expected JSON in line {number} of {path}, found {error}; repair the line") from None
         key = next((k for k in TEXT_KEYS if isinstance(row, dict) and isinstance(row.get(k), str)), None)
         if key is None:
-            raise UserError(f"expected a {' or '.join(TEXT_KEYS)} string in line {number} of {path}, found none; rename the key")
+            raise UserError(
+                f"expected a {' or '.join(TEXT_KEYS)} string in line {number} of {path}, found none; rename the key"
+            )
         rows.append(row[key])
     return rows
 
@@ -134,13 +151,17 @@ def _data_set(name: str) -> list[str]:
     try:
         import datasets
     except ImportError:
-        raise UserError(f"expected the datasets package to read {name!r}, found none; pip install datasets, or give a file") from None
+        raise UserError(
+            f"expected the datasets package to read {name!r}, found none; pip install datasets, or give a file"
+        ) from None
     require_hub(f"the data set {name!r}", "give a text file, a JSONL file or a folder instead")
     split = datasets.load_dataset(name, split="train", streaming=True)
     rows = []
     for row in split.take(10_000):
         key = next((k for k in TEXT_KEYS if isinstance(row.get(k), str)), None)
         if key is None:
-            raise UserError(f"expected a {' or '.join(TEXT_KEYS)} column in {name}, found {', '.join(row)}; give a file instead")
+            raise UserError(
+                f"expected a {' or '.join(TEXT_KEYS)} column in {name}, found {', '.join(row)}; give a file instead"
+            )
         rows.append(row[key])
     return rows

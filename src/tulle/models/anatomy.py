@@ -174,5 +174,7 @@ def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> in
     value = config.get(key)
     value = default if value is None else value
     if not isinstance(value, int) or value < 1:
-        raise UserError(f"expected a positive whole number for {key} in config.json, found {value!r}; repair the config")
+        raise UserError(
+            f"expected a positive whole number for {key} in config.json, found {value!r}; repair the config"
+        )
     return value

@@ -73,7 +73,9 @@ class Checkpoint:
         listed = _weight_map(folder)
         for name, file in listed.items():
             if name not in infos:
-                raise UserError(f"expected tensor {name} in {file} as {INDEX} says, found no such tensor; copy the shard again")
+                raise UserError(
+                    f"expected tensor {name} in {file} as {INDEX} says, found no such tensor; copy the shard again"
+                )
         return cls(folder, config, infos)
 
     def names(self) -> list[str]:
@@ -88,7 +90,8 @@ class Checkpoint:
             return self._infos[name]
         except KeyError:
             raise UserError(
-                f"expected tensor {name} in {self.path.name}, found none; the checkpoint is incomplete or of another architecture"
+                f"expected tensor {name} in {self.path.name}, found none; "
+                "the checkpoint is incomplete or of another architecture"
             ) from None
 
     def read(self, name: str) -> Tensor:
@@ -131,7 +134,9 @@ class Checkpoint:
                     "config and weights are not of one model"
                 )
             if not info.dtype.is_floating_point:
-                raise UserError(f"expected {stored} as bf16, fp16 or fp32, found {info.dtype}; give the unquantised checkpoint")
+                raise UserError(
+                    f"expected {stored} as bf16, fp16 or fp32, found {info.dtype}; give the unquantised checkpoint"
+                )
         return model
 
     def read_block(self, model: Anatomy, block: int) -> dict[str, Tensor]:
@@ -148,7 +153,9 @@ def require_finite(name: str, tensor: Tensor) -> None:
     """Raises ``UserError`` when a weight is NaN or infinite."""
     if not bool(torch.isfinite(tensor).all()):
         bad = int((~torch.isfinite(tensor)).sum())
-        raise UserError(f"expected finite weights, found {bad} NaN or Inf in {name}; the checkpoint is damaged, copy it again")
+        raise UserError(
+            f"expected finite weights, found {bad} NaN or Inf in {name}; the checkpoint is damaged, copy it again"
+        )
 
 
 def read_json(file: Path, what: str) -> dict[str, Any]:
@@ -215,7 +222,11 @@ def _files(folder: Path) -> list[Path]:
     names = sorted(set(_weight_map(folder).values()))
     if not names:
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
-        tail = "it holds pickled weights, which are never loaded: convert them to safetensors" if pickled else "check the path"
+        tail = (
+            "it holds pickled weights, which are never loaded: convert them to safetensors"
+            if pickled
+            else "check the path"
+        )
         raise UserError(f"expected {SINGLE} or {INDEX} in {folder}, found neither; {tail}")
     missing = [n for n in names if not (folder / n).is_file()]
     if missing:
@@ -241,7 +252,9 @@ def _opened(file: Path) -> Iterator[Any]:
         with safe_open(str(file), framework="pt") as shard:
             yield shard
     except SafetensorError as error:
-        raise UserError(f"expected a whole safetensors file, found {file} truncated or corrupt ({error}); copy it again") from None
+        raise UserError(
+            f"expected a whole safetensors file, found {file} truncated or corrupt ({error}); copy it again"
+        ) from None
     except FileNotFoundError:
         raise UserError(f"expected the shard {file}, found it missing; copy it again") from None
 

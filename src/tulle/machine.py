@@ -1,0 +1,39 @@
+"""What a figure was measured on, for reports and benchmark results."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+from pathlib import Path
+
+
+def describe() -> dict[str, str | int]:
+    """CPU model, usable cores, instruction set the native module chose, versions."""
+    import torch
+
+    from tulle import native
+
+    return {
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "isa": native.isa,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
