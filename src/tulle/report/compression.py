@@ -10,6 +10,7 @@ import yaml
 
 from tulle.report import plots, units
 from tulle.report.page import chart, render, tile, write_page
+from tulle.report.cells import by_block, scheme
 
 COLUMNS = (
     "linear", "role", "shape", "scheme", "sparsity", "dense", "packed", "bits/weight", "output error", "time",
@@ -39,15 +40,6 @@ def compression_page(report: Mapping[str, Any]) -> str:
         table_columns=COLUMNS,
         table_rows=[_table_row(linear) for linear in report["linears"]],
     )
-
-
-def scheme(linear: Mapping[str, Any]) -> str:
-    """``W4 g128 asym A8``: how the numbers of a linear are stored."""
-    if linear["bits"] is None:
-        return "unquantised"
-    group = f" g{linear['group_size']}" if linear["group_size"] else " per channel"
-    inputs = f" A{linear['input_bits']}" if linear["input_bits"] else ""
-    return f"W{linear['bits']}{group}{'' if linear['symmetric'] else ' asym'}{inputs}"
 
 
 def notes(report: Mapping[str, Any]) -> list[str]:
@@ -92,7 +84,7 @@ def _tiles(report: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def _charts(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     totals, linears = report["totals"], report["linears"]
-    names, table = _by_block(linears)
+    names, table = by_block(linears)
     blocks = len(report["blocks"])
     roles = list(dict.fromkeys(linear["role"] for linear in linears))
     packed = {
@@ -187,12 +179,6 @@ def _table_row(linear: Mapping[str, Any]) -> tuple[str, ...]:
         units.error(linear["output_error"]),
         units.duration(linear["seconds"]),
     )
-
-
-def _by_block(linears: Iterable[Mapping[str, Any]]) -> tuple[list[str], dict[tuple[str, int], Mapping[str, Any]]]:
-    """Short names in order, and the linears by (short name, block)."""
-    table = {(linear["name"].rsplit(".", 1)[-1], linear["block"]): linear for linear in linears}
-    return list(dict.fromkeys(name for name, _ in table)), table
 
 
 def _role(linears: Iterable[Mapping[str, Any]], short: str) -> str:

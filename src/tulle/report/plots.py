@@ -150,6 +150,20 @@ def size_against_quality(points: Sequence[tuple[str, float, float]], dense: str)
     return p.svg
 
 
+def channels(absmax: Sequence[float]) -> str:
+    """max|w| of each input channel, in order, with the median as a line."""
+    with style.picture("channels", 6.4, 2.6) as p:
+        ax = p.axes
+        ax.vlines(range(len(absmax)), 0, absmax, color=style.ACCENT, linewidth=max(0.5, min(3.0, 380 / len(absmax))))
+        median = sorted(absmax)[len(absmax) // 2]
+        ax.axhline(median, color=style.INK, linewidth=1, linestyle=(0, (4, 4)))
+        ax.set_xlim(-1, len(absmax))
+        ax.set_ylim(0, max(absmax) * 1.08 or 1)
+        ax.set_xlabel("input channel (dashed: the median channel)")
+        ax.set_ylabel("max |w|")
+    return p.svg
+
+
 def horizontal(name: str, rows: Sequence[tuple[str, float]], unit: str) -> str:
     """Plain horizontal bars in the given order."""
     longest = max((value for _, value in rows), default=1.0) or 1.0

@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from tulle.report import units
+from tulle.report.cells import row_cells, scheme
 
 
 def text_table(model: str, score: Mapping[str, Any]) -> Table:
@@ -53,6 +54,38 @@ def compression_table(report: Mapping[str, Any]) -> Table:
         f"{totals['bits_per_weight']:.2f}", units.percent(totals["sparsity"]), *quality("compressed"),
         units.duration(report["seconds"]["total"]), units.size(report["peak_memory_bytes"]),
     )  # fmt: skip
+    return table
+
+
+def inspection_table(found: Mapping[str, Any]) -> Table:
+    """One row per role and scheme: the linears of a model are too many for a terminal."""
+    table = _table(
+        "role", "linears", "scheme", "sparsity", "size", "bits per weight", "kurtosis ≤", "outlier ratio ≤", "4-bit error ≤"
+    )
+    rows: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for linear in found["linears"]:
+        rows.setdefault((linear["role"], scheme(linear)), []).append(linear)
+    for (role, how), linears in rows.items():
+        weights = sum(x["shape"][0] * x["shape"][1] for x in linears)
+        size = sum(x["bytes"] for x in linears)
+        errors = [x["rounding_error"] for x in linears if x["rounding_error"] is not None]
+        table.add_row(
+            role, str(len(linears)), how,
+            units.percent(sum(x["sparsity"] * x["shape"][0] * x["shape"][1] for x in linears) / weights),
+            units.size(size), f"{8 * size / weights:.2f}", units.significant(max(x["kurtosis"] for x in linears), 3),
+            units.significant(max(x["outlier_ratio"] for x in linears), 3), units.error(max(errors)) if errors else "–",
+        )  # fmt: skip
+    rest = found["totals"]["bytes"] - found["totals"]["linear_bytes"]
+    table.add_row("rest", str(len(found["others"])), "–", "", units.size(rest), "", "", "", "")
+    return table
+
+
+def demo_table(found: Mapping[str, Any]) -> Table:
+    """Dense and every recipe, one row each."""
+    table = _table("recipe", "size", "smaller", "bits per weight", "sparsity", "bits per byte", "perplexity", "compressed in")
+    for row in found["rows"]:
+        cells = row_cells(row, found["rows"][0])
+        table.add_row(*(cells[key] for key in ("name", "size", "ratio", "bits", "sparsity", "bits_per_byte", "perplexity", "seconds")))
     return table
 
 

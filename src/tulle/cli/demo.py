@@ -1,0 +1,31 @@
+"""``tulle demo``: the bundled model, dense and by every shipped recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tulle.cli import common
+
+
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The folder to write.")] = Path("demo"),
+    json_file: common.JsonFile = None,
+) -> None:
+    """Compress the bundled model by every shipped recipe and compare: a table and report.html, in minutes.
+
+    Example: tulle demo -o demo
+    """
+    from tulle.demo import run_demo
+    from tulle.report.terminal import demo_table
+
+    with common.progress_bars() as progress:
+        found = run_demo(output, progress)
+    if str(json_file) != "-":
+        out = common.console()
+        out.print(demo_table(found))
+        out.print(found["protocol"], style="dim")
+        out.print(f"{output / 'report.html'}")
+    common.write_json(json_file, found)

@@ -1,0 +1,39 @@
+"""What the terminal's tables and the pages share: numbers of a report as cells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from tulle.report import units
+
+
+def scheme(linear: Mapping[str, Any]) -> str:
+    """``W4 g128 asym A8``: how the numbers of a linear are stored."""
+    if linear["bits"] is None:
+        return "unquantised"
+    group = f" g{linear['group_size']}" if linear["group_size"] else " per channel"
+    inputs = f" A{linear['input_bits']}" if linear["input_bits"] else ""
+    return f"W{linear['bits']}{group}{'' if linear['symmetric'] else ' asym'}{inputs}"
+
+
+def by_block(linears: Iterable[Mapping[str, Any]]) -> tuple[list[str], dict[tuple[str, int], Mapping[str, Any]]]:
+    """Short names in order, and the linears by (short name, block)."""
+    table = {(linear["name"].rsplit(".", 1)[-1], linear["block"]): linear for linear in linears}
+    return list(dict.fromkeys(name for name, _ in table)), table
+
+
+def row_cells(row: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, str]:
+    """The cells of one model, as text."""
+    seconds = row["compress_seconds"]
+    return {
+        "name": row["name"],
+        "description": row["description"],
+        "size": units.size(row["bytes"]),
+        "ratio": f"{dense['bytes'] / row['bytes']:.2f}×",
+        "bits": f"{row['bits_per_weight']:.2f}",
+        "sparsity": units.percent(row["sparsity"]),
+        "bits_per_byte": f"{row['bits_per_byte']:.4f}",
+        "perplexity": units.significant(row["perplexity"], 4),
+        "seconds": "–" if seconds is None else units.duration(seconds),
+    }
