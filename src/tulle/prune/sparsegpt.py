@@ -3,7 +3,8 @@
 Algorithm 1. Columns are visited from left to right; when a block of 128 is entered, its mask keeps the
 entries with the largest w²/[H_F⁻¹]_jj of the block, over all rows together (section 3.3), or N of every M in
 each row (section 3.4). With H⁻¹ = UᵀU that denominator is U_jj², and the error of a column is made up for by
-the columns to its right: W_{:,k} −= (w_j − ŵ_j)/U_jj·U_jk. With ``bits`` the kept weights are rounded in the same sweep (section 3.5, eq. 7).
+the columns to its right: W_{:,k} −= (w_j − ŵ_j)/U_jj·U_jk. With ``bits`` the kept weights are rounded in the
+same sweep (section 3.5, eq. 7).
 
 Departures, each an option:
 - ``refit`` (default on): the sweep's update serves all rows with one H⁻¹ and never touches columns on the
