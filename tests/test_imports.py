@@ -29,6 +29,12 @@ def test_an_import_of_torch_would_be_seen() -> None:
     assert "torch" in imported_by("import torch")
 
 
+@pytest.mark.parametrize("first", ["", "import tulle.compress; "])
+def test_compress_and_load_are_functions_however_imported(first: str) -> None:
+    """The module tulle.compress and the function share a name, and importing a submodule rebinds it."""
+    imported_by(f"{first}import tulle; assert callable(tulle.compress) and callable(tulle.load)")
+
+
 def test_unknown_attribute() -> None:
     import tulle
 
