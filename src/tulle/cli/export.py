@@ -1,0 +1,43 @@
+"""``tulle export``: a compressed model in a format that others read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tulle.cli import common
+
+
+def export(
+    model: common.Model,
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="compressed-tensors or dense.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The folder to write; new or empty.")],
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="Of what is written as floating point: float32, float16 or bfloat16 [as stored]."),
+    ] = None,
+    json_file: common.JsonFile = None,
+) -> None:
+    """Write a compressed MODEL in another format, load it back without tulle and compare the logits.
+
+    Example: tulle export out --to compressed-tensors -o out-ct
+    """
+    from tulle.format.export import export as run
+    from tulle.models.hub import local_folder
+
+    with common.progress_bars() as progress:
+        result = run(local_folder(model), to, output, dtype, progress)
+    if str(json_file) != "-":
+        common.console().print(_lines(result))
+    common.write_json(json_file, result)
+
+
+def _lines(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['output']}: {result['format']}, {result['tensors']} tensors, {result['bytes'] / 1e6:.2f} MB",
+        f"loaded back without tulle: logits within {result['difference']:.1e} of the largest of what they should be, "
+        f"{result['difference_from_packed']:.1e} of the packed model's",
+    ]
+    return "\n".join(lines + [f"note: {note}" for note in result["notes"]])
