@@ -25,14 +25,14 @@ def test_deployment_rooms_stay_free_of_torch(statement: str) -> None:
     assert not modules & HEAVY
 
 
-def test_an_import_of_torch_would_be_seen() -> None:
-    assert "torch" in imported_by("import torch")
-
-
-@pytest.mark.parametrize("first", ["", "import tulle.compress; "])
-def test_compress_and_load_are_functions_however_imported(first: str) -> None:
+def test_compress_and_load_are_functions_however_imported() -> None:
     """The module tulle.compress and the function share a name, and importing a submodule rebinds it."""
-    imported_by(f"{first}import tulle; assert callable(tulle.compress) and callable(tulle.load)")
+    modules = imported_by(
+        "import tulle; assert callable(tulle.compress)\n"
+        "import tulle.compress; assert callable(tulle.compress) and callable(tulle.load)"
+    )
+    # Also the counterpart of the test above: an import of torch is seen where there is one.
+    assert HEAVY <= modules
 
 
 def test_unknown_attribute() -> None:
