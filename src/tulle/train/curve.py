@@ -1,0 +1,35 @@
+"""The loss curve of a run, as rows and as a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a ``metrics.jsonl``."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def draw_curve(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw training loss and held-out bits per byte over tokens; the suffix of ``path`` sets the format."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    tokens = [row["tokens"] / 1e6 for row in rows]
+    (loss,) = axes.plot(tokens, [row["loss"] for row in rows], color="tab:blue", label="training loss")
+    axes.set_xlabel("tokens seen (millions)")
+    axes.set_ylabel("training loss (nats per token)")
+    other = axes.twinx()
+    (bits,) = other.plot(
+        tokens,
+        [row["held_out_bits_per_byte"] for row in rows],
+        color="tab:orange",
+        label="held-out bits per byte",
+    )
+    other.set_ylabel("held-out bits per byte")
+    axes.legend(handles=[loss, bits])
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
