@@ -97,9 +97,7 @@ def test_save_pretrained_keeps_the_packed_bytes(tmp_path, name):
         assert after[key].dtype == tensor.dtype and torch.equal(after[key], tensor)
     configs = [json.loads((f / "config.json").read_text()) for f in (folder, tmp_path / "again")]
     assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
-    assert torch.equal(
-        tulle.hf.load(tmp_path / "again")(tokens()).logits, tulle.hf.load(folder)(tokens()).logits
-    )
+    assert torch.equal(tulle.hf.load(tmp_path / "again")(tokens()).logits, tulle.hf.load(folder)(tokens()).logits)
 
 
 def test_generate_and_base_model(tmp_path):
@@ -153,9 +151,7 @@ def test_not_a_compressed_folder(tmp_path):
         tulle.hf.load(folder)
 
 
-@pytest.mark.parametrize(
-    "loader", [tulle.hf.load, AutoModelForCausalLM.from_pretrained], ids=["load", "transformers"]
-)
+@pytest.mark.parametrize("loader", [tulle.hf.load, AutoModelForCausalLM.from_pretrained], ids=["load", "transformers"])
 @pytest.mark.parametrize("damage", ["version", "missing", "shape", "extra-linear", "truncated"])
 def test_broken_folders(tmp_path, loader, damage):
     folder = tmp_path / "m"

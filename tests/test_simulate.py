@@ -20,9 +20,7 @@ QUANTISED = [
     for symmetric in (True, False)
     for sparse in (True, False)
 ]
-FLOATING = [
-    {"values_dtype": d, "sparse": s} for d in ("float32", "float16", "bfloat16") for s in (True, False)
-]
+FLOATING = [{"values_dtype": d, "sparse": s} for d in ("float32", "float16", "bfloat16") for s in (True, False)]
 
 
 def weight(rows: int = 7, columns: int = 50, seed: int = 0) -> np.ndarray:
@@ -85,12 +83,8 @@ def test_integer_sums_are_exact(symmetric, sparse, group):
     x = torch.rand(6, 24000, generator=torch.Generator().manual_seed(0)) + 0.5
     codes, step = quantise_input(x)
     scale = layer.scale.double()
-    whole = torch.from_numpy(unpack_linear(spec, arrays)).double() / scale.repeat_interleave(
-        24000 // scale.shape[1], 1
-    )
-    sums = codes.long().reshape(6, 1, scale.shape[1], -1) * whole.round().long().reshape(
-        1, 5, scale.shape[1], -1
-    )
+    whole = torch.from_numpy(unpack_linear(spec, arrays)).double() / scale.repeat_interleave(24000 // scale.shape[1], 1)
+    sums = codes.long().reshape(6, 1, scale.shape[1], -1) * whole.round().long().reshape(1, 5, scale.shape[1], -1)
     expected = torch.zeros(6, 5)
     for g, total in enumerate(sums.sum(-1).unbind(-1)):
         assert int(total.max()) > 1 << 24
@@ -115,9 +109,7 @@ def test_integer_path_agrees_with_fake_quantisation():
 def test_quantised_input_with_floating_weights():
     layer, spec, arrays = packed_linear(weight(), values_dtype="bfloat16", sparse=True, input_bits=8)
     x = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(
-        layer(x), F.linear(fake_quantise_input(x), torch.from_numpy(unpack_linear(spec, arrays)))
-    )
+    assert torch.equal(layer(x), F.linear(fake_quantise_input(x), torch.from_numpy(unpack_linear(spec, arrays))))
 
 
 def test_cache_is_dropped_on_load_and_cast():

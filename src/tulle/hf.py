@@ -122,14 +122,8 @@ def _replace(model: PreTrainedModel, name: str, spec: LinearSpec) -> None:
         parent = model.get_submodule(parent_name)
         linear = model.get_submodule(name)
     except AttributeError:
-        raise UserError(
-            f"expected a linear {name}, found none in {type(model).__name__}; {MISMATCH}"
-        ) from None
+        raise UserError(f"expected a linear {name}, found none in {type(model).__name__}; {MISMATCH}") from None
     if not isinstance(linear, nn.Linear) or (linear.out_features, linear.in_features) != tuple(spec.shape):
-        raise UserError(
-            f"expected {name} as a linear of shape {list(spec.shape)}, found {linear}; {MISMATCH}"
-        )
+        raise UserError(f"expected {name} as a linear of shape {list(spec.shape)}, found {linear}; {MISMATCH}")
     weight = linear.weight
-    setattr(
-        parent, child, PackedLinear(spec, linear.bias is not None, device=weight.device, dtype=weight.dtype)
-    )
+    setattr(parent, child, PackedLinear(spec, linear.bias is not None, device=weight.device, dtype=weight.dtype))

@@ -90,9 +90,7 @@ def dequantise(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> Tensor:
     """The float32 weight ``[C_out, C_in]``, equal bit for bit to :func:`tulle.format.pack.unpack_linear`."""
     if spec.bits is not None:
         scale = tensors["scale"].float()
-        return unpack_integer_weight(spec, tensors) * scale.repeat_interleave(
-            spec.shape[1] // scale.shape[1], 1
-        )
+        return unpack_integer_weight(spec, tensors) * scale.repeat_interleave(spec.shape[1] // scale.shape[1], 1)
     if spec.sparse:
         kept = unpack_bits(tensors["mask"], spec.shape[1]).bool()
         return torch.zeros(spec.shape, device=kept.device).masked_scatter_(kept, tensors["values"].float())

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tulle.errors import UserError
 from tulle.format.export.folder import Entry
-from tulle.format.export.plan import Plan, linear_entry, unpacked_entries
+from tulle.format.export.plan import InputRule, Plan, linear_entry, unpacked_entries
 from tulle.format.spec import LinearSpec
 from tulle.models.anatomy import anatomy
 from tulle.models.checkpoint import Checkpoint
@@ -56,15 +56,16 @@ def plan(checkpoint: Checkpoint, linears: Mapping[str, LinearSpec], dtype: torch
     notes = []
     if any(spec.sparse for spec in quantised.values()):
         notes.append("pruned weights are stored as codes of zero: the format has no masks")
-    inputs = any(spec.input_bits for spec in quantised.values())
-    return Plan(entries, config, torch.float32, dtype, "compressed-tensors" if inputs else "none", notes)
+    rule: InputRule = "compressed-tensors" if any(spec.input_bits for spec in quantised.values()) else "none"
+    words = any(not spec.symmetric and _format(*_scheme(spec)) == "pack-quantized" for spec in quantised.values())
+    return Plan(entries, config, torch.float32, dtype, rule, words, notes)
 
 
 def quantization_config(checkpoint: Checkpoint, quantised: Mapping[str, LinearSpec]) -> dict[str, Any]:
     """``quantization_config``: one group per scheme, each with its format; everything else ignored by name."""
     groups: dict[Scheme, list[str]] = {}
     for name, spec in quantised.items():
-        groups.setdefault((spec.bits or 0, spec.group_size, spec.symmetric, spec.input_bits), []).append(name)
+        groups.setdefault(_scheme(spec), []).append(name)
     model = anatomy(checkpoint.config)
     linears = [name for block in range(model.layers) for name in model.linears(block)]
     head = model.architecture.head.removesuffix(".weight")
@@ -98,6 +99,10 @@ def _is_quantised(name: str, spec: LinearSpec) -> bool:
             f"expected quantised weights for --to compressed-tensors, found {what} in {name}; use --to dense"
         )
     return False
+
+
+def _scheme(spec: LinearSpec) -> Scheme:
+    return spec.bits or 0, spec.group_size, spec.symmetric, spec.input_bits
 
 
 def _format(bits: int, group_size: int | None, symmetric: bool, input_bits: int | None) -> str:
@@ -139,7 +144,7 @@ def _linear_entries(checkpoint: Checkpoint, name: str, spec: LinearSpec) -> list
     entry = partial(linear_entry, checkpoint, name, spec)
     groups = (rows, spec.groups)
     entries = [entry("weight_scale", torch.bfloat16, groups, lambda spec, t: t["scale"], ("scale",))]
-    if _format(bits, spec.group_size, spec.symmetric, spec.input_bits) == "int-quantized":
+    if _format(*_scheme(spec)) == "int-quantized":
         entries.append(entry("weight", torch.int8, spec.shape, _signed_codes))
         if not spec.symmetric:
             entries.append(entry("weight_zero_point", torch.int8, groups, _signed_zero, ("zero_point",)))

@@ -29,6 +29,9 @@ class Plan:
     """Dtype of the tensors that were never packed; None: as stored."""
     input_rule: InputRule = "none"
     """How readers of the export quantise inputs of linears with ``input_bits``."""
+    asymmetric_words: bool = False
+    """Holds ``pack-quantized`` zero points, which transformers 5.23 with compressed-tensors 0.20 only reads when told
+    to dequantise (older ones, such as 5.17 with 0.19, need not be told)."""
     notes: list[str] = field(default_factory=list)
 
 
