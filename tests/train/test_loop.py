@@ -19,9 +19,18 @@ from tulle.train.held_out import bits_per_byte
 TEXT = ["def f(x):\n    return x\n" * 30, "class A:\n    pass\n" * 20]
 
 
-@pytest.fixture(autouse=True)
-def small_evaluation(monkeypatch):
-    monkeypatch.setattr(tokens, "held_out_text", lambda: TEXT)
+@pytest.fixture(autouse=True, scope="module")
+def small_evaluation():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokens, "held_out_text", lambda: TEXT)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, small_evaluation) -> Path:
+    """An undisturbed run of the recipe as it stands."""
+    folder = tmp_path_factory.mktemp("whole")
+    return loop.train(recipe_file(folder), folder / "out")
 
 
 def recipe_file(folder: Path, **training) -> Path:
@@ -79,10 +88,8 @@ def curve(folder: Path) -> list[tuple]:
     return [(row["step"], row["held_out_bits_per_byte"]) for row in read_metrics(folder / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_resumed_run_equals_an_undisturbed_one(tmp_path, monkeypatch, optimizer):
-    recipe = recipe_file(tmp_path, optimizer=optimizer)
-    whole = loop.train(recipe, tmp_path / "whole")
+def test_resumed_run_equals_an_undisturbed_one(tmp_path, monkeypatch, whole):
+    recipe = recipe_file(tmp_path)
     with monkeypatch.context() as patch:
         stop_at(patch, 8)
         with pytest.raises(Stopped):
@@ -90,20 +97,38 @@ def test_resumed_run_equals_an_undisturbed_one(tmp_path, monkeypatch, optimizer)
     resumed = loop.train(recipe, tmp_path / "stopped", resume=True)
     assert curve(resumed) == curve(whole)
     assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    ends = [
-        load_file(checkpoint.latest(out / "checkpoints") / "model.safetensors") for out in (whole, resumed)
-    ]
+    ends = [load_file(checkpoint.latest(out / "checkpoints") / "model.safetensors") for out in (whole, resumed)]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
-def test_resume_before_the_first_checkpoint_starts_anew(tmp_path, monkeypatch):
+def test_resume_before_the_first_checkpoint_starts_anew(tmp_path, monkeypatch, whole):
     recipe = recipe_file(tmp_path)
-    whole = loop.train(recipe, tmp_path / "whole")
     with monkeypatch.context() as patch:
         stop_at(patch, 2)
         with pytest.raises(Stopped):
             loop.train(recipe, tmp_path / "stopped")
     assert curve(loop.train(recipe, tmp_path / "stopped", resume=True)) == curve(whole)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_checkpoint_holds_the_optimizer(tmp_path, kind):
+    recipe = loop.load_recipe(recipe_file(tmp_path, optimizer=kind))
+    rows = torch.arange(4 * 17).reshape(4, 17)
+
+    def fresh():
+        torch.manual_seed(0)
+        model = loop.build_model(recipe.model, 300, 16)
+        return model, loop.build_optimizers(model, recipe.training)
+
+    def step(model, optimizers):
+        return loop._step(model, optimizers, loop.compiled_loss(model, recipe, print), rows, recipe)
+
+    first = fresh()
+    step(*first)
+    checkpoint.save(tmp_path / "c", 1, recipe.model_dump(mode="json"), *first)
+    second = fresh()
+    checkpoint.load(checkpoint.latest(tmp_path / "c"), *second)
+    assert [step(*first) for _ in range(3)] == [step(*second) for _ in range(3)]
 
 
 def test_shortened_before_the_decay_is_the_shorter_run(tmp_path, monkeypatch):
@@ -117,16 +142,14 @@ def test_shortened_before_the_decay_is_the_shorter_run(tmp_path, monkeypatch):
     assert (shortened / "model.safetensors").read_bytes() == (short / "model.safetensors").read_bytes()
 
 
-def test_length_is_fixed_once_the_decay_has_begun(tmp_path):
-    loop.train(recipe_file(tmp_path), tmp_path / "out")
+def test_length_is_fixed_once_the_decay_has_begun(tmp_path, whole):
     with pytest.raises(UserError, match="tokens to stay 768 once the decay has begun, found 1024 at step 12"):
-        loop.train(recipe_file(tmp_path, tokens=16 * 64), tmp_path / "out", resume=True)
+        loop.train(recipe_file(tmp_path, tokens=16 * 64), whole, resume=True)
 
 
-def test_another_recipe_does_not_resume(tmp_path):
-    loop.train(recipe_file(tmp_path), tmp_path / "out")
+def test_another_recipe_does_not_resume(tmp_path, whole):
     with pytest.raises(UserError, match="expected the recipe that .* was started with"):
-        loop.train(recipe_file(tmp_path, learning_rate=0.02), tmp_path / "out", resume=True)
+        loop.train(recipe_file(tmp_path, learning_rate=0.02), whole, resume=True)
 
 
 def test_folder_in_use(tmp_path):
@@ -137,7 +160,7 @@ def test_folder_in_use(tmp_path):
 
 
 def test_it_learns_and_ships_what_it_says(tmp_path):
-    out = loop.train(recipe_file(tmp_path, tokens=60 * 64, compile=False), tmp_path / "out")
+    out = loop.train(recipe_file(tmp_path, tokens=60 * 64), tmp_path / "out")
     rows = read_metrics(out / "metrics.jsonl")
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5  # from ln 300 = 5.7 at the start
     model = AutoModelForCausalLM.from_pretrained(out)
@@ -151,10 +174,9 @@ def test_it_learns_and_ships_what_it_says(tmp_path):
     assert record["tokens_seen"] == 60 * 64
 
 
-def test_accumulation_equals_one_large_batch(tmp_path):
+def test_accumulation_equals_one_large_batch(tmp_path, whole):
     one = loop.train(recipe_file(tmp_path, batch=4, accumulation=1), tmp_path / "one")
-    two = loop.train(recipe_file(tmp_path, batch=2, accumulation=2), tmp_path / "two")
-    rows = [[row["loss"] for row in read_metrics(out / "metrics.jsonl")] for out in (one, two)]
+    rows = [[row["loss"] for row in read_metrics(out / "metrics.jsonl")] for out in (one, whole)]
     # The same sums in another order of addition, amplified over 12 steps.
     np.testing.assert_allclose(rows[0], rows[1], rtol=1e-3)
 
