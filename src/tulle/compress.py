@@ -373,9 +373,7 @@ def _linear_report(
         "bits": spec.bits,
         "group_size": spec.group_size,
         "symmetric": spec.symmetric,
-        "sparsity": 1 - int(torch.count_nonzero(linear.weight)) / linear.weight.numel()
-        if linear.mask is not None
-        else 0.0,
+        "sparsity": 0.0 if linear.mask is None else 1 - int(linear.mask.sum()) / linear.mask.numel(),
         "pattern": linear.pattern,
         "input_bits": linear.input_bits,
         "dense_bytes": linear.weight.numel() * dtype.itemsize,

@@ -19,7 +19,6 @@ import difflib
 import importlib
 import os
 from collections.abc import Iterable, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -147,7 +146,7 @@ def method_class(name: str) -> type[Method]:
 
 def recipes_folder() -> Path:
     """The shipped recipes: beside the package when installed, in the checkout when editable."""
-    installed = Path(str(resources.files("tulle"))) / "recipes"
+    installed = Path(__file__).parent / "recipes"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "recipes"
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 
+import tulle
 from tulle.errors import UserError
 from tulle.network import require_hub
 
@@ -23,7 +23,7 @@ def local_folder(model: str | Path) -> Path:
         return path
     name = str(model)
     if name == REFERENCE:
-        return Path(str(resources.files("tulle"))) / "reference"
+        return Path(tulle.__file__).parent / "reference"
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(
             f"expected a model folder, {REFERENCE!r} or a hub id such as owner/name, found {name!r}; check the path"

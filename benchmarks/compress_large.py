@@ -1,0 +1,115 @@
+"""Memory and time of `tulle compress` on a checkpoint of 1.1 B parameters of random weights.
+
+    python benchmarks/compress_large.py --folder build/large [--recipe w4a16-g128] [--layers 22]
+
+Writes the checkpoint (bf16, sharded, 22 layers, d 2048, ffn 5632, 32/4 heads, vocabulary 32000) unless it is there, then
+compresses it in a process of its own with 16 × 512 calibration tokens and reports that process's peak resident size and
+the seconds of every stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from tulle import machine
+from tulle.models.anatomy import anatomy
+from tulle.models.checkpoint import write_index
+
+SHAPE = {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "vocab_size": 32000,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+    "architectures": ["LlamaForCausalLM"],
+    "dtype": "bfloat16",
+}
+COMPRESS = """
+import json, sys
+from tulle.compress import compress
+report = compress(sys.argv[1], sys.argv[2], sys.argv[3], samples=int(sys.argv[4]), length=int(sys.argv[5]))
+print(json.dumps({k: report[k] for k in ("seconds", "peak_memory_bytes", "totals", "calibration", "machine")}))
+"""
+
+
+def write_checkpoint(folder: Path, layers: int) -> None:
+    """Random weights (σ = 0.02, norms 1), one shard per block."""
+    folder.mkdir(parents=True)
+    config = LlamaConfig(num_hidden_layers=layers, **SHAPE)
+    model = anatomy(config.to_dict())
+    generator = torch.Generator().manual_seed(0)
+    parts = [{model.block_prefix(i) + k: s for k, s in model.block_tensors().items()} for i in range(layers)]
+    parts.append(dict(model.outer_tensors()))
+    shards: dict[str, list[str]] = {}
+    total = 0
+    for number, part in enumerate(parts):
+        tensors = {
+            name: (torch.ones(shape) if len(shape) == 1 else 0.02 * torch.randn(shape, generator=generator)).bfloat16()
+            for name, shape in part.items()
+        }
+        file = f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        shards[file] = sorted(tensors)
+        total += sum(2 * t.numel() for t in tensors.values())
+    write_index(folder, shards, total)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    # Last, so that an interrupted writer is noticed.
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--recipe", default="w4a16-g128")
+    parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/compress_large.json"))
+    settings = parser.parse_args()
+    model, output = settings.folder / f"dense-{settings.layers}", settings.folder / "compressed"
+    if not (model / "config.json").exists():
+        shutil.rmtree(model, ignore_errors=True)
+        write_checkpoint(model, settings.layers)
+    for stale in (output, output.with_name("compressed.partial")):
+        shutil.rmtree(stale, ignore_errors=True)
+    arguments = [model, settings.recipe, output, str(settings.samples), str(settings.length)]
+    run = subprocess.run([sys.executable, "-c", COMPRESS, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    result = json.loads(run.stdout.splitlines()[-1]) | {"recipe": settings.recipe, "layers": settings.layers}
+    result["machine"] |= machine.describe()
+    table = Table(
+        "stage",
+        "seconds",
+        title=f"{settings.recipe}, {settings.layers} layers, {settings.samples} × {settings.length} tokens",
+    )
+    seconds = dict(result["seconds"])
+    for stage, value in (seconds.pop("steps") | seconds).items():
+        table.add_row(stage, f"{value:.1f}")
+    Console().print(table)
+    Console().print(
+        f"peak resident {result['peak_memory_bytes'] / 1e9:.2f} GB, file {result['totals']['dense_bytes'] / 1e9:.2f} GB "
+        f"→ {result['totals']['packed_bytes'] / 1e9:.2f} GB"
+    )
+    settings.json.parent.mkdir(parents=True, exist_ok=True)
+    settings.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
