@@ -23,8 +23,10 @@ from tulle.report.compression import write_report
 from tulle.report.demo import write_demo
 from tulle.texts import Text
 
-SAMPLES = 64
+SAMPLES = 32
 """Calibration sequences per recipe, fewer than the recipes ask for: the demo is to take minutes."""
+CALIBRATION_MODULES = 40
+"""Modules that the sequences are drawn from; all of them would take longer to tokenize than a recipe to run."""
 CHARACTERS = 4_000
 """Evaluated of each held-out module."""
 PROMPT = 'def read_lines(path):\n    """Return the lines of a text file."""\n'
@@ -39,14 +41,26 @@ def evaluation_text(characters: int = CHARACTERS) -> tuple[Text, Protocol]:
     from tulle.train.data import held_out_text
 
     modules = [module[:characters] for module in held_out_text()]
-    return Text.of(modules, f"first {characters:,} characters of each held-out module of Python's standard library"), Protocol(whole=True)
+    return Text.of(
+        modules, f"first {characters:,} characters of each held-out module of Python's standard library"
+    ), Protocol(whole=True)
 
 
-def run_demo(output: str | Path, progress: Progress, samples: int = SAMPLES, characters: int = CHARACTERS) -> dict[str, Any]:
+def calibration_modules() -> Text:
+    """Modules of the standard library's training side, as one stream."""
+    from tulle.train.data import calibration_text
+
+    modules = calibration_text()[:CALIBRATION_MODULES]
+    return Text(tuple(modules), False, (f"{len(modules)} training-side modules of Python's standard library",))
+
+
+def run_demo(
+    output: str | Path, progress: Progress, samples: int = SAMPLES, characters: int = CHARACTERS
+) -> dict[str, Any]:
     """Compresses ``reference`` by every shipped recipe into ``output/RECIPE`` and writes ``output/report.html``.
 
-    Returns what ``output/demo.json`` holds: rows with bits per byte, bytes, bits per weight, sparsity and seconds. A folder
-    that an earlier demo wrote is replaced. Raises ``UserError`` if ``output`` holds anything else.
+    Returns what ``output/demo.json`` holds: rows with bits per byte, bytes, bits per weight, sparsity and seconds. A
+    folder that an earlier demo wrote is replaced. Raises ``UserError`` if ``output`` holds anything else.
     """
     begun = time.perf_counter()
     folder = Path(output)
@@ -62,13 +76,18 @@ def run_demo(output: str | Path, progress: Progress, samples: int = SAMPLES, cha
         | _quality(local_folder(REFERENCE), text, protocol)
     ]  # fmt: skip
     calibration: dict[str, Any] = {}
+    source = calibration_modules()
     for done, name in enumerate(names, 1):
         stage = f"{name} ({done}/{len(names)})"
         progress(stage, done, len(names) + 1)
-        report = compress(REFERENCE, name, folder / name, samples=samples)
+        report = compress(REFERENCE, name, folder / name, calibration=source, samples=samples)
         calibration = report["calibration"]
         quality = _quality(folder / name, text, protocol)
-        report["evaluation"] = {"protocol": rows[0]["protocol"], "dense": _figures(rows[0]), "compressed": _figures(quality)}
+        report["evaluation"] = {
+            "protocol": rows[0]["protocol"],
+            "dense": _figures(rows[0]),
+            "compressed": _figures(quality),
+        }
         write_text(folder / name / "report.json", json.dumps(report, indent=2) + "\n")
         write_report(report, folder / name / "report.html")
         totals = report["totals"]
@@ -119,7 +138,11 @@ def _quality(folder: Path, text: Text, protocol: Protocol) -> dict[str, Any]:
     ids = torch.tensor([begin + tokenizer(PROMPT, add_special_tokens=False)["input_ids"]])
     with torch.inference_mode():
         grown = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=SAMPLE_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=SAMPLE_TOKENS,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
         )
     sample = tokenizer.decode(grown[0, ids.shape[1] :], skip_special_tokens=True)
     del model

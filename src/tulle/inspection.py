@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tulle.core.grid import Grid, find_steps, grouped, round_to_grid
@@ -26,35 +25,46 @@ PROBE_BITS, PROBE_GROUP = 4, 128
 def inspect_model(folder: str | Path, progress: Callable[[str, int, int], None] | None = None) -> dict[str, Any]:
     """``{"model", "architecture", "linears": [...], "others": [...], "totals", "extreme"}``.
 
-    ``extreme`` is the linear with the largest outlier ratio, with max|w| of each input channel. Raises ``UserError`` for
-    a broken checkpoint or one of an architecture outside the table.
+    ``extreme`` is the linear with the largest outlier ratio, with max|w| of each input channel. Raises ``UserError``
+    for a broken checkpoint or one of an architecture outside the table.
     """
     checkpoint = Checkpoint.open(folder)
     model = anatomy(checkpoint.config)
     settings = checkpoint.config.get("quantization_config") or {}
     specs = QuantizationConfig.from_json(settings).linears if settings.get("quant_method") == QUANT_METHOD else {}
     names = [(block, name) for block in range(model.layers) for name in model.linears(block)]
-    linears, seen, extreme = [], set(), None
+    linears: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    extreme: dict[str, Any] | None = None
     for done, (block, name) in enumerate(names):
         spec = specs.get(name)
         stored = [f"{name}.{suffix}" for suffix in (spec.tensors() if spec else ("weight",))]
         tensors = {key.rsplit(".", 1)[-1]: tensor for key, tensor in checkpoint.read_many(stored).items()}
         seen.update(stored)
         weight = dequantise(spec, tensors) if spec else tensors["weight"].float()
-        row = {"name": name, "role": model.role_of(name), "block": block, "shape": list(weight.shape)}
+        row: dict[str, Any] = {"name": name, "role": model.role_of(name), "block": block, "shape": list(weight.shape)}
         row |= _scheme(spec) | {"bytes": sum(checkpoint.info(key).bytes for key in stored)}
         row |= {"bits_per_weight": 8 * row["bytes"] / weight.numel()} | weight_statistics(weight)
         row["rounding_error"] = None if spec and spec.bits else rounding_error(weight)
         linears.append(row)
         if extreme is None or row["outlier_ratio"] > extreme["outlier_ratio"]:
-            extreme = {"name": name, "outlier_ratio": row["outlier_ratio"], "channel_absmax": weight.abs().amax(0).tolist()}
+            extreme = {
+                "name": name,
+                "outlier_ratio": row["outlier_ratio"],
+                "channel_absmax": weight.abs().amax(0).tolist(),
+            }
         if progress is not None:
             progress("inspect", done + 1, len(names))
     others = [
-        {"name": n, "shape": list(checkpoint.info(n).shape), "dtype": str(checkpoint.info(n).dtype).removeprefix("torch."),
-         "bytes": checkpoint.info(n).bytes}
-        for n in checkpoint.names() if n not in seen
-    ]  # fmt: skip
+        {
+            "name": name,
+            "shape": list(checkpoint.info(name).shape),
+            "dtype": str(checkpoint.info(name).dtype).removeprefix("torch."),
+            "bytes": checkpoint.info(name).bytes,
+        }
+        for name in checkpoint.names()
+        if name not in seen
+    ]
     return {
         "model": Path(folder).name,
         "architecture": _architecture(model),
@@ -66,7 +76,7 @@ def inspect_model(folder: str | Path, progress: Callable[[str, int, int], None] 
 
 
 def weight_statistics(weight: Tensor) -> dict[str, float | int]:
-    """Of W ``[C_out, C_in]``: share of exact zeros; spread and kurtosis (3 for a Gaussian) of the others; outlier channels.
+    """Of W ``[C_out, C_in]``: share of exact zeros; spread and kurtosis (3 for a Gaussian) of the others; outliers.
 
     ``outlier_ratio`` is the largest max|w| of an input channel over the median channel's.
     """
@@ -86,10 +96,12 @@ def weight_statistics(weight: Tensor) -> dict[str, float | int]:
 
 
 def rounding_error(weight: Tensor) -> float:
-    """Sensitivity: ‖W − Ŵ‖² / ‖W‖² of rounding to nearest, 4 bits, groups of 128 (per channel where 128 does not fit)."""
+    """‖W − Ŵ‖² / ‖W‖² of rounding to nearest in 4 bits, groups of 128 (per channel where 128 does not fit)."""
     grid = Grid(PROBE_BITS, PROBE_GROUP if weight.shape[1] % PROBE_GROUP == 0 else None)
     step, zero = find_steps(weight, grid)
-    rounded = round_to_grid(grouped(weight, grid.group_size), step[..., None], zero[..., None], grid).reshape(weight.shape)
+    rounded = round_to_grid(grouped(weight, grid.group_size), step[..., None], zero[..., None], grid).reshape(
+        weight.shape
+    )
     total = float(weight.double().square().sum())
     return float((weight - rounded).double().square().sum()) / total if total > 0 else 0.0
 

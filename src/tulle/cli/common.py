@@ -18,16 +18,26 @@ from tulle.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, 'reference' (the bundled model), or a hub id.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON; - for standard output.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A model folder, 'reference' (the bundled model), or a hub id.")
+]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON; - for standard output.")
+]
 Device = Annotated[str, typer.Option("--device", metavar="D", help="A torch device, such as cpu or cuda.")]
 Separator = Annotated[
-    str | None, typer.Option("--separator", metavar="S", help="Cut the text into documents at this string; each is its own sequence.")
+    str | None,
+    typer.Option(
+        "--separator", metavar="S", help="Cut the text into documents at this string; each is its own sequence."
+    ),
 ]
 Documents = Annotated[
-    str | None, typer.Option("--documents", metavar="A:B", help="Use documents A to B-1, counted from 0 after --min-chars.")
+    str | None,
+    typer.Option("--documents", metavar="A:B", help="Use documents A to B-1, counted from 0 after --min-chars."),
 ]
-MinChars = Annotated[int, typer.Option("--min-chars", metavar="N", min=1, help="Leave out documents with fewer characters.")]
+MinChars = Annotated[
+    int, typer.Option("--min-chars", metavar="N", min=1, help="Leave out documents with fewer characters.")
+]
 
 
 def console() -> Console:
@@ -65,7 +75,9 @@ def write_json(file: Path | None, result: Any) -> None:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, file)
     except (FileNotFoundError, NotADirectoryError, PermissionError, IsADirectoryError) as error:
-        raise UserError(f"expected a file that can be written for --json, found {file} ({error.strerror}); try another path") from None
+        raise UserError(
+            f"expected a file that can be written for --json, found {file} ({error.strerror}); try another path"
+        ) from None
 
 
 def parse_range(text: str | None, option: str = "--documents") -> tuple[int, int] | None:

@@ -13,22 +13,34 @@ from tulle.cli import common
 
 def compress(
     model: common.Model,
-    recipe: Annotated[str, typer.Option("--recipe", "-r", metavar="RECIPE", help="A YAML file or a shipped recipe's name.")],
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", metavar="RECIPE", help="A YAML file or a shipped recipe's name.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The folder to write; new or empty.")],
     calibration: Annotated[
         list[str] | None,
         typer.Option(
-            "--calibration", metavar="FILE|DIR|DATASET", help="Text, JSONL, a folder or a data set; may be repeated [standard library]."
+            "--calibration",
+            metavar="FILE|DIR|DATASET",
+            help="Text, JSONL, a folder or a data set; may be repeated [standard library].",
         ),
     ] = None,
     separator: common.Separator = None,
     min_chars: common.MinChars = 1,
     documents: common.Documents = None,
-    samples: Annotated[int | None, typer.Option("--samples", metavar="N", min=1, help="Calibration sequences [the recipe's].")] = None,
-    length: Annotated[int | None, typer.Option("--length", metavar="T", min=2, help="Tokens per sequence [the recipe's].")] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", metavar="N", min=1, help="Calibration sequences [the recipe's].")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option("--length", metavar="T", min=2, help="Tokens per sequence [the recipe's].")
+    ] = None,
     evaluation: Annotated[
         str | None,
-        typer.Option("--eval", metavar="FILE", help="Text for perplexity before and after; --separator and --min-chars apply to it too."),
+        typer.Option(
+            "--eval",
+            metavar="FILE",
+            help="Text for perplexity before and after; --separator and --min-chars apply to it too.",
+        ),
     ] = None,
     eval_documents: Annotated[
         str | None, typer.Option("--eval-documents", metavar="A:B", help="Use documents A to B-1 of the --eval text.")
@@ -66,7 +78,7 @@ def compress(
         )  # fmt: skip
         write_report(report, output / "report.html")
         if text is not None:
-            # After the model stands: a kill while evaluating costs only the figures, and peak memory is compression's own.
+            # After the model stands: a kill costs only these figures, and peak memory is compression's own.
             from tulle.evaluate.compare import compare
 
             report = report | {"evaluation": compare(local_folder(model), output, text, protocol, device, progress)}

@@ -16,16 +16,25 @@ if TYPE_CHECKING:
 
 def evaluate(
     model: common.Model,
-    text: Annotated[str | None, typer.Option("--text", metavar="FILE", help="Text or JSONL; without: the standard library.")] = None,
+    text: Annotated[
+        str | None, typer.Option("--text", metavar="FILE", help="Text or JSONL; without: the standard library.")
+    ] = None,
     separator: common.Separator = None,
-    length: Annotated[int | None, typer.Option("--length", metavar="T", help="Tokens per sequence [2048 or the context].")] = None,
+    length: Annotated[
+        int | None, typer.Option("--length", metavar="T", help="Tokens per sequence [2048 or the context].")
+    ] = None,
     min_chars: common.MinChars = 1,
     documents: common.Documents = None,
-    bos: Annotated[bool, typer.Option("--bos/--no-bos", help="Begin sequences with the tokenizer's BOS token, if any.")] = True,
+    bos: Annotated[
+        bool, typer.Option("--bos/--no-bos", help="Begin sequences with the tokenizer's BOS token, if any.")
+    ] = True,
     tasks: Annotated[
-        list[str] | None, typer.Option("--tasks", metavar="NAME|FILE", help="A JSONL file or an lm-eval task; may be repeated.")
+        list[str] | None,
+        typer.Option("--tasks", metavar="NAME|FILE", help="A JSONL file or an lm-eval task; may be repeated."),
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Only the first N rows of each task.")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", min=1, help="Only the first N rows of each task.")
+    ] = None,
     backend: Annotated[str, typer.Option("--backend", metavar="NAME", help="What runs the model: torch.")] = "torch",
     device: common.Device = "cpu",
     dtype: Annotated[str, typer.Option("--dtype", help="Of activations and unpacked weights.")] = "float32",
@@ -56,11 +65,17 @@ def evaluate(
     score: TextScore | None = None
     with common.progress_bars() as progress:
         if passage is not None:
-            score = evaluate_text(loaded, tokenizer, passage, protocol, lambda done, total: progress("perplexity", done, total))
-        found = [run(loaded, tokenizer, lambda done, total, name=name: progress(name, done, total)) for name, run in runs]
+            score = evaluate_text(
+                loaded, tokenizer, passage, protocol, lambda done, total: progress("perplexity", done, total)
+            )
+        found = [
+            run(loaded, tokenizer, lambda done, total, name=name: progress(name, done, total)) for name, run in runs
+        ]
     if str(json_file) != "-":
         _show(model, score, found)
-    common.write_json(json_file, {"model": model} | (dict(score) if score else {}) | ({"tasks": found} if found else {}))
+    common.write_json(
+        json_file, {"model": model} | (dict(score) if score else {}) | ({"tasks": found} if found else {})
+    )
 
 
 def _task(name: str, limit: int | None) -> Any:

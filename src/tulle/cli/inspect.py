@@ -13,7 +13,9 @@ from tulle.errors import UserError
 
 def inspect(
     model: common.Model,
-    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT.html", help="Also write pictures as an HTML page.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="OUT.html", help="Also write pictures as an HTML page.")
+    ] = None,
     json_file: common.JsonFile = None,
 ) -> None:
     """Structure, bits, sparsity, sizes, outliers and sensitivity of MODEL, dense or compressed.

@@ -30,12 +30,12 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-app.command("demo")(demo)
-app.command("compress")(compress)
-app.command("eval")(evaluate)
-app.command("inspect")(inspect)
-app.command("export")(export)
-app.command("train")(train)
+app.command("demo", short_help="The whole story on the bundled model, in minutes.")(demo)
+app.command("compress", short_help="Make a model sparse and low-bit by a recipe.")(compress)
+app.command("eval", short_help="Perplexity, bits per byte, tasks.")(evaluate)
+app.command("inspect", short_help="Structure, bits, sparsity, outliers, sensitivity.")(inspect)
+app.command("export", short_help="Write a compressed model in another format.")(export)
+app.command("train", short_help="Train a model from scratch by a recipe.")(train)
 
 
 def _version(wanted: bool) -> None:
@@ -48,7 +48,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version and exit."),
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Show the version and exit."
+    ),
 ) -> None:
     """Make Transformer language models sparse and low-bit, and run them."""
 

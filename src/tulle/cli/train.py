@@ -10,12 +10,8 @@ import typer
 
 def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A training recipe (YAML).")],
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="The folder for the model, its curve and checkpoints.")
-    ],
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")
-    ] = False,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder for the model, its curve and checkpoints.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
 ) -> None:
     """Train a model from scratch by a recipe.
 

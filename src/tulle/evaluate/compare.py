@@ -21,7 +21,10 @@ def compare(
     device: str = "cpu",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """``{"protocol", "dense": {perplexity, bits_per_byte, tokens, bytes}, "compressed": {…}}``, one model in memory at a time."""
+    """``{"protocol", "dense": {perplexity, bits_per_byte, tokens, bytes}, "compressed": {…}}``.
+
+    One model is in memory at a time.
+    """
     found: dict[str, Any] = {}
     for which, folder in (("dense", dense), ("compressed", compressed)):
         model, tokenizer = load_model(folder, device)

@@ -13,21 +13,30 @@ from tulle.network import require_hub
 def check_task_name(name: str) -> None:
     """Raises ``UserError`` at once if a named task cannot run here: no lm-eval, or no way to its data."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(f"expected a JSONL file or lm-eval for the task {name!r}, found neither; try a file or pip install lm-eval")
+        raise UserError(
+            f"expected a JSONL file or lm-eval for the task {name!r}, found neither; try a file or pip install lm-eval"
+        )
     require_hub(f"the data of the task {name!r}", "give the path of a JSONL file")
 
 
 def evaluate_named(model: Any, tokenizer: Any, name: str, *, limit: int | None = None) -> TaskScore:
-    """Runs one lm-eval task on a loaded model. Raises ``UserError`` if lm-eval does not know it or cannot get its data."""
+    """Runs one lm-eval task on a loaded model.
+
+    Raises ``UserError`` if lm-eval does not know it or cannot get its data.
+    """
     check_task_name(name)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     try:
-        found = simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8), tasks=[name], limit=limit)
+        found = simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8), tasks=[name], limit=limit
+        )
     except Exception as error:  # lm-eval raises whatever its parts raise, from a missing task to a failed download
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"expected lm-eval to run the task {name!r}, found: {first_line}; see lm-eval's list of tasks") from error
+        raise UserError(
+            f"expected lm-eval to run the task {name!r}, found: {first_line}; see lm-eval's list of tasks"
+        ) from error
     results = found["results"][name]
     return TaskScore(
         task=name,
@@ -48,5 +57,7 @@ def _optional(results: dict[str, Any], metric: str) -> float | None:
 def _value(results: dict[str, Any], metric: str) -> float:
     value = _optional(results, metric)
     if value is None:
-        raise UserError(f"expected a task with an accuracy, found metrics {', '.join(results)}; run it with lm-eval itself")
+        raise UserError(
+            f"expected a task with an accuracy, found metrics {', '.join(results)}; run it with lm-eval itself"
+        )
     return value

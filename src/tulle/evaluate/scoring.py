@@ -43,7 +43,9 @@ def score_sequences(
     while done < len(order):
         width = len(sequences[order[done]])
         batch = order[done : done + max(1, budget // width)]
-        for i, score in zip(batch, _score_batch(model, [sequences[i] for i in batch], [skip[i] for i in batch]), strict=True):
+        for i, score in zip(
+            batch, _score_batch(model, [sequences[i] for i in batch], [skip[i] for i in batch]), strict=True
+        ):
             scores[i] = score
         done += len(batch)
         if progress is not None:

@@ -49,7 +49,7 @@ class Example:
 
 def read_examples(file: Path, limit: int | None = None) -> list[Example]:
     """The rows of a JSONL file. Raises ``UserError`` naming the first line that is not one of the three kinds."""
-    examples = []
+    examples: list[Example] = []
     with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if limit is not None and len(examples) == limit:
@@ -58,7 +58,9 @@ def read_examples(file: Path, limit: int | None = None) -> list[Example]:
                 try:
                     examples.append(_example(json.loads(line)))
                 except (ValueError, KeyError, TypeError, AttributeError):
-                    raise UserError(f"expected rows of {ROW_KINDS}, found another in {file}, line {number}; mend that line") from None
+                    raise UserError(
+                        f"expected rows of {ROW_KINDS}, found another in {file}, line {number}; mend that line"
+                    ) from None
     if not examples:
         raise UserError(f"expected rows of {ROW_KINDS}, found none in {file}; check the file")
     return examples
@@ -74,7 +76,9 @@ def _example(row: dict[str, Any]) -> Example:
     else:
         pairs = ((row["context"], row["continuation"]),)
     gold = int(row["gold"]) if len(pairs) > 1 else 0
-    if not 0 <= gold < len(pairs) or not all(continuation.strip() and context is not None for context, continuation in pairs):
+    if not 0 <= gold < len(pairs) or not all(
+        continuation.strip() and context is not None for context, continuation in pairs
+    ):
         raise ValueError(gold)
     return Example(pairs, gold)
 

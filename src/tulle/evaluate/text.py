@@ -1,7 +1,7 @@
 """From text to scored passages: the protocol behind every perplexity figure.
 
-* *Documents* (the text was cut by a separator, or comes in rows): each is its own sequence, cut at ``length`` tokens, or
-  with ``whole`` goes on in further windows of that length.
+* *Documents* (the text was cut by a separator, or comes in rows): each is its own sequence, cut at ``length`` tokens,
+  or with ``whole`` goes on in further windows of that length.
 * *Stream* (otherwise): everything joined by blank lines, in non-overlapping windows of ``length`` tokens, as in the
   GPTQ line of papers: a shorter last window is dropped unless it is the only one.
 
@@ -64,7 +64,9 @@ def resolve_length(length: int | None, context: int | None) -> int:
     if length is None:
         return min(DEFAULT_LENGTH, context or DEFAULT_LENGTH)
     if length < 2 or (context is not None and length > context):
-        raise UserError(f"expected a length from 2 to the model's context ({context} tokens), found {length}; try another --length")
+        raise UserError(
+            f"expected a length from 2 to the model's context ({context} tokens), found {length}; try another --length"
+        )
     return length
 
 
@@ -106,7 +108,10 @@ def begins_with_bos(tokenizer: Any, protocol: Protocol) -> bool:
 
 
 def encode_with_offsets(text: str, tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids without special tokens, and the ``(start, end)`` characters of each. Raises ``UserError`` if it has no offsets."""
+    """Ids without special tokens, and the ``(start, end)`` characters of each.
+
+    Raises ``UserError`` for a tokenizer without offsets.
+    """
     if not tokenizer.is_fast:
         raise UserError("expected a tokenizer with offsets, found none; try a model folder with tokenizer.json")
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

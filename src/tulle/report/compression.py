@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from tulle.report import plots, units
-from tulle.report.page import chart, render, tile, write_page
 from tulle.report.cells import by_block, scheme
+from tulle.report.page import chart, render, tile, write_page
 
 COLUMNS = (
     "linear", "role", "shape", "scheme", "sparsity", "dense", "packed", "bits/weight", "output error", "time",
@@ -33,7 +33,9 @@ def compression_page(report: Mapping[str, Any]) -> str:
         charts=_charts(report),
         recipe_note="Every setting, defaults included.",
         recipe_text=yaml.safe_dump(
-            {k: v for k, v in recipe.items() if k not in ("name", "description")}, sort_keys=False, default_flow_style=None
+            {k: v for k, v in recipe.items() if k not in ("name", "description")},
+            sort_keys=False,
+            default_flow_style=None,
         ),
         facts=_facts(report),
         notes=notes(report),
@@ -58,11 +60,12 @@ def notes(report: Mapping[str, Any]) -> list[str]:
 def _tiles(report: Mapping[str, Any]) -> list[dict[str, str]]:
     totals, evaluation = report["totals"], report["evaluation"]
     ratio = totals["dense_bytes"] / max(1, totals["packed_bytes"])
+    linears = totals["linear_dense_bytes"] / max(1, totals["linear_packed_bytes"])
     tiles = [
         tile(
             "Size",
             f"{units.size(totals['dense_bytes'])} → {units.size(totals['packed_bytes'])}",
-            f"{ratio:.2f}× smaller; linears {totals['linear_dense_bytes'] / max(1, totals['linear_packed_bytes']):.2f}×",
+            f"{ratio:.2f}× smaller; linears {linears:.2f}×",
         ),
         tile("Bits per weight", f"{totals['bits_per_weight']:.2f}", "of the linears, all counted"),
         tile("Sparsity", units.percent(totals["sparsity"]), "of the linears"),
@@ -77,7 +80,9 @@ def _tiles(report: Mapping[str, Any]) -> list[dict[str, str]]:
             )
         )
     tiles.append(
-        tile("Time", units.duration(report["seconds"]["total"]), f"peak memory {units.size(report['peak_memory_bytes'])}")
+        tile(
+            "Time", units.duration(report["seconds"]["total"]), f"peak memory {units.size(report['peak_memory_bytes'])}"
+        )
     )
     return tiles
 
@@ -88,7 +93,10 @@ def _charts(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     blocks = len(report["blocks"])
     roles = list(dict.fromkeys(linear["role"] for linear in linears))
     packed = {
-        role: [sum(x["packed_bytes"] for x in linears if x["role"] == role and x["block"] == b) / 1e6 for b in range(blocks)]
+        role: [
+            sum(x["packed_bytes"] for x in linears if x["role"] == role and x["block"] == b) / 1e6
+            for b in range(blocks)
+        ]
         for role in roles
     }
     dense = [sum(x["dense_bytes"] for x in linears if x["block"] == b) / 1e6 for b in range(blocks)]
@@ -104,12 +112,14 @@ def _charts(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     charts = [
         chart(
             "Output error per linear",
-            "‖ŷ − y‖² / ‖y‖² over the calibration tokens: what the linear gives in the compressed model against the dense "
-            "model, so errors of the blocks before it are included.",
+            "‖ŷ − y‖² / ‖y‖² over the calibration tokens: what the linear gives in the compressed model against the "
+            "dense model, so errors of the blocks before it are included.",
             plots.error_per_linear(errors),
         ),
         chart(
-            "Size", "All tensors of the files. The rest is embeddings, norms and biases, which stay as they are.", plots.totals(sizes)
+            "Size",
+            "All tensors of the files. The rest is embeddings, norms and biases, which stay as they are.",
+            plots.totals(sizes),
         ),
         chart("Size per block", "Linears only, dense and packed.", plots.size_per_block(dense, packed)),
         chart(
@@ -148,10 +158,9 @@ def _time_note(report: Mapping[str, Any]) -> str:
 
 def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     calibration, machine, evaluation = report["calibration"], report["machine"], report["evaluation"]
-    source = calibration["source"]
+    amount = f"{calibration['samples']} sequences of up to {calibration['length']} tokens"
     facts = [
-        ("Calibration", source if isinstance(source, str) else ", ".join(map(str, source))),
-        ("", f"{calibration['samples']} sequences of up to {calibration['length']} tokens, {calibration['tokens']:,} in all"),
+        ("Calibration", f"{', '.join(calibration['source'])}: {amount}, {calibration['tokens']:,} in all"),
         ("Seed", str(report["seed"])),
     ]
     if evaluation:

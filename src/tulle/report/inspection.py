@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from tulle.report import plots, units
-from tulle.report.page import chart, render, tile, write_page
 from tulle.report.cells import by_block, scheme
+from tulle.report.page import chart, render, tile, write_page
 
 COLUMNS = (
-    "linear", "role", "shape", "scheme", "sparsity", "size", "bits/weight", "std", "max |w|", "kurtosis", "outlier ratio",
-    "outlier channels", "4-bit error",
+    "linear", "role", "shape", "scheme", "sparsity", "size", "bits/weight", "std", "max |w|", "kurtosis",
+    "outlier ratio", "outlier channels", "4-bit error",
 )  # fmt: skip
 
 
@@ -37,7 +37,9 @@ def inspection_page(found: Mapping[str, Any]) -> str:
         charts=_charts(found),
         table_columns=COLUMNS,
         table_rows=[_row(x) for x in found["linears"]],
-        other_rows=[(x["name"], "×".join(map(str, x["shape"])), x["dtype"], units.size(x["bytes"])) for x in found["others"]],
+        other_rows=[
+            (x["name"], "×".join(map(str, x["shape"])), x["dtype"], units.size(x["bytes"])) for x in found["others"]
+        ],
     )
 
 
@@ -45,8 +47,8 @@ def describe(architecture: Mapping[str, Any]) -> str:
     """``llama, 22 blocks, d 2048, ffn 5632, 32/4 heads of 64, vocabulary 32,000``."""
     a = architecture
     return (
-        f"{a['type']}, {a['blocks']} blocks, d {a['hidden']}, ffn {a['intermediate']}, {a['heads']}/{a['kv_heads']} heads of "
-        f"{a['head_dim']}, vocabulary {a['vocabulary']:,}{', tied embeddings' if a['tied'] else ''}"
+        f"{a['type']}, {a['blocks']} blocks, d {a['hidden']}, ffn {a['intermediate']}, {a['heads']}/{a['kv_heads']} heads"
+        f" of {a['head_dim']}, vocabulary {a['vocabulary']:,}{', tied embeddings' if a['tied'] else ''}"
     )
 
 
@@ -58,13 +60,27 @@ def _charts(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     def column(key: str) -> list[list[float | None]]:
         return [[None if (x := table.get((name, b))) is None else x[key] for b in range(blocks)] for name in names]
 
-    charts = [chart("Where the bytes are", "By role; the rest is embeddings, norms and biases.", plots.horizontal("bytes", _sizes(found), "MB"))]
+    charts = [
+        chart(
+            "Where the bytes are",
+            "By role; the rest is embeddings, norms and biases.",
+            plots.horizontal("bytes", _sizes(found), "MB"),
+        )
+    ]
     charts.append(
-        chart("Bits per weight", "Stored bytes × 8 / weights.", plots.matrix("bits", names, column("bits_per_weight"), lambda v: f"{v:.2f}"))
+        chart(
+            "Bits per weight",
+            "Stored bytes × 8 / weights.",
+            plots.matrix("bits", names, column("bits_per_weight"), lambda v: f"{v:.2f}"),
+        )
     )
     if any(x["sparsity"] > 0.01 for x in linears):
         charts.append(
-            chart("Sparsity", "Share of weights that are exactly zero.", plots.matrix("sparsity", names, column("sparsity"), units.percent))
+            chart(
+                "Sparsity",
+                "Share of weights that are exactly zero.",
+                plots.matrix("sparsity", names, column("sparsity"), units.percent),
+            )
         )
     if all(x["rounding_error"] is not None for x in linears):
         charts.append(

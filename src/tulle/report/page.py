@@ -14,7 +14,11 @@ import tulle
 def render(template: str, **context: Any) -> str:
     """The page of a template in ``report/templates``."""
     environment = Environment(
-        loader=PackageLoader("tulle.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("tulle.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     return environment.get_template(template).render(footer=f"Made by Tulle {tulle.__version__}.", **context)
 

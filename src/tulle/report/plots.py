@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 from matplotlib.ticker import MaxNLocator
@@ -107,7 +106,12 @@ def block_error(errors: Sequence[float]) -> str:
         ax = p.axes
         ax.plot(range(len(errors)), errors, color=style.ACCENT, marker="o", markersize=5.5, linewidth=1.8)
         ax.annotate(
-            units.error(errors[-1]), (len(errors) - 1, errors[-1]), (0, 7), textcoords="offset points", ha="right", fontsize=9.5
+            units.error(errors[-1]),
+            (len(errors) - 1, errors[-1]),
+            (0, 7),
+            textcoords="offset points",
+            ha="right",
+            fontsize=9.5,
         )
         _block_axis(ax, len(errors))
         ax.set_ylabel("relative error after the block")
@@ -140,9 +144,13 @@ def size_against_quality(points: Sequence[tuple[str, float, float]], dense: str)
         ax.axhline(base, color=style.MUTED, linewidth=1, linestyle=(0, (4, 4)))
         for name, mb, quality in points:
             color = style.DENSE if name == dense else style.ACCENT
-            ax.plot([mb], [quality], marker="o", markersize=9, color=color, linestyle="none", markeredgecolor=style.PAPER)
+            ax.plot(
+                [mb], [quality], marker="o", markersize=9, color=color, linestyle="none", markeredgecolor=style.PAPER
+            )
         for name, mb, quality, offset in _spread(points):
-            ax.annotate(name, (mb, quality), (0, offset), textcoords="offset points", ha="center", va="center", fontsize=9.5)
+            ax.annotate(
+                name, (mb, quality), (0, offset), textcoords="offset points", ha="center", va="center", fontsize=9.5
+            )
         ax.set_xlabel("size of the model, MB")
         ax.set_ylabel("bits per byte (less is better)")
         ax.set_xlim(0, max(mb for _, mb, _ in points) * 1.1)
@@ -192,9 +200,8 @@ def _spread(points: Sequence[tuple[str, float, float]]) -> list[tuple[str, float
     height = (max(q for _, _, q in points) - min(q for _, _, q in points)) or 1.0
     placed = []
     for name, mb, quality in points:
-        above = [
-            other for other, x, y in points
-            if other != name and abs(x - mb) < 0.16 * width and 0 <= y - quality < 0.14 * height and not math.isclose(y, quality)
-        ]  # fmt: skip
-        placed.append((name, mb, quality, -14.0 if above else 14.0))
+        crowded = any(
+            abs(x - mb) < 0.16 * width and 0 < y - quality < 0.14 * height for other, x, y in points if other != name
+        )
+        placed.append((name, mb, quality, -14.0 if crowded else 14.0))
     return placed

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -27,7 +28,7 @@ _VARIABLES = {
     **{color: f"--on-ramp-{i}" for i, color in enumerate(ON_RAMP)},
 }  # fmt: skip
 
-_RC = {
+_RC: dict[Any, Any] = {
     "svg.fonttype": "none", "font.size": 10, "axes.edgecolor": MUTED, "axes.labelcolor": MUTED, "text.color": INK,
     "xtick.color": MUTED, "ytick.color": MUTED, "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID,
     "grid.linewidth": 0.8, "axes.linewidth": 0.8, "axes.spines.top": False, "axes.spines.right": False,
@@ -48,7 +49,7 @@ class Picture:
 
 @contextmanager
 def picture(name: str, width: float = 6.4, height: float = 3.0) -> Iterator[Picture]:
-    """``with picture("error") as p: p.axes.plot(...)``, then ``p.svg``. Sizes in inches; ``name`` salts the SVG's ids."""
+    """``with picture("error") as p: p.axes.plot(...)``, then ``p.svg``. Inches; ``name`` salts the SVG's ids."""
     with rc_context({**_RC, "svg.hashsalt": name}):
         drawn = Picture(width, height)
         yield drawn

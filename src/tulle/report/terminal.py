@@ -16,7 +16,11 @@ def text_table(model: str, score: Mapping[str, Any]) -> Table:
     """Perplexity, bits per byte and how much was scored."""
     table = _table("model", "perplexity", "bits per byte", "tokens", "bytes")
     table.add_row(
-        model, units.significant(score["perplexity"], 5), f"{score['bits_per_byte']:.4f}", f"{score['tokens']:,}", f"{score['bytes']:,}"
+        model,
+        units.significant(score["perplexity"], 5),
+        f"{score['bits_per_byte']:.4f}",
+        f"{score['tokens']:,}",
+        f"{score['bytes']:,}",
     )
     return table
 
@@ -37,7 +41,9 @@ def task_table(model: str, tasks: Sequence[Mapping[str, Any]]) -> Table:
 def compression_table(report: Mapping[str, Any]) -> Table:
     """Before and after, one row each."""
     totals, evaluation = report["totals"], report["evaluation"]
-    table = _table("", "size", "linears", "bits per weight", "sparsity", "perplexity", "bits per byte", "time", "peak memory")
+    table = _table(
+        "", "size", "linears", "bits per weight", "sparsity", "perplexity", "bits per byte", "time", "peak memory"
+    )
 
     def quality(which: str) -> tuple[str, str]:
         if not evaluation:
@@ -47,20 +53,38 @@ def compression_table(report: Mapping[str, Any]) -> Table:
     weights = sum(linear["shape"][0] * linear["shape"][1] for linear in report["linears"]) or 1
     dense_bits = f"{8 * totals['linear_dense_bytes'] / weights:.2f}"
     table.add_row(
-        report["model"], units.size(totals["dense_bytes"]), units.size(totals["linear_dense_bytes"]), dense_bits, "0 %", *quality("dense")
+        report["model"],
+        units.size(totals["dense_bytes"]),
+        units.size(totals["linear_dense_bytes"]),
+        dense_bits,
+        "0 %",
+        *quality("dense"),
     )
     table.add_row(
-        report["recipe"].get("name") or "compressed", units.size(totals["packed_bytes"]), units.size(totals["linear_packed_bytes"]),
-        f"{totals['bits_per_weight']:.2f}", units.percent(totals["sparsity"]), *quality("compressed"),
-        units.duration(report["seconds"]["total"]), units.size(report["peak_memory_bytes"]),
-    )  # fmt: skip
+        report["recipe"].get("name") or "compressed",
+        units.size(totals["packed_bytes"]),
+        units.size(totals["linear_packed_bytes"]),
+        f"{totals['bits_per_weight']:.2f}",
+        units.percent(totals["sparsity"]),
+        *quality("compressed"),
+        units.duration(report["seconds"]["total"]),
+        units.size(report["peak_memory_bytes"]),
+    )
     return table
 
 
 def inspection_table(found: Mapping[str, Any]) -> Table:
     """One row per role and scheme: the linears of a model are too many for a terminal."""
     table = _table(
-        "role", "linears", "scheme", "sparsity", "size", "bits per weight", "kurtosis ≤", "outlier ratio ≤", "4-bit error ≤"
+        "role",
+        "linears",
+        "scheme",
+        "sparsity",
+        "size",
+        "bits per weight",
+        "kurtosis ≤",
+        "outlier ratio ≤",
+        "4-bit error ≤",
     )
     rows: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for linear in found["linears"]:
@@ -82,10 +106,17 @@ def inspection_table(found: Mapping[str, Any]) -> Table:
 
 def demo_table(found: Mapping[str, Any]) -> Table:
     """Dense and every recipe, one row each."""
-    table = _table("recipe", "size", "smaller", "bits per weight", "sparsity", "bits per byte", "perplexity", "compressed in")
+    table = _table(
+        "recipe", "size", "smaller", "bits per weight", "sparsity", "bits per byte", "perplexity", "compressed in"
+    )
     for row in found["rows"]:
         cells = row_cells(row, found["rows"][0])
-        table.add_row(*(cells[key] for key in ("name", "size", "ratio", "bits", "sparsity", "bits_per_byte", "perplexity", "seconds")))
+        table.add_row(
+            *(
+                cells[key]
+                for key in ("name", "size", "ratio", "bits", "sparsity", "bits_per_byte", "perplexity", "seconds")
+            )
+        )
     return table
 
 
