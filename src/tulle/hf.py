@@ -61,10 +61,15 @@ class TulleQuantizer(HfQuantizer):
             if not isinstance(module, PackedLinear):
                 continue
             for suffix, (kind, _) in module.spec.tensors().items():
-                found = module.get_buffer(suffix).dtype
-                if found != DTYPES[kind]:
+                found = module.get_buffer(suffix)
+                # Before 5.0, transformers casts floating buffers to the dtype asked for. From float32 the way back is
+                # exact.
+                if found.dtype == torch.float32:
+                    setattr(module, suffix, found.to(DTYPES[kind]))
+                elif found.dtype != DTYPES[kind]:
                     raise UserError(
-                        f"expected {name}.{suffix} as {kind}, found {found}; transformers cast it, upgrade it"
+                        f"expected {name}.{suffix} as {kind}, found it cast to {found.dtype} by transformers; "
+                        "upgrade it to 5.0 or load with dtype=torch.float32"
                     )
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
