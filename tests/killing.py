@@ -1,7 +1,8 @@
 """Kills a compressing process with SIGKILL at random moments and resumes it, until enough kills have been survived.
 
-``python killing.py FOLDER KILLS`` prints one line of JSON. A fork server: everything is imported once, each attempt is a
-forked child, so that an attempt costs the run and not the imports.
+``python killing.py FOLDER KILLS`` prints one line of JSON. A fork server: everything is imported once and each attempt
+is a forked child, so that an attempt costs the run and not the imports. Moments are drawn in CPU seconds of the child,
+so that they fall all over the run on a busy machine too.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 sys.path.insert(0, str(Path(__file__).parent))
 
-from checkpoints import PROSE, write_checkpoint
+from checkpoints import PROSE, write_checkpoint  # noqa: E402
 
-from tulle.compress import compress
-from tulle.texts import Text
+from tulle.compress import compress  # noqa: E402
+from tulle.texts import Text  # noqa: E402
 
 RECIPE = {
     "steps": [{"sparsegpt": {"sparsity": 0.5}}, {"gptq": {"bits": 4, "group_size": 16}}],
@@ -28,59 +31,59 @@ RECIPE = {
 }
 
 
-def attempt(model: Path, output: Path, kill_after: float | None) -> bool:
-    """Runs one child; True when it finished by itself."""
+def attempt(model: Path, output: Path, kill_after: float | None) -> float | None:
+    """Runs one child; the CPU seconds it took, or None when it was killed after ``kill_after`` of them."""
     child = os.fork()
     if child == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         try:
             compress(model, RECIPE, output, calibration=Text((PROSE,), False), resume=True)
         except BaseException as error:  # a child must never return into the parent's loop
             print(repr(error), file=sys.stderr)
             os._exit(1)
         os._exit(0)
-    deadline = time.monotonic() + (kill_after if kill_after is not None else 300)
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
+    process = psutil.Process(child)
+    while True:
+        done, status, usage = os.wait4(child, os.WNOHANG)
         if done:
             if status:
-                raise SystemExit(f"a resumed run failed with status {status}")
-            return True
+                raise SystemExit(f"a run failed with status {status}")
+            return usage.ru_utime + usage.ru_stime
+        used = process.cpu_times()
+        if kill_after is not None and used.user + used.system > kill_after:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return None
         time.sleep(0.002)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return False
 
 
 def digest(folder: Path) -> dict[str, str]:
+    """Every file but the report, which holds times."""
     files = [f for f in folder.iterdir() if not f.name.startswith("report")]
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
 def main() -> None:
     folder, wanted = Path(sys.argv[1]), int(sys.argv[2])
-    source = os.fork()
-    if source == 0:  # torch must not start its threads in the parent: a forked child could not use them
+    writer = os.fork()
+    if writer == 0:  # torch must not start its threads in the parent: a forked child could not use them
         write_checkpoint(folder / "model", num_hidden_layers=6)
         os._exit(0)
-    os.waitpid(source, 0)
-    begun = time.monotonic()
-    assert attempt(folder / "model", folder / "undisturbed", None)
-    duration = time.monotonic() - begun
+    os.waitpid(writer, 0)
+    duration = attempt(folder / "model", folder / "undisturbed", None)
+    assert duration is not None
     expected = digest(folder / "undisturbed")
     moments = random.Random(0)
     kills = finished = equal = 0
     while kills < wanted or not finished:
         output = folder / f"run{finished}"
-        if attempt(folder / "model", output, moments.uniform(0.02, 0.6 * duration)):
-            finished += 1
-            equal += digest(output) == expected and not output.with_name(output.name + ".partial").exists()
+        if attempt(folder / "model", output, moments.uniform(0.0, 0.7 * duration)) is None:
+            kills += 1
+            # What stands where a model is expected is whole, or nothing.
+            assert not output.exists() or digest(output) == expected
             continue
-        kills += 1
-        # What stands where a model is expected is whole, or nothing.
-        if output.exists():
-            assert digest(output) == expected
-    print(json.dumps({"kills": kills, "finished": finished, "equal": equal, "seconds": duration}))
+        finished += 1
+        equal += digest(output) == expected and not output.with_name(output.name + ".partial").exists()
+    print(json.dumps({"kills": kills, "finished": finished, "equal": equal, "cpu_seconds": round(duration, 2)}))
 
 
 main()
