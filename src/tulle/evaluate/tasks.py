@@ -74,13 +74,17 @@ def _example(row: dict[str, Any]) -> Example:
     elif "context_options" in row:
         pairs = tuple((context, row["continuation"]) for context in row["context_options"])
     else:
-        pairs = ((row["context"], row["continuation"]),)
-    gold = int(row["gold"]) if len(pairs) > 1 else 0
-    if not 0 <= gold < len(pairs) or not all(
-        continuation.strip() and context is not None for context, continuation in pairs
-    ):
-        raise ValueError(gold)
-    return Example(pairs, gold)
+        return Example((_checked(row["context"], row["continuation"]),), 0)
+    gold = int(row["gold"])
+    if len(pairs) < 2 or not 0 <= gold < len(pairs):
+        raise ValueError(f"gold {gold} of {len(pairs)} choices")
+    return Example(tuple(_checked(*pair) for pair in pairs), gold)
+
+
+def _checked(context: str, continuation: str) -> tuple[str, str]:
+    if not context.strip() or not continuation.strip():
+        raise ValueError("an empty context or continuation")
+    return context, continuation
 
 
 def encode_pair(context: str, continuation: str, tokenizer: Any, longest: int) -> tuple[list[int], int]:

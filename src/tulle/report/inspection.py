@@ -47,7 +47,8 @@ def describe(architecture: Mapping[str, Any]) -> str:
     """``llama, 22 blocks, d 2048, ffn 5632, 32/4 heads of 64, vocabulary 32,000``."""
     a = architecture
     return (
-        f"{a['type']}, {a['blocks']} blocks, d {a['hidden']}, ffn {a['intermediate']}, {a['heads']}/{a['kv_heads']} heads"
+        f"{a['type']}, {a['blocks']} blocks, d {a['hidden']}, ffn {a['intermediate']}, "
+        f"{a['heads']}/{a['kv_heads']} heads"
         f" of {a['head_dim']}, vocabulary {a['vocabulary']:,}{', tied embeddings' if a['tied'] else ''}"
     )
 
