@@ -5,9 +5,9 @@
 DIR holds ``models/tinystories-656K`` and ``text/tinystories_10k.txt``; PYTHON is the interpreter of a virtual
 environment with llm-compressor in it. Protocol: documents between ``<|endoftext|>``, stripped, of more than 100
 characters; calibration on documents 200-455, evaluation on the first 100, one document per sequence with BOS, cut
-at 512 tokens. Every case is run by the peer (its defaults, one step) and by three recipes of ours: ``paper`` (the
-published method alone), ``layer`` (our additions to the method, fitted to each layer's own weight) and ``ours``
-(fitted to the dense model, as shipped recipes are). Prints a table; writes results/peer_tinystories.json.
+at 512 tokens. Every case is run by the peer (one step, its defaults) and by four recipes of ours: ``paper`` is the
+published method alone; ``layer``, ``dense`` and ``stream`` are our step with its defaults and that
+``calibration: target``. Prints a table; writes results/peer_tinystories.json.
 """
 
 from __future__ import annotations
@@ -136,12 +136,10 @@ class Bench:
             assert replaced and not unknown, f"the peer's tensors do not fit: {unknown}"
         return evaluate_text(model, tokenizer, self.evaluation, Protocol(length=LENGTH))["perplexity"]
 
-    def ours(self, step: dict[str, Any], target: str | None) -> dict[str, float]:
+    def ours(self, step: dict[str, Any], target: str) -> dict[str, float]:
         from tulle.compress import compress
 
-        calibration: dict[str, Any] = {"samples": len(self.sequences), "length": LENGTH}
-        if target is not None:
-            calibration["target"] = target
+        calibration = {"samples": len(self.sequences), "length": LENGTH, "target": target}
         with tempfile.TemporaryDirectory(dir=self.folder) as parent:
             output = Path(parent) / "model"
             recipe = {"name": "bench", "calibration": calibration, "steps": [step]}
@@ -191,7 +189,7 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads)
     console = Console()
-    table = Table("case", "llm-compressor", "paper", "layer", "ours", title="perplexity (seconds)")
+    table = Table("case", "llm-compressor", "paper", "layer", "dense", "stream", title="perplexity (seconds)")
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(arguments.data, arguments.peer_python, arguments.threads, Path(folder))
         dense = bench.perplexity(bench.model)
@@ -202,8 +200,7 @@ def main() -> None:
             cases[name] = {
                 "llm-compressor": bench.peer(case["peer"]),
                 "paper": bench.ours(case["paper"], "layer"),
-                "layer": bench.ours(case["step"], "layer"),
-                "ours": bench.ours(case["step"], None),
+                **{target: bench.ours(case["step"], target) for target in ("layer", "dense", "stream")},
             }
             cells = [f"{run['perplexity']:.2f} ({run['seconds']:.1f})" for run in cases[name].values()]
             console.print(f"{name}: {', '.join(cells)}")

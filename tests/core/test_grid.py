@@ -5,16 +5,12 @@ from hypothesis import given, settings
 
 from tulle.core.grid import Grid, Quantised, code, find_steps, round_to_grid, steps
 
-GRIDS = st.builds(
-    Grid, bits=st.integers(2, 8), group_size=st.sampled_from([None, 4, 8]), symmetric=st.booleans()
-)
+GRIDS = st.builds(Grid, bits=st.integers(2, 8), group_size=st.sampled_from([None, 4, 8]), symmetric=st.booleans())
 
 
 def weights(seed: int) -> torch.Tensor:
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(5, 16, generator=g) * torch.rand(5, 1, generator=g) * 10 + torch.randn(
-        5, 1, generator=g
-    )
+    return torch.randn(5, 16, generator=g) * torch.rand(5, 1, generator=g) * 10 + torch.randn(5, 1, generator=g)
 
 
 @given(grid=GRIDS, seed=st.integers(0, 999))

@@ -35,7 +35,7 @@ def test_singular_hessian_escalates_and_says_so() -> None:
     h.add(torch.ones(50, 16) * 100)
     factor = h.factor(1e-9)
     assert factor.damping > 1e-9
-    assert h.remarks(1e-9, factor) == [
+    assert h.remarks(1e-9, factor.damping) == [
         f"singular Hessian: damping raised from 1e-09 to {factor.damping:g} of its mean diagonal"
     ]
 
@@ -44,7 +44,7 @@ def test_regular_hessian_has_no_remarks() -> None:
     _, x = layer(1, 8)
     h = Hessian.zeros(8)
     h.add(x)
-    assert h.remarks(0.01, h.factor(0.01)) == []
+    assert h.remarks(0.01, h.factor(0.01).damping) == []
 
 
 def test_infinite_activations_are_refused() -> None:

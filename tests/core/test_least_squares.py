@@ -54,6 +54,4 @@ def test_wide_layers_are_iterative() -> None:
 def test_everything_kept_is_the_target() -> None:
     w, _, x = problem()
     hessian = x.T @ x
-    torch.testing.assert_close(
-        refit_exact(w, torch.ones_like(w, dtype=torch.bool), hessian), w, rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(refit_exact(w, torch.ones_like(w, dtype=torch.bool), hessian), w, rtol=1e-4, atol=1e-4)

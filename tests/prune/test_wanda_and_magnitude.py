@@ -9,9 +9,7 @@ from tulle.prune.wanda import Wanda
 
 def test_wanda_by_hand() -> None:
     linear = state(torch.tensor([[1.0, -2.0, 3.0, -4.0], [4.0, 3.0, 2.0, 1.0]]))
-    Wanda(sparsity=0.5, refit=False).apply_linear(
-        linear, Statistics(1, column_norm=torch.tensor([9.0, 1.0, 1.0, 1.0]))
-    )
+    Wanda(sparsity=0.5, refit=False).apply_linear(linear, Statistics(1, column_norm=torch.tensor([9.0, 1.0, 1.0, 1.0])))
     assert linear.weight.tolist() == [[1.0, 0.0, 0.0, -4.0], [4.0, 3.0, 0.0, 0.0]]
 
 

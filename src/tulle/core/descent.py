@@ -47,9 +47,7 @@ def descend(
     return Quantised(grid, codes.to(torch.int16), scale, zero)
 
 
-def _refit_steps(
-    codes: Tensor, scale: Tensor, zero: Tensor, keep: Tensor, gradient: Tensor, hessian: Tensor
-) -> None:
+def _refit_steps(codes: Tensor, scale: Tensor, zero: Tensor, keep: Tensor, gradient: Tensor, hessian: Tensor) -> None:
     """Moves each group's step in turn; updates ``scale`` and ``gradient`` = (W−Ŵ)H in place."""
     groups = scale.shape[1]
     width = codes.shape[1] // groups

@@ -33,8 +33,7 @@ class Grid:
             raise UserError(f"expected 2 to 8 bits, found {self.bits}; 4 and 8 are the usual choices")
         if self.group_size is not None and self.group_size < 1:
             raise UserError(
-                f"expected a positive group_size, found {self.group_size}; "
-                "leave it out for one step per output channel"
+                f"expected a positive group_size, found {self.group_size}; leave it out for one step per output channel"
             )
 
     def check(self, name: str, columns: int) -> None:
@@ -73,9 +72,7 @@ class Quantised:
         """``[C_out, C_in]`` float32; zeros where ``mask`` is False."""
         columns = self.codes.shape[1]
         width = columns // self.scale.shape[1]
-        w = (self.codes.float() - self.zero.repeat_interleave(width, 1)) * self.scale.repeat_interleave(
-            width, 1
-        )
+        w = (self.codes.float() - self.zero.repeat_interleave(width, 1)) * self.scale.repeat_interleave(width, 1)
         return w if mask is None else w * mask
 
 

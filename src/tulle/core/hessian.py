@@ -62,14 +62,11 @@ class Hessian:
         d[self.dead] = 1.0
         return h
 
-    def remarks(self, damping: float, factor: Factor) -> list[str]:
-        """Lines for a linear's notes: an escalated damping, channels without calibration data."""
+    def remarks(self, asked: float, used: float) -> list[str]:
+        """Lines for a linear's notes: a damping other than the one asked for, channels without calibration data."""
         lines = []
-        if factor.damping != damping:
-            lines.append(
-                f"singular Hessian: damping raised from {damping:g} to {factor.damping:g} "
-                "of its mean diagonal"
-            )
+        if used != asked:
+            lines.append(f"singular Hessian: damping raised from {asked:g} to {used:g} of its mean diagonal")
         if dead := int(self.dead.sum()):
             lines.append(f"{dead} input channels were zero on all calibration tokens")
         return lines

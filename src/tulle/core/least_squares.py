@@ -38,9 +38,7 @@ def refit_exact(target: Tensor, mask: Tensor, hessian: Tensor) -> Tensor:
     right = (target.double() @ h) * keep
     columns = h.shape[0]
     result = torch.empty_like(right)
-    for rows in torch.arange(target.shape[0], device=target.device).split(
-        max(1, CHUNK_ELEMENTS // columns**2)
-    ):
+    for rows in torch.arange(target.shape[0], device=target.device).split(max(1, CHUNK_ELEMENTS // columns**2)):
         k = keep[rows]
         # H_SS on the kept positions and the identity elsewhere, so that all rows have one size.
         system = h * k[:, :, None] * k[:, None, :] + torch.diag_embed(1 - k)

@@ -38,9 +38,7 @@ class Pattern:
         """Reads ``"2:4"``. Raises ``UserError`` for anything that is not an N:M pattern."""
         found = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", str(text))
         if found is None:
-            raise UserError(
-                f"expected a pattern such as '2:4', found {text!r}; quote it in YAML: pattern: '2:4'"
-            )
+            raise UserError(f"expected a pattern such as '2:4', found {text!r}; quote it in YAML: pattern: '2:4'")
         return cls(int(found[1]), int(found[2]))
 
     def check(self, name: str, columns: int) -> None:

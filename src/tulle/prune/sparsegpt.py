@@ -56,9 +56,7 @@ class _Pruner:
         self.mask = torch.ones(shape[1], shape[0], dtype=torch.bool, device=diagonal.device)
         if quantised is not None:
             width = shape[1] // quantised.scale.shape[1]
-            self.step, self.zero = (
-                t.T.repeat_interleave(width, 0) for t in (quantised.scale, quantised.zero)
-            )
+            self.step, self.zero = (t.T.repeat_interleave(width, 0) for t in (quantised.scale, quantised.zero))
 
     def open_block(self, start: int, weight: Tensor) -> None:
         if self.sparsity is None:
@@ -166,7 +164,7 @@ class SparseGPT(Method):
         assert hessian is not None
         pattern = check_sparsity(self.sparsity, self.pattern)
         factor = hessian.factor(self.damping)
-        linear.notes += hessian.remarks(self.damping, factor)
+        linear.notes += hessian.remarks(self.damping, factor.damping)
         target, quantised = linear.weight, None
         if grid is not None:
             score = within(sparsegpt_score(target, factor.upper.diagonal()), linear.mask)
@@ -180,9 +178,7 @@ class SparseGPT(Method):
         linear.pattern = self.pattern or linear.pattern
         if quantised is not None:
             if self.refit:
-                quantised = descend(
-                    target, quantised, hessian.damped(factor.damping), linear.mask, self.descent
-                )
+                quantised = descend(target, quantised, hessian.damped(factor.damping), linear.mask, self.descent)
             linear.quantised = quantised
             linear.weight = quantised.dequantise(linear.mask)
         elif self.refit:

@@ -57,7 +57,9 @@ class Wanda(Method):
         linear.mask = within(keep(score, self.sparsity, pattern), linear.mask)
         linear.pattern = self.pattern or linear.pattern
         if self.refit:
-            assert statistics.hessian is not None
-            linear.weight = refit(linear.weight, linear.mask, statistics.hessian.damped(self.damping))
+            hessian = statistics.hessian
+            assert hessian is not None
+            linear.notes += hessian.remarks(self.damping, self.damping)
+            linear.weight = refit(linear.weight, linear.mask, hessian.damped(self.damping))
         else:
             linear.weight = linear.weight * linear.mask

@@ -104,15 +104,11 @@ class GPTQ(Method):
         hessian, grid = statistics.hessian, self._grid()
         assert hessian is not None
         factor = hessian.factor(self.damping, self.act_order)
-        linear.notes += hessian.remarks(self.damping, factor)
-        scale, zero = find_steps(
-            linear.weight, grid, hessian.matrix.diagonal(), self.clip_search, linear.mask
-        )
+        linear.notes += hessian.remarks(self.damping, factor.damping)
+        scale, zero = find_steps(linear.weight, grid, hessian.matrix.diagonal(), self.clip_search, linear.mask)
         quantised = gptq(linear.weight, factor, grid, scale, zero, linear.mask, self.block)
         if self.descent:
-            quantised = descend(
-                linear.weight, quantised, hessian.damped(factor.damping), linear.mask, self.descent
-            )
+            quantised = descend(linear.weight, quantised, hessian.damped(factor.damping), linear.mask, self.descent)
         linear.quantised = quantised
         linear.weight = quantised.dequantise(linear.mask)
         linear.input_bits = self.input_bits

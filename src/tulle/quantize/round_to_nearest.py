@@ -17,9 +17,7 @@ from tulle.core.contract import LinearState, Method, Statistics
 from tulle.core.grid import Grid, Quantised, code, find_steps, grouped
 
 
-def round_to_nearest(
-    weight: Tensor, grid: Grid, clip_search: int = 0, mask: Tensor | None = None
-) -> Quantised:
+def round_to_nearest(weight: Tensor, grid: Grid, clip_search: int = 0, mask: Tensor | None = None) -> Quantised:
     """Quantises W ``[C_out, C_in]``; ``mask`` entries that are False do not count in the search for steps."""
     scale, zero = find_steps(weight, grid, search=clip_search, mask=mask)
     codes = code(grouped(weight, grid.group_size), scale[..., None], zero[..., None], grid)
