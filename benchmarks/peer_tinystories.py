@@ -194,26 +194,26 @@ def main() -> None:
         bench = Bench(arguments.data, arguments.peer_python, arguments.threads, Path(folder))
         dense = bench.perplexity(bench.model)
         console.print(f"dense: {dense:.4f}")
-        cases = {}
+        result: dict[str, Any] = {
+            "protocol": " ".join(str(__doc__).split("Protocol: ")[1].split("Every case")[0].split()),
+            "machine": machine.describe() | {"threads": arguments.threads},
+            "dense": dense,
+            "cases": {},
+        }
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         for name in arguments.only:
             case = CASES[name]
-            cases[name] = {
+            runs = {
                 "llm-compressor": bench.peer(case["peer"]),
                 "paper": bench.ours(case["paper"], "layer"),
                 **{target: bench.ours(case["step"], target) for target in ("layer", "dense", "stream")},
             }
-            cells = [f"{run['perplexity']:.2f} ({run['seconds']:.1f})" for run in cases[name].values()]
+            cells = [f"{run['perplexity']:.2f} ({run['seconds']:.1f})" for run in runs.values()]
             console.print(f"{name}: {', '.join(cells)}")
             table.add_row(name, *cells)
+            result["cases"][name] = runs
+            arguments.out.write_text(json.dumps(result, indent=2) + "\n")
     console.print(table)
-    result = {
-        "protocol": " ".join(str(__doc__).split("Protocol: ")[1].split("Every case")[0].split()),
-        "machine": machine.describe() | {"threads": arguments.threads},
-        "dense": dense,
-        "cases": cases,
-    }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
     console.print(f"wrote {arguments.out}")
 
 
