@@ -5,7 +5,6 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 # What an editable install copies or compiles; other Python sources are used from where they are.
 BUILT_FROM := pyproject.toml CMakeLists.txt constraints.txt $(shell find native -name '*.hpp' -o -name '*.cpp')
-BENCHMARKS = $(shell grep -o 'benchmarks/[a-z0-9_]*\.py' benchmarks/README.md | sort -u)
 
 .PHONY: demo test check bench reference sanitize
 
@@ -14,7 +13,7 @@ demo: $(INSTALLED)
 
 # One process per core; more threads inside each would only fight for the same cores.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses=8
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n auto --maxprocesses=8
 
 check: $(INSTALLED)
 	$(BIN)/ruff check
@@ -22,9 +21,10 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The scripts that benchmarks/README.md names, one after the other.
+# See benchmarks/README.md for DATA and PEER_PYTHON.
 bench: $(INSTALLED)
-	set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+	$(BIN)/python benchmarks/compress_large.py --folder build/large
+	$(if $(DATA),$(BIN)/python benchmarks/peer_tinystories.py --data $(DATA) --peer-python $(PEER_PYTHON))
 
 reference: $(INSTALLED)
 	$(BIN)/tulle train recipes/reference.yaml -o build/reference
