@@ -55,14 +55,15 @@ def matrix(
     columns = max(len(row) for row in values)
     with style.picture(name, 6.4, 0.55 + 0.33 * len(rows)) as p:
         ax = p.axes
-        for y, row in enumerate(values):
-            for x, value in enumerate(row):
-                if value is None:
-                    continue
-                step = style.ramp_index(value, low, high)
-                ax.bar(x, 0.92, 0.94, bottom=y - 0.46, color=style.RAMP[step])
-                if columns <= 14:
-                    ax.text(x, y, write(value), ha="center", va="center", fontsize=8.5, color=style.ON_RAMP[step])
+        cells = [(x, y, v) for y, row in enumerate(values) for x, v in enumerate(row) if v is not None]
+        steps = [style.ramp_index(v, low, high) for _, _, v in cells]
+        ax.bar(
+            [x for x, _, _ in cells], 0.92, 0.94, bottom=[y - 0.46 for _, y, _ in cells],
+            color=[style.RAMP[step] for step in steps],
+        )  # fmt: skip
+        if columns <= 14:
+            for (x, y, value), step in zip(cells, steps, strict=True):
+                ax.text(x, y, write(value), ha="center", va="center", fontsize=8.5, color=style.ON_RAMP[step])
         ax.set_yticks(range(len(rows)), rows)
         ax.set_ylim(len(rows) - 0.5, -0.5)
         _block_axis(ax, columns)

@@ -1,0 +1,82 @@
+"""Numbers as text, and tables."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from sample_report import sample_report
+from tulle.report import units
+from tulle.report.cells import scheme
+from tulle.report.terminal import compression_table, task_table, text_table
+
+
+def printed(table: Table) -> str:
+    console = Console(file=io.StringIO(), width=140)
+    console.print(table)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(999, "999 B"), (1000, "1.00 kB"), (1_234_567, "1.23 MB"), (123_456_789, "123 MB"), (2.2e9, "2.20 GB")],
+)
+def test_size(count: float, text: str) -> None:
+    assert units.size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.0123, "0.012 s"), (3.14, "3.1 s"), (42.4, "42.4 s"), (75.3, "1 min 15 s"), (120, "2 min"), (3700, "1 h 2 min")],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert units.duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "text"),
+    [(18.3127, 4, "18.31"), (0.00123, 2, "0.0012"), (123456.0, 3, "123,456"), (0.0, 3, "0"), (float("inf"), 3, "inf")],
+)
+def test_significant(value: float, digits: int, text: str) -> None:
+    assert units.significant(value, digits) == text
+
+
+@pytest.mark.parametrize(("share", "text"), [(0.5, "50 %"), (0.499, "49.9 %"), (0.0, "0 %")])
+def test_percent(share: float, text: str) -> None:
+    assert units.percent(share) == text
+
+
+def test_scheme() -> None:
+    linear = sample_report()["linears"][0]
+    assert scheme(linear) == "W4 g128 asym"
+    assert scheme(linear | {"group_size": None, "symmetric": True, "input_bits": 8, "bits": 8}) == "W8 per channel A8"
+    assert scheme(linear | {"bits": None}) == "unquantised"
+
+
+def test_compression_table_has_before_and_after() -> None:
+    text = printed(compression_table(sample_report()))
+    before, after = (line for line in text.splitlines() if "owner/a-model" in line or "sparse50-w4" in line)
+    assert "16.00" in before and "18.313" in before and "0 %" in before
+    assert "3.00" in after and "19.204" in after and "50 %" in after and "812 MB" in after
+
+
+def test_text_table() -> None:
+    text = printed(text_table("m", {"perplexity": 18.3127, "bits_per_byte": 0.94989, "tokens": 17901, "bytes": 79052}))
+    for part in ("18.313", "0.9499", "17,901", "79,052"):
+        assert part in text
+
+
+def test_task_table() -> None:
+    task = {
+        "task": "arc",
+        "accuracy": 0.25,
+        "accuracy_stderr": 0.031,
+        "accuracy_norm": None,
+        "accuracy_norm_stderr": None,
+        "examples": 200,
+    }
+    text = printed(task_table("m", [task]))
+    assert "25.0 % ± 3.1" in text and "–" in text and "200" in text
