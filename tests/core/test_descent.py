@@ -17,13 +17,21 @@ def start(w: torch.Tensor, grid: Grid) -> Quantised:
     return Quantised(grid, codes.to(torch.int16), scale, zero)
 
 
-@given(seed=st.integers(0, 999), bits=st.integers(2, 4), symmetric=st.booleans(), masked=st.booleans())
-@settings(max_examples=40, deadline=None)
-def test_every_sweep_lowers_every_row(seed: int, bits: int, symmetric: bool, masked: bool) -> None:
+@given(
+    seed=st.integers(0, 999),
+    bits=st.integers(2, 4),
+    group_size=st.sampled_from([None, 8, 4, 2]),
+    symmetric=st.booleans(),
+    masked=st.booleans(),
+)
+@settings(max_examples=50, deadline=None)
+def test_every_sweep_lowers_every_row(
+    seed: int, bits: int, group_size: int | None, symmetric: bool, masked: bool
+) -> None:
     w, x = layer(4, 16, seed=seed)
     hessian = x.T @ x / len(x)
     mask = w.abs() > 0.5 if masked else None
-    current = start(w, Grid(bits, 8, symmetric))
+    current = start(w, Grid(bits, group_size, symmetric))
     for _ in range(3):
         better = descend(w, current, hessian, mask, sweeps=1, block=6)
         old, new = (objective(w, q.dequantise(mask), hessian) for q in (current, better))
@@ -50,7 +58,9 @@ def test_ends_where_no_single_code_helps(seed: int) -> None:
 def test_blocks_do_not_change_the_result() -> None:
     w, x = layer(5, 24)
     hessian = x.T @ x / len(x)
-    one, many = (descend(w, start(w, Grid(3, 8)), hessian, sweeps=3, block=b) for b in (128, 5))
+    one, many = (descend(w, start(w, Grid(3, 4)), hessian, sweeps=3, block=b) for b in (128, 5))
+    assert torch.equal(one.codes, many.codes) and torch.equal(one.scale, many.scale)
+    one, many = (descend(w, start(w, Grid(3)), hessian, sweeps=3, block=b) for b in (12, 5))
     assert torch.equal(one.codes, many.codes) and torch.equal(one.scale, many.scale)
 
 
