@@ -37,7 +37,7 @@ def export(
 def _lines(result: dict[str, Any]) -> str:
     lines = [
         f"{result['output']}: {result['format']}, {result['tensors']} tensors, {result['bytes'] / 1e6:.2f} MB",
-        f"loaded back without tulle: logits within {result['difference']:.1e} of the largest of what they should be, "
-        f"{result['difference_from_packed']:.1e} of the packed model's",
+        f"loaded back by plain transformers: logits differ by {result['difference']:.1e} from what the format "
+        f"should give, by {result['difference_from_packed']:.1e} from the packed model (shares of the largest logit)",
     ]
     return "\n".join(lines + [f"note: {note}" for note in result["notes"]])

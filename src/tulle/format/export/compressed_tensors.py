@@ -56,7 +56,10 @@ def plan(checkpoint: Checkpoint, linears: Mapping[str, LinearSpec], dtype: torch
     notes = []
     if any(spec.sparse for spec in quantised.values()):
         notes.append("pruned weights are stored as codes of zero: the format has no masks")
-    rule: InputRule = "compressed-tensors" if any(spec.input_bits for spec in quantised.values()) else "none"
+    rule: InputRule = "none"
+    if any(spec.input_bits for spec in quantised.values()):
+        rule = "compressed-tensors"
+        notes.append("readers quantise inputs in steps of max|x|/127.5, tulle in steps of max|x|/127")
     words = any(not spec.symmetric and _format(*_scheme(spec)) == "pack-quantized" for spec in quantised.values())
     return Plan(entries, config, torch.float32, dtype, rule, words, notes)
 
