@@ -48,7 +48,7 @@ def test_wide_layers_are_iterative() -> None:
     hessian = x.T @ x / len(x) + 0.1 * torch.eye(600)
     fitted = refit(w, mask, hessian)
     assert torch.equal(fitted, refit_iterative(w, mask, hessian))
-    torch.testing.assert_close(fitted, refit_exact(w, mask, hessian), rtol=1e-2, atol=1e-3)
+    assert loss(w, fitted, hessian) < 1.001 * loss(w, refit_exact(w, mask, hessian), hessian)
 
 
 def test_everything_kept_is_the_target() -> None:

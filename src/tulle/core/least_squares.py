@@ -52,12 +52,12 @@ def refit_iterative(
     hessian: Tensor,
     start: Tensor | None = None,
     steps: int = 200,
-    tolerance: float = 1e-4,
+    tolerance: float = 1e-2,
 ) -> Tensor:
     """The refit by conjugate gradients with diag(H) as preconditioner, all rows at once.
 
     Every step lowers every row's error, so that stopping early is safe. Stops when each row's residual has
-    fallen to ``tolerance`` of its first value, or after ``steps``.
+    fallen to ``tolerance`` of its first value (1e-2 leaves about 1e-4 of the avoidable error), or after ``steps``.
     """
     keep = mask.to(target.dtype)
     inverse_diagonal = keep / hessian.diagonal()
