@@ -1,8 +1,8 @@
 """Kills a compressing process with SIGKILL at random moments and resumes it, until enough kills have been survived.
 
-``python killing.py FOLDER KILLS`` prints one line of JSON. A fork server: everything is imported once and each attempt
-is a forked child, so that an attempt costs the run and not the imports. Moments are drawn in CPU seconds of the child,
-so that they fall all over the run on a busy machine too.
+``python killing.py FOLDER KILLS`` prints one line of JSON. A fork server: everything is imported and run once, and each
+attempt is a forked child, so that an attempt costs the run and not the imports. Moments are drawn in CPU seconds of the
+child, so that they fall all over the run on a busy machine too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
+# One thread: a forked child cannot use threads that its parent has started.
+os.environ["OMP_NUM_THREADS"] = "1"
+import psutil  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -64,19 +66,16 @@ def digest(folder: Path) -> dict[str, str]:
 
 def main() -> None:
     folder, wanted = Path(sys.argv[1]), int(sys.argv[2])
-    writer = os.fork()
-    if writer == 0:  # torch must not start its threads in the parent: a forked child could not use them
-        write_checkpoint(folder / "model", num_hidden_layers=6)
-        os._exit(0)
-    os.waitpid(writer, 0)
-    duration = attempt(folder / "model", folder / "undisturbed", None)
+    write_checkpoint(folder / "model", num_hidden_layers=6)
+    compress(folder / "model", RECIPE, folder / "undisturbed", calibration=Text((PROSE,), False))
+    duration = attempt(folder / "model", folder / "timed", None)
     assert duration is not None
     expected = digest(folder / "undisturbed")
     moments = random.Random(0)
     kills = finished = equal = 0
     while kills < wanted or not finished:
         output = folder / f"run{finished}"
-        if attempt(folder / "model", output, moments.uniform(0.0, 0.7 * duration)) is None:
+        if attempt(folder / "model", output, moments.uniform(0.0, 0.8 * duration)) is None:
             kills += 1
             # What stands where a model is expected is whole, or nothing.
             assert not output.exists() or digest(output) == expected

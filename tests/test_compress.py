@@ -211,7 +211,7 @@ def test_resume_does_not_repeat_finished_blocks(model: Path, tmp_path: Path) -> 
 def test_killed_at_random(tmp_path: Path) -> None:
     """SIGKILL at random moments, at least 20 times over several runs; see killing.py."""
     script = Path(__file__).with_name("killing.py")
-    result = subprocess.run([sys.executable, script, tmp_path, "20"], capture_output=True, text=True, timeout=400)
+    result = subprocess.run([sys.executable, script, tmp_path, "20"], capture_output=True, text=True, timeout=550)
     assert result.returncode == 0, result.stderr[-2000:]
     counts = json.loads(result.stdout.splitlines()[-1])
     assert counts["kills"] >= 20 and counts["finished"] >= 1 and counts["equal"] == counts["finished"]
