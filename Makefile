@@ -27,6 +27,7 @@ bench: $(INSTALLED)
 	$(if $(DATA),$(BIN)/python benchmarks/peer_tinystories.py --data $(DATA) --peer-python $(PEER_PYTHON))
 
 reference: $(INSTALLED)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,reference]'
 	$(BIN)/tulle train recipes/reference.yaml -o build/reference
 
 # The native kernels' own tests under the address and undefined-behaviour sanitizers.
