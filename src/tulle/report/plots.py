@@ -139,7 +139,7 @@ def durations(seconds: Mapping[str, float]) -> str:
 
 def size_against_quality(points: Sequence[tuple[str, float, float]], dense: str) -> str:
     """Scatter of (name, MB, bits per byte); ``dense`` names the uncompressed model."""
-    with style.picture("size_against_quality", 7.6, 3.8) as p:
+    with style.picture("size_against_quality", 11.4, 4.6) as p:
         ax = p.axes
         base = next(quality for name, _, quality in points if name == dense)
         ax.axhline(base, color=style.MUTED, linewidth=1, linestyle=(0, (4, 4)))
