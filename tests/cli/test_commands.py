@@ -112,7 +112,18 @@ def test_inspect(work: Path, model: str, bits: int | None, sparsity: float, caps
     ("arguments", "expected"),
     [
         (
-            ["compress", "model", "-r", "recipe.yaml", "-o", "out", "--calibration", "calibration.txt", "--samples", "4"],
+            [
+                "compress",
+                "model",
+                "-r",
+                "recipe.yaml",
+                "-o",
+                "out",
+                "--calibration",
+                "calibration.txt",
+                "--samples",
+                "4",
+            ],
             "expected an empty or new",
         ),
         (["compress", "model", "-r", "recipe.yaml", "-o", "new", "--eval", "nosuch.txt"], "nosuch.txt"),
