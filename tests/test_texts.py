@@ -52,6 +52,25 @@ def test_stream_windows_do_not_overlap_and_the_draw_is_seeded(tokenizer) -> None
     assert drawn != [tokenizer.decode(s) for s in sequences(text, tokenizer, 10, samples=4, seed=2)]
 
 
+def test_a_long_text_is_not_tokenized_whole(tokenizer) -> None:  # noqa: ANN001
+    """Two windows of ten tokens come from at most 2·10·16 characters, drawn by the seed, of one document or many."""
+    one = Text(("".join(chr(97 + i * i % 26) for i in range(100_000)),), False)
+    many = Text(tuple(f"{i:04d} " * 20 for i in range(1000)), False)
+    for text in (one, many):
+        seen: list[int] = []
+
+        def counting(content: str, seen: list[int] = seen) -> dict:
+            seen.append(len(content))
+            return tokenizer(content)
+
+        first = sequences(text, counting, 10, samples=2, seed=0)
+        assert len(first) == 2 and all(len(s) == 10 for s in first)
+        assert seen[0] <= 2 * 10 * 16 + 2 * len(text.documents)
+        joined = "\n\n".join(text.documents)
+        assert all(tokenizer.decode(s).strip() in joined for s in first[:1])
+        assert [s.tolist() for s in first] != [s.tolist() for s in sequences(text, tokenizer, 10, samples=2, seed=1)]
+
+
 def test_too_short(tokenizer) -> None:  # noqa: ANN001
     with pytest.raises(UserError, match="expected 8 windows of 10 tokens of calibration text, found 2"):
         sequences(Text(("a" * 25,), False), tokenizer, 10, samples=8)

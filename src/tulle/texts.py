@@ -20,6 +20,8 @@ from tulle.network import require_hub
 
 FOLDER_SUFFIXES = (".txt", ".md", ".py", ".raw", ".jsonl")
 TEXT_KEYS = ("text", "content")
+CHARACTERS_PER_TOKEN = 16
+"""More than any tokenizer's average: how much text is tokenized to draw windows from, of a text that is longer."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ def sequences(
         found = [torch.tensor(ids[:length]) for ids in tokenizer(list(wanted))["input_ids"] if len(ids) > 1]
         unit = "documents"
     else:
-        ids = tokenizer("\n\n".join(text.documents))["input_ids"]
+        needed = None if samples is None else samples * length * CHARACTERS_PER_TOKEN
+        ids = tokenizer("\n\n".join(_excerpt(text.documents, needed, seed)))["input_ids"]
         found = list(torch.tensor(ids).split(length))
         if found and len(found[-1]) < length:
             found.pop()
@@ -104,6 +107,24 @@ def sequences(
             )
         )
     return found
+
+
+def _excerpt(documents: Sequence[str], characters: int | None, seed: int) -> list[str]:
+    """Documents in a seeded order until there are enough characters; all, as they stand, when there are no more."""
+    if characters is None or sum(map(len, documents)) <= characters:
+        return list(documents)
+    generator = torch.Generator().manual_seed(seed)
+    chosen: list[str] = []
+    for i in torch.randperm(len(documents), generator=generator).tolist():
+        document = documents[i]
+        if len(document) > characters:
+            start = int(torch.randint(len(document) - characters + 1, (1,), generator=generator))
+            document = document[start : start + characters]
+        chosen.append(document)
+        characters -= len(document)
+        if characters <= 0:
+            break
+    return chosen
 
 
 def _read(source: str) -> tuple[list[str], bool]:
