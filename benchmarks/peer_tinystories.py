@@ -43,8 +43,8 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "Wanda 50 %": {
         "peer": {"modifier": "wanda", "mask_structure": "0:0"},
-        "step": {"wanda": {"sparsity": 0.5}},
-        "paper": {"wanda": {"sparsity": 0.5, "refit": False}},
+        "step": {"wanda": {"sparsity": 0.5, "refit": True}},
+        "paper": {"wanda": {"sparsity": 0.5}},
     },
     "SparseGPT 2:4": {
         "peer": {"modifier": "sparsegpt", "mask_structure": "2:4"},

@@ -87,7 +87,7 @@ def _anatomy(model: nn.Module):  # noqa: ANN202
 
 STEPS = {
     "magnitude": [{"magnitude": {"sparsity": 0.5}}],
-    "wanda": [{"wanda": {"sparsity": 0.5, "refit": False}}],
+    "wanda": [{"wanda": {"sparsity": 0.5}}],
     "refit": [{"wanda": {"sparsity": 0.5, "refit": True}}],
     "rtn": [{"round_to_nearest": {"bits": 4, "group_size": 16, "targets": ["qkv", "down"]}}],
     "gptq": [{"gptq": {"bits": 8}}],
@@ -127,7 +127,7 @@ def test_equals_the_oracle(tmp_path: Path, model_type: str, steps: str, target: 
 def test_not_sequential_sees_the_dense_block(tmp_path: Path) -> None:
     """With one pass per block, o's statistics come from a block whose q, k, v are still dense."""
     model = write_checkpoint(tmp_path / "m")
-    steps = [{"magnitude": {"sparsity": 0.7}}, {"wanda": {"sparsity": 0.8, "refit": False}}]
+    steps = [{"magnitude": {"sparsity": 0.7}}, {"wanda": {"sparsity": 0.8}}]
     recipe = parse_recipe({"steps": steps, "calibration": {"target": "layer", "sequential": False}})
     found = walk(tmp_path / "m", tmp_path / "work", recipe)
     layer = model.model.layers[0]

@@ -25,7 +25,7 @@ METHODS: list[Method] = [
     Magnitude(sparsity=0.3, scope="row"),
     Magnitude(pattern="2:4"),
     Wanda(sparsity=0.5),
-    Wanda(sparsity=0.5, refit=False),
+    Wanda(sparsity=0.5, refit=True),
     Wanda(pattern="1:4"),
     SparseGPT(sparsity=0.5),
     SparseGPT(pattern="2:4"),
@@ -187,7 +187,7 @@ def test_impossible_grid(cls: type, settings: dict[str, int]) -> None:
         cls(**settings)
 
 
-@pytest.mark.parametrize("method", [GPTQ(), SparseGPT(sparsity=0.5), Wanda(sparsity=0.5)], ids=str)
+@pytest.mark.parametrize("method", [GPTQ(), SparseGPT(sparsity=0.5), Wanda(sparsity=0.5, refit=True)], ids=str)
 def test_impossible_damping(method: Method) -> None:
     with pytest.raises(UserError, match="positive damping"):
         replace(method, damping=0.0)  # type: ignore[type-var]

@@ -3,9 +3,8 @@
 Score S_ij = |W_ij|·‖X_j‖₂ (eq. 1), compared within each output row (section 3), or in every M consecutive
 entries of a row for N:M.
 
-Departure: ``refit`` (default on) replaces the kept weights by the exact least-squares fit on the same mask.
-The paper leaves them as they are, which is ``refit: false``; it then needs the column norms alone and no
-Hessian.
+An option of ours: ``refit`` replaces the kept weights by the exact least-squares fit on the same mask. It is off by
+default, because a method that leaves the kept weights alone and needs the column norms only is what Wanda means.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ class Wanda(Method):
     """Share of pruned weights in every output row, in [0, 1)."""
     pattern: str | None = None
     """``"N:M"``: N kept in every M consecutive input channels."""
-    refit: bool = True
-    """Fit the kept weights to the layer's outputs after the mask is chosen."""
+    refit: bool = False
+    """Fit the kept weights to the layer's outputs after the mask is chosen; needs the Hessian."""
     damping: float = 0.01
     """Added to the Hessian's diagonal in the refit, as a share of its mean."""
 
