@@ -2,9 +2,9 @@
 
     python benchmarks/compress_large.py --folder build/large [--recipe w4a16-g128] [--layers 22]
 
-Writes the checkpoint (bf16, sharded, 22 layers, d 2048, ffn 5632, 32/4 heads, vocabulary 32000) unless it is there, then
-compresses it in a process of its own with 16 × 512 calibration tokens and reports that process's peak resident size and
-the seconds of every stage.
+Writes the checkpoint (bf16, sharded, 22 layers, d 2048, ffn 5632, 32/4 heads, vocabulary 32000) unless it is there,
+then compresses it in a process of its own with 16 × 512 calibration tokens and reports that process's peak resident
+size and the seconds of every stage.
 """
 
 from __future__ import annotations
@@ -103,10 +103,9 @@ def main() -> None:
     for stage, value in (seconds.pop("steps") | seconds).items():
         table.add_row(stage, f"{value:.1f}")
     Console().print(table)
-    Console().print(
-        f"peak resident {result['peak_memory_bytes'] / 1e9:.2f} GB, file {result['totals']['dense_bytes'] / 1e9:.2f} GB "
-        f"→ {result['totals']['packed_bytes'] / 1e9:.2f} GB"
-    )
+    totals = result["totals"]
+    sizes = f"file {totals['dense_bytes'] / 1e9:.2f} GB → {totals['packed_bytes'] / 1e9:.2f} GB"
+    Console().print(f"peak resident {result['peak_memory_bytes'] / 1e9:.2f} GB, {sizes}")
     settings.json.parent.mkdir(parents=True, exist_ok=True)
     settings.json.write_text(json.dumps(result, indent=2) + "\n")
 

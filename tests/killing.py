@@ -23,7 +23,6 @@ import psutil  # noqa: E402
 sys.path.insert(0, str(Path(__file__).parent))
 
 from checkpoints import PROSE, write_checkpoint  # noqa: E402
-
 from tulle.compress import compress  # noqa: E402
 from tulle.texts import Text  # noqa: E402
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import PROSE, write_checkpoint
 from torch import Tensor, nn
 
+from checkpoints import PROSE, write_checkpoint
 from tulle.calibrate import HiddenStates, Walker, batched
 from tulle.core.contract import LinearState, Statistics
 from tulle.core.hessian import Hessian

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import PROSE, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 import tulle
+from checkpoints import PROSE, write_checkpoint
 from tulle.compress import compress
 from tulle.errors import UserError
 from tulle.format.pack import unpack_linear

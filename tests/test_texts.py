@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from checkpoints import write_tokenizer
 from transformers import AutoTokenizer
 
+from checkpoints import write_tokenizer
 from tulle.errors import UserError
 from tulle.texts import Text, read_text, sequences
 

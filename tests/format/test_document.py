@@ -42,9 +42,7 @@ def test_printed_reader(bits: int | None, group_size: int | None, symmetric: boo
     if bits is None:
         tensors = pack.pack_linear(spec, rng.standard_normal((5, 39)).astype(np.float32), mask)
     else:
-        values, zero = (
-            rng.integers(0, 2**bits, shape, dtype=np.uint8) for shape in [(5, 39), (5, spec.groups)]
-        )
+        values, zero = (rng.integers(0, 2**bits, shape, dtype=np.uint8) for shape in [(5, 39), (5, spec.groups)])
         scale = pack.f32_to_bf16(rng.uniform(0.1, 1, (5, spec.groups)).astype(np.float32))
         tensors = pack.pack_linear(spec, values, mask, scale, None if symmetric else zero)
     expected = pack.unpack_linear(spec, tensors)

@@ -85,9 +85,7 @@ def test_round_trip(
 ) -> None:
     quantised = bits is not None
     group_size = width if grouped and quantised else None
-    spec, arrays = random_linear(
-        c_out, groups * width, bits, group_size, symmetric or not quantised, density, seed
-    )
+    spec, arrays = random_linear(c_out, groups * width, bits, group_size, symmetric or not quantised, density, seed)
     tensors = pack.pack_linear(spec, **arrays)
     assert {name: array.shape for name, array in tensors.items()} == {
         name: shape for name, (_, shape) in spec.tensors().items()

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from checkpoints import SIZES
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from checkpoints import SIZES
 from tulle.errors import UserError
 from tulle.models.anatomy import ARCHITECTURES, ROLES, anatomy
 
@@ -47,7 +47,9 @@ def test_rows_name_every_linear_once_and_norms_feed_what_they_say(model_type: st
 
     seen: dict[str, torch.Tensor] = {}
     for name, module in block.named_modules():
-        module.register_forward_hook(lambda m, a, y, name=name: seen.update({name: a[0] if a else None, name + ":out": y}))
+        module.register_forward_hook(
+            lambda m, a, y, name=name: seen.update({name: a[0] if a else None, name + ":out": y})
+        )
     model(torch.arange(10)[None])
     for row in found.rows:
         inputs = [seen[name] for name in row.linears]

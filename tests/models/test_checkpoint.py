@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import write_checkpoint
 from safetensors.torch import load_file, save_file
 
+from checkpoints import write_checkpoint
 from tulle.errors import UserError
 from tulle.models.checkpoint import INDEX, Checkpoint, write_shard
 

@@ -4,13 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import write_checkpoint
 
+from checkpoints import write_checkpoint
 from tulle.models.anatomy import ARCHITECTURES
 from tulle.models.checkpoint import Checkpoint
 from tulle.models.skeleton import Block, load_config
 
-WINDOWED = {"mistral": {"sliding_window": 5}, "qwen2": {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 1}}
+WINDOWED = {
+    "mistral": {"sliding_window": 5},
+    "qwen2": {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 1},
+}
 
 
 @pytest.mark.parametrize("windowed", [False, True])

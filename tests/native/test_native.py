@@ -127,9 +127,7 @@ def test_wrong_lengths_are_refused() -> None:
 
 
 def run_with_isa(isa: str, code: str) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "TULLE_ISA": isa}, capture_output=True
-    )
+    return subprocess.run([sys.executable, "-c", code], env={**os.environ, "TULLE_ISA": isa}, capture_output=True)
 
 
 BYTES_OF_EVERY_FUNCTION = """
