@@ -71,10 +71,10 @@ class Checkpoint:
         for file in _files(folder):
             infos.update(_header(file))
         listed = _weight_map(folder)
-        for name, file in listed.items():
+        for name, shard in listed.items():
             if name not in infos:
                 raise UserError(
-                    f"expected tensor {name} in {file} as {INDEX} says, found no such tensor; copy the shard again"
+                    f"expected tensor {name} in {shard} as {INDEX} says, found no such tensor; copy the shard again"
                 )
         return cls(folder, config, infos)
 

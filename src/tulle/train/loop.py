@@ -192,7 +192,7 @@ def _run(
             }
             with metrics.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            log("  ".join(f"{key} {value:.5g}" for key, value in row.items()))
+            log("  ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v:.4g}" for k, v in row.items()))
             losses, tokens_since, began = [], 0, time.perf_counter()
         if done % settings.checkpoint_every == 0 or done == settings.steps:
             checkpoint.save(out / "checkpoints", done, recipe.model_dump(mode="json"), model, optimizers)
