@@ -67,7 +67,8 @@ def run_demo(
     _claim(folder)
     text, protocol = evaluation_text(characters)
     names = shipped()
-    progress(REFERENCE, 0, len(names) + 1)
+    total = 100 * (len(names) + 1)  # percent of each model
+    progress("dense", 0, total)
     dense = inspect_model(local_folder(REFERENCE))
     rows: list[dict[str, Any]] = [
         {"name": "dense", "description": "the reference model as it is, bf16", "bytes": dense["totals"]["bytes"],
@@ -77,10 +78,12 @@ def run_demo(
     ]  # fmt: skip
     calibration: dict[str, Any] = {}
     source = calibration_modules()
-    for done, name in enumerate(names, 1):
-        stage = f"{name} ({done}/{len(names)})"
-        progress(stage, done, len(names) + 1)
-        report = compress(REFERENCE, name, folder / name, calibration=source, samples=samples)
+    for number, name in enumerate(names, 1):
+
+        def tell(stage: str, done: int, of: int, name: str = name, number: int = number) -> None:
+            progress(f"{name}: {stage}", 100 * number + 100 * done // of, total)
+
+        report = compress(REFERENCE, name, folder / name, calibration=source, samples=samples, progress=tell)
         calibration = report["calibration"]
         quality = _quality(folder / name, text, protocol)
         report["evaluation"] = {
@@ -111,7 +114,7 @@ def run_demo(
     }
     write_text(folder / MARK, json.dumps(found, indent=2) + "\n")
     write_demo(found, folder / "report.html")
-    progress("done", len(names) + 1, len(names) + 1)
+    progress("done", total, total)
     return found
 
 
