@@ -45,7 +45,7 @@ def _tiles(found: Mapping[str, Any]) -> list[dict[str, str]]:
             units.size(smallest["bytes"]),
             f"{smallest['name']}: {smallest['bits_per_byte']:.3f} bits per byte",
         ),
-        tile("Nearest to dense", f"{cost:+.4f}", f"bits per byte, by {nearest['name']}"),
+        tile("Nearest to dense", f"{round(cost, 4) + 0.0:+.4f}", f"bits per byte, by {nearest['name']}"),
         tile("Time", units.duration(found["seconds"]), "compressing and evaluating everything"),
     ]
 
