@@ -3,7 +3,7 @@
 ::
 
     name: sparse50-w4
-    calibration: {samples: 128, length: 2048, target: dense}
+    calibration: {samples: 128, length: 2048, target: stream}
     steps:
       - sparsegpt: {sparsity: 0.5}
       - gptq: {bits: 4, group_size: 128, targets: [qkv, gate_up]}
@@ -48,7 +48,7 @@ class Calibration(BaseModel):
     """Sequences."""
     length: int = Field(2048, ge=2)
     """Tokens per sequence at the most; the model's context caps it."""
-    target: Literal["layer", "dense", "stream"] = "dense"
+    target: Literal["layer", "dense", "stream"] = "stream"
     """What a linear's output is fitted to. ``layer``: its own dense weight on the compressed model's inputs. ``dense``:
     the dense model's output of that linear, so that it corrects the error of its inputs. ``stream``: as ``dense``, and
     o and down also correct the error of the residual stream they are added to."""
