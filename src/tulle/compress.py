@@ -246,7 +246,7 @@ def _linear_report(
         "bits_per_weight": spec.bits_per_weight,
         "output_error": result.output_errors[linear.name],
         "seconds": result.linear_seconds[linear.name],
-        "notes": linear.notes,
+        "notes": list(dict.fromkeys(linear.notes)),
     }
 
 
