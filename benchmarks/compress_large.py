@@ -1,6 +1,6 @@
 """Memory and time of `tulle compress` on a checkpoint of 1.1 B parameters of random weights.
 
-    python benchmarks/compress_large.py --folder build/large [--recipe w4a16-g128] [--layers 22]
+    python benchmarks/compress_large.py --folder build/large [--recipe NAME|YAML] [--layers 22]
 
 Writes the checkpoint (bf16, sharded, 22 layers, d 2048, ffn 5632, 32/4 heads, vocabulary 32000) unless it is there,
 then compresses it in a process of its own with 16 × 512 calibration tokens and reports that process's peak resident
@@ -42,7 +42,8 @@ COMPRESS = """
 import json, sys
 from tulle.compress import compress
 report = compress(sys.argv[1], sys.argv[2], sys.argv[3], samples=int(sys.argv[4]), length=int(sys.argv[5]))
-print(json.dumps({k: report[k] for k in ("seconds", "peak_memory_bytes", "totals", "calibration", "machine")}))
+wanted = ("recipe", "seconds", "blocks", "peak_memory_bytes", "totals", "calibration", "machine")
+print(json.dumps({key: report[key] for key in wanted}))
 """
 
 
@@ -92,7 +93,7 @@ def main() -> None:
         shutil.rmtree(stale, ignore_errors=True)
     arguments = [model, settings.recipe, output, str(settings.samples), str(settings.length)]
     run = subprocess.run([sys.executable, "-c", COMPRESS, *arguments], stdout=subprocess.PIPE, text=True, check=True)
-    result = json.loads(run.stdout.splitlines()[-1]) | {"recipe": settings.recipe, "layers": settings.layers}
+    result = json.loads(run.stdout.splitlines()[-1]) | {"layers": settings.layers}
     result["machine"] |= machine.describe()
     table = Table(
         "stage",

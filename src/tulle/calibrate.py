@@ -200,9 +200,10 @@ class Walker:
                     lag = None
                     if self._recipe.calibration.target == "stream" and stream is not None and dense_stream is not None:
                         lag = (dense_stream - stream)[valid]
+                    difference = dense_x[valid] - x[valid]
                     for name in row.linears:
-                        linear = dense.module.get_submodule(name)
-                        gap = linear(dense_x[valid]) - linear(x[valid])
+                        # The biases cancel.
+                        gap = nn.functional.linear(difference, dense.module.get_parameter(f"{name}.weight"))
                         gap = gap if lag is None else gap + lag
                         if name not in cross:
                             cross[name] = torch.zeros(gap.shape[1], x.shape[-1], device=gap.device)
@@ -379,6 +380,4 @@ def _accumulate(statistics: Statistics, x: Tensor, needs: frozenset[str]) -> Non
 
 def _least_squares(cross: Tensor, hessian: Hessian, damping: float) -> Tensor:
     """R·(XᵀX + λI)⁻¹ ``[C_out, C_in]``, from R = Σ gap·xᵀ and H = 2·XᵀX/T."""
-    # Escalates like every factorisation; (H + λI)⁻¹ = UᵀU.
-    upper = hessian.factor(damping).upper
-    return (cross * (2.0 / hessian.tokens)) @ upper.T @ upper
+    return hessian.solve(cross * (2.0 / hessian.tokens), damping)

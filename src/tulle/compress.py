@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,9 @@ from tulle.models.hub import local_folder
 from tulle.models.skeleton import load_config
 from tulle.packing import packed_tensors, spec_of
 from tulle.recipe import Recipe, load_recipe, parse_recipe
+from tulle.report.compression import write_report
 from tulle.runs import RunFolder, State, disk_errors
 from tulle.texts import Text, read_text, sequences
-
-Finish = Callable[[Path, dict[str, Any]], None]
-"""``finish(folder, report)``: may add files to the finished folder and facts to the report before ``OUT`` appears."""
 
 
 def compress(
@@ -55,7 +53,6 @@ def compress(
     seed: int = 0,
     resume: bool = False,
     progress: Progress | None = None,
-    finish: Finish | None = None,
 ) -> dict[str, Any]:
     """Compresses ``model`` by ``recipe`` into the folder ``output`` and returns its report (``OUT/report.json``).
 
@@ -115,7 +112,7 @@ def compress(
             for index in range(state.next_block or 0, anatomy.layers):
                 job.block(index)
             report = job.report(model=str(model), seed=seed, calibration=source)
-            job.finish(report, begun, finish)
+            job.finish(report, begun)
     if progress:
         progress("done", 1, 1)
     return report
@@ -177,7 +174,7 @@ class _Job:
         for path in ("dense", "compressed"):
             self.walker.states(path, index).file.unlink(missing_ok=True)
 
-    def finish(self, report: dict[str, Any], begun: float, finish: Finish | None) -> None:
+    def finish(self, report: dict[str, Any], begun: float) -> None:
         outer = [name for name in self.anatomy.outer_tensors() if name != self.anatomy.architecture.embedding]
         tensors = self.checkpoint.read_many(outer)
         for name, tensor in tensors.items():
@@ -193,8 +190,7 @@ class _Job:
         report["totals"]["packed_bytes"] = self.state.packed_bytes
         report["seconds"]["total"] = time.perf_counter() - begun
         report["peak_memory_bytes"] = max(self.state.peak_memory_bytes, machine.peak_memory())
-        if finish:
-            finish(folder, report)
+        write_report(report, folder / "report.html")
         write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
         self.run.publish()
 

@@ -75,7 +75,6 @@ def compress(
             model, recipe, output,
             calibration=calibration, separator=separator, documents=chosen, min_chars=min_chars,
             samples=samples, length=length, device=device, seed=seed, resume=resume, progress=progress,
-            finish=lambda folder, found: write_report(found, folder / "report.html"),
         )  # fmt: skip
         if text is not None:
             # After the model stands: a kill costs only these figures, and peak memory is compression's own.

@@ -15,6 +15,10 @@ from tulle.errors import UserError
 
 ESCALATIONS = 6
 """A failed factorisation is tried again with ten times the damping, this many times."""
+PIVOT = 1e-4
+"""Smallest pivot of a Cholesky factor, as a share of the largest, that counts as success: its square is near the
+rounding error of float32, where what is left of a pivot is noise.
+"""
 
 
 def check_damping(damping: float) -> None:
@@ -83,6 +87,11 @@ class Hessian:
             self._factors[key] = _factorise(self, damping, descending)
         return self._factors[key]
 
+    def solve(self, right: Tensor, damping: float) -> Tensor:
+        """R·(H + damping)⁻¹ for R ``[C_out, C_in]``; damping as in :meth:`factor`."""
+        lower, _ = _cholesky(self, damping)
+        return torch.cholesky_solve(right.T, lower).T
+
 
 @dataclass(frozen=True)
 class Factor:
@@ -95,32 +104,37 @@ class Factor:
 
 
 def _factorise(hessian: Hessian, damping: float, descending: bool) -> Factor:
-    n = hessian.matrix.shape[0]
+    """U from one factorisation: with rows and columns reversed, H = M·Mᵀ, M lower; turned back, H = V·Vᵀ with V upper,
+    so that U = V⁻¹ is upper triangular and UᵀU = H⁻¹, which itself is never formed.
+    """
+    order = torch.arange(hessian.matrix.shape[0], device=hessian.matrix.device)
+    if descending:
+        order = torch.argsort(hessian.matrix.diagonal(), descending=True, stable=True)
+    lower, share = _cholesky(hessian, damping, order.flip(0))
+    v = lower.flip(0, 1)
+    del lower  # matrices of a wide layer are large; no more of them than needed are held at once
+    identity = torch.eye(v.shape[0], dtype=v.dtype, device=v.device)
+    return Factor(torch.linalg.solve_triangular(v, identity, upper=True), order, share)
+
+
+def _cholesky(hessian: Hessian, damping: float, order: Tensor | None = None) -> tuple[Tensor, float]:
+    """Lower Cholesky factor of the damped H in the given channel order, and the damping that made it succeed."""
     if not bool(torch.isfinite(hessian.matrix).all()):
         raise UserError(
             "expected finite calibration activations, found NaN or Inf in a layer's Hessian; "
             "check the checkpoint and the calibration text"
         )
-    order = torch.arange(n, device=hessian.matrix.device)
-    if descending:
-        order = torch.argsort(hessian.matrix.diagonal(), descending=True, stable=True)
     share = damping
     for _ in range(ESCALATIONS + 1):
         h = hessian.damped(share)
-        if descending:
+        if order is not None:
             h = h[order][:, order]
         lower, info = torch.linalg.cholesky_ex(h)
-        del h  # matrices of a wide layer are large; no more of them than needed are held at once
-        if int(info) == 0:
-            inverse = torch.cholesky_inverse(lower)
-            del lower
-            # H⁻¹ loses symmetry by rounding; the factorisation reads one triangle only, so no repair is
-            # needed.
-            upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
-            if int(info) == 0 and bool(torch.isfinite(upper).all()):
-                return Factor(upper, order, share)
+        # A pivot lost to rounding would only show in the inverse.
+        if int(info) == 0 and bool(lower.diagonal().min() > PIVOT * lower.diagonal().max()):
+            return lower, share
         share = max(share, 1e-4) * 10
     raise UserError(
-        f"expected an invertible Hessian, found a singular one of size {n} even with damping {share / 10:g} "
-        "of its mean diagonal; use more or longer calibration samples"
+        f"expected an invertible Hessian, found a singular one of size {hessian.matrix.shape[0]} even with damping "
+        f"{share / 10:g} of its mean diagonal; use more or longer calibration samples"
     )

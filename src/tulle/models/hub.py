@@ -18,12 +18,11 @@ def local_folder(model: str | Path) -> Path:
 
     A hub id is taken from the local cache or fetched; without a network that fails at once. Raises ``UserError``.
     """
-    path = Path(model)
+    name, path = str(model), Path(model)
+    if name == REFERENCE:  # a folder of that name is ./reference
+        return Path(tulle.__file__).parent / "reference"
     if path.is_dir():
         return path
-    name = str(model)
-    if name == REFERENCE:
-        return Path(tulle.__file__).parent / "reference"
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(
             f"expected a model folder, {REFERENCE!r} or a hub id such as owner/name, found {name!r}; check the path"

@@ -1,7 +1,7 @@
 """GPTQ: Frantar, Ashkboos, Hoefler, Alistarh 2022, "GPTQ: Accurate Post-Training Quantization for ...".
 
 Columns are rounded one after the other; the error of column j is made up for by the columns to its right,
-W_{:,k} −= (w_j − ŵ_j)/U_jj·U_jk with H⁻¹ = UᵀU (eqs 2-3 in the Cholesky form of section 3.3, blocks of 128).
+W_{:,k} −= (w_j − ŵ_j)/U_jj·U_jk with H⁻¹ = UᵀU (eqs 2-3 in the Cholesky form of section 3.3, blocks of columns).
 ``act_order`` visits channels by falling diagonal of H, as the authors' later code does.
 
 Departures, each an option:
@@ -85,7 +85,7 @@ class GPTQ(Method):
     """Added to the Hessian's diagonal, as a share of its mean; raised tenfold when the factorisation
     fails.
     """
-    block: int = 128
+    block: int = 32
     """Columns between two updates of the rest of the matrix; changes the speed alone."""
     input_bits: Literal[8] | None = None
     """Quantise the linear's input per token, symmetric and dynamic; None leaves it alone."""
