@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import tulle
 from checkpoints import PROSE, write_checkpoint
 from tulle.compress import compress
+from tulle.core.token_grid import TokenGrid
 from tulle.errors import UserError
 from tulle.format.pack import unpack_linear
 from tulle.format.spec import QuantizationConfig
@@ -121,9 +122,7 @@ def test_transformers_computes_what_was_propagated(model_type: str, tmp_path: Pa
         inputs[name] = spec.input_bits
     for name, bits in inputs.items():
         if bits:
-            dense.get_submodule(name).register_forward_pre_hook(
-                lambda m, a: (tulle.simulate.fake_quantise_input(a[0]),)
-            )
+            dense.get_submodule(name).register_forward_pre_hook(lambda m, a: (TokenGrid(8).fake(a[0]),))
     expected = dense(tokens).logits
     torch.testing.assert_close(loaded(tokens).logits, expected, rtol=0, atol=float(expected.abs().max()) * 1e-5)
     assert {x["pattern"] for x in report["linears"]} == {None, "2:4"}

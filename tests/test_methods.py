@@ -1,4 +1,6 @@
-"""Contract tests: what every method must do, driven by one list. A new method is added to ``METHODS``."""
+"""Contract tests of the methods that compress weights, driven by one list. A new method is added to ``METHODS``, or to
+``tests/test_block_methods.py`` where it acts on blocks or models.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ import torch
 import tulle.prune
 import tulle.quantize
 from oracles.problems import layer, state, statistics
+from test_block_methods import OTHERS, TRANSFORMS
 from tulle.core.contract import GroupState, LinearState, Method, Statistics
 from tulle.errors import UserError
 from tulle.prune.magnitude import Magnitude
@@ -37,6 +40,7 @@ METHODS: list[Method] = [
     GPTQ(bits=4, group_size=16),
     GPTQ(bits=2, symmetric=False, act_order=False, descent=0),
     GPTQ(bits=8, input_bits=8),
+    RoundToNearest(bits=4, symmetric=False, clip=0.8, input_bits=4),
 ]
 
 ROWS, COLUMNS = 24, 48
@@ -61,7 +65,7 @@ def only_needed(method: Method, full: Statistics) -> Statistics:
 
 
 def test_the_list_is_complete() -> None:
-    listed = {type(method) for method in METHODS}
+    listed = {type(method) for method in [*METHODS, *TRANSFORMS, *OTHERS]}
     for room in (tulle.prune, tulle.quantize):
         for file in pkgutil.iter_modules(room.__path__, room.__name__ + "."):
             module = __import__(file.name, fromlist=["*"])
@@ -77,7 +81,7 @@ def test_the_list_is_complete() -> None:
 def test_every_method_has_a_recipe_name() -> None:
     from tulle.recipe import METHODS as named
 
-    paths = {f"{type(m).__module__}:{type(m).__qualname__}" for m in METHODS}
+    paths = {f"{type(m).__module__}:{type(m).__qualname__}" for m in [*METHODS, *TRANSFORMS, *OTHERS]}
     assert paths == set(named.values())
 
 
@@ -150,6 +154,23 @@ class TestContract:
 
     def test_input_bits_are_passed_on(self, method: Method) -> None:
         assert run(method).input_bits == getattr(method, "input_bits", None)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if getattr(m, "bits", None)], ids=str)
+class TestMixedPrecision:
+    def test_kept_bits_replace_the_own(self, method: Method) -> None:
+        w, x = layer(ROWS, COLUMNS)
+        linear = state(w)
+        linear.kept_bits = 6
+        method.apply(GroupState("qkv", [linear], only_needed(method, statistics(x)), torch.nn.Identity()))
+        assert linear.quantised is not None and linear.quantised.grid.bits == 6
+
+    def test_sixteen_bits_leave_it_alone(self, method: Method) -> None:
+        w, x = layer(ROWS, COLUMNS)
+        linear = state(w)
+        linear.kept_bits = 16
+        method.apply(GroupState("qkv", [linear], only_needed(method, statistics(x)), torch.nn.Identity()))
+        assert linear.quantised is None and torch.equal(linear.weight, w)
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if getattr(m, "bits", None)], ids=str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -10,9 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from tiny_models import as_torch, pack_random
+from tulle.core.token_grid import TokenGrid
 from tulle.format.pack import unpack_linear
-from tulle.simulate import PackedLinear, dequantise, fake_quantise_input, quantise_input
+from tulle.format.spec import TransformSpec
+from tulle.simulate import PackedLinear, dequantise
 
+INPUT = TokenGrid(8)
 QUANTISED = [
     {"bits": bits, "group_size": group, "symmetric": symmetric, "sparse": sparse}
     for bits in (2, 3, 4, 5, 8)
@@ -59,15 +63,15 @@ def test_empty_mask():
 
 def test_quantised_input_by_hand():
     x = torch.tensor([[0.0, 0.0, 0.0], [1.27, -0.635, 0.005], [-2.54, 0.03, 0.05]])
-    codes, step = quantise_input(x)
+    codes, step = INPUT.quantise(x)
     assert step[:, 0].tolist() == pytest.approx([1.0, 0.01, 0.02], rel=1e-6)
     # 0.03/0.02 lies within rounding of 1.5 and is left out; halves are checked below, where they are exact.
     assert codes[0].tolist() == [0, 0, 0]
     assert codes[1, 0] == 127 and codes[2, 0] == -127 and codes[2, 2] in (2, 3)
     halves = torch.tensor([[127.0, 0.5, 1.5, -2.5]])
-    assert quantise_input(halves)[0].tolist() == [[127, 0, 2, -2]]
-    assert torch.equal(fake_quantise_input(halves), torch.tensor([[127.0, 0.0, 2.0, -2.0]]))
-    assert fake_quantise_input(halves.bfloat16()).dtype == torch.bfloat16
+    assert INPUT.quantise(halves)[0].tolist() == [[127, 0, 2, -2]]
+    assert torch.equal(INPUT.fake(halves), torch.tensor([[127.0, 0.0, 2.0, -2.0]]))
+    assert INPUT.fake(halves.bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -81,7 +85,7 @@ def test_integer_sums_are_exact(symmetric, sparse, group):
     with torch.no_grad():
         layer.bias.copy_(torch.arange(5.0))
     x = torch.rand(6, 24000, generator=torch.Generator().manual_seed(0)) + 0.5
-    codes, step = quantise_input(x)
+    codes, step = INPUT.quantise(x)
     scale = layer.scale.double()
     whole = torch.from_numpy(unpack_linear(spec, arrays)).double() / scale.repeat_interleave(24000 // scale.shape[1], 1)
     sums = codes.long().reshape(6, 1, scale.shape[1], -1) * whole.round().long().reshape(1, 5, scale.shape[1], -1)
@@ -93,10 +97,14 @@ def test_integer_sums_are_exact(symmetric, sparse, group):
     assert torch.equal(layer(x), expected)
 
 
-def test_integer_path_agrees_with_fake_quantisation():
-    layer, spec, arrays = packed_linear(weight(16, 64), bits=4, group_size=16, input_bits=8)
+@pytest.mark.parametrize(
+    "grid", [INPUT, TokenGrid(4, symmetric=False), TokenGrid(6, clip=0.9), TokenGrid(4, False, 0.8)], ids=str
+)
+def test_integer_path_agrees_with_fake_quantisation(grid):
+    scheme = {"input_bits": grid.bits, "input_symmetric": grid.symmetric, "input_clip": grid.clip}
+    layer, spec, arrays = packed_linear(weight(16, 64), bits=4, group_size=16, **scheme)
     x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0))
-    expected = F.linear(fake_quantise_input(x), torch.from_numpy(unpack_linear(spec, arrays)))
+    expected = F.linear(grid.fake(x), torch.from_numpy(unpack_linear(spec, arrays)))
     y = layer(x)
     assert y.shape == (2, 3, 16)
     # Same numbers, other order of float32 rounding: 64 terms of size about 1.
@@ -106,10 +114,59 @@ def test_integer_path_agrees_with_fake_quantisation():
     assert layer(x.bfloat16()).dtype == torch.bfloat16
 
 
+def test_transforms_run_in_order_and_are_shared():
+    """x·diag(d)·P·H·M, by plain matrices in float64."""
+    g = torch.Generator().manual_seed(0)
+    specs = (
+        TransformSpec("diagonal"), TransformSpec("permutation"), TransformSpec("hadamard", block=16),
+        TransformSpec("block_matrix", block=8, shared=False), TransformSpec("kronecker", left=4, right=8),
+    )  # fmt: skip
+    w = weight(6, 32)
+    base, arrays = pack_random(w, values_dtype="float32")
+    spec = dataclasses.replace(base, transform=specs)
+    layer, sibling = PackedLinear(spec), PackedLinear(dataclasses.replace(spec, transform_of="first"))
+    tensors = {
+        "transform.0.scale": torch.rand(32, generator=g) + 0.5,
+        "transform.1.index": torch.randperm(32, generator=g).int(),
+        "transform.3.matrix": torch.randn(4, 8, 8, generator=g),
+        "transform.4.left": torch.randn(4, 4, generator=g),
+        "transform.4.right": torch.randn(8, 8, generator=g),
+    }
+    weights = {k: as_torch(a) for k, a in arrays.items()}
+    layer.load_state_dict(weights | tensors)
+    sibling.load_state_dict(weights)
+    sibling.share_transform(layer)
+    hadamard = torch.tensor([[1.0]], dtype=torch.float64)
+    for _ in range(4):
+        hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), hadamard)
+    matrices = [
+        torch.diag(tensors["transform.0.scale"].double()),
+        torch.eye(32, dtype=torch.float64)[tensors["transform.1.index"].long()].T,
+        torch.block_diag(hadamard / 4, hadamard / 4),
+        torch.block_diag(*tensors["transform.3.matrix"].double()),
+        torch.kron(tensors["transform.4.left"].double(), tensors["transform.4.right"].double()),
+    ]
+    product = torch.linalg.multi_dot(matrices)
+    x = torch.randn(2, 5, 32, generator=g)
+    expected = x.double() @ product @ torch.from_numpy(w).double().T
+    for linear in (layer, sibling):
+        # float32 sums of a few hundred terms of size about 10.
+        torch.testing.assert_close(linear(x).double(), expected, rtol=1e-5, atol=1e-4 * float(expected.abs().max()))
+    effective = (torch.from_numpy(w).double() @ product.T).float()
+    torch.testing.assert_close(layer.effective(), effective, rtol=1e-4, atol=1e-4)
+
+
+def test_an_unconnected_transform_is_an_error():
+    base, _ = pack_random(weight(6, 32), values_dtype="float32")
+    spec = dataclasses.replace(base, transform=(TransformSpec("permutation"),), transform_of="elsewhere")
+    with pytest.raises(RuntimeError, match="elsewhere has not been connected"):
+        PackedLinear(spec)(torch.zeros(1, 32))
+
+
 def test_quantised_input_with_floating_weights():
     layer, spec, arrays = packed_linear(weight(), values_dtype="bfloat16", sparse=True, input_bits=8)
     x = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(layer(x), F.linear(fake_quantise_input(x), torch.from_numpy(unpack_linear(spec, arrays))))
+    assert torch.equal(layer(x), F.linear(INPUT.fake(x), torch.from_numpy(unpack_linear(spec, arrays))))
 
 
 def test_cache_is_dropped_on_load_and_cast():

@@ -13,14 +13,20 @@ linears X̃. With ``target: dense`` the wanted output is T = X̃·Wᵀ; for ``st
 
 replaces W before the steps run, and min ‖T − X·Ŵᵀ‖² is then min tr((W* − Ŵ)·H·(W* − Ŵ)ᵀ), which is what GPTQ and
 SparseGPT already solve: no method needs to know. (The same aim as GPTAQ, Li et al. 2025, "asymmetric calibration".)
+
+**Transforms and quantised activations.** The recipe's block steps run first, on the whole block: what they fold into
+neighbours changes the dense block too (the same function), what runs on activations (transforms, quantisers of inputs,
+of keys and values) stands in front of the compressed block's linears while their statistics are taken. X above is then
+the transformed and rounded input, and W starts from W·T⁻ᵀ.
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,74 +34,27 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from tulle.core.contract import GroupState, LinearState, Progress, Statistics
+from tulle.attention import IMPLEMENTATION, attach
+from tulle.core.contract import (
+    BlockState,
+    GroupState,
+    HeadGrids,
+    LinearState,
+    Progress,
+    Stage,
+    Statistics,
+)
 from tulle.core.hessian import Hessian
+from tulle.core.rotation import Extremes
+from tulle.core.token_grid import TokenGrid
+from tulle.core.transform import Transform, run
 from tulle.errors import UserError
 from tulle.models.anatomy import Anatomy, Row
 from tulle.models.skeleton import Block
-from tulle.recipe import Recipe
-from tulle.simulate import fake_quantise_input
+from tulle.recipe import Recipe, Step
+from tulle.streams import Batch, HiddenStates, batched
 
-BATCH_TOKENS = 2048
-"""Tokens per batch (at least one sequence): bounds the activations inside a block."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Right-padded sequences of similar length. Attention is causal, so padding at the end changes no real token."""
-
-    tokens: Tensor
-    """int64 ``[B, T]``."""
-    valid: Tensor
-    """bool ``[B, T]``."""
-
-
-def batched(sequences: Sequence[Tensor], budget: int = BATCH_TOKENS) -> list[Batch]:
-    """Sequences, longest first, in batches of at most ``budget`` tokens including padding."""
-    ordered = sorted(sequences, key=len, reverse=True)
-    batches: list[Batch] = []
-    start = 0
-    while start < len(ordered):
-        rows = ordered[start : start + max(1, budget // len(ordered[start]))]
-        tokens = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-        lengths = torch.tensor([len(r) for r in rows])
-        batches.append(Batch(tokens, torch.arange(tokens.shape[1]) < lengths[:, None]))
-        start += len(rows)
-    return batches
-
-
-class HiddenStates:
-    """Hidden states ``[B, T, d]`` of every batch, float32, in one file.
-
-    Reading goes through the page cache, so a small run never touches the disk, and a large one is spilled by the
-    operating system.
-    """
-
-    def __init__(self, file: Path, batches: Sequence[Batch], width: int):
-        self.file = file
-        self._shapes = [(*b.tokens.shape, width) for b in batches]
-        sizes = [4 * s[0] * s[1] * s[2] for s in self._shapes]
-        self._offsets = [sum(sizes[:i]) for i in range(len(sizes))]
-        self.bytes = sum(sizes)
-
-    def write(self, index: int, hidden: Tensor) -> None:
-        with open(self.file, "r+b" if self.file.exists() else "w+b") as handle:
-            handle.seek(self._offsets[index])
-            handle.write(hidden.detach().float().cpu().contiguous().numpy().data)
-
-    def read(self, index: int) -> Tensor:
-        shape = self._shapes[index]
-        buffer = bytearray(4 * shape[0] * shape[1] * shape[2])
-        with open(self.file, "rb") as handle:
-            handle.seek(self._offsets[index])
-            if handle.readinto(buffer) != len(buffer):
-                raise UserError(
-                    f"expected {self.bytes} bytes of activations in {self.file}, found fewer; start without --resume"
-                )
-        return torch.frombuffer(buffer, dtype=torch.float32).reshape(shape)
-
-    def is_whole(self) -> bool:
-        return self.file.exists() and self.file.stat().st_size == self.bytes
+__all__ = ["Batch", "BlockResult", "HiddenStates", "Walker", "batched"]
 
 
 @dataclass
@@ -104,6 +63,8 @@ class BlockResult:
 
     index: int
     linears: list[LinearState]
+    tensors: dict[str, Tensor]
+    """Norm gains and biases by relative name, float32, where a step changed them."""
     output_errors: dict[str, float]
     """Σ|ŷ − y|²/Σ|y|² per linear, dense model against compressed model, over all calibration tokens."""
     block_error: float
@@ -111,6 +72,9 @@ class BlockResult:
     seconds: dict[str, float]
     """``load``, ``forward``, ``statistics``, and one entry per step name."""
     linear_seconds: dict[str, float] = field(default_factory=dict)
+    attention: HeadGrids | None = None
+    notes: list[str] = field(default_factory=list)
+    """Of the block steps."""
 
 
 class Walker:
@@ -125,10 +89,14 @@ class Walker:
         folder: Path,
         device: str = "cpu",
         progress: Progress | None = None,
+        seed: int = 0,
     ):
         self._config, self._model, self._recipe, self._batches = config, model, recipe, batches
-        self._folder, self._device, self._progress = folder, device, progress
+        self._folder, self._device, self._progress, self._seed = folder, device, progress, seed
         self._seconds: dict[str, float] = {}
+        self.kept: dict[str, int] = {}
+        """Mixed precision: full linear name → bits."""
+        self.kept_inputs: dict[str, int] = {}
 
     def states(self, path: str, block: int) -> HiddenStates:
         """Inputs of ``block`` on the ``dense`` or the ``compressed`` path; the same file for block 0."""
@@ -143,43 +111,171 @@ class Walker:
             states.write(i, nn.functional.embedding(batch.tokens, embedding))
 
     @torch.no_grad()
-    def block(self, index: int, tensors: Mapping[str, Tensor]) -> BlockResult:
-        """Compresses block ``index`` (tensors by relative name) and leaves the next block's inputs."""
+    def block(
+        self, index: int, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype] | None = None
+    ) -> BlockResult:
+        """Compresses block ``index`` (tensors by relative name) and leaves the next block's inputs.
+
+        ``dtypes``: what each tensor is stored as if nothing quantises it; None: its own.
+        """
+        dtypes = dtypes or {name: tensor.dtype for name, tensor in tensors.items()}
         self._seconds = defaultdict(float)
         weights = {name: t.float().to(self._device) for name, t in tensors.items()}
+        names = {name: self._model.block_prefix(index) + name for row in self._model.rows for name in row.linears}
+        block_steps = self._recipe.stage("block")
+        attention, notes = None, []
+        if block_steps:
+            state = self._prepare(index, weights, block_steps)
+            attention, notes = state.attention, state.notes
+            groups = state.groups
+            changed = self._rewritten(state, weights)
+            weights |= changed
+        else:
+            groups = {}
+            for row in self._model.rows:
+                if self._recipe.steps_for(row.role, "linear") or self._recipe.stage("model"):
+                    groups[row.role] = self._group(row, index, weights, Statistics(), None)
+            changed = {}
         # Both share every tensor; a compressed linear gets a new one.
-        dense, compressed = (Block(self._config, index, weights, self._device) for _ in range(2))
-        prefix = self._model.block_prefix(index)
-        rows = [row for row in self._model.rows if self._recipe.steps_for(row.role)]
-        linears: list[LinearState] = []
+        dense, compressed = (
+            Block(self._config, index, weights, self._device, implementation)
+            for implementation in ("sdpa", IMPLEMENTATION if attention else "sdpa")
+        )
+        self._attach(compressed, attention)
         linear_seconds: dict[str, float] = {}
-        statistics = None if self._recipe.calibration.sequential else self._collect(dense, compressed, rows, index)
+        dtype = {name: dtypes[f"{name}.weight"] for name in names}
+        untouched = [r for r in groups if not self._recipe.steps_for(r, "linear")]
+        for role, group in groups.items():
+            group.block = compressed.module
+            group.statistics = Statistics()
+            for linear in group.linears:
+                linear.kept_bits = self.kept.get(linear.name)
+                linear.weight = linear.folded() if linear.transform else linear.dense
+                self._install(compressed.module.get_submodule(self._relative(linear)), linear)
+            self._share_inputs(compressed.module, group)
+            if role in untouched:
+                for linear in group.linears:
+                    linear.weight = linear.weight.clone()
+                    self._finish(compressed.module, linear, dtype[self._relative(linear)])
+        rows = [row for row in self._model.rows if row.role in groups and row.role not in untouched]
+        sequential = self._recipe.calibration.sequential
+        statistics = None if sequential else self._collect(dense, compressed, rows, groups, index)
         for number, row in enumerate(rows):
             self._report(index, number, row.role)
-            found = statistics or self._collect(dense, compressed, [row], index)
-            group = self._group(row, found.pop(row.role), compressed.module, weights, prefix)
+            found = statistics or self._collect(dense, compressed, [row], groups, index)
+            group = groups[row.role]
+            group.statistics, cross = found.pop(row.role)
+            self._fit(group, cross)
             begun = time.perf_counter()
-            for step in self._recipe.steps_for(row.role):
+            for step in self._recipe.steps_for(row.role, "linear"):
                 with self._timed(step.name):
                     step.method.apply(group)
-            for state in group.linears:
-                relative = state.name.removeprefix(prefix)
-                self._finish(compressed.module.get_submodule(relative), state, tensors[f"{relative}.weight"].dtype)
-                linear_seconds[state.name] = (time.perf_counter() - begun) / len(group.linears)
-            linears += group.linears
+            for linear in group.linears:
+                self._finish(compressed.module, linear, dtype[self._relative(linear)])
+                linear_seconds[linear.name] = (time.perf_counter() - begun) / len(group.linears)
             group.statistics = Statistics()
         self._report(index, len(rows), "propagate")
         with self._timed("forward"):
             errors, block_error = self._propagate(dense, compressed, index)
-        return BlockResult(index, linears, errors, block_error, dict(self._seconds), linear_seconds)
+        linears = [linear for row in self._model.rows if row.role in groups for linear in groups[row.role].linears]
+        for linear in linears:
+            linear_seconds.setdefault(linear.name, 0.0)
+        kept = {name: tensor for name, tensor in changed.items() if name.removesuffix(".weight") not in names}
+        return BlockResult(
+            index, linears, kept, errors, block_error, dict(self._seconds), linear_seconds, attention, notes
+        )
+
+    def _prepare(self, index: int, weights: dict[str, Tensor], steps: Sequence[Step]) -> BlockState:
+        """Runs the recipe's block steps on the block, its inputs seen once, before any of them."""
+        block = Block(self._config, index, weights, self._device)
+        rows = {row.role: row for row in self._model.rows}
+        needs = {role: self._needs(role, "block") for role in rows}
+        found = self._collect(block, block, [row for row in rows.values() if needs[row.role]], {}, index, "block")
+        groups = {
+            role: self._group(row, index, weights, found[role][0] if role in found else Statistics(), block.module)
+            for role, row in rows.items()
+        }
+        prefix = self._model.block_prefix(index)
+        by_name = {linear.name: linear for group in groups.values() for linear in group.linears}
+        state = BlockState(
+            index=index,
+            groups=groups,
+            gains={role: weights[f"{row.norm}.weight"] for role, row in rows.items() if row.norm},
+            biases={
+                n: weights[f"{n.removeprefix(prefix)}.bias"]
+                for n in by_name
+                if f"{n.removeprefix(prefix)}.bias" in weights
+            },
+            producers={role: tuple(by_name[prefix + n] for n in row.producers) for role, row in rows.items()},
+            heads=self._model.heads,
+            kv_heads=self._model.kv_heads,
+            head_dim=self._model.head_dim,
+            seed=self._seed,
+        )
+        outputs: list[Tensor] = []
+        for step in steps:
+            self._report(index, 0, step.name)
+            with self._timed(step.name):
+                if step.method.learns:
+                    outputs = outputs or self._dense_outputs(index, weights)
+                    current = Block(
+                        self._config,
+                        index,
+                        weights | self._rewritten(state, weights),
+                        self._device,
+                        IMPLEMENTATION if state.attention else "sdpa",
+                    )
+                    self._attach(current, state.attention)
+                    state.module, state.forward = current.module, current.__call__
+                    state.batches = partial(self._learning_batches, index, outputs)
+                step.method.prepare(state, step.targets)
+        for group in groups.values():
+            for linear in group.linears:
+                bits = self.kept_inputs.get(linear.name)
+                if bits is not None and linear.input_grid is not None:
+                    linear.input_grid = None if bits >= 16 else replace(linear.input_grid, bits=bits)
+        return state
+
+    def _dense_outputs(self, index: int, weights: Mapping[str, Tensor]) -> list[Tensor]:
+        block = Block(self._config, index, weights, self._device)
+        states = self.states("dense", index)
+        return [block(states.read(i).to(self._device)) for i in range(len(self._batches))]
+
+    def _learning_batches(self, index: int, outputs: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        states = self.states("compressed", index)
+        for i, batch in enumerate(self._batches):
+            yield states.read(i).to(self._device), outputs[i], batch.valid.to(self._device)
+
+    def _rewritten(self, state: BlockState, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The block's tensors that block steps changed, by relative name."""
+        prefix = self._model.block_prefix(state.index)
+        tensors = {f"{n.removeprefix(prefix)}.bias": bias for n, bias in state.biases.items()}
+        for row in self._model.rows:
+            if row.norm:
+                tensors[f"{row.norm}.weight"] = state.gains[row.role]
+            for linear in state.groups[row.role].linears:
+                tensors[f"{self._relative(linear)}.weight"] = linear.dense
+        return {name: tensor for name, tensor in tensors.items() if tensor is not weights[name]}
+
+    def _attach(self, block: Block, attention: HeadGrids | None) -> None:
+        if attention is not None:
+            attach(block.module.get_submodule(self._model.attention), attention)
 
     def _collect(
-        self, dense: Block, compressed: Block, rows: Sequence[Row], index: int
+        self,
+        dense: Block,
+        compressed: Block,
+        rows: Sequence[Row],
+        groups: Mapping[str, GroupState],
+        index: int,
+        stage: Stage = "linear",
     ) -> dict[str, tuple[Statistics, dict[str, Tensor]]]:
         """Per role: the statistics of the row's input and R ``[C_out, C_in]`` of each linear (see above)."""
-        needs = {row.role: self._needs(row) for row in rows}
-        fit = {role: "hessian" in n and self._recipe.calibration.target != "layer" for role, n in needs.items()}
+        needs = {row.role: self._needs(row.role, stage) for row in rows}
+        target = self._recipe.calibration.target if stage == "linear" else "layer"
+        fit = {role: "hessian" in n and target != "layer" for role, n in needs.items()}
         found: dict[str, tuple[Statistics, dict[str, Tensor]]] = {row.role: (Statistics(), {}) for row in rows}
+        samplers: dict[str, Extremes] = {}
         rows = [row for row in rows if needs[row.role]]
         if not rows:
             return found
@@ -194,24 +290,32 @@ class Walker:
                     x, stream = inputs.pop(row.role)
                     statistics, cross = found[row.role]
                     _accumulate(statistics, x[valid], needs[row.role])
+                    if "rows" in needs[row.role]:
+                        samplers.setdefault(row.role, Extremes(x.shape[-1], seed=self._seed)).add(x[valid])
                     if not fit[row.role]:
                         continue
                     dense_x, dense_stream = dense_inputs.pop(row.role)
                     lag = None
-                    if self._recipe.calibration.target == "stream" and stream is not None and dense_stream is not None:
+                    if target == "stream" and stream is not None and dense_stream is not None:
                         lag = (dense_stream - stream)[valid]
-                    difference = dense_x[valid] - x[valid]
-                    for name in row.linears:
+                    for name, linear in zip(row.linears, groups[row.role].linears, strict=True):
                         # The biases cancel.
-                        gap = nn.functional.linear(difference, dense.module.get_parameter(f"{name}.weight"))
+                        weight = dense.module.get_parameter(f"{name}.weight")
+                        if linear.transform:
+                            gap = nn.functional.linear(dense_x[valid], weight)
+                            gap -= nn.functional.linear(x[valid], linear.weight)
+                        else:
+                            gap = nn.functional.linear(dense_x[valid] - x[valid], weight)
                         gap = gap if lag is None else gap + lag
                         if name not in cross:
                             cross[name] = torch.zeros(gap.shape[1], x.shape[-1], device=gap.device)
                         cross[name].addmm_(gap.T, x[valid])
+        for role, sampler in samplers.items():
+            found[role][0].rows = sampler.rows
         return found
 
-    def _needs(self, row: Row) -> frozenset[str]:
-        return frozenset().union(*(step.method.needs for step in self._recipe.steps_for(row.role)))
+    def _needs(self, role: str, stage: Stage) -> frozenset[str]:
+        return frozenset().union(*(step.method.needs for step in self._recipe.steps_for(role, stage)))
 
     def _capture(self, block: Block, hidden: Tensor, rows: Sequence[Row]) -> dict[str, tuple[Tensor, Tensor | None]]:
         """Inputs of the rows' linears, and the residual stream they are added to, by role; stops after the last."""
@@ -249,38 +353,57 @@ class Walker:
         return {role: (x, streams.get(role)) for role, x in inputs.items()}
 
     def _group(
-        self,
-        row: Row,
-        found: tuple[Statistics, dict[str, Tensor]],
-        block: nn.Module,
-        weights: Mapping[str, Tensor],
-        prefix: str,
+        self, row: Row, index: int, weights: Mapping[str, Tensor], statistics: Statistics, block: nn.Module | None
     ) -> GroupState:
-        statistics, cross = found
+        prefix = self._model.block_prefix(index)
         linears = []
         for name in row.linears:
             weight = weights[f"{name}.weight"]
-            fitted = weight.clone()
-            if name in cross and statistics.hessian is not None:
-                with self._timed("statistics"):
-                    fitted += _least_squares(
-                        cross.pop(name), statistics.hessian, self._recipe.calibration.target_damping
-                    )
-            linears.append(LinearState(name=prefix + name, weight=fitted, dense=weight, role=row.role))
-        return GroupState(row.role, linears, statistics, block)
+            linears.append(LinearState(name=prefix + name, weight=weight, dense=weight, role=row.role))
+        return GroupState(row.role, linears, statistics, block if block is not None else nn.Identity())
 
-    def _finish(self, module: nn.Module, state: LinearState, dtype: torch.dtype) -> None:
+    def _relative(self, linear: LinearState) -> str:
+        """Name within the block."""
+        for row in self._model.rows:
+            for name in row.linears:
+                if linear.name.endswith("." + name):
+                    return name
+        raise KeyError(linear.name)
+
+    def _fit(self, group: GroupState, cross: dict[str, Tensor]) -> None:
+        """Gives each linear a weight of its own to compress: W, or W* where the recipe fits to the dense model."""
+        hessian = group.statistics.hessian
+        for linear in group.linears:
+            linear.weight = linear.weight.clone()
+            gap = cross.pop(self._relative(linear), None)
+            if gap is not None and hessian is not None:
+                with self._timed("statistics"):
+                    linear.weight += _least_squares(gap, hessian, self._recipe.calibration.target_damping)
+
+    def _install(self, module: nn.Module, linear: LinearState) -> None:
+        module.weight = nn.Parameter(linear.weight, requires_grad=False)
+
+    def _share_inputs(self, block: nn.Module, group: GroupState) -> None:
+        """Transforms and quantisers in front of a group's linears; siblings see one result."""
+        hooks: dict[TokenGrid | None, _Input] = {}
+        for linear in group.linears:
+            if linear.transform or linear.input_grid:
+                hook = hooks.setdefault(linear.input_grid, _Input(linear.transform, linear.input_grid))
+                block.get_submodule(self._relative(linear)).register_forward_pre_hook(hook)
+
+    def _finish(self, block: nn.Module, state: LinearState, dtype: torch.dtype) -> None:
         """Puts the effective weight, as it will be stored, into the compressed block."""
+        module = block.get_submodule(self._relative(state))
         if state.quantised is None:
             state.weight = state.weight.to(dtype).float()
         if not bool(torch.isfinite(state.weight).all()):
             raise UserError(
                 f"expected finite weights after the recipe's steps, found NaN or Inf in {state.name}; raise the damping"
             )
-        module.weight = nn.Parameter(state.weight, requires_grad=False)
-        if state.input_bits is not None:
-            bits = state.input_bits
-            module.register_forward_pre_hook(lambda _, arguments: (fake_quantise_input(arguments[0], bits),))
+        self._install(module, state)
+        if state.input_grid is not None and not any(isinstance(h, _Input) for h in module._forward_pre_hooks.values()):
+            # A linear step brought its own quantiser.
+            module.register_forward_pre_hook(_Input(state.transform, state.input_grid))
 
     def _propagate(self, dense: Block, compressed: Block, index: int) -> tuple[dict[str, float], float]:
         """Runs both blocks, leaves their outputs as the next block's inputs, and compares every linear's output."""
@@ -323,6 +446,22 @@ class Walker:
                 index * per_block + number,
                 self._model.layers * per_block,
             )
+
+
+class _Input:
+    """Forward pre-hook: x → the quantiser's x̂ of x·T. Keeps the last result, for the siblings that read the same x."""
+
+    def __init__(self, transform: tuple[Transform, ...], grid: TokenGrid | None):
+        self._transform, self._grid = transform, grid
+        self._seen: Tensor | None = None
+        self._result: Tensor | None = None
+
+    def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
+        x = arguments[0]
+        if self._result is None or self._seen is not x:
+            result = run(self._transform, x)
+            self._seen, self._result = x, result if self._grid is None else self._grid.fake(result)
+        return (self._result,)
 
 
 class _Stop(Exception):

@@ -26,15 +26,17 @@ from tulle import machine
 from tulle.calibrate import BlockResult, Walker, batched
 from tulle.core.contract import LinearState, Progress
 from tulle.errors import UserError
-from tulle.format.spec import LinearSpec, QuantizationConfig
+from tulle.format.spec import AttentionSpec, LinearSpec, QuantizationConfig
 from tulle.models.anatomy import Anatomy
 from tulle.models.checkpoint import Checkpoint, companions, read_json, require_finite, write_index, write_text
 from tulle.models.hub import local_folder
+from tulle.models.rewrite import Source
 from tulle.models.skeleton import load_config
-from tulle.packing import packed_tensors, spec_of
+from tulle.packing import attention_spec, packed_tensors, spec_of, transform_tensors
 from tulle.recipe import Recipe, load_recipe, parse_recipe
 from tulle.report.compression import write_report
 from tulle.runs import RunFolder, State, disk_errors
+from tulle.survey import take_survey
 from tulle.texts import Text, read_text, sequences
 
 
@@ -104,8 +106,13 @@ def compress(
         # Two sets of hidden states go in and two come out.
         activations = 4 * sum(b.tokens.numel() for b in batches) * anatomy.hidden * 4
         folder_of_run.require_space(checkpoint.bytes + activations)
-        walker = Walker(config, anatomy, chosen, batches, folder_of_run.work, device, progress)
-        job = _Job(checkpoint, anatomy, chosen, walker, folder_of_run, state)
+        source_of = Source(checkpoint, anatomy)
+        # Repeated by a resumed run, with the same result: what it decides is nowhere on disk.
+        survey = take_survey(config, anatomy, source_of, chosen, batches, device, progress, seed)
+        source_of = Source(checkpoint, anatomy, survey.residual)
+        walker = Walker(config, anatomy, chosen, batches, folder_of_run.work, device, progress, seed)
+        walker.kept, walker.kept_inputs = survey.kept, survey.kept_inputs
+        job = _Job(checkpoint, source_of, anatomy, chosen, walker, folder_of_run, state, survey.notes)
         with disk_errors(Path(output)):
             if state.next_block is None:
                 job.begin()
@@ -123,16 +130,18 @@ class _Job:
     """One run: shard 0 is the embedding, 1… the blocks, the last the final norm and the head."""
 
     checkpoint: Checkpoint
+    source: Source
     anatomy: Anatomy
     recipe: Recipe
     walker: Walker
     run: RunFolder
     state: State
+    notes: list[str]
 
     def begin(self) -> None:
         begun = time.perf_counter()
         name = self.anatomy.architecture.embedding
-        embedding = self.checkpoint.read(self.checkpoint.embedding_name(self.anatomy))
+        embedding = self.source.embedding()
         require_finite(name, embedding)
         # Stored under the embedding's name, as transformers does, whichever of the two a tied checkpoint held.
         self.run.write(self.state, 0, {name: embedding})
@@ -150,40 +159,53 @@ class _Job:
                     f"remove {self.run.partial} and start again"
                 )
         begun = time.perf_counter()
-        tensors = self.checkpoint.read_block(self.anatomy, index)
+        tensors, dtypes = self.source.read_block(index), self.source.dtypes(index)
         loaded = time.perf_counter() - begun
-        result = self.walker.block(index, tensors)
+        result = self.walker.block(index, tensors, dtypes)
         writing = time.perf_counter()
         prefix = self.anatomy.block_prefix(index)
-        shard = {prefix + name: tensor for name, tensor in tensors.items()}
+        shard = {prefix + name: t.cpu().to(dtypes[name]) for name, t in (tensors | result.tensors).items()}
+        holders: dict[tuple[int, ...], str] = {}
         for linear in result.linears:
             dtype = shard.pop(f"{linear.name}.weight").dtype
-            spec = spec_of(linear, dtype)
+            holder = holders.setdefault(tuple(map(id, linear.transform)), linear.name)
+            spec = spec_of(linear, dtype, None if holder == linear.name else holder)
             packed = packed_tensors(linear, spec, dtype)
+            if spec.transform_of is None:
+                packed |= transform_tensors(linear)
             shard |= {f"{linear.name}.{suffix}": tensor for suffix, tensor in packed.items()}
-            if "weight" not in packed:
+            if "weight" not in packed or spec.transform or spec.input_bits is not None:
                 self.state.specs[linear.name] = spec.to_json()
             self.state.linears.append(_linear_report(linear, spec, index, result, dtype))
         self.run.write(self.state, index + 1, shard)
         self.state.blocks.append(
-            {"index": index, "output_error": result.block_error, "seconds": time.perf_counter() - begun}
+            {
+                "index": index,
+                "output_error": result.block_error,
+                "seconds": time.perf_counter() - begun,
+                "notes": result.notes,
+            }
         )
         self.state.count(result.seconds | {"load": loaded, "write": time.perf_counter() - writing})
+        attention = attention_spec(result.attention)
+        self.state.attention = None if attention is None else attention.to_json()
         self.state.next_block = index + 1
         self.run.commit(self.state)
         for path in ("dense", "compressed"):
             self.walker.states(path, index).file.unlink(missing_ok=True)
 
     def finish(self, report: dict[str, Any], begun: float) -> None:
-        outer = [name for name in self.anatomy.outer_tensors() if name != self.anatomy.architecture.embedding]
-        tensors = self.checkpoint.read_many(outer)
+        tensors = self.source.closing()
         for name, tensor in tensors.items():
             require_finite(name, tensor)
         folder = self.run.folder
         self.run.write(self.state, self.anatomy.layers + 1, tensors)
         write_index(folder, self.state.shards, self.state.packed_bytes)
-        quantization = QuantizationConfig(self.state.specs_of_linears(), self.recipe.to_json()).to_json()
-        config = self.checkpoint.config | {"quantization_config": quantization}
+        attention = None if self.state.attention is None else AttentionSpec.from_json(self.state.attention)
+        packed = QuantizationConfig(self.state.specs_of_linears(), self.recipe.to_json(), attention)
+        config = self.checkpoint.config | {"quantization_config": packed.to_json()}
+        if self.anatomy.tied and not self.source.tied:
+            config["tie_word_embeddings"] = False
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         for file in companions(self.checkpoint.path):
             shutil.copyfile(file, folder / file.name)
@@ -207,6 +229,8 @@ class _Job:
             "recipe": self.recipe.to_json(),
             "linears": linears,
             "blocks": self.state.blocks,
+            "attention": self.state.attention,
+            "notes": self.notes,
             "totals": {
                 "dense_bytes": self.checkpoint.bytes,
                 "linear_dense_bytes": sum(x["dense_bytes"] for x in linears),
@@ -237,6 +261,10 @@ def _linear_report(
         "sparsity": 0.0 if linear.mask is None else 1 - int(linear.mask.sum()) / linear.mask.numel(),
         "pattern": linear.pattern,
         "input_bits": linear.input_bits,
+        "input_symmetric": spec.input_symmetric,
+        "input_clip": spec.input_clip,
+        "transform": [t.to_json() for t in spec.transform],
+        "transform_bytes": spec.transform_bytes,
         "dense_bytes": linear.weight.numel() * dtype.itemsize,
         "packed_bytes": spec.packed_bytes,
         "bits_per_weight": spec.bits_per_weight,

@@ -18,8 +18,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from tulle.attention import IMPLEMENTATION, attach, grids_of
 from tulle.errors import UserError
 from tulle.format.spec import QUANT_METHOD, LinearSpec, QuantizationConfig
+from tulle.models.anatomy import anatomy
 from tulle.models.checkpoint import Checkpoint
 from tulle.simulate import DTYPES, PackedLinear
 
@@ -55,17 +57,27 @@ class TulleQuantizer(HfQuantizer):
             require_packed_tensors(Checkpoint.open(Path(files[0]).parent), linears)
         for name, spec in linears.items():
             _replace(model, name, spec)
+        for name, spec in linears.items():
+            if spec.transform_of is not None:
+                _packed(model, name).share_transform(_packed(model, spec.transform_of))
+        grids = grids_of(self.quantization_config.packed.attention)
+        if grids is not None:
+            shape = anatomy(model.config.to_dict())
+            for index in range(shape.layers):
+                attach(model.get_submodule(_inner(model, shape.block_prefix(index) + shape.attention)), grids)
+            model.set_attn_implementation(IMPLEMENTATION)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         for name, module in model.named_modules():
             if not isinstance(module, PackedLinear):
                 continue
-            for suffix, (kind, _) in module.spec.tensors().items():
+            for suffix, (kind, _) in module.spec.stored_tensors().items():
                 found = module.get_buffer(suffix)
                 # Before 5.0, transformers casts floating buffers to the dtype asked for. From float32 the way back is
                 # exact.
                 if found.dtype == torch.float32:
-                    setattr(module, suffix, found.to(DTYPES[kind]))
+                    parent, _, child = suffix.rpartition(".")
+                    setattr(module.get_submodule(parent), child, found.to(DTYPES[kind]))
                 elif found.dtype != DTYPES[kind]:
                     raise UserError(
                         f"expected {name}.{suffix} as {kind}, found it cast to {found.dtype} by transformers; "
@@ -106,7 +118,7 @@ def packed_linears(checkpoint: Checkpoint) -> dict[str, LinearSpec]:
 def require_packed_tensors(checkpoint: Checkpoint, linears: dict[str, LinearSpec]) -> None:
     """Raises ``UserError`` when a packed tensor is missing or not of the dtype and shape its spec says."""
     for name, spec in linears.items():
-        for suffix, (kind, shape) in spec.tensors().items():
+        for suffix, (kind, shape) in spec.stored_tensors().items():
             info = checkpoint.info(f"{name}.{suffix}")
             if info.dtype != DTYPES[kind] or info.shape != tuple(shape):
                 raise UserError(
@@ -115,13 +127,24 @@ def require_packed_tensors(checkpoint: Checkpoint, linears: dict[str, LinearSpec
                 )
 
 
+def _inner(model: PreTrainedModel, name: str) -> str:
+    """A base model (AutoModel) has the same modules without the prefix, and no head."""
+    if hasattr(model, model.base_model_prefix):
+        return name
+    return name.removeprefix(model.base_model_prefix + ".")
+
+
+def _packed(model: PreTrainedModel, name: str) -> PackedLinear:
+    module = model.get_submodule(_inner(model, name))
+    assert isinstance(module, PackedLinear)
+    return module
+
+
 def _replace(model: PreTrainedModel, name: str, spec: LinearSpec) -> None:
-    if not hasattr(model, model.base_model_prefix):
-        # A base model (AutoModel) has the same modules without the prefix, and no head.
-        prefix = model.base_model_prefix + "."
-        if not name.startswith(prefix):
-            return
-        name = name.removeprefix(prefix)
+    inner = _inner(model, name)
+    if inner == name and not hasattr(model, model.base_model_prefix):
+        return  # a head, which a base model does not have
+    name = inner
     parent_name, _, child = name.rpartition(".")
     try:
         parent = model.get_submodule(parent_name)

@@ -8,19 +8,59 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tulle.core.contract import LinearState
+from tulle.core.contract import HeadGrids, LinearState
+from tulle.core.transform import BlockMatrix, Hadamard, Kronecker, Transform
 from tulle.format.pack import f32_to_bf16, pack_linear
-from tulle.format.spec import LinearSpec
+from tulle.format.spec import AttentionSpec, HeadSpec, LinearSpec, TransformSpec
 
 
-def spec_of(linear: LinearState, dtype: torch.dtype) -> LinearSpec:
-    """How a linear's state is stored: as a bitmask with values, or dense where that is no larger."""
+def transform_spec(transform: Transform) -> TransformSpec:
+    """How the file describes a transform."""
+    match transform:
+        case Hadamard():
+            return TransformSpec(transform.kind, block=transform.block)
+        case BlockMatrix():
+            return TransformSpec(transform.kind, block=transform.block, shared=transform.shared)
+        case Kronecker():
+            return TransformSpec(transform.kind, left=len(transform.left), right=len(transform.right))
+    return TransformSpec(transform.kind)
+
+
+def transform_tensors(linear: LinearState) -> dict[str, Tensor]:
+    """The tensors of a linear's transforms, by suffix."""
+    return {
+        f"transform.{i}.{suffix}": tensor.cpu().contiguous()
+        for i, transform in enumerate(linear.transform)
+        for suffix, tensor in transform.tensors().items()
+    }
+
+
+def attention_spec(grids: HeadGrids | None) -> AttentionSpec | None:
+    """How the file describes the quantisers of queries, keys and values."""
+    if grids is None:
+        return None
+    query, key, value = (
+        None if grid is None else HeadSpec(grid.bits, grid.symmetric, float(grid.clip))
+        for grid in (grids.query, grids.key, grids.value)
+    )
+    return AttentionSpec(query, key, value, grids.hadamard)
+
+
+def spec_of(linear: LinearState, dtype: torch.dtype, holder: str | None = None) -> LinearSpec:
+    """How a linear's state is stored: as a bitmask with values, or dense where that is no larger.
+
+    ``holder`` is the linear that stores the transforms they share, if that is another one.
+    """
     dense = LinearSpec(
         shape=(linear.weight.shape[0], linear.weight.shape[1]),
         bits=linear.quantised.grid.bits if linear.quantised else None,
         group_size=linear.quantised.grid.group_size if linear.quantised else None,
         symmetric=linear.quantised.grid.symmetric if linear.quantised else True,
         input_bits=linear.input_bits,
+        input_symmetric=linear.input_grid.symmetric if linear.input_grid else True,
+        input_clip=float(linear.input_grid.clip) if linear.input_grid else 1.0,
+        transform=tuple(transform_spec(t) for t in linear.transform),
+        transform_of=holder if linear.transform else None,
         values_dtype=None if linear.quantised else str(dtype).removeprefix("torch."),
     )
     if linear.mask is None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import itertools
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from tulle.core.contract import Method
+from tulle.core.contract import Method, Stage
 from tulle.errors import UserError
 from tulle.models.anatomy import ROLES
 
@@ -35,8 +36,23 @@ METHODS: dict[str, str] = {
     "sparsegpt": "tulle.prune.sparsegpt:SparseGPT",
     "round_to_nearest": "tulle.quantize.round_to_nearest:RoundToNearest",
     "gptq": "tulle.quantize.gptq:GPTQ",
+    "activations": "tulle.quantize.activations:Activations",
+    "kv_cache": "tulle.quantize.kv_cache:KVCache",
+    "smoothquant": "tulle.quantize.smoothquant:SmoothQuant",
+    "quarot": "tulle.quantize.quarot:QuaRot",
+    "duquant": "tulle.quantize.duquant:DuQuant",
+    "perq": "tulle.quantize.perq:PeRQ",
+    "learned_clipping": "tulle.quantize.learned_clipping:LearnedClipping",
+    "flatquant": "tulle.quantize.flatquant:FlatQuant",
+    "affinequant": "tulle.quantize.affinequant:AffineQuant",
+    "spinquant": "tulle.quantize.spinquant:SpinQuant",
+    "keep_sensitive": "tulle.quantize.keep_sensitive:KeepSensitive",
 }
 """Step name in a recipe → its settings class, imported when a recipe asks for it."""
+
+
+STAGES: tuple[Stage, ...] = ("model", "block", "linear")
+"""Order of a recipe's steps (:mod:`tulle.core.contract`)."""
 
 
 class Calibration(BaseModel):
@@ -85,8 +101,11 @@ class Recipe:
             "steps": [step.to_json() for step in self.steps],
         }
 
-    def steps_for(self, role: str) -> list[Step]:
-        return [step for step in self.steps if role in step.targets]
+    def stage(self, stage: Stage) -> list[Step]:
+        return [step for step in self.steps if stage in step.method.stages]
+
+    def steps_for(self, role: str, stage: Stage | None = None) -> list[Step]:
+        return [s for s in self.steps if role in s.targets and (stage is None or stage in s.method.stages)]
 
 
 def load_recipe(recipe: str | os.PathLike[str]) -> Recipe:
@@ -128,11 +147,19 @@ def parse_recipe(content: Any, default_name: str = "recipe") -> Recipe:
         calibration = Calibration(**settings)
     except ValidationError as error:
         raise UserError(_first(error, "calibration")) from None
+    parsed = tuple(_step(step) for step in steps)
+    order = [STAGES.index(step.method.stages[0]) for step in parsed]
+    for before, after in itertools.pairwise(range(len(parsed))):
+        if order[after] < order[before]:
+            raise UserError(
+                f"expected steps on the model first, then on blocks, then on weights, found {parsed[after].name} after "
+                f"{parsed[before].name}; put {parsed[after].name} before it"
+            )
     return Recipe(
         name=str(content.get("name", default_name)),
         description=" ".join(str(content.get("description", "")).split()),
         calibration=calibration,
-        steps=tuple(_step(step) for step in steps),
+        steps=parsed,
     )
 
 

@@ -35,6 +35,7 @@ class State:
     """None until the embedding has been written."""
     linears: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     specs: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    attention: dict[str, Any] | None = None
     blocks: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     shards: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     packed_bytes: int = 0

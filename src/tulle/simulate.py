@@ -4,8 +4,9 @@
 
 - Weights only (``input_bits`` is None): y = x·Wᵀ + b with W = Δ·(u − z), dequantised in float32, rounded
   once to the dtype of x, and cached. In a float32 model W is exact.
-- Quantised input (``input_bits`` 8): the integer arithmetic of the engine. Per token s = max|x|/127 and
-  x_q = round(x/s) (half to even); one int32 sum Σ x_q·(u − z) per output and group; then in float32, groups
+- Transforms: x·T₁·T₂·… in float32 stands for x, and W is stored as W·T⁻ᵀ.
+- Quantised input (``input_bits``): the integer arithmetic of the engine. Per token a step s and whole numbers x_q
+  (:mod:`tulle.core.token_grid`); one int32 sum Σ x_q·(u − z) per output and group; then in float32, groups
   in ascending order, y = s·Σ_g Δ_g·sum_g + b, rounded once to the dtype of x.
 
 Packed tensors never change dtype: ``model.to(torch.bfloat16)`` moves the biases only.
@@ -13,14 +14,16 @@ Packed tensors never change dtype: ``model.to(torch.bfloat16)`` moves the biases
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tulle.format.spec import LinearSpec
+from tulle.core.token_grid import TokenGrid
+from tulle.core.transform import BlockMatrix, Diagonal, Hadamard, Kronecker, Permutation, Transform, run, unfold
+from tulle.format.spec import LinearSpec, TransformSpec
 
 EXACT_INTEGERS = 1 << 24
 """float32 holds every whole number up to here, so a matmul whose partial sums stay below it is exact."""
@@ -30,25 +33,48 @@ DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "uint8": torch.uint8,
+    "int32": torch.int32,
 }
 
 
-def quantise_input(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
-    """Codes (whole numbers in float32, ``[..., C]``) and steps s (float32 ``[..., 1]``) of x ``[..., C]``.
-
-    Per token, symmetric: s = max|x|/(2^(b−1)−1), 1 for a token of zeros; codes are at most 2^(b−1)−1 in size.
-    """
-    high = (1 << (bits - 1)) - 1
-    x = x.float()
-    step = x.abs().amax(-1, keepdim=True) / high
-    step = torch.where(step == 0, torch.ones_like(step), step)
-    return (x / step).round().clamp(-high, high), step
+def input_grid(spec: LinearSpec) -> TokenGrid | None:
+    """The quantiser that stands in front of a linear."""
+    if spec.input_bits is None:
+        return None
+    return TokenGrid(spec.input_bits, spec.input_symmetric, spec.input_clip)
 
 
-def fake_quantise_input(x: Tensor, bits: int = 8) -> Tensor:
-    """s·x_q of :func:`quantise_input`, in the shape and dtype of x."""
-    codes, step = quantise_input(x, bits)
-    return (codes * step).to(x.dtype)
+class InputTransform(nn.Module):
+    """The transforms in front of a linear of ``channels`` inputs, their tensors as buffers ``0.matrix``, …"""
+
+    def __init__(self, specs: Sequence[TransformSpec], channels: int, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.specs = tuple(specs)
+        for i, spec in enumerate(specs):
+            holder = nn.Module()
+            for suffix, (kind, shape) in spec.tensors(channels).items():
+                holder.register_buffer(suffix, torch.zeros(shape, dtype=DTYPES[kind], device=device))
+            self.add_module(str(i), holder)
+
+    def maps(self) -> list[Transform]:
+        """The transforms as functions, on the buffers as they are now."""
+        return [
+            transform_of(spec, dict(self.get_submodule(str(i)).named_buffers())) for i, spec in enumerate(self.specs)
+        ]
+
+
+def transform_of(spec: TransformSpec, tensors: Mapping[str, Tensor]) -> Transform:
+    """A transform from its tensors by suffix."""
+    if spec.kind == "diagonal":
+        return Diagonal(tensors["scale"])
+    if spec.kind == "permutation":
+        return Permutation(tensors["index"].long())
+    if spec.kind == "block_matrix":
+        return BlockMatrix(tensors["matrix"])
+    if spec.kind == "kronecker":
+        return Kronecker(tensors["left"], tensors["right"])
+    assert spec.block is not None
+    return Hadamard(spec.block)
 
 
 def unpack_bits(packed: Tensor, count: int) -> Tensor:
@@ -97,14 +123,14 @@ def dequantise(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> Tensor:
     return tensors["weight"].float()
 
 
-def integer_linear(x: Tensor, whole: Tensor, scale: Tensor, bits: int, input_bits: int) -> Tensor:
+def integer_linear(x: Tensor, whole: Tensor, scale: Tensor, bits: int, grid: TokenGrid) -> Tensor:
     """float32 ``[T, C_out]`` of x ``[T, C_in]`` with the weight Δ·whole: see the module's docstring.
 
     ``whole`` ``[C_out, C_in]``: whole numbers below 2^bits in float32; ``scale`` Δ: float32 ``[C_out, G]``.
     """
-    codes, step = quantise_input(x, input_bits)
+    codes, step = grid.quantise(x)
     width = whole.shape[1] // scale.shape[1]
-    chunk = min(width, EXACT_INTEGERS // ((1 << bits) << (input_bits - 1)))
+    chunk = min(width, EXACT_INTEGERS // ((1 << bits) << (grid.bits - 1 if grid.symmetric else grid.bits)))
     y = torch.zeros(x.shape[0], whole.shape[0], device=x.device)
     for group in range(scale.shape[1]):
         total = torch.zeros_like(y, dtype=torch.int32)
@@ -131,6 +157,11 @@ class PackedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.spec = spec
+        self.grid = input_grid(spec)
+        holds = bool(spec.transform) and spec.transform_of is None
+        self.transform = InputTransform(spec.transform, spec.shape[1], device) if holds else None
+        # A linear of the same group holds the tensors; not a child, or its state would be saved twice.
+        self._shared: tuple[InputTransform, ...] = ()
         self.out_features, self.in_features = spec.shape
         for suffix, (kind, shape) in spec.tensors().items():
             self.register_buffer(suffix, torch.zeros(shape, dtype=DTYPES[kind], device=device))
@@ -138,30 +169,56 @@ class PackedLinear(nn.Module):
         self.bias = None if empty is None else nn.Parameter(empty, requires_grad=False)
         self._cached: Tensor | None = None
 
+    def share_transform(self, holder: PackedLinear) -> None:
+        """Uses the transform of the linear that ``spec.transform_of`` names."""
+        assert holder.transform is not None
+        self._shared = (holder.transform,)
+
+    def maps(self) -> list[Transform]:
+        """The transforms in front of this linear."""
+        transform = self.transform if self.transform is not None else next(iter(self._shared), None)
+        if transform is None:
+            if self.spec.transform:
+                raise RuntimeError(f"the transform of {self.spec.transform_of} has not been connected")
+            return []
+        return transform.maps()
+
+    def transformed(self, x: Tensor) -> Tensor:
+        """x·T in float32, or x where there is no transform."""
+        if not self.spec.transform:
+            return x
+        with torch.autocast(x.device.type, enabled=False):
+            return run(self.maps(), x.float())
+
+    def effective(self) -> Tensor:
+        """The float32 weight ``[C_out, C_in]`` that the input before its transforms meets."""
+        return unfold(self.maps(), self.dequantise())
+
     def dequantise(self) -> Tensor:
         """The float32 weight ``[C_out, C_in]``."""
         return dequantise(self.spec, self._buffers)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        spec = self.spec
-        if spec.bits is not None and spec.input_bits is not None:
-            return self._integer_forward(x, spec.bits, spec.input_bits)
-        if self._cached is None or self._cached.dtype != x.dtype:
-            self._cached = self.dequantise().to(x.dtype)
-        if spec.input_bits is not None:
-            x = fake_quantise_input(x, spec.input_bits)
-        return F.linear(x, self._cached, self.bias)
+        dtype = x.dtype
+        x = self.transformed(x)
+        if self.spec.bits is not None and self.grid is not None:
+            return self._integer_forward(x, self.spec.bits, self.grid).to(dtype)
+        if self._cached is None or self._cached.dtype != dtype:
+            self._cached = self.dequantise().to(dtype)
+        if self.grid is not None:
+            x = self.grid.fake(x)
+        return F.linear(x.to(dtype), self._cached, self.bias)
 
-    def _integer_forward(self, x: Tensor, bits: int, input_bits: int) -> Tensor:
+    def _integer_forward(self, x: Tensor, bits: int, grid: TokenGrid) -> Tensor:
         if self._cached is None:
             self._cached = unpack_integer_weight(self.spec, self._buffers).float()  # type: ignore[arg-type]
         scale = self.get_buffer("scale").float()
         # Autocast would round the sums to its own dtype.
         with torch.autocast(x.device.type, enabled=False):
-            y = integer_linear(x.reshape(-1, self.in_features), self._cached, scale, bits, input_bits)
+            y = integer_linear(x.reshape(-1, self.in_features), self._cached, scale, bits, grid)
             if self.bias is not None:
                 y = y + self.bias.float()
-        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+        return y.reshape(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         self._cached = None
@@ -186,4 +243,5 @@ class PackedLinear(nn.Module):
         parts += [f"bits={s.bits}", f"group_size={s.group_size}"] if s.bits is not None else []
         parts += ["sparse"] if s.sparse else []
         parts += [f"input_bits={s.input_bits}"] if s.input_bits is not None else []
+        parts += [f"transform_of={s.transform_of}"] if s.transform_of is not None else []
         return ", ".join(parts)

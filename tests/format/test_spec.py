@@ -1,12 +1,13 @@
 """The spec's JSON, its tensors, and what it refuses."""
 
+import dataclasses
 import json
 from dataclasses import replace
 
 import pytest
 
 from tulle.errors import UserError
-from tulle.format.spec import LinearSpec, QuantizationConfig, parse_pattern
+from tulle.format.spec import AttentionSpec, HeadSpec, LinearSpec, QuantizationConfig, TransformSpec, parse_pattern
 
 INT4 = LinearSpec(shape=(6, 256), bits=4, group_size=128)
 SPARSE_INT8 = LinearSpec(shape=(6, 20), bits=8, symmetric=False, sparse=True, nonzeros=60, pattern="2:4")
@@ -36,7 +37,48 @@ def test_sizes() -> None:
     assert LinearSpec(shape=(4, 64), bits=8).bits_per_weight == 8 + 16 / 64
 
 
-@pytest.mark.parametrize("spec", [INT4, SPARSE_INT8, SPARSE_BF16, DENSE_F16])
+ROTATED = LinearSpec(
+    shape=(6, 24), bits=4, input_bits=4, input_symmetric=False, input_clip=0.9,
+    transform=(
+        TransformSpec("block_matrix", block=8, shared=True), TransformSpec("permutation"),
+        TransformSpec("block_matrix", block=4, shared=False), TransformSpec("hadamard", block=12),
+        TransformSpec("kronecker", left=4, right=6), TransformSpec("diagonal"),
+    ),
+)  # fmt: skip
+
+
+def test_transform_tensors() -> None:
+    assert ROTATED.transform_tensors() == {
+        "transform.0.matrix": ("float32", (8, 8)),
+        "transform.1.index": ("int32", (24,)),
+        "transform.2.matrix": ("float32", (6, 4, 4)),
+        "transform.4.left": ("float32", (4, 4)),
+        "transform.4.right": ("float32", (6, 6)),
+        "transform.5.scale": ("float32", (24,)),
+    }
+    assert ROTATED.transform_bytes == 4 * (64 + 24 + 96 + 16 + 36 + 24)
+    assert set(ROTATED.stored_tensors()) == set(ROTATED.tensors()) | set(ROTATED.transform_tensors())
+    assert dataclasses.replace(ROTATED, transform_of="other").transform_tensors() == {}
+
+
+def test_a_shared_transform_must_be_held_by_another() -> None:
+    sibling = dataclasses.replace(ROTATED, transform_of="a")
+    QuantizationConfig({"a": ROTATED, "b": sibling})
+    for linears in ({"b": sibling}, {"a": sibling, "b": sibling}, {"a": INT4, "b": sibling}):
+        with pytest.raises(UserError, match="transform_of to name a linear that holds the same transform"):
+            QuantizationConfig(linears)
+
+
+def test_attention_round_trip() -> None:
+    spec = AttentionSpec(None, HeadSpec(4), HeadSpec(8, True, 0.9), hadamard=True)
+    config = QuantizationConfig({}, {}, spec)
+    assert QuantizationConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    for change in ({"key": {"bits": 1, "symmetric": True, "clip": 1.0}}, {"hadamard": 1}, {"keys": None}):
+        with pytest.raises(UserError, match="expected"):
+            AttentionSpec.from_json(spec.to_json() | change)
+
+
+@pytest.mark.parametrize("spec", [INT4, SPARSE_INT8, SPARSE_BF16, DENSE_F16, ROTATED])
 def test_json_round_trip(spec: LinearSpec) -> None:
     assert LinearSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
@@ -44,10 +86,10 @@ def test_json_round_trip(spec: LinearSpec) -> None:
 def test_config_round_trip() -> None:
     config = QuantizationConfig({"model.layers.0.mlp.down_proj": INT4}, {"steps": [{"gptq": {"bits": 4}}]})
     data = config.to_json()
-    assert (data["quant_method"], data["format_version"]) == ("tulle", 1)
+    assert (data["quant_method"], data["format_version"]) == ("tulle", 2)
     assert set(data["linears"]["model.layers.0.mlp.down_proj"]) == {
         *("shape", "bits", "group_size", "symmetric", "sparse", "nonzeros", "pattern", "input_bits"),
-        "values_dtype",
+        *("input_symmetric", "input_clip", "transform", "transform_of", "values_dtype"),
     }
     assert QuantizationConfig.from_json(json.loads(json.dumps(data))) == config
 
@@ -61,7 +103,15 @@ def test_config_round_trip() -> None:
         ({"bits": 4, "group_size": 3}, "divides 20 input channels, found 3"),
         ({"bits": 4, "group_size": 0}, "divides 20 input channels, found 0"),
         ({"bits": 4, "values_dtype": "float32"}, "no values_dtype with bits"),
-        ({"bits": 4, "input_bits": 4}, "input_bits 8 or null, found 4"),
+        ({"bits": 4, "input_bits": 9}, "input_bits 2-8 or null, found 9"),
+        ({"bits": 4, "input_symmetric": False}, "only with input_bits"),
+        ({"bits": 4, "input_bits": 4, "input_clip": 0.0}, "input_clip above 0"),
+        ({"bits": 4, "transform_of": "x"}, "only with a transform"),
+        ({"bits": 4, "transform": (TransformSpec("fourier"),)}, "found 'fourier'"),
+        ({"bits": 4, "transform": (TransformSpec("hadamard"),)}, "expected block for a hadamard"),
+        ({"bits": 4, "transform": (TransformSpec("permutation", block=4),)}, "no sizes for a permutation"),
+        ({"bits": 4, "transform": (TransformSpec("hadamard", block=8),)}, "block that divides 20 .* found 8"),
+        ({"bits": 4, "transform": (TransformSpec("kronecker", left=3, right=7),)}, "factors of product 20"),
         ({}, "found values_dtype None"),
         ({"values_dtype": "float64"}, "found values_dtype float64"),
         ({"values_dtype": "float16", "symmetric": False}, "set bits to 2-8"),
@@ -109,7 +159,7 @@ def test_missing_key_is_refused() -> None:
     ("change", "message"),
     [
         ({"quant_method": "gptq"}, "quant_method 'tulle', found 'gptq'"),
-        ({"format_version": 2}, "format_version 1, found 2"),
+        ({"format_version": 1}, "format_version 2, found 1"),
         ({"linears": []}, "linears to be dict"),
         (
             {"linears": {"a.b": {}}},

@@ -1,22 +1,35 @@
 """What the block walker hands to a method, and what it wants back.
 
-The loop belongs to the walker, the formula to the method: a method sees one *group* of linears that share
-an input (``q/k/v``, ``o``, ``gate/up``, ``down``), with the statistics of that input, and changes the state of
-its linears. Notation as in the papers: X ``[T, C_in]`` tokens, W ``[C_out, C_in]``, Y = X·Wᵀ.
+The loop belongs to the walker, the formula to the method. A method belongs to one of three stages, which a recipe runs
+in this order:
+
+- ``model``: before the walk, something that concerns the whole model (a rotation of the residual stream, which linears
+  keep more bits);
+- ``block``: before a block's linears are compressed, something that spans its groups or changes what they see
+  (smoothing, transforms, quantisers of activations, learned clipping);
+- ``linear``: the weights of one *group* of linears that share an input (``q/k/v``, ``o``, ``gate/up``, ``down``), with
+  the statistics of that input as the transformed and quantised block sees it.
+
+Notation as in the papers: X ``[T, C_in]`` tokens, W ``[C_out, C_in]``, Y = X·Wᵀ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from tulle.core.grid import Quantised
 from tulle.core.hessian import Hessian
+from tulle.core.token_grid import TokenGrid
+from tulle.core.transform import Diagonal, Permutation, Transform, fold, run
+from tulle.errors import UserError
 
-Statistic = Literal["hessian", "column_norm", "absmax"]
+Statistic = Literal["hessian", "column_norm", "absmax", "rows"]
+Stage = Literal["model", "block", "linear"]
 
 
 @dataclass
@@ -33,6 +46,23 @@ class Statistics:
     """‖X_j‖₂ over the tokens, ``[C_in]``."""
     absmax: Tensor | None = None
     """max|X_j|, ``[C_in]``."""
+    rows: Tensor | None = None
+    """Whole tokens ``[K, C_in]``: those that carry the maxima of the channels, and some drawn at random
+    (:class:`tulle.core.rotation.Extremes`). What a search for outliers needs of X."""
+
+    def transformed(self, transform: Transform) -> None:
+        """Moves ``rows`` and ``absmax`` to x·T; the rest is no longer known and is dropped.
+
+        max|x_j| is exact where T only scales or permutes channels, and the maximum over ``rows`` otherwise.
+        """
+        self.hessian = self.column_norm = None
+        if self.rows is not None:
+            self.rows = transform.apply(self.rows)
+        if self.absmax is not None:
+            if transform.kind in ("diagonal", "permutation"):
+                self.absmax = transform.apply(self.absmax).abs()
+            else:
+                self.absmax = None if self.rows is None else self.rows.abs().amax(0)
 
 
 @dataclass
@@ -49,17 +79,32 @@ class LinearState:
     weight: Tensor
     """``[C_out, C_in]`` float32."""
     dense: Tensor
-    """The checkpoint's own weight, ``[C_out, C_in]``; never changed."""
+    """The checkpoint's own weight, ``[C_out, C_in]``, up to what block methods fold into it from its neighbours, which
+    leaves the block's function alone. Methods of the linear stage never change it."""
     role: str = ""
     mask: Tensor | None = None
     """bool ``[C_out, C_in]``, True = kept."""
     pattern: str | None = None
     """``"N:M"`` when the mask has that structure along the input channels."""
     quantised: Quantised | None = None
-    input_bits: int | None = None
-    """Bits of the per-token symmetric dynamic quantiser in front of the linear; None = unquantised input."""
+    transform: tuple[Transform, ...] = ()
+    """Maps that run on the input; the weight that meets x·T is W·T⁻ᵀ. Siblings share one tuple."""
+    input_grid: TokenGrid | None = None
+    """Per-token dynamic quantiser of the (transformed) input; None = unquantised input."""
+    ranges: tuple[Tensor, Tensor] | None = None
+    """Learned ends (low, high) of the weights' grids, ``[C_out, G]`` each; a quantiser takes them for the extremes."""
+    kept_bits: int | None = None
+    """A quantiser takes this many bits instead of its own (mixed precision); None: its own."""
     notes: list[str] = field(default_factory=list)
     """Lines for the report, e.g. an escalated damping."""
+
+    @property
+    def input_bits(self) -> int | None:
+        return None if self.input_grid is None else self.input_grid.bits
+
+    def folded(self) -> Tensor:
+        """W·T⁻ᵀ ``[C_out, C_in]`` for the dense W and the transform so far."""
+        return fold(self.transform, self.dense)
 
 
 @dataclass
@@ -70,23 +115,210 @@ class GroupState:
     linears: list[LinearState]
     statistics: Statistics
     block: nn.Module
-    """The decoder block the group belongs to, for methods that fold something into norms or producers."""
+    """The decoder block the group belongs to."""
+
+    def add_transform(self, transform: Transform) -> None:
+        """Puts one more map in front of the group's linears."""
+        for linear in self.linears:
+            linear.transform = (*linear.transform, transform)
+        self.statistics.transformed(transform)
+
+
+@dataclass(frozen=True)
+class HeadGrids:
+    """Quantisers of queries and keys after RoPE and of values, per token and head (over head_dim); None: none."""
+
+    query: TokenGrid | None = None
+    key: TokenGrid | None = None
+    value: TokenGrid | None = None
+    hadamard: bool = False
+    """Queries and keys are multiplied by H/√head_dim first, which their products do not see."""
+
+
+@dataclass
+class BlockState:
+    """One decoder block before its linears are compressed, for methods of the block stage.
+
+    The *graph folds* below rewrite norms, producers and readers together so that the block computes the same function;
+    nothing of them remains at run time. ``GroupState.add_transform`` is the other way: a map that runs on the input.
+    """
+
+    index: int
+    groups: dict[str, GroupState]
+    """Every role of the block, with the statistics of its inputs."""
+    gains: dict[str, Tensor]
+    """Gain γ ``[d]`` of the norm that feeds a role's group (``qkv``, ``gate_up``)."""
+    biases: dict[str, Tensor]
+    """Biases by full linear name, where there are any."""
+    producers: dict[str, tuple[LinearState, ...]]
+    """Linears whose output channels are a role's input channels: v for ``o``; up, then gate, for ``down``."""
+    heads: int
+    kv_heads: int
+    head_dim: int
+    seed: int = 0
+    """Of everything random in this block: the run's seed and the block's number."""
+    attention: HeadGrids | None = None
+    notes: list[str] = field(default_factory=list)
+    """Lines for the report."""
+    forward: Callable[[Tensor], Tensor] | None = None
+    """Hidden ``[B, T, d]`` → hidden, by ``module`` as it stands."""
+    module: nn.Module | None = None
+    """The decoder block that learned methods put trainable linears into."""
+    batches: Callable[[], Iterator[tuple[Tensor, Tensor, Tensor]]] | None = None
+    """(inputs of the compressed model, outputs of the dense block on its own inputs, bool ``[B, T]`` of real tokens)
+    per batch; only for methods that ``learn``."""
+
+    def generator(self, salt: int = 0) -> torch.Generator:
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + self.index) * 64 + salt)
+
+    def linears(self, roles: Sequence[str]) -> Iterator[LinearState]:
+        for role in roles:
+            yield from self.groups[role].linears
+
+    def fold_diagonal(self, role: str, scale: Tensor) -> None:
+        """x·diag(d) reaches the role's linears from now on, ``scale`` d ``[C_in]`` being folded into what feeds them.
+
+        Into γ of the norm (qkv, gate_up), the rows of v (o; d must be equal for the query heads that share a KV head)
+        or the rows of up (down).
+        """
+        group = self._foldable(role)
+        if role in self.gains:
+            self.gains[role] = self.gains[role] * scale
+        else:
+            self._scale_rows(self.producers[role][0], self._per_producer(role, scale))
+        for linear in group.linears:
+            linear.dense = linear.dense / scale
+        group.statistics.transformed(Diagonal(scale))
+
+    def fold_permutation(self, role: str, index: Tensor) -> None:
+        """x[:, index] reaches the role's linears; the producers' rows are permuted.
+
+        For ``o`` (``index`` keeps heads together, alike for the query heads of one KV head) and ``down``.
+        """
+        group = self._foldable(role)
+        rows = self._per_producer(role, index) if role == "o" else index
+        for producer in self.producers[role]:
+            producer.dense = producer.dense[rows]
+            if producer.name in self.biases:
+                self.biases[producer.name] = self.biases[producer.name][rows]
+        for linear in group.linears:
+            linear.dense = linear.dense[:, index]
+        group.statistics.transformed(Permutation(index))
+
+    def fold_value_rotation(self, rotation: Transform) -> None:
+        """v's heads come out as v·R from now on, R orthogonal on head_dim, and o reads them so."""
+        group = self._foldable("o")
+        value = self.producers["o"][0]
+        size = self.head_dim
+        rows = value.dense.reshape(-1, size, value.dense.shape[1])
+        value.dense = rotation.apply(rows.transpose(1, 2)).transpose(1, 2).reshape(value.dense.shape)
+        if value.name in self.biases:
+            bias = self.biases[value.name]
+            self.biases[value.name] = rotation.apply(bias.reshape(-1, size)).reshape(bias.shape)
+        for linear in group.linears:
+            heads = linear.dense.reshape(linear.dense.shape[0], -1, size)
+            linear.dense = rotation.fold(heads).reshape(linear.dense.shape)
+        statistics = group.statistics
+        statistics.hessian = statistics.column_norm = None
+        if statistics.rows is not None:
+            rows = statistics.rows
+            statistics.rows = run([rotation], rows.reshape(len(rows), -1, size)).reshape(rows.shape)
+            statistics.absmax = statistics.rows.abs().amax(0)
+        else:
+            statistics.absmax = None
+
+    def _foldable(self, role: str) -> GroupState:
+        group = self.groups[role]
+        if any(linear.transform for linear in group.linears):
+            raise UserError(
+                f"expected smoothing and folded permutations before a transform of {role}'s input, found one already "
+                "there; put that step first"
+            )
+        return group
+
+    def _per_producer(self, role: str, values: Tensor) -> Tensor:
+        """Of one value per input channel, those per output row of the producer: for o, per KV head."""
+        if role != "o":
+            return values
+        shared = self.heads // self.kv_heads
+        heads = values.reshape(self.kv_heads, shared, self.head_dim)
+        within = heads
+        if not values.is_floating_point():
+            within = heads - self.head_dim * torch.arange(self.heads, device=values.device).reshape(
+                self.kv_heads, shared, 1
+            )
+        if bool((within != within[:, :1]).any()):
+            raise ValueError("the query heads of one KV head must share one scaling or permutation")
+        rows = within[:, 0]
+        if not values.is_floating_point():
+            rows = rows + self.head_dim * torch.arange(self.kv_heads, device=values.device)[:, None]
+        return rows.reshape(-1)
+
+    def _scale_rows(self, producer: LinearState, scale: Tensor) -> None:
+        producer.dense = producer.dense * scale[:, None]
+        if producer.name in self.biases:
+            self.biases[producer.name] = self.biases[producer.name] * scale
+
+
+@dataclass
+class Survey:
+    """What a method of the model stage sees: the dense model walked once, and what it may decide."""
+
+    layers: int
+    rows: Callable[[int, str], Tensor]
+    """Sampled input tokens ``[K, C_in]`` of a role of a block, in the dense model."""
+    block: Callable[[int], dict[str, Tensor]]
+    """Float32 tensors of a block by relative name."""
+    roles: dict[str, tuple[str, ...]]
+    """Relative names of a role's linears."""
+    norms: dict[str, str]
+    """Relative name of the norm that feeds a role, for those that have one."""
+    prefix: Callable[[int], str]
+    """Of a block's full names."""
+    hidden: int
+    seed: int = 0
+    residual: tuple[Transform, ...] = ()
+    """Orthogonal maps of the residual stream, folded into every reader and writer."""
+    kept: dict[str, int] = field(default_factory=dict)
+    """Full linear name → bits that quantisers take instead of their own (16: none)."""
+    kept_inputs: dict[str, int] = field(default_factory=dict)
+    """The same for the quantiser of a linear's input."""
+    notes: list[str] = field(default_factory=list)
 
 
 class Method:
     """Base of every recipe step.
 
-    Subclasses are frozen dataclasses of settings. They state which statistics they need and implement
-    :meth:`apply_linear`; a method that acts on a whole group (smoothing, rotation, permutation) overrides
-    :meth:`apply`. ``validate`` is called once per linear before the run starts, with its shape, so that a setting that
-    cannot work (group size, N:M) is refused before any time is spent.
+    Subclasses are frozen dataclasses of settings. They state their stage and which statistics they need, and implement
+    :meth:`apply_linear` (stage ``linear``; :meth:`apply` where the siblings of a group must be seen together),
+    :meth:`prepare` (stage ``block``) or :meth:`plan` (stage ``model``). ``validate`` is called once per linear before
+    the run starts, with its shape, so that a setting that cannot work (group size, N:M) is refused before any time is
+    spent.
     """
 
+    stages: ClassVar[tuple[Stage, ...]] = ("linear",)
+    """Where it acts, in order; the first decides its place in a recipe."""
     needs: ClassVar[frozenset[Statistic]] = frozenset()
+    learns: ClassVar[bool] = False
+    """Whether :meth:`prepare` trains against the dense block's outputs (``BlockState.batches``)."""
+
+    def plan(self, survey: Survey, roles: tuple[str, ...]) -> None:
+        raise NotImplementedError
+
+    def prepare(self, block: BlockState, roles: tuple[str, ...]) -> None:
+        raise NotImplementedError
 
     def apply(self, group: GroupState) -> None:
         for linear in group.linears:
-            self.apply_linear(linear, group.statistics)
+            method = self.at(linear)
+            if method is not None:
+                method.apply_linear(linear, group.statistics)
+
+    def at(self, linear: LinearState) -> Method | None:
+        """This method with the bits that mixed precision gives the linear; None where that leaves it unquantised."""
+        if linear.kept_bits is None or not hasattr(self, "bits"):
+            return self
+        return None if linear.kept_bits >= 16 else replace(self, bits=linear.kept_bits)  # type: ignore[type-var]
 
     def apply_linear(self, linear: LinearState, statistics: Statistics) -> None:
         raise NotImplementedError

@@ -112,6 +112,13 @@ def grouped(w: Tensor, group_size: int | None) -> Tensor:
     return w.reshape(rows, -1, group_size or columns)
 
 
+def extremes(w: Tensor, grid: Grid, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Least and largest weight of each group, ``[C_out, G]`` each; 0 where ``mask`` is False."""
+    g = grouped(w if mask is None else w * mask, grid.group_size)
+    low, high = g.aminmax(dim=-1)
+    return low, high
+
+
 def find_steps(
     w: Tensor,
     grid: Grid,
@@ -119,22 +126,24 @@ def find_steps(
     search: int = 0,
     mask: Tensor | None = None,
     norm: float = 2.0,
+    ranges: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Step and zero point ``[C_out, G]`` for W ``[C_out, C_in]``.
 
     ``search`` = 0 takes the extremes of each group. Otherwise that many clip ratios from 1 down to 0.5 are
     tried and the one with the least Σ_j importance_j·|w_j − ŵ_j|^norm is kept, group by group. ``importance``
-    ``[C_in]`` is the diagonal of the Hessian (None: ones); positions outside ``mask`` do not count.
+    ``[C_in]`` is the diagonal of the Hessian (None: ones); positions outside ``mask`` do not count. ``ranges`` (low,
+    high), ``[C_out, G]`` each, replaces the extremes.
     """
+    low, high = extremes(w, grid, mask) if ranges is None else ranges
+    best_step, best_zero = steps(low, high, grid)
+    if search == 0:
+        return best_step, best_zero
     g = grouped(w, grid.group_size)
     weight = torch.ones_like(w) if importance is None else importance.expand_as(w)
     if mask is not None:
         g, weight = g * grouped(mask, grid.group_size), weight * mask
     weight = grouped(weight, grid.group_size)
-    low, high = g.amin(-1), g.amax(-1)
-    best_step, best_zero = steps(low, high, grid)
-    if search == 0:
-        return best_step, best_zero
     best = torch.full_like(best_step, torch.inf)
     for i in range(search):
         ratio = 1 - 0.5 * i / search

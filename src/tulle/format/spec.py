@@ -15,12 +15,74 @@ from typing import Any, get_type_hints
 from tulle.errors import UserError
 
 QUANT_METHOD = "tulle"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
-ITEM_BYTES = {"uint8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
-SAFETENSORS_DTYPE = {"uint8": "U8", "bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+ITEM_BYTES = {"uint8": 1, "int32": 4, "bfloat16": 2, "float16": 2, "float32": 4}
+SAFETENSORS_DTYPE = {"uint8": "U8", "int32": "I32", "bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """Names of our dtypes in the header of a safetensors file."""
 FLOAT_DTYPES = ("bfloat16", "float16", "float32")
+
+
+TRANSFORMS = ("diagonal", "permutation", "hadamard", "block_matrix", "kronecker")
+
+
+@dataclass(frozen=True)
+class TransformSpec:
+    """One linear map on the input x `[C_in]` of a linear. Raises UserError if fields contradict each other.
+
+    docs/format.md, section "Transforms", says what each kind computes.
+    """
+
+    kind: str
+    block: int | None = None
+    """Channels that a Hadamard or block matrix mixes."""
+    shared: bool | None = None
+    """Of a block matrix: one for all blocks, or one each."""
+    left: int | None = None
+    right: int | None = None
+    """Sizes of the factors of a Kronecker product."""
+
+    def problem(self, c_in: int) -> str | None:
+        """Why this map cannot stand in front of a linear of `c_in` inputs, or None."""
+        used = {
+            "diagonal": (), "permutation": (), "hadamard": ("block",), "block_matrix": ("block", "shared"),
+            "kronecker": ("left", "right"),
+        }.get(self.kind)  # fmt: skip
+        if used is None:
+            return f"expected a transform of {', '.join(TRANSFORMS)}, found {self.kind!r}"
+        for key in ("block", "shared", "left", "right"):
+            if (getattr(self, key) is None) == (key in used):
+                return (
+                    f"expected {' and '.join(used) or 'no sizes'} for a {self.kind} transform, found {self.to_json()}"
+                )
+        if self.block is not None and (self.block < 1 or c_in % self.block):
+            return f"expected a {self.kind} block that divides {c_in} input channels, found {self.block}"
+        if self.left is not None and self.right is not None and (self.left < 1 or self.left * self.right != c_in):
+            return f"expected Kronecker factors of product {c_in}, found {self.left} and {self.right}"
+        return None
+
+    def tensors(self, c_in: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """suffix -> (dtype, shape) of the map's tensors."""
+        if self.kind == "diagonal":
+            return {"scale": ("float32", (c_in,))}
+        if self.kind == "permutation":
+            return {"index": ("int32", (c_in,))}
+        if self.kind == "block_matrix" and self.block is not None:
+            square = (self.block, self.block)
+            return {"matrix": ("float32", square if self.shared else (c_in // self.block, *square))}
+        if self.kind == "kronecker" and self.left is not None and self.right is not None:
+            return {"left": ("float32", (self.left, self.left)), "right": ("float32", (self.right, self.right))}
+        return {}
+
+    def to_json(self) -> dict[str, Any]:
+        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+
+    @classmethod
+    def from_json(cls, data: object) -> TransformSpec:
+        """Inverse of `to_json`. Raises UserError on unknown or mistyped keys."""
+        hints = get_type_hints(cls)
+        whole = {key: None for key in hints} | data if isinstance(data, dict) else data
+        return cls(**_checked(whole, hints, "a transform"))
 
 
 @dataclass(frozen=True)
@@ -39,7 +101,14 @@ class LinearSpec:
     pattern: str | None = None
     """N:M, such as 2:4: at most N of M consecutive input channels, from a multiple of M on, are stored."""
     input_bits: int | None = None
-    """8: the input is quantised per token, symmetric and dynamic; None: it is not."""
+    """2-8: the input, after its transforms, is quantised per token, dynamically; None: it is not."""
+    input_symmetric: bool = True
+    input_clip: float = 1.0
+    """The range of a token is multiplied by this ratio, in (0, 1], before it is divided into steps."""
+    transform: tuple[TransformSpec, ...] = ()
+    """Maps applied to the input, from left to right; the weight is stored as W·T⁻ᵀ."""
+    transform_of: str | None = None
+    """The linear that holds this one's transform tensors (they share an input); None: its own."""
     values_dtype: str | None = None
     """Of unquantised weights: bfloat16, float16 or float32."""
 
@@ -65,9 +134,18 @@ class LinearSpec:
                 return f"expected no values_dtype with bits, found {self.values_dtype}"
             if self.group_size is not None and (self.group_size < 1 or c_in % self.group_size):
                 return f"expected a group_size that divides {c_in} input channels, found {self.group_size}"
-        if self.input_bits not in (None, 8):
-            return f"expected input_bits 8 or null, found {self.input_bits}"
-        return self._sparsity_problem()
+        return self._input_problem() or self._sparsity_problem()
+
+    def _input_problem(self) -> str | None:
+        if self.input_bits is None and (not self.input_symmetric or self.input_clip != 1):
+            return "expected input_symmetric and input_clip only with input_bits"
+        if self.input_bits is not None and not 2 <= self.input_bits <= 8:
+            return f"expected input_bits 2-8 or null, found {self.input_bits}"
+        if not 0 < self.input_clip <= 1:
+            return f"expected input_clip above 0 and at most 1, found {self.input_clip}"
+        if self.transform_of is not None and not self.transform:
+            return "expected transform_of only with a transform"
+        return next((problem for t in self.transform if (problem := t.problem(self.shape[1]))), None)
 
     def _sparsity_problem(self) -> str | None:
         c_out, c_in = self.shape
@@ -116,9 +194,23 @@ class LinearSpec:
                 tensors["zero_point"] = ("uint8", (c_out, self.groups))
         return tensors
 
+    def transform_tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """suffix -> (dtype, shape) of the transform tensors that this linear itself holds."""
+        if self.transform_of is not None:
+            return {}
+        return {
+            f"transform.{i}.{suffix}": kind
+            for i, t in enumerate(self.transform)
+            for suffix, kind in t.tensors(self.shape[1]).items()
+        }
+
+    def stored_tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """`tensors` and `transform_tensors`: everything in the file under this linear's name but the bias."""
+        return self.tensors() | self.transform_tensors()
+
     @property
     def packed_bytes(self) -> int:
-        """Bytes of all tensors."""
+        """Bytes of all tensors that stand for the weight; transforms are counted on their own."""
         return sum(ITEM_BYTES[dtype] * math.prod(shape) for dtype, shape in self.tensors().values())
 
     @property
@@ -126,13 +218,23 @@ class LinearSpec:
         """Stored bits, scales and masks included, per weight of the dense matrix."""
         return 8 * self.packed_bytes / math.prod(self.shape)
 
+    @property
+    def transform_bytes(self) -> int:
+        """Bytes of the transform tensors that this linear holds."""
+        return sum(ITEM_BYTES[dtype] * math.prod(shape) for dtype, shape in self.transform_tensors().values())
+
     def to_json(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "shape": list(self.shape)}
+        return {
+            **dataclasses.asdict(self),
+            "shape": list(self.shape),
+            "transform": [t.to_json() for t in self.transform],
+        }
 
     @classmethod
     def from_json(cls, data: object) -> LinearSpec:
         """Inverse of `to_json`. Raises UserError on unknown, missing or mistyped keys."""
-        fields = _checked(data, get_type_hints(cls) | {"shape": list}, "a linear")
+        fields = dict(_checked(data, get_type_hints(cls) | {"shape": list, "transform": list}, "a linear"))
+        fields["transform"] = tuple(TransformSpec.from_json(t) for t in fields["transform"])
         if len(fields["shape"]) != 2 or any(type(size) is not int for size in fields["shape"]):
             raise UserError(f"a linear: expected shape [C_out, C_in], found {fields['shape']}")
         return cls(**{**fields, "shape": tuple(fields["shape"])})
@@ -158,24 +260,80 @@ def parse_pattern(pattern: str) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
+class HeadSpec:
+    """How queries, keys or values are quantised: per token and head, over head_dim."""
+
+    bits: int
+    symmetric: bool = False
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise UserError(f"attention: expected bits 2-8, found {self.bits}")
+        if not 0 < self.clip <= 1:
+            raise UserError(f"attention: expected clip above 0 and at most 1, found {self.clip}")
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What happens to queries and keys after RoPE and to values, in every block: None leaves them alone."""
+
+    query: HeadSpec | None = None
+    key: HeadSpec | None = None
+    value: HeadSpec | None = None
+    hadamard: bool = False
+    """Queries and keys are multiplied by H/√head_dim before they are quantised, which their products do not see."""
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: object) -> AttentionSpec:
+        """Inverse of `to_json`. Raises UserError on unknown, missing or mistyped keys."""
+        hints: dict[str, Any] = dict.fromkeys(("query", "key", "value"), (dict, type(None)))
+        fields = _checked(data, hints | {"hadamard": bool}, "attention")
+        query, key, value = (
+            None if fields[name] is None else HeadSpec(**_checked(fields[name], HEAD_HINTS, name)) for name in hints
+        )
+        return cls(query, key, value, fields["hadamard"])
+
+
+HEAD_HINTS = {"bits": int, "symmetric": bool, "clip": float}
+
+
+@dataclass(frozen=True)
 class QuantizationConfig:
     """`quantization_config` of config.json: the compressed linears by module name, and the recipe."""
 
     linears: dict[str, LinearSpec]
     recipe: dict[str, Any] = field(default_factory=dict)
+    attention: AttentionSpec | None = None
+
+    def __post_init__(self) -> None:
+        for name, spec in self.linears.items():
+            if spec.transform_of is None:
+                continue
+            holder = self.linears.get(spec.transform_of)
+            if holder is None or holder.transform_of is not None or holder.transform != spec.transform:
+                raise UserError(
+                    f"quantization_config, {name}: expected transform_of to name a linear that holds the same "
+                    f"transform, found {spec.transform_of!r}"
+                )
 
     def to_json(self) -> dict[str, Any]:
         return {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
             "linears": {name: spec.to_json() for name, spec in self.linears.items()},
+            "attention": None if self.attention is None else self.attention.to_json(),
             "recipe": self.recipe,
         }
 
     @classmethod
     def from_json(cls, data: object) -> QuantizationConfig:
         """Inverse of `to_json`. Raises UserError on another method, a newer version or a malformed entry."""
-        hints = {"quant_method": str, "format_version": int, "linears": dict, "recipe": dict}
+        hints: dict[str, Any] = {"quant_method": str, "format_version": int, "linears": dict, "recipe": dict}
+        hints["attention"] = (dict, type(None))
         fields = _checked(data, hints, "quantization_config")
         if fields["quant_method"] != QUANT_METHOD:
             raise UserError(f"expected quant_method {QUANT_METHOD!r}, found {fields['quant_method']!r}")
@@ -190,7 +348,8 @@ class QuantizationConfig:
                 linears[name] = LinearSpec.from_json(entry)
             except UserError as error:
                 raise UserError(f"quantization_config, {name}: {error}") from None
-        return cls(linears, fields["recipe"])
+        attention = None if fields["attention"] is None else AttentionSpec.from_json(fields["attention"])
+        return cls(linears, fields["recipe"], attention)
 
 
 def _checked(data: object, hints: Mapping[str, Any], what: str) -> dict[str, Any]:
@@ -204,7 +363,7 @@ def _checked(data: object, hints: Mapping[str, Any], what: str) -> dict[str, Any
         if key not in hints:
             raise UserError(f"{what}: expected the keys {', '.join(hints)}, found {key!r}")
         # JSON's true is not a number, but Python's True is an int.
-        mistyped_bool = isinstance(value, bool) and hints[key] is not bool
+        mistyped_bool = isinstance(value, bool) and hints[key] not in (bool, bool | None)
         if mistyped_bool or not isinstance(value, hints[key]):
             expected = getattr(hints[key], "__name__", str(hints[key]))
             raise UserError(f"{what}: expected {key} to be {expected}, found {value!r}")

@@ -36,6 +36,7 @@ LLAMA_ROWS = (
     Row("gate_up", ("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm", (), None),
     Row("down", ("mlp.down_proj",), None, ("mlp.up_proj", "mlp.gate_proj"), "post_attention_layernorm"),
 )
+QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Architecture:
     rows: tuple[Row, ...] = LLAMA_ROWS
     blocks: str = "model.layers"
     embedding: str = "model.embed_tokens.weight"
+    attention: str = "self_attn"
     final_norm: str = "model.norm.weight"
     head: str = "lm_head.weight"
     qkv_bias: bool | None = False
@@ -81,6 +83,24 @@ class Anatomy:
     @property
     def rows(self) -> tuple[Row, ...]:
         return self.architecture.rows
+
+    def row(self, role: str) -> Row:
+        return next(row for row in self.rows if row.role == role)
+
+    @property
+    def query_key_norms(self) -> tuple[str, str] | None:
+        """The RMSNorms over head_dim on q and on k, or None."""
+        return QK_NORMS if self.architecture.qk_norm else None
+
+    def query_heads(self, kv_head: int) -> range:
+        """The query heads that share a KV head."""
+        shared = self.heads // self.kv_heads
+        return range(kv_head * shared, (kv_head + 1) * shared)
+
+    @property
+    def attention(self) -> str:
+        """Name of a block's attention module."""
+        return self.architecture.attention
 
     def block_prefix(self, block: int) -> str:
         return f"{self.architecture.blocks}.{block}."
@@ -121,8 +141,8 @@ class Anatomy:
                 shapes[f"{name}.weight"] = shape
                 if self._has_bias(row.role):
                     shapes[f"{name}.bias"] = (shape[0],)
-        if self.architecture.qk_norm:
-            shapes["self_attn.q_norm.weight"] = shapes["self_attn.k_norm.weight"] = (self.head_dim,)
+        for name in self.query_key_norms or ():
+            shapes[f"{name}.weight"] = (self.head_dim,)
         return shapes
 
     def outer_tensors(self) -> dict[str, tuple[int, ...]]:

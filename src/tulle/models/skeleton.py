@@ -20,9 +20,19 @@ from tulle.errors import UserError
 
 
 class Block:
-    """Decoder block ``index`` with weights: hidden ``[B, T, d]`` → hidden ``[B, T, d]``, causal."""
+    """Decoder block ``index`` with weights: hidden ``[B, T, d]`` → hidden ``[B, T, d]``, causal.
 
-    def __init__(self, config: PretrainedConfig, index: int, tensors: Mapping[str, Tensor], device: str = "cpu"):
+    ``attention`` names the attention function of transformers.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        index: int,
+        tensors: Mapping[str, Tensor],
+        device: str = "cpu",
+        attention: str = "sdpa",
+    ):
         single = copy.deepcopy(config)
         single.num_hidden_layers = 1
         types = getattr(config, "layer_types", None)
@@ -30,7 +40,7 @@ class Block:
             single.layer_types = [types[index]]
         single.use_cache = False
         with torch.device("meta"):
-            self._model: Any = AutoModel.from_config(single, attn_implementation="sdpa")
+            self._model: Any = AutoModel.from_config(single, attn_implementation=attention)
         self.module: nn.Module = self._model.layers[0]
         self.module.load_state_dict({k: v.float().to(device) for k, v in tensors.items()}, assign=True)
         self._model.norm = nn.Identity()

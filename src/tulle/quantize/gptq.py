@@ -27,6 +27,7 @@ from tulle.core.descent import descend
 from tulle.core.grid import Grid, Quantised, code, find_steps
 from tulle.core.hessian import Factor, check_damping
 from tulle.core.sweep import sweep
+from tulle.core.token_grid import TokenGrid
 
 
 class _Rounder:
@@ -87,8 +88,9 @@ class GPTQ(Method):
     """
     block: int = 32
     """Columns between two updates of the rest of the matrix; changes the speed alone."""
-    input_bits: Literal[8] | None = None
-    """Quantise the linear's input per token, symmetric and dynamic; None leaves it alone."""
+    input_bits: Literal[4, 6, 8] | None = None
+    """Quantise the linear's input per token, symmetric and dynamic; None leaves it alone. The step ``activations`` does
+    the same before the statistics are taken, with more settings."""
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
@@ -105,10 +107,13 @@ class GPTQ(Method):
         assert hessian is not None
         factor = hessian.factor(self.damping, self.act_order)
         linear.notes += hessian.remarks(self.damping, factor.damping)
-        scale, zero = find_steps(linear.weight, grid, hessian.matrix.diagonal(), self.clip_search, linear.mask)
+        scale, zero = find_steps(
+            linear.weight, grid, hessian.matrix.diagonal(), self.clip_search, linear.mask, ranges=linear.ranges
+        )
         quantised = gptq(linear.weight, factor, grid, scale, zero, linear.mask, self.block)
         if self.descent:
             quantised = descend(linear.weight, quantised, hessian.damped(factor.damping), linear.mask, self.descent)
         linear.quantised = quantised
         linear.weight = quantised.dequantise(linear.mask)
-        linear.input_bits = self.input_bits
+        if self.input_bits is not None:
+            linear.input_grid = TokenGrid(self.input_bits)

@@ -14,12 +14,22 @@ import torch
 from torch import Tensor
 
 from tulle.core.contract import LinearState, Method, Statistics
-from tulle.core.grid import Grid, Quantised, code, find_steps, grouped
+from tulle.core.grid import Grid, Quantised, code, extremes, find_steps, grouped
+from tulle.core.token_grid import TokenGrid
+from tulle.errors import UserError
 
 
-def round_to_nearest(weight: Tensor, grid: Grid, clip_search: int = 0, mask: Tensor | None = None) -> Quantised:
-    """Quantises W ``[C_out, C_in]``; ``mask`` entries that are False do not count in the search for steps."""
-    scale, zero = find_steps(weight, grid, search=clip_search, mask=mask)
+def round_to_nearest(
+    weight: Tensor,
+    grid: Grid,
+    clip_search: int = 0,
+    mask: Tensor | None = None,
+    ranges: tuple[Tensor, Tensor] | None = None,
+) -> Quantised:
+    """Quantises W ``[C_out, C_in]``; ``mask`` entries that are False do not count in the search for steps. ``ranges``
+    (low, high), ``[C_out, G]`` each, replaces the extremes.
+    """
+    scale, zero = find_steps(weight, grid, search=clip_search, mask=mask, ranges=ranges)
     codes = code(grouped(weight, grid.group_size), scale[..., None], zero[..., None], grid)
     return Quantised(grid, codes.reshape(weight.shape).to(torch.int16), scale, zero)
 
@@ -34,11 +44,16 @@ class RoundToNearest(Method):
     symmetric: bool = True
     clip_search: int = 0
     """Clip ratios tried for every step; 0 takes the extremes."""
-    input_bits: Literal[8] | None = None
-    """Quantise the linear's input per token, symmetric and dynamic; None leaves it alone."""
+    clip: float = 1.0
+    """Fixed ratio of the extremes (DuQuant without learned clipping takes 0.8)."""
+    input_bits: Literal[4, 6, 8] | None = None
+    """Quantise the linear's input per token, symmetric and dynamic; None leaves it alone. The step ``activations`` does
+    the same before the statistics are taken, with more settings."""
 
     def __post_init__(self) -> None:
         self._grid()
+        if not 0 < self.clip <= 1:
+            raise UserError(f"expected a weight clip above 0 and at most 1, found {self.clip}; try 0.8")
 
     def _grid(self) -> Grid:
         return Grid(self.bits, self.group_size, self.symmetric)
@@ -47,6 +62,12 @@ class RoundToNearest(Method):
         self._grid().check(name, shape[1])
 
     def apply_linear(self, linear: LinearState, statistics: Statistics) -> None:
-        linear.quantised = round_to_nearest(linear.weight, self._grid(), self.clip_search, linear.mask)
+        ranges, grid = linear.ranges, self._grid()
+        if ranges is None and self.clip < 1:
+            ranges = extremes(linear.weight, grid, linear.mask)
+        if ranges is not None:
+            ranges = (ranges[0] * self.clip, ranges[1] * self.clip)
+        linear.quantised = round_to_nearest(linear.weight, grid, self.clip_search, linear.mask, ranges)
         linear.weight = linear.quantised.dequantise(linear.mask)
-        linear.input_bits = self.input_bits
+        if self.input_bits is not None:
+            linear.input_grid = TokenGrid(self.input_bits)

@@ -99,6 +99,7 @@ def _own_logits(source: Path, tokens: np.ndarray, plan: Plan) -> tuple[np.ndarra
         for name, module in list(model.named_modules()):
             if isinstance(module, PackedLinear):
                 model.set_submodule(name, _AsExported(module, plan.weight_dtype, plan.input_rule))
+        model.set_attn_implementation("sdpa")
         expected = model(ids).logits
     return packed.numpy(), expected.numpy()
 
@@ -108,7 +109,7 @@ class _AsExported(nn.Module):
 
     def __init__(self, linear: PackedLinear, dtype: torch.dtype, rule: InputRule):
         super().__init__()
-        self.weight, self.bias = linear.dequantise().to(dtype).float(), linear.bias
+        self.weight, self.bias = linear.effective().to(dtype).float(), linear.bias
         self.quantise = rule == "compressed-tensors" and linear.spec.input_bits is not None
 
     def forward(self, x: Tensor) -> Tensor:

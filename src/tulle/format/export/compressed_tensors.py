@@ -42,6 +42,10 @@ def plan(checkpoint: Checkpoint, linears: Mapping[str, LinearSpec], dtype: torch
     quantised = {name: spec for name, spec in linears.items() if _is_quantised(name, spec)}
     if not quantised:
         raise UserError("expected quantised linears for --to compressed-tensors, found none; use --to dense")
+    if checkpoint.config["quantization_config"].get("attention") is not None:
+        raise UserError(
+            "expected keys and values as they are for --to compressed-tensors, found them quantised; use --to dense"
+        )
     entries = unpacked_entries(checkpoint, quantised, dtype)
     for name, spec in quantised.items():
         entries += _linear_entries(checkpoint, name, spec)
@@ -90,6 +94,13 @@ def quantization_config(checkpoint: Checkpoint, quantised: Mapping[str, LinearSp
 
 
 def _is_quantised(name: str, spec: LinearSpec) -> bool:
+    what = None
+    if spec.transform:
+        what = "transforms of inputs"
+    elif spec.input_bits is not None and (spec.input_bits, spec.input_symmetric, spec.input_clip) != (8, True, 1):
+        what = "inputs other than 8-bit, symmetric and unclipped"
+    if what:
+        raise UserError(f"expected no {what} for --to compressed-tensors, found them in {name}; use --to dense")
     if spec.bits in (4, 8):
         return True
     if spec.bits is not None:

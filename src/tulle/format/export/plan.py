@@ -39,7 +39,7 @@ def unpacked_entries(
     checkpoint: Checkpoint, linears: Mapping[str, LinearSpec], dtype: torch.dtype | None
 ) -> list[Entry]:
     """The tensors that are not part of a packed linear, cast to ``dtype`` if given."""
-    packed = {f"{name}.{suffix}" for name, spec in linears.items() for suffix in spec.tensors()}
+    packed = {f"{name}.{suffix}" for name, spec in linears.items() for suffix in spec.stored_tensors()}
     entries = []
     for name in checkpoint.names():
         if name not in packed:

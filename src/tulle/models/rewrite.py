@@ -1,0 +1,80 @@
+"""A checkpoint as it would be with a rotated residual stream: the same function in another basis.
+
+With Q orthogonal, hidden states h become h·Q (QuaRot, Ashkboos et al. 2024, section 3; the computational invariance of
+SliceGPT): every RMSNorm gain γ is absorbed by the linears that read the norm, W ← W·diag(γ)·Q, and set to 1, which
+makes the norm commute with Q; o and down, which write the stream, become Qᵀ·W (biases b·Q); the embedding E·Q; the
+head W·diag(γ)·Q. Tied embeddings come apart. Nothing of it is left at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tulle.core.transform import Transform, fold, run
+from tulle.models.anatomy import Anatomy
+from tulle.models.checkpoint import Checkpoint
+
+
+class Source:
+    """Tensors of a checkpoint, block by block, with the residual stream in the basis x·T₁·T₂·… (none: as stored).
+
+    Rewritten tensors are float32; ``dtype`` is what a tensor is stored as.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, model: Anatomy, residual: Sequence[Transform] = ()):
+        self._checkpoint, self._model, self.residual = checkpoint, model, tuple(residual)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is still the embedding."""
+        return self._model.tied and not self.residual
+
+    def read_block(self, index: int) -> dict[str, Tensor]:
+        """All tensors of a block by relative name."""
+        tensors = self._checkpoint.read_block(self._model, index)
+        if not self.residual:
+            return tensors
+        tensors = {name: tensor.float() for name, tensor in tensors.items()}
+        for row in self._model.rows:
+            gain = tensors[f"{row.norm}.weight"] if row.norm else None
+            for name in row.linears:
+                weight, bias = f"{name}.weight", f"{name}.bias"
+                if gain is not None:
+                    tensors[weight] = self._read(tensors[weight], gain)
+                if row.residual:
+                    tensors[weight] = run(self.residual, tensors[weight].T).T.contiguous()
+                    if bias in tensors:
+                        tensors[bias] = run(self.residual, tensors[bias])
+        for row in self._model.rows:
+            if row.norm:
+                tensors[f"{row.norm}.weight"] = torch.ones_like(tensors[f"{row.norm}.weight"])
+        return tensors
+
+    def dtypes(self, index: int) -> dict[str, torch.dtype]:
+        """What the tensors of a block are stored as."""
+        prefix = self._model.block_prefix(index)
+        return {name: self._checkpoint.info(prefix + name).dtype for name in self._model.block_tensors()}
+
+    def embedding(self) -> Tensor:
+        """E ``[V, d]``, in the stored dtype."""
+        stored = self._checkpoint.read(self._checkpoint.embedding_name(self._model))
+        return run(self.residual, stored.float()).to(stored.dtype) if self.residual else stored
+
+    def closing(self) -> dict[str, Tensor]:
+        """The final norm and, unless tied, the head, by full name, in the stored dtype."""
+        architecture = self._model.architecture
+        norm = self._checkpoint.read(architecture.final_norm)
+        if self.tied:
+            return {architecture.final_norm: norm}
+        name = self._checkpoint.embedding_name(self._model) if self._model.tied else architecture.head
+        head = self._checkpoint.read(name)
+        if self.residual:
+            head = self._read(head.float(), norm.float()).to(head.dtype)
+            norm = torch.ones_like(norm)
+        return {architecture.final_norm: norm, architecture.head: head}
+
+    def _read(self, weight: Tensor, gain: Tensor) -> Tensor:
+        return fold(self.residual, weight * gain)
