@@ -1,16 +1,18 @@
-"""Memory and time of `tulle compress` on a checkpoint of 1.1 B parameters of random weights.
+"""Memory and time of `tulle compress` on a large checkpoint of random weights.
 
-    python benchmarks/compress_large.py --folder build/large [--recipe NAME|YAML] [--layers 22]
+    python benchmarks/compress_large.py --folder build/large [--shape 1.1b|7b] [--recipe NAME|YAML] [--layers N]
 
-Writes the checkpoint (bf16, sharded, 22 layers, d 2048, ffn 5632, 32/4 heads, vocabulary 32000) unless it is there,
-then compresses it in a process of its own with 16 × 512 calibration tokens and reports that process's peak resident
-size and the seconds of every stage.
+Writes the checkpoint (bf16, a shard per block) unless it is there, then compresses it in a process of its own with 16 ×
+512 calibration tokens and reports that process's peak resident size and the seconds of every stage, reading and writing
+included. Shapes: 1.1b has 22 layers, d 2048, ffn 5632, 32/4 heads; 7b is Llama-2-7B's, 32 layers, d 4096, ffn 11008,
+32/32 heads (13.5 GB). Vocabulary 32000 in both.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -27,11 +29,17 @@ from tulle import machine
 from tulle.models.anatomy import anatomy
 from tulle.models.checkpoint import write_index
 
-SHAPE = {
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
+SHAPES = {
+    "1.1b": {
+        "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4,
+        "num_hidden_layers": 22,
+    },
+    "7b": {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32,
+        "num_hidden_layers": 32,
+    },
+}  # fmt: skip
+COMMON = {
     "vocab_size": 32000,
     "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
@@ -47,10 +55,10 @@ print(json.dumps({key: report[key] for key in wanted}))
 """
 
 
-def write_checkpoint(folder: Path, layers: int) -> None:
+def write_checkpoint(folder: Path, shape: dict[str, int], layers: int) -> None:
     """Random weights (σ = 0.02, norms 1), one shard per block."""
     folder.mkdir(parents=True)
-    config = LlamaConfig(num_hidden_layers=layers, **SHAPE)
+    config = LlamaConfig(**(COMMON | shape | {"num_hidden_layers": layers}))
     model = anatomy(config.to_dict())
     generator = torch.Generator().manual_seed(0)
     parts = [{model.block_prefix(i) + k: s for k, s in model.block_tensors().items()} for i in range(layers)]
@@ -80,25 +88,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--recipe", default="w4a16-g128")
-    parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--shape", choices=list(SHAPES), default="1.1b")
+    parser.add_argument("--layers", type=int, help="[the shape's]")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/compress_large.json"))
     settings = parser.parse_args()
-    model, output = settings.folder / f"dense-{settings.layers}", settings.folder / "compressed"
+    shape = SHAPES[settings.shape]
+    layers = settings.layers or shape["num_hidden_layers"]
+    model, output = settings.folder / f"dense-{settings.shape}-{layers}", settings.folder / "compressed"
     if not (model / "config.json").exists():
         shutil.rmtree(model, ignore_errors=True)
-        write_checkpoint(model, settings.layers)
+        write_checkpoint(model, shape, layers)
     for stale in (output, output.with_name("compressed.partial")):
         shutil.rmtree(stale, ignore_errors=True)
     arguments = [model, settings.recipe, output, str(settings.samples), str(settings.length)]
-    run = subprocess.run([sys.executable, "-c", COMPRESS, *arguments], stdout=subprocess.PIPE, text=True, check=True)
-    result = json.loads(run.stdout.splitlines()[-1]) | {"layers": settings.layers}
+    run = subprocess.run(
+        [sys.executable, "-c", COMPRESS, *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env=os.environ | {"THP_MEM_ALLOC_ENABLE": "1"},  # as the command line sets it
+    )
+    result = json.loads(run.stdout.splitlines()[-1]) | {"shape": settings.shape, "layers": layers}
     result["machine"] |= machine.describe()
     table = Table(
         "stage",
         "seconds",
-        title=f"{settings.recipe}, {settings.layers} layers, {settings.samples} × {settings.length} tokens",
+        title=f"{settings.recipe}, {settings.shape}, {layers} layers, {settings.samples} × {settings.length} tokens",
     )
     seconds = dict(result["seconds"])
     for stage, value in (seconds.pop("steps") | seconds).items():

@@ -44,6 +44,7 @@ from tulle.core.contract import (
     Stage,
     Statistics,
 )
+from tulle.core.grid import all_finite
 from tulle.core.hessian import Hessian
 from tulle.core.rotation import Extremes
 from tulle.core.token_grid import TokenGrid
@@ -93,6 +94,7 @@ class Walker:
     ):
         self._config, self._model, self._recipe, self._batches = config, model, recipe, batches
         self._folder, self._device, self._progress, self._seed = folder, device, progress, seed
+        self._dtype = getattr(torch, recipe.calibration.compute)
         self._seconds: dict[str, float] = {}
         self.kept: dict[str, int] = {}
         """Mixed precision: full linear name → bits."""
@@ -125,7 +127,7 @@ class Walker:
         block_steps = self._recipe.stage("block")
         attention, notes = None, []
         if block_steps:
-            state = self._prepare(index, weights, block_steps)
+            state = self._prepare(index, tensors, weights, block_steps)
             attention, notes = state.attention, state.notes
             groups = state.groups
             changed = self._rewritten(state, weights)
@@ -137,8 +139,9 @@ class Walker:
                     groups[row.role] = self._group(row, index, weights, Statistics(), None)
             changed = {}
         # Both share every tensor; a compressed linear gets a new one.
+        cast = {name: tensor.to(self._dtype) for name, tensor in weights.items()}
         dense, compressed = (
-            Block(self._config, index, weights, self._device, implementation)
+            self._block(index, cast, implementation)
             for implementation in ("sdpa", IMPLEMENTATION if attention else "sdpa")
         )
         self._attach(compressed, attention)
@@ -155,7 +158,6 @@ class Walker:
             self._share_inputs(compressed.module, group)
             if role in untouched:
                 for linear in group.linears:
-                    linear.weight = linear.weight.clone()
                     self._finish(compressed.module, linear, dtype[self._relative(linear)])
         rows = [row for row in self._model.rows if row.role in groups and row.role not in untouched]
         sequential = self._recipe.calibration.sequential
@@ -185,9 +187,11 @@ class Walker:
             index, linears, kept, errors, block_error, dict(self._seconds), linear_seconds, attention, notes
         )
 
-    def _prepare(self, index: int, weights: dict[str, Tensor], steps: Sequence[Step]) -> BlockState:
+    def _prepare(
+        self, index: int, tensors: Mapping[str, Tensor], weights: dict[str, Tensor], steps: Sequence[Step]
+    ) -> BlockState:
         """Runs the recipe's block steps on the block, its inputs seen once, before any of them."""
-        block = Block(self._config, index, weights, self._device)
+        block = self._block(index, tensors)
         rows = {row.role: row for row in self._model.rows}
         needs = {role: self._needs(role, "block") for role in rows}
         found = self._collect(block, block, [row for row in rows.values() if needs[row.role]], {}, index, "block")
@@ -237,7 +241,7 @@ class Walker:
         return state
 
     def _dense_outputs(self, index: int, weights: Mapping[str, Tensor]) -> list[Tensor]:
-        block = Block(self._config, index, weights, self._device)
+        block = self._block(index, weights)
         states = self.states("dense", index)
         return [block(states.read(i).to(self._device)) for i in range(len(self._batches))]
 
@@ -256,6 +260,9 @@ class Walker:
             for linear in state.groups[row.role].linears:
                 tensors[f"{self._relative(linear)}.weight"] = linear.dense
         return {name: tensor for name, tensor in tensors.items() if tensor is not weights[name]}
+
+    def _block(self, index: int, weights: Mapping[str, Tensor], attention: str = "sdpa") -> Block:
+        return Block(self._config, index, weights, self._device, attention, self._dtype)
 
     def _attach(self, block: Block, attention: HeadGrids | None) -> None:
         if attention is not None:
@@ -289,27 +296,28 @@ class Walker:
                 for row in rows:
                     x, stream = inputs.pop(row.role)
                     statistics, cross = found[row.role]
-                    _accumulate(statistics, x[valid], needs[row.role])
+                    x = x[valid].float()
+                    _accumulate(statistics, x, needs[row.role])
                     if "rows" in needs[row.role]:
-                        samplers.setdefault(row.role, Extremes(x.shape[-1], seed=self._seed)).add(x[valid])
+                        samplers.setdefault(row.role, Extremes(x.shape[-1], seed=self._seed)).add(x)
                     if not fit[row.role]:
                         continue
                     dense_x, dense_stream = dense_inputs.pop(row.role)
                     lag = None
                     if target == "stream" and stream is not None and dense_stream is not None:
-                        lag = (dense_stream - stream)[valid]
+                        lag = (dense_stream - stream)[valid].float()
+                    dense_x = dense_x[valid].float()
                     for name, linear in zip(row.linears, groups[row.role].linears, strict=True):
                         # The biases cancel.
-                        weight = dense.module.get_parameter(f"{name}.weight")
                         if linear.transform:
-                            gap = nn.functional.linear(dense_x[valid], weight)
-                            gap -= nn.functional.linear(x[valid], linear.weight)
+                            gap = nn.functional.linear(dense_x, linear.dense)
+                            gap -= nn.functional.linear(x, linear.weight)
                         else:
-                            gap = nn.functional.linear(dense_x[valid] - x[valid], weight)
+                            gap = nn.functional.linear(dense_x - x, linear.dense)
                         gap = gap if lag is None else gap + lag
                         if name not in cross:
                             cross[name] = torch.zeros(gap.shape[1], x.shape[-1], device=gap.device)
-                        cross[name].addmm_(gap.T, x[valid])
+                        cross[name].addmm_(gap.T, x)
         for role, sampler in samplers.items():
             found[role][0].rows = sampler.rows
         return found
@@ -371,17 +379,17 @@ class Walker:
         raise KeyError(linear.name)
 
     def _fit(self, group: GroupState, cross: dict[str, Tensor]) -> None:
-        """Gives each linear a weight of its own to compress: W, or W* where the recipe fits to the dense model."""
+        """Gives each linear W* for W where the recipe fits to the dense model."""
         hessian = group.statistics.hessian
         for linear in group.linears:
-            linear.weight = linear.weight.clone()
             gap = cross.pop(self._relative(linear), None)
             if gap is not None and hessian is not None:
                 with self._timed("statistics"):
-                    linear.weight += _least_squares(gap, hessian, self._recipe.calibration.target_damping)
+                    fit = _least_squares(gap, hessian, self._recipe.calibration.target_damping)
+                    linear.weight = linear.weight + fit
 
     def _install(self, module: nn.Module, linear: LinearState) -> None:
-        module.weight = nn.Parameter(linear.weight, requires_grad=False)
+        module.weight = nn.Parameter(linear.weight.to(self._dtype), requires_grad=False)
 
     def _share_inputs(self, block: nn.Module, group: GroupState) -> None:
         """Transforms and quantisers in front of a group's linears; siblings see one result."""
@@ -396,7 +404,7 @@ class Walker:
         module = block.get_submodule(self._relative(state))
         if state.quantised is None:
             state.weight = state.weight.to(dtype).float()
-        if not bool(torch.isfinite(state.weight).all()):
+        if not all_finite(state.weight):
             raise UserError(
                 f"expected finite weights after the recipe's steps, found NaN or Inf in {state.name}; raise the damping"
             )
@@ -459,8 +467,8 @@ class _Input:
     def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
         x = arguments[0]
         if self._result is None or self._seen is not x:
-            result = run(self._transform, x)
-            self._seen, self._result = x, result if self._grid is None else self._grid.fake(result)
+            result = run(self._transform, x.float())
+            self._seen, self._result = x, (result if self._grid is None else self._grid.fake(result)).to(x.dtype)
         return (self._result,)
 
 
@@ -478,7 +486,7 @@ class _Gap:
         self._total: dict[str, float] = defaultdict(float)
 
     def keep(self, name: str, y: Tensor) -> None:
-        self._kept[name] = y[self.valid]
+        self._kept[name] = y[self.valid].float()
 
     def compare(self, name: str, y: Tensor) -> None:
         reference = self._kept.pop(name)

@@ -70,6 +70,9 @@ class Calibration(BaseModel):
     o and down also correct the error of the residual stream they are added to."""
     target_damping: float = Field(0.01, gt=0)
     """Ridge of that correction, as a share of the mean diagonal of the Hessian."""
+    compute: Literal["float32", "bfloat16"] = "float32"
+    """What the blocks compute in. bfloat16 is two to three times faster where the CPU has it; statistics and weights
+    stay in float32."""
     sequential: bool = True
     """True: the rows of a block are compressed one after the other, each seeing the outputs of those before it.
     False: all rows of a block see the block's dense weights, for fewer forward passes."""

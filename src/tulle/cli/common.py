@@ -95,11 +95,13 @@ def parse_range(text: str | None, option: str = "--documents") -> tuple[int, int
 
 
 def quiet_libraries() -> None:
-    """Keeps transformers' own bars and advice off the terminal; call it before a command imports them."""
+    """Keeps transformers' own bars and advice off the terminal; call it before a command imports it or torch."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
+    # torch then asks for huge pages: a first touch of fresh memory costs a quarter.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def _finite(value: Any) -> Any:

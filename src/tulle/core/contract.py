@@ -22,7 +22,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from tulle.core.grid import Quantised
+from tulle.core.grid import Quantised, row_chunks
 from tulle.core.hessian import Hessian
 from tulle.core.token_grid import TokenGrid
 from tulle.core.transform import Diagonal, Permutation, Transform, fold, run
@@ -104,7 +104,12 @@ class LinearState:
 
     def folded(self) -> Tensor:
         """W·T⁻ᵀ ``[C_out, C_in]`` for the dense W and the transform so far."""
-        return fold(self.transform, self.dense)
+        if not self.transform:
+            return self.dense
+        weight = torch.empty_like(self.dense)
+        for rows in row_chunks(weight):
+            weight[rows] = fold(self.transform, self.dense[rows])
+        return weight
 
 
 @dataclass

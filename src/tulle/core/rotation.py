@@ -13,8 +13,8 @@ from torch import Tensor
 
 POOL = 32
 """Matrices per block size that the greedy search draws from; rows are shuffled and signs drawn for each use."""
-KEPT_ROWS = 512
-"""Rows that the search starts with, by falling norm."""
+MOST_ROWS = 1024
+"""Rows that the greedy search looks at, by falling norm."""
 
 
 def random_orthogonal(n: int, generator: torch.Generator) -> Tensor:
@@ -53,23 +53,20 @@ def greedy_rotation(
     is the product up to the step with the least maximum. ``row_index`` takes the row of the maximum, modulo b, for the
     channel, as the authors' code does.
 
-    Only rows whose norm exceeds the least maximum can ever carry a maximum, since |x·R| ≤ ‖x‖₂: the search runs on
-    those, and the result is that of all rows. Deterministic for one state of ``generator``.
+    The search looks at the ``MOST_ROWS`` rows of the largest norm. Since |x·R| ≤ ‖x‖₂, its result is that of all rows
+    as long as no other row's norm exceeds the least maximum found, which holds where there are outliers to search for;
+    without them all rows have about one norm, and the rest of them is left out. Deterministic for one state of
+    ``generator``.
     """
     device, size = x.device, x.shape[1]
-    norms, order = x.float().norm(dim=1).sort(descending=True, stable=True)
+    order = x.float().norm(dim=1).argsort(descending=True, stable=True)
     pool = _pool(size)
-    # All draws come first: a search that is repeated with more rows sees the same ones.
     which = torch.randint(len(pool), (steps,), generator=generator)
     shuffles = torch.stack([torch.randperm(size - 1, generator=generator) + 1 for _ in range(steps)])
     signs = torch.randint(0, 2, (steps, size), generator=generator).double() * 2 - 1
-    count = min(KEPT_ROWS, len(x))
-    while True:
-        rotation, peaks = _search(x[order[:count]].double(), order[:count], which, shuffles, signs, pool, choose)
-        needed = int((norms > min(peaks)).sum())
-        if needed <= count:
-            return rotation.float().to(device), peaks
-        count = needed
+    rows = order[:MOST_ROWS]
+    rotation, peaks = _search(x[rows], rows, which, shuffles, signs, pool, choose)
+    return rotation.float().to(device), peaks
 
 
 def _search(
@@ -80,11 +77,12 @@ def _search(
     pool = pool.to(x.device)
     rotation = torch.eye(size, dtype=torch.float64, device=x.device)
     best = rotation
-    absolute = x.abs()
-    peaks = [float(absolute.max())]
+    largest = x.abs().amax(0)
+    peaks = [float(largest.max())]
     for number in range(len(which)):
-        worst = int(absolute.argmax())
-        channel = worst % size if choose == "channel" else int(rows[worst // size]) % size
+        channel = int(largest.argmax())
+        if choose == "row_index":
+            channel = int(rows[x[:, channel].abs().argmax()]) % size
         step = torch.empty_like(rotation)
         base = pool[int(which[number])]
         step[0] = base[0]
@@ -93,8 +91,8 @@ def _search(
         step[[0, channel]] = step[[channel, 0]]
         rotation = rotation @ step
         x = x @ step.float()
-        absolute = x.abs()
-        peaks.append(float(absolute.max()))
+        largest = x.abs().amax(0)
+        peaks.append(float(largest.max()))
         if peaks[-1] < min(peaks[:-1]):
             best = rotation
     return best, peaks

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tulle.core.grid import all_finite
 from tulle.errors import UserError
 from tulle.models.anatomy import Anatomy, anatomy
 
@@ -151,7 +152,7 @@ class Checkpoint:
 
 def require_finite(name: str, tensor: Tensor) -> None:
     """Raises ``UserError`` when a weight is NaN or infinite."""
-    if not bool(torch.isfinite(tensor).all()):
+    if not all_finite(tensor):
         bad = int((~torch.isfinite(tensor)).sum())
         raise UserError(
             f"expected finite weights, found {bad} NaN or Inf in {name}; the checkpoint is damaged, copy it again"

@@ -22,7 +22,7 @@ from tulle.errors import UserError
 class Block:
     """Decoder block ``index`` with weights: hidden ``[B, T, d]`` → hidden ``[B, T, d]``, causal.
 
-    ``attention`` names the attention function of transformers.
+    ``attention`` names the attention function of transformers; weights and activations inside are in ``dtype``.
     """
 
     def __init__(
@@ -32,6 +32,7 @@ class Block:
         tensors: Mapping[str, Tensor],
         device: str = "cpu",
         attention: str = "sdpa",
+        dtype: torch.dtype = torch.float32,
     ):
         single = copy.deepcopy(config)
         single.num_hidden_layers = 1
@@ -42,14 +43,15 @@ class Block:
         with torch.device("meta"):
             self._model: Any = AutoModel.from_config(single, attn_implementation=attention)
         self.module: nn.Module = self._model.layers[0]
-        self.module.load_state_dict({k: v.float().to(device) for k, v in tensors.items()}, assign=True)
+        self.module.load_state_dict({k: v.to(device, dtype) for k, v in tensors.items()}, assign=True)
         self._model.norm = nn.Identity()
+        self._dtype = dtype
         self._model.embed_tokens = None
         self._model.rotary_emb = type(self._model.rotary_emb)(single).to(device)
         self._model.requires_grad_(False).eval()
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return self._model(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        return self._model(inputs_embeds=hidden.to(self._dtype), use_cache=False).last_hidden_state.to(hidden.dtype)
 
 
 def load_config(folder: Path) -> PretrainedConfig:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tulle.core.contract import LinearState, Method, Statistics
-from tulle.core.grid import Grid, Quantised, code, extremes, find_steps, grouped
+from tulle.core.grid import Grid, Quantised, code, extremes, find_steps, grouped, row_chunks
 from tulle.core.token_grid import TokenGrid
 from tulle.errors import UserError
 
@@ -30,8 +30,11 @@ def round_to_nearest(
     (low, high), ``[C_out, G]`` each, replaces the extremes.
     """
     scale, zero = find_steps(weight, grid, search=clip_search, mask=mask, ranges=ranges)
-    codes = code(grouped(weight, grid.group_size), scale[..., None], zero[..., None], grid)
-    return Quantised(grid, codes.reshape(weight.shape).to(torch.int16), scale, zero)
+    codes = torch.empty(weight.shape, dtype=torch.int16, device=weight.device)
+    for rows in row_chunks(weight):
+        part = code(grouped(weight[rows], grid.group_size), scale[rows, :, None], zero[rows, :, None], grid)
+        codes[rows] = part.reshape(-1, weight.shape[1]).to(torch.int16)
+    return Quantised(grid, codes, scale, zero)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tulle.core.contract import BlockState, Method, Stage, Statistic
+from tulle.core.grid import row_chunks
 from tulle.errors import UserError
 
 SMALLEST = 1e-5
@@ -50,10 +51,15 @@ class SmoothQuant(Method):
             group = block.groups[role]
             x = group.statistics.absmax
             assert x is not None
-            w = torch.stack([linear.dense.abs().amax(0) for linear in group.linears]).amax(0)
+            w = torch.stack([_column_absmax(linear.dense) for linear in group.linears]).amax(0)
             if role == "o":
                 x, w = (_over_query_heads(v, block) for v in (x, w))
             block.fold_diagonal(role, 1 / smoothing(x, w, self.alpha))
+
+
+def _column_absmax(weight: Tensor) -> Tensor:
+    """max|W_j| ``[C_in]``, by chunks of rows that stay in cache."""
+    return torch.stack([weight[rows].abs().amax(0) for rows in row_chunks(weight)]).amax(0)
 
 
 def _over_query_heads(values: Tensor, block: BlockState) -> Tensor:
