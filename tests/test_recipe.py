@@ -11,7 +11,10 @@ from tulle.prune.sparsegpt import SparseGPT
 from tulle.quantize.gptq import GPTQ
 from tulle.recipe import METHODS, load_recipe, method_class, parse_recipe, shipped
 
-SHIPPED = {"w8a8", "w4a16-g128", "sparse50", "sparse50-w4", "2of4"}
+SHIPPED = {
+    "w8a8", "w4a16-g128", "sparse50", "sparse50-w4", "2of4", "w4a4", "w4a4-duquant", "w4a4-duquant-lwc", "w4a4-quarot",
+    "w6a6-duquant", "w8a8-smoothquant",
+}  # fmt: skip
 
 
 def test_the_shipped_recipes_load_by_name() -> None:

@@ -219,7 +219,7 @@ class _Job:
     def report(self, **facts: Any) -> dict[str, Any]:
         linears = self.state.linears
         weights = [x["shape"][0] * x["shape"][1] for x in linears]
-        packed = sum(x["packed_bytes"] for x in linears)
+        packed = sum(x["packed_bytes"] + x["transform_bytes"] for x in linears)
         infos = [self.checkpoint.info(name) for name in self.checkpoint.names()]
         steps = {step.name for step in self.recipe.steps}
         return {

@@ -52,7 +52,7 @@ def test_percent(share: float, text: str) -> None:
 def test_scheme() -> None:
     linear = sample_report()["linears"][0]
     assert scheme(linear) == "W4 g128 asym"
-    assert scheme(linear | {"group_size": None, "symmetric": True, "input_bits": 8, "bits": 8}) == "W8 per channel A8"
+    assert scheme(linear | {"group_size": None, "symmetric": True, "input_bits": 8, "bits": 8}) == "W8 per channel, A8"
     assert scheme(linear | {"bits": None}) == "unquantised"
 
 

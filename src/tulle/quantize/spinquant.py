@@ -79,9 +79,9 @@ class SpinQuant(Method):
                 loss = self._loss(survey, step % survey.layers, trial.float())
                 (gradient,) = torch.autograd.grad(loss, trial)
             if step < survey.layers:
-                first += float(loss) / min(survey.layers, self.steps)
+                first += float(loss.detach()) / min(survey.layers, self.steps)
             if step >= self.steps - survey.layers:
-                last += float(loss) / min(survey.layers, self.steps)
+                last += float(loss.detach()) / min(survey.layers, self.steps)
             rotation = cayley_step(rotation, gradient, self.rate * (1 - step / self.steps))
         survey.residual = (BlockMatrix(rotation.float()),)
         survey.notes.append(f"SpinQuant: mean output error of the stream's readers {first:.3g} → {last:.3g}")

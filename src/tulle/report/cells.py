@@ -9,12 +9,26 @@ from tulle.report import units
 
 
 def scheme(linear: Mapping[str, Any]) -> str:
-    """``W4 g128 asym A8``: how the numbers of a linear are stored."""
-    if linear["bits"] is None:
-        return "unquantised"
-    group = f" g{linear['group_size']}" if linear["group_size"] else " per channel"
-    inputs = f" A{linear['input_bits']}" if linear["input_bits"] else ""
-    return f"W{linear['bits']}{group}{'' if linear['symmetric'] else ' asym'}{inputs}"
+    """``W4 g128 asym, A8``: how the numbers of a linear and of its input are stored."""
+    weights = "unquantised"
+    if linear["bits"] is not None:
+        group = f" g{linear['group_size']}" if linear["group_size"] else " per channel"
+        weights = f"W{linear['bits']}{group}{'' if linear['symmetric'] else ' asym'}"
+    if not linear["input_bits"]:
+        return weights
+    clip = linear.get("input_clip", 1.0)
+    asymmetric = "" if linear.get("input_symmetric", True) else " asym"
+    return f"{weights}, A{linear['input_bits']}{asymmetric}{'' if clip == 1 else f' clip {clip:.2f}'}"
+
+
+def transforms(linear: Mapping[str, Any]) -> str:
+    """``rotation 128 · permutation``: what runs on the input of a linear, in order; "" if nothing does."""
+    names = {"block_matrix": "matrix", "kronecker": "Kronecker", "hadamard": "Hadamard"}
+    parts = []
+    for transform in linear.get("transform", ()):
+        size = transform.get("block") or (f"{transform['left']}⊗{transform['right']}" if "left" in transform else "")
+        parts.append(f"{names.get(transform['kind'], transform['kind'])} {size}".strip())
+    return " · ".join(parts)
 
 
 def by_block(linears: Iterable[Mapping[str, Any]]) -> tuple[list[str], dict[tuple[str, int], Mapping[str, Any]]]:

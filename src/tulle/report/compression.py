@@ -9,12 +9,13 @@ from typing import Any
 import yaml
 
 from tulle.report import plots, units
-from tulle.report.cells import by_block, scheme
+from tulle.report.cells import by_block, scheme, transforms
 from tulle.report.page import chart, render, tile, write_page
 
 COLUMNS = (
     "linear", "role", "shape", "scheme", "sparsity", "dense", "packed", "bits/weight", "output error", "time",
 )  # fmt: skip
+TRANSFORMED = "transforms of the input"
 
 
 def write_report(report: Mapping[str, Any], file: str | Path) -> None:
@@ -25,6 +26,7 @@ def write_report(report: Mapping[str, Any], file: str | Path) -> None:
 def compression_page(report: Mapping[str, Any]) -> str:
     """The page as HTML that needs no other file."""
     recipe = report["recipe"]
+    transformed = any(linear.get("transform") for linear in report["linears"])
     return render(
         "compression.html",
         title=f"{report['model']} → {recipe.get('name') or 'compressed'}",
@@ -39,8 +41,10 @@ def compression_page(report: Mapping[str, Any]) -> str:
         ),
         facts=_facts(report),
         notes=notes(report),
-        table_columns=COLUMNS,
-        table_rows=[_table_row(linear) for linear in report["linears"]],
+        table_columns=(*COLUMNS, TRANSFORMED) if transformed else COLUMNS,
+        table_rows=[
+            _table_row(linear) + ((transforms(linear) or "–",) if transformed else ()) for linear in report["linears"]
+        ],
     )
 
 
@@ -54,7 +58,22 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     for note, names in found.items():
         where = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         lines.append(f"{where}: {note}")
-    return lines
+    for block in report["blocks"]:
+        lines += [f"block {block['index']}: {note}" for note in block.get("notes", ())]
+    return [*report.get("notes", ()), *lines]
+
+
+def attention(report: Mapping[str, Any]) -> str:
+    """``keys 4 bits, values 4 bits``, or "" where they are left alone."""
+    found = report.get("attention") or {}
+    parts = [
+        f"{plural} {found[name]['bits']} bits{'' if found[name]['symmetric'] else ' asymmetric'}"
+        for name, plural in (("query", "queries"), ("key", "keys"), ("value", "values"))
+        if found.get(name)
+    ]
+    if found.get("hadamard"):
+        parts.append("queries and keys through a Hadamard transform")
+    return ", ".join(parts)
 
 
 def _tiles(report: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -129,7 +148,7 @@ def _charts(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         ),
         chart(
             "Bits per weight",
-            "Packed bytes × 8 / weights: codes, scales, zero points and bitmask.",
+            "Packed bytes × 8 / weights: codes, scales, zero points and bitmask. Transforms of inputs are not in it.",
             plots.matrix("bits", names, column("bits_per_weight"), lambda v: f"{v:.2f}"),
         ),
     ]
@@ -163,6 +182,8 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Calibration", f"{', '.join(calibration['source'])}: {amount}, {calibration['tokens']:,} in all"),
         ("Seed", str(report["seed"])),
     ]
+    if attention(report):
+        facts.append(("Attention", f"{attention(report)}; per token and head"))
     if evaluation:
         facts.append(("Perplexity", f"{evaluation['protocol']}; {evaluation['compressed']['tokens']:,} tokens scored"))
     facts += [
