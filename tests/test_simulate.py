@@ -156,6 +156,22 @@ def test_transforms_run_in_order_and_are_shared():
     torch.testing.assert_close(layer.effective(), effective, rtol=1e-4, atol=1e-4)
 
 
+def test_a_shared_transform_sees_every_change_of_its_input():
+    base, arrays = pack_random(weight(6, 32), values_dtype="float32")
+    spec = dataclasses.replace(base, transform=(TransformSpec("hadamard", block=32),))
+    layer = PackedLinear(spec)
+    layer.load_state_dict({k: as_torch(a) for k, a in arrays.items()})
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    first = layer(x)
+    assert torch.equal(layer(x), first)
+    x.mul_(2)
+    torch.testing.assert_close(layer(x), 2 * first)
+    assert torch.equal(layer(x.clone()), layer(x))
+    y = x.clone().requires_grad_(True)
+    layer(y).sum().backward()
+    assert y.grad is not None and bool(y.grad.any())
+
+
 def test_an_unconnected_transform_is_an_error():
     base, _ = pack_random(weight(6, 32), values_dtype="float32")
     spec = dataclasses.replace(base, transform=(TransformSpec("permutation"),), transform_of="elsewhere")

@@ -14,6 +14,7 @@ Packed tensors never change dtype: ``model.to(torch.bfloat16)`` moves the biases
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -55,12 +56,28 @@ class InputTransform(nn.Module):
             for suffix, (kind, shape) in spec.tensors(channels).items():
                 holder.register_buffer(suffix, torch.zeros(shape, dtype=DTYPES[kind], device=device))
             self.add_module(str(i), holder)
+        self._last: tuple[weakref.ref[Tensor], int, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x ``[..., C]`` → x·T₁·T₂·…, float32. The siblings that read one x share one result."""
+        if self._last is not None:
+            seen, version, result = self._last
+            if seen() is x and _version(x) == version:
+                return result
+        result = run(self.maps(), x.float())
+        self._last = None if result.requires_grad else (weakref.ref(x), _version(x), result)
+        return result
 
     def maps(self) -> list[Transform]:
         """The transforms as functions, on the buffers as they are now."""
         return [
             transform_of(spec, dict(self.get_submodule(str(i)).named_buffers())) for i, spec in enumerate(self.specs)
         ]
+
+
+def _version(x: Tensor) -> int:
+    """Changes when x is written to; tensors of inference mode do not count their writes."""
+    return -1 if x.is_inference() else x._version
 
 
 def transform_of(spec: TransformSpec, tensors: Mapping[str, Tensor]) -> Transform:
@@ -174,25 +191,25 @@ class PackedLinear(nn.Module):
         assert holder.transform is not None
         self._shared = (holder.transform,)
 
-    def maps(self) -> list[Transform]:
-        """The transforms in front of this linear."""
-        transform = self.transform if self.transform is not None else next(iter(self._shared), None)
-        if transform is None:
-            if self.spec.transform:
-                raise RuntimeError(f"the transform of {self.spec.transform_of} has not been connected")
-            return []
-        return transform.maps()
+    def _holder(self) -> InputTransform | None:
+        """What transforms this linear's input: its own, or a sibling's."""
+        holder = self.transform if self.transform is not None else next(iter(self._shared), None)
+        if holder is None and self.spec.transform:
+            raise RuntimeError(f"the transform of {self.spec.transform_of} has not been connected")
+        return holder
 
     def transformed(self, x: Tensor) -> Tensor:
         """x·T in float32, or x where there is no transform."""
-        if not self.spec.transform:
+        holder = self._holder()
+        if holder is None:
             return x
         with torch.autocast(x.device.type, enabled=False):
-            return run(self.maps(), x.float())
+            return holder(x)
 
     def effective(self) -> Tensor:
         """The float32 weight ``[C_out, C_in]`` that the input before its transforms meets."""
-        return unfold(self.maps(), self.dequantise())
+        holder = self._holder()
+        return self.dequantise() if holder is None else unfold(holder.maps(), self.dequantise())
 
     def dequantise(self) -> Tensor:
         """The float32 weight ``[C_out, C_in]``."""
