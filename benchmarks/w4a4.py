@@ -5,7 +5,7 @@
 Models: tinystories-656K (protocol of peer_tinystories.py) and the bundled reference model (calibration on modules of
 the standard library's training side, evaluation on the beginnings of its held-out modules). Variants: raw, and the same
 function with outliers (tulle.models.outliers): normal (norm gains, v/o, RoPE pairs), massive (a few tokens at down's
-input) and rotated (both, in a rotated residual stream).
+input, four channels of every block, a thousand times the median) and rotated (both, in a rotated residual stream).
 
 One footing: activations per token, asymmetric; weights per output channel, asymmetric; keys, values, embeddings and
 head as they are; the same calibration tokens, the same passes over them for everything learned. Published methods see
@@ -27,7 +27,7 @@ VARIANTS = ("raw", "normal", "massive", "rotated")
 MODELS = ("tinystories", "reference")
 CLIP = 0.9
 """Activation clip of the rotation methods, as QuaRot and DuQuant have it."""
-SETTINGS = {"tinystories": {"samples": 128, "epochs": 10}, "reference": {"samples": 24, "epochs": 6}}
+SETTINGS = {"tinystories": {"samples": 64, "epochs": 10}, "reference": {"samples": 16, "epochs": 5}}
 
 
 def recipes(bits: int, epochs: int) -> dict[str, tuple[list[dict[str, Any]], str]]:
@@ -102,7 +102,9 @@ class Bench:
         folder = self.folder / f"{self.name}-{kind}"
         if not folder.exists():
             kinds = {"normal": outliers.NORMAL, "massive": outliers.MASSIVE, "rotated": outliers.ROTATED}[kind]
-            outliers.inject_outliers(self.model, folder, kinds, tokens=self._tokens())
+            layers = json.loads((self.model / "config.json").read_text())["num_hidden_layers"]
+            settings: dict[str, Any] = {"massive_channels": 4, "massive_blocks": range(layers)}
+            outliers.inject_outliers(self.model, folder, kinds, tokens=self._tokens(), **settings)
         return folder
 
     def _tokens(self) -> Any:
