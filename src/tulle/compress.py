@@ -87,11 +87,16 @@ def compress(
             if row.role in step.targets:
                 for name in row.linears:
                     step.method.validate(name, anatomy.linear_shape(name))
-    text = _calibration_text(calibration, separator, documents, min_chars)
-    context = int(getattr(config, "max_position_embeddings", None) or chosen.calibration.length)
-    wanted = samples or chosen.calibration.samples
-    tokens = sequences(text, _tokenizer(folder), min(length or chosen.calibration.length, context), wanted, seed)
-    _require_vocabulary(tokens, anatomy)
+    tokens, text = calibration_sequences(
+        folder,
+        calibration,
+        separator=separator,
+        documents=documents,
+        min_chars=min_chars,
+        samples=samples or chosen.calibration.samples,
+        length=length or chosen.calibration.length,
+        seed=seed,
+    )
     source = {
         "source": list(text.source),
         "samples": len(tokens),
@@ -274,8 +279,30 @@ def _linear_report(
     }
 
 
+def calibration_sequences(
+    folder: Path,
+    calibration: Text | str | Path | Sequence[str | Path] | None,
+    *,
+    separator: str | None = None,
+    documents: tuple[int, int] | None = None,
+    min_chars: int = 1,
+    samples: int,
+    length: int,
+    seed: int = 0,
+) -> tuple[list[Tensor], Text]:
+    """Token sequences of a text for the model in ``folder``, at most as long as its context, and the text.
+
+    Arguments as those of :func:`compress`. Raises ``UserError`` for text or a tokenizer that does not fit.
+    """
+    text = _calibration_text(calibration, separator, documents, min_chars)
+    context = int(getattr(load_config(folder), "max_position_embeddings", None) or length)
+    tokens = sequences(text, _tokenizer(folder), min(length, context), samples, seed)
+    _require_vocabulary(tokens, Checkpoint.open(folder).anatomy())
+    return tokens, text
+
+
 def _calibration_text(
-    calibration: Text | Sequence[str | Path] | None,
+    calibration: Text | str | Path | Sequence[str | Path] | None,
     separator: str | None,
     documents: tuple[int, int] | None,
     min_chars: int,

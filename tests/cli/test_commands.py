@@ -108,6 +108,18 @@ def test_inspect(work: Path, model: str, bits: int | None, sparsity: float, caps
     assert "gate_up" in capsys.readouterr().out
 
 
+def test_inspect_runs_the_model(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--activations", "--sensitivity", "--text", "calibration.txt", "--samples", "2", "--length", "40"]
+    assert run(work, "inspect", "model", *arguments, "-o", "page.html", "--json", "inspect.json") == 0
+    found = read(work / "inspect.json")
+    assert len(found["activations"]["inputs"]) == 12 and found["activations"]["tokens"] == 80
+    assert [m["bits"] for m in found["sensitivity"]] == [4, 8] and len(found["sensitivity"][0]["linears"]) == 21
+    page = (work / "page.html").read_text(encoding="utf-8")
+    for heading in ("Outliers of activations", "most extreme massive", "Sensitivity at the output, W4A4"):
+        assert heading in page
+    assert "R₁·P·R₂" in page and "loss rise" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -136,6 +148,9 @@ def test_inspect(work: Path, model: str, bits: int | None, sparsity: float, caps
         (["eval", "model", "--tasks", "nosuch.jsonl"], "nosuch.jsonl"),
         (["eval", "model", "--tasks", "arc_easy"], "arc_easy"),
         (["inspect", "model", "-o", "no/such/folder.html"], "folder that exists"),
+        (["inspect", "model", "--text", "calibration.txt"], "--activations or --sensitivity with --text"),
+        (["inspect", "out", "--activations"], "expected a dense checkpoint"),
+        (["inspect", "model", "--activations", "--text", "nosuch.txt"], "nosuch.txt"),
     ],
 )
 def test_bad_input(work: Path, arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tulle.cli import common
 from tulle.errors import UserError
+
+SAMPLES, LENGTH = 8, 512
 
 
 def inspect(
@@ -16,25 +18,85 @@ def inspect(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="OUT.html", help="Also write pictures as an HTML page.")
     ] = None,
+    activations: Annotated[
+        bool, typer.Option("--activations", help="Run text through the dense model: outliers and what transforms do.")
+    ] = False,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Round each linear alone to 4 and to 8 bits: what the model loses.")
+    ] = False,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            "--text", metavar="FILE|DIR|DATASET", help="For --activations and --sensitivity [standard library]."
+        ),
+    ] = None,
+    separator: common.Separator = None,
+    samples: Annotated[int, typer.Option("--samples", metavar="N", min=1, help="Sequences of the text.")] = SAMPLES,
+    length: Annotated[int, typer.Option("--length", metavar="T", min=2, help="Tokens per sequence.")] = LENGTH,
+    device: common.Device = "cpu",
     json_file: common.JsonFile = None,
 ) -> None:
     """Structure, bits, sparsity, sizes, outliers and sensitivity of MODEL, dense or compressed.
 
-    Example: tulle inspect reference -o reference.html
+    Example: tulle inspect reference --activations -o reference.html
     """
     if output is not None and (output.is_dir() or not output.resolve().parent.is_dir()):
         raise UserError(f"expected -o to name an HTML file in a folder that exists, found {output}; try -o model.html")
+    if text is not None and not (activations or sensitivity):
+        raise UserError("expected --activations or --sensitivity with --text, found neither; add one of them")
     from tulle.inspection import inspect_model
     from tulle.models.hub import local_folder
     from tulle.report.inspection import describe, write_inspection
-    from tulle.report.terminal import inspection_table
+    from tulle.report.terminal import activation_lines, inspection_table, sensitivity_table
 
     with common.progress_bars() as progress:
-        found = inspect_model(local_folder(model), progress)
+        folder = local_folder(model)
+        found = inspect_model(folder, progress)
+        if activations or sensitivity:
+            found |= _measured(folder, text, separator, samples, length, device, activations, sensitivity, progress)
     if output is not None:
         write_inspection(found, output)
     if str(json_file) != "-":
         out = common.console()
         out.print(f"{model}: {describe(found['architecture'])}, {found['totals']['bytes'] / 1e6:,.1f} MB")
         out.print(inspection_table(found))
+        for line in activation_lines(found):
+            out.print(line)
+        for measured in found.get("sensitivity", ()):
+            out.print(sensitivity_table(measured))
+    for shown in found.get("activations", {}).get("landscapes", ()):
+        for stage in shown["stages"]:
+            del stage["picture"]  # thousands of numbers that the page has drawn
     common.write_json(json_file, found)
+
+
+def _measured(
+    folder: Path,
+    text: str | None,
+    separator: str | None,
+    samples: int,
+    length: int,
+    device: str,
+    activations: bool,
+    sensitivity: bool,
+    progress: Any,
+) -> dict[str, Any]:
+    from tulle.activations import inspect_activations
+    from tulle.compress import calibration_sequences
+    from tulle.evaluate.loading import load_model
+    from tulle.models.checkpoint import Checkpoint
+    from tulle.sensitivity import measure_sensitivity
+
+    if "quantization_config" in Checkpoint.open(folder).config:
+        raise UserError(
+            f"expected a dense checkpoint for --activations and --sensitivity, found {folder.name} compressed; "
+            "give the original model"
+        )
+    sequences, _ = calibration_sequences(folder, text, separator=separator, samples=samples, length=length)
+    found: dict[str, Any] = {}
+    if activations:
+        found["activations"] = inspect_activations(folder, sequences, device, progress)
+    if sensitivity:
+        model, _ = load_model(folder, device)
+        found["sensitivity"] = [measure_sensitivity(model, sequences, bits, progress) for bits in (4, 8)]
+    return found

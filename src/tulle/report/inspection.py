@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tulle.report import plots, units
+from tulle.report import landscapes, plots, units
 from tulle.report.cells import by_block, scheme
 from tulle.report.page import chart, render, tile, write_page
 
@@ -34,7 +34,7 @@ def inspection_page(found: Mapping[str, Any]) -> str:
             tile("Sparsity", units.percent(totals["sparsity"]), "of the linears"),
             tile("Weights in linears", f"{totals['linear_weights']:,}", f"{len(found['linears'])} linears"),
         ],
-        charts=_charts(found),
+        charts=_activation_charts(found) + _sensitivity_charts(found) + _charts(found),
         table_columns=COLUMNS,
         table_rows=[_row(x) for x in found["linears"]],
         other_rows=[
@@ -108,6 +108,94 @@ def _charts(found: Mapping[str, Any]) -> list[dict[str, Any]]:
             plots.channels(found["extreme"]["channel_absmax"]),
         ),
     ]
+    return charts
+
+
+def _activation_charts(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    activations = found.get("activations")
+    if not activations:
+        return []
+    inputs = activations["inputs"]
+    roles = list(dict.fromkeys(x["role"] for x in inputs))
+    blocks = found["architecture"]["blocks"]
+    table = {(x["role"], x["block"]): x for x in inputs}
+
+    def matrix(name: str, value: Callable[[Mapping[str, Any]], float], write: Callable[[float], str]) -> str:
+        return plots.matrix(name, roles, [[value(table[role, b]) for b in range(blocks)] for role in roles], write)
+
+    charts = [
+        chart(
+            "Outliers of activations",
+            "Largest channel's max |x| over the median channel's, per input; over "
+            f"{activations['tokens']:,} tokens. qkv and gate/up read the residual stream through a norm.",
+            matrix("activation-ratio", lambda x: x["channel_ratio"], lambda v: units.significant(v, 3)),
+        ),
+        chart(
+            "Rounding of activations",
+            "‖x̂ − x‖² / ‖x‖² in 4 bits per token, asymmetric, as the inputs are.",
+            matrix("activation-error", lambda x: x["rounding_error"], units.percent),
+        ),
+        chart("What was found", "", found_outliers(inputs), wide=True),
+    ]
+    for shown in activations["landscapes"]:
+        what = (
+            "a channel that is large for most tokens" if shown["kind"] == "normal" else "values that few tokens carry"
+        )
+        charts.append(
+            chart(
+                f"The most extreme {shown['kind']} outliers: input of {shown['role'].replace('_', '/')}, "
+                f"block {shown['block']}",
+                f"|x| over tokens and channels ({what}), each surface on a scale of its own. Under it what 4-bit "
+                "weights and activations would lose at the output.",
+                landscapes.surfaces(f"landscape-{shown['kind']}", shown["stages"]),
+                wide=True,
+            )
+        )
+    return charts
+
+
+def found_outliers(inputs: Sequence[Mapping[str, Any]]) -> str:
+    """The outliers of every input that has some, as text in an HTML list."""
+    lines = []
+    for x in inputs:
+        where = f"block {x['block']}, input of {x['role'].replace('_', '/')}"
+        if x["normal"]:
+            names = ", ".join(map(str, x["normal"][:12])) + (" …" if len(x["normal"]) > 12 else "")
+            lines.append(f"{where}: {len(x['normal'])} normal outlier channels ({names})")
+        if x["massive_values"]:
+            top = x["massive"][0]
+            lines.append(
+                f"{where}: {x['massive_values']} massive values on {x['massive_tokens']} tokens; the largest, "
+                f"{units.significant(top['value'], 3)} at token {top['token']}, channel {top['channel']}, is "
+                f"{units.significant(top['ratio'], 3)} times the median"
+            )
+    return "<ul>" + "".join(f"<li>{line}</li>" for line in lines or ["None."]) + "</ul>"
+
+
+def _sensitivity_charts(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    charts = []
+    for measured in found.get("sensitivity", ()):
+        names, table = by_block(measured["linears"])
+        bits = measured["bits"]
+        rise, local = (
+            [[table[name, b][key] for b in range(found["architecture"]["blocks"])] for name in names]
+            for key in ("loss_rise", "output_error")
+        )
+
+        charts += [
+            chart(
+                f"Sensitivity at the output, W{bits}A{bits}",
+                f"Rise of the loss in thousandths of a nat per token when one linear alone is rounded to {bits} bits, "
+                f"weights and input; loss {measured['loss']:.4f} over {measured['tokens']:,} tokens.",
+                plots.matrix(f"rise-{bits}", names, _scaled(rise, 1000), lambda v: f"{v:.1f}"),
+            ),
+            chart(
+                f"Sensitivity at the linear, W{bits}A{bits}",
+                "‖ŷ − y‖² / ‖y‖² of its own output. Spearman correlation with the KL divergence at the logits: "
+                f"{measured['spearman']:.2f}.",
+                plots.matrix(f"local-{bits}", names, local, units.percent),
+            ),
+        ]
     return charts
 
 

@@ -41,20 +41,29 @@ _RC: dict[Any, Any] = {
 class Picture:
     """A figure being drawn; ``svg`` is set when the ``with`` block ends."""
 
-    def __init__(self, width: float, height: float) -> None:
+    def __init__(self, width: float, height: float, panels: tuple[int, int] = (1, 1), projection: str | None = None):
         self.figure = Figure(figsize=(width, height), layout="constrained")
-        self.axes: Axes = self.figure.subplots()
+        grid = self.figure.subplots(*panels, squeeze=False, subplot_kw={"projection": projection})
+        self.panels: list[Axes] = list(grid.flat)
+        self.axes = self.panels[0]
         self.svg = ""
 
 
 @contextmanager
-def picture(name: str, width: float = 6.4, height: float = 3.0) -> Iterator[Picture]:
+def picture(
+    name: str,
+    width: float = 6.4,
+    height: float = 3.0,
+    panels: tuple[int, int] = (1, 1),
+    projection: str | None = None,
+) -> Iterator[Picture]:
     """``with picture("error") as p: p.axes.plot(...)``, then ``p.svg``. Inches; ``name`` salts the SVG's ids."""
     with rc_context({**_RC, "svg.hashsalt": name}):
-        drawn = Picture(width, height)
+        drawn = Picture(width, height, panels, projection)
         yield drawn
         buffer = io.StringIO()
-        drawn.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        # dpi: of what is drawn as pixels inside the SVG.
+        drawn.figure.savefig(buffer, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     for color, variable in _VARIABLES.items():

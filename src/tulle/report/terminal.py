@@ -104,6 +104,33 @@ def inspection_table(found: Mapping[str, Any]) -> Table:
     return table
 
 
+def activation_lines(found: Mapping[str, Any]) -> list[str]:
+    """One line per input that has outliers."""
+    inputs = found.get("activations", {}).get("inputs", ())
+    lines = []
+    for x in inputs:
+        where = f"block {x['block']}, input of {x['role']}"
+        if x["normal"]:
+            lines.append(f"{where}: {len(x['normal'])} channels large for most tokens")
+        if x["massive_values"]:
+            top = x["massive"][0]
+            lines.append(
+                f"{where}: {x['massive_values']} massive values on {x['massive_tokens']} tokens, up to "
+                f"{units.significant(top['ratio'], 3)} times the median (channel {top['channel']})"
+            )
+    return lines or (["no outliers among the activations"] if inputs else [])
+
+
+def sensitivity_table(measured: Mapping[str, Any], most: int = 8) -> Table:
+    """The linears whose rounding costs the model most."""
+    bits = measured["bits"]
+    title = f"W{bits}A{bits}, one linear at a time; Spearman of output error and KL {measured['spearman']:.2f}"
+    table = _table("linear", "output error", "loss rise", "KL divergence", title=title)
+    for x in sorted(measured["linears"], key=lambda x: -x["kl"])[:most]:
+        table.add_row(x["name"], units.error(x["output_error"]), f"{x['loss_rise']:+.5f}", f"{x['kl']:.5f}")
+    return table
+
+
 def demo_table(found: Mapping[str, Any]) -> Table:
     """Dense and every recipe, one row each."""
     table = _table(
