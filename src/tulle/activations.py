@@ -21,14 +21,15 @@ from torch import Tensor, nn
 
 from tulle.core.hadamard import hadamard_block
 from tulle.core.rotation import greedy_rotation, zigzag
+from tulle.core.smoothing import smoothing
 from tulle.core.token_grid import TokenGrid
 from tulle.core.transform import BlockMatrix, Diagonal, Hadamard, Permutation, Transform
 from tulle.models.anatomy import Row
 from tulle.models.checkpoint import Checkpoint
 from tulle.models.rewrite import Source
 from tulle.models.skeleton import Block, load_config
+from tulle.observe import run_watched
 from tulle.quantize.duquant import block_size
-from tulle.quantize.smoothquant import smoothing
 from tulle.streams import batched
 
 NORMAL, MASSIVE = 8.0, 100.0
@@ -78,15 +79,9 @@ def inspect_activations(
         seen: dict[str, list[Tensor]] = {row.role: [] for row in model.rows}
         with torch.no_grad():
             for i, batch in enumerate(batches):
-                handles = [
-                    block.module.get_submodule(row.linears[0]).register_forward_pre_hook(
-                        _keeper(seen[row.role], batch.valid.to(device))
-                    )
-                    for row in model.rows
-                ]
-                hidden[i] = block(hidden[i])
-                for handle in handles:
-                    handle.remove()
+                hidden[i], inputs = run_watched(block, hidden[i], model.rows)
+                for role, x in inputs.items():
+                    seen[role].append(x[batch.valid.to(device)])
         for row in model.rows:
             x = torch.cat(seen.pop(row.role))
             entry: dict[str, Any] = {"block": index, "role": row.role} | outliers_of(x)
@@ -185,13 +180,6 @@ def pooled(picture: Tensor, rows: int, columns: int) -> Tensor:
     """The picture ``[T, C]`` with at most ``rows`` × ``columns`` cells, each the maximum of what it stands for."""
     cells = (min(rows, picture.shape[0]), min(columns, picture.shape[1]))
     return nn.functional.adaptive_max_pool2d(picture[None, None].float(), cells)[0, 0]
-
-
-def _keeper(kept: list[Tensor], valid: Tensor) -> Callable[..., None]:
-    def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        kept.append(arguments[0][valid])
-
-    return keep
 
 
 def _normal_score(x: Tensor) -> float:

@@ -28,7 +28,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,10 +47,10 @@ from tulle.core.grid import all_finite
 from tulle.core.hessian import Hessian
 from tulle.core.rotation import Extremes
 from tulle.core.token_grid import TokenGrid
-from tulle.core.transform import Transform, run
 from tulle.errors import UserError
 from tulle.models.anatomy import Anatomy, Row
 from tulle.models.skeleton import Block
+from tulle.observe import Gap, QuantisedInput, accumulate, capture, run_compared
 from tulle.recipe import Recipe, Step
 from tulle.streams import Batch, HiddenStates, batched
 
@@ -105,6 +104,9 @@ class Walker:
         return HiddenStates(
             self._folder / f"{path if block else 'dense'}-{block}.bin", self._batches, self._model.hidden
         )
+
+    def _hidden(self, path: str, block: int, batch: int) -> Tensor:
+        return self.states(path, block).read(batch).to(self._device)
 
     def begin(self, embedding: Tensor) -> None:
         """Looks the tokens up in the embedding ``[V, d]``."""
@@ -289,15 +291,15 @@ class Walker:
         for i, batch in enumerate(self._batches):
             valid = batch.valid.to(self._device)
             with self._timed("forward"):
-                inputs = self._capture(compressed, self.states("compressed", index).read(i), rows)
+                inputs = capture(compressed, self._hidden("compressed", index, i), rows)
                 wanted = [row for row in rows if fit[row.role]]
-                dense_inputs = self._capture(dense, self.states("dense", index).read(i), wanted) if wanted else {}
+                dense_inputs = {} if not wanted else capture(dense, self._hidden("dense", index, i), wanted)
             with self._timed("statistics"):
                 for row in rows:
                     x, stream = inputs.pop(row.role)
                     statistics, cross = found[row.role]
                     x = x[valid].float()
-                    _accumulate(statistics, x, needs[row.role])
+                    accumulate(statistics, x, needs[row.role])
                     if "rows" in needs[row.role]:
                         samplers.setdefault(row.role, Extremes(x.shape[-1], seed=self._seed)).add(x)
                     if not fit[row.role]:
@@ -324,41 +326,6 @@ class Walker:
 
     def _needs(self, role: str, stage: Stage) -> frozenset[str]:
         return frozenset().union(*(step.method.needs for step in self._recipe.steps_for(role, stage)))
-
-    def _capture(self, block: Block, hidden: Tensor, rows: Sequence[Row]) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """Inputs of the rows' linears, and the residual stream they are added to, by role; stops after the last."""
-        inputs: dict[str, Tensor] = {}
-        streams: dict[str, Tensor] = {}
-        handles = []
-
-        def keep(row: Row, last: bool) -> Any:
-            def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-                inputs[row.role] = arguments[0]
-                if last:
-                    raise _Stop
-
-            return hook
-
-        def keep_stream(row: Row) -> Any:
-            def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-                streams[row.role] = arguments[0]
-
-            return hook
-
-        for row in rows:
-            handles.append(
-                block.module.get_submodule(row.linears[0]).register_forward_pre_hook(keep(row, row is rows[-1]))
-            )
-            if row.residual:
-                handles.append(block.module.get_submodule(row.residual).register_forward_pre_hook(keep_stream(row)))
-        try:
-            block(hidden.to(self._device))
-        except _Stop:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-        return {role: (x, streams.get(role)) for role, x in inputs.items()}
 
     def _group(
         self, row: Row, index: int, weights: Mapping[str, Tensor], statistics: Statistics, block: nn.Module | None
@@ -393,10 +360,10 @@ class Walker:
 
     def _share_inputs(self, block: nn.Module, group: GroupState) -> None:
         """Transforms and quantisers in front of a group's linears; siblings see one result."""
-        hooks: dict[TokenGrid | None, _Input] = {}
+        hooks: dict[TokenGrid | None, QuantisedInput] = {}
         for linear in group.linears:
             if linear.transform or linear.input_grid:
-                hook = hooks.setdefault(linear.input_grid, _Input(linear.transform, linear.input_grid))
+                hook = hooks.setdefault(linear.input_grid, QuantisedInput(linear.transform, linear.input_grid))
                 block.get_submodule(self._relative(linear)).register_forward_pre_hook(hook)
 
     def _finish(self, block: nn.Module, state: LinearState, dtype: torch.dtype) -> None:
@@ -409,39 +376,27 @@ class Walker:
                 f"expected finite weights after the recipe's steps, found NaN or Inf in {state.name}; raise the damping"
             )
         self._install(module, state)
-        if state.input_grid is not None and not any(isinstance(h, _Input) for h in module._forward_pre_hooks.values()):
+        quantised = any(isinstance(hook, QuantisedInput) for hook in module._forward_pre_hooks.values())
+        if state.input_grid is not None and not quantised:
             # A linear step brought its own quantiser.
-            module.register_forward_pre_hook(_Input(state.transform, state.input_grid))
+            module.register_forward_pre_hook(QuantisedInput(state.transform, state.input_grid))
 
     def _propagate(self, dense: Block, compressed: Block, index: int) -> tuple[dict[str, float], float]:
         """Runs both blocks, leaves their outputs as the next block's inputs, and compares every linear's output."""
         names = [name for row in self._model.rows for name in row.linears]
-        gap = _Gap()
+        gap = Gap()
         for i, batch in enumerate(self._batches):
             gap.valid = batch.valid.to(self._device)
-            hidden = self.states("dense", index).read(i).to(self._device)
-            reference = self._run(dense, hidden, names, gap.keep)
-            hidden = self.states("compressed", index).read(i).to(self._device)
-            hidden = self._run(compressed, hidden, names, gap.compare)
+            hidden = self._hidden("dense", index, i)
+            reference = run_compared(dense, hidden, names, gap.keep)
+            hidden = self._hidden("compressed", index, i)
+            hidden = run_compared(compressed, hidden, names, gap.compare)
             gap.keep("", reference)
             gap.compare("", hidden)
             self.states("dense", index + 1).write(i, reference)
             self.states("compressed", index + 1).write(i, hidden)
         prefix = self._model.block_prefix(index)
         return {prefix + name: gap.share(name) for name in names}, gap.share("")
-
-    @staticmethod
-    def _run(block: Block, hidden: Tensor, names: Sequence[str], see: Any) -> Tensor:
-        """Runs the block; ``see(name, output)`` for each linear."""
-        handles = [
-            block.module.get_submodule(name).register_forward_hook(lambda m, a, y, name=name: see(name, y))
-            for name in names
-        ]
-        try:
-            return block(hidden)
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _timed(self, stage: str) -> _Timer:
         return _Timer(self._seconds, stage)
@@ -456,47 +411,6 @@ class Walker:
             )
 
 
-class _Input:
-    """Forward pre-hook: x → the quantiser's x̂ of x·T. Keeps the last result, for the siblings that read the same x."""
-
-    def __init__(self, transform: tuple[Transform, ...], grid: TokenGrid | None):
-        self._transform, self._grid = transform, grid
-        self._seen: Tensor | None = None
-        self._result: Tensor | None = None
-
-    def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
-        x = arguments[0]
-        if self._result is None or self._seen is not x:
-            result = run(self._transform, x.float())
-            self._seen, self._result = x, (result if self._grid is None else self._grid.fake(result)).to(x.dtype)
-        return (self._result,)
-
-
-class _Stop(Exception):
-    """Ends a forward pass once the last wanted input has been seen."""
-
-
-class _Gap:
-    """Σ|ŷ − y|² and Σ|y|² per name: ``keep`` a reference output, then ``compare`` the other model's with it."""
-
-    def __init__(self) -> None:
-        self.valid = torch.empty(0)
-        self._kept: dict[str, Tensor] = {}
-        self._lost: dict[str, float] = defaultdict(float)
-        self._total: dict[str, float] = defaultdict(float)
-
-    def keep(self, name: str, y: Tensor) -> None:
-        self._kept[name] = y[self.valid].float()
-
-    def compare(self, name: str, y: Tensor) -> None:
-        reference = self._kept.pop(name)
-        self._lost[name] += float((y[self.valid] - reference).square().sum())
-        self._total[name] += float(reference.square().sum())
-
-    def share(self, name: str) -> float:
-        return self._lost[name] / max(self._total[name], 1e-30)
-
-
 @dataclass
 class _Timer:
     seconds: dict[str, float]
@@ -508,21 +422,6 @@ class _Timer:
 
     def __exit__(self, *_: object) -> None:
         self.seconds[self.stage] += time.perf_counter() - self.begun
-
-
-def _accumulate(statistics: Statistics, x: Tensor, needs: frozenset[str]) -> None:
-    statistics.tokens += x.shape[0]
-    if "hessian" in needs:
-        if statistics.hessian is None:
-            statistics.hessian = Hessian.zeros(x.shape[1], x.device)
-        statistics.hessian.add(x)
-    if "column_norm" in needs:
-        squares = x.square().sum(0)
-        old = statistics.column_norm
-        statistics.column_norm = squares.sqrt() if old is None else (old.square() + squares).sqrt()
-    if "absmax" in needs:
-        peak = x.abs().amax(0)
-        statistics.absmax = peak if statistics.absmax is None else torch.maximum(statistics.absmax, peak)
 
 
 def _least_squares(cross: Tensor, hessian: Hessian, damping: float) -> Tensor:

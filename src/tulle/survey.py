@@ -13,6 +13,7 @@ from tulle.core.rotation import Extremes
 from tulle.models.anatomy import Anatomy
 from tulle.models.rewrite import Source
 from tulle.models.skeleton import Block
+from tulle.observe import run_watched
 from tulle.recipe import Recipe
 from tulle.streams import Batch
 
@@ -74,22 +75,9 @@ def _walk(
         block = Block(config, index, source.read_block(index), device)
         samplers: dict[str, Extremes] = {}
         for i, batch in enumerate(taken):
-            handles = []
-            for row in model.rows:
-
-                def see(
-                    module: object,
-                    arguments: tuple[Tensor, ...],
-                    role: str = row.role,
-                    batch: Batch = batch,
-                    samplers: dict[str, Extremes] = samplers,
-                ) -> None:
-                    x = arguments[0][batch.valid.to(device)]
-                    samplers.setdefault(role, Extremes(x.shape[-1], per_segment=4, random=128, seed=seed)).add(x)
-
-                handles.append(block.module.get_submodule(row.linears[0]).register_forward_pre_hook(see))
-            hidden[i] = block(hidden[i])
-            for handle in handles:
-                handle.remove()
+            hidden[i], inputs = run_watched(block, hidden[i], model.rows)
+            for role, x in inputs.items():
+                sampler = samplers.setdefault(role, Extremes(x.shape[-1], per_segment=4, random=128, seed=seed))
+                sampler.add(x[batch.valid.to(device)])
         for role, sampler in samplers.items():
             found[index, role] = sampler.rows

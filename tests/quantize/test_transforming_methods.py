@@ -18,6 +18,7 @@ from tulle.core.contract import BlockState, GroupState, LinearState, Statistics,
 from tulle.core.grid import Grid
 from tulle.core.hadamard import hadamard_matrix
 from tulle.core.learning import LearnedGroup, Schedule, fake_linears, learn_block
+from tulle.core.smoothing import smoothing
 from tulle.core.token_grid import TokenGrid
 from tulle.core.transform import run
 from tulle.quantize.affinequant import gradual_mask
@@ -26,7 +27,7 @@ from tulle.quantize.flatquant import factors
 from tulle.quantize.keep_sensitive import KeepSensitive, output_error
 from tulle.quantize.learned_clipping import LearnedClipping
 from tulle.quantize.perq import PeRQ, zigzag_within_heads
-from tulle.quantize.smoothquant import SmoothQuant, smoothing
+from tulle.quantize.smoothquant import SmoothQuant
 from tulle.quantize.spinquant import SpinQuant, cayley_step
 
 

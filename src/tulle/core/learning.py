@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from tulle.core.contract import BlockState, LinearState
+from tulle.core.contract import BlockState, LinearState, Method, Stage
 from tulle.core.grid import Grid, extremes, grouped
 from tulle.core.token_grid import TokenGrid
 from tulle.core.transform import Transform, fold, run
@@ -121,6 +122,47 @@ class Schedule:
     """Peak learning rate of the maps; falls along a cosine."""
     clip_rate: float
     """Learning rate of clipping parameters."""
+
+
+@dataclass(frozen=True)
+class Learned(Method):
+    """Base of the methods that learn against the dense block's output, for a grid of weights that follows."""
+
+    stages: ClassVar[tuple[Stage, ...]] = ("block",)
+    learns: ClassVar[bool] = True
+
+    bits: int = 4
+    """Of the weights' grid that follows in the recipe."""
+    group_size: int | None = None
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        self.grid()
+
+    def grid(self) -> Grid:
+        return Grid(self.bits, self.group_size, self.symmetric)
+
+    def validate(self, name: str, shape: tuple[int, int]) -> None:
+        self.grid().check(name, shape[1])
+
+    def keep_clips(
+        self, block: BlockState, groups: Mapping[str, LearnedGroup], linears: Mapping[str, FakeLinear]
+    ) -> None:
+        """Leaves the learned ends of the weights' grids, and clip ratios of inputs, in the linears' states."""
+        for role, group in groups.items():
+            ratio = group.input_clip()
+            for linear in block.groups[role].linears:
+                fake = linears[linear.name]
+                low, high = fake.clip.ranges(fake.folded(), self.grid())
+                linear.ranges = (low.detach(), high.detach())
+                if ratio is not None and linear.input_grid is not None:
+                    linear.input_grid = replace(linear.input_grid, clip=float(ratio))
+
+
+def input_clip(block: BlockState, role: str, wanted: bool = True) -> nn.Parameter | None:
+    """A logit for the clip ratio of a role's input, at OmniQuant's start; None without a quantiser or if not wanted."""
+    grid = block.groups[role].linears[0].input_grid
+    return nn.Parameter(torch.tensor(4.0)) if wanted and grid is not None else None
 
 
 @contextmanager

@@ -15,16 +15,14 @@ whose massive outliers explode the gradients: that is ``targets: [qkv, o, gate_u
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from tulle.core.contract import BlockState, Method, Stage
-from tulle.core.grid import Grid
-from tulle.core.learning import LearnedGroup, Schedule, fake_linears, learn_block
+from tulle.core.contract import BlockState
+from tulle.core.learning import Learned, LearnedGroup, Schedule, fake_linears, input_clip, learn_block
 from tulle.core.transform import BlockMatrix
 from tulle.errors import UserError
 
@@ -37,15 +35,9 @@ def gradual_mask(size: int, share: float, alpha: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class AffineQuant(Method):
+class AffineQuant(Learned):
     """Learned block-diagonal affine maps with learned clipping; comes after ``activations``."""
 
-    stages: ClassVar[tuple[Stage, ...]] = ("block",)
-    learns: ClassVar[bool] = True
-
-    bits: int = 4
-    group_size: int | None = None
-    symmetric: bool = False
     block: int = 128
     alpha: float = 0.1
     """Of entries off the diagonal: their gradients shrink with it."""
@@ -56,48 +48,37 @@ class AffineQuant(Method):
     """Learn the clip ratio of activations too."""
 
     def __post_init__(self) -> None:
-        self._grid()
+        super().__post_init__()
         if self.block < 1:
             raise UserError(f"expected a positive block, found {self.block}; try 128")
 
-    def _grid(self) -> Grid:
-        return Grid(self.bits, self.group_size, self.symmetric)
-
-    def validate(self, name: str, shape: tuple[int, int]) -> None:
-        self._grid().check(name, shape[1])
-
     def prepare(self, block: BlockState, roles: tuple[str, ...]) -> None:
-        groups: dict[str, LearnedGroup] = {}
         matrices: dict[str, nn.Parameter] = {}
         masks: dict[int, Tensor] = {}
 
         def current(role: str) -> list[BlockMatrix]:
             return [BlockMatrix(matrices[role] * masks[matrices[role].shape[-1]], orthogonal=False)]
 
-        for role in roles:
-            linear = block.groups[role].linears[0]
-            columns = linear.dense.shape[1]
-            size = next(s for s in range(min(self.block, columns), 0, -1) if columns % s == 0)
-            masks[size] = gradual_mask(size, 1 / self.epochs if self.epochs else 1.0, self.alpha)
-            matrices[role] = nn.Parameter(torch.eye(size).repeat(columns // size, 1, 1))
-            clip = nn.Parameter(torch.tensor(4.0)) if self.inputs and linear.input_grid is not None else None
-            groups[role] = LearnedGroup(partial(current, role), [matrices[role]], clip)
-
         def widen(step: int, steps: int) -> None:
+            share = min(1.0, step / steps + 1 / max(self.epochs, 1))
             for size in masks:
-                masks[size] = gradual_mask(size, min(1.0, step / steps + 1 / max(self.epochs, 1)), self.alpha)
+                masks[size] = gradual_mask(size, share, self.alpha)
 
-        linears = fake_linears(block, groups, self._grid(), roles, learn_clip=True)
-        history = learn_block(
-            block, linears, groups, Schedule(self.epochs, self.rate, self.clip_rate), widen, keep_best=False
-        )
-        ranges = {name: fake.clip.ranges(fake.folded(), self._grid()) for name, fake in linears.items()}
+        for role in roles:
+            columns = block.groups[role].linears[0].dense.shape[1]
+            size = next(s for s in range(min(self.block, columns), 0, -1) if columns % s == 0)
+            matrices[role] = nn.Parameter(torch.eye(size).repeat(columns // size, 1, 1))
+            masks[size] = torch.empty(0)
+        widen(0, 1)
+        groups = {
+            role: LearnedGroup(partial(current, role), [matrices[role]], input_clip(block, role, self.inputs))
+            for role in roles
+        }
+        linears = fake_linears(block, groups, self.grid(), roles, learn_clip=True)
+        schedule = Schedule(self.epochs, self.rate, self.clip_rate)
+        history = learn_block(block, linears, groups, schedule, widen, keep_best=False)
+        self.keep_clips(block, groups, linears)
         for role in roles:
             (learned,) = current(role)
             block.groups[role].add_transform(BlockMatrix(learned.matrix.detach(), orthogonal=False))
-            ratio = groups[role].input_clip()
-            for linear in block.groups[role].linears:
-                linear.ranges = tuple(end.detach() for end in ranges[linear.name])  # type: ignore[assignment]
-                if ratio is not None and linear.input_grid is not None:
-                    linear.input_grid = replace(linear.input_grid, clip=float(ratio))
         block.notes.append(f"AffineQuant: block error {history[0]:.3g} → {history[-1]:.3g}")

@@ -5,7 +5,8 @@ A learned invertible map in front of every group, light enough to run online bec
     x·diag(c)·(P₁ ⊗ P₂),   W·(diag(c)·(P₁ ⊗ P₂))⁻ᵀ,   C_in = a·b,  P₁ [a, a], P₂ [b, b], a ≤ b as near as they come
 
 P₁, P₂ and c are trained block by block on the mean squared error against the dense block, together with the clip
-ratios of weights (per row) and activations (per group). c is folded into the norm's gain, up or v; P₁ ⊗ P₂ stays.
+ratios of weights (per row) and activations (per group). c starts as a smoothing scale (α 0.3) and is folded into the
+norm's gain, up or v; P₁ ⊗ P₂ stays.
 
 Departures: P₁ and P₂ start as Hadamard matrices where there are any (the authors: random orthogonal) and are trained
 as plain matrices, inverted in float64 (the authors: by a singular value decomposition with Cayley factors). The
@@ -14,17 +15,17 @@ authors' extra map of the key cache is left to the Hadamard of ``kv_cache``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from tulle.core.contract import BlockState, Method, Stage
-from tulle.core.grid import Grid
+from tulle.core.contract import BlockState, Statistic
 from tulle.core.hadamard import hadamard_block, hadamard_matrix
-from tulle.core.learning import LearnedGroup, Schedule, fake_linears, learn_block
+from tulle.core.learning import Learned, LearnedGroup, Schedule, fake_linears, input_clip, learn_block
 from tulle.core.rotation import random_orthogonal
+from tulle.core.smoothing import group_smoothing
 from tulle.core.transform import Diagonal, Kronecker, Transform
 
 
@@ -44,62 +45,47 @@ def start(size: int, generator: torch.Generator) -> Tensor:
 
 
 @dataclass(frozen=True)
-class FlatQuant(Method):
+class FlatQuant(Learned):
     """Learned Kronecker maps with learned clipping; comes after ``activations``."""
 
-    stages: ClassVar[tuple[Stage, ...]] = ("block",)
-    learns: ClassVar[bool] = True
+    needs: ClassVar[frozenset[Statistic]] = frozenset({"absmax"})
 
-    bits: int = 4
-    """Of the weights' grid that follows in the recipe."""
-    group_size: int | None = None
-    symmetric: bool = True
+    alpha: float = 0.3
+    """Of the smoothing that c starts from."""
     epochs: int = 15
     rate: float = 5e-3
     clip_rate: float = 5e-2
     """Of clipping logits and of c: ten times the maps', as the authors have it."""
 
-    def __post_init__(self) -> None:
-        self._grid()
-
-    def _grid(self) -> Grid:
-        return Grid(self.bits, self.group_size, self.symmetric)
-
-    def validate(self, name: str, shape: tuple[int, int]) -> None:
-        self._grid().check(name, shape[1])
-
     def prepare(self, block: BlockState, roles: tuple[str, ...]) -> None:
-        maps = {role: _Maps(block, role) for role in roles}
+        maps = {role: _Maps(block, role, self.alpha) for role in roles}
         groups = {role: maps[role].group() for role in roles}
-        linears = fake_linears(block, groups, self._grid(), roles, learn_clip=True)
+        linears = fake_linears(block, groups, self.grid(), roles, learn_clip=True)
         history = learn_block(block, linears, groups, Schedule(self.epochs, self.rate, self.clip_rate))
+        self.keep_clips(block, groups, linears)
         for role in roles:
-            group = block.groups[role]
-            ranges = {name: fake.clip.ranges(fake.folded(), self._grid()) for name, fake in linears.items()}
             maps[role].install(block)
-            clip = groups[role].input_clip()
-            for linear in group.linears:
-                low, high = ranges[linear.name]
-                linear.ranges = (low.detach(), high.detach())
-                if clip is not None and linear.input_grid is not None:
-                    linear.input_grid = replace(linear.input_grid, clip=float(clip))
         block.notes.append(f"FlatQuant: block error {history[0]:.3g} → {min(history):.3g}")
 
 
 class _Maps:
     """c, P₁ and P₂ of one group. A group that has a transform already takes no c: there is nothing to fold it into."""
 
-    def __init__(self, block: BlockState, role: str):
+    def __init__(self, block: BlockState, role: str, alpha: float):
         linear = block.groups[role].linears[0]
         columns = linear.dense.shape[1]
         a, b = factors(columns)
         generator = block.generator(("qkv", "o", "gate_up", "down").index(role))
         self.role = role
         self.left, self.right = (nn.Parameter(start(size, generator)) for size in (a, b))
-        width = block.kv_heads * block.head_dim if role == "o" else columns
-        self.log_scale = None if linear.transform else nn.Parameter(torch.zeros(width))
         self._shape = (block.kv_heads, block.heads // block.kv_heads, block.head_dim)
-        self.clip = nn.Parameter(torch.tensor(4.0)) if linear.input_grid is not None else None
+        self.log_scale = None
+        if not linear.transform:
+            start_scale = -group_smoothing(block, role, alpha).log()
+            if role == "o":
+                start_scale = start_scale.reshape(self._shape)[:, 0].reshape(-1)
+            self.log_scale = nn.Parameter(start_scale)
+        self.clip = input_clip(block, role)
 
     def scale(self) -> Tensor | None:
         """c ``[C_in]``; for o, equal for the query heads of one KV head."""

@@ -13,55 +13,24 @@ of the extremes; give it the same grid.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass
 
-import torch
-from torch import nn
-
-from tulle.core.contract import BlockState, Method, Stage
-from tulle.core.grid import Grid
-from tulle.core.learning import LearnedGroup, Schedule, fake_linears, learn_block
+from tulle.core.contract import BlockState
+from tulle.core.learning import Learned, LearnedGroup, Schedule, fake_linears, input_clip, learn_block
 
 
 @dataclass(frozen=True)
-class LearnedClipping(Method):
+class LearnedClipping(Learned):
     """Learns the ends of the weights' grids; comes after transforms and ``activations``."""
 
-    stages: ClassVar[tuple[Stage, ...]] = ("block",)
-    learns: ClassVar[bool] = True
-
-    bits: int = 4
-    group_size: int | None = None
-    symmetric: bool = False
     epochs: int = 20
     rate: float = 5e-3
     """Learning rate: 5e-3 in the paper, 1e-2 in the authors' code."""
     inputs: bool = False
 
-    def __post_init__(self) -> None:
-        self._grid()
-
-    def _grid(self) -> Grid:
-        return Grid(self.bits, self.group_size, self.symmetric)
-
-    def validate(self, name: str, shape: tuple[int, int]) -> None:
-        self._grid().check(name, shape[1])
-
     def prepare(self, block: BlockState, roles: tuple[str, ...]) -> None:
-        groups = {}
-        for role in roles:
-            grid = block.groups[role].linears[0].input_grid
-            clip = nn.Parameter(torch.tensor(4.0)) if self.inputs and grid is not None else None
-            groups[role] = LearnedGroup(clip=clip)
-        linears = fake_linears(block, groups, self._grid(), roles, learn_clip=True)
+        groups = {role: LearnedGroup(clip=input_clip(block, role, self.inputs)) for role in roles}
+        linears = fake_linears(block, groups, self.grid(), roles, learn_clip=True)
         history = learn_block(block, linears, groups, Schedule(self.epochs, self.rate, self.rate))
-        for role in roles:
-            ratio = groups[role].input_clip()
-            for linear in block.groups[role].linears:
-                fake = linears[linear.name]
-                low, high = fake.clip.ranges(fake.folded(), self._grid())
-                linear.ranges = (low.detach(), high.detach())
-                if ratio is not None and linear.input_grid is not None:
-                    linear.input_grid = replace(linear.input_grid, clip=float(ratio))
+        self.keep_clips(block, groups, linears)
         block.notes.append(f"learned clipping: block error {history[0]:.3g} → {min(history):.3g}")

@@ -4,7 +4,8 @@
 
 max|W_j| runs over all linears that read the input. 1/s is folded into what feeds them: the norm's gain (q/k/v and
 gate/up), the rows of up (down), the rows of v (o). With grouped-query attention a channel of v is read by every query
-head of its KV head, so these share one s: the maxima run over them too. Nothing is left at run time.
+head of its KV head, so these share one s: the maxima run over them too. Nothing is left at run time. The formula is in
+:mod:`tulle.core.smoothing`, since others start from it.
 
 Departure: a channel that no calibration token used, or whose weights are all zero, keeps s = 1.
 """
@@ -14,22 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from tulle.core.contract import BlockState, Method, Stage, Statistic
-from tulle.core.grid import row_chunks
+from tulle.core.smoothing import group_smoothing
 from tulle.errors import UserError
-
-SMALLEST = 1e-5
-"""Of max|X_j|, max|W_j| and s, as in the authors' code."""
-
-
-def smoothing(input_absmax: Tensor, weight_absmax: Tensor, alpha: float) -> Tensor:
-    """s ``[C_in]`` of max|X_j| and max|W_j|, each ``[C_in]``."""
-    x, w = input_absmax.clamp(min=SMALLEST), weight_absmax.clamp(min=SMALLEST)
-    s = (x.pow(alpha) / w.pow(1 - alpha)).clamp(min=SMALLEST)
-    return torch.where((input_absmax > 0) & (weight_absmax > 0), s, torch.ones_like(s))
 
 
 @dataclass(frozen=True)
@@ -48,21 +36,4 @@ class SmoothQuant(Method):
 
     def prepare(self, block: BlockState, roles: tuple[str, ...]) -> None:
         for role in roles:
-            group = block.groups[role]
-            x = group.statistics.absmax
-            assert x is not None
-            w = torch.stack([_column_absmax(linear.dense) for linear in group.linears]).amax(0)
-            if role == "o":
-                x, w = (_over_query_heads(v, block) for v in (x, w))
-            block.fold_diagonal(role, 1 / smoothing(x, w, self.alpha))
-
-
-def _column_absmax(weight: Tensor) -> Tensor:
-    """max|W_j| ``[C_in]``, by chunks of rows that stay in cache."""
-    return torch.stack([weight[rows].abs().amax(0) for rows in row_chunks(weight)]).amax(0)
-
-
-def _over_query_heads(values: Tensor, block: BlockState) -> Tensor:
-    """The maximum over the query heads of one KV head, given to each of them."""
-    heads = values.reshape(block.kv_heads, -1, block.head_dim)
-    return heads.amax(1, keepdim=True).expand_as(heads).reshape(-1)
+            block.fold_diagonal(role, 1 / group_smoothing(block, role, self.alpha))
