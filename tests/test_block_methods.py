@@ -59,6 +59,7 @@ OTHERS: list[Method] = [
     Activations(bits=4, clip=0.9),
     KVCache(bits=4, query_bits=8),
     LearnedClipping(epochs=1),
+    LearnedClipping(epochs=1, inputs=True, scales=True),
     KeepSensitive(count=2),
 ]
 
@@ -104,6 +105,17 @@ def test_wide_heads(method: Method, head_dim: int, tmp_path: Path) -> None:
     assert_same_function(tmp_path / "out", dense, 0.1)
     run(tmp_path / "m", tmp_path / "plain", [step(method)])
     assert_same_function(tmp_path / "plain", dense)
+
+
+def test_learned_scales_stand_in_front_of_a_rotation(tmp_path: Path) -> None:
+    dense = write_checkpoint(tmp_path / "m", num_hidden_layers=2)
+    steps = [step(DuQuant(steps=2, block=16)), step(LearnedClipping(epochs=3, scales=True, scale_rate=0.05))]
+    run(tmp_path / "m", tmp_path / "out", steps)
+    assert_same_function(tmp_path / "out", dense)
+    # They have been learned: the norm's gain is another.
+    stored = {k: v for f in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(f).items()}
+    gain = dense.model.layers[0].input_layernorm.weight
+    assert (stored["model.layers.0.input_layernorm.weight"] - gain).abs().max() > 0.01
 
 
 def test_widths_that_are_no_powers_of_two(tmp_path: Path) -> None:

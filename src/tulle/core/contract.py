@@ -180,20 +180,24 @@ class BlockState:
         for role in roles:
             yield from self.groups[role].linears
 
-    def fold_diagonal(self, role: str, scale: Tensor) -> None:
+    def fold_diagonal(self, role: str, scale: Tensor, in_front: bool = False) -> None:
         """x·diag(d) reaches the role's linears from now on, ``scale`` d ``[C_in]`` being folded into what feeds them.
 
         Into γ of the norm (qkv, gate_up), the rows of v (o; d must be equal for the query heads that share a KV head)
-        or the rows of up (down).
+        or the rows of up (down). Before any transform of the input; or, with ``in_front``, in front of those there are,
+        after which the statistics of the group are no longer known.
         """
-        group = self._foldable(role)
+        group = self.groups[role] if in_front else self._foldable(role)
+        if in_front:
+            group.statistics = Statistics(group.statistics.tokens)
         if role in self.gains:
             self.gains[role] = self.gains[role] * scale
         else:
             self._scale_rows(self.producers[role][0], self._per_producer(role, scale))
         for linear in group.linears:
             linear.dense = linear.dense / scale
-        group.statistics.transformed(Diagonal(scale))
+        if not in_front:
+            group.statistics.transformed(Diagonal(scale))
 
     def fold_permutation(self, role: str, index: Tensor) -> None:
         """x[:, index] reaches the role's linears; the producers' rows are permuted.

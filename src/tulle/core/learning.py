@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tulle.core.contract import BlockState, LinearState, Method, Stage
 from tulle.core.grid import Grid, extremes, grouped
 from tulle.core.token_grid import TokenGrid
-from tulle.core.transform import Transform, fold, run
+from tulle.core.transform import Diagonal, Transform, fold, run
 
 
 def round_through(x: Tensor) -> Tensor:
@@ -63,7 +63,9 @@ class LearnedGroup:
     """What is learned about one group, on top of the transforms that it has."""
 
     maps: Callable[[], Sequence[Transform]] = tuple
-    """Maps in front of the linears, from the parameters as they are now."""
+    """Maps in front of the linears, behind those that are there, from the parameters as they are now."""
+    before: Callable[[], Sequence[Transform]] = tuple
+    """The same in front of those that are there."""
     parameters: list[nn.Parameter] = field(default_factory=list)
     clip: nn.Parameter | None = None
     """Logit of the activations' clip ratio, or None: the clip of the input grid stays."""
@@ -79,17 +81,20 @@ class FakeLinear(nn.Module):
         self, linear: LinearState, bias: Tensor | None, group: LearnedGroup, grid: Grid | None, learn_clip: bool
     ):
         super().__init__()
-        self.dense, self.bias, self.fixed = linear.folded(), bias, linear.transform
+        self.dense, self.bias, self.fixed = linear.dense, bias, linear.transform
+        self.ready = linear.folded()
         self.grid, self.input_grid, self.group = grid, linear.input_grid, group
         columns = self.dense.shape[1]
         groups = 1 if grid is None or grid.group_size is None else columns // grid.group_size
         self.clip = WeightClip(self.dense.shape[0], groups, learn_clip)
 
     def folded(self) -> Tensor:
-        return fold(self.group.maps(), self.dense)
+        before = self.group.before()
+        ready = fold(self.fixed, fold(before, self.dense)) if before else self.ready
+        return fold(self.group.maps(), ready)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = run(self.group.maps(), run(self.fixed, x))
+        x = run(self.group.maps(), run(self.fixed, run(self.group.before(), x)))
         if self.input_grid is not None:
             x = fake_tokens(x, self.input_grid, self.group.input_clip())
         weight = self.folded()
@@ -269,3 +274,24 @@ def _relative(module: nn.Module, name: str) -> str:
         except AttributeError:
             continue
     raise KeyError(name)
+
+
+class LearnedScale:
+    """d ``[C_in]`` of x·diag(d) in front of a group, positive, equal for the query heads of one KV head."""
+
+    def __init__(self, block: BlockState, role: str, start: Tensor):
+        self.role = role
+        self._heads = (block.kv_heads, block.heads // block.kv_heads, block.head_dim)
+        if role == "o":
+            start = start.reshape(self._heads)[:, 0].reshape(-1)
+        self.parameter = nn.Parameter(start.log())
+
+    def value(self) -> Tensor:
+        scale = self.parameter.exp()
+        if self.role != "o":
+            return scale
+        kv, shared, size = self._heads
+        return scale.reshape(kv, 1, size).expand(kv, shared, size).reshape(-1)
+
+    def maps(self) -> list[Transform]:
+        return [Diagonal(self.value())]

@@ -71,7 +71,9 @@ class AffineQuant(Learned):
             masks[size] = torch.empty(0)
         widen(0, 1)
         groups = {
-            role: LearnedGroup(partial(current, role), [matrices[role]], input_clip(block, role, self.inputs))
+            role: LearnedGroup(
+                partial(current, role), parameters=[matrices[role]], clip=input_clip(block, role, self.inputs)
+            )
             for role in roles
         }
         linears = fake_linears(block, groups, self.grid(), roles, learn_clip=True)

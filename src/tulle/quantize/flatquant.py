@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from tulle.core.contract import BlockState, Statistic
 from tulle.core.hadamard import hadamard_block, hadamard_matrix
-from tulle.core.learning import Learned, LearnedGroup, Schedule, fake_linears, input_clip, learn_block
+from tulle.core.learning import Learned, LearnedGroup, LearnedScale, Schedule, fake_linears, input_clip, learn_block
 from tulle.core.rotation import random_orthogonal
 from tulle.core.smoothing import group_smoothing
-from tulle.core.transform import Diagonal, Kronecker, Transform
+from tulle.core.transform import Kronecker, Transform
 
 
 def factors(columns: int) -> tuple[int, int]:
@@ -69,44 +69,26 @@ class FlatQuant(Learned):
 
 
 class _Maps:
-    """c, P₁ and P₂ of one group. A group that has a transform already takes no c: there is nothing to fold it into."""
+    """c, P₁ and P₂ of one group. A group that has a transform already takes no c: that is for before it."""
 
     def __init__(self, block: BlockState, role: str, alpha: float):
         linear = block.groups[role].linears[0]
-        columns = linear.dense.shape[1]
-        a, b = factors(columns)
         generator = block.generator(("qkv", "o", "gate_up", "down").index(role))
         self.role = role
-        self.left, self.right = (nn.Parameter(start(size, generator)) for size in (a, b))
-        self._shape = (block.kv_heads, block.heads // block.kv_heads, block.head_dim)
-        self.log_scale = None
+        self.left, self.right = (nn.Parameter(start(size, generator)) for size in factors(linear.dense.shape[1]))
+        self.scale = None
         if not linear.transform:
-            start_scale = -group_smoothing(block, role, alpha).log()
-            if role == "o":
-                start_scale = start_scale.reshape(self._shape)[:, 0].reshape(-1)
-            self.log_scale = nn.Parameter(start_scale)
+            self.scale = LearnedScale(block, role, 1 / group_smoothing(block, role, alpha))
         self.clip = input_clip(block, role)
 
-    def scale(self) -> Tensor | None:
-        """c ``[C_in]``; for o, equal for the query heads of one KV head."""
-        if self.log_scale is None:
-            return None
-        scale = self.log_scale.exp()
-        if self.role != "o":
-            return scale
-        kv, shared, size = self._shape
-        return scale.reshape(kv, 1, size).expand(kv, shared, size).reshape(-1)
-
     def maps(self) -> list[Transform]:
-        scale = self.scale()
-        return [*([] if scale is None else [Diagonal(scale)]), Kronecker(self.left, self.right)]
+        return [*([] if self.scale is None else self.scale.maps()), Kronecker(self.left, self.right)]
 
     def group(self) -> LearnedGroup:
-        parameters = [p for p in (self.left, self.right, self.log_scale) if p is not None]
-        return LearnedGroup(self.maps, parameters, self.clip)
+        parameters = [self.left, self.right, *([] if self.scale is None else [self.scale.parameter])]
+        return LearnedGroup(self.maps, parameters=parameters, clip=self.clip)
 
     def install(self, block: BlockState) -> None:
-        scale = self.scale()
-        if scale is not None:
-            block.fold_diagonal(self.role, scale.detach())
+        if self.scale is not None:
+            block.fold_diagonal(self.role, self.scale.value().detach())
         block.groups[self.role].add_transform(Kronecker(self.left.detach(), self.right.detach()))
