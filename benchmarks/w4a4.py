@@ -162,8 +162,11 @@ def main() -> None:
     from rich.console import Console
 
     from tulle import machine
+    from tulle.recipe import METHODS, method_class
 
     torch.set_num_threads(arguments.threads)
+    for method in METHODS:
+        method_class(method)  # a long run must not meet a source file that was edited meanwhile
     result: dict[str, Any] = {"protocol": " ".join(__doc__.split("Models: ")[1].split()), "cells": {}}
     if arguments.out.exists():
         result = json.loads(arguments.out.read_text())

@@ -128,9 +128,9 @@ def test_transforms_run_in_order_and_are_shared():
     tensors = {
         "transform.0.scale": torch.rand(32, generator=g) + 0.5,
         "transform.1.index": torch.randperm(32, generator=g).int(),
-        "transform.3.matrix": torch.randn(4, 8, 8, generator=g),
-        "transform.4.left": torch.randn(4, 4, generator=g),
-        "transform.4.right": torch.randn(8, 8, generator=g),
+        "transform.3.matrix": torch.randn(4, 8, 8, generator=g).half(),
+        "transform.4.left": torch.randn(4, 4, generator=g).half(),
+        "transform.4.right": torch.randn(8, 8, generator=g).half(),
     }
     weights = {k: as_torch(a) for k, a in arrays.items()}
     layer.load_state_dict(weights | tensors)

@@ -87,9 +87,9 @@ def transform_of(spec: TransformSpec, tensors: Mapping[str, Tensor]) -> Transfor
     if spec.kind == "permutation":
         return Permutation(tensors["index"].long())
     if spec.kind == "block_matrix":
-        return BlockMatrix(tensors["matrix"])
+        return BlockMatrix(tensors["matrix"].float(), orthogonal=False)
     if spec.kind == "kronecker":
-        return Kronecker(tensors["left"], tensors["right"])
+        return Kronecker(tensors["left"].float(), tensors["right"].float())
     assert spec.block is not None
     return Hadamard(spec.block)
 

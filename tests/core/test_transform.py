@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
 from tulle.core.hadamard import hadamard_matrix
-from tulle.core.transform import BlockMatrix, Diagonal, Hadamard, Kronecker, Permutation, Transform, fold, run, unfold
+from tulle.core.transform import (
+    BlockMatrix,
+    Diagonal,
+    Hadamard,
+    Kronecker,
+    Permutation,
+    Transform,
+    fold,
+    run,
+    stored,
+    unfold,
+)
 
 C = 48
+FLOATING = ("scale", "matrix", "left", "right")
 
 
 def every_kind() -> list[tuple[Transform, Tensor]]:
@@ -61,3 +75,17 @@ def test_a_chain_keeps_the_product() -> None:
 def test_dtype_is_kept() -> None:
     for transform, _ in every_kind():
         assert transform.apply(torch.ones(2, C, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_what_a_file_gives_back_keeps_the_product() -> None:
+    g = torch.Generator().manual_seed(1)
+    x, w = (torch.randn(n, C, generator=g) for n in (7, 5))
+    for transform, _ in every_kind():
+        fields = {f.name: getattr(transform, f.name) for f in dataclasses.fields(transform)}
+        single = type(transform)(**{k: v.float() if k in FLOATING else v for k, v in fields.items()})
+        rounded = stored(single)
+        for name, tensor in rounded.tensors().items():
+            values = getattr(rounded, name)
+            assert torch.equal(values.double(), tensor.to(values.dtype).double())
+        # float32 sums and a float32 inverse of matrices with a condition of about ten.
+        torch.testing.assert_close(rounded.apply(x) @ rounded.fold(w).T, x @ w.T, rtol=1e-3, atol=1e-3)

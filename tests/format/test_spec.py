@@ -49,14 +49,14 @@ ROTATED = LinearSpec(
 
 def test_transform_tensors() -> None:
     assert ROTATED.transform_tensors() == {
-        "transform.0.matrix": ("float32", (8, 8)),
+        "transform.0.matrix": ("float16", (8, 8)),
         "transform.1.index": ("int32", (24,)),
-        "transform.2.matrix": ("float32", (6, 4, 4)),
-        "transform.4.left": ("float32", (4, 4)),
-        "transform.4.right": ("float32", (6, 6)),
+        "transform.2.matrix": ("float16", (6, 4, 4)),
+        "transform.4.left": ("float16", (4, 4)),
+        "transform.4.right": ("float16", (6, 6)),
         "transform.5.scale": ("float32", (24,)),
     }
-    assert ROTATED.transform_bytes == 4 * (64 + 24 + 96 + 16 + 36 + 24)
+    assert ROTATED.transform_bytes == 2 * (64 + 96 + 16 + 36) + 4 * (24 + 24)
     assert set(ROTATED.stored_tensors()) == set(ROTATED.tensors()) | set(ROTATED.transform_tensors())
     assert dataclasses.replace(ROTATED, transform_of="other").transform_tensors() == {}
 

@@ -121,7 +121,8 @@ class TestDuQuant:
         transformed = run(group.linears[0].transform, x)
         # Spread evenly over 64 channels the outlier of size m would leave m/8; the noise of the others adds to it.
         assert transformed.abs().max() < x.abs().max() / 5
-        torch.testing.assert_close(transformed.norm(dim=1), x.norm(dim=1))
+        # Orthogonal up to the rounding of its entries to float16.
+        torch.testing.assert_close(transformed.norm(dim=1), x.norm(dim=1), rtol=1e-3, atol=0)
         torch.testing.assert_close(group.statistics.rows, transformed)
 
     def test_every_stage_lowers_the_peak(self) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tulle.core.grid import Quantised, row_chunks
 from tulle.core.hessian import Hessian
 from tulle.core.token_grid import TokenGrid
-from tulle.core.transform import Diagonal, Permutation, Transform, fold, run
+from tulle.core.transform import Diagonal, Permutation, Transform, fold, run, stored
 from tulle.errors import UserError
 
 Statistic = Literal["hessian", "column_norm", "absmax", "rows"]
@@ -123,7 +123,8 @@ class GroupState:
     """The decoder block the group belongs to."""
 
     def add_transform(self, transform: Transform) -> None:
-        """Puts one more map in front of the group's linears."""
+        """Puts one more map in front of the group's linears, with the values that the file will hold."""
+        transform = stored(transform)
         for linear in self.linears:
             linear.transform = (*linear.transform, transform)
         self.statistics.transformed(transform)

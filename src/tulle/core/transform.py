@@ -3,6 +3,9 @@
 ``apply`` is what runs on the activations x ``[..., C]``, ``fold`` what happens once to the weight W ``[C_out, C]``
 (for orthogonal T the two are one formula), ``unfold`` is fold's inverse, W′·Tᵀ. A chain of maps is a tuple, applied
 from left to right.
+
+Files hold matrices in float16. ``stored`` is the map with the values that a file gives back: no longer quite
+orthogonal, so its ``fold`` takes the true inverse, and the product stays what it was.
 """
 
 from __future__ import annotations
@@ -102,8 +105,11 @@ class BlockMatrix:
     def unfold(self, w: Tensor) -> Tensor:
         return _blocks(w, self.matrix.mT.to(w.dtype))
 
+    def stored(self) -> BlockMatrix:
+        return BlockMatrix(self.matrix.half().float(), orthogonal=False)
+
     def tensors(self) -> dict[str, Tensor]:
-        return {"matrix": self.matrix}
+        return {"matrix": self.matrix.half()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,11 +130,19 @@ class Kronecker:
     def unfold(self, w: Tensor) -> Tensor:
         return _kronecker(w, self.left.T.to(w.dtype), self.right.T.to(w.dtype))
 
+    def stored(self) -> Kronecker:
+        return Kronecker(self.left.half().float(), self.right.half().float())
+
     def tensors(self) -> dict[str, Tensor]:
-        return {"left": self.left, "right": self.right}
+        return {"left": self.left.half(), "right": self.right.half()}
 
 
 Transform = Diagonal | Permutation | Hadamard | BlockMatrix | Kronecker
+
+
+def stored(transform: Transform) -> Transform:
+    """The map as a file gives it back."""
+    return transform.stored() if isinstance(transform, BlockMatrix | Kronecker) else transform
 
 
 def run(maps: Iterable[Transform], x: Tensor) -> Tensor:

@@ -69,9 +69,9 @@ class TransformSpec:
             return {"index": ("int32", (c_in,))}
         if self.kind == "block_matrix" and self.block is not None:
             square = (self.block, self.block)
-            return {"matrix": ("float32", square if self.shared else (c_in // self.block, *square))}
+            return {"matrix": ("float16", square if self.shared else (c_in // self.block, *square))}
         if self.kind == "kronecker" and self.left is not None and self.right is not None:
-            return {"left": ("float32", (self.left, self.left)), "right": ("float32", (self.right, self.right))}
+            return {"left": ("float16", (self.left, self.left)), "right": ("float16", (self.right, self.right))}
         return {}
 
     def to_json(self) -> dict[str, Any]:
