@@ -61,7 +61,7 @@ def recipes(bits: int, epochs: int) -> dict[str, tuple[list[dict[str, Any]], str
         "DuQuant+LWC": ([smooth, {"duquant": {}}, clipped, lwc, rtn], "layer"),
         "ours": (
             [
-                {"smoothquant": {"alpha": 0.5}},
+                {"smoothquant": {"alpha": 0.5, "size": "rms"}},
                 {"perq": {}},
                 plain,
                 {"affinequant": learned | {"alpha": 1.0}},

@@ -41,6 +41,7 @@ TEXT = Text((PROSE,), False, ("prose",))
 TRANSFORMS: list[Method] = [
     SmoothQuant(),
     SmoothQuant(alpha=0.9),
+    SmoothQuant(size="rms"),
     QuaRot(),
     QuaRot(residual=False, across_heads=False),
     DuQuant(steps=4, block=16),
@@ -51,6 +52,7 @@ TRANSFORMS: list[Method] = [
     PeRQ(block=0),
     PeRQ(block=16, rotation="greedy", steps=3, gather=False),
     FlatQuant(epochs=1),
+    FlatQuant(epochs=0, start="max"),
     AffineQuant(epochs=2, block=16),
     SpinQuant(steps=3),
 ]

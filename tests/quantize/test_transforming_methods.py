@@ -82,6 +82,31 @@ class TestSmoothQuant:
         assert smoothing(x, w, 1.0).tolist() == [100, 1]
         assert smoothing(x, w, 0.0).tolist() == [0.5, 1]
 
+    def test_norms_balance_best_before_a_rotation(self) -> None:
+        """Σ(x_j/s_j)²·Σ(s_j·w_j)² reaches Cauchy's bound (Σ x_j·w_j)², which no other s passes."""
+        g = torch.Generator().manual_seed(0)
+        x, w = torch.rand(40, generator=g) * 9 + 0.1, torch.rand(40, generator=g) + 0.1
+        s = smoothing(x, w, 0.5)
+
+        def product(s: Tensor) -> float:
+            return float((x / s).square().sum() * (s * w).square().sum())
+
+        assert product(s) == pytest.approx(float((x * w).sum() ** 2), rel=1e-5)
+        assert product(s) < product(s * (1 + 0.1 * torch.rand(40, generator=g)))
+
+    def test_a_massive_value_does_not_move_the_norms(self) -> None:
+        scales = []
+        for size in ("max", "rms"):
+            x = inputs(96, tokens=1000)
+            x[17, 5] = 400.0
+            block = a_block({"down": x})
+            block.groups["down"].statistics.column_norm = x.norm(dim=0)
+            before = block.producers["down"][0].dense
+            SmoothQuant(size=size).prepare(block, ("down",))
+            s = (before / block.producers["down"][0].dense).mean(1)
+            scales.append(float(s[5] / s.median()))
+        assert scales[0] > 5 and scales[1] < 4
+
     def test_folds(self) -> None:
         block = a_block({role: inputs(c, 3) for role, c in (("qkv", 64), ("o", 64), ("gate_up", 64), ("down", 96))})
         gain, up = block.gains["qkv"].clone(), block.producers["down"][0].dense.clone()

@@ -5,12 +5,12 @@ A learned invertible map in front of every group, light enough to run online bec
     x·diag(c)·(P₁ ⊗ P₂),   W·(diag(c)·(P₁ ⊗ P₂))⁻ᵀ,   C_in = a·b,  P₁ [a, a], P₂ [b, b], a ≤ b as near as they come
 
 P₁, P₂ and c are trained block by block on the mean squared error against the dense block, together with the clip
-ratios of weights (per row) and activations (per group). c starts as a smoothing scale (α 0.3) and is folded into the
-norm's gain, up or v; P₁ ⊗ P₂ stays.
+ratios of weights (per row) and activations (per group). c is folded into the norm's gain, up or v; P₁ ⊗ P₂ stays.
 
-Departures: P₁ and P₂ start as Hadamard matrices where there are any (the authors: random orthogonal) and are trained
-as plain matrices, inverted in float64 (the authors: by a singular value decomposition with Cayley factors). The
-authors' extra map of the key cache is left to the Hadamard of ``kv_cache``.
+Departures: c starts from norms, not from maxima, which a few massive values would set; P₁ and P₂ start as Hadamard
+matrices where there are any (the authors: random orthogonal) and are trained as plain matrices, inverted in float64
+(the authors: by a singular value decomposition with Cayley factors). The authors' extra map of the key cache is left to
+the Hadamard of ``kv_cache``.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ from tulle.core.contract import BlockState, Statistic
 from tulle.core.hadamard import hadamard_block, hadamard_matrix
 from tulle.core.learning import Learned, LearnedGroup, LearnedScale, Schedule, fake_linears, input_clip, learn_block
 from tulle.core.rotation import random_orthogonal
-from tulle.core.smoothing import group_smoothing
+from tulle.core.smoothing import Size, group_smoothing
 from tulle.core.transform import Kronecker, Transform
+
+START: dict[Size, float] = {"rms": 0.5, "max": 0.3}
+"""α of the scale that c starts from."""
 
 
 def factors(columns: int) -> tuple[int, int]:
@@ -48,17 +51,17 @@ def start(size: int, generator: torch.Generator) -> Tensor:
 class FlatQuant(Learned):
     """Learned Kronecker maps with learned clipping; comes after ``activations``."""
 
-    needs: ClassVar[frozenset[Statistic]] = frozenset({"absmax"})
+    needs: ClassVar[frozenset[Statistic]] = frozenset({"absmax", "column_norm"})
 
-    alpha: float = 0.3
-    """Of the smoothing that c starts from."""
+    start: Size = "rms"
+    """c starts as (‖X_j‖/‖W_j‖)^½, or with ``max`` as the authors' SmoothQuant scale of α = 0.3."""
     epochs: int = 15
     rate: float = 5e-3
     clip_rate: float = 5e-2
     """Of clipping logits and of c: ten times the maps', as the authors have it."""
 
     def prepare(self, block: BlockState, roles: tuple[str, ...]) -> None:
-        maps = {role: _Maps(block, role, self.alpha) for role in roles}
+        maps = {role: _Maps(block, role, self.start) for role in roles}
         groups = {role: maps[role].group() for role in roles}
         linears = fake_linears(block, groups, self.grid(), roles, learn_clip=True)
         history = learn_block(block, linears, groups, Schedule(self.epochs, self.rate, self.clip_rate))
@@ -71,14 +74,14 @@ class FlatQuant(Learned):
 class _Maps:
     """c, P₁ and P₂ of one group. A group that has a transform already takes no c: that is for before it."""
 
-    def __init__(self, block: BlockState, role: str, alpha: float):
+    def __init__(self, block: BlockState, role: str, size: Size):
         linear = block.groups[role].linears[0]
         generator = block.generator(("qkv", "o", "gate_up", "down").index(role))
         self.role = role
         self.left, self.right = (nn.Parameter(start(size, generator)) for size in factors(linear.dense.shape[1]))
         self.scale = None
         if not linear.transform:
-            self.scale = LearnedScale(block, role, 1 / group_smoothing(block, role, alpha))
+            self.scale = LearnedScale(block, role, 1 / group_smoothing(block, role, START[size], size))
         self.clip = input_clip(block, role)
 
     def maps(self) -> list[Transform]:

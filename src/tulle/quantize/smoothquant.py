@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tulle.core.contract import BlockState, Method, Stage, Statistic
-from tulle.core.smoothing import group_smoothing
+from tulle.core.smoothing import Size, group_smoothing
 from tulle.errors import UserError
 
 
@@ -25,10 +25,13 @@ class SmoothQuant(Method):
     """Smooths the inputs of linears; comes before any transform of them."""
 
     stages: ClassVar[tuple[Stage, ...]] = ("block",)
-    needs: ClassVar[frozenset[Statistic]] = frozenset({"absmax"})
+    needs: ClassVar[frozenset[Statistic]] = frozenset({"absmax", "column_norm"})
 
     alpha: float = 0.5
     """How much of the difficulty moves to the weights; DuQuant takes 0.6."""
+
+    size: Size = "max"
+    """``rms`` takes norms for the maxima, which is right in front of a rotation (:mod:`tulle.core.smoothing`)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
@@ -36,4 +39,4 @@ class SmoothQuant(Method):
 
     def prepare(self, block: BlockState, roles: tuple[str, ...]) -> None:
         for role in roles:
-            block.fold_diagonal(role, 1 / group_smoothing(block, role, self.alpha))
+            block.fold_diagonal(role, 1 / group_smoothing(block, role, self.alpha, self.size))
