@@ -350,6 +350,24 @@ class TestLearnedClipping:
         assert isinstance(module[0], nn.Linear)
 
 
+def test_learned_ends_follow_their_rows() -> None:
+    """What is folded into a producer's rows later moves the ends of their grids along."""
+    block = a_block({role: inputs(c) for role, c in (("o", 64), ("down", 96))})
+    for role in ("qkv", "gate_up"):
+        for linear in block.groups[role].linears:
+            low, high = linear.dense.aminmax(dim=1, keepdim=True)
+            linear.ranges = (low, high)
+    g = torch.Generator().manual_seed(0)
+    scale = torch.randn(96, generator=g)
+    block.fold_permutation("down", torch.randperm(96, generator=g))
+    block.fold_diagonal("down", scale)
+    block.fold_diagonal("o", torch.rand(32, generator=g).reshape(2, 1, 16).expand(2, 2, 16).reshape(-1))
+    for linear in (*block.groups["qkv"].linears, *block.groups["gate_up"].linears):
+        assert linear.ranges is not None
+        low, high = linear.dense.aminmax(dim=1, keepdim=True)
+        torch.testing.assert_close(linear.ranges, (low, high))
+
+
 def test_gradual_mask_by_hand() -> None:
     found = gradual_mask(4, 0.25, 0.1)
     expected = torch.tensor([[1, 0.1, 0, 0], [0.1, 1, 0.1, 0], [0, 0.1, 1, 0.1], [0, 0, 0.1, 1]])

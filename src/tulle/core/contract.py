@@ -209,6 +209,8 @@ class BlockState:
         rows = self._per_producer(role, index) if role == "o" else index
         for producer in self.producers[role]:
             producer.dense = producer.dense[rows]
+            if producer.ranges is not None:
+                producer.ranges = (producer.ranges[0][rows], producer.ranges[1][rows])
             if producer.name in self.biases:
                 self.biases[producer.name] = self.biases[producer.name][rows]
         for linear in group.linears:
@@ -219,6 +221,7 @@ class BlockState:
         """v's heads come out as v·R from now on, R orthogonal on head_dim, and o reads them so."""
         group = self._foldable("o")
         value = self.producers["o"][0]
+        value.ranges = None  # rows of other numbers
         size = self.head_dim
         rows = value.dense.reshape(-1, size, value.dense.shape[1])
         value.dense = rotation.apply(rows.transpose(1, 2)).transpose(1, 2).reshape(value.dense.shape)
@@ -266,6 +269,9 @@ class BlockState:
 
     def _scale_rows(self, producer: LinearState, scale: Tensor) -> None:
         producer.dense = producer.dense * scale[:, None]
+        if producer.ranges is not None:
+            ends = [end * scale[:, None] for end in producer.ranges]
+            producer.ranges = (torch.minimum(*ends), torch.maximum(*ends))  # a negative factor turns them over
         if producer.name in self.biases:
             self.biases[producer.name] = self.biases[producer.name] * scale
 
