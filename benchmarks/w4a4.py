@@ -8,8 +8,8 @@ function with outliers (tulle.models.outliers): normal (norm gains, v/o, RoPE pa
 input, four channels of every block, a thousand times the median) and rotated (both, in a rotated residual stream).
 
 One footing: activations per token, asymmetric; weights per output channel, asymmetric; keys, values, embeddings and
-head as they are; the same calibration tokens, the same passes over them for everything learned. Published methods see
-their own layer (target: layer); `ours` is fitted to the dense model. Finished cells of the JSON are kept, so that an
+head as they are; the same calibration tokens, the same passes over them for everything learned. Every linear is fitted to
+its own dense output (target: layer). Finished cells of the JSON are kept, so that an
 interrupted run goes on.
 """
 
@@ -63,11 +63,11 @@ def recipes(bits: int, epochs: int) -> dict[str, tuple[list[dict[str, Any]], str
             [
                 {"smoothquant": {"alpha": 0.5, "size": "rms"}},
                 {"perq": {}},
-                plain,
+                clipped,
                 {"affinequant": learned | {"alpha": 1.0}},
                 {"gptq": grid | {"clip_search": 0}},
             ],
-            "dense",
+            "layer",
         ),
     }
 

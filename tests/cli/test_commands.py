@@ -115,9 +115,11 @@ def test_inspect_runs_the_model(work: Path, capsys: pytest.CaptureFixture[str]) 
     assert len(found["activations"]["inputs"]) == 12 and found["activations"]["tokens"] == 80
     assert [m["bits"] for m in found["sensitivity"]] == [4, 8] and len(found["sensitivity"][0]["linears"]) == 21
     page = (work / "page.html").read_text(encoding="utf-8")
-    for heading in ("Outliers of activations", "most extreme massive", "Sensitivity at the output, W4A4"):
+    for heading in ("Outliers of activations", "the most uneven input of", "The most sensitive linears, W8A8"):
         assert heading in page
     assert "R₁·P·R₂" in page and "loss rise" in capsys.readouterr().out
+    stages = found["activations"]["landscapes"][0]["stages"]
+    assert len(stages) == 6 and set(stages[0]) == {"name", "peak", "rounding_error", "output_error"}  # no pictures
 
 
 @pytest.mark.parametrize(
@@ -149,7 +151,10 @@ def test_inspect_runs_the_model(work: Path, capsys: pytest.CaptureFixture[str]) 
         (["eval", "model", "--tasks", "arc_easy"], "arc_easy"),
         (["inspect", "model", "-o", "no/such/folder.html"], "folder that exists"),
         (["inspect", "model", "--text", "calibration.txt"], "--activations or --sensitivity with --text"),
+        (["inspect", "model", "--samples", "2"], "--activations or --sensitivity with --samples"),
         (["inspect", "out", "--activations"], "expected a dense checkpoint"),
+        (["inspect", "out", "--sensitivity"], "expected a dense checkpoint"),
+        (["inspect", "model", "--activations", "--text", "stories.txt", "--length", "8", "--device", "x"], "a device"),
         (["inspect", "model", "--activations", "--text", "nosuch.txt"], "nosuch.txt"),
     ],
 )

@@ -90,6 +90,15 @@ def test_the_peak_never_rises(steps: int) -> None:
     assert after <= x.abs().max() and after == pytest.approx(min(peaks), rel=1e-4)
 
 
+def test_without_outliers_the_peak_of_all_rows_does_not_rise() -> None:
+    """Rows of one norm: the search sees a part of them, and must not fit that part alone."""
+    x = torch.randn(20 * module.MOST_ROWS, 16, generator=generator())
+    x = x / x.norm(dim=1, keepdim=True)
+    for seed in range(5):
+        found, _ = greedy_rotation(x, 20, generator(seed))
+        assert (x @ found).abs().max() <= x.abs().max() * (1 + 1e-6)
+
+
 def test_without_gain_the_identity_stays() -> None:
     x = torch.ones(10, 16)  # as flat as can be: any rotation makes a larger peak
     found, _ = greedy_rotation(x, 5, generator())

@@ -86,10 +86,42 @@ def inspection_result() -> dict:
     }
 
 
+def activations_result() -> dict:
+    """With outliers of both kinds and a token that is markup."""
+    inputs = [
+        {"block": block, "role": role, "readers": [f"model.layers.{block}.x.{role}_proj"], "channels": 4,
+         "absmax": 9.0, "median": 0.1, "channel_ratio": 9.0, "normal_ratio": 3.0, "massive_ratio": 4.0,
+         "rounding_error": 0.02, "normal": [], "massive_values": 0, "massive_tokens": 0, "massive_channels": 0,
+         "massive": []}
+        for block in range(2) for role in ("qkv", "o", "gate_up", "down")
+    ]  # fmt: skip
+    inputs[0]["normal"] = [{"channel": 77, "absmax": 9.0, "median": 3.0, "ratio": 30.0}]
+    value = {"token": 1, "channel": 42, "value": -9.0, "ratio": 900.0, "sequence": 3, "position": 5, "id": 7}
+    inputs[7] |= {"massive": [value | {"text": "<b>"}], "massive_values": 2, "massive_tokens": 2}
+    inputs[7] |= {"massive_channels": 1, "massive_ratio": 900.0}
+    stage = {"picture": [[0.0, 1.0], [2.0, 9.0]], "peak": 9.0, "rounding_error": 0.02, "output_error": 0.3}
+    landscapes = [
+        {"kinds": kinds, "block": 1, "role": role, "readers": [], "channel_absmax": [1.0, 9.0],
+         "channel_median": [0.5, 0.6], "stages": [stage | {"name": f"stage {i}"} for i in range(4)]}
+        for role, kinds in (("qkv", ["normal"]), ("down", ["normal", "massive"]), ("o", []))
+    ]  # fmt: skip
+    linears = [
+        {"name": x["name"], "role": x["role"], "block": x["block"], "output_error": 0.01 * (i + 1),
+         "loss_rise": 0.001 * (i - 2), "kl": 0.002 * i}
+        for i, x in enumerate(sample_report()["linears"])
+    ]  # fmt: skip
+    sensitivity = {"loss": 2.5, "tokens": 99, "linears": linears, "spearman": 0.87, "spearman_loss": 0.66}
+    return inspection_result() | {
+        "activations": {"tokens": 99, "inputs": inputs, "landscapes": landscapes},
+        "sensitivity": [sensitivity | {"bits": bits} for bits in (4, 8)],
+    }
+
+
 PAGES = {
     "compression": lambda: compression_page(sample_report()),
     "demo": lambda: demo_page(demo_result()),
     "inspection": lambda: inspection_page(inspection_result()),
+    "activations": lambda: inspection_page(activations_result()),
 }
 
 
@@ -102,7 +134,7 @@ def page_of(kind: str) -> str:
 def test_a_page_loads_nothing(kind: str) -> None:
     html = page_of(kind)
     page = Page(html)
-    own = [target for target in page.loaded if not target.startswith("#")]
+    own = [target for target in page.loaded if not target.startswith(("#", "data:"))]
     # The demo's rows link to the reports beside it; a link loads nothing until it is followed.
     assert own == (["w4/report.html", "sparse/report.html"] if kind == "demo" else [])
     assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
@@ -132,6 +164,24 @@ def test_the_report_says_what_happened() -> None:
         "damping raised from 0.01 to 0.1", "model.layers.1.mlp.down_proj", "W4 g128 asym",
     ):  # fmt: skip
         assert part in text, part
+
+
+def test_outliers_and_sensitivity_are_shown() -> None:
+    html = page_of("activations")
+    page = Page(html)
+    for part in (
+        "Normal outliers: input of q/k/v, block 1", "Normal and massive outliers: input of down, block 1",
+        "No outliers: the most uneven input of o, block 1", "77 (×30.0)", "'<b>' at 3:5", "900", "stage 3",
+        "max |x| 9.00 · A4 2 % · W4A4 30 %", "The most sensitive linears, W8A8", "Spearman correlation 0.87",
+        "model.layers.1.mlp.down_proj", "+11.00",
+    ):  # fmt: skip
+        assert part in page.text, part
+    assert "b" not in page.tags
+    assert html.count("data:image/png;base64") == 12  # a surface per stage
+    nothing = activations_result()
+    for x in nothing["activations"]["inputs"]:
+        x |= {"normal": [], "massive": [], "massive_values": 0}
+    assert "None." in Page(inspection_page(nothing)).text
 
 
 def test_without_evaluation_and_sparsity_there_are_no_such_parts() -> None:

@@ -11,7 +11,7 @@ from rich.table import Table
 from sample_report import sample_report
 from tulle.report import units
 from tulle.report.cells import scheme
-from tulle.report.terminal import compression_table, task_table, text_table
+from tulle.report.terminal import activation_lines, compression_table, sensitivity_table, task_table, text_table
 
 
 def printed(table: Table) -> str:
@@ -80,3 +80,26 @@ def test_task_table() -> None:
     }
     text = printed(task_table("m", [task]))
     assert "25.0 % ± 3.1" in text and "–" in text and "200" in text
+
+
+def test_outliers_are_lines() -> None:
+    clean = {"block": 0, "readers": ["m.0.q_proj", "m.0.k_proj"], "normal": [], "massive_values": 0}
+    assert activation_lines({}) == []
+    assert activation_lines({"activations": {"inputs": [clean]}}) == ["no outliers among the activations"]
+    value = {"channel": 3, "ratio": 512.0, "position": 9, "sequence": 1, "text": " the"}
+    normal = {"normal": [{"channel": 5, "ratio": 20.0}, {"channel": 6, "ratio": 9.0}]}
+    massive = {"massive_values": 1, "massive_tokens": 1, "massive": [value]}
+    assert activation_lines({"activations": {"inputs": [clean | normal | massive]}}) == [
+        "block 0, input of q_proj, k_proj: 2 channels large for most tokens, up to 20.0 times the median channel "
+        "(channel 5)",
+        "block 0, input of q_proj, k_proj: 1 massive value on 1 token, up to 512 times the median (channel 3, ' the', "
+        "position 9 of sequence 1)",
+    ]
+
+
+def test_sensitivity_table_has_the_most_sensitive_first() -> None:
+    linears = [{"name": f"linear{i}", "output_error": 0.1, "loss_rise": -0.25, "kl": i / 100} for i in range(9)]
+    measured = {"bits": 4, "spearman": 0.654, "spearman_loss": 0.321, "linears": linears}
+    text = printed(sensitivity_table(measured))
+    assert "W4A4" in text and "0.65 (KL), 0.32 (loss)" in text and "-0.25000" in text
+    assert text.index("linear8") < text.index("linear7") and "linear0" not in text

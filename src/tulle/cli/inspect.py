@@ -31,8 +31,12 @@ def inspect(
         ),
     ] = None,
     separator: common.Separator = None,
-    samples: Annotated[int, typer.Option("--samples", metavar="N", min=1, help="Sequences of the text.")] = SAMPLES,
-    length: Annotated[int, typer.Option("--length", metavar="T", min=2, help="Tokens per sequence.")] = LENGTH,
+    samples: Annotated[
+        int | None, typer.Option("--samples", metavar="N", min=1, help=f"Sequences of the text [{SAMPLES}].")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option("--length", metavar="T", min=2, help=f"Tokens per sequence [{LENGTH}].")
+    ] = None,
     device: common.Device = "cpu",
     json_file: common.JsonFile = None,
 ) -> None:
@@ -42,8 +46,10 @@ def inspect(
     """
     if output is not None and (output.is_dir() or not output.resolve().parent.is_dir()):
         raise UserError(f"expected -o to name an HTML file in a folder that exists, found {output}; try -o model.html")
-    if text is not None and not (activations or sensitivity):
-        raise UserError("expected --activations or --sensitivity with --text, found neither; add one of them")
+    given = {"--text": text, "--separator": separator, "--samples": samples, "--length": length}
+    alone = [option for option, value in given.items() if value is not None]
+    if alone and not (activations or sensitivity):
+        raise UserError(f"expected --activations or --sensitivity with {alone[0]}, found neither; add one of them")
     from tulle.inspection import inspect_model
     from tulle.models.hub import local_folder
     from tulle.report.inspection import describe, write_inspection
@@ -51,9 +57,11 @@ def inspect(
 
     with common.progress_bars() as progress:
         folder = local_folder(model)
-        found = inspect_model(folder, progress)
+        measured: dict[str, Any] = {}
         if activations or sensitivity:
-            found |= _measured(folder, text, separator, samples, length, device, activations, sensitivity, progress)
+            sequences = _sequences(folder, text, separator, samples or SAMPLES, length or LENGTH)
+            measured = _measured(folder, sequences, device, activations, sensitivity, progress)
+        found = inspect_model(folder, progress) | measured
     if output is not None:
         write_inspection(found, output)
     if str(json_file) != "-":
@@ -61,41 +69,38 @@ def inspect(
         out.print(f"{model}: {describe(found['architecture'])}, {found['totals']['bytes'] / 1e6:,.1f} MB")
         out.print(inspection_table(found))
         for line in activation_lines(found):
-            out.print(line)
-        for measured in found.get("sensitivity", ()):
-            out.print(sensitivity_table(measured))
+            out.print(line, markup=False)
+        for one in found.get("sensitivity", ()):
+            out.print(sensitivity_table(one))
     for shown in found.get("activations", {}).get("landscapes", ()):
         for stage in shown["stages"]:
             del stage["picture"]  # thousands of numbers that the page has drawn
     common.write_json(json_file, found)
 
 
+def _sequences(folder: Path, text: str | None, separator: str | None, samples: int, length: int) -> list[Any]:
+    from tulle.activations import require_dense
+    from tulle.compress import calibration_sequences
+
+    require_dense(folder)
+    return calibration_sequences(folder, text, separator=separator, samples=samples, length=length)[0]
+
+
 def _measured(
-    folder: Path,
-    text: str | None,
-    separator: str | None,
-    samples: int,
-    length: int,
-    device: str,
-    activations: bool,
-    sensitivity: bool,
-    progress: Any,
+    folder: Path, sequences: list[Any], device: str, activations: bool, sensitivity: bool, progress: Any
 ) -> dict[str, Any]:
     from tulle.activations import inspect_activations
-    from tulle.compress import calibration_sequences
     from tulle.evaluate.loading import load_model
-    from tulle.models.checkpoint import Checkpoint
     from tulle.sensitivity import measure_sensitivity
 
-    if "quantization_config" in Checkpoint.open(folder).config:
-        raise UserError(
-            f"expected a dense checkpoint for --activations and --sensitivity, found {folder.name} compressed; "
-            "give the original model"
-        )
-    sequences, _ = calibration_sequences(folder, text, separator=separator, samples=samples, length=length)
     found: dict[str, Any] = {}
     if activations:
-        found["activations"] = inspect_activations(folder, sequences, device, progress)
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        found["activations"] = inspect_activations(
+            folder, sequences, device, progress, lambda token: str(tokenizer.decode([token]))
+        )
     if sensitivity:
         model, _ = load_model(folder, device)
         found["sensitivity"] = [measure_sensitivity(model, sequences, bits, progress) for bits in (4, 8)]

@@ -8,6 +8,7 @@ OmniQuant (Shao et al. 2023).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -165,9 +166,14 @@ class Learned(Method):
 
 
 def input_clip(block: BlockState, role: str, wanted: bool = True) -> nn.Parameter | None:
-    """A logit for the clip ratio of a role's input, at OmniQuant's start; None without a quantiser or if not wanted."""
+    """A logit for the clip ratio of a role's input, or None without a quantiser or if not wanted.
+
+    Starts from the grid's own ratio, or as weights do (sigmoid(4) = 0.982) where that is 1.
+    """
     grid = block.groups[role].linears[0].input_grid
-    return nn.Parameter(torch.tensor(4.0)) if wanted and grid is not None else None
+    if not wanted or grid is None:
+        return None
+    return nn.Parameter(torch.tensor(4.0 if grid.clip > 0.982 else math.log(grid.clip / (1 - grid.clip))))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ POOL = 32
 """Matrices per block size that the greedy search draws from; rows are shuffled and signs drawn for each use."""
 MOST_ROWS = 1024
 """Rows that the greedy search looks at, by falling norm."""
+CANDIDATES = 3
 
 
 def random_orthogonal(n: int, generator: torch.Generator) -> Tensor:
@@ -54,31 +55,36 @@ def greedy_rotation(
     channel, as the authors' code does.
 
     The search looks at the ``MOST_ROWS`` rows of the largest norm. Since |x·R| ≤ ‖x‖₂, its result is that of all rows
-    as long as no other row's norm exceeds the least maximum found, which holds where there are outliers to search for;
-    without them all rows have about one norm, and the rest of them is left out. Deterministic for one state of
-    ``generator``.
+    as long as no other row's norm exceeds the least maximum found, which holds where there are outliers to search for.
+    Without them all rows have about one norm; then the ``CANDIDATES`` best steps are tried on all rows, the identity
+    among them, so that the maximum over all rows never rises. Deterministic for one state of ``generator``.
     """
     device, size = x.device, x.shape[1]
-    order = x.float().norm(dim=1).argsort(descending=True, stable=True)
+    norms, order = x.float().norm(dim=1).sort(descending=True, stable=True)
     pool = _pool(size)
     which = torch.randint(len(pool), (steps,), generator=generator)
     shuffles = torch.stack([torch.randperm(size - 1, generator=generator) + 1 for _ in range(steps)])
     signs = torch.randint(0, 2, (steps, size), generator=generator).double() * 2 - 1
     rows = order[:MOST_ROWS]
-    rotation, peaks = _search(x[rows], rows, which, shuffles, signs, pool, choose)
-    return rotation.float().to(device), peaks
+    found, peaks = _search(x[rows], rows, which, shuffles, signs, pool, choose)
+    if len(x) > MOST_ROWS and float(norms[MOST_ROWS]) > min(peaks):
+        found.append(torch.eye(size, dtype=torch.float64, device=device))
+        whole = [float((x.float() @ rotation.float()).abs().max()) for rotation in found]
+        return found[whole.index(min(whole))].float().to(device), peaks
+    return found[0].float().to(device), peaks
 
 
 def _search(
     x: Tensor, rows: Tensor, which: Tensor, shuffles: Tensor, signs: Tensor, pool: Tensor, choose: str
-) -> tuple[Tensor, list[float]]:
+) -> tuple[list[Tensor], list[float]]:
+    """The best products, best first, and the maximum after every step."""
     size = x.shape[1]
     x = x.float()
     pool = pool.to(x.device)
     rotation = torch.eye(size, dtype=torch.float64, device=x.device)
-    best = rotation
     largest = x.abs().amax(0)
     peaks = [float(largest.max())]
+    best = [(peaks[0], 0, rotation)]
     for number in range(len(which)):
         channel = int(largest.argmax())
         if choose == "row_index":
@@ -93,9 +99,9 @@ def _search(
         x = x @ step.float()
         largest = x.abs().amax(0)
         peaks.append(float(largest.max()))
-        if peaks[-1] < min(peaks[:-1]):
-            best = rotation
-    return best, peaks
+        if len(best) < CANDIDATES or peaks[-1] < best[-1][0]:
+            best = sorted([*best, (peaks[-1], number + 1, rotation)], key=lambda found: found[:2])[:CANDIDATES]
+    return [product for _, _, product in best], peaks
 
 
 @lru_cache(maxsize=16)

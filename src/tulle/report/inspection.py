@@ -8,7 +8,7 @@ from typing import Any
 
 from tulle.report import landscapes, plots, units
 from tulle.report.cells import by_block, scheme
-from tulle.report.page import chart, render, tile, write_page
+from tulle.report.page import chart, render, table, tile, write_page
 
 COLUMNS = (
     "linear", "role", "shape", "scheme", "sparsity", "size", "bits/weight", "std", "max |w|", "kurtosis",
@@ -34,7 +34,7 @@ def inspection_page(found: Mapping[str, Any]) -> str:
             tile("Sparsity", units.percent(totals["sparsity"]), "of the linears"),
             tile("Weights in linears", f"{totals['linear_weights']:,}", f"{len(found['linears'])} linears"),
         ],
-        charts=_activation_charts(found) + _sensitivity_charts(found) + _charts(found),
+        charts=_charts(found) + _activation_charts(found) + _sensitivity_charts(found),
         table_columns=COLUMNS,
         table_rows=[_row(x) for x in found["linears"]],
         other_rows=[
@@ -55,11 +55,10 @@ def describe(architecture: Mapping[str, Any]) -> str:
 
 def _charts(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     linears = found["linears"]
-    names, table = by_block(linears)
-    blocks = found["architecture"]["blocks"]
+    names, _ = by_block(linears)
 
     def column(key: str) -> list[list[float | None]]:
-        return [[None if (x := table.get((name, b))) is None else x[key] for b in range(blocks)] for name in names]
+        return _columns(linears, found, key)[1]
 
     charts = [
         chart(
@@ -86,7 +85,7 @@ def _charts(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     if all(x["rounding_error"] is not None for x in linears):
         charts.append(
             chart(
-                "Sensitivity",
+                "Rounding of weights",
                 "‖W − Ŵ‖² / ‖W‖² when rounded to nearest in 4 bits (groups of 128 where they fit), in thousandths.",
                 plots.matrix("sensitivity", names, _scaled(column("rounding_error"), 1000), lambda v: f"{v:.1f}"),
             )
@@ -118,85 +117,154 @@ def _activation_charts(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     inputs = activations["inputs"]
     roles = list(dict.fromkeys(x["role"] for x in inputs))
     blocks = found["architecture"]["blocks"]
-    table = {(x["role"], x["block"]): x for x in inputs}
+    by_role = {(x["role"], x["block"]): x for x in inputs}
 
-    def matrix(name: str, value: Callable[[Mapping[str, Any]], float], write: Callable[[float], str]) -> str:
-        return plots.matrix(name, roles, [[value(table[role, b]) for b in range(blocks)] for role in roles], write)
+    def matrix(key: str, write: Callable[[float], str]) -> str:
+        values = [[by_role[role, b][key] for b in range(blocks)] for role in roles]
+        return plots.matrix(f"activation-{key}", [reads(role) for role in roles], values, write)
 
     charts = [
         chart(
             "Outliers of activations",
-            "Largest channel's max |x| over the median channel's, per input; over "
-            f"{activations['tokens']:,} tokens. qkv and gate/up read the residual stream through a norm.",
-            matrix("activation-ratio", lambda x: x["channel_ratio"], lambda v: units.significant(v, 3)),
+            f"Inputs of linears, {activations['tokens']:,} tokens. Normal: a channel whose median |x| is 8 times the "
+            "median channel's, and more than that ever reaches. Massive: a value 100 times the median |x|, 5 times "
+            "what the median token reaches and 20 times the median of its channel.",
+            found_outliers(inputs),
+            wide=True,
+        ),
+        chart(
+            "Largest channel",
+            "Max |x| of the largest channel over that of the median channel.",
+            matrix("channel_ratio", lambda v: units.significant(v, 3)),
+        ),
+        chart(
+            "Largest channel for most tokens",
+            "Median |x| of the largest channel over that of the median channel.",
+            matrix("normal_ratio", lambda v: units.significant(v, 3)),
+        ),
+        chart(
+            "Largest value",
+            "Over the median |x|, leaving out what a normal outlier channel always is.",
+            matrix("massive_ratio", lambda v: units.significant(v, 3)),
         ),
         chart(
             "Rounding of activations",
             "‖x̂ − x‖² / ‖x‖² in 4 bits per token, asymmetric, as the inputs are.",
-            matrix("activation-error", lambda x: x["rounding_error"], units.percent),
+            matrix("rounding_error", units.percent),
         ),
-        chart("What was found", "", found_outliers(inputs), wide=True),
     ]
     for shown in activations["landscapes"]:
-        what = (
-            "a channel that is large for most tokens" if shown["kind"] == "normal" else "values that few tokens carry"
-        )
+        where = f"input of {reads(shown['role'])}, block {shown['block']}"
+        kinds = " and ".join(shown["kinds"])
+        name = f"{shown['role']}-{shown['block']}"
         charts.append(
             chart(
-                f"The most extreme {shown['kind']} outliers: input of {shown['role'].replace('_', '/')}, "
-                f"block {shown['block']}",
-                f"|x| over tokens and channels ({what}), each surface on a scale of its own. Under it what 4-bit "
-                "weights and activations would lose at the output.",
-                landscapes.surfaces(f"landscape-{shown['kind']}", shown["stages"]),
+                f"{kinds.capitalize()} outliers: {where}" if kinds else f"No outliers: the most uneven {where}",
+                "Maximum |x| of each channel (bars) and median (line). Below, |x| of the same tokens before and after "
+                "each transform, every surface on a height scale of its own; over it the maximum of all tokens, the "
+                "error ‖x̂ − x‖² / ‖x‖² of rounding to 4 bits (A4) and that of the output with 4-bit weights (W4A4).",
+                landscapes.channel_profile(f"profile-{name}", shown["channel_absmax"], shown["channel_median"])
+                + landscapes.surfaces(f"landscape-{name}", shown["stages"]),
                 wide=True,
             )
         )
     return charts
 
 
-def found_outliers(inputs: Sequence[Mapping[str, Any]]) -> str:
-    """The outliers of every input that has some, as text in an HTML list."""
-    lines = []
+def reads(role: str) -> str:
+    """``gate_up`` as people write it."""
+    return {"qkv": "q/k/v", "gate_up": "gate/up"}.get(role, role)
+
+
+def found_outliers(inputs: Sequence[Mapping[str, Any]], most: int = 3) -> str:
+    """A table with one row per input and kind of outlier, with the ``most`` largest ones."""
+    rows = []
     for x in inputs:
-        where = f"block {x['block']}, input of {x['role'].replace('_', '/')}"
+        readers = ", ".join(name.rsplit(".", 1)[-1].removesuffix("_proj") for name in x["readers"])
+        where = (f"block {x['block']}", readers)
+        error = units.percent(x["rounding_error"])
         if x["normal"]:
-            names = ", ".join(map(str, x["normal"][:12])) + (" …" if len(x["normal"]) > 12 else "")
-            lines.append(f"{where}: {len(x['normal'])} normal outlier channels ({names})")
+            top = ", ".join(f"{c['channel']} (×{units.significant(c['ratio'], 3)})" for c in x["normal"][:most])
+            more = " …" if len(x["normal"]) > most else ""
+            rows.append(
+                (*where, "normal", f"{top}{more}", "most",
+                 units.significant(max(c["absmax"] for c in x["normal"]), 3),
+                 units.significant(x["normal_ratio"], 3), error)
+            )  # fmt: skip
         if x["massive_values"]:
-            top = x["massive"][0]
-            lines.append(
-                f"{where}: {x['massive_values']} massive values on {x['massive_tokens']} tokens; the largest, "
-                f"{units.significant(top['value'], 3)} at token {top['token']}, channel {top['channel']}, is "
-                f"{units.significant(top['ratio'], 3)} times the median"
-            )
-    return "<ul>" + "".join(f"<li>{line}</li>" for line in lines or ["None."]) + "</ul>"
+            listed = list(dict.fromkeys(v["channel"] for v in x["massive"]))
+            top = ", ".join(map(str, listed[:most])) + (" …" if x["massive_channels"] > most else "")
+            rows.append(
+                (*where, "massive", top, f"{x['massive_tokens']}: {_tokens(x['massive'], most)}",
+                 units.significant(abs(x["massive"][0]["value"]), 3), units.significant(x["massive_ratio"], 3), error)
+            )  # fmt: skip
+    if not rows:
+        return "<p>None.</p>"
+    return table(("", "read by", "kind", "channels", "tokens", "max |x|", "× median", "4-bit error"), rows, 5)
 
 
-def _sensitivity_charts(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _tokens(massive: Sequence[Mapping[str, Any]], most: int) -> str:
+    """The tokens that carry the largest values, once each: ``'def' at 2:17`` (sequence:position)."""
+    seen = {(v["sequence"], v["position"]): v.get("text", str(v["id"])) for v in massive}
+    return ", ".join(f"{text!r} at {s}:{p}" for (s, p), text in list(seen.items())[:most])
+
+
+def _sensitivity_charts(found: Mapping[str, Any], most: int = 10) -> list[dict[str, Any]]:
     charts = []
     for measured in found.get("sensitivity", ()):
-        names, table = by_block(measured["linears"])
         bits = measured["bits"]
-        rise, local = (
-            [[table[name, b][key] for b in range(found["architecture"]["blocks"])] for name in names]
-            for key in ("loss_rise", "output_error")
-        )
-
+        names, rise = _columns(measured["linears"], found, "loss_rise")
+        _, local = _columns(measured["linears"], found, "output_error")
+        top = sorted(measured["linears"], key=lambda x: -x["kl"])[:most]
+        columns = ("linear", "error at its output", "rise of the loss, mnat", "KL at the logits, mnat")
+        rows = [
+            (
+                x["name"],
+                units.percent(x["output_error"]) if bits <= 4 else units.error(x["output_error"]),
+                f"{1000 * x['loss_rise']:+.2f}",
+                units.significant(1000 * x["kl"], 3),
+            )
+            for x in top
+        ]
+        points = [
+            (f"{x['name'].rsplit('.', 1)[-1]} {x['block']}", x["role"], x["output_error"], x["kl"])
+            for x in measured["linears"]
+        ]
         charts += [
             chart(
-                f"Sensitivity at the output, W{bits}A{bits}",
-                f"Rise of the loss in thousandths of a nat per token when one linear alone is rounded to {bits} bits, "
-                f"weights and input; loss {measured['loss']:.4f} over {measured['tokens']:,} tokens.",
-                plots.matrix(f"rise-{bits}", names, _scaled(rise, 1000), lambda v: f"{v:.1f}"),
+                f"The most sensitive linears, W{bits}A{bits}",
+                f"One linear at a time is rounded to {bits} bits, weights and input; thousandths of a nat per token. "
+                f"Dense loss {measured['loss']:.4f} over {measured['tokens']:,} tokens.",
+                table(columns, rows),
+                wide=True,
             ),
             chart(
-                f"Sensitivity at the linear, W{bits}A{bits}",
-                "‖ŷ − y‖² / ‖y‖² of its own output. Spearman correlation with the KL divergence at the logits: "
-                f"{measured['spearman']:.2f}.",
-                plots.matrix(f"local-{bits}", names, local, units.percent),
+                f"Rise of the loss, W{bits}A{bits}",
+                "Thousandths of a nat per token.",
+                plots.matrix(f"rise-{bits}", names, _scaled(rise, 1000), lambda v: units.significant(v, 2)),
+            ),
+            chart(
+                f"Error at the linear's output, W{bits}A{bits}",
+                "‖ŷ − y‖² / ‖y‖², in thousandths.",
+                plots.matrix(f"local-{bits}", names, _scaled(local, 1000), lambda v: units.significant(v, 2)),
+            ),
+            chart(
+                f"Does the error at the linear tell? W{bits}A{bits}",
+                f"Spearman correlation {measured['spearman']:.2f} with the divergence at the logits, "
+                f"{measured['spearman_loss']:.2f} with the rise of the loss. One point per linear.",
+                plots.sensitivity(f"spearman-{bits}", points),
             ),
         ]
     return charts
+
+
+def _columns(
+    linears: Sequence[Mapping[str, Any]], found: Mapping[str, Any], key: str
+) -> tuple[list[str], list[list[float | None]]]:
+    """Short names, and for each the values of ``key`` by block."""
+    names, by_name = by_block(linears)
+    blocks = range(found["architecture"]["blocks"])
+    return names, [[None if (x := by_name.get((name, b))) is None else x[key] for b in blocks] for name in names]
 
 
 def _scaled(values: list[list[float | None]], factor: float) -> list[list[float | None]]:

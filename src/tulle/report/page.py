@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,22 @@ import tulle
 
 def render(template: str, **context: Any) -> str:
     """The page of a template in ``report/templates``."""
-    environment = Environment(
+    return _environment().get_template(template).render(footer=f"Made by Tulle {tulle.__version__}.", **context)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
+    """A table's HTML, for a card; the first ``text_columns`` are aligned to the left. Cells are escaped."""
+    return str(_environment().get_template("parts.html").module.table(columns, rows, text_columns))  # type: ignore[attr-defined]
+
+
+def _environment() -> Environment:
+    return Environment(
         loader=PackageLoader("tulle.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(template).render(footer=f"Made by Tulle {tulle.__version__}.", **context)
 
 
 def write_page(file: Path, html: str) -> None:

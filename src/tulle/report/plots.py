@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from tulle.report import style, units
 
@@ -186,6 +186,38 @@ def horizontal(name: str, rows: Sequence[tuple[str, float]], unit: str) -> str:
         ax.set_xlim(0, longest * 1.15)
         ax.set_xlabel(unit)
         ax.grid(axis="y", visible=False)
+    return p.svg
+
+
+def sensitivity(name: str, points: Sequence[tuple[str, str, float, float]], named: int = 3) -> str:
+    """Scatter of (linear, role, output error, KL divergence), log-log; the ``named`` largest divergences by name."""
+    points = [point for point in points if point[2] > 0 and point[3] > 0]
+    with style.picture(name, 6.4, 4.4) as p:
+        ax = p.axes
+        for role, color in style.ROLES.items():
+            xy = [(x, y) for _, r, x, y in points if r == role]
+            if xy:
+                ax.plot(
+                    *zip(*xy, strict=True), color=color, marker="o", markersize=7, linestyle="none",
+                    markeredgecolor=style.PAPER, markeredgewidth=0.8, label=role.replace("_", "/"),
+                )  # fmt: skip
+        if points:
+            ax.set_xscale("log")
+            ax.set_yscale("log")
+            ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.13), ncols=4, columnspacing=1.2, handletextpad=0.2)
+            for one in (ax.xaxis, ax.yaxis):
+                one.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                one.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                one.set_minor_formatter(NullFormatter())
+        for rank, (label, _, x, y) in enumerate(sorted(points, key=lambda point: -point[3])[:named]):
+            # Above and below in turn: neighbours in rank are neighbours in height.
+            ax.annotate(
+                label, (x, y), (0, -12 if rank % 2 else 11), textcoords="offset points", ha="center", va="center",
+                fontsize=9,
+            )  # fmt: skip
+        ax.margins(0.12)
+        ax.set_xlabel("relative error at the linear's output")
+        ax.set_ylabel("KL divergence at the logits, nats")
     return p.svg
 
 

@@ -105,18 +105,24 @@ def inspection_table(found: Mapping[str, Any]) -> Table:
 
 
 def activation_lines(found: Mapping[str, Any]) -> list[str]:
-    """One line per input that has outliers."""
+    """One line per input and kind of outlier that it has."""
     inputs = found.get("activations", {}).get("inputs", ())
     lines = []
     for x in inputs:
-        where = f"block {x['block']}, input of {x['role']}"
+        where = f"block {x['block']}, input of {', '.join(name.rsplit('.', 1)[-1] for name in x['readers'])}"
         if x["normal"]:
-            lines.append(f"{where}: {len(x['normal'])} channels large for most tokens")
-        if x["massive_values"]:
-            top = x["massive"][0]
+            top, count = x["normal"][0], len(x["normal"])
             lines.append(
-                f"{where}: {x['massive_values']} massive values on {x['massive_tokens']} tokens, up to "
-                f"{units.significant(top['ratio'], 3)} times the median (channel {top['channel']})"
+                f"{where}: {count} channel{'s' * (count > 1)} large for most tokens, up to "
+                f"{units.significant(top['ratio'], 3)} times the median channel (channel {top['channel']})"
+            )
+        if x["massive_values"]:
+            top, count, tokens = x["massive"][0], x["massive_values"], x["massive_tokens"]
+            text = repr(top["text"]) + ", " if "text" in top else ""
+            lines.append(
+                f"{where}: {count} massive value{'s' * (count > 1)} on {tokens} token{'s' * (tokens > 1)}, up to "
+                f"{units.significant(top['ratio'], 3)} times the median (channel {top['channel']}, {text}position "
+                f"{top['position']} of sequence {top['sequence']})"
             )
     return lines or (["no outliers among the activations"] if inputs else [])
 
@@ -124,7 +130,8 @@ def activation_lines(found: Mapping[str, Any]) -> list[str]:
 def sensitivity_table(measured: Mapping[str, Any], most: int = 8) -> Table:
     """The linears whose rounding costs the model most."""
     bits = measured["bits"]
-    title = f"W{bits}A{bits}, one linear at a time; Spearman of output error and KL {measured['spearman']:.2f}"
+    ranks = f"{measured['spearman']:.2f} (KL), {measured['spearman_loss']:.2f} (loss)"
+    title = f"W{bits}A{bits}, one at a time; Spearman {ranks}"
     table = _table("linear", "output error", "loss rise", "KL divergence", title=title)
     for x in sorted(measured["linears"], key=lambda x: -x["kl"])[:most]:
         table.add_row(x["name"], units.error(x["output_error"]), f"{x['loss_rise']:+.5f}", f"{x['kl']:.5f}")
