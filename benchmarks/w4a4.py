@@ -8,9 +8,8 @@ function with outliers (tulle.models.outliers): normal (norm gains, v/o, RoPE pa
 input, four channels of every block, a thousand times the median) and rotated (both, in a rotated residual stream).
 
 One footing: activations per token, asymmetric; weights per output channel, asymmetric; keys, values, embeddings and
-head as they are; the same calibration tokens, the same passes over them for everything learned. Every linear is fitted to
-its own dense output (target: layer). Finished cells of the JSON are kept, so that an
-interrupted run goes on.
+head as they are; the same calibration tokens, the same passes over them for everything learned. Every linear is fitted
+to its own dense output (target: layer). Finished cells of the JSON are kept, so that an interrupted run goes on.
 """
 
 from __future__ import annotations
