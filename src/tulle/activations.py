@@ -31,7 +31,7 @@ from tulle.errors import UserError
 from tulle.models.anatomy import Anatomy, Row
 from tulle.models.checkpoint import Checkpoint
 from tulle.models.rewrite import Source
-from tulle.models.skeleton import Block, load_config
+from tulle.models.skeleton import Block, load_config, require_device
 from tulle.observe import run_watched
 from tulle.quantize.duquant import block_size
 from tulle.streams import batched
@@ -71,14 +71,6 @@ def require_dense(folder: str | Path) -> None:
             f"expected a dense checkpoint for --activations and --sensitivity, found {Path(folder).name} compressed; "
             "give the original model"
         )
-
-
-def require_device(device: str) -> None:
-    """Raises ``UserError`` for a device that torch does not have here."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"expected a device that torch has here, found {device!r}; try --device cpu") from None
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ from tulle.models.anatomy import Anatomy
 from tulle.models.checkpoint import Checkpoint, companions, read_json, require_finite, write_index, write_text
 from tulle.models.hub import local_folder
 from tulle.models.rewrite import Source
-from tulle.models.skeleton import load_config
+from tulle.models.skeleton import load_config, require_device
 from tulle.packing import attention_spec, packed_tensors, spec_of, transform_tensors
 from tulle.recipe import Recipe, load_recipe, parse_recipe
 from tulle.report.compression import write_report
@@ -66,7 +66,7 @@ def compress(
     """
     begun = time.perf_counter()
     torch.manual_seed(seed)
-    _require_device(device)
+    require_device(device)
     chosen = (
         recipe
         if isinstance(recipe, Recipe)
@@ -333,15 +333,6 @@ def _require_vocabulary(tokens: Sequence[Tensor], anatomy: Anatomy) -> None:
             f"expected token ids below vocab_size {anatomy.vocabulary}, found {largest}; "
             "the tokenizer is of another model"
         )
-
-
-def _require_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"expected a device that torch has here, found {device!r} ({str(error).splitlines()[0]}); try cpu"
-        ) from None
 
 
 def _fingerprint(checkpoint: Checkpoint, recipe: Recipe, tokens: Sequence[Tensor], seed: int) -> str:

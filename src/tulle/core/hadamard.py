@@ -15,7 +15,15 @@ runs of 2^k neighbours, then sums of m runs with signs. With field elements a_0 
 
 S and type II are symmetric, type I is not: x·Hᵀ/√b is the inverse.
 
-Two matrix products, by H_m ⊗ S_(2^a) and S_(2^(k−a)) of nearly equal sizes, are faster in torch than butterflies.
+torch multiplies by H_m ⊗ S_(2^a) and S_(2^(k−a)), of nearly equal sizes, instead of butterflies. Milliseconds on 2 cores
+of an AMD Zen 4 in float32, butterflies (one torch.stack per level) in brackets:
+
+| tokens | 4096 | 5632 | 11008 |
+|---|---|---|---|
+| 1 | 0.1 (0.2) | 0.1 (0.3) | 0.3 (0.5) |
+| 16 | 0.3 (1.0) | 0.4 (1.3) | 1.0 (2.5) |
+| 256 | 2.8 (15) | 8 (20) | 14 (41) |
+| 2048 | 40 (260) | 60 (490) | 165 (580) |
 """
 
 from __future__ import annotations
@@ -85,7 +93,6 @@ def hadamard_transform(x: Tensor, block: int, transpose: bool = False) -> Tensor
     if left is None:
         y = work.reshape(-1, block) @ right
     else:
-        # Xᵀ·L first, so that both are plain products and only views and one copy lie between.
         y = left @ (work.reshape(-1, right.shape[0]) @ right).reshape(-1, left.shape[0], right.shape[0])
     return y.reshape(x.shape).to(x.dtype)
 

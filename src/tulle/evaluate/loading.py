@@ -19,14 +19,12 @@ def load_model(folder: Path, device: str = "cpu", dtype: str = "float32") -> tup
 
     import tulle.hf  # noqa: F401 (registers the packed format)
     from tulle.models.checkpoint import Checkpoint
+    from tulle.models.skeleton import require_device
 
     Checkpoint.open(folder)  # config, shards and headers, with messages of our own
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise UserError(f"expected a dtype such as float32 or bfloat16, found {dtype!r}; try --dtype float32")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"expected a device that torch has here, found {device!r}; try --device cpu") from None
+    require_device(device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)

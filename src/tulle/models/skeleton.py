@@ -61,3 +61,13 @@ def load_config(folder: Path) -> PretrainedConfig:
     except (OSError, ValueError, KeyError, TypeError) as error:
         line = str(error).splitlines()[0]
         raise UserError(f"expected a config.json that transformers accepts in {folder}, found: {line}") from None
+
+
+def require_device(device: str) -> None:
+    """Raises ``UserError`` for a device that torch does not have here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"expected a device that torch has here, found {device!r} ({str(error).splitlines()[0]}); try cpu"
+        ) from None
