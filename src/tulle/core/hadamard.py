@@ -15,15 +15,15 @@ runs of 2^k neighbours, then sums of m runs with signs. With field elements a_0 
 
 S and type II are symmetric, type I is not: x·Hᵀ/√b is the inverse.
 
-torch multiplies by H_m ⊗ S_(2^a) and S_(2^(k−a)), of nearly equal sizes, instead of butterflies. Milliseconds on 2 cores
-of an AMD Zen 4 in float32, butterflies (one torch.stack per level) in brackets:
+torch multiplies by H_m ⊗ S_(2^a) and S_(2^(k−a)), of nearly equal sizes, instead of butterflies. Milliseconds in
+float32 on 2 busy cores of an AMD Zen 4, butterflies (one torch.stack per level) in brackets, medians of 5 each:
 
 | tokens | 4096 | 5632 | 11008 |
 |---|---|---|---|
-| 1 | 0.1 (0.2) | 0.1 (0.3) | 0.3 (0.5) |
-| 16 | 0.3 (1.0) | 0.4 (1.3) | 1.0 (2.5) |
-| 256 | 2.8 (15) | 8 (20) | 14 (41) |
-| 2048 | 40 (260) | 60 (490) | 165 (580) |
+| 1 | 0.06 (0.18) | 0.08 (0.18) | 0.15 (0.30) |
+| 16 | 0.24 (0.70) | 0.39 (1.1) | 1.6 (2.9) |
+| 256 | 3.4 (10) | 7.2 (13) | 27 (44) |
+| 2048 | 61 (490) | 96 (460) | 290 (840) |
 """
 
 from __future__ import annotations

@@ -25,9 +25,10 @@ def random_orthogonal(n: int, generator: torch.Generator) -> Tensor:
 
 
 def uniform_first_row(n: int, generator: torch.Generator) -> Tensor:
-    """Orthogonal ``[n, n]`` float64 with the first row 1/√n: R̃·diag(1, Q′) of eq. 3, Q′ random orthogonal.
+    """Orthogonal ``[n, n]`` float64 with the first row 1/√n: diag(1, Q′)·R̃, Q′ random orthogonal.
 
-    R̃ is the reflection that takes the first unit vector to the uniform one.
+    R̃ is the reflection that takes the first unit vector to the uniform one. Departure: the paper (eq. 3) and its code
+    write R̃·diag(1, Q′), which keeps the first column and not the first row; this order spreads an outlier better.
     """
     uniform = torch.full((n,), n**-0.5, dtype=torch.float64)
     axis = uniform.clone()

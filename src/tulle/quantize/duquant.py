@@ -8,8 +8,8 @@ R̂ block-diagonal and orthogonal, P a permutation; the weights take the same fr
 run time is two small matrix products and one gather per group: q, k, v share one, gate and up share one.
 
 - R̂ (eqs 3-4): greedy. Each of up to N steps finds the channel with the largest |x|, swaps it to the front of its
-  block and multiplies by an orthogonal matrix whose first row is uniform, times diag(1, Q′), Q′ random orthogonal: the
-  outlier is spread evenly, the rest is mixed. The product up to the best step is kept. One matrix serves all blocks.
+  block and multiplies by an orthogonal matrix whose first row is uniform, its other rows mixed by a random orthogonal
+  Q′: the outlier is spread evenly. The product up to the best step is kept. One matrix serves all blocks.
 - P (eq. 5): zigzag. Channels sorted by max|x| are dealt to the blocks back and forth, so that the blocks' means even
   out.
 - R̂₂ is found like R̂₁, on x·R̂₁·P.
