@@ -47,10 +47,10 @@ class Permutation:
     kind = "permutation"
 
     def apply(self, x: Tensor) -> Tensor:
-        return x[..., self.index]
+        return x.index_select(-1, self.index)
 
     def fold(self, w: Tensor) -> Tensor:
-        return w[..., self.index]
+        return w.index_select(-1, self.index)
 
     def unfold(self, w: Tensor) -> Tensor:
         return w[..., self.index.argsort()]
