@@ -244,13 +244,11 @@ class Walker:
 
     def _dense_outputs(self, index: int, weights: Mapping[str, Tensor]) -> list[Tensor]:
         block = self._block(index, weights)
-        states = self.states("dense", index)
-        return [block(states.read(i).to(self._device)) for i in range(len(self._batches))]
+        return [block(self._hidden("dense", index, i)) for i in range(len(self._batches))]
 
     def _learning_batches(self, index: int, outputs: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        states = self.states("compressed", index)
         for i, batch in enumerate(self._batches):
-            yield states.read(i).to(self._device), outputs[i], batch.valid.to(self._device)
+            yield self._hidden("compressed", index, i), outputs[i], batch.valid.to(self._device)
 
     def _rewritten(self, state: BlockState, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The block's tensors that block steps changed, by relative name."""
