@@ -18,6 +18,7 @@ from tulle.core.transform import (
     Transform,
     fold,
     run,
+    run_plain,
     stored,
     unfold,
 )
@@ -70,6 +71,21 @@ def test_a_chain_keeps_the_product() -> None:
     folded = fold(chain, w)
     torch.testing.assert_close(run(chain, x) @ folded.T, x @ w.T)
     torch.testing.assert_close(unfold(chain, folded), w)
+
+
+@pytest.mark.parametrize("blocks", [((8, 8), (12, 12)), ((4, 12, 12), (6, 8, 8))])
+@pytest.mark.parametrize("shape", [(64, C), (3, 50, C), (2, C)])
+def test_rotations_around_a_permutation_equal_the_plain_chain(
+    blocks: tuple[tuple[int, ...], ...], shape: tuple[int, ...]
+) -> None:
+    g = torch.Generator().manual_seed(2)
+    first, last = (BlockMatrix(torch.randn(*b, generator=g), orthogonal=False) for b in blocks)
+    chain = [first, Permutation(torch.randperm(C, generator=g)), last]
+    x = torch.randn(*shape, generator=g)
+    torch.testing.assert_close(run(chain, x), run_plain(chain, x))
+    with torch.enable_grad():
+        run(chain, x.requires_grad_()).sum().backward()
+    assert x.grad is not None
 
 
 def test_dtype_is_kept() -> None:
