@@ -135,6 +135,40 @@ void define_mask_functions(nb::module_& m) {
   m.def("compress", &compress<T>, "mask"_a.noconvert(), "dense"_a.noconvert(), "out"_a.noconvert() = nb::none());
 }
 
+template <typename T>
+nb::tuple anneal(Matrix<const T> scores, std::vector<std::int64_t> index, std::size_t kept, std::size_t m,
+                 std::uint64_t proposals, double start, double end, std::uint64_t seed, std::size_t threads) {
+  const std::size_t columns = scores.shape(0), stride = scores.shape(1);
+  require(index.size(), columns, "entries of index, one per column");
+  require(stride % tulle::kRowBlock, 0, "rows beyond whole blocks of 64");
+  require(reinterpret_cast<std::uintptr_t>(scores.data()) % 64, 0, "bytes of scores beyond a 64-byte boundary");
+  if (kept < 1 || kept >= m || m > 32 || columns % m != 0) {
+    throw std::invalid_argument("pattern: expected 1 <= N < M <= 32 and whole stripes, found " + std::to_string(kept) +
+                                ":" + std::to_string(m) + " of " + std::to_string(columns) + " columns");
+  }
+  std::vector<bool> seen(columns);
+  for (std::int64_t c : index) {
+    if (c < 0 || static_cast<std::size_t>(c) >= columns || seen[static_cast<std::size_t>(c)]) {
+      throw std::invalid_argument("index: expected every column once, found " + std::to_string(c) + " wrong or twice");
+    }
+    seen[static_cast<std::size_t>(c)] = true;
+  }
+  std::int64_t gain = 0;
+  std::vector<std::int64_t> found;
+  {
+    nb::gil_scoped_release release;
+    found = tulle::anneal<T>(*tulle::active_isa().permutation, scores.data(), columns, stride, std::move(index),
+                             {kept, m, proposals, start, end, seed, threads}, &gain);
+  }
+  return nb::make_tuple(found, gain);
+}
+
+template <typename T>
+void define_anneal(nb::module_& m) {
+  m.def("anneal", &anneal<T>, "scores"_a.noconvert(), "index"_a, "kept"_a, "m"_a, "proposals"_a, "start"_a, "end"_a,
+        "seed"_a, "threads"_a);
+}
+
 nb::dict cpu_features() {
   const tulle::CpuFeatures& f = tulle::cpu_features();
   nb::dict d;
@@ -174,4 +208,6 @@ NB_MODULE(_native, m) {
   define_mask_functions<std::uint8_t>(m);
   define_mask_functions<std::uint16_t>(m);
   define_mask_functions<std::uint32_t>(m);
+  define_anneal<std::uint8_t>(m);
+  define_anneal<std::int16_t>(m);
 }

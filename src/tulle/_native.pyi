@@ -17,3 +17,14 @@ def expand(
 def compress(
     mask: NDArray[np.uint8], dense: NDArray[Element], out: NDArray[Element] | None = None
 ) -> NDArray[Element]: ...
+def anneal(
+    scores: NDArray[np.uint8] | NDArray[np.int16],
+    index: list[int],
+    kept: int,
+    m: int,
+    proposals: int,
+    start: float,
+    end: float,
+    seed: int,
+    threads: int,
+) -> tuple[list[int], int]: ...

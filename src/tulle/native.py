@@ -61,6 +61,34 @@ def compress(mask: Bytes, dense: NDArray) -> NDArray:
     return _native.compress(np.ascontiguousarray(mask), _bits(dense)).view(dense.dtype)
 
 
+def anneal(
+    scores: NDArray[np.uint8] | NDArray[np.int16],
+    kept: int,
+    m: int,
+    *,
+    proposals: int,
+    start: float,
+    end: float,
+    seed: int = 0,
+    threads: int = 1,
+) -> tuple[NDArray[np.int64], int]:
+    """Order of the columns of scores [R, C] that retains the most under kept:m, by simulated annealing over swaps.
+
+    Returns (index [C], gain): stripe s holds the columns index[s·m : (s+1)·m], and retains in sum over all stripes
+    ``gain`` more than in the order they came in. Scores are >= 0 (int16: all of them). ``start`` and ``end``:
+    temperatures in units of the root mean square gain of a random swap. The result depends on the seed, not on the
+    threads or the instruction set. Raises ValueError unless 1 <= kept < m <= 32 and m divides C.
+    """
+    rows, columns = scores.shape
+    stride = -(-max(rows, 1) // 64) * 64
+    raw = np.zeros(columns * stride * scores.itemsize + 64, np.uint8)
+    aligned = raw[-raw.ctypes.data % 64 :][: columns * stride * scores.itemsize]
+    by_column = aligned.view(scores.dtype).reshape(columns, stride)
+    by_column[:, :rows] = scores.T
+    index, gain = _native.anneal(by_column, list(range(columns)), kept, m, proposals, start, end, seed, threads)
+    return np.array(index, np.int64), gain
+
+
 def _bits(array: NDArray) -> NDArray:
     """The same bytes as unsigned integers: the kernels move elements and never look into them."""
     return np.ascontiguousarray(array).view(f"u{array.itemsize}")

@@ -184,3 +184,62 @@ def test_probe_agrees_with_linux() -> None:
     names = {"avx512vbmi2": "avx512_vbmi2", "avx512vnni": "avx512_vnni", "avx512bf16": "avx512_bf16"}
     for feature, present in native.cpu_features().items():
         assert present == (names.get(feature, feature) in flags), feature
+
+
+def permutation_scores(dtype: type, rows: int, columns: int) -> NDArray:
+    top = 255 if dtype is np.uint8 else 32767
+    return np.random.default_rng(rows).integers(0, top, (rows, columns), dtype=dtype, endpoint=True)
+
+
+def retained(scores: NDArray, kept: int, m: int) -> int:
+    stripes = np.sort(scores.astype(np.int64).reshape(len(scores), -1, m))
+    return int(stripes[..., m - kept :].sum())
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16])
+@pytest.mark.parametrize(("kept", "m"), [(1, 2), (2, 4), (1, 4), (4, 8), (15, 16), (31, 32)])
+@pytest.mark.parametrize("rows", [1, 63, 64, 200])
+def test_anneal_counts_what_it_gains(dtype: type, kept: int, m: int, rows: int) -> None:
+    scores = permutation_scores(dtype, rows, 6 * m)
+    index, gain = native.anneal(scores, kept, m, proposals=3000, start=0.3, end=0.05)
+    assert sorted(index) == list(range(6 * m))
+    assert gain == retained(scores[:, index], kept, m) - retained(scores, kept, m) >= 0
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16])
+def test_anneal_is_the_same_on_every_instruction_set(dtype: type) -> None:
+    code = (
+        "import sys, numpy as np; from tulle import native; "
+        f"s = np.random.default_rng(1).integers(0, 255, (300, 320)).astype(np.{dtype.__name__}); "
+        "print(native.isa, native.anneal(s, 2, 4, proposals=20000, start=.3, end=.05, seed=5, threads=2)[0].tolist())"
+    )
+    found = {}
+    for isa in native.supported_isas():
+        environment = os.environ | {"TULLE_ISA": isa}
+        output = subprocess.run(
+            [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
+        )
+        ran, _, found[isa] = output.stdout.partition(" ")
+        assert ran == isa
+    assert len(set(found.values())) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kept": 4}, "1 <= N < M"),
+        ({"kept": 0}, "1 <= N < M"),
+        ({"m": 5}, "whole stripes"),
+        ({"m": 64, "kept": 2}, "M <= 32"),
+    ],
+)
+def test_anneal_refuses(change: dict[str, int], message: str) -> None:
+    settings = {"kept": 2, "m": 4} | change
+    with pytest.raises(ValueError, match=message):
+        native.anneal(np.ones((3, 64), np.uint8), **settings, proposals=10, start=1.0, end=0.1)
+
+
+def test_anneal_refuses_an_index_that_is_no_order() -> None:
+    scores = np.zeros((8, 64), np.uint8)
+    with pytest.raises(ValueError, match="every column once"):
+        _native.anneal(scores, [0] * 8, 2, 4, 10, 1.0, 0.1, 0, 1)

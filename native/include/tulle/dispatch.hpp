@@ -5,12 +5,14 @@
 #include <vector>
 
 #include "tulle/packing.hpp"
+#include "tulle/permutation.hpp"
 
 namespace tulle {
 
 struct Isa {
   const char* name;  // "scalar", "avx2", "avx512"
   const PackingKernels* packing;
+  const PermutationKernels* permutation;
 };
 
 // Narrowest (scalar) first.

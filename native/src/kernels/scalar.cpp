@@ -4,6 +4,8 @@
 namespace tulle {
 namespace {
 
+#include "stripe_limits.inl"
+
 std::uint8_t pack_nibbles(const std::uint8_t* codes, std::size_t n, std::uint8_t* packed) {
   std::uint8_t any = 0;
   for (std::size_t i = 0; i < n; i += 2) {
@@ -49,6 +51,13 @@ std::size_t compress(const std::uint8_t* mask, std::size_t n, const T* dense, T*
   return count;
 }
 
+template <typename T>
+std::uint64_t excess(const T* values, const T* limits, std::size_t n) {
+  std::uint64_t sum = 0;
+  for (std::size_t i = 0; i < n; ++i) sum += values[i] > limits[i] ? static_cast<std::uint64_t>(values[i] - limits[i]) : 0;
+  return sum;
+}
+
 }  // namespace
 
 const PackingKernels scalar_packing = {
@@ -58,6 +67,11 @@ const PackingKernels scalar_packing = {
     {expand<std::uint8_t>, compress<std::uint8_t>},
     {expand<std::uint16_t>, compress<std::uint16_t>},
     {expand<std::uint32_t>, compress<std::uint32_t>},
+};
+
+const PermutationKernels scalar_permutation = {
+    {excess<std::uint8_t>, stripe_limits<std::uint8_t>},
+    {excess<std::int16_t>, stripe_limits<std::int16_t>},
 };
 
 }  // namespace tulle

@@ -6,11 +6,16 @@
 #pragma once
 
 #include "tulle/packing.hpp"
+#include "tulle/permutation.hpp"
 
 namespace tulle {
 
 extern const PackingKernels scalar_packing;
 extern const PackingKernels avx2_packing;
 extern const PackingKernels avx512_packing;
+
+extern const PermutationKernels scalar_permutation;
+extern const PermutationKernels avx2_permutation;
+extern const PermutationKernels avx512_permutation;
 
 }  // namespace tulle
