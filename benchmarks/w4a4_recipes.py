@@ -38,9 +38,11 @@ def main() -> None:
     from rich.table import Table
 
     from tulle import machine
-    from tulle.recipe import load_recipe
+    from tulle.recipe import METHODS, load_recipe, method_class
 
     torch.set_num_threads(arguments.threads)
+    for method in METHODS:
+        method_class(method)  # a long run must not meet a source file that was edited meanwhile
     result: dict[str, Any] = {"cells": {}}
     if arguments.out.exists():
         result = json.loads(arguments.out.read_text())
