@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+from tulle.core.mask_structure import mask_structure
+
 LINEARS = {
     "self_attn.q_proj": ("qkv", [256, 256]),
     "self_attn.k_proj": ("qkv", [128, 256]),
@@ -71,3 +75,30 @@ def sample_report(blocks: int = 2, sparse: bool = True, evaluated: bool = True) 
         if evaluated
         else None,
     }  # fmt: skip
+
+
+def sparse_report() -> dict[str, Any]:
+    """Three blocks of unequal sparsity with masks (o is left dense, down is 2:4) and channel permutations."""
+    report = sample_report(3)
+    generator = torch.Generator().manual_seed(0)
+    for linear in report["linears"]:
+        mask = torch.rand(linear["shape"], generator=generator) < 0.7 - 0.1 * linear["block"]
+        if linear["role"] == "o":
+            linear |= {"sparsity": 0.0, "mask": None}
+            continue
+        if linear["role"] == "down":
+            mask, linear["pattern"] = torch.arange(768).expand(256, -1) % 4 < 2, "2:4"
+        else:
+            mask[:, 5] = False
+        linear["sparsity"] = 1 - float(mask.float().mean())
+        linear["mask"] = mask_structure(mask, linear["pattern"])
+    for block in report["blocks"]:
+        gain = 0.01 * block["index"]
+        block["permutations"] = [
+            {"role": "down", "pattern": "2:4", "folded": "up, gate", "kept_before": 0.823, "kept_after": 0.851 + gain,
+             "ideal": 0.878, "seconds": 0.41},
+            {"role": "o", "pattern": "2:4", "folded": "v_proj", "kept_before": 0.753, "kept_after": 0.8, "ideal": 0.95,
+             "seconds": 2.5},
+            {"role": "qkv", "pattern": "2:4", "folded": "", "reason": "the residual stream keeps its order"},
+        ]  # fmt: skip
+    return report

@@ -21,6 +21,8 @@ from tulle.core.contract import Method
 from tulle.errors import UserError
 from tulle.format.spec import QuantizationConfig
 from tulle.models.anatomy import ARCHITECTURES
+from tulle.prune.permute_channels import PermuteChannels
+from tulle.prune.reconstruct import Reconstruct
 from tulle.quantize.activations import Activations
 from tulle.quantize.affinequant import AffineQuant
 from tulle.quantize.duquant import DuQuant
@@ -55,6 +57,8 @@ TRANSFORMS: list[Method] = [
     FlatQuant(epochs=0, start="max"),
     AffineQuant(epochs=2, block=16),
     SpinQuant(steps=3),
+    PermuteChannels(effort=0.01),
+    PermuteChannels(pattern="4:8", score="magnitude", power=1, residual=False, effort=0.01),
 ]
 """Change the basis in which things are computed, and nothing else."""
 OTHERS: list[Method] = [
@@ -63,12 +67,19 @@ OTHERS: list[Method] = [
     LearnedClipping(epochs=1),
     LearnedClipping(epochs=1, inputs=True, scales=True),
     KeepSensitive(count=2),
+    Reconstruct(epochs=1),
 ]
 
 
 def step(method: Method, **targets: Any) -> dict[str, Any]:
     name = next(n for n, path in NAMES.items() if path.endswith(":" + type(method).__name__))
     return {name: asdict(method) | targets}  # type: ignore[call-overload]
+
+
+def recipe_with(method: Method) -> list[dict[str, Any]]:
+    """Its step and one that rounds weights, in the order of their stages."""
+    weights = {"round_to_nearest": {"bits": 4, "symmetric": False}}
+    return [weights, step(method)] if method.stages == ("refine",) else [step(method), weights]
 
 
 def run(folder: Path, output: Path, steps: list[dict[str, Any]], target: str = "layer", seed: int = 0) -> Any:
@@ -135,14 +146,14 @@ class TestContract:
             setattr(method, fields(method)[0].name, 1)  # type: ignore[arg-type]
 
     def test_the_recipe_reads_it_back(self, method: Method) -> None:
-        read = parse_recipe({"steps": [step(method)]}).steps[0]
-        assert read.method == method and method.stages[0] in ("model", "block")
+        steps = recipe_with(method)
+        read = parse_recipe({"steps": steps}).steps[steps.index(step(method))]
+        assert read.method == method and method.stages[0] in ("model", "block", "refine")
 
     def test_two_runs_write_the_same_bytes(self, method: Method, tmp_path: Path) -> None:
         write_checkpoint(tmp_path / "m", num_hidden_layers=2)
-        weights = {"round_to_nearest": {"bits": 4, "symmetric": False}}
         for name in ("a", "b"):
-            run(tmp_path / "m", tmp_path / name, [step(method), weights], seed=3)
+            run(tmp_path / "m", tmp_path / name, recipe_with(method), seed=3)
         for file in sorted((tmp_path / "a").glob("*.safetensors")):
             assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
         assert (tmp_path / "a" / "config.json").read_bytes() == (tmp_path / "b" / "config.json").read_bytes()

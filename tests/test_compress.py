@@ -89,6 +89,7 @@ def test_artefact(model: Path, finished: Path) -> None:
     assert [x["name"] for x in report["linears"]] == list(quantization.linears)
     assert sum(x["packed_bytes"] for x in report["linears"]) == report["totals"]["linear_packed_bytes"]
     assert all(0 < x["output_error"] < 0.5 for x in report["linears"])
+    assert all(sum(x["mask"]["kept_in_stripe"]) == pytest.approx(1, abs=1e-3) for x in report["linears"])
     assert report["seconds"]["total"] > 0 and set(report["seconds"]["steps"]) == {"sparsegpt", "gptq"}
     assert report["calibration"] == {"source": ["prose"], "samples": 6, "tokens": 288, "length": 48}
 

@@ -16,7 +16,7 @@ from tulle.errors import UserError
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_checkpoint(tmp_path / "model")
     monkeypatch.setattr(demo, "REFERENCE", str(tmp_path / "model"))
-    monkeypatch.setattr(demo, "shipped", lambda: ["w8a8"])
+    monkeypatch.setattr(demo, "RECIPES", ("w8a8",))
     monkeypatch.setattr(demo, "CALIBRATION_MODULES", 1)
     monkeypatch.setattr(demo, "SAMPLE_TOKENS", 4)
     return tmp_path

@@ -97,6 +97,54 @@ void test_masks(const tulle::Isa& isa, const tulle::PackingKernels& reference, s
 
 }  // namespace
 
+// Exactly `count` elements on a 64-byte boundary, so that the sanitizer sees the end.
+template <typename T>
+struct Aligned {
+  explicit Aligned(std::size_t count) : data(static_cast<T*>(std::aligned_alloc(64, count * sizeof(T))), std::free) {}
+  std::unique_ptr<T, decltype(&std::free)> data;
+};
+
+template <typename T>
+void test_scores(const tulle::Isa& isa, const tulle::PermutationKernels& plain, std::size_t rows, std::mt19937& rng) {
+  constexpr std::size_t kColumns = 16;
+  const int top = sizeof(T) == 1 ? 255 : 32767;
+  std::uniform_int_distribution<int> any(0, top), few(0, 3);
+  const auto& kernels = isa.permutation->score_kernels<T>();
+  const auto& reference = plain.score_kernels<T>();
+  for (bool ties : {false, true}) {
+    Aligned<T> scores(kColumns * rows), limits(kColumns * rows), expected(kColumns * rows);
+    for (std::size_t i = 0; i < kColumns * rows; ++i) {
+      scores.data.get()[i] = static_cast<T>(ties ? few(rng) * (top / 3) : any(rng));
+    }
+    for (std::size_t m : {std::size_t{2}, std::size_t{4}, kColumns}) {
+      for (std::size_t kept = 1; kept < m; ++kept) {
+        const T* columns[kColumns];
+        T *found[kColumns], *wanted[kColumns];
+        for (std::size_t c = 0; c < m; ++c) {
+          columns[c] = scores.data.get() + c * rows;
+          found[c] = limits.data.get() + c * rows;
+          wanted[c] = expected.data.get() + c * rows;
+        }
+        kernels.limits(columns, m, kept, rows, found);
+        reference.limits(columns, m, kept, rows, wanted);
+        check(std::memcmp(found[0], wanted[0], m * rows * sizeof(T)) == 0, isa.name, "limits", rows);
+        for (std::size_t c = 0; c < m; ++c) {
+          const T* other = columns[(c + 1) % m];
+          check(kernels.excess(other, found[c], rows) == reference.excess(other, found[c], rows), isa.name, "excess",
+                rows);
+        }
+      }
+    }
+    std::vector<std::int64_t> order(kColumns);
+    for (std::size_t c = 0; c < kColumns; ++c) order[c] = static_cast<std::int64_t>(c);
+    std::int64_t gain = 0, same = 0;
+    const tulle::Annealing settings = {2, 4, 2000, 0.3, 0.05, 7, 2};
+    const auto a = tulle::anneal<T>(*isa.permutation, scores.data.get(), kColumns, rows, order, settings, &gain);
+    const auto b = tulle::anneal<T>(plain, scores.data.get(), kColumns, rows, order, settings, &same);
+    check(a == b && gain == same && gain >= 0, isa.name, "anneal", rows);
+  }
+}
+
 int main() {
   std::mt19937 rng(1);
   const auto& isas = tulle::supported_isas();
@@ -109,6 +157,10 @@ int main() {
         test_masks<std::uint16_t>(isa, reference, n, density, rng);
         test_masks<std::uint32_t>(isa, reference, n, density, rng);
       }
+    }
+    for (std::size_t rows : {64, 128, 192, 1024}) {
+      test_scores<std::uint8_t>(isa, *isas.front().permutation, rows, rng);
+      test_scores<std::int16_t>(isa, *isas.front().permutation, rows, rng);
     }
     std::printf("%s: lengths 0 to 260 compared with scalar\n", isa.name);
   }

@@ -24,10 +24,11 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ from transformers import PretrainedConfig
 from tulle.attention import IMPLEMENTATION, attach
 from tulle.core.contract import (
     BlockState,
+    CompressedBlock,
     GroupState,
     HeadGrids,
     LinearState,
@@ -47,10 +49,11 @@ from tulle.core.grid import all_finite
 from tulle.core.hessian import Hessian
 from tulle.core.rotation import Extremes
 from tulle.core.token_grid import TokenGrid
+from tulle.core.transform import Transform
 from tulle.errors import UserError
 from tulle.models.anatomy import Anatomy, Row
 from tulle.models.skeleton import Block
-from tulle.observe import Gap, QuantisedInput, accumulate, capture, run_compared
+from tulle.observe import Gap, QuantisedInput, accumulate, capture, run_compared, run_with_stream
 from tulle.recipe import Recipe, Step
 from tulle.streams import Batch, HiddenStates, batched
 
@@ -75,6 +78,8 @@ class BlockResult:
     attention: HeadGrids | None = None
     notes: list[str] = field(default_factory=list)
     """Of the block steps."""
+    permutations: list[dict[str, Any]] = field(default_factory=list)
+    """What channel permutations retained, per role."""
 
 
 class Walker:
@@ -98,6 +103,10 @@ class Walker:
         self.kept: dict[str, int] = {}
         """Mixed precision: full linear name → bits."""
         self.kept_inputs: dict[str, int] = {}
+        self.sparsity: dict[str, float] = {}
+        """Allocation: full linear name → share to prune."""
+        self.residual: tuple[Transform, ...] = ()
+        """Maps of the residual stream that the tensors given to :meth:`block` already have."""
 
     def states(self, path: str, block: int) -> HiddenStates:
         """Inputs of ``block`` on the ``dense`` or the ``compressed`` path; the same file for block 0."""
@@ -127,10 +136,10 @@ class Walker:
         weights = {name: t.float().to(self._device) for name, t in tensors.items()}
         names = {name: self._model.block_prefix(index) + name for row in self._model.rows for name in row.linears}
         block_steps = self._recipe.stage("block")
-        attention, notes = None, []
+        attention, notes, permutations = None, [], []
         if block_steps:
             state = self._prepare(index, tensors, weights, block_steps)
-            attention, notes = state.attention, state.notes
+            attention, notes, permutations = state.attention, state.notes, state.permutations
             groups = state.groups
             changed = self._rewritten(state, weights)
             weights |= changed
@@ -155,6 +164,7 @@ class Walker:
             group.statistics = Statistics()
             for linear in group.linears:
                 linear.kept_bits = self.kept.get(linear.name)
+                linear.allotted = self.sparsity.get(linear.name)
                 linear.weight = linear.folded() if linear.transform else linear.dense
                 self._install(compressed.module.get_submodule(self._relative(linear)), linear)
             self._share_inputs(compressed.module, group)
@@ -162,22 +172,34 @@ class Walker:
                 for linear in group.linears:
                     self._finish(compressed.module, linear, dtype[self._relative(linear)])
         rows = [row for row in self._model.rows if row.role in groups and row.role not in untouched]
-        sequential = self._recipe.calibration.sequential
-        statistics = None if sequential else self._collect(dense, compressed, rows, groups, index)
-        for number, row in enumerate(rows):
-            self._report(index, number, row.role)
-            found = statistics or self._collect(dense, compressed, [row], groups, index)
-            group = groups[row.role]
-            group.statistics, cross = found.pop(row.role)
-            self._fit(group, cross)
-            begun = time.perf_counter()
-            for step in self._recipe.steps_for(row.role, "linear"):
+        fitted: set[str] = set()
+        for steps, refining in self._recipe.phases():
+            phase = [row for row in rows if any(row.role in step.targets for step in steps)]
+            fit = {row.role for row in phase} - fitted
+            statistics = None
+            if not self._recipe.calibration.sequential:
+                statistics = self._collect(dense, compressed, phase, groups, index, fit=fit)
+            for row in phase:
+                self._report(index, rows.index(row), row.role)
+                found = statistics or self._collect(dense, compressed, [row], groups, index, fit=fit)
+                group = groups[row.role]
+                group.statistics, cross = found.pop(row.role)
+                self._fit(group, cross)
+                begun = time.perf_counter()
+                for step in steps:
+                    if row.role in step.targets:
+                        with self._timed(step.name):
+                            step.method.apply(group)
+                for linear in group.linears:
+                    self._finish(compressed.module, linear, dtype[self._relative(linear)])
+                    spent = (time.perf_counter() - begun) / len(group.linears)
+                    linear_seconds[linear.name] = linear_seconds.get(linear.name, 0.0) + spent
+                group.statistics = Statistics()
+            fitted |= {row.role for row in phase}
+            for step in refining:
+                self._report(index, len(rows), step.name)
                 with self._timed(step.name):
-                    step.method.apply(group)
-            for linear in group.linears:
-                self._finish(compressed.module, linear, dtype[self._relative(linear)])
-                linear_seconds[linear.name] = (time.perf_counter() - begun) / len(group.linears)
-            group.statistics = Statistics()
+                    self._refine(step, dense, compressed, groups, index, dtype, notes)
         self._report(index, len(rows), "propagate")
         with self._timed("forward"):
             errors, block_error = self._propagate(dense, compressed, index)
@@ -186,8 +208,9 @@ class Walker:
             linear_seconds.setdefault(linear.name, 0.0)
         kept = {name: tensor for name, tensor in changed.items() if name.removesuffix(".weight") not in names}
         return BlockResult(
-            index, linears, kept, errors, block_error, dict(self._seconds), linear_seconds, attention, notes
-        )
+            index, linears, kept, errors, block_error, dict(self._seconds), linear_seconds, attention, notes,
+            permutations,
+        )  # fmt: skip
 
     def _prepare(
         self, index: int, tensors: Mapping[str, Tensor], weights: dict[str, Tensor], steps: Sequence[Step]
@@ -217,6 +240,7 @@ class Walker:
             kv_heads=self._model.kv_heads,
             head_dim=self._model.head_dim,
             seed=self._seed,
+            residual=self.residual,
         )
         outputs: list[Tensor] = []
         for step in steps:
@@ -241,6 +265,45 @@ class Walker:
                 if bits is not None and linear.input_grid is not None:
                     linear.input_grid = None if bits >= 16 else replace(linear.input_grid, bits=bits)
         return state
+
+    def _refine(
+        self,
+        step: Step,
+        dense: Block,
+        compressed: Block,
+        groups: Mapping[str, GroupState],
+        index: int,
+        dtype: Mapping[str, torch.dtype],
+        notes: list[str],
+    ) -> None:
+        """Runs a refine step on the compressed block, in float32, and puts its linears back as they will be stored."""
+        middle = self._model.row("down").residual
+        assert middle is not None
+        wanted = [run_with_stream(dense, self._hidden("dense", index, i), middle) for i in range(len(self._batches))]
+
+        def batches() -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+            for i, batch in enumerate(self._batches):
+                yield self._hidden("compressed", index, i), *wanted[i], batch.valid.to(self._device)
+
+        compressed.to(torch.float32)
+        touched = {role: group for role, group in groups.items() if role in step.targets}
+        modules: dict[str, nn.Linear] = {}
+        for group in touched.values():
+            for linear in group.linears:
+                module = compressed.module.get_submodule(self._relative(linear))
+                assert isinstance(module, nn.Linear)
+                modules[linear.name] = module
+
+        def forward(hidden: Tensor) -> tuple[Tensor, Tensor]:
+            return run_with_stream(compressed, hidden, middle)
+
+        state = CompressedBlock(index, touched, compressed.module, modules, forward, batches)
+        step.method.refine(state, step.targets)
+        notes += state.notes
+        compressed.to(self._dtype)
+        for group in touched.values():
+            for linear in group.linears:
+                self._finish(compressed.module, linear, dtype[self._relative(linear)])
 
     def _dense_outputs(self, index: int, weights: Mapping[str, Tensor]) -> list[Tensor]:
         block = self._block(index, weights)
@@ -276,11 +339,13 @@ class Walker:
         groups: Mapping[str, GroupState],
         index: int,
         stage: Stage = "linear",
+        fit: Set[str] = frozenset(),
     ) -> dict[str, tuple[Statistics, dict[str, Tensor]]]:
-        """Per role: the statistics of the row's input and R ``[C_out, C_in]`` of each linear (see above)."""
+        """Per role: the statistics of the row's input and, for roles to ``fit`` to the dense model, R ``[C_out, C_in]``
+        of each linear (see above)."""
         needs = {row.role: self._needs(row.role, stage) for row in rows}
-        target = self._recipe.calibration.target if stage == "linear" else "layer"
-        fit = {role: "hessian" in n and target != "layer" for role, n in needs.items()}
+        target = self._recipe.calibration.target
+        fits = {role: role in fit and "hessian" in n and target != "layer" for role, n in needs.items()}
         found: dict[str, tuple[Statistics, dict[str, Tensor]]] = {row.role: (Statistics(), {}) for row in rows}
         samplers: dict[str, Extremes] = {}
         rows = [row for row in rows if needs[row.role]]
@@ -290,7 +355,7 @@ class Walker:
             valid = batch.valid.to(self._device)
             with self._timed("forward"):
                 inputs = capture(compressed, self._hidden("compressed", index, i), rows)
-                wanted = [row for row in rows if fit[row.role]]
+                wanted = [row for row in rows if fits[row.role]]
                 dense_inputs = {} if not wanted else capture(dense, self._hidden("dense", index, i), wanted)
             with self._timed("statistics"):
                 for row in rows:
@@ -300,7 +365,7 @@ class Walker:
                     accumulate(statistics, x, needs[row.role])
                     if "rows" in needs[row.role]:
                         samplers.setdefault(row.role, Extremes(x.shape[-1], seed=self._seed)).add(x)
-                    if not fit[row.role]:
+                    if not fits[row.role]:
                         continue
                     dense_x, dense_stream = dense_inputs.pop(row.role)
                     lag = None

@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 from tulle import machine
 from tulle.calibrate import BlockResult, Walker, batched
 from tulle.core.contract import LinearState, Progress
+from tulle.core.mask_structure import mask_structure
 from tulle.errors import UserError
 from tulle.format.spec import AttentionSpec, LinearSpec, QuantizationConfig
 from tulle.models.anatomy import Anatomy
@@ -116,7 +117,8 @@ def compress(
         survey = take_survey(config, anatomy, source_of, chosen, batches, device, progress, seed)
         source_of = Source(checkpoint, anatomy, survey.residual)
         walker = Walker(config, anatomy, chosen, batches, folder_of_run.work, device, progress, seed)
-        walker.kept, walker.kept_inputs = survey.kept, survey.kept_inputs
+        walker.kept, walker.kept_inputs, walker.residual = survey.kept, survey.kept_inputs, survey.residual
+        walker.sparsity = survey.sparsity
         job = _Job(checkpoint, source_of, anatomy, chosen, walker, folder_of_run, state, survey.notes)
         with disk_errors(Path(output)):
             if state.next_block is None:
@@ -189,6 +191,7 @@ class _Job:
                 "output_error": result.block_error,
                 "seconds": time.perf_counter() - begun,
                 "notes": result.notes,
+                "permutations": result.permutations,
             }
         )
         self.state.count(result.seconds | {"load": loaded, "write": time.perf_counter() - writing})
@@ -265,6 +268,7 @@ def _linear_report(
         "symmetric": spec.symmetric,
         "sparsity": 0.0 if linear.mask is None else 1 - int(linear.mask.sum()) / linear.mask.numel(),
         "pattern": linear.pattern,
+        "mask": None if linear.mask is None else mask_structure(linear.mask, linear.pattern),
         "input_bits": linear.input_bits,
         "input_symmetric": spec.input_symmetric,
         "input_clip": spec.input_clip,

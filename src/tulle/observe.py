@@ -65,6 +65,14 @@ def run_watched(block: Block, hidden: Tensor, rows: Sequence[Row]) -> tuple[Tens
         return block(hidden), inputs
 
 
+def run_with_stream(block: Block, hidden: Tensor, norm: str) -> tuple[Tensor, Tensor]:
+    """The residual stream that enters ``norm``, and the block's output."""
+    seen: list[Tensor] = []
+    with hooked(block.module, [(norm, lambda module, arguments: seen.append(arguments[0]))]):
+        out = block(hidden)
+    return seen[0].to(out.dtype), out
+
+
 def run_compared(block: Block, hidden: Tensor, names: Sequence[str], see: Callable[[str, Tensor], None]) -> Tensor:
     """The block's output; ``see(name, output)`` for each linear."""
     handles = [
@@ -101,7 +109,11 @@ class QuantisedInput:
         x = arguments[0]
         if self._result is None or self._seen is not x:
             result = run(self._transform, x.float())
-            self._seen, self._result = x, (result if self._grid is None else self._grid.fake(result)).to(x.dtype)
+            if self._grid is not None:
+                rounded = self._grid.fake(result.detach())
+                # Straight through, for what is trained behind it.
+                result = result + (rounded - result).detach() if result.requires_grad else rounded
+            self._seen, self._result = x, result.to(x.dtype)
         return (self._result,)
 
 

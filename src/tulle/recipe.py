@@ -33,7 +33,13 @@ from tulle.models.anatomy import ROLES
 METHODS: dict[str, str] = {
     "magnitude": "tulle.prune.magnitude:Magnitude",
     "wanda": "tulle.prune.wanda:Wanda",
+    "ria": "tulle.prune.ria:RIA",
     "sparsegpt": "tulle.prune.sparsegpt:SparseGPT",
+    "alps": "tulle.prune.alps:ALPS",
+    "reconstruct": "tulle.prune.reconstruct:Reconstruct",
+    "permute_channels": "tulle.prune.permute_channels:PermuteChannels",
+    "owl": "tulle.prune.owl:OWL",
+    "allocate": "tulle.prune.allocate:Allocate",
     "round_to_nearest": "tulle.quantize.round_to_nearest:RoundToNearest",
     "gptq": "tulle.quantize.gptq:GPTQ",
     "activations": "tulle.quantize.activations:Activations",
@@ -51,8 +57,8 @@ METHODS: dict[str, str] = {
 """Step name in a recipe → its settings class, imported when a recipe asks for it."""
 
 
-STAGES: tuple[Stage, ...] = ("model", "block", "linear")
-"""Order of a recipe's steps (:mod:`tulle.core.contract`)."""
+STAGES: tuple[Stage, ...] = ("model", "block", "linear", "refine")
+"""Order of a recipe's steps (:mod:`tulle.core.contract`); linear steps may follow a refine step."""
 
 
 class Calibration(BaseModel):
@@ -107,6 +113,18 @@ class Recipe:
     def stage(self, stage: Stage) -> list[Step]:
         return [step for step in self.steps if stage in step.method.stages]
 
+    def phases(self) -> list[tuple[list[Step], list[Step]]]:
+        """The linear steps, and the refine steps after them, as often as the recipe alternates between the two."""
+        phases: list[tuple[list[Step], list[Step]]] = [([], [])]
+        for step in self.steps:
+            if "refine" in step.method.stages:
+                phases[-1][1].append(step)
+            elif "linear" in step.method.stages:
+                if phases[-1][1]:
+                    phases.append(([], []))
+                phases[-1][0].append(step)
+        return phases
+
     def steps_for(self, role: str, stage: Stage | None = None) -> list[Step]:
         return [s for s in self.steps if role in s.targets and (stage is None or stage in s.method.stages)]
 
@@ -151,19 +169,45 @@ def parse_recipe(content: Any, default_name: str = "recipe") -> Recipe:
     except ValidationError as error:
         raise UserError(_first(error, "calibration")) from None
     parsed = tuple(_step(step) for step in steps)
-    order = [STAGES.index(step.method.stages[0]) for step in parsed]
+    linear = STAGES.index("linear")
+    order = [min(STAGES.index(step.method.stages[0]), linear) for step in parsed]
     for before, after in itertools.pairwise(range(len(parsed))):
         if order[after] < order[before]:
             raise UserError(
                 f"expected steps on the model first, then on blocks, then on weights, found {parsed[after].name} after "
                 f"{parsed[before].name}; put {parsed[after].name} before it"
             )
+    first = next((step for step in parsed if STAGES.index(step.method.stages[0]) >= linear), None)
+    if first is not None and "refine" in first.method.stages:
+        raise UserError(
+            f"expected a step that compresses weights before {first.name}, found none; put one in front of it"
+        )
+    _heeded(parsed)
     return Recipe(
         name=str(content.get("name", default_name)),
         description=" ".join(str(content.get("description", "")).split()),
         calibration=calibration,
         steps=parsed,
     )
+
+
+def _heeded(steps: tuple[Step, ...]) -> None:
+    """Raises ``UserError`` for a role whose sparsities are decided twice, or by a step that no pruning step follows."""
+    decided: dict[str, str] = {}
+    for step in steps:
+        for role in step.targets if step.method.allocates else ():
+            if role in decided:
+                raise UserError(
+                    f"expected one step that decides sparsities of {role}, found {decided[role]} and {step.name}; "
+                    "leave one of them out or give them other targets"
+                )
+            decided[role] = step.name
+    for role, name in decided.items():
+        if not any(role in step.targets and step.method.heeds_allocation for step in steps):
+            raise UserError(
+                f"expected a pruning step with a sparsity on {role}, found none that could heed {name}; add one, such as "
+                "sparsegpt: {sparsity: 0.5} (a pattern N:M cannot vary)"
+            )
 
 
 def method_class(name: str) -> type[Method]:

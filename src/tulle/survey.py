@@ -1,21 +1,24 @@
-"""One walk through the dense model before the real one, for recipe steps that concern the whole model."""
+"""Walks through the dense model before the real one, for recipe steps that concern the whole model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from tulle.core.contract import Progress, Survey
+from tulle.core.contract import Progress, Statistics, Survey, Trials
+from tulle.core.hessian import Hessian
 from tulle.core.rotation import Extremes
 from tulle.models.anatomy import Anatomy
 from tulle.models.rewrite import Source
 from tulle.models.skeleton import Block
-from tulle.observe import run_watched
+from tulle.observe import accumulate, run_watched
 from tulle.recipe import Recipe
-from tulle.streams import Batch
+from tulle.streams import Batch, batched
 
 TOKENS = 8192
 """Calibration tokens of the walk; its hidden states are in memory."""
@@ -34,6 +37,7 @@ def take_survey(
 ) -> Survey:
     """Runs the recipe's model steps and returns what they decided. Equal inputs give equal decisions."""
     found: dict[tuple[int, str], Tensor] = {}
+    norms: dict[tuple[int, str], Tensor] = {}
     survey = Survey(
         layers=model.layers,
         rows=lambda block, role: found[block, role],
@@ -43,10 +47,12 @@ def take_survey(
         prefix=model.block_prefix,
         hidden=model.hidden,
         seed=seed,
+        column_norm=lambda block, role: norms[block, role],
+        probe=partial(_probe, config, model, source, batches, device, progress),
     )
     steps = recipe.stage("model")
-    if any("rows" in step.method.needs for step in steps):
-        _walk(config, model, source, batches, device, progress, seed, found)
+    if any({"rows", "column_norm"} & step.method.needs for step in steps):
+        _walk(config, model, source, batches, device, progress, seed, found, norms)
     for step in steps:
         step.method.plan(survey, step.targets)
     return survey
@@ -61,6 +67,7 @@ def _walk(
     progress: Progress | None,
     seed: int,
     found: dict[tuple[int, str], Tensor],
+    norms: dict[tuple[int, str], Tensor],
 ) -> None:
     taken: list[Batch] = []
     for batch in batches:
@@ -74,10 +81,99 @@ def _walk(
             progress(f"survey {index + 1}/{model.layers}", index, model.layers)
         block = Block(config, index, source.read_block(index), device)
         samplers: dict[str, Extremes] = {}
+        seen: dict[str, Statistics] = defaultdict(Statistics)
         for i, batch in enumerate(taken):
             hidden[i], inputs = run_watched(block, hidden[i], model.rows)
             for role, x in inputs.items():
                 sampler = samplers.setdefault(role, Extremes(x.shape[-1], per_segment=4, random=128, seed=seed))
-                sampler.add(x[batch.valid.to(device)])
+                x = x[batch.valid.to(device)]
+                sampler.add(x)
+                accumulate(seen[role], x, frozenset({"column_norm"}))
         for role, sampler in samplers.items():
             found[index, role] = sampler.rows
+            norm = seen[role].column_norm
+            assert norm is not None
+            norms[index, role] = norm
+
+
+def _probe(
+    config: PretrainedConfig,
+    model: Anatomy,
+    source: Source,
+    batches: Sequence[Batch],
+    device: str,
+    progress: Progress | None,
+    trials: Trials,
+    tokens: int,
+) -> dict[Hashable, float]:
+    """Runs every trial (``Survey.probe``); in memory is one block, and the hidden states of each trial so far.
+
+    Hessians are of other sequences than those that the divergence is measured on, where there is more than one.
+    """
+    probed, rest = _drawn(batches, tokens)
+    others, _ = _drawn(batched(rest), TOKENS) if rest else (probed, [])
+    embedding = source.embedding().float()
+
+    def begin(sequences: Sequence[Tensor]) -> tuple[list[Batch], list[Tensor]]:
+        made = batched(sequences)
+        return made, [nn.functional.embedding(b.tokens, embedding).to(device) for b in made]
+
+    seen, stream = begin(others)
+    measured, dense = begin(probed)
+    base = dense
+    running: dict[Hashable, list[Tensor]] = {}
+    for index in range(model.layers):
+        if progress:
+            progress(f"probe {index + 1}/{model.layers}", index, model.layers)
+        tensors = {name: t.float().to(device) for name, t in source.read_block(index).items()}
+        block = Block(config, index, tensors, device)
+        hessians: dict[str, Hessian] = {}
+        for batch, hidden in zip(seen, stream, strict=True):
+            for role, x in run_watched(block, hidden, model.rows)[1].items():
+                if role not in hessians:
+                    hessians[role] = Hessian.zeros(x.shape[-1], device)
+                hessians[role].add(x[batch.valid.to(device)])
+        replaced, tried = trials(index, tensors, hessians)
+        for key, states in running.items():
+            running[key] = _run(block, replaced, states)
+        for key, instead in tried:
+            running[key] = _run(block, replaced | instead, base)
+        stream, base = _run(block, replaced, stream), _run(block, replaced, base)
+        dense = _run(block, {}, dense)
+    closing = [t.float().to(device) for t in source.closing().values()]
+    gain, head = closing[0], closing[1] if len(closing) > 1 else embedding.to(device)
+
+    def predict(hidden: Tensor) -> Tensor:
+        h = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + config.rms_norm_eps)
+        return ((h * gain) @ head.T).log_softmax(-1)
+
+    total: dict[Hashable, float] = dict.fromkeys(running, 0.0)
+    for i, batch in enumerate(measured):
+        valid = batch.valid.to(device)
+        wanted = predict(dense[i][valid])
+        for key, states in running.items():
+            found = predict(states[i][valid])
+            total[key] += float(nn.functional.kl_div(found, wanted, log_target=True, reduction="sum"))
+    return {key: value / sum(map(len, probed)) for key, value in total.items()}
+
+
+def _drawn(batches: Sequence[Batch], tokens: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Sequences of about so many tokens, evenly over all, and the sequences left."""
+    sequences = [row[keep] for b in batches for row, keep in zip(b.tokens, b.valid, strict=True)]
+    mean = sum(map(len, sequences)) / len(sequences)
+    count = min(len(sequences), max(1, round(tokens / mean)))
+    chosen = {int((i + 0.5) * len(sequences) / count) for i in range(count)}
+    return [sequences[i] for i in sorted(chosen)], [s for i, s in enumerate(sequences) if i not in chosen]
+
+
+def _run(block: Block, replaced: Mapping[str, Tensor], hidden: Sequence[Tensor]) -> list[Tensor]:
+    """The block's outputs with some of its weights replaced."""
+    modules = {name: block.module.get_submodule(name.removesuffix(".weight")) for name in replaced}
+    own = {name: module.weight for name, module in modules.items()}
+    try:
+        for name, module in modules.items():
+            module.weight = nn.Parameter(replaced[name], requires_grad=False)
+        return [block(h) for h in hidden]
+    finally:
+        for name, module in modules.items():
+            module.weight = own[name]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sample_report import sample_report
+from sample_report import sample_report, sparse_report
 from tulle.report.compression import compression_page, notes, write_report
 from tulle.report.demo import demo_page
 from tulle.report.inspection import inspection_page
@@ -119,6 +119,7 @@ def activations_result() -> dict:
 
 PAGES = {
     "compression": lambda: compression_page(sample_report()),
+    "sparse": lambda: compression_page(sparse_report()),
     "demo": lambda: demo_page(demo_result()),
     "inspection": lambda: inspection_page(inspection_result()),
     "activations": lambda: inspection_page(activations_result()),

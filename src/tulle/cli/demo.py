@@ -1,4 +1,4 @@
-"""``tulle demo``: the bundled model, dense and by every shipped recipe."""
+"""``tulle demo``: the bundled model, dense and by recipes of every kind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The folder to write.")] = Path("demo"),
     json_file: common.JsonFile = None,
 ) -> None:
-    """Compress the bundled model by every shipped recipe and compare: a table and report.html, in minutes.
+    """Compress the bundled model by a recipe of every kind and compare: a table and report.html, in minutes.
 
     Example: tulle demo -o demo
     """

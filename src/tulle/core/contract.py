@@ -1,6 +1,6 @@
 """What the block walker hands to a method, and what it wants back.
 
-The loop belongs to the walker, the formula to the method. A method belongs to one of three stages, which a recipe runs
+The loop belongs to the walker, the formula to the method. A method belongs to one of four stages, which a recipe runs
 in this order:
 
 - ``model``: before the walk, something that concerns the whole model (a rotation of the residual stream, which linears
@@ -8,16 +8,17 @@ in this order:
 - ``block``: before a block's linears are compressed, something that spans its groups or changes what they see
   (smoothing, transforms, quantisers of activations, learned clipping);
 - ``linear``: the weights of one *group* of linears that share an input (``q/k/v``, ``o``, ``gate/up``, ``down``), with
-  the statistics of that input as the transformed and quantised block sees it.
+  the statistics of that input as the transformed and quantised block sees it;
+- ``refine``: after the linear steps in front of it, all compressed linears of a block together. Linear steps may follow
 
 Notation as in the papers: X ``[T, C_in]`` tokens, W ``[C_out, C_in]``, Y = X·Wᵀ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from tulle.core.transform import Diagonal, Permutation, Transform, fold, run, st
 from tulle.errors import UserError
 
 Statistic = Literal["hessian", "column_norm", "absmax", "rows"]
-Stage = Literal["model", "block", "linear"]
+Stage = Literal["model", "block", "linear", "refine"]
 
 
 @dataclass
@@ -95,6 +96,9 @@ class LinearState:
     """Learned ends (low, high) of the weights' grids, ``[C_out, G]`` each; a quantiser takes them for the extremes."""
     kept_bits: int | None = None
     """A quantiser takes this many bits instead of its own (mixed precision); None: its own."""
+    allotted: float | None = None
+    """A pruning step takes this share of pruned weights instead of its own ``sparsity`` (an allocation); None: its own.
+    A step with a ``pattern`` ignores it."""
     notes: list[str] = field(default_factory=list)
     """Lines for the report, e.g. an escalated damping."""
 
@@ -164,6 +168,10 @@ class BlockState:
     seed: int = 0
     """Of everything random in this block: the run's seed and the block's number."""
     attention: HeadGrids | None = None
+    residual: tuple[Transform, ...] = ()
+    """Maps of the residual stream that were folded into the checkpoint before the walk."""
+    permutations: list[dict[str, Any]] = field(default_factory=list)
+    """What channel permutations retained, per role, for the report."""
     notes: list[str] = field(default_factory=list)
     """Lines for the report."""
     forward: Callable[[Tensor], Tensor] | None = None
@@ -277,6 +285,26 @@ class BlockState:
 
 
 @dataclass
+class CompressedBlock:
+    """One decoder block whose linears are compressed, for methods of the refine stage."""
+
+    index: int
+    groups: dict[str, GroupState]
+    """Every role that the recipe compresses. A method leaves what it found in the linears' states."""
+    module: nn.Module
+    """The block as it will be stored, float32, quantisers of inputs included."""
+    modules: dict[str, nn.Linear]
+    """Its linears by full name."""
+    forward: Callable[[Tensor], tuple[Tensor, Tensor]]
+    """Hidden ``[B, T, d]`` → the residual stream after attention, and after the block."""
+    batches: Callable[[], Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]]
+    """Per batch: inputs of the compressed model; the dense model's streams after attention and after the block, on its
+    own inputs; bool ``[B, T]`` of real tokens."""
+    notes: list[str] = field(default_factory=list)
+    """Lines for the report."""
+
+
+@dataclass
 class Survey:
     """What a method of the model stage sees: the dense model walked once, and what it may decide."""
 
@@ -299,7 +327,22 @@ class Survey:
     """Full linear name → bits that quantisers take instead of their own (16: none)."""
     kept_inputs: dict[str, int] = field(default_factory=dict)
     """The same for the quantiser of a linear's input."""
+    sparsity: dict[str, float] = field(default_factory=dict)
+    """Full linear name → share of pruned weights that pruning steps take instead of their own."""
+    column_norm: Callable[[int, str], Tensor] | None = None
+    """‖X_j‖₂ ``[C_in]`` of a role of a block over the tokens of the walk; for methods that need ``column_norm``."""
+    probe: Callable[[Trials, int], dict[Hashable, float]] | None = None
+    """``probe(trials, tokens)``: walks the model block by block and returns, for every trial, the mean KL divergence
+    (nats per token) of the next token's distribution from the dense model's, over about ``tokens`` tokens."""
     notes: list[str] = field(default_factory=list)
+
+
+Trials = Callable[
+    [int, dict[str, Tensor], dict[str, Hessian]], tuple[dict[str, Tensor], Iterable[tuple[Hashable, dict[str, Tensor]]]]
+]
+"""Of a block's number, its tensors by relative name and H of the input of every role: the tensors to replace for good,
+for all that follows, and (key, tensors to replace instead) of each trial, which is run by itself to the model's end. H is
+taken where everything before the block is replaced for good."""
 
 
 class Method:
@@ -307,21 +350,26 @@ class Method:
 
     Subclasses are frozen dataclasses of settings. They state their stage and which statistics they need, and implement
     :meth:`apply_linear` (stage ``linear``; :meth:`apply` where the siblings of a group must be seen together),
-    :meth:`prepare` (stage ``block``) or :meth:`plan` (stage ``model``). ``validate`` is called once per linear before
-    the run starts, with its shape, so that a setting that cannot work (group size, N:M) is refused before any time is
-    spent.
+    :meth:`prepare` (``block``), :meth:`plan` (``model``) or :meth:`refine` (``refine``). ``validate`` is called once
+    per linear before the run starts, with its shape, so that a setting that cannot work (group size, N:M) is refused
+    before any time is spent.
     """
 
     stages: ClassVar[tuple[Stage, ...]] = ("linear",)
     """Where it acts, in order; the first decides its place in a recipe."""
     needs: ClassVar[frozenset[Statistic]] = frozenset()
     learns: ClassVar[bool] = False
-    """Whether :meth:`prepare` trains against the dense block's outputs (``BlockState.batches``)."""
+    """Whether it trains against the dense block's outputs; :meth:`prepare` then has ``BlockState.batches``."""
+    allocates: ClassVar[bool] = False
+    """Whether :meth:`plan` decides sparsities, which a pruning step must follow up."""
 
     def plan(self, survey: Survey, roles: tuple[str, ...]) -> None:
         raise NotImplementedError
 
     def prepare(self, block: BlockState, roles: tuple[str, ...]) -> None:
+        raise NotImplementedError
+
+    def refine(self, block: CompressedBlock, roles: tuple[str, ...]) -> None:
         raise NotImplementedError
 
     def apply(self, group: GroupState) -> None:
@@ -331,10 +379,21 @@ class Method:
                 method.apply_linear(linear, group.statistics)
 
     def at(self, linear: LinearState) -> Method | None:
-        """This method with the bits that mixed precision gives the linear; None where that leaves it unquantised."""
-        if linear.kept_bits is None or not hasattr(self, "bits"):
-            return self
-        return None if linear.kept_bits >= 16 else replace(self, bits=linear.kept_bits)  # type: ignore[type-var]
+        """This method with the sparsity that an allocation and the bits that mixed precision give the linear; None
+        where those leave it unquantised."""
+        own: dict[str, Any] = {}
+        if linear.allotted is not None and self.heeds_allocation:
+            own["sparsity"] = linear.allotted
+        if linear.kept_bits is not None and hasattr(self, "bits"):
+            if linear.kept_bits >= 16:
+                return None
+            own["bits"] = linear.kept_bits
+        return replace(self, **own) if own else self  # type: ignore[type-var]
+
+    @property
+    def heeds_allocation(self) -> bool:
+        """Whether it prunes to a sparsity of its own, in whose place another can be put (N:M cannot)."""
+        return "linear" in self.stages and getattr(self, "sparsity", None) is not None
 
     def apply_linear(self, linear: LinearState, statistics: Statistics) -> None:
         raise NotImplementedError

@@ -38,6 +38,7 @@ class Hessian:
     matrix: Tensor
     tokens: int = 0
     _factors: dict[tuple[float, bool], Factor] = field(default_factory=dict, repr=False)
+    _eigen: dict[float, Eigen] = field(default_factory=dict, repr=False)
 
     @classmethod
     def zeros(cls, channels: int, device: torch.device | str = "cpu") -> Hessian:
@@ -51,6 +52,7 @@ class Hessian:
         self.matrix.addmm_(x.T, x, alpha=2.0 / total)
         self.tokens = total
         self._factors.clear()
+        self._eigen.clear()
 
     @property
     def dead(self) -> Tensor:
@@ -87,6 +89,24 @@ class Hessian:
             self._factors[key] = _factorise(self, damping, descending)
         return self._factors[key]
 
+    def eigen(self, damping: float) -> Eigen:
+        """Eigendecomposition of H + damping, scaled to a unit diagonal. Raises ``UserError`` when H is not finite."""
+        if damping not in self._eigen:
+            self.check_finite()
+            h = self.damped(damping)
+            scale = h.diagonal().sqrt()
+            values, vectors = torch.linalg.eigh(h / scale / scale[:, None])
+            self._eigen[damping] = Eigen(scale, values.clamp_min(0), vectors)
+        return self._eigen[damping]
+
+    def check_finite(self) -> None:
+        """Raises ``UserError`` for NaN and Inf."""
+        if not bool(torch.isfinite(self.matrix).all()):
+            raise UserError(
+                "expected finite calibration activations, found NaN or Inf in a layer's Hessian; "
+                "check the checkpoint and the calibration text"
+            )
+
     def solve(self, right: Tensor, damping: float) -> Tensor:
         """R·(H + damping)⁻¹ for R ``[C_out, C_in]``; damping as in :meth:`factor`."""
         lower, _ = _cholesky(self, damping)
@@ -101,6 +121,18 @@ class Factor:
     """``[C_in]``: position i of the sweep is channel ``order[i]``."""
     damping: float
     """The damping, as a share of the mean diagonal, that made the factorisation succeed."""
+
+
+@dataclass(frozen=True)
+class Eigen:
+    """S⁻¹(H + λI)S⁻¹ = QΛQᵀ with S = diag(H + λI)^½."""
+
+    scale: Tensor
+    """Diagonal of S, ``[C_in]``."""
+    values: Tensor
+    """Λ ``[C_in]``, rising, >= 0."""
+    vectors: Tensor
+    """Q ``[C_in, C_in]``, one eigenvector per column."""
 
 
 def _factorise(hessian: Hessian, damping: float, descending: bool) -> Factor:
@@ -119,11 +151,7 @@ def _factorise(hessian: Hessian, damping: float, descending: bool) -> Factor:
 
 def _cholesky(hessian: Hessian, damping: float, order: Tensor | None = None) -> tuple[Tensor, float]:
     """Lower Cholesky factor of the damped H in the given channel order, and the damping that made it succeed."""
-    if not bool(torch.isfinite(hessian.matrix).all()):
-        raise UserError(
-            "expected finite calibration activations, found NaN or Inf in a layer's Hessian; "
-            "check the checkpoint and the calibration text"
-        )
+    hessian.check_finite()
     share = damping
     for _ in range(ESCALATIONS + 1):
         h = hessian.damped(share)

@@ -4,6 +4,9 @@ With Q orthogonal, hidden states h become h·Q (QuaRot, Ashkboos et al. 2024, se
 SliceGPT): every RMSNorm gain γ is absorbed by the linears that read the norm, W ← W·diag(γ)·Q, and set to 1, which
 makes the norm commute with Q; o and down, which write the stream, become Qᵀ·W (biases b·Q); the embedding E·Q; the
 head W·diag(γ)·Q. Tied embeddings come apart. Nothing of it is left at run time.
+
+A permutation commutes with the norm once its gain is permuted too: γ stays in the norm, embeddings stay tied, and no
+value changes.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tulle.core.transform import Transform, fold, run
+from tulle.core.transform import Permutation, Transform, fold, run
 from tulle.models.anatomy import Anatomy
 from tulle.models.checkpoint import Checkpoint
 
@@ -21,16 +24,17 @@ from tulle.models.checkpoint import Checkpoint
 class Source:
     """Tensors of a checkpoint, block by block, with the residual stream in the basis x·T₁·T₂·… (none: as stored).
 
-    Rewritten tensors are float32; ``dtype`` is what a tensor is stored as.
+    Rewritten tensors are float32; ``dtypes`` is what they are stored as.
     """
 
     def __init__(self, checkpoint: Checkpoint, model: Anatomy, residual: Sequence[Transform] = ()):
         self._checkpoint, self._model, self.residual = checkpoint, model, tuple(residual)
+        self._permuted = all(isinstance(t, Permutation) for t in self.residual)
 
     @property
     def tied(self) -> bool:
         """Whether the head is still the embedding."""
-        return self._model.tied and not self.residual
+        return self._model.tied and self._permuted
 
     def read_block(self, index: int) -> dict[str, Tensor]:
         """All tensors of a block by relative name."""
@@ -50,7 +54,7 @@ class Source:
                         tensors[bias] = run(self.residual, tensors[bias])
         for row in self._model.rows:
             if row.norm:
-                tensors[f"{row.norm}.weight"] = torch.ones_like(tensors[f"{row.norm}.weight"])
+                tensors[f"{row.norm}.weight"] = self._gain(tensors[f"{row.norm}.weight"])
         return tensors
 
     def dtypes(self, index: int) -> dict[str, torch.dtype]:
@@ -68,13 +72,17 @@ class Source:
         architecture = self._model.architecture
         norm = self._checkpoint.read(architecture.final_norm)
         if self.tied:
-            return {architecture.final_norm: norm}
+            return {architecture.final_norm: self._gain(norm) if self.residual else norm}
         name = self._checkpoint.embedding_name(self._model) if self._model.tied else architecture.head
         head = self._checkpoint.read(name)
         if self.residual:
             head = self._read(head.float(), norm.float()).to(head.dtype)
-            norm = torch.ones_like(norm)
+            norm = self._gain(norm)
         return {architecture.final_norm: norm, architecture.head: head}
 
     def _read(self, weight: Tensor, gain: Tensor) -> Tensor:
-        return fold(self.residual, weight * gain)
+        return fold(self.residual, weight if self._permuted else weight * gain)
+
+    def _gain(self, gain: Tensor) -> Tensor:
+        """The norm's gain afterwards."""
+        return run(self.residual, gain) if self._permuted else torch.ones_like(gain)

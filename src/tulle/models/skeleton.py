@@ -50,6 +50,11 @@ class Block:
         self._model.rotary_emb = type(self._model.rotary_emb)(single).to(device)
         self._model.requires_grad_(False).eval()
 
+    def to(self, dtype: torch.dtype) -> None:
+        """From now on weights and activations inside are in ``dtype``."""
+        self.module.to(dtype)
+        self._dtype = dtype
+
     def __call__(self, hidden: Tensor) -> Tensor:
         return self._model(inputs_embeds=hidden.to(self._dtype), use_cache=False).last_hidden_state.to(hidden.dtype)
 

@@ -10,6 +10,7 @@ Departures, each an option:
 - ``refit`` (default on): the sweep's update serves all rows with one H⁻¹ and never touches columns on the
   left; after it the kept weights are fitted exactly, row by row (core.least_squares), or with ``bits`` their
   codes and steps are improved by coordinate descent (core.descent).
+- ``swaps`` (default off) improves the mask for that fit (core.swaps).
 - Channels without calibration data have score 0, so they are pruned first.
 - A mask that exists is kept: its pruned entries count towards the sparsity.
 - Grid steps are found before the sweep, on the entries the initial scores would keep, not while it runs.
@@ -23,12 +24,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tulle.core.contract import LinearState, Method, Statistic, Statistics
+from tulle.core.contract import LinearState, Statistic, Statistics
 from tulle.core.descent import descend
 from tulle.core.grid import Grid, Quantised, code, find_steps
-from tulle.core.hessian import check_damping
-from tulle.core.least_squares import refit
 from tulle.core.masks import Pattern, check_sparsity, keep, keep_pattern, largest, within
+from tulle.core.pruning import Pruner
+from tulle.core.swaps import check_swaps
 from tulle.core.sweep import sweep
 
 
@@ -115,18 +116,13 @@ def sparsegpt(
 
 
 @dataclass(frozen=True)
-class SparseGPT(Method):
-    """Prunes with error compensation, optionally quantising in the same sweep.
-
-    Exactly one of ``sparsity`` and ``pattern`` is set.
-    """
+class SparseGPT(Pruner):
+    """Prunes with error compensation, optionally quantising in the same sweep."""
 
     needs: ClassVar[frozenset[Statistic]] = frozenset({"hessian"})
 
-    sparsity: float | None = None
-    """Share of pruned weights, in [0, 1)."""
-    pattern: str | None = None
-    """``"N:M"``: N kept in every M consecutive input channels."""
+    refit: bool = True
+    """Fit the kept weights exactly after the sweep (with ``bits``: coordinate descent on codes and steps)."""
     bits: int | None = None
     """Round the kept weights to this many bits in the same sweep; None leaves them in floating point."""
     group_size: int | None = None
@@ -134,28 +130,21 @@ class SparseGPT(Method):
     symmetric: bool = True
     clip_search: int = 20
     """Clip ratios tried for every step, weighted by the Hessian's diagonal; 0 takes the extremes."""
-    refit: bool = True
-    """Fit the kept weights exactly after the sweep (with ``bits``: coordinate descent on codes and steps)."""
     descent: int = 4
     """Sweeps of that coordinate descent."""
-    damping: float = 0.01
-    """Added to the Hessian's diagonal, as a share of its mean; raised tenfold when the factorisation
-    fails.
-    """
     block: int = 128
     """Columns whose mask is chosen together."""
 
     def __post_init__(self) -> None:
-        check_sparsity(self.sparsity, self.pattern)
-        check_damping(self.damping)
+        super().__post_init__()
+        check_swaps(self.swaps, self.refit and self.bits is None)
         self._grid()
 
     def _grid(self) -> Grid | None:
         return None if self.bits is None else Grid(self.bits, self.group_size, self.symmetric)
 
     def validate(self, name: str, shape: tuple[int, int]) -> None:
-        if self.pattern is not None:
-            Pattern.parse(self.pattern).check(name, shape[1])
+        super().validate(name, shape)
         if grid := self._grid():
             grid.check(name, shape[1])
 
@@ -171,15 +160,13 @@ class SparseGPT(Method):
             likely = within(keep(score, self.sparsity, pattern, "layer"), linear.mask)
             scale, zero = find_steps(target, grid, hessian.matrix.diagonal(), self.clip_search, likely)
             quantised = Quantised(grid, torch.zeros_like(target, dtype=torch.int16), scale, zero)
-        linear.weight, linear.mask = sparsegpt(
+        weight, mask = sparsegpt(
             target, factor.upper, sparsity=self.sparsity, pattern=pattern, allowed=linear.mask,
             dead=hessian.dead, quantised=quantised, block=self.block,
         )  # fmt: skip
-        linear.pattern = self.pattern or linear.pattern
-        if quantised is not None:
-            if self.refit:
-                quantised = descend(target, quantised, hessian.damped(factor.damping), linear.mask, self.descent)
-            linear.quantised = quantised
-            linear.weight = quantised.dequantise(linear.mask)
-        elif self.refit:
-            linear.weight = refit(target, linear.mask, hessian.damped(factor.damping), linear.weight)
+        if quantised is None:
+            return self.fit(linear, mask, hessian, factor.damping, weight)
+        if self.refit:
+            quantised = descend(target, quantised, hessian.damped(factor.damping), mask, self.descent)
+        linear.quantised = quantised
+        self.leave(linear, mask, quantised.dequantise(mask))

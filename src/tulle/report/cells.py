@@ -31,6 +31,11 @@ def transforms(linear: Mapping[str, Any]) -> str:
     return " · ".join(parts)
 
 
+def reads(role: str) -> str:
+    """``gate_up`` as people write it."""
+    return {"qkv": "q/k/v", "gate_up": "gate/up"}.get(role, role)
+
+
 def by_block(linears: Iterable[Mapping[str, Any]]) -> tuple[list[str], dict[tuple[str, int], Mapping[str, Any]]]:
     """Short names in order, and the linears by (short name, block)."""
     table = {(linear["name"].rsplit(".", 1)[-1], linear["block"]): linear for linear in linears}

@@ -11,6 +11,7 @@ import yaml
 from tulle.report import plots, units
 from tulle.report.cells import by_block, scheme, transforms
 from tulle.report.page import chart, render, tile, write_page
+from tulle.report.sparsity import sparsity_charts
 
 COLUMNS = (
     "linear", "role", "shape", "scheme", "sparsity", "dense", "packed", "bits/weight", "output error", "time",
@@ -152,16 +153,8 @@ def _charts(report: Mapping[str, Any]) -> list[dict[str, Any]]:
             plots.matrix("bits", names, column("bits_per_weight"), lambda v: f"{v:.2f}"),
         ),
     ]
-    if any(linear["sparsity"] for linear in linears):
-        charts.append(
-            chart(
-                "Sparsity",
-                "Share of weights that are exactly zero and are not stored.",
-                plots.matrix("sparsity", names, column("sparsity"), units.percent),
-            )
-        )
     charts.append(chart("Time per stage", _time_note(report), plots.durations(stage_seconds(report))))
-    return charts
+    return charts + sparsity_charts(report)
 
 
 def stage_seconds(report: Mapping[str, Any]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The page of ``tulle demo``: dense and every shipped recipe side by side."""
+"""The page of ``tulle demo``: dense and recipes of every kind side by side."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def demo_page(found: Mapping[str, Any]) -> str:
     rows = found["rows"]
     return render(
         "demo.html",
-        title="Sparse and low-bit: the bundled model by every shipped recipe",
+        title="Sparse and low-bit: the bundled model by ten recipes",
         subtitle=describe(found["architecture"]),
         tiles=_tiles(found),
         charts=_charts(rows),

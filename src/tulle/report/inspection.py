@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tulle.report import landscapes, plots, units
-from tulle.report.cells import by_block, scheme
+from tulle.report.cells import by_block, reads, scheme
 from tulle.report.page import chart, render, table, tile, write_page
 
 COLUMNS = (
@@ -169,11 +169,6 @@ def _activation_charts(found: Mapping[str, Any]) -> list[dict[str, Any]]:
             )
         )
     return charts
-
-
-def reads(role: str) -> str:
-    """``gate_up`` as people write it."""
-    return {"qkv": "q/k/v", "gate_up": "gate/up"}.get(role, role)
 
 
 def found_outliers(inputs: Sequence[Mapping[str, Any]], most: int = 3) -> str:

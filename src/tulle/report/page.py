@@ -39,9 +39,23 @@ def write_page(file: Path, html: str) -> None:
     os.replace(temporary, file)
 
 
-def chart(heading: str, note: str, svg: str, wide: bool = False) -> dict[str, Any]:
-    """A picture's card."""
-    return {"heading": heading, "note": note, "svg": svg, "wide": wide}
+def chart(
+    heading: str, note: str, svg: str, wide: bool = False, text: str | None = None, below: str = ""
+) -> dict[str, Any]:
+    """A picture's card. ``text`` is read out for the picture; None: the heading, "": the content has texts of its own.
+    ``below`` is HTML that follows it, such as a table of its figures."""
+    alternative = heading if text is None else text
+    return {"heading": heading, "note": note, "svg": svg, "wide": wide, "text": alternative, "below": below}
+
+
+def panels(parts: Sequence[tuple[str, str, str]], columns: int) -> str:
+    """Small pictures side by side (one below the other on a narrow screen), as (title, facts, SVG)."""
+    return str(_environment().get_template("parts.html").module.panels(parts, columns))  # type: ignore[attr-defined]
+
+
+def folded(summary: str, content: str) -> str:
+    """HTML behind a line that opens it."""
+    return str(_environment().get_template("parts.html").module.folded(summary, content))  # type: ignore[attr-defined]
 
 
 def tile(label: str, value: str, detail: str = "") -> dict[str, str]:

@@ -39,7 +39,7 @@ def size_per_block(dense_mb: Sequence[float], packed_mb: Mapping[str, Sequence[f
         for role, sizes in packed_mb.items():
             ax.bar([b + 0.2 for b in blocks], sizes, 0.38, bottom=base, color=style.ROLES[role], label=role)
             base = [a + b for a, b in zip(base, sizes, strict=True)]
-        _block_axis(ax, len(dense_mb))
+        block_axis(ax, len(dense_mb))
         ax.set_ylabel("MB")
         ax.grid(axis="x", visible=False)
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=5, columnspacing=1.2, handlelength=1)
@@ -66,7 +66,7 @@ def matrix(
                 ax.text(x, y, write(value), ha="center", va="center", fontsize=8.5, color=style.ON_RAMP[step])
         ax.set_yticks(range(len(rows)), rows)
         ax.set_ylim(len(rows) - 0.5, -0.5)
-        _block_axis(ax, columns)
+        block_axis(ax, columns)
         ax.grid(visible=False)
         for side in ("left", "bottom"):
             ax.spines[side].set_visible(False)
@@ -96,7 +96,7 @@ def error_per_linear(series: Mapping[str, tuple[str, Sequence[float | None]]]) -
         if shown:
             ax.set_yscale("log")
             ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.2), ncols=7, columnspacing=1.1, handlelength=1.4)
-        _block_axis(ax, max(len(errors) for _, errors in series.values()))
+        block_axis(ax, max(len(errors) for _, errors in series.values()))
         ax.set_ylabel("relative error of the output")
     return p.svg
 
@@ -114,7 +114,7 @@ def block_error(errors: Sequence[float]) -> str:
             ha="right",
             fontsize=9.5,
         )
-        _block_axis(ax, len(errors))
+        block_axis(ax, len(errors))
         ax.set_ylabel("relative error after the block")
         ax.set_ylim(0, max(errors) * 1.18 or 1)
     return p.svg
@@ -221,7 +221,7 @@ def sensitivity(name: str, points: Sequence[tuple[str, str, float, float]], name
     return p.svg
 
 
-def _block_axis(ax: style.Axes, blocks: int) -> None:
+def block_axis(ax: style.Axes, blocks: int) -> None:
     ax.set_xlabel("block")
     ax.set_xlim(-0.5, blocks - 0.5)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))

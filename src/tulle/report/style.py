@@ -8,13 +8,17 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from html import escape
 from typing import Any
 
 from matplotlib import rc_context
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 INK, MUTED, GRID, PAPER, ACCENT, DENSE = "#010101", "#010102", "#010103", "#010104", "#010105", "#010106"
+CARD = "#010107"
+"""What is behind a picture."""
 ROLES = {"qkv": "#020101", "o": "#020102", "gate_up": "#020103", "down": "#020104"}
 RAMP = tuple(f"#03010{i}" for i in range(8))
 """Sequential: index 0 is the least."""
@@ -23,6 +27,7 @@ ON_RAMP = tuple(f"#04010{i}" for i in range(8))
 
 _VARIABLES = {
     INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper", ACCENT: "--accent", DENSE: "--dense",
+    CARD: "--card",
     **{color: f"--role-{role.replace('_', '-')}" for role, color in ROLES.items()},
     **{color: f"--ramp-{i}" for i, color in enumerate(RAMP)},
     **{color: f"--on-ramp-{i}" for i, color in enumerate(ON_RAMP)},
@@ -47,6 +52,13 @@ class Picture:
         self.panels: list[Axes] = list(grid.flat)
         self.axes = self.panels[0]
         self.svg = ""
+        self.titles: dict[str, str] = {}
+
+    def title(self, artist: Artist, text: str) -> None:
+        """What a browser shows over ``artist``."""
+        name = f"title-{len(self.titles)}"
+        artist.set_gid(name)
+        self.titles[name] = text
 
 
 @contextmanager
@@ -66,9 +78,17 @@ def picture(
         drawn.figure.savefig(buffer, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
+    for gid, text in drawn.titles.items():
+        # The id has done its work; the next picture of the page would repeat it.
+        svg = svg.replace(f'<g id="{gid}">', f"<g><title>{escape(text)}</title>", 1)
     for color, variable in _VARIABLES.items():
         svg = svg.replace(color, f"var({variable})")
     drawn.svg = svg
+
+
+def labelled(svg: str, text: str) -> str:
+    """A picture with a text of its own, for a card that shows several."""
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(text)}" ', 1)
 
 
 def ramp_index(value: float, low: float, high: float) -> int:

@@ -1,0 +1,117 @@
+"""Every way to prune without training, side by side: perplexity and mean layer error.
+
+    python benchmarks/sparse.py --data DIR [--models …] [--shares 50 60 70 2:4 4:8] [--methods …]
+
+Models and texts as in w4a4.py: tinystories-656K (256 calibration stories; protocol of peer_tinystories.py) and the
+bundled reference model (32 modules). The rows go up a ladder: the published methods (each linear fitted to its own
+output), then what is ours, one ingredient at a time:
+
+- ``exact refit``: the kept weights by least squares, row by row, instead of SparseGPT's sweep;
+- ``fitted to the dense stream``: the target is what the dense model gives on its own inputs, residual stream included;
+- ``ALPS``: the mask by ADMM; ``swaps``: kept for pruned weights exchanged while that helps;
+- ``permuted`` (N:M): channels in the order that retains most; ``allotted`` (shares): more of the budget where it costs
+  less;
+- ``reconstructed``: attention and MLP of a block trained against the dense block.
+
+Finished cells of the JSON are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from cells import Cells  # noqa: E402
+from w4a4 import MODELS, Bench  # noqa: E402
+
+SHARES = ("50", "60", "70", "2:4", "4:8")
+SAMPLES = {"tinystories": 256, "reference": 32}
+
+
+def recipes(share: str) -> dict[str, tuple[list[dict[str, Any]], str]]:
+    """Method → (steps, calibration target)."""
+    pattern = ":" in share
+    p: dict[str, Any] = {"pattern": share} if pattern else {"sparsity": int(share) / 100}
+    best = {"alps": p | {"swaps": 1}}
+    shaped = {"permute_channels": {"pattern": share}} if pattern else {"allocate": p}
+    name = "permuted" if pattern else "allotted"
+    ladder: dict[str, tuple[list[dict[str, Any]], str]] = {
+        "magnitude": ([{"magnitude": p}], "layer"),
+        "Wanda": ([{"wanda": p}], "layer"),
+        "RIA": ([{"ria": p}], "layer"),
+        "SparseGPT": ([{"sparsegpt": p | {"refit": False}}], "layer"),
+        "SparseGPT, exact refit": ([{"sparsegpt": p}], "layer"),
+        "SparseGPT, refit, fitted to the dense stream": ([{"sparsegpt": p}], "stream"),
+        "ALPS": ([{"alps": p}], "layer"),
+        "ALPS, dense stream": ([{"alps": p}], "stream"),
+        "ALPS, dense stream, swaps": ([best], "stream"),
+        f"ALPS, dense stream, swaps, {name}": ([shaped, best], "stream"),
+        f"ALPS, dense stream, swaps, {name}, reconstructed": ([shaped, best, {"reconstruct": {}}], "stream"),
+        "SparseGPT, dense stream, reconstructed": ([{"sparsegpt": p}, {"reconstruct": {}}], "stream"),
+    }
+    if not pattern:
+        ladder["OWL, SparseGPT, dense stream"] = ([{"owl": p}, {"sparsegpt": p}], "stream")
+    return ladder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with models/tinystories-656K and text/tinystories_10k.txt")
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--shares", nargs="*", choices=SHARES, default=list(SHARES))
+    parser.add_argument("--methods", nargs="*", help="parts of the methods' names; default: all")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/sparse.json")
+    arguments = parser.parse_args()
+    if "tinystories" in arguments.models and not arguments.data:
+        parser.error("--data is required for tinystories")
+
+    import torch
+
+    from tulle import machine
+    from tulle.recipe import METHODS, method_class
+
+    torch.set_num_threads(arguments.threads)
+    for method in METHODS:
+        method_class(method)  # a long run must not meet a source file that was edited meanwhile
+    cells = Cells(arguments.out, machine=machine.describe() | {"threads": arguments.threads}, samples=SAMPLES)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in arguments.models:
+            bench = Bench(name, arguments.data, Path(folder), SAMPLES[name])
+            cells.make(f"{name}/dense", lambda bench=bench: {"perplexity": bench.perplexity(bench.model)})
+            for share in arguments.shares:
+                for method, (steps, target) in recipes(share).items():
+                    if arguments.methods and not any(part == method for part in arguments.methods):
+                        continue
+                    key = f"{name}/{share}/{method}"
+                    found = cells.make(key, partial(bench.run, bench.model, steps, target))
+                    print(f"{key}: {found['perplexity']:.2f}, layer error {found['layer_error']:.4f}, "
+                          f"{found['seconds']:.0f} s", flush=True)  # fmt: skip
+    print_tables(cells)
+
+
+def print_tables(cells: Cells) -> None:
+    """A table per model: perplexity (mean layer error)."""
+    from rich.console import Console
+    from rich.table import Table
+
+    for name in MODELS:
+        dense = cells.get(f"{name}/dense")
+        if dense is None:
+            continue
+        table = Table("method", *SHARES, title=f"{name}, dense {dense['perplexity']:.2f}: perplexity (layer error)")
+        for method in dict.fromkeys(m for share in SHARES for m in recipes(share)):
+            found = [cells.get(f"{name}/{share}/{method}") for share in SHARES]
+            table.add_row(
+                method, *("" if c is None else f"{c['perplexity']:.2f} ({c['layer_error']:.3f})" for c in found)
+            )
+        Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Dividing a budget of pruned weights among units with measured cost curves.
+
+Minimise Σ_u c_u(s_u) over sparsities s_u with Σ_u w_u·s_u = B, where w_u is what a unit gives to the budget per unit of
+sparsity (its weights, or their bytes). At the optimum all units that are free to move have one slope c_u′(s_u)/w_u, the
+Lagrange multiplier. Where the curves are convex and piecewise linear, taking their pieces by rising slope per budget,
+the last one in part, is exact; a curve that is not convex is replaced by its lower hull.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tulle.errors import UserError
+
+Array = NDArray[np.float64]
+
+
+def lower_hull(x: Array, y: Array) -> Array:
+    """Indices of the vertices of the lower convex hull of points with rising ``x`` ``[K]``; first and last included."""
+    hull: list[int] = []
+    for i in range(len(x)):
+        while len(hull) > 1:
+            a, b = hull[-2:]
+            # b lies on or above the line from a to i.
+            if (y[b] - y[a]) * (x[i] - x[a]) < (y[i] - y[a]) * (x[b] - x[a]):
+                break
+            hull.pop()
+        hull.append(i)
+    return np.array(hull)
+
+
+def monotone_curve(x: Array, y: Array, points: Array) -> Array:
+    """The curve through rising ``x`` ``[K]``, ``y`` ``[K]`` at ``points`` between them, without overshoot.
+
+    Cubic Hermite pieces with the slopes of Fritsch & Butland 1984: the harmonic mean of the neighbours' slopes where
+    those have one sign, else 0; at an end, that of the piece.
+    """
+    if len(x) < 2:
+        return np.full_like(points, y[0])
+    h = np.diff(x)
+    slope = np.diff(y) / h
+    m = np.concatenate([slope[:1], np.zeros(len(x) - 2), slope[-1:]])
+    same = slope[:-1] * slope[1:] > 0
+    w1, w2 = 2 * h[1:] + h[:-1], h[1:] + 2 * h[:-1]
+    inner = np.zeros(len(x) - 2)
+    inner[same] = (w1 + w2)[same] / (w1[same] / slope[:-1][same] + w2[same] / slope[1:][same])
+    m[1:-1] = inner
+    i = np.clip(np.searchsorted(x, points, "right") - 1, 0, len(h) - 1)
+    t = (points - x[i]) / h[i]
+    value = (1 + 2 * t) * (1 - t) ** 2 * y[i] + t * (1 - t) ** 2 * h[i] * m[i]
+    return value + t**2 * (3 - 2 * t) * y[i + 1] - t**2 * (1 - t) * h[i] * m[i + 1]
+
+
+def allocate(levels: Array, costs: Array, weights: Array, budget: float) -> Array:
+    """s ``[U]`` for curves ``costs`` ``[U, K]`` at rising ``levels`` ``[K]``, w ``[U]`` > 0 and B = ``budget``.
+
+    Σ w·s is B up to rounding. Raises ``UserError`` when B lies outside what the first and last level allow.
+    """
+    reach = levels[[0, -1]] * weights.sum()
+    slack = 1e-9 * abs(reach).max()
+    if not reach[0] - slack <= budget <= reach[1] + slack:
+        raise UserError(
+            f"expected a mean sparsity from {levels[0]:g} to {levels[-1]:g}, found {budget / weights.sum():g}; "
+            "widen lowest and highest"
+        )
+    pieces: list[tuple[float, int, float]] = []
+    for unit, curve in enumerate(costs):
+        hull = lower_hull(levels, curve)
+        for a, b in zip(hull[:-1], hull[1:], strict=True):
+            length = levels[b] - levels[a]
+            pieces.append(((curve[b] - curve[a]) / (length * weights[unit]), unit, length))
+    found = np.full(len(costs), levels[0])
+    left = budget - reach[0]
+    # Slopes rise along every hull, so that a unit's pieces come in their order; equal ones are stable.
+    for _, unit, length in sorted(pieces, key=lambda piece: piece[0]):
+        taken = min(length, left / weights[unit])
+        if taken <= 0:
+            break
+        found[unit] += taken
+        left -= taken * weights[unit]
+    return found
