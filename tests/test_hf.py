@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +15,12 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import tulle
 import tulle.hf
+from checkpoints import PROSE, write_checkpoint
 from tiny_models import tokens, write_model
+from tulle.compress import compress
 from tulle.errors import UserError
 from tulle.simulate import PackedLinear
+from tulle.texts import Text
 
 SCHEMES = {
     "w4": {"all": {"bits": 4}},
@@ -186,3 +190,41 @@ def test_broken_folders(tmp_path, loader, damage):
         loader(folder)
     assert "\n" not in str(caught.value)
     shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def two_of_four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two_of_four")
+    write_checkpoint(folder / "m", hidden_size=64, intermediate_size=128, head_dim=16, num_hidden_layers=1)
+    steps = [
+        {"wanda": {"pattern": "2:4", "targets": ["qkv", "down"]}},
+        {"wanda": {"sparsity": 0.5, "targets": ["gate_up"]}},
+        {"round_to_nearest": {"bits": 4, "targets": ["down"]}},
+    ]
+    recipe = {"steps": steps, "calibration": {"samples": 2, "length": 32}}
+    compress(folder / "m", recipe, folder / "out", calibration=Text((PROSE,), False, ("prose",)))
+    return folder / "out"
+
+
+def test_two_of_four_is_recognised(two_of_four: Path) -> None:
+    model = tulle.hf.load(two_of_four, dtype=torch.float32)
+    found = {n for n, m in model.named_modules() if isinstance(m, PackedLinear) and tulle.hf.fits_two_of_four(m)}
+    assert {"q_proj", "down_proj"} <= {name.rpartition(".")[2] for name in found}
+    assert not any("gate" in name or "up" in name for name in found)
+
+
+def test_sparse_tensor_cores_need_a_gpu(two_of_four: Path) -> None:
+    with pytest.raises(UserError, match="CUDA device"):
+        tulle.hf.use_sparse_tensor_cores(tulle.hf.load(two_of_four, dtype=torch.bfloat16))
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 8, reason="no sparse tensor cores here"
+)
+@torch.no_grad()
+def test_sparse_tensor_cores_give_the_same_logits(two_of_four: Path) -> None:
+    model = tulle.hf.load(two_of_four, dtype=torch.float16).to("cuda")
+    tokens = torch.arange(64, device="cuda").reshape(1, 64)
+    expected = model(tokens).logits
+    assert tulle.hf.use_sparse_tensor_cores(model)
+    assert (model(tokens).logits - expected).abs().max() <= 5e-3 * expected.abs().max()

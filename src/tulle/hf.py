@@ -103,6 +103,40 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto", **kwargs: Any) -> 
     return AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype, **kwargs).eval()
 
 
+def use_sparse_tensor_cores(model: PreTrainedModel) -> list[str]:
+    """Lets the 2:4 linears of a loaded model, on a CUDA device in half precision, run on sparse tensor cores
+    (``torch.sparse.to_sparse_semi_structured``), and returns their names.
+
+    Taken are linears with at most two kept weights in every four input channels and float inputs; integer arithmetic
+    stays as it is. Weights differ from :class:`PackedLinear`'s in nothing, sums in their order alone. Moving or casting
+    the model undoes it. Raises ``UserError`` without such a device or without such linears.
+    """
+    from torch.sparse import to_sparse_semi_structured
+
+    parameter = next(model.parameters())
+    if parameter.device.type != "cuda" or parameter.dtype not in (torch.float16, torch.bfloat16):
+        raise UserError(
+            f"expected a model in float16 or bfloat16 on a CUDA device, found {parameter.dtype} on {parameter.device}; "
+            'load it with dtype=torch.bfloat16 and call model.to("cuda") first'
+        )
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, PackedLinear) and fits_two_of_four(m)]
+    if not found:
+        raise UserError("expected linears with 2:4 sparsity, found none; compress with a recipe such as 2of4")
+    for _, module in found:
+        module.set_weight(to_sparse_semi_structured(module.dequantise().to(parameter.dtype)))
+    return [name for name, _ in found]
+
+
+def fits_two_of_four(linear: PackedLinear) -> bool:
+    """Whether float inputs meet a weight with at most two kept entries in every four input channels, in a shape that
+    the kernels take (multiples of 64)."""
+    rows, columns = linear.spec.shape
+    if linear.grid is not None or not linear.spec.sparse or rows % 64 or columns % 64:
+        return False
+    stripes = linear.dequantise().reshape(rows, -1, 4) != 0
+    return bool((stripes.sum(-1) <= 2).all())
+
+
 def packed_linears(checkpoint: Checkpoint) -> dict[str, LinearSpec]:
     """The linears that the folder's ``quantization_config`` lists; ``UserError`` when it is not of Tulle."""
     settings = checkpoint.config.get("quantization_config")

@@ -215,6 +215,10 @@ class PackedLinear(nn.Module):
         """The float32 weight ``[C_out, C_in]``."""
         return dequantise(self.spec, self._buffers)  # type: ignore[arg-type]
 
+    def set_weight(self, weight: Tensor) -> None:
+        """Another form of the dequantised weight, for inputs of its dtype, until the next loading, moving or casting."""
+        self._cached = weight
+
     def forward(self, x: Tensor) -> Tensor:
         dtype = x.dtype
         x = self.transformed(x)

@@ -134,7 +134,9 @@ class Allocate(Method):
         for index in range(survey.layers):
             tensors, prefix = survey.block(index), survey.prefix(index)
             for unit in units:
-                bits = [self.bits if self.budget == "zeros" else survey.kept.get(prefix + n, self.bits) for _, n in unit]
+                bits = [
+                    self.bits if self.budget == "zeros" else survey.kept.get(prefix + n, self.bits) for _, n in unit
+                ]
                 count = [tensors[f"{n}.weight"].numel() for _, n in unit]
                 sizes.append(sum(n * b for n, b in zip(count, bits, strict=True)))
         return np.array(sizes, dtype=np.float64)
@@ -169,6 +171,4 @@ class Allocate(Method):
             return base, tried()
 
         found = survey.probe(trials, self.tokens)
-        return np.array(
-            [[found[i, u, s] for s in levels] for i in range(survey.layers) for u in range(len(units))]
-        )
+        return np.array([[found[i, u, s] for s in levels] for i in range(survey.layers) for u in range(len(units))])

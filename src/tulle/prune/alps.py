@@ -35,14 +35,20 @@ from tulle.core.masks import Scope, check_sparsity, keep, within
 from tulle.core.pruning import Pruner
 from tulle.errors import UserError
 
+COUNT = []
 UPDATE_EVERY = 3
 """Iterations between two values of ρ."""
-GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
-"""(share of k that changed, factor of ρ)."""
+GROWTH = ((0.1, 3), (0.005, 2), (0.0, 1))
+"""(share of k that changed, multiple of the least growth of ρ)."""
 
 
 def alps(
-    target: Tensor, eigen: Eigen, project: Callable[[Tensor], Tensor], rho: float = 0.1, iterations: int = 300
+    target: Tensor,
+    eigen: Eigen,
+    project: Callable[[Tensor], Tensor],
+    rho: float = 0.1,
+    growth: float = 0.1,
+    iterations: int = 300,
 ) -> tuple[Tensor, Tensor]:
     """D and its support (bool), ``[C_out, C_in]``, for W* ``[C_out, C_in]``; ``project`` gives the mask of what to keep
     for sizes >= 0 ``[C_out, C_in]``.
@@ -63,8 +69,9 @@ def alps(
             changed = int((mask ^ before).sum())
             if changed == 0:
                 break
-            rho *= next(factor for share, factor in GROWTH if changed >= share * kept)
+            rho *= 1 + growth * next(multiple for share, multiple in GROWTH if changed >= share * kept)
             before = mask
+    COUNT.append(number)
     return d / eigen.scale, mask
 
 
@@ -80,6 +87,8 @@ class ALPS(Pruner):
     """Weights are compared over the whole matrix or within each output row; no effect on a pattern."""
     rho: float = 0.1
     """First ρ, for H of unit diagonal."""
+    growth: float = 0.1
+    """x"""
     iterations: int = 300
     """ADMM iterations at the most; it ends by itself when the support stands still."""
 
@@ -102,6 +111,6 @@ class ALPS(Pruner):
             return within(keep(scores, self.sparsity, pattern, self.scope), linear.mask)
 
         target = linear.weight.masked_fill(hessian.dead, 0.0)  # so that a dead channel's entries are the smallest
-        weight, mask = alps(target, eigen, project, self.rho, self.iterations)
+        weight, mask = alps(target, eigen, project, self.rho, self.growth, self.iterations)
         weight = torch.where(hessian.dead, linear.weight, weight)
         self.fit(linear, mask, hessian, self.damping, weight)

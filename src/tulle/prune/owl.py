@@ -74,6 +74,8 @@ class OWL(Method):
         found = owl(torch.tensor(shares), torch.tensor(sizes), self.sparsity, self.spread).tolist()
         for index, (s, d) in enumerate(zip(found, shares, strict=True)):
             if not 0 <= s < 1:
-                raise UserError(f"expected sparsities in [0, 1), found {s:.3f} for block {index}; lower the spread of owl")
+                raise UserError(
+                    f"expected sparsities in [0, 1), found {s:.3f} for block {index}; lower the spread of owl"
+                )
             survey.sparsity |= {survey.prefix(index) + name: s for _, name in names}
             survey.notes.append(f"block {index}: {100 * d:.2f} % outliers, sparsity {s:.4f}")
