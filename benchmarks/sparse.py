@@ -37,7 +37,7 @@ def recipes(share: str) -> dict[str, tuple[list[dict[str, Any]], str]]:
     """Method → (steps, calibration target)."""
     pattern = ":" in share
     p: dict[str, Any] = {"pattern": share} if pattern else {"sparsity": int(share) / 100}
-    best = {"alps": p | {"swaps": 1}}
+    best = {"alps": p}
     shaped = {"permute_channels": {"pattern": share}} if pattern else {"allocate": p}
     name = "permuted" if pattern else "allotted"
     ladder: dict[str, tuple[list[dict[str, Any]], str]] = {
@@ -49,9 +49,9 @@ def recipes(share: str) -> dict[str, tuple[list[dict[str, Any]], str]]:
         "SparseGPT, refit, fitted to the dense stream": ([{"sparsegpt": p}], "stream"),
         "ALPS": ([{"alps": p}], "layer"),
         "ALPS, dense stream": ([{"alps": p}], "stream"),
-        "ALPS, dense stream, swaps": ([best], "stream"),
-        f"ALPS, dense stream, swaps, {name}": ([shaped, best], "stream"),
-        f"ALPS, dense stream, swaps, {name}, reconstructed": ([shaped, best, {"reconstruct": {}}], "stream"),
+        "ALPS, dense stream, swaps": ([{"alps": p | {"swaps": 1}}], "stream"),
+        f"ALPS, dense stream, {name}": ([shaped, best], "stream"),
+        f"ALPS, dense stream, {name}, reconstructed": ([shaped, best, {"reconstruct": {}}], "stream"),
         "SparseGPT, dense stream, reconstructed": ([{"sparsegpt": p}, {"reconstruct": {}}], "stream"),
     }
     if not pattern:

@@ -21,6 +21,8 @@ from tulle.core.contract import Method
 from tulle.errors import UserError
 from tulle.format.spec import QuantizationConfig
 from tulle.models.anatomy import ARCHITECTURES
+from tulle.prune.allocate import Allocate
+from tulle.prune.owl import OWL
 from tulle.prune.permute_channels import PermuteChannels
 from tulle.prune.reconstruct import Reconstruct
 from tulle.quantize.activations import Activations
@@ -67,6 +69,9 @@ OTHERS: list[Method] = [
     LearnedClipping(epochs=1),
     LearnedClipping(epochs=1, inputs=True, scales=True),
     KeepSensitive(count=2),
+    OWL(sparsity=0.5),
+    Allocate(sparsity=0.5, tokens=40),
+    Allocate(sparsity=0.6, budget="bytes", bits=4, per="role", lowest=0.3, highest=0.9, tokens=40),
     Reconstruct(epochs=1),
 ]
 
@@ -79,7 +84,8 @@ def step(method: Method, **targets: Any) -> dict[str, Any]:
 def recipe_with(method: Method) -> list[dict[str, Any]]:
     """Its step and one that rounds weights, in the order of their stages."""
     weights = {"round_to_nearest": {"bits": 4, "symmetric": False}}
-    return [weights, step(method)] if method.stages == ("refine",) else [step(method), weights]
+    pruning = [{"wanda": {"sparsity": 0.5}}] if method.allocates else []
+    return [weights, step(method)] if method.stages == ("refine",) else [step(method), *pruning, weights]
 
 
 def run(folder: Path, output: Path, steps: list[dict[str, Any]], target: str = "layer", seed: int = 0) -> Any:

@@ -16,8 +16,11 @@ import tulle.quantize
 from oracles.problems import layer, state, statistics
 from test_block_methods import OTHERS, TRANSFORMS
 from tulle.core.contract import GroupState, LinearState, Method, Statistics
+from tulle.core.pruning import ScorePruner
 from tulle.errors import UserError
+from tulle.prune.alps import ALPS
 from tulle.prune.magnitude import Magnitude
+from tulle.prune.ria import RIA
 from tulle.prune.sparsegpt import SparseGPT
 from tulle.prune.wanda import Wanda
 from tulle.quantize.gptq import GPTQ
@@ -30,11 +33,19 @@ METHODS: list[Method] = [
     Wanda(sparsity=0.5),
     Wanda(sparsity=0.5, refit=True),
     Wanda(pattern="1:4"),
+    Wanda(sparsity=0.5, refit=True, swaps=1),
+    RIA(sparsity=0.5),
+    RIA(pattern="2:4", power=1.0, refit=True),
     SparseGPT(sparsity=0.5),
     SparseGPT(pattern="2:4"),
     SparseGPT(pattern="3:8", refit=False),
     SparseGPT(sparsity=0.5, bits=4, group_size=16),
     SparseGPT(pattern="2:4", bits=8, symmetric=False, refit=False),
+    SparseGPT(pattern="2:4", swaps=2),
+    ALPS(sparsity=0.5),
+    ALPS(sparsity=0.7, scope="row", swaps=1),
+    ALPS(pattern="2:4", swaps=1),
+    ALPS(pattern="3:8", refit=False, iterations=20),
     RoundToNearest(bits=8, input_bits=8),
     RoundToNearest(bits=3, group_size=8, symmetric=False, clip_search=10),
     GPTQ(bits=4, group_size=16),
@@ -122,7 +133,7 @@ class TestContract:
         sparsity, pattern = getattr(method, "sparsity", None), getattr(method, "pattern", None)
         linear = run(method)
         if sparsity is not None:
-            per_row = isinstance(method, Wanda) or getattr(method, "scope", "layer") == "row"
+            per_row = isinstance(method, ScorePruner) or getattr(method, "scope", "layer") == "row"
             count = ROWS * round(sparsity * COLUMNS) if per_row else round(sparsity * ROWS * COLUMNS)
             assert linear.mask is not None and int((~linear.mask).sum()) == count
             assert linear.pattern is None
@@ -179,7 +190,7 @@ def test_group_size_must_divide(method: Method) -> None:
         replace(method, group_size=7).validate("layer", (ROWS, COLUMNS))  # type: ignore[type-var]
 
 
-@pytest.mark.parametrize("cls", [Magnitude, Wanda, SparseGPT])
+@pytest.mark.parametrize("cls", [Magnitude, Wanda, RIA, SparseGPT, ALPS])
 class TestPruningSettings:
     def test_pattern_must_divide(self, cls: type) -> None:
         with pytest.raises(UserError, match="layer: .*divisible by 4 .*found 50"):
@@ -208,7 +219,9 @@ def test_impossible_grid(cls: type, settings: dict[str, int]) -> None:
         cls(**settings)
 
 
-@pytest.mark.parametrize("method", [GPTQ(), SparseGPT(sparsity=0.5), Wanda(sparsity=0.5, refit=True)], ids=str)
+@pytest.mark.parametrize(
+    "method", [GPTQ(), SparseGPT(sparsity=0.5), Wanda(sparsity=0.5, refit=True), ALPS(sparsity=0.5)], ids=str
+)
 def test_impossible_damping(method: Method) -> None:
     with pytest.raises(UserError, match="positive damping"):
         replace(method, damping=0.0)  # type: ignore[type-var]

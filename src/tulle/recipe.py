@@ -205,8 +205,8 @@ def _heeded(steps: tuple[Step, ...]) -> None:
     for role, name in decided.items():
         if not any(role in step.targets and step.method.heeds_allocation for step in steps):
             raise UserError(
-                f"expected a pruning step with a sparsity on {role}, found none that could heed {name}; add one, such as "
-                "sparsegpt: {sparsity: 0.5} (a pattern N:M cannot vary)"
+                f"expected a pruning step with a sparsity on {role}, found none that could heed {name}; add one, such "
+                "as sparsegpt: {sparsity: 0.5} (a pattern N:M cannot vary)"
             )
 
 

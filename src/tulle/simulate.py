@@ -216,7 +216,7 @@ class PackedLinear(nn.Module):
         return dequantise(self.spec, self._buffers)  # type: ignore[arg-type]
 
     def set_weight(self, weight: Tensor) -> None:
-        """Another form of the dequantised weight, for inputs of its dtype, until the next loading, moving or casting."""
+        """Another form of the dequantised weight, for inputs of its dtype, until the next loading or moving."""
         self._cached = weight
 
     def forward(self, x: Tensor) -> Tensor:

@@ -120,7 +120,6 @@ def _probe(
 
     seen, stream = begin(others)
     measured, dense = begin(probed)
-    base = dense
     running: dict[Hashable, list[Tensor]] = {}
     for index in range(model.layers):
         if progress:
@@ -133,13 +132,10 @@ def _probe(
                 if role not in hessians:
                     hessians[role] = Hessian.zeros(x.shape[-1], device)
                 hessians[role].add(x[batch.valid.to(device)])
-        replaced, tried = trials(index, tensors, hessians)
-        for key, states in running.items():
-            running[key] = _run(block, replaced, states)
-        for key, instead in tried:
-            running[key] = _run(block, replaced | instead, base)
-        stream, base = _run(block, replaced, stream), _run(block, replaced, base)
-        dense = _run(block, {}, dense)
+        running = {key: _run(block, {}, states) for key, states in running.items()}
+        for key, replaced in trials(index, tensors, hessians):
+            running[key] = _run(block, replaced, dense)
+        stream, dense = _run(block, {}, stream), _run(block, {}, dense)
     closing = [t.float().to(device) for t in source.closing().values()]
     gain, head = closing[0], closing[1] if len(closing) > 1 else embedding.to(device)
 

@@ -1,9 +1,9 @@
-"""Dividing a budget of pruned weights among units with measured cost curves.
+"""Dividing a budget among units with measured cost curves.
 
-Minimise Σ_u c_u(s_u) over sparsities s_u with Σ_u w_u·s_u = B, where w_u is what a unit gives to the budget per unit of
-sparsity (its weights, or their bytes). At the optimum all units that are free to move have one slope c_u′(s_u)/w_u, the
-Lagrange multiplier. Where the curves are convex and piecewise linear, taking their pieces by rising slope per budget,
-the last one in part, is exact; a curve that is not convex is replaced by its lower hull.
+Minimise Σ_u c_u(g_u) with Σ_u g_u = B, where g_u is what a unit gives to the budget (its pruned weights, the bytes it
+saves) and c_u(g_u) what that costs. At the optimum all units that are free to move have one slope c_u′(g_u), the
+Lagrange multiplier. Where the curves are convex and piecewise linear, taking their pieces by rising slope, the last one
+in part, is exact; a curve that is not convex is replaced by its lower hull.
 """
 
 from __future__ import annotations
@@ -52,31 +52,30 @@ def monotone_curve(x: Array, y: Array, points: Array) -> Array:
     return value + t**2 * (3 - 2 * t) * y[i + 1] - t**2 * (1 - t) * h[i] * m[i + 1]
 
 
-def allocate(levels: Array, costs: Array, weights: Array, budget: float) -> Array:
-    """s ``[U]`` for curves ``costs`` ``[U, K]`` at rising ``levels`` ``[K]``, w ``[U]`` > 0 and B = ``budget``.
+def allocate(gains: Array, costs: Array, budget: float) -> Array:
+    """g ``[U]`` for curves ``costs`` ``[U, K]`` at ``gains`` ``[U, K]``, which never fall along a row, and B.
 
-    Σ w·s is B up to rounding. Raises ``UserError`` when B lies outside what the first and last level allow.
+    Σ g is B up to rounding. Of points with one gain the first counts. Raises ``UserError`` when B lies outside what the
+    first and last points allow.
     """
-    reach = levels[[0, -1]] * weights.sum()
-    slack = 1e-9 * abs(reach).max()
-    if not reach[0] - slack <= budget <= reach[1] + slack:
-        raise UserError(
-            f"expected a mean sparsity from {levels[0]:g} to {levels[-1]:g}, found {budget / weights.sum():g}; "
-            "widen lowest and highest"
-        )
+    first, last = gains[:, 0].sum(), gains[:, -1].sum()
+    slack = 1e-9 * max(abs(first), abs(last))
+    if not first - slack <= budget <= last + slack:
+        raise UserError(f"expected a budget from {first:g} to {last:g}, found {budget:g}; widen lowest and highest")
     pieces: list[tuple[float, int, float]] = []
-    for unit, curve in enumerate(costs):
-        hull = lower_hull(levels, curve)
+    for unit, (x, y) in enumerate(zip(gains, costs, strict=True)):
+        distinct = np.concatenate([[True], np.diff(x) > 0])
+        x, y = x[distinct], y[distinct]
+        hull = lower_hull(x, y)
         for a, b in zip(hull[:-1], hull[1:], strict=True):
-            length = levels[b] - levels[a]
-            pieces.append(((curve[b] - curve[a]) / (length * weights[unit]), unit, length))
-    found = np.full(len(costs), levels[0])
-    left = budget - reach[0]
+            pieces.append(((y[b] - y[a]) / (x[b] - x[a]), unit, x[b] - x[a]))
+    found = gains[:, 0].copy()
+    left = budget - first
     # Slopes rise along every hull, so that a unit's pieces come in their order; equal ones are stable.
     for _, unit, length in sorted(pieces, key=lambda piece: piece[0]):
-        taken = min(length, left / weights[unit])
+        taken = min(length, left)
         if taken <= 0:
             break
         found[unit] += taken
-        left -= taken * weights[unit]
+        left -= taken
     return found

@@ -337,12 +337,9 @@ class Survey:
     notes: list[str] = field(default_factory=list)
 
 
-Trials = Callable[
-    [int, dict[str, Tensor], dict[str, Hessian]], tuple[dict[str, Tensor], Iterable[tuple[Hashable, dict[str, Tensor]]]]
-]
-"""Of a block's number, its tensors by relative name and H of the input of every role: the tensors to replace for good,
-for all that follows, and (key, tensors to replace instead) of each trial, which is run by itself to the model's end. H is
-taken where everything before the block is replaced for good."""
+Trials = Callable[[int, dict[str, Tensor], dict[str, Hessian]], Iterable[tuple[Hashable, dict[str, Tensor]]]]
+"""Of a block's number, its tensors by relative name and H of the input of every role: (key, tensors to put in their
+places) of each trial. It is run to the model's end, all the rest being dense."""
 
 
 class Method:

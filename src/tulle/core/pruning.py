@@ -41,7 +41,7 @@ class Pruner(Method):
             Pattern.parse(self.pattern).check(name, shape[1])
 
     def fit(self, linear: LinearState, mask: Tensor, hessian: Hessian, damping: float, start: Tensor) -> None:
-        """Leaves the mask, after swaps, and the weights: ``start`` ``[C_out, C_in]``, or the refit to ``linear.weight``.
+        """Leaves the mask, after swaps, and the weights: ``start`` ``[C_out, C_in]`` or the refit to ``linear.weight``.
 
         ``linear.mask`` is still the mask from before this step.
         """

@@ -1,10 +1,10 @@
 """Better masks by 1-swaps: exchange one kept for one pruned position of a row while that lowers the row's error after
 the refit.
 
-For a row w* with kept positions S and pruned ones P, the refitted w has w_S = H_SS⁻¹·(w*H)_S, and r = (w* − w)·H is zero
-on S. Optimal Brain Surgeon (Hassibi & Stork 1993) gives both halves of a swap: dropping i ∈ S costs w_i²/[H_SS⁻¹]_ii,
-taking in j ∈ P gains r_j²/(H/S)_jj, H/S = H_PP − H_PS·H_SS⁻¹·H_SP. All that is needed stands in one matrix per row, the
-*tableau*
+For a row w* with kept positions S and pruned ones P, the refitted w has w_S = H_SS⁻¹·(w*H)_S, and r = (w* − w)·H is
+zero on S. Optimal Brain Surgeon (Hassibi & Stork 1993) gives both halves of a swap: dropping i ∈ S costs
+w_i²/[H_SS⁻¹]_ii, taking in j ∈ P gains r_j²/(H/S)_jj, H/S = H_PP − H_PS·H_SS⁻¹·H_SP. All that is needed stands in one
+matrix per row, the *tableau*
 
     N = [  H_SS⁻¹         H_SS⁻¹·H_SP ]      u = [ w_S ]
         [ −H_PS·H_SS⁻¹    H/S         ],         [ r_P ],
@@ -17,9 +17,10 @@ b = N_jj, c = N_ij, the error falls by exactly
 
 when i leaves and j enters and every kept weight is fitted again. Each row takes its best swap until none is left.
 
-A layer wider than ``WIDTH`` is treated in blocks of channels, the weights outside the block held fixed: the same problem
-with H_BB and the right side (w·H + r)_B. What a block gains is then a lower bound of what the row gains. Blocks are
-consecutive channels in one pass and channels far apart in the next, so that swaps reach everywhere.
+A layer wider than ``WIDTH`` is treated in blocks of channels, the weights outside the block held fixed: the same
+problem with H_BB and the right side (w·H + r)_B. What a block gains is then a lower bound of what the row gains. Blocks
+are consecutive channels in one pass and channels far apart in the next, so that swaps reach everywhere. On masks of
+scores this keeps most of the gain; to those of ADMM (prune.alps), which no block can improve, it adds nothing.
 
 The same search for weights that are *not* refitted is SparseSwaps (Zimmer et al. 2025).
 """
@@ -61,7 +62,7 @@ def swap(
     passes: int = 1,
     width: int = WIDTH,
 ) -> Tensor:
-    """The mask after the swaps, bool ``[C_out, C_in]``, with as many kept entries per row (per stripe with ``pattern``).
+    """The mask after the swaps, bool ``[C_out, C_in]``; as many entries per row (per stripe with ``pattern``) stay.
 
     ``target`` W* and ``mask`` ``[C_out, C_in]``, ``hessian`` H ``[C_in, C_in]`` positive definite (damped). No position
     outside ``allowed`` enters. At most ``passes`` over all blocks of ``width`` channels; fewer when nothing helps.

@@ -1,31 +1,31 @@
 """Sparsities from measured costs: every linear is pruned at several sparsities, and the model says what that costs.
 
 For a unit u (a linear, the linears of a role in one block, or a block) and a sparsity s, c_u(s) is the mean KL
-divergence of the next token's distribution from the dense model's when u alone is pruned to s, on ``tokens`` calibration
-tokens. The pruner is the cheap one of optimal brain surgery: scores w²/[H⁻¹]_jj over the whole matrix, and the kept
-weights fitted by a few steps of conjugate gradients. Then Σ_u c_u(s_u) is minimised under a budget (core.allocation).
+divergence of the next token's distribution from the dense model's when u alone is pruned to s, on ``tokens`` tokens of
+the calibration text. The pruner is the cheap one of optimal brain surgery: scores w²/[H⁻¹]_jj over the whole matrix,
+and the kept weights fitted by a few steps of conjugate gradients. Then Σ_u c_u(s_u) is minimised under a budget
+(core.allocation).
 
-``context: pruned`` measures where the step is going to act: everything else is pruned too, to S or, from the second of
-``rounds`` on, to what the round before found. Costs of single linears in an otherwise dense model miss that errors of
-one are removed, or multiplied, by the pruning of others.
+Everything else stays dense in a trial, although all is pruned in the end. Costs measured in a model that the same cheap
+pruner has pruned everywhere divided the budget worse at 70 % (docs/log.md).
 
-Budgets: ``zeros``, Σ n_l·s_l = S·Σ n_l; or ``bytes``, as many packed bytes as S everywhere would give with ``bits`` for
-each kept weight, or those that keep_sensitive gave the linear (its step comes first). Masks and scales cost the same at
+Budgets: ``zeros``, Σ n_l·s_l = S·Σ n_l; or ``bytes``, as many packed bytes as S everywhere would give with b = ``bits``
+for each kept weight, or those that keep_sensitive gave the linear (its step comes first). A linear saves n·(b·s − 1)
+bits, the bitmask taking one per weight, and nothing below s = 1/b, where it is stored dense; scales cost the same at
 every sparsity.
 
-One walk per round, every trial being carried along as hidden states of ``tokens`` tokens; a trial costs the rest of a
-forward pass on those. Measured in the model's own basis, before smoothing and rotations. The method is ours; OWL's aim
-with a measurement for its guess.
+One walk, every trial being carried along as hidden states of ``tokens`` tokens; a trial costs the rest of a forward
+pass on those, and there are about ten per unit. Measured in the model's own basis, before smoothing and rotations. The
+method is ours: OWL's aim, with a measurement in place of the guess.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from tulle.core.allocation import allocate, monotone_curve
@@ -71,9 +71,6 @@ class Allocate(Method):
     """What shares one sparsity: nothing, the linears that read one input, or all of a block."""
     lowest: float = 0.0
     highest: float = 0.95
-    context: Literal["dense", "pruned"] = "pruned"
-    rounds: int = 1
-    """Of measuring and dividing; more than one only with ``context: pruned``."""
     tokens: int = 2048
     """Calibration tokens that a trial is measured on."""
     damping: float = 0.01
@@ -85,18 +82,16 @@ class Allocate(Method):
         check_damping(self.damping)
         if not 0 <= self.lowest <= self.sparsity <= self.highest < 1:
             raise UserError(
-                f"expected 0 <= lowest <= sparsity <= highest < 1, found {self.lowest}, {self.sparsity}, {self.highest}; "
-                "the defaults are 0 and 0.95"
+                f"expected 0 <= lowest <= sparsity <= highest < 1, found {self.lowest}, {self.sparsity}, "
+                f"{self.highest}; the defaults are 0 and 0.95"
             )
         if not 2 <= self.bits <= 8 and self.bits not in (16, 32):
             raise UserError(f"expected bits of 2 to 8, 16 or 32, found {self.bits}; 16 is a float")
-        if self.rounds < 1 or self.tokens < 2 or self.steps < 0:
+        if self.tokens < 2 or self.steps < 0:
             raise UserError(
-                f"expected rounds of 1, tokens of 2 and steps of 0 or more, found {self.rounds}, {self.tokens} and "
-                f"{self.steps}; the defaults are 1, 2048 and 10"
+                f"expected tokens of 2 and steps of 0 or more, found {self.tokens} and {self.steps}; the defaults are "
+                "2048 and 10"
             )
-        if self.rounds > 1 and self.context == "dense":
-            raise UserError(f"expected one round in a dense context, found {self.rounds}; set context: pruned")
 
     def levels(self) -> list[float]:
         """Sparsities that are tried, rising."""
@@ -114,13 +109,16 @@ class Allocate(Method):
 
     def plan(self, survey: Survey, roles: tuple[str, ...]) -> None:
         units, levels = self.units(survey, roles), self.levels()
-        sizes = self._sizes(survey, units)
-        found = np.full(len(sizes), self.sparsity)
-        for _ in range(self.rounds):
-            costs = self._measure(survey, units, levels, found)
-            fine = np.unique([*np.arange(self.lowest, self.highest, GRID), self.highest])
-            curves = np.array([monotone_curve(np.array(levels), c, fine) for c in costs])
-            found = allocate(fine, curves, sizes, self.sparsity * sizes.sum())
+        weights, bits = self._sizes(survey, units)
+        fine = np.unique([*np.arange(self.lowest, self.highest, GRID), self.highest])
+        costs = self._measure(survey, units, levels)
+        curves = np.array([monotone_curve(np.array(levels), c, fine) for c in costs])
+        if self.budget == "zeros":
+            found = allocate(np.outer(weights, fine), curves, self.sparsity * weights.sum()) / weights
+        else:
+            saved = (np.outer(bits, fine) - weights[:, None]).clip(0)
+            gains = allocate(saved, curves, (bits * self.sparsity - weights).clip(0).sum())
+            found = np.where(gains > 0, (gains + weights) / bits, self.lowest)
         for number, s in enumerate(found.tolist()):
             index, unit = divmod(number, len(units))
             survey.sparsity |= {survey.prefix(index) + name: s for _, name in units[unit]}
@@ -128,47 +126,32 @@ class Allocate(Method):
             shares = (survey.sparsity[survey.prefix(index) + name] for unit in units for _, name in unit)
             survey.notes.append(f"block {index}: sparsities {', '.join(f'{s:.3f}' for s in shares)}")
 
-    def _sizes(self, survey: Survey, units: list[tuple[tuple[str, str], ...]]) -> np.ndarray:
-        """What each unit, block by block, gives to the budget per unit of sparsity."""
-        sizes = []
+    def _sizes(self, survey: Survey, units: list[tuple[tuple[str, str], ...]]) -> tuple[np.ndarray, np.ndarray]:
+        """Weights ``[U]`` of the units, block by block, and the bits ``[U]`` of all of them."""
+        weights, bits = [], []
         for index in range(survey.layers):
             tensors, prefix = survey.block(index), survey.prefix(index)
             for unit in units:
-                bits = [
-                    self.bits if self.budget == "zeros" else survey.kept.get(prefix + n, self.bits) for _, n in unit
-                ]
                 count = [tensors[f"{n}.weight"].numel() for _, n in unit]
-                sizes.append(sum(n * b for n, b in zip(count, bits, strict=True)))
-        return np.array(sizes, dtype=np.float64)
+                each = [survey.kept.get(prefix + n, self.bits) for _, n in unit]
+                weights.append(sum(count))
+                bits.append(sum(n * b for n, b in zip(count, each, strict=True)))
+        return np.array(weights, dtype=np.float64), np.array(bits, dtype=np.float64)
 
-    def _measure(
-        self, survey: Survey, units: list[tuple[tuple[str, str], ...]], levels: list[float], current: np.ndarray
-    ) -> np.ndarray:
+    def _measure(self, survey: Survey, units: list[tuple[tuple[str, str], ...]], levels: list[float]) -> np.ndarray:
         """c ``[U, K]``, nats per token."""
         assert survey.probe is not None
 
         def trials(
             index: int, tensors: dict[str, Tensor], hessians: dict[str, Hessian]
-        ) -> tuple[dict[str, Tensor], Iterable[tuple[Hashable, dict[str, Tensor]]]]:
-            surgeons = {
-                name: Surgeon(tensors[f"{name}.weight"], hessians[role], self.damping, self.steps)
-                for unit in units
-                for role, name in unit
-            }
-
-            def pruned(unit: int, sparsity: float) -> dict[str, Tensor]:
-                return {f"{name}.weight": surgeons[name].prune(sparsity) for _, name in units[unit]}
-
-            def tried() -> Iterator[tuple[Hashable, dict[str, Tensor]]]:
-                for unit in range(len(units)):
-                    for level in levels:
-                        yield (index, unit, level), pruned(unit, level)
-
-            base: dict[str, Tensor] = {}
-            if self.context == "pruned":
-                for unit in range(len(units)):
-                    base |= pruned(unit, float(current[index * len(units) + unit]))
-            return base, tried()
+        ) -> Iterator[tuple[Hashable, dict[str, Tensor]]]:
+            for number, unit in enumerate(units):
+                surgeons = {
+                    f"{name}.weight": Surgeon(tensors[f"{name}.weight"], hessians[role], self.damping, self.steps)
+                    for role, name in unit
+                }
+                for level in levels:
+                    yield (index, number, level), {name: surgeon.prune(level) for name, surgeon in surgeons.items()}
 
         found = survey.probe(trials, self.tokens)
         return np.array([[found[i, u, s] for s in levels] for i in range(survey.layers) for u in range(len(units))])

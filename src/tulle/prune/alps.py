@@ -7,12 +7,13 @@ The layer's problem, min tr((W* − D)H(W* − D)ᵀ) over D with k kept entries
 
     W ← (W*H − V + ρD)·(H + ρI)⁻¹,   D ← the k largest |W + V/ρ|,   V ← V + ρ(W − D).
 
-One eigendecomposition H = QΛQᵀ serves every ρ. H is scaled to a unit diagonal first, W to W·diag(H)^½, so that sizes of
-weights are compared as Wanda compares them. Every 3 iterations ρ grows, the faster the more of the support changed since
-(by 1.3 above 0.1·k entries, 1.2 above 0.005·k, else 1.1), and ADMM ends when it did not change at all. Then the weights
-are fitted to the support.
+One eigendecomposition H = QΛQᵀ serves every ρ. H is scaled to a unit diagonal first, W to W·diag(H)^½, so that sizes
+of weights are compared as Wanda compares them. Every 3 iterations ρ grows, the faster the more of the support changed
+since (by 1 + 3g from 0.1·k entries on, 1 + 2g from 0.005·k on, else 1 + g; the paper's g is 0.1), and ADMM ends when it
+did not change at all. Then the weights are fitted to the support.
 
 Departures:
+- ``growth`` g is 0.02: about 130 iterations in place of 45, which are cheap against what they gain.
 - The fit is exact (core.least_squares), while the paper stops conjugate gradients after a few steps; ``swaps`` improves
   the support for it.
 - ``scope: row`` keeps k entries in every output row, where the paper compares over the layer.
@@ -35,7 +36,6 @@ from tulle.core.masks import Scope, check_sparsity, keep, within
 from tulle.core.pruning import Pruner
 from tulle.errors import UserError
 
-COUNT = []
 UPDATE_EVERY = 3
 """Iterations between two values of ρ."""
 GROWTH = ((0.1, 3), (0.005, 2), (0.0, 1))
@@ -47,7 +47,7 @@ def alps(
     eigen: Eigen,
     project: Callable[[Tensor], Tensor],
     rho: float = 0.1,
-    growth: float = 0.1,
+    growth: float = 0.02,
     iterations: int = 300,
 ) -> tuple[Tensor, Tensor]:
     """D and its support (bool), ``[C_out, C_in]``, for W* ``[C_out, C_in]``; ``project`` gives the mask of what to keep
@@ -71,7 +71,6 @@ def alps(
                 break
             rho *= 1 + growth * next(multiple for share, multiple in GROWTH if changed >= share * kept)
             before = mask
-    COUNT.append(number)
     return d / eigen.scale, mask
 
 
@@ -87,15 +86,17 @@ class ALPS(Pruner):
     """Weights are compared over the whole matrix or within each output row; no effect on a pattern."""
     rho: float = 0.1
     """First ρ, for H of unit diagonal."""
-    growth: float = 0.1
-    """x"""
+    growth: float = 0.02
+    """Least growth of ρ; the paper's 0.1 ends after a third of the iterations with 1 % more error."""
     iterations: int = 300
-    """ADMM iterations at the most; it ends by itself when the support stands still."""
+    """ADMM iterations at the most; it ends by itself when the support stands still, after about 130 of them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.rho < float("inf"):
             raise UserError(f"expected a positive rho, found {self.rho}; the paper starts at 0.1")
+        if not 0 < self.growth < float("inf"):
+            raise UserError(f"expected a positive growth, found {self.growth}; the paper's is 0.1, slower is better")
         if self.iterations < 1:
             raise UserError(f"expected at least one iteration, found {self.iterations}; 300 is the default")
 

@@ -3,8 +3,8 @@ Large Language Models" (ICLR).
 
 Relative importance RI_ij = |W_ij|/Σ_i|W_ij| + |W_ij|/Σ_j|W_ij|: the weight's share of its input channel's column and of
 its output channel's row, so that no channel loses nearly all of its weights. Relative importance and activations
-RIA_ij = RI_ij·‖X_j‖₂^a with a = 0.5, compared within each output row, or in every M consecutive entries of a row for N:M.
-The paper's permutation of channels for N:M is a step of its own.
+RIA_ij = RI_ij·‖X_j‖₂^a with a = 0.5, compared within each output row, or in every M consecutive entries of a row for
+N:M. The paper's permutation of channels for N:M is a step of its own.
 
 ``refit`` and ``swaps`` are ours, as in Wanda, and off by default.
 """
