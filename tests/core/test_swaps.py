@@ -133,6 +133,14 @@ def test_blocks_lower_the_error_and_reach_across() -> None:
     assert not torch.equal(counts[1], counts[0])
 
 
+def test_a_block_sees_what_the_one_before_did() -> None:
+    """Channels 0 and 2 are almost one; once 0 has entered, in the first block, 2 is of no use in the second."""
+    h = torch.eye(4)
+    h[0, 2] = h[2, 0] = 0.99
+    mask = swap(torch.tensor([[1.0, 0.3, 1.0, 0.9]]), torch.tensor([[False, True, False, True]]), h, width=2)
+    assert mask.tolist() == [[True, False, False, True]]
+
+
 SETTINGS = [({"sparsity": 0.5}, 4, 0), ({"pattern": "2:4"}, 2, 4), ({"pattern": "1:4"}, 1, 4)]
 
 

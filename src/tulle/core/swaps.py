@@ -17,7 +17,7 @@ b = N_jj, c = N_ij, the error falls by exactly
 
 when i leaves and j enters and every kept weight is fitted again. Each row takes its best swap until none is left.
 
-A layer wider than ``WIDTH`` is treated in blocks of channels, the weights outside the block held fixed: the same
+A layer wider than ``WHOLE_UP_TO`` is treated in blocks of channels, the weights outside the block held fixed: the same
 problem with H_BB and the right side (w·H + r)_B. What a block gains is then a lower bound of what the row gains. Blocks
 are consecutive channels in one pass and channels far apart in the next, so that swaps reach everywhere. On masks of
 scores this keeps most of the gain; to those of ADMM (prune.alps), which no block can improve, it adds nothing.
@@ -34,8 +34,10 @@ from tulle.core.least_squares import refit
 from tulle.core.masks import Pattern
 from tulle.errors import UserError
 
-WIDTH = 512
-"""Channels whose tableau is held at once: 8·WIDTH² bytes and about 4·WIDTH³ operations per row and block."""
+WHOLE_UP_TO = 512
+"""Widest C_in that is one block: 8·C_in² bytes and about 4·C_in³ operations per row, and 12·C_in² more per swap."""
+WIDTH = 128
+"""Channels of a block of a wider layer."""
 CHUNK_ELEMENTS = 1 << 21
 """Elements of the tableaux that are in memory at once."""
 TOLERANCE = 1e-5
@@ -60,13 +62,16 @@ def swap(
     pattern: Pattern | None = None,
     allowed: Tensor | None = None,
     passes: int = 1,
-    width: int = WIDTH,
+    width: int | None = None,
 ) -> Tensor:
     """The mask after the swaps, bool ``[C_out, C_in]``; as many entries per row (per stripe with ``pattern``) stay.
 
     ``target`` W* and ``mask`` ``[C_out, C_in]``, ``hessian`` H ``[C_in, C_in]`` positive definite (damped). No position
-    outside ``allowed`` enters. At most ``passes`` over all blocks of ``width`` channels; fewer when nothing helps.
+    outside ``allowed`` enters. At most ``passes`` over all blocks of ``width`` channels (default: ``WIDTH``, or all
+    channels of a narrow layer); fewer when nothing helps.
     """
+    columns = target.shape[1]
+    width = width or (columns if columns <= WHOLE_UP_TO else WIDTH)
     mask = mask.clone()
     candidates = torch.ones_like(mask) if allowed is None else allowed
     stripe = 0 if pattern is None else pattern.m
@@ -76,14 +81,14 @@ def swap(
         least = TOLERANCE * ((target - weight) * residual).sum(1).clamp_min(0)
         least += 1e-9 * ((target @ hessian) * target).sum(1)  # what rounding could pretend to gain
         before = mask.clone()
-        for block in _blocks(target.shape[1], max(stripe, 1), width, spread=number % 2 == 1, device=target.device):
+        for block in _blocks(columns, max(stripe, 1), width, spread=number % 2 == 1, device=target.device):
             new, kept = _swap_block(
                 weight[:, block], residual[:, block], mask[:, block], candidates[:, block],
                 hessian[block][:, block], stripe, least,
             )  # fmt: skip
             residual += (weight[:, block] - new) @ hessian[block]
             weight[:, block], mask[:, block] = new, kept
-        if target.shape[1] <= width or torch.equal(mask, before):
+        if columns <= width or torch.equal(mask, before):
             break
     return mask
 
