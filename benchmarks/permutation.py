@@ -39,9 +39,9 @@ def main() -> None:
     pattern = Pattern(2, 4)
     # Name → search, and the order of its time in columns C and rows R: what predicts it from the size before.
     searches: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[float, float], float]]] = {
-        "swaps": (lambda s: greedy_swaps(s, pattern), lambda c, r: c**2 * r),
-        "swaps, 100 escapes": (lambda s: greedy_swaps(s, pattern, 100), lambda c, r: c**2 * r),
-        "swaps, 1000 escapes": (lambda s: greedy_swaps(s, pattern, 1000), lambda c, r: c**2 * r),
+        "swaps": (lambda s: greedy_swaps(s, pattern), lambda c, r: c**3 * r),
+        "swaps, 100 escapes": (lambda s: greedy_swaps(s, pattern, 100), lambda c, r: c**3 * r),
+        "swaps, 1000 escapes": (lambda s: greedy_swaps(s, pattern, 1000), lambda c, r: c**3 * r),
         "groups of 2 stripes": (lambda s: stripe_groups(s, pattern, 2), lambda c, r: c**3 * r),
         "groups of 3 stripes": (lambda s: stripe_groups(s, pattern, 3), lambda c, r: c**4 * r),
         "ours": (lambda s: search(s, pattern), lambda c, r: c**2 * r),
