@@ -1,4 +1,4 @@
-"""Finished cells of a result file are kept, so that a long run that was cut short goes on."""
+"""What long benchmarks share: a run that was cut short goes on, and sources may be edited while one runs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+
+def import_methods() -> None:
+    """Imports every method now: a long run must not meet a source file that was edited meanwhile."""
+    from tulle.recipe import METHODS, method_class
+
+    for method in METHODS:
+        method_class(method)
 
 
 class Cells:
@@ -19,16 +27,15 @@ class Cells:
         self.content |= facts
         file.parent.mkdir(parents=True, exist_ok=True)
 
-    def __getitem__(self, key: str) -> Any:
-        return self.content["cells"][key]
-
-    def get(self, key: str) -> Any:
-        """The cell, or None."""
-        return self.content["cells"].get(key)
+    @property
+    def all(self) -> dict[str, Any]:
+        """Cells by key."""
+        cells: dict[str, Any] = self.content["cells"]
+        return cells
 
     def make(self, key: str, make: Callable[[], Any]) -> Any:
         """The cell, measured and written down unless it is there."""
-        if key not in self.content["cells"]:
-            self.content["cells"][key] = make()
-            self.file.write_text(json.dumps(self.content, indent=2) + "\n")
-        return self.content["cells"][key]
+        if key not in self.all:
+            self.all[key] = make()
+            self.file.write_text(json.dumps(self.content, indent=2, ensure_ascii=False) + "\n")
+        return self.all[key]

@@ -9,14 +9,15 @@ case is run with several seeds, because the rotations are drawn at random: media
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+from cells import Cells, import_methods  # noqa: E402
 from w4a4 import MODELS, VARIANTS, Bench  # noqa: E402
 
 SMOOTH = {"smoothquant": {"alpha": 0.6}}
@@ -73,29 +74,29 @@ def main() -> None:
     from tulle import machine
 
     torch.set_num_threads(arguments.threads)
-    result: dict[str, Any] = {"cells": {}}
-    if arguments.out.exists():
-        result = json.loads(arguments.out.read_text())
-    result["machine"] = machine.describe() | {"threads": arguments.threads}
-    result["protocol"] = f"{arguments.samples} calibration sequences, {arguments.seeds} seeds; see w4a4.py"
+    import_methods()
+    cells = Cells(
+        arguments.out,
+        machine=machine.describe() | {"threads": arguments.threads},
+        protocol=f"{arguments.samples} calibration sequences, {arguments.seeds} seeds; see w4a4.py",
+    )
+
+    def perplexities(bench: Bench, model: Path, steps: list[dict[str, Any]]) -> list[float]:
+        return [bench.run(model, steps, "layer", seed)["perplexity"] for seed in range(arguments.seeds)]
+
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.models:
             bench = Bench(name, arguments.data, Path(folder), arguments.samples)
             model = bench.variant(arguments.variant)
-            result["cells"][f"{name}/{arguments.variant}/FP"] = [bench.perplexity(model)]
+            cells.make(f"{name}/{arguments.variant}/FP", lambda bench=bench, model=model: [bench.perplexity(model)])
             for case, steps in cases().items():
                 key = f"{name}/{arguments.variant}/{case}"
-                if key not in result["cells"]:
-                    result["cells"][key] = [
-                        bench.run(model, [*steps, *TAIL], "layer", seed)["perplexity"]
-                        for seed in range(arguments.seeds)
-                    ]
-                    arguments.out.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-                print(key, [round(p, 2) for p in result["cells"][key]], flush=True)
+                found = cells.make(key, partial(perplexities, bench, model, [*steps, *TAIL]))
+                print(key, [round(p, 2) for p in found], flush=True)
     for name in arguments.models:
         prefix = f"{name}/{arguments.variant}/"
         table = Table("case", "perplexity", "range", title=f"{name}, {arguments.variant} outliers, W4A4")
-        for key, found in result["cells"].items():
+        for key, found in cells.all.items():
             if key.startswith(prefix):
                 spread = f"{min(found):.2f}–{max(found):.2f}"
                 table.add_row(key.removeprefix(prefix), f"{statistics.median(found):.2f}", spread)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cells import Cells  # noqa: E402
+from cells import Cells, import_methods  # noqa: E402
 from w4a4 import MODELS, Bench  # noqa: E402
 
 SHARES = ("50", "60", "70", "2:4", "4:8")
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with models/tinystories-656K and text/tinystories_10k.txt")
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--shares", nargs="*", choices=SHARES, default=list(SHARES))
-    parser.add_argument("--methods", nargs="*", help="parts of the methods' names; default: all")
+    parser.add_argument("--methods", nargs="*", help="by name; default: all")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/sparse.json")
     arguments = parser.parse_args()
@@ -75,11 +75,9 @@ def main() -> None:
     import torch
 
     from tulle import machine
-    from tulle.recipe import METHODS, method_class
 
     torch.set_num_threads(arguments.threads)
-    for method in METHODS:
-        method_class(method)  # a long run must not meet a source file that was edited meanwhile
+    import_methods()
     cells = Cells(arguments.out, machine=machine.describe() | {"threads": arguments.threads}, samples=SAMPLES)
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.models:
@@ -87,16 +85,16 @@ def main() -> None:
             cells.make(f"{name}/dense", lambda bench=bench: {"perplexity": bench.perplexity(bench.model)})
             for share in arguments.shares:
                 for method, (steps, target) in recipes(share).items():
-                    if arguments.methods and not any(part == method for part in arguments.methods):
+                    if arguments.methods and method not in arguments.methods:
                         continue
                     key = f"{name}/{share}/{method}"
                     found = cells.make(key, partial(bench.run, bench.model, steps, target))
                     print(f"{key}: {found['perplexity']:.2f}, layer error {found['layer_error']:.4f}, "
                           f"{found['seconds']:.0f} s", flush=True)  # fmt: skip
-    print_tables(cells)
+    print_tables(cells.all)
 
 
-def print_tables(cells: Cells) -> None:
+def print_tables(cells: dict[str, Any]) -> None:
     """A table per model: perplexity (mean layer error)."""
     from rich.console import Console
     from rich.table import Table

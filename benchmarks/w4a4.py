@@ -16,11 +16,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from cells import Cells, import_methods  # noqa: E402
 
 VARIANTS = ("raw", "normal", "massive", "rotated")
 MODELS = ("tinystories", "reference")
@@ -161,23 +165,15 @@ def main() -> None:
     from rich.console import Console
 
     from tulle import machine
-    from tulle.recipe import METHODS, method_class
 
     torch.set_num_threads(arguments.threads)
-    for method in METHODS:
-        method_class(method)  # a long run must not meet a source file that was edited meanwhile
-    result: dict[str, Any] = {"protocol": " ".join(__doc__.split("Models: ")[1].split()), "cells": {}}
-    if arguments.out.exists():
-        result = json.loads(arguments.out.read_text())
-    result["machine"] = machine.describe() | {"threads": arguments.threads}
-    result["settings"] = SETTINGS
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-
-    def cell(key: str, make: Any) -> None:
-        if key not in result["cells"]:
-            result["cells"][key] = make()
-            arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-
+    import_methods()
+    cells = Cells(
+        arguments.out,
+        protocol=" ".join(str(__doc__).split("Models: ")[1].split()),
+        machine=machine.describe() | {"threads": arguments.threads},
+        settings=SETTINGS,
+    )
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.models:
             settings = SETTINGS[name]
@@ -188,25 +184,23 @@ def main() -> None:
                     for variant in arguments.variants:
                         model = bench.variant(variant)
                         if method == "FP":
-                            cell(f"{name}/{variant}/FP", partial(_dense, bench, model))
+                            cells.make(f"{name}/{variant}/FP", partial(_dense, bench, model))
                             continue
                         steps, target = recipes(bits, settings["epochs"])[method]
                         key = f"{name}/{variant}/W{bits}A{bits}/{method}"
-                        cell(key, partial(bench.run, model, steps, target))
-                        found = result["cells"][key]
+                        found = cells.make(key, partial(bench.run, model, steps, target))
                         Console().print(
                             f"{key}: {found['perplexity']:.2f}, layer error {found['layer_error']:.4f}, "
                             f"{found['seconds']:.0f} s"
                         )
-    print_tables(result)
+    print_tables(cells.all)
 
 
-def print_tables(result: dict[str, Any]) -> None:
+def print_tables(cells: dict[str, Any]) -> None:
     """A table per model and bits: perplexity (mean layer error)."""
     from rich.console import Console
     from rich.table import Table
 
-    cells = result["cells"]
     for name in MODELS:
         for scheme in sorted({key.split("/")[2] for key in cells if key.startswith(name)} - {"FP"}):
             table = Table("method", *VARIANTS, title=f"{name}, {scheme}: perplexity (mean layer error)")

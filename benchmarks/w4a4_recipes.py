@@ -10,13 +10,13 @@ without them on the model with massive outliers. Finished cells of the JSON are 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+from cells import Cells, import_methods  # noqa: E402
 from w4a4 import Bench  # noqa: E402
 
 RECIPES = ("w4a4-duquant", "w4a4-duquant-lwc", "w4a4-quarot", "w4a4", "w6a6-duquant", "w8a8-smoothquant")
@@ -38,19 +38,18 @@ def main() -> None:
     from rich.table import Table
 
     from tulle import machine
-    from tulle.recipe import METHODS, load_recipe, method_class
+    from tulle.recipe import load_recipe
 
     torch.set_num_threads(arguments.threads)
-    for method in METHODS:
-        method_class(method)  # a long run must not meet a source file that was edited meanwhile
-    result: dict[str, Any] = {"cells": {}}
-    if arguments.out.exists():
-        result = json.loads(arguments.out.read_text())
-    result["machine"] = machine.describe() | {"threads": arguments.threads}
-    result["protocol"] = " ".join(str(__doc__).split("\n\n")[2].split())
+    import_methods()
+    cells = Cells(
+        arguments.out,
+        machine=machine.describe() | {"threads": arguments.threads},
+        protocol=" ".join(str(__doc__).split("\n\n")[2].split()),
+    )
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench("tinystories", arguments.data, Path(folder), 256)
-        result["cells"]["dense"] = bench.perplexity(bench.model)
+        dense = cells.make("dense", partial(bench.perplexity, bench.model))
         for case in arguments.cases:
             model = bench.variant("massive" if case == "massive" else "raw")
             for name in arguments.recipes:
@@ -58,16 +57,12 @@ def main() -> None:
                 steps = [s for s in recipe.to_json()["steps"] if case == "shipped" or "kv_cache" not in s]
                 for seed in range(arguments.seeds):
                     key = f"{name}/{case}/{seed}"
-                    if key not in result["cells"]:
-                        result["cells"][key] = bench.run(model, steps, recipe.calibration.target, seed)
-                        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-                    print(key, round(result["cells"][key]["perplexity"], 3), flush=True)
-    table = Table("recipe", *CASES, title=f"perplexity (dense {result['cells']['dense']:.2f})")
+                    found = cells.make(key, partial(bench.run, model, steps, recipe.calibration.target, seed))
+                    print(key, round(found["perplexity"], 3), flush=True)
+    table = Table("recipe", *CASES, title=f"perplexity (dense {dense:.2f})")
     for name in RECIPES:
-        found = [
-            [c["perplexity"] for k, c in result["cells"].items() if k.startswith(f"{name}/{case}/")] for case in CASES
-        ]
-        table.add_row(name, *(" ".join(f"{p:.2f}" for p in values) or "–" for values in found))
+        columns = [[c["perplexity"] for k, c in cells.all.items() if k.startswith(f"{name}/{case}/")] for case in CASES]
+        table.add_row(name, *(" ".join(f"{p:.2f}" for p in values) or "–" for values in columns))
     Console().print(table)
 
 

@@ -37,11 +37,14 @@ CHUNK_ELEMENTS = 1 << 24
 """Elements of a temporary that are in memory at once."""
 MOST_SUBSETS = 20_000
 """Choices of M columns out of a group that :func:`stripe_groups` enumerates."""
+RESTARTS = 8
+"""Annealings of a small problem."""
 
 
 def retained(scores: Tensor, pattern: Pattern) -> float:
     """What the N:M mask keeps of ``scores`` ``[R, C]``, summed in float64."""
-    return float(_stripe_sums(scores, pattern).sum())
+    stripes = (part.reshape(len(part), -1, pattern.m) for part in _row_chunks(scores))
+    return float(sum(part.topk(pattern.n, dim=2).values.double().sum() for part in stripes))
 
 
 def ideal(scores: Tensor, pattern: Pattern) -> float:
@@ -106,9 +109,6 @@ def search(scores: Tensor, pattern: Pattern, seed: int = 0, effort: float = 1.0,
     order = torch.from_numpy(index)
     # The search sees rounded scores.
     return order if retained(scores[:, order], pattern) > retained(scores, pattern) else identity
-
-
-RESTARTS = 8
 
 
 def _integers(scores: Tensor, fine: bool) -> np.ndarray:
@@ -268,15 +268,6 @@ def _deals(m: int, size: int) -> tuple[Tensor, Tensor]:
         return found
 
     return torch.tensor(subsets), torch.tensor(deal(tuple(range(m * size))))
-
-
-def _stripe_sums(scores: Tensor, pattern: Pattern) -> Tensor:
-    """Σ of the N largest per stripe, float64 ``[C/M]``."""
-    parts = [
-        part.reshape(len(part), -1, pattern.m).topk(pattern.n, dim=2).values.double().sum((0, 2))
-        for part in _row_chunks(scores)
-    ]
-    return torch.stack(parts).sum(0)
 
 
 def _row_chunks(scores: Tensor) -> tuple[Tensor, ...]:

@@ -90,16 +90,16 @@ class PermuteChannels(Method):
     def prepare(self, block: BlockState, roles: tuple[str, ...]) -> None:
         for number, role in enumerate(roles):
             begun = time.perf_counter()
-            group = block.groups[role]
-            scores = self._scores(
-                torch.cat([linear.dense for linear in group.linears]),
-                group.statistics.column_norm if self.score == "wanda" else None,
-            )
             facts: dict[str, Any] = {"role": role, "pattern": self.pattern}
             reason = self._left_alone(block, role)
             if reason:
                 block.permutations.append(facts | {"folded": "", "reason": reason})
                 continue
+            group = block.groups[role]
+            scores = self._scores(
+                torch.cat([linear.dense for linear in group.linears]),
+                group.statistics.column_norm if self.score == "wanda" else None,
+            )
             seed = (block.seed * 1_000_003 + block.index) * 8 + number
             if role in block.gains:
                 # It was permuted before the walk; what would have been retained without is found by undoing that.

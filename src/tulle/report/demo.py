@@ -22,7 +22,7 @@ def demo_page(found: Mapping[str, Any]) -> str:
     rows = found["rows"]
     return render(
         "demo.html",
-        title="Sparse and low-bit: the bundled model by ten recipes",
+        title="Sparse and low-bit: the bundled model by shipped recipes",
         subtitle=describe(found["architecture"]),
         tiles=_tiles(found),
         charts=_charts(rows),
