@@ -15,7 +15,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from tulle.core.contract import HeadGrids
-from tulle.core.hadamard import hadamard_block, hadamard_transform
+from tulle.core.hadamard import hadamard_transform
+from tulle.core.paley import hadamard_block
 from tulle.core.token_grid import TokenGrid
 from tulle.format.spec import AttentionSpec, HeadSpec
 

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from tulle.core.contract import BlockState, Statistic
-from tulle.core.hadamard import hadamard_block, hadamard_matrix
+from tulle.core.hadamard import hadamard_matrix
 from tulle.core.learning import Learned, LearnedGroup, LearnedScale, Schedule, fake_linears, input_clip, learn_block
+from tulle.core.paley import hadamard_block
 from tulle.core.rotation import random_orthogonal
 from tulle.core.smoothing import Size, group_smoothing
 from tulle.core.transform import Kronecker, Transform

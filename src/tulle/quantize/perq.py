@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from tulle.core.contract import BlockState, Method, Stage, Statistic
-from tulle.core.hadamard import hadamard_block
+from tulle.core.paley import hadamard_block
 from tulle.core.rotation import greedy_rotation, zigzag
 from tulle.core.transform import BlockMatrix, Hadamard, Permutation
 from tulle.errors import UserError

@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 
 from tulle.core.contract import BlockState, Method, Stage, Survey
-from tulle.core.hadamard import hadamard_block, hadamard_matrix
-from tulle.core.transform import Diagonal, Hadamard, Kronecker
+from tulle.core.hadamard import hadamard_matrix
+from tulle.core.paley import hadamard_block
+from tulle.core.transform import Diagonal, Hadamard, Kronecker, Permutation
+from tulle.errors import UserError
 
 
 def random_signs(count: int, generator: torch.Generator) -> Tensor:
@@ -48,6 +50,11 @@ class QuaRot(Method):
     def plan(self, survey: Survey, roles: tuple[str, ...]) -> None:
         if not self.residual:
             return
+        if any(isinstance(t, Permutation) for t in survey.residual):
+            raise UserError(
+                "expected no permute_channels before a rotation of the residual stream, found one; a rotation mixes "
+                "the channels again, so leave one of the two out (residual: false)"
+            )
         signs = random_signs(survey.hidden, torch.Generator().manual_seed(survey.seed))
         survey.residual = (*survey.residual, Diagonal(signs), Hadamard(hadamard_block(survey.hidden)))
 

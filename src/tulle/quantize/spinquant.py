@@ -23,8 +23,9 @@ from torch import Tensor
 
 from tulle.core.contract import Method, Stage, Statistic, Survey
 from tulle.core.grid import Grid, extremes
-from tulle.core.hadamard import hadamard_block, hadamard_transform
+from tulle.core.hadamard import hadamard_transform
 from tulle.core.learning import fake_quantise, fake_tokens
+from tulle.core.paley import hadamard_block
 from tulle.core.token_grid import TokenGrid
 from tulle.core.transform import BlockMatrix
 from tulle.errors import UserError
