@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ def take_survey(
     """Runs the recipe's model steps and returns what they decided. Equal inputs give equal decisions."""
     found: dict[tuple[int, str], Tensor] = {}
     norms: dict[tuple[int, str], Tensor] = {}
+    walk = _Walk(config, model, source, batches, device, progress)
     survey = Survey(
         layers=model.layers,
         rows=lambda block, role: found[block, role],
@@ -48,109 +49,106 @@ def take_survey(
         hidden=model.hidden,
         seed=seed,
         column_norm=lambda block, role: norms[block, role],
-        probe=partial(_probe, config, model, source, batches, device, progress),
+        probe=walk.probe,
     )
     steps = recipe.stage("model")
     if any({"rows", "column_norm"} & step.method.needs for step in steps):
-        _walk(config, model, source, batches, device, progress, seed, found, norms)
+        walk.watch(seed, found, norms)
     for step in steps:
         step.method.plan(survey, step.targets)
     return survey
 
 
-def _walk(
-    config: PretrainedConfig,
-    model: Anatomy,
-    source: Source,
-    batches: Sequence[Batch],
-    device: str,
-    progress: Progress | None,
-    seed: int,
-    found: dict[tuple[int, str], Tensor],
-    norms: dict[tuple[int, str], Tensor],
-) -> None:
-    taken: list[Batch] = []
-    for batch in batches:
-        if taken and sum(int(b.valid.sum()) for b in taken) + int(batch.valid.sum()) > TOKENS:
-            break
-        taken.append(batch)
-    embedding = source.embedding().float()
-    hidden = [torch.nn.functional.embedding(b.tokens, embedding).to(device) for b in taken]
-    for index in range(model.layers):
-        if progress:
-            progress(f"survey {index + 1}/{model.layers}", index, model.layers)
-        block = Block(config, index, source.read_block(index), device)
-        samplers: dict[str, Extremes] = {}
-        seen: dict[str, Statistics] = defaultdict(Statistics)
-        for i, batch in enumerate(taken):
-            hidden[i], inputs = run_watched(block, hidden[i], model.rows)
-            for role, x in inputs.items():
-                sampler = samplers.setdefault(role, Extremes(x.shape[-1], per_segment=4, random=128, seed=seed))
-                x = x[batch.valid.to(device)]
-                sampler.add(x)
-                accumulate(seen[role], x, frozenset({"column_norm"}))
-        for role, sampler in samplers.items():
-            found[index, role] = sampler.rows
-            norm = seen[role].column_norm
-            assert norm is not None
-            norms[index, role] = norm
+@dataclass(frozen=True)
+class _Walk:
+    """The dense model, block by block, on the calibration text."""
 
+    config: PretrainedConfig
+    model: Anatomy
+    source: Source
+    batches: Sequence[Batch]
+    device: str
+    progress: Progress | None
 
-def _probe(
-    config: PretrainedConfig,
-    model: Anatomy,
-    source: Source,
-    batches: Sequence[Batch],
-    device: str,
-    progress: Progress | None,
-    trials: Trials,
-    tokens: int,
-) -> dict[Hashable, float]:
-    """Runs every trial (``Survey.probe``); in memory is one block, and the hidden states of each trial so far.
+    def watch(self, seed: int, found: dict[tuple[int, str], Tensor], norms: dict[tuple[int, str], Tensor]) -> None:
+        """Fills ``found`` with the extreme rows and ``norms`` with the column norms of the inputs of every role."""
+        taken: list[Batch] = []
+        for batch in self.batches:
+            if taken and sum(int(b.valid.sum()) for b in taken) + int(batch.valid.sum()) > TOKENS:
+                break
+            taken.append(batch)
+        hidden = self._embedded(taken)
+        for index, tensors in self._blocks("survey"):
+            block = Block(self.config, index, tensors, self.device)
+            samplers: dict[str, Extremes] = {}
+            seen: dict[str, Statistics] = defaultdict(Statistics)
+            for i, batch in enumerate(taken):
+                hidden[i], inputs = run_watched(block, hidden[i], self.model.rows)
+                for role, x in inputs.items():
+                    sampler = samplers.setdefault(role, Extremes(x.shape[-1], per_segment=4, random=128, seed=seed))
+                    x = x[batch.valid.to(self.device)]
+                    sampler.add(x)
+                    accumulate(seen[role], x, frozenset({"column_norm"}))
+            for role, sampler in samplers.items():
+                found[index, role] = sampler.rows
+                norm = seen[role].column_norm
+                assert norm is not None
+                norms[index, role] = norm
 
-    Hessians are of other sequences than those that the divergence is measured on, where there is more than one.
-    """
-    probed, rest = _drawn(batches, tokens)
-    others, _ = _drawn(batched(rest), TOKENS) if rest else (probed, [])
-    embedding = source.embedding().float()
+    def probe(self, trials: Trials, tokens: int) -> dict[Hashable, float]:
+        """Runs every trial (``Survey.probe``); in memory is one block, and the hidden states of each trial so far.
 
-    def begin(sequences: Sequence[Tensor]) -> tuple[list[Batch], list[Tensor]]:
-        made = batched(sequences)
-        return made, [nn.functional.embedding(b.tokens, embedding).to(device) for b in made]
+        Hessians are of other sequences than those that the divergence is measured on, where there is more than one.
+        """
+        probed, rest = _drawn(self.batches, tokens)
+        seen = batched(_drawn(batched(rest), TOKENS)[0] if rest else probed)
+        measured = batched(probed)
+        stream, dense = self._embedded(seen), self._embedded(measured)
+        running: dict[Hashable, list[Tensor]] = {}
+        for index, stored in self._blocks("probe"):
+            tensors = {name: t.float().to(self.device) for name, t in stored.items()}
+            block = Block(self.config, index, tensors, self.device)
+            hessians: dict[str, Hessian] = {}
+            for batch, hidden in zip(seen, stream, strict=True):
+                for role, x in run_watched(block, hidden, self.model.rows)[1].items():
+                    if role not in hessians:
+                        hessians[role] = Hessian.zeros(x.shape[-1], self.device)
+                    hessians[role].add(x[batch.valid.to(self.device)])
+            running = {key: _run(block, {}, states) for key, states in running.items()}
+            for key, replaced in trials(index, tensors, hessians):
+                running[key] = _run(block, replaced, dense)
+            stream, dense = _run(block, {}, stream), _run(block, {}, dense)
+        total: dict[Hashable, float] = dict.fromkeys(running, 0.0)
+        predict = self._predictor()
+        for i, batch in enumerate(measured):
+            valid = batch.valid.to(self.device)
+            wanted = predict(dense[i][valid])
+            for key, states in running.items():
+                found = predict(states[i][valid])
+                total[key] += float(nn.functional.kl_div(found, wanted, log_target=True, reduction="sum"))
+        return {key: value / sum(map(len, probed)) for key, value in total.items()}
 
-    seen, stream = begin(others)
-    measured, dense = begin(probed)
-    running: dict[Hashable, list[Tensor]] = {}
-    for index in range(model.layers):
-        if progress:
-            progress(f"probe {index + 1}/{model.layers}", index, model.layers)
-        tensors = {name: t.float().to(device) for name, t in source.read_block(index).items()}
-        block = Block(config, index, tensors, device)
-        hessians: dict[str, Hessian] = {}
-        for batch, hidden in zip(seen, stream, strict=True):
-            for role, x in run_watched(block, hidden, model.rows)[1].items():
-                if role not in hessians:
-                    hessians[role] = Hessian.zeros(x.shape[-1], device)
-                hessians[role].add(x[batch.valid.to(device)])
-        running = {key: _run(block, {}, states) for key, states in running.items()}
-        for key, replaced in trials(index, tensors, hessians):
-            running[key] = _run(block, replaced, dense)
-        stream, dense = _run(block, {}, stream), _run(block, {}, dense)
-    closing = [t.float().to(device) for t in source.closing().values()]
-    gain, head = closing[0], closing[1] if len(closing) > 1 else embedding.to(device)
+    def _embedded(self, batches: Sequence[Batch]) -> list[Tensor]:
+        embedding = self.source.embedding().float()
+        return [nn.functional.embedding(b.tokens, embedding).to(self.device) for b in batches]
 
-    def predict(hidden: Tensor) -> Tensor:
-        h = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + config.rms_norm_eps)
-        return ((h * gain) @ head.T).log_softmax(-1)
+    def _blocks(self, what: str) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        for index in range(self.model.layers):
+            if self.progress:
+                self.progress(f"{what} {index + 1}/{self.model.layers}", index, self.model.layers)
+            yield index, self.source.read_block(index)
 
-    total: dict[Hashable, float] = dict.fromkeys(running, 0.0)
-    for i, batch in enumerate(measured):
-        valid = batch.valid.to(device)
-        wanted = predict(dense[i][valid])
-        for key, states in running.items():
-            found = predict(states[i][valid])
-            total[key] += float(nn.functional.kl_div(found, wanted, log_target=True, reduction="sum"))
-    return {key: value / sum(map(len, probed)) for key, value in total.items()}
+    def _predictor(self) -> Callable[[Tensor], Tensor]:
+        """Log probabilities of the next token from the last block's outputs."""
+        closing = [t.float().to(self.device) for t in self.source.closing().values()]
+        gain = closing[0]
+        head = closing[1] if len(closing) > 1 else self.source.embedding().float().to(self.device)
+
+        def predict(hidden: Tensor) -> Tensor:
+            h = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + self.config.rms_norm_eps)
+            return ((h * gain) @ head.T).log_softmax(-1)
+
+        return predict
 
 
 def _drawn(batches: Sequence[Batch], tokens: int) -> tuple[list[Tensor], list[Tensor]]:

@@ -59,8 +59,12 @@ def alps(
     d, v = w_star, torch.zeros_like(w_star)
     mask = project(d.abs())
     before, kept = mask, max(int(mask.sum()), 1)
+    # One product with (H + ρI)⁻¹ in place of two with Q, where that pays for its making at every new ρ.
+    whole = UPDATE_EVERY * len(target) >= len(q)
+    inverse = (q / (values + rho)) @ q.T if whole else None
     for number in range(1, iterations + 1):
-        w = ((right - v + rho * d) @ q / (values + rho)) @ q.T
+        w = right - v + rho * d
+        w = (w @ q / (values + rho)) @ q.T if inverse is None else w @ inverse
         z = w + v / rho
         mask = project(z.abs())
         d = z * mask
@@ -71,6 +75,8 @@ def alps(
                 break
             rho *= 1 + growth * next(multiple for share, multiple in GROWTH if changed >= share * kept)
             before = mask
+            if inverse is not None:
+                inverse = (q / (values + rho)) @ q.T
     return d / eigen.scale, mask
 
 

@@ -56,7 +56,7 @@ class PermuteChannels(Method):
 
     @property
     def needs(self) -> frozenset[Statistic]:  # type: ignore[override]
-        return frozenset({"rows", "column_norm"} if self.score == "wanda" else ())
+        return frozenset({"column_norm"} if self.score == "wanda" else ())
 
     def validate(self, name: str, shape: tuple[int, int]) -> None:
         Pattern.parse(self.pattern).check(name, shape[1])
@@ -66,6 +66,7 @@ class PermuteChannels(Method):
         wanted = [role for role in RESIDUAL if role in roles and role in survey.norms]
         if not self.residual or not wanted:
             return
+        assert survey.column_norm is not None
         if survey.residual:
             raise UserError(
                 "expected permute_channels before a rotation of the residual stream, found it after one; a rotation "
@@ -79,7 +80,7 @@ class PermuteChannels(Method):
             tensors = survey.block(index)
             for role in wanted:
                 weight = torch.cat([tensors[f"{name}.weight"] for name in survey.roles[role]])
-                norm = survey.rows(index, role).norm(dim=0) if self.score == "wanda" else None
+                norm = survey.column_norm(index, role) if self.score == "wanda" else None
                 rows = torch.randperm(len(weight), generator=generator)[:share].sort().values
                 scores = self._scores(weight[rows], norm)
                 # Groups differ in scale and count alike.
