@@ -35,7 +35,8 @@ sanitize: $(INSTALLED)
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 		-DTULLE_NATIVE_TESTS=ON -DTULLE_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
-	build/sanitize/tulle_native_tests
+	build/sanitize/tulle_test_kernels
+	build/sanitize/tulle_test_linear
 
 # torch first, alone: its version is settled before anything that merely depends on it.
 $(INSTALLED): $(BUILT_FROM)

@@ -17,8 +17,13 @@ def imported_by(statement: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "statement",
-    ["import tulle", "import tulle.native", "import tulle.format.spec, tulle.format.pack"],
-)
+    [
+        "import tulle",
+        "import tulle.native",
+        "import tulle.format.spec, tulle.format.pack",
+        "import tulle.engine, tulle.engine.bench",
+    ],
+)  # fmt: skip
 def test_deployment_rooms_stay_free_of_torch(statement: str) -> None:
     modules = imported_by(statement)
     assert "tulle" in modules

@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "engine.hpp"
 #include "tulle/cpu.hpp"
 #include "tulle/dispatch.hpp"
 
@@ -210,4 +211,5 @@ NB_MODULE(_native, m) {
   define_mask_functions<std::uint32_t>(m);
   define_anneal<std::uint8_t>(m);
   define_anneal<std::int16_t>(m);
+  define_engine(m);
 }

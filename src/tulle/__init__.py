@@ -9,7 +9,7 @@ import importlib
 from importlib import metadata
 from typing import Any
 
-__all__ = ["__version__", "compress", "load"]
+__all__ = ["Engine", "__version__", "compress", "load"]
 
 __version__ = metadata.version("tulle")
 
@@ -20,4 +20,6 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("tulle.compress")
     if name == "load":
         return importlib.import_module("tulle.hf").load
+    if name == "Engine":
+        return importlib.import_module("tulle.engine").Engine
     raise AttributeError(f"module 'tulle' has no attribute {name!r}")

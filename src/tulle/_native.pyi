@@ -1,4 +1,4 @@
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,3 +28,23 @@ def anneal(
     seed: int,
     threads: int,
 ) -> tuple[list[int], int]: ...
+def read_bandwidth(bytes: int, threads: int, passes: int) -> float: ...
+
+class Engine:
+    def __init__(
+        self, model: dict[str, Any], slots: int, context: int, batch: int, cache: str, threads: int
+    ) -> None: ...
+    def forward(
+        self,
+        tokens: NDArray[np.int32],
+        slots: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        rows: NDArray[np.int32],
+        logits: NDArray[np.float32],
+    ) -> None: ...
+    @property
+    def weight_bytes(self) -> int: ...
+    @property
+    def cache_bytes(self) -> int: ...
+    @property
+    def work_bytes(self) -> int: ...

@@ -4,6 +4,8 @@
 
 #include <vector>
 
+#include "tulle/linear.hpp"
+#include "tulle/ops.hpp"
 #include "tulle/packing.hpp"
 #include "tulle/permutation.hpp"
 
@@ -13,6 +15,8 @@ struct Isa {
   const char* name;  // "scalar", "avx2", "avx512"
   const PackingKernels* packing;
   const PermutationKernels* permutation;
+  const LinearKernels* linear;
+  const OpsKernels* ops;
 };
 
 // Narrowest (scalar) first.

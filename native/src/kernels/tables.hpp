@@ -5,6 +5,8 @@
 // linker keeps one copy of those and could keep this one for the whole library.
 #pragma once
 
+#include "tulle/linear.hpp"
+#include "tulle/ops.hpp"
 #include "tulle/packing.hpp"
 #include "tulle/permutation.hpp"
 
@@ -17,5 +19,13 @@ extern const PackingKernels avx512_packing;
 extern const PermutationKernels scalar_permutation;
 extern const PermutationKernels avx2_permutation;
 extern const PermutationKernels avx512_permutation;
+
+extern const LinearKernels scalar_linear;
+extern const LinearKernels avx2_linear;
+extern const LinearKernels avx512_linear;
+
+extern const OpsKernels scalar_ops;
+extern const OpsKernels avx2_ops;
+extern const OpsKernels avx512_ops;
 
 }  // namespace tulle

@@ -35,7 +35,9 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option("--limit", metavar="N", min=1, help="Only the first N rows of each task.")
     ] = None,
-    backend: Annotated[str, typer.Option("--backend", metavar="NAME", help="What runs the model: torch.")] = "torch",
+    backend: Annotated[
+        str, typer.Option("--backend", metavar="NAME", help="What runs the model: torch or engine.")
+    ] = "torch",
     device: common.Device = "cpu",
     dtype: Annotated[str, typer.Option("--dtype", help="Of activations and unpacked weights.")] = "float32",
     json_file: common.JsonFile = None,
@@ -44,8 +46,8 @@ def evaluate(
 
     Example: tulle eval out --text stories.txt --separator '<|endoftext|>' --documents 0:100
     """
-    if backend != "torch":
-        raise UserError(f"expected --backend torch, found {backend!r}; no other backend is part of this version")
+    if backend not in ("torch", "engine"):
+        raise UserError(f"expected --backend torch or engine, found {backend!r}")
     chosen = common.parse_range(documents)
     from tulle.evaluate import Protocol, evaluate_text, held_out_text
     from tulle.evaluate.loading import load_model
@@ -61,7 +63,12 @@ def evaluate(
     elif not runs:
         passage, whole = held_out_text()
         protocol = Protocol(length, bos, whole.whole)
-    loaded, tokenizer = load_model(folder, device, dtype)
+    if backend == "engine":
+        from tulle.evaluate.engine import load_engine
+
+        loaded, tokenizer = load_engine(folder)
+    else:
+        loaded, tokenizer = load_model(folder, device, dtype)
     score: TextScore | None = None
     with common.progress_bars() as progress:
         if passage is not None:

@@ -16,6 +16,7 @@ import typer
 from tulle.cli.common import quiet_libraries
 from tulle.cli.compress import compress
 from tulle.cli.demo import demo
+from tulle.cli.engine import bench, chat, generate
 from tulle.cli.eval import evaluate
 from tulle.cli.export import export
 from tulle.cli.inspect import inspect
@@ -35,6 +36,9 @@ app.command("compress", short_help="Make a model sparse and low-bit by a recipe.
 app.command("eval", short_help="Perplexity, bits per byte, tasks.")(evaluate)
 app.command("inspect", short_help="Structure, bits, sparsity, outliers, sensitivity.")(inspect)
 app.command("export", short_help="Write a compressed model in another format.")(export)
+app.command("generate", short_help="Continue a text with the native engine.")(generate)
+app.command("chat", short_help="Talk to a model.")(chat)
+app.command("bench", short_help="Prefill and decode speed of the engine.")(bench)
 app.command("train", short_help="Train a model from scratch by a recipe.")(train)
 
 

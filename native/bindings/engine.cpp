@@ -1,0 +1,285 @@
+// Python's view of the engine: arrays and settings in, checked, and kept alive as long as the engine.
+#include "engine.hpp"
+
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "tulle/bandwidth.hpp"
+#include "tulle/check.hpp"
+#include "tulle/engine.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+template <typename T>
+using Vector = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+// Arrays that the engine reads from.
+using Kept = std::vector<nb::object>;
+
+nb::object item(const nb::dict& from, const char* key) {
+  if (!from.contains(key)) throw std::invalid_argument(std::string("expected ") + key + ", found none");
+  return from[key];
+}
+
+template <typename T>
+T get(const nb::dict& from, const char* key) {
+  try {
+    return nb::cast<T>(item(from, key));
+  } catch (const nb::cast_error&) {
+    throw std::invalid_argument(std::string(key) + ": expected another type or dtype");
+  }
+}
+
+// Null where the entry is None.
+template <typename T>
+const T* array(const nb::dict& from, const char* key, Kept& kept, std::uint64_t* count = nullptr) {
+  if (count != nullptr) *count = 0;
+  nb::object object = item(from, key);
+  if (object.is_none()) return nullptr;
+  auto found = get<Vector<T>>(from, key);
+  if (count != nullptr) *count = found.shape(0);
+  kept.push_back(object);
+  return found.data();
+}
+
+// As `array`, of so many elements.
+template <typename T>
+const T* array_of(const nb::dict& from, const char* key, std::size_t expected, Kept& kept) {
+  std::uint64_t count = 0;
+  const T* data = array<T>(from, key, kept, &count);
+  if (data != nullptr && count != expected) {
+    throw std::invalid_argument(std::string(key) + ": expected " + std::to_string(expected) + " elements, found " +
+                                std::to_string(count));
+  }
+  return data;
+}
+
+tulle::WeightKind weight_kind(const std::string& name) {
+  if (name == "codes4") return tulle::WeightKind::codes4;
+  if (name == "codes8") return tulle::WeightKind::codes8;
+  if (name == "bf16") return tulle::WeightKind::bf16;
+  if (name == "f32") return tulle::WeightKind::f32;
+  throw std::invalid_argument("kind: expected codes4, codes8, bf16 or f32, found '" + name + "'");
+}
+
+tulle::Grid grid(const nb::dict& from) {
+  return {get<int>(from, "bits"), get<bool>(from, "symmetric"), get<float>(from, "clip")};
+}
+
+tulle::LinearView linear_view(const nb::dict& from, Kept& kept) {
+  tulle::LinearView w{};
+  tulle::LinearSizes sizes{};
+  w.kind = weight_kind(get<std::string>(from, "kind"));
+  w.sparse = get<bool>(from, "sparse");
+  w.rows = get<std::size_t>(from, "rows");
+  w.columns = get<std::size_t>(from, "columns");
+  w.segment = get<std::size_t>(from, "segment");
+  w.segments = get<std::size_t>(from, "segments");
+  w.segments_per_scale = get<std::size_t>(from, "segments_per_scale");
+  w.values = array<std::uint8_t>(from, "values", kept, &sizes.values);
+  w.masks = array<std::uint8_t>(from, "masks", kept, &sizes.masks);
+  w.offsets = array<std::uint64_t>(from, "offsets", kept, &sizes.offsets);
+  w.scales = array<std::uint16_t>(from, "scales", kept, &sizes.scales);
+  w.zeros = array<std::uint8_t>(from, "zeros", kept, &sizes.zeros);
+  w.zero = get<std::uint8_t>(from, "zero");
+  tulle::check(w, sizes);
+  return w;
+}
+
+tulle::Linear linear(const nb::dict& from, Kept& kept) {
+  tulle::Linear l;
+  l.weight = linear_view(from, kept);
+  l.bias = array_of<float>(from, "bias", l.weight.rows, kept);
+  l.input = grid(get<nb::dict>(from, "input"));
+  return l;
+}
+
+tulle::Transform transform(const nb::dict& from) {
+  tulle::Transform t;
+  const auto kind = get<std::string>(from, "kind");
+  t.channels = get<std::size_t>(from, "channels");
+  const auto copy = [&](const char* key, std::size_t expected) {
+    const auto found = get<Vector<float>>(from, key);
+    if (found.shape(0) != expected) {
+      throw std::invalid_argument(std::string(key) + " of a transform: expected " + std::to_string(expected) +
+                                  " elements, found " + std::to_string(found.shape(0)));
+    }
+    t.numbers.insert(t.numbers.end(), found.data(), found.data() + expected);
+  };
+  const auto divides = [&](std::size_t part) {
+    if (part == 0 || t.channels % part != 0) {
+      throw std::invalid_argument("block of a transform: expected a divisor of " + std::to_string(t.channels) +
+                                  ", found " + std::to_string(part));
+    }
+  };
+  if (t.channels == 0 || t.channels > (std::size_t{1} << 24)) throw std::invalid_argument("channels: expected 1 to 2^24");
+  if (kind == "diagonal") {
+    t.kind = tulle::Transform::Kind::diagonal;
+    copy("scale", t.channels);
+  } else if (kind == "permutation") {
+    t.kind = tulle::Transform::Kind::permutation;
+    const auto found = get<Vector<std::int32_t>>(from, "index");
+    if (found.shape(0) != t.channels) throw std::invalid_argument("index of a permutation: wrong length");
+    for (std::size_t i = 0; i < t.channels; ++i) {
+      const std::int32_t value = found.data()[i];
+      if (value < 0 || static_cast<std::size_t>(value) >= t.channels) {
+        throw std::invalid_argument("index of a permutation: expected channels, found " + std::to_string(value));
+      }
+      t.index.push_back(value);
+    }
+  } else if (kind == "hadamard") {
+    t.kind = tulle::Transform::Kind::hadamard;
+    t.block = get<std::size_t>(from, "block");
+    t.base = get<std::size_t>(from, "base");
+    divides(t.block);
+    if (t.base == 0 || t.block % t.base != 0 || ((t.block / t.base) & (t.block / t.base - 1)) != 0) {
+      throw std::invalid_argument("block of a Hadamard transform: expected base times a power of two");
+    }
+    if (t.base > 1) copy("matrix", t.base * t.base);
+  } else if (kind == "block_matrix") {
+    t.kind = tulle::Transform::Kind::block_matrix;
+    t.block = get<std::size_t>(from, "block");
+    t.shared = get<bool>(from, "shared");
+    divides(t.block);
+    copy("matrix", t.block * (t.shared ? t.block : t.channels));
+  } else if (kind == "kronecker") {
+    t.kind = tulle::Transform::Kind::kronecker;
+    t.left = get<std::size_t>(from, "left_size");
+    t.right = get<std::size_t>(from, "right_size");
+    divides(t.left);
+    if (t.left * t.right != t.channels) throw std::invalid_argument("Kronecker factors do not fit the channels");
+    copy("left", t.left * t.left);
+    copy("right", t.right * t.right);
+  } else {
+    throw std::invalid_argument("transform: unknown kind '" + kind + "'");
+  }
+  return t;
+}
+
+tulle::Group group(const nb::dict& from, Kept& kept) {
+  tulle::Group g;
+  for (nb::handle t : get<nb::list>(from, "transforms")) g.transforms.push_back(transform(nb::cast<nb::dict>(t)));
+  for (nb::handle l : get<nb::list>(from, "linears")) g.linears.push_back(linear(nb::cast<nb::dict>(l), kept));
+  return g;
+}
+
+tulle::CacheKind cache_kind(const std::string& name) {
+  if (name == "f32") return tulle::CacheKind::f32;
+  if (name == "bf16") return tulle::CacheKind::bf16;
+  if (name == "int8") return tulle::CacheKind::u8;
+  throw std::invalid_argument("cache: expected f32, bf16 or int8, found '" + name + "'");
+}
+
+tulle::Model model(const nb::dict& from, Kept& kept) {
+  tulle::Model m;
+  m.hidden = get<std::size_t>(from, "hidden");
+  m.intermediate = get<std::size_t>(from, "intermediate");
+  m.heads = get<std::size_t>(from, "heads");
+  m.kv_heads = get<std::size_t>(from, "kv_heads");
+  m.head_dim = get<std::size_t>(from, "head_dim");
+  m.vocabulary = get<std::size_t>(from, "vocabulary");
+  for (std::size_t size : {m.hidden, m.intermediate, m.heads, m.kv_heads, m.head_dim, m.vocabulary}) {
+    if (size > (std::size_t{1} << 24)) throw std::invalid_argument("sizes of the model: expected at most 2^24");
+  }
+  m.eps = get<float>(from, "eps");
+  const auto gate = get<std::string>(from, "gate");
+  if (gate == "silu") m.gate = tulle::Gate::silu;
+  else if (gate == "relu2") m.gate = tulle::Gate::relu2;
+  else if (gate == "gelu_tanh") m.gate = tulle::Gate::gelu_tanh;
+  else throw std::invalid_argument("gate: expected silu, relu2 or gelu_tanh, found '" + gate + "'");
+  m.inverse_frequencies = get<std::vector<float>>(from, "inverse_frequencies");
+  m.rope_scale = get<float>(from, "rope_scale");
+  m.query = grid(get<nb::dict>(from, "query"));
+  m.key = grid(get<nb::dict>(from, "key"));
+  m.value = grid(get<nb::dict>(from, "value"));
+  const nb::object rotation = item(from, "head_rotation");
+  if (!rotation.is_none()) m.head_rotation = transform(nb::cast<nb::dict>(rotation));
+  m.embedding_kind = weight_kind(get<std::string>(from, "embedding_kind"));
+  const std::size_t elements = m.vocabulary * m.hidden;
+  if (m.embedding_kind == tulle::WeightKind::bf16) {
+    m.embedding = array_of<std::uint16_t>(from, "embedding", elements, kept);
+  } else if (m.embedding_kind == tulle::WeightKind::f32) {
+    m.embedding = array_of<float>(from, "embedding", elements, kept);
+  } else {
+    throw std::invalid_argument("embedding_kind: expected bf16 or f32");
+  }
+  m.norm = array_of<float>(from, "norm", m.hidden, kept);
+  m.head = group(get<nb::dict>(from, "head"), kept);
+  for (nb::handle h : get<nb::list>(from, "layers")) {
+    const auto d = nb::cast<nb::dict>(h);
+    tulle::Layer layer;
+    layer.input_norm = array_of<float>(d, "input_norm", m.hidden, kept);
+    layer.post_norm = array_of<float>(d, "post_norm", m.hidden, kept);
+    layer.query_norm = array_of<float>(d, "query_norm", m.head_dim, kept);
+    layer.key_norm = array_of<float>(d, "key_norm", m.head_dim, kept);
+    layer.window = get<std::size_t>(d, "window");
+    layer.qkv = group(get<nb::dict>(d, "qkv"), kept);
+    layer.o = group(get<nb::dict>(d, "o"), kept);
+    layer.gate_up = group(get<nb::dict>(d, "gate_up"), kept);
+    layer.down = group(get<nb::dict>(d, "down"), kept);
+    m.layers.push_back(std::move(layer));
+  }
+  return m;
+}
+
+class BoundEngine {
+ public:
+  BoundEngine(nb::dict settings, std::size_t slots, std::size_t context, std::size_t batch, const std::string& cache,
+              std::size_t threads)
+      : engine_(model(settings, kept_), slots, context, batch, cache_kind(cache), threads) {}
+
+  using Integers = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+  using Floats = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+  void forward(Integers tokens, Integers slots, Integers positions, Integers rows, Floats logits) {
+    const std::size_t n = tokens.shape(0);
+    if (slots.shape(0) != n || positions.shape(0) != n) {
+      throw std::invalid_argument("expected as many slots and positions as tokens");
+    }
+    if (logits.shape(0) != rows.shape(0) || logits.shape(1) != engine_.vocabulary()) {
+      throw std::invalid_argument("expected logits [rows][vocabulary]");
+    }
+    nb::gil_scoped_release release;
+    engine_.forward(tokens.data(), slots.data(), positions.data(), n, rows.data(), rows.shape(0), logits.data());
+  }
+
+  std::uint64_t weight_bytes() const { return engine_.weight_bytes(); }
+  std::uint64_t cache_bytes() const { return engine_.cache_bytes(); }
+  std::uint64_t work_bytes() const { return engine_.work_bytes(); }
+
+ private:
+  Kept kept_;
+  tulle::Engine engine_;
+};
+
+}  // namespace
+
+void define_engine(nb::module_& m) {
+  m.def(
+      "read_bandwidth",
+      [](std::size_t bytes, std::size_t threads, std::size_t passes) {
+        nb::gil_scoped_release release;
+        return tulle::read_bandwidth(bytes, threads, passes);
+      },
+      "bytes"_a, "threads"_a, "passes"_a);
+  nb::class_<BoundEngine>(m, "Engine")
+      .def(nb::init<nb::dict, std::size_t, std::size_t, std::size_t, const std::string&, std::size_t>(), "model"_a,
+           "slots"_a, "context"_a, "batch"_a, "cache"_a, "threads"_a)
+      .def("forward", &BoundEngine::forward, "tokens"_a.noconvert(), "slots"_a.noconvert(), "positions"_a.noconvert(),
+           "rows"_a.noconvert(), "logits"_a.noconvert())
+      .def_prop_ro("weight_bytes", &BoundEngine::weight_bytes)
+      .def_prop_ro("cache_bytes", &BoundEngine::cache_bytes)
+      .def_prop_ro("work_bytes", &BoundEngine::work_bytes);
+}

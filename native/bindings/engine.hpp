@@ -1,0 +1,6 @@
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+// The class Engine.
+void define_engine(nanobind::module_& m);

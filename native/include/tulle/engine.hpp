@@ -1,0 +1,91 @@
+// A decoder of the Llama family on the engine's linears: tokens in, logits out, keys and values kept.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "tulle/linear.hpp"
+#include "tulle/ops.hpp"
+
+namespace tulle {
+
+// x ↦ x·T of docs/format.md, "Transforms", in front of linears that share an input.
+struct Transform {
+  enum class Kind : std::uint8_t { diagonal, permutation, hadamard, block_matrix, kronecker } kind;
+  std::size_t channels = 0;
+  std::size_t block = 0;                  // hadamard, block_matrix
+  bool shared = false;                    // block_matrix
+  std::size_t left = 0, right = 0;        // kronecker
+  std::size_t base = 0;                   // hadamard: order of the factor that is no power of two
+  std::vector<float> numbers;             // scale; matrix; left transposed, then right; the base's ±1 [base][base]
+  std::vector<std::int32_t> index;        // permutation
+
+  // y [channels] = x·T; y does not overlap x; `work`: `channels` floats.
+  void run(const OpsKernels& ops, const float* x, float* y, float* work) const;
+};
+
+struct Linear {
+  LinearView weight{};
+  const float* bias = nullptr;  // [rows]
+  Grid input{0, true, 1.0f};    // bits 0: floats; 16: what the model leaves unquantised, for codes
+
+  // Bytes that one token reads.
+  std::uint64_t bytes() const;
+};
+
+// Linears that share an input.
+struct Group {
+  std::vector<Transform> transforms;
+  std::vector<Linear> linears;
+};
+
+struct Layer {
+  const float *input_norm = nullptr, *post_norm = nullptr;   // [hidden]
+  const float *query_norm = nullptr, *key_norm = nullptr;    // [head_dim] or null
+  Group qkv, o, gate_up, down;
+  std::size_t window = 0;  // tokens that attention reaches back, itself included; 0: all
+};
+
+struct Model {
+  std::size_t hidden = 0, intermediate = 0, heads = 0, kv_heads = 0, head_dim = 0, vocabulary = 0;
+  float eps = 0;
+  Gate gate = Gate::silu;
+  std::vector<float> inverse_frequencies;  // [head_dim / 2]
+  float rope_scale = 1;                    // of cosines and sines
+  Grid query{0, true, 1}, key{0, true, 1}, value{0, true, 1};
+  Transform head_rotation;  // channels 0: none
+  const void* embedding = nullptr;  // [vocabulary][hidden]
+  WeightKind embedding_kind = WeightKind::f32;  // f32 or bf16
+  std::vector<Layer> layers;
+  const float* norm = nullptr;
+  Group head;
+};
+
+// Throws std::invalid_argument where sizes do not fit each other.
+void check(const Model& model);
+
+class Engine {
+ public:
+  // `slots` sequences of up to `context` tokens, `batch` tokens per forward pass at the most.
+  Engine(Model model, std::size_t slots, std::size_t context, std::size_t batch, CacheKind cache, std::size_t threads);
+  ~Engine();
+
+  // tokens, slots, positions [n], n <= batch: token i stands at positions[i] of sequence slots[i]; what a sequence holds
+  // before has been given in earlier calls or stands earlier in this one. logits [wanted][vocabulary] of the tokens
+  // `rows` [wanted]. Throws std::invalid_argument on anything out of range.
+  void forward(const std::int32_t* tokens, const std::int32_t* slots, const std::int32_t* positions, std::size_t n,
+               const std::int32_t* rows, std::size_t wanted, float* logits);
+
+  std::uint64_t weight_bytes() const;  // read per token
+  std::uint64_t cache_bytes() const;
+  std::uint64_t work_bytes() const;
+  std::size_t vocabulary() const;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace tulle

@@ -1,0 +1,77 @@
+// The engine's linears: y = W·x with weights in the kernel layout of docs/engine.md.
+//
+// Rows (outputs) come in tiles of 16. Of a tile, a *unit* is what one instruction meets: 4 inputs × 16 outputs of
+// 8-bit codes (output major, inputs within), 2 × 16 of bfloat16, 1 × 16 of float32. Inputs come in *segments*, padded
+// alike, of at most kChunkInputs inputs that share a scale, and segments in *chunks* of at most kChunkInputs inputs.
+//
+// Two codes of 4 bits share a byte: dense, code j of a unit (low) and code j of the next one (high); sparse, two that
+// follow each other.
+//
+// Codes are unsigned, activations signed 8-bit integers in one or two planes (x = hi, or 256·hi + lo). A pruned
+// weight is the code of its zero point, so that Σ w·x = Σ u·x − z·Σ x holds as integers, dense or sparse.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace tulle {
+
+constexpr std::size_t kTileRows = 16;
+constexpr std::size_t kChunkInputs = 512;
+constexpr std::size_t kUnitBytes = 64;
+// Readable bytes behind the last code or value: kernels load whole registers.
+constexpr std::size_t kSlack = 64;
+
+enum class WeightKind : std::uint8_t { codes4, codes8, bf16, f32 };
+
+struct LinearView {
+  WeightKind kind;
+  bool sparse;
+  std::size_t rows, columns;
+  std::size_t segment;           // inputs per segment, a multiple of 8, at most kChunkInputs
+  std::size_t segments;          // per row
+  std::size_t segments_per_scale;
+  const std::uint8_t* values;    // dense: units tile by tile; sparse: what the masks keep, chunks aligned to bytes
+  const std::uint8_t* masks;     // sparse: a bit per weight in the order of the units, tile by tile
+  const std::uint64_t* offsets;  // sparse: [tiles · chunks + 1] bytes into values where a tile's chunk begins
+  const std::uint16_t* scales;   // codes: bfloat16 [tiles][scales][16]
+  const std::uint8_t* zeros;     // codes: [tiles][scales][16], or null where all are `zero`
+  std::uint8_t zero;
+
+  bool is_codes() const { return kind == WeightKind::codes4 || kind == WeightKind::codes8; }
+  std::size_t tiles() const { return (rows + kTileRows - 1) / kTileRows; }
+  std::size_t padded() const { return segment * segments; }  // inputs
+  std::size_t chunk_segments() const { return segment >= kChunkInputs ? 1 : kChunkInputs / segment; }
+  std::size_t chunks() const { return (segments + chunk_segments() - 1) / chunk_segments(); }
+  std::size_t unit_inputs() const { return is_codes() ? 4 : kind == WeightKind::bf16 ? 2 : 1; }
+  std::size_t scales_per_row() const { return segments / segments_per_scale; }
+  // Segments of a chunk: the last one may have fewer.
+  std::size_t segments_of(std::size_t chunk) const {
+    const std::size_t first = chunk * chunk_segments(), left = segments - first;
+    return left < chunk_segments() ? left : chunk_segments();
+  }
+};
+
+// Tokens' inputs of a linear, in the padded order of its segments.
+struct Inputs {
+  std::size_t tokens;
+  std::size_t stride;            // elements from one token to the next
+  const float* floats;           // float weights: [tokens][stride]
+  std::size_t planes;            // codes: 1 or 2
+  const std::int8_t* plane[2];   // [tokens][stride]; with two, the first is the high one
+  const std::int32_t* sums[2];   // per plane Σ x of a segment, [tokens][sum_stride]
+  std::size_t sum_stride;
+  const float* steps;            // [tokens]: x̂ = step · integer
+};
+
+struct LinearKernels {
+  // y[token][row] for the rows of tiles [first, last); y has `y_stride` floats per token and is written only at real
+  // rows. `scratch`: scratch_bytes(tokens) bytes, 64-byte aligned, of this thread.
+  void (*run)(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y,
+              std::size_t y_stride, std::uint8_t* scratch);
+};
+
+// Of one thread, for up to so many tokens at once.
+std::size_t scratch_bytes(std::size_t tokens);
+
+}  // namespace tulle

@@ -1,0 +1,66 @@
+// What the engine computes between its linears, on float32 vectors.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace tulle {
+
+// Tokens of a key block: keys are stored [block][head_dim][kKeyBlock], so that one query meets a block's keys as vectors.
+constexpr std::size_t kKeyBlock = 16;
+// Queries that share a pass over keys and values.
+constexpr std::size_t kQueries = 4;
+
+enum class CacheKind : std::uint8_t { f32, bf16, u8 };
+enum class Gate : std::uint8_t { silu, relu2, gelu_tanh };
+
+// One layer's keys and values of one sequence and KV head.
+struct CacheView {
+  CacheKind kind;
+  std::size_t head_dim;
+  void* keys;     // [capacity / kKeyBlock][head_dim][kKeyBlock]
+  void* values;   // [capacity][head_dim]
+  float* scales;  // u8: [capacity][4], key step, key zero point, value step, value zero point: x = step · (u − zero)
+};
+
+// A quantiser of one vector (docs/format.md, "Quantised inputs").
+struct Grid {
+  int bits;  // 0: none
+  bool symmetric;
+  float clip;
+};
+
+// step, and the least and greatest whole number.
+struct GridRange {
+  float step, low, high;
+};
+
+struct OpsKernels {
+  void (*rms_norm)(const float* x, const float* gain, std::size_t n, float eps, float* y);
+  void (*add)(float* x, const float* y, std::size_t n);
+  // y[i] = x[i] · s[i]
+  void (*scale)(const float* x, const float* s, std::size_t n, float* y);
+  // out = act(gate) · up
+  void (*gate)(Gate kind, const float* gate, const float* up, std::size_t n, float* out);
+  GridRange (*range)(const float* x, std::size_t n, Grid grid);
+  // clip(round(x / step)); with a low plane: whole = 256 · high + low.
+  void (*quantise)(const float* x, std::size_t n, GridRange range, std::int8_t* high, std::int8_t* low);
+  // x ← step · clip(round(x / step))
+  void (*fake)(float* x, std::size_t n, GridRange range);
+  std::int32_t (*sum)(const std::int8_t* x, std::size_t n);
+  // Rotates pairs (x[i], x[i + n/2]) by angles with the given cosines and sines [n/2].
+  void (*rope)(float* x, const float* cosine, const float* sine, std::size_t n);
+  // y [columns] += x [rows] · m [rows][columns]
+  void (*times)(const float* x, const float* m, std::size_t rows, std::size_t columns, float* y);
+  // Sylvester butterflies over runs of n = 2^k, `count` runs in a row, times `factor`.
+  void (*butterflies)(float* x, std::size_t n, std::size_t count, float factor);
+  // Key and value of the token at `position` into the cache; ranges are of u8 caches.
+  void (*remember)(const CacheView& cache, std::size_t position, const float* key, const float* value,
+                   GridRange key_range, GridRange value_range);
+  // out[r][head_dim] for up to kQueries rows: row r attends to positions [begin[r], end[r]). `scores`: kQueries times
+  // the greatest end, rounded up to kKeyBlock.
+  void (*attend)(const CacheView& cache, std::size_t rows, const float* const* queries, const std::size_t* begin,
+                 const std::size_t* end, float scale, float* const* out, float* scores);
+};
+
+}  // namespace tulle

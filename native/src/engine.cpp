@@ -1,0 +1,597 @@
+#include "tulle/engine.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <string>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "tulle/dispatch.hpp"
+
+namespace tulle {
+namespace {
+
+constexpr std::size_t kAlignment = 64;
+
+std::size_t round_up(std::size_t n, std::size_t step) { return (n + step - 1) / step * step; }
+
+// Zeroed, aligned, and only as resident as it is used.
+template <typename T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(std::size_t count) : bytes_(round_up(count * sizeof(T) + 1, kAlignment)) {
+    raw_ = static_cast<std::uint8_t*>(std::calloc(bytes_ + kAlignment, 1));
+    if (raw_ == nullptr) throw std::bad_alloc();
+    const auto address = reinterpret_cast<std::uintptr_t>(raw_);
+    data_ = reinterpret_cast<T*>(round_up(address, kAlignment));
+  }
+  Buffer(Buffer&& other) noexcept { swap(other); }
+  Buffer& operator=(Buffer&& other) noexcept {
+    swap(other);
+    return *this;
+  }
+  ~Buffer() { std::free(raw_); }
+  T* data() const { return data_; }
+  std::size_t bytes() const { return bytes_; }
+
+ private:
+  void swap(Buffer& other) {
+    std::swap(raw_, other.raw_);
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+  }
+  std::uint8_t* raw_ = nullptr;
+  T* data_ = nullptr;
+  std::size_t bytes_ = 0;
+};
+
+void require(bool ok, const char* what, std::size_t expected, std::size_t found) {
+  if (ok) return;
+  throw std::invalid_argument(std::string(what) + ": expected " + std::to_string(expected) + ", found " +
+                              std::to_string(found));
+}
+
+void require_equal(const char* what, std::size_t expected, std::size_t found) {
+  require(expected == found, what, expected, found);
+}
+
+std::size_t item_bytes(CacheKind kind) { return kind == CacheKind::f32 ? 4 : kind == CacheKind::bf16 ? 2 : 1; }
+
+bool same_input(const Linear& a, const Linear& b) {
+  const LinearView &v = a.weight, &w = b.weight;
+  if (v.is_codes() != w.is_codes() || v.padded() != w.padded()) return false;
+  if (a.input.bits != b.input.bits || a.input.symmetric != b.input.symmetric || a.input.clip != b.input.clip) return false;
+  return !v.is_codes() || (v.segment == w.segment && v.segments_per_scale == w.segments_per_scale);
+}
+
+std::size_t planes_of(const Grid& grid) { return grid.bits > 8 || (grid.bits == 8 && !grid.symmetric) ? 2 : 1; }
+
+// What a thread does of a group's linears.
+struct Part {
+  std::size_t linear, first, last;  // tiles
+};
+
+struct Plan {
+  std::vector<std::size_t> input_of;       // per linear: which of the prepared inputs it reads
+  std::vector<const Linear*> inputs;       // a linear that shows how to prepare each
+  std::vector<std::vector<Part>> parts;    // per thread
+  std::vector<std::size_t> output;         // per linear: its first output among the group's
+  std::size_t outputs = 0;
+};
+
+Plan plan_of(const Group& group, std::size_t threads) {
+  Plan plan;
+  std::uint64_t total = 0;
+  for (const Linear& linear : group.linears) {
+    std::size_t found = 0;
+    while (found < plan.inputs.size() && !same_input(*plan.inputs[found], linear)) ++found;
+    if (found == plan.inputs.size()) plan.inputs.push_back(&linear);
+    plan.input_of.push_back(found);
+    plan.output.push_back(plan.outputs);
+    plan.outputs += linear.weight.rows;
+    total += linear.bytes();
+  }
+  // By bytes: a tile costs what it weighs. Whole pairs, which kernels for several tokens take at once.
+  plan.parts.resize(threads);
+  std::uint64_t before = 0;
+  for (std::size_t i = 0; i < group.linears.size(); ++i) {
+    const LinearView& w = group.linears[i].weight;
+    const std::uint64_t bytes = group.linears[i].bytes();
+    std::size_t first = 0;
+    for (std::size_t t = 0; t < threads && first < w.tiles(); ++t) {
+      const std::uint64_t end = total * (t + 1) / threads;
+      std::size_t last = w.tiles();
+      if (end < before + bytes) {
+        if (end <= before) continue;
+        last = std::min(w.tiles(), round_up((end - before) * w.tiles() / bytes, 2));
+      }
+      if (last <= first) continue;
+      plan.parts[t].push_back({i, first, last});
+      first = last;
+    }
+    before += bytes;
+  }
+  return plan;
+}
+
+// Inputs of up to `batch` tokens, prepared for a kernel.
+struct Prepared {
+  Buffer<float> floats, steps;
+  Buffer<std::int8_t> plane[2];
+  Buffer<std::int32_t> sums[2];
+
+  Inputs view(const Linear& linear, std::size_t tokens) const {
+    const LinearView& w = linear.weight;
+    return {tokens, w.padded(), floats.data(), planes_of(linear.input), {plane[0].data(), plane[1].data()},
+            {sums[0].data(), sums[1].data()}, w.segments, steps.data()};
+  }
+};
+
+std::size_t widest(const Model& model) {
+  return std::max({model.hidden, model.intermediate, model.heads * model.head_dim, model.kv_heads * model.head_dim});
+}
+
+}  // namespace
+
+void Transform::run(const OpsKernels& ops, const float* x, float* y, float* work) const {
+  switch (kind) {
+    case Kind::diagonal: return ops.scale(x, numbers.data(), channels, y);
+    case Kind::permutation:
+      for (std::size_t i = 0; i < channels; ++i) y[i] = x[index[i]];
+      return;
+    case Kind::hadamard: {
+      const std::size_t runs = channels / block * base, run = block / base;
+      float* first = base == 1 ? y : work;
+      std::memcpy(first, x, channels * sizeof(float));
+      ops.butterflies(first, run, runs, 1.0f / std::sqrt(static_cast<float>(block)));
+      if (base == 1) return;
+      std::memset(y, 0, channels * sizeof(float));
+      for (std::size_t start = 0; start < channels; start += block) {
+        for (std::size_t i = 0; i < base; ++i) {
+          ops.times(numbers.data() + i * base, work + start, base, run, y + start + i * run);
+        }
+      }
+      return;
+    }
+    case Kind::block_matrix:
+      std::memset(y, 0, channels * sizeof(float));
+      for (std::size_t start = 0; start < channels; start += block) {
+        ops.times(x + start, numbers.data() + (shared ? 0 : start * block), block, block, y + start);
+      }
+      return;
+    case Kind::kronecker: {
+      const float* right_matrix = numbers.data() + left * left;
+      std::memset(work, 0, channels * sizeof(float));
+      std::memset(y, 0, channels * sizeof(float));
+      for (std::size_t i = 0; i < left; ++i) ops.times(x + i * right, right_matrix, right, right, work + i * right);
+      for (std::size_t i = 0; i < left; ++i) ops.times(numbers.data() + i * left, work, left, right, y + i * right);
+    }
+  }
+}
+
+std::uint64_t Linear::bytes() const {
+  const LinearView& w = weight;
+  const std::uint64_t weights = static_cast<std::uint64_t>(w.tiles()) * kTileRows * w.padded();
+  std::uint64_t bytes = 0;
+  if (w.is_codes()) bytes += static_cast<std::uint64_t>(w.tiles()) * kTileRows * w.scales_per_row() * (w.zeros ? 3 : 2);
+  if (w.sparse) return bytes + weights / 8 + w.offsets[w.tiles() * w.chunks()];
+  const unsigned bits = w.kind == WeightKind::codes4 ? 4 : w.kind == WeightKind::codes8 ? 8 : w.kind == WeightKind::bf16 ? 16 : 32;
+  return bytes + weights * bits / 8;
+}
+
+void check(const Model& m) {
+  require(m.hidden > 0 && m.heads > 0 && m.kv_heads > 0 && m.vocabulary > 0, "sizes of the model", 1, 0);
+  require(m.head_dim > 0 && m.head_dim % 2 == 0, "an even head_dim", 2, m.head_dim);
+  require_equal("query heads left over by KV heads", 0, m.heads % m.kv_heads);
+  require_equal("frequencies", m.head_dim / 2, m.inverse_frequencies.size());
+  require(m.embedding != nullptr && m.norm != nullptr, "embedding and norm", 1, 0);
+  require_equal("linears of the head", 1, m.head.linears.size());
+  const auto fits = [](const Group& group, std::size_t inputs, std::initializer_list<std::size_t> outputs) {
+    require_equal("linears of a group", outputs.size(), group.linears.size());
+    for (const Transform& t : group.transforms) require_equal("channels of a transform", inputs, t.channels);
+    std::size_t i = 0;
+    for (std::size_t rows : outputs) {
+      const Linear& linear = group.linears[i++];
+      require_equal("inputs of a linear", inputs, linear.weight.columns);
+      require_equal("outputs of a linear", rows, linear.weight.rows);
+      if (!linear.weight.is_codes()) continue;
+      require(linear.input.bits >= 2 && linear.input.bits <= 16, "bits of the inputs", 8, linear.input.bits);
+      require_equal("inputs left over by scales", 0, inputs % linear.weight.scales_per_row());
+      const std::size_t real = inputs / linear.weight.scales_per_row();
+      const std::size_t room = linear.weight.segment * linear.weight.segments_per_scale;
+      require(real <= room, "inputs per scale, at most", room, real);
+    }
+  };
+  const std::size_t q = m.heads * m.head_dim, kv = m.kv_heads * m.head_dim;
+  for (const Layer& layer : m.layers) {
+    require(layer.input_norm != nullptr && layer.post_norm != nullptr, "norms of a layer", 2, 0);
+    fits(layer.qkv, m.hidden, {q, kv, kv});
+    fits(layer.o, q, {m.hidden});
+    fits(layer.gate_up, m.hidden, {m.intermediate, m.intermediate});
+    fits(layer.down, m.intermediate, {m.hidden});
+  }
+  fits(m.head, m.hidden, {m.vocabulary});
+  if (m.head_rotation.channels) require_equal("channels of the head rotation", m.head_dim, m.head_rotation.channels);
+}
+
+struct Engine::State {
+  Model model;
+  std::size_t slots, context, batch, threads;
+  CacheKind cache_kind;
+  const LinearKernels& linear;
+  const OpsKernels& ops;
+
+  struct Plans {
+    Plan qkv, o, gate_up, down;
+  };
+  std::vector<Plans> plans;
+  Plan head_plan;
+
+  std::vector<Prepared> prepared;
+  Buffer<float> hidden, attended, small, wide, cosines, sines;
+  Buffer<std::uint8_t> keys, values;
+  Buffer<float> cache_scales;
+  // Per thread: three vectors for transforms, scores, and a kernel's scratch.
+  std::size_t vector_floats, score_floats, scratch;
+  std::vector<Buffer<float>> vectors, scores;
+  std::vector<Buffer<std::uint8_t>> scratches;
+
+  // Rows of queries that share a pass: of one sequence, `count` of them from row `first` (token · shared + head).
+  struct Rows {
+    std::size_t first, count;
+  };
+  std::vector<Rows> row_blocks;
+
+  State(Model m, std::size_t slots_, std::size_t context_, std::size_t batch_, CacheKind kind, std::size_t threads_)
+      : model(std::move(m)), slots(slots_), context(round_up(context_, kKeyBlock)), batch(batch_),
+        threads(std::max<std::size_t>(threads_, 1)), cache_kind(kind), linear(*active_isa().linear),
+        ops(*active_isa().ops) {
+    require(slots >= 1 && context_ >= 1 && batch >= 1, "slots, context and batch of at least", 1, 0);
+    std::size_t inputs = 1, float_width = 0, code_width = 0, segments = 0;
+    bool two_planes = false;
+    const auto add = [&](const Group& group, Plan& plan) {
+      plan = plan_of(group, threads);
+      inputs = std::max(inputs, plan.inputs.size());
+      for (const Linear* l : plan.inputs) {
+        if (!l->weight.is_codes()) {
+          float_width = std::max(float_width, l->weight.padded());
+          continue;
+        }
+        code_width = std::max(code_width, l->weight.padded());
+        segments = std::max(segments, l->weight.segments);
+        two_planes = two_planes || planes_of(l->input) == 2;
+      }
+    };
+    plans.resize(model.layers.size());
+    for (std::size_t i = 0; i < plans.size(); ++i) {
+      add(model.layers[i].qkv, plans[i].qkv);
+      add(model.layers[i].o, plans[i].o);
+      add(model.layers[i].gate_up, plans[i].gate_up);
+      add(model.layers[i].down, plans[i].down);
+    }
+    add(model.head, head_plan);
+    for (std::size_t i = 0; i < inputs; ++i) {
+      Prepared p;
+      p.floats = Buffer<float>(batch * float_width);
+      p.steps = Buffer<float>(batch);
+      for (std::size_t plane = 0; plane < (two_planes ? 2 : 1); ++plane) {
+        p.plane[plane] = Buffer<std::int8_t>(batch * code_width);
+        p.sums[plane] = Buffer<std::int32_t>(batch * segments);
+      }
+      prepared.push_back(std::move(p));
+    }
+    const std::size_t q = model.heads * model.head_dim, kv = model.kv_heads * model.head_dim;
+    hidden = Buffer<float>(batch * model.hidden);
+    attended = Buffer<float>(batch * q);
+    small = Buffer<float>(batch * model.hidden);
+    wide = Buffer<float>(batch * std::max(q + 2 * kv, 2 * model.intermediate));
+    cosines = Buffer<float>(batch * model.head_dim / 2);
+    sines = Buffer<float>(batch * model.head_dim / 2);
+    const std::size_t heads = model.layers.size() * slots * model.kv_heads;
+    keys = Buffer<std::uint8_t>(heads * context * model.head_dim * item_bytes(kind));
+    values = Buffer<std::uint8_t>(heads * context * model.head_dim * item_bytes(kind));
+    if (kind == CacheKind::u8) cache_scales = Buffer<float>(heads * context * 4);
+    vector_floats = round_up(widest(model), 16);
+    score_floats = kQueries * context;
+    scratch = scratch_bytes(batch);
+    for (std::size_t t = 0; t < threads; ++t) {
+      vectors.emplace_back(4 * vector_floats);
+      scores.emplace_back(score_floats);
+      scratches.emplace_back(scratch);
+    }
+    row_blocks.reserve(batch * model.heads / model.kv_heads);
+  }
+
+  CacheView cache(std::size_t layer, std::size_t slot, std::size_t head) const {
+    const std::size_t index = ((layer * slots + slot) * model.kv_heads + head) * context;
+    const std::size_t bytes = index * model.head_dim * item_bytes(cache_kind);
+    return {cache_kind, model.head_dim, keys.data() + bytes, values.data() + bytes,
+            cache_kind == CacheKind::u8 ? cache_scales.data() + index * 4 : nullptr};
+  }
+
+  // x, after the group's transforms, as input of the group's linears, for token number t.
+  void prepare(const Group& group, const Plan& plan, const float* x, std::size_t t, std::size_t thread) {
+    float* const spare[2] = {vectors[thread].data() + vector_floats, vectors[thread].data() + 2 * vector_floats};
+    float* const work = vectors[thread].data() + 3 * vector_floats;
+    int next = 0;
+    for (const Transform& transform : group.transforms) {
+      transform.run(ops, x, spare[next], work);
+      x = spare[next];
+      next = 1 - next;
+    }
+    for (std::size_t i = 0; i < plan.inputs.size(); ++i) {
+      const Linear& l = *plan.inputs[i];
+      const LinearView& w = l.weight;
+      Prepared& p = prepared[i];
+      if (!w.is_codes()) {
+        float* to = p.floats.data() + t * w.padded();
+        std::memcpy(to, x, w.columns * sizeof(float));
+        if (l.input.bits > 0) ops.fake(to, w.columns, ops.range(x, w.columns, l.input));
+        std::memset(to + w.columns, 0, (w.padded() - w.columns) * sizeof(float));
+        continue;
+      }
+      const bool two = planes_of(l.input) == 2;
+      const GridRange range = ops.range(x, w.columns, l.input);
+      p.steps.data()[t] = range.step;
+      const std::size_t scales = w.scales_per_row(), real = w.columns / scales;
+      const std::size_t room = w.segment * w.segments_per_scale;
+      std::int8_t* high = p.plane[0].data() + t * w.padded();
+      std::int8_t* low = two ? p.plane[1].data() + t * w.padded() : nullptr;
+      for (std::size_t s = 0; s < scales; ++s) {
+        ops.quantise(x + s * real, real, range, high + s * room, two ? low + s * room : nullptr);
+        std::memset(high + s * room + real, 0, room - real);
+        if (two) std::memset(low + s * room + real, 0, room - real);
+      }
+      for (std::size_t s = 0; s < w.segments; ++s) {
+        p.sums[0].data()[t * w.segments + s] = ops.sum(high + s * w.segment, w.segment);
+        if (two) p.sums[1].data()[t * w.segments + s] = ops.sum(low + s * w.segment, w.segment);
+      }
+    }
+  }
+
+  // This part's outputs of the group for n tokens, y [n][stride].
+  void multiply(const Group& group, const Plan& plan, std::size_t n, float* y, std::size_t stride, std::size_t part,
+                std::size_t thread) {
+    for (const Part& p : plan.parts[part]) {
+      const Linear& l = group.linears[p.linear];
+      float* out = y + plan.output[p.linear];
+      const Inputs x = prepared[plan.input_of[p.linear]].view(*plan.inputs[plan.input_of[p.linear]], n);
+      linear.run(l.weight, x, p.first, p.last, out, stride, scratches[thread].data());
+      if (l.bias == nullptr) continue;
+      const std::size_t first = p.first * kTileRows, last = std::min(p.last * kTileRows, l.weight.rows);
+      for (std::size_t t = 0; t < n; ++t) ops.add(out + t * stride + first, l.bias + first, last - first);
+    }
+  }
+
+  void begin(const std::int32_t* tokens, const std::int32_t* positions, std::size_t t) {
+    const std::size_t d = model.hidden, half = model.head_dim / 2;
+    float* x = hidden.data() + t * d;
+    const std::size_t row = static_cast<std::size_t>(tokens[t]) * d;
+    if (model.embedding_kind == WeightKind::f32) {
+      std::memcpy(x, static_cast<const std::uint8_t*>(model.embedding) + row * 4, d * 4);
+    } else {
+      for (std::size_t i = 0; i < d; ++i) {
+        std::uint16_t bits;
+        std::memcpy(&bits, static_cast<const std::uint8_t*>(model.embedding) + (row + i) * 2, 2);
+        const std::uint32_t wide_bits = static_cast<std::uint32_t>(bits) << 16;
+        std::memcpy(x + i, &wide_bits, 4);
+      }
+    }
+    for (std::size_t i = 0; i < half; ++i) {
+      const float angle = static_cast<float>(positions[t]) * model.inverse_frequencies[i];
+      cosines.data()[t * half + i] = std::cos(angle) * model.rope_scale;
+      sines.data()[t * half + i] = std::sin(angle) * model.rope_scale;
+    }
+  }
+
+  // Position, rotation and rounding of one query or key head.
+  void finish_head(float* x, const float* gain, const Grid& grid, bool round, std::size_t t, std::size_t thread) {
+    const std::size_t d = model.head_dim;
+    if (gain != nullptr) ops.rms_norm(x, gain, d, model.eps, x);
+    ops.rope(x, cosines.data() + t * d / 2, sines.data() + t * d / 2, d);
+    if (model.head_rotation.channels) {
+      float* turned = vectors[thread].data();
+      model.head_rotation.run(ops, x, turned, vectors[thread].data() + vector_floats);
+      std::memcpy(x, turned, d * sizeof(float));
+    }
+    if (round && grid.bits > 0) ops.fake(x, d, ops.range(x, d, grid));
+  }
+
+  // Head number `head` of the query heads, then the KV heads, of token t.
+  void place(const Layer& layer, std::size_t index, std::size_t head, std::size_t t, std::size_t slot,
+             std::size_t position, std::size_t thread) {
+    const std::size_t d = model.head_dim, q = model.heads * d, kv = model.kv_heads * d;
+    float* row = wide.data() + t * (q + 2 * kv);
+    if (head < model.heads) return finish_head(row + head * d, layer.query_norm, model.query, true, t, thread);
+    head -= model.heads;
+    float *key = row + q + head * d, *value = row + q + kv + head * d;
+    const bool codes = cache_kind == CacheKind::u8;
+    finish_head(key, layer.key_norm, model.key, !codes, t, thread);
+    GridRange key_range{}, value_range{};
+    if (codes) {
+      const Grid plain{8, false, 1.0f};
+      key_range = ops.range(key, d, model.key.bits ? model.key : plain);
+      value_range = ops.range(value, d, model.value.bits ? model.value : plain);
+    } else if (model.value.bits > 0) {
+      ops.fake(value, d, ops.range(value, d, model.value));
+    }
+    ops.remember(cache(index, slot, head), position, key, value, key_range, value_range);
+  }
+
+  void attend(const Layer& layer, std::size_t index, std::size_t head, const Rows& rows, const std::int32_t* slots_of,
+              const std::int32_t* positions, std::size_t thread) {
+    const std::size_t d = model.head_dim, shared = model.heads / model.kv_heads;
+    const std::size_t q = model.heads * d, stride = q + 2 * model.kv_heads * d;
+    const float* queries[kQueries];
+    float* out[kQueries];
+    std::size_t begin_at[kQueries], end_at[kQueries];
+    for (std::size_t r = 0; r < rows.count; ++r) {
+      const std::size_t t = (rows.first + r) / shared, column = (head * shared + (rows.first + r) % shared) * d;
+      queries[r] = wide.data() + t * stride + column;
+      out[r] = attended.data() + t * q + column;
+      end_at[r] = static_cast<std::size_t>(positions[t]) + 1;
+      begin_at[r] = layer.window != 0 && end_at[r] > layer.window ? end_at[r] - layer.window : 0;
+    }
+    const CacheView view = cache(index, static_cast<std::size_t>(slots_of[rows.first / shared]), head);
+    ops.attend(view, rows.count, queries, begin_at, end_at, 1.0f / std::sqrt(static_cast<float>(d)), out,
+               scores[thread].data());
+  }
+
+  void run(const std::int32_t* tokens, const std::int32_t* slots_of, const std::int32_t* positions, std::size_t n,
+           const std::int32_t* rows, std::size_t wanted, float* logits);
+};
+
+void Engine::State::run(const std::int32_t* tokens, const std::int32_t* slots_of, const std::int32_t* positions,
+                        std::size_t n, const std::int32_t* rows, std::size_t wanted, float* logits) {
+  const std::size_t d = model.hidden, q = model.heads * model.head_dim, kv = model.kv_heads * model.head_dim;
+  const std::size_t shared = model.heads / model.kv_heads, per_row = model.heads + model.kv_heads;
+  row_blocks.clear();
+  for (std::size_t t = 0; t < n;) {
+    std::size_t same = t + 1;
+    while (same < n && slots_of[same] == slots_of[t]) ++same;
+    for (std::size_t r = t * shared; r < same * shared; r += kQueries) {
+      row_blocks.push_back({r, std::min(kQueries, same * shared - r)});
+    }
+    t = same;
+  }
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(static_cast<int>(threads))
+#endif
+  {
+    std::size_t thread = 0, team = 1;
+#if defined(_OPENMP)
+    thread = static_cast<std::size_t>(omp_get_thread_num());
+    team = static_cast<std::size_t>(omp_get_num_threads());
+#endif
+    const std::size_t from = n * thread / team, to = n * (thread + 1) / team;
+    float* const vector = vectors[thread].data();
+    const auto wait = [] {
+#if defined(_OPENMP)
+#pragma omp barrier
+#endif
+    };
+    const auto multiply_parts = [&](const Group& group, const Plan& plan, std::size_t count, float* y,
+                                    std::size_t stride) {
+      for (std::size_t part = thread; part < threads; part += team) {
+        multiply(group, plan, count, y, stride, part, thread);
+      }
+      wait();
+    };
+    for (std::size_t t = from; t < to; ++t) begin(tokens, positions, t);
+    for (std::size_t index = 0; index < model.layers.size(); ++index) {
+      const Layer& layer = model.layers[index];
+      const Plans& plan = plans[index];
+      for (std::size_t t = from; t < to; ++t) {
+        float* x = hidden.data() + t * d;
+        if (index > 0) ops.add(x, small.data() + t * d, d);
+        ops.rms_norm(x, layer.input_norm, d, model.eps, vector);
+        prepare(layer.qkv, plan.qkv, vector, t, thread);
+      }
+      wait();
+      multiply_parts(layer.qkv, plan.qkv, n, wide.data(), q + 2 * kv);
+      for (std::size_t i = thread; i < n * per_row; i += team) {
+        const std::size_t t = i / per_row;
+        place(layer, index, i % per_row, t, static_cast<std::size_t>(slots_of[t]),
+              static_cast<std::size_t>(positions[t]), thread);
+      }
+      wait();
+      for (std::size_t i = thread; i < row_blocks.size() * model.kv_heads; i += team) {
+        attend(layer, index, i / row_blocks.size(), row_blocks[i % row_blocks.size()], slots_of, positions, thread);
+      }
+      wait();
+      for (std::size_t t = from; t < to; ++t) prepare(layer.o, plan.o, attended.data() + t * q, t, thread);
+      wait();
+      multiply_parts(layer.o, plan.o, n, small.data(), d);
+      for (std::size_t t = from; t < to; ++t) {
+        float* x = hidden.data() + t * d;
+        ops.add(x, small.data() + t * d, d);
+        ops.rms_norm(x, layer.post_norm, d, model.eps, vector);
+        prepare(layer.gate_up, plan.gate_up, vector, t, thread);
+      }
+      wait();
+      multiply_parts(layer.gate_up, plan.gate_up, n, wide.data(), 2 * model.intermediate);
+      for (std::size_t t = from; t < to; ++t) {
+        const float* gate = wide.data() + t * 2 * model.intermediate;
+        ops.gate(model.gate, gate, gate + model.intermediate, model.intermediate, vector);
+        prepare(layer.down, plan.down, vector, t, thread);
+      }
+      wait();
+      multiply_parts(layer.down, plan.down, n, small.data(), d);
+    }
+    for (std::size_t i = thread; i < wanted; i += team) {
+      float* x = hidden.data() + static_cast<std::size_t>(rows[i]) * d;
+      if (!model.layers.empty()) ops.add(x, small.data() + static_cast<std::size_t>(rows[i]) * d, d);
+      ops.rms_norm(x, model.norm, d, model.eps, vector);
+      prepare(model.head, head_plan, vector, i, thread);
+    }
+    wait();
+    if (wanted > 0) multiply_parts(model.head, head_plan, wanted, logits, model.vocabulary);
+  }
+}
+
+Engine::Engine(Model model, std::size_t slots, std::size_t context, std::size_t batch, CacheKind cache,
+               std::size_t threads) {
+  check(model);
+  state_ = std::make_unique<State>(std::move(model), slots, context, batch, cache, threads);
+}
+
+Engine::~Engine() = default;
+
+void Engine::forward(const std::int32_t* tokens, const std::int32_t* slots, const std::int32_t* positions,
+                     std::size_t n, const std::int32_t* rows, std::size_t wanted, float* logits) {
+  State& s = *state_;
+  require(n >= 1 && n <= s.batch, "tokens of one pass, at most", s.batch, n);
+  require(wanted <= n, "rows of logits, at most", n, wanted);
+  for (std::size_t i = 0; i < n; ++i) {
+    const auto inside = [](std::int32_t value, std::size_t limit) {
+      return value >= 0 && static_cast<std::size_t>(value) < limit;
+    };
+    require(inside(tokens[i], s.model.vocabulary), "tokens below", s.model.vocabulary, static_cast<std::size_t>(tokens[i]));
+    require(inside(slots[i], s.slots), "slots below", s.slots, static_cast<std::size_t>(slots[i]));
+    require(inside(positions[i], s.context), "positions below", s.context, static_cast<std::size_t>(positions[i]));
+  }
+  for (std::size_t i = 0; i < wanted; ++i) {
+    require(rows[i] >= 0 && static_cast<std::size_t>(rows[i]) < n, "rows below", n, static_cast<std::size_t>(rows[i]));
+    require(i == 0 || rows[i] > rows[i - 1], "rising rows; more than", i == 0 ? 0 : static_cast<std::size_t>(rows[i - 1]),
+            static_cast<std::size_t>(rows[i]));
+  }
+  s.run(tokens, slots, positions, n, rows, wanted, logits);
+}
+
+std::uint64_t Engine::weight_bytes() const {
+  std::uint64_t bytes = 0;
+  for (const Layer& layer : state_->model.layers) {
+    for (const Group* group : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) {
+      for (const Linear& linear : group->linears) bytes += linear.bytes();
+    }
+  }
+  return bytes + state_->model.head.linears[0].bytes();
+}
+
+std::uint64_t Engine::cache_bytes() const {
+  return state_->keys.bytes() + state_->values.bytes() + state_->cache_scales.bytes();
+}
+
+std::uint64_t Engine::work_bytes() const {
+  const State& s = *state_;
+  std::uint64_t bytes = 0;
+  for (const Buffer<float>* b : {&s.hidden, &s.attended, &s.small, &s.wide, &s.cosines, &s.sines}) bytes += b->bytes();
+  for (const Prepared& p : s.prepared) {
+    bytes += p.floats.bytes() + p.steps.bytes();
+    for (int i = 0; i < 2; ++i) bytes += p.plane[i].bytes() + p.sums[i].bytes();
+  }
+  for (std::size_t t = 0; t < s.threads; ++t) {
+    bytes += s.vectors[t].bytes() + s.scores[t].bytes() + s.scratches[t].bytes();
+  }
+  return bytes;
+}
+
+std::size_t Engine::vocabulary() const { return state_->model.vocabulary; }
+
+}  // namespace tulle

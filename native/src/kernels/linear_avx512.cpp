@@ -1,0 +1,457 @@
+// Linears by vpdpbusd: 64 codes (16 outputs × 4 inputs) per instruction, pruned ones filled in by vpexpandb.
+//
+// One token: a tile's codes go from the stream into the accumulators without a stop. Several tokens: a chunk of two
+// tiles is expanded into the level-1 cache once and met by up to 12 tokens at a time.
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "tables.hpp"
+
+namespace tulle {
+namespace {
+
+#include "linear_common.inl"
+
+std::size_t least(std::size_t a, std::size_t b) { return a < b ? a : b; }
+
+__m512i broadcast4(const std::int8_t* x) {
+  std::int32_t four;
+  std::memcpy(&four, x, 4);
+  return _mm512_set1_epi32(four);
+}
+
+__mmask64 mask64(const std::uint8_t* bits) {
+  std::uint64_t word;
+  std::memcpy(&word, bits, 8);
+  return word;
+}
+
+__m512 scales_at(const std::uint16_t* scales) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+// Low and high nibbles of 64 bytes.
+__m512i low_nibbles(__m512i packed) { return _mm512_and_si512(packed, _mm512_set1_epi8(15)); }
+__m512i high_nibbles(__m512i packed) { return low_nibbles(_mm512_srli_epi16(packed, 4)); }
+
+// 64 codes of 32 bytes, those of a byte side by side.
+__m512i nibbles_at(const std::uint8_t* packed) {
+  const __m512i w = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+  return _mm512_and_si512(_mm512_or_si512(w, _mm512_slli_epi16(w, 4)), _mm512_set1_epi8(15));
+}
+
+// Zero points of a tile's outputs: as 32-bit numbers, and four times each as bytes.
+struct Zeros {
+  __m512i wide, bytes;
+};
+
+Zeros zeros_at(const LinearView& w, std::size_t scale) {
+  const __m512i wide = w.zeros
+      ? _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.zeros + scale)))
+      : _mm512_set1_epi32(w.zero);
+  return {wide, _mm512_mullo_epi32(wide, _mm512_set1_epi32(0x01010101))};
+}
+
+// Zero points times −Σ x of a segment.
+__m512i correction(const LinearView& w, const Zeros& zeros, std::int32_t sum) {
+  if (w.zeros == nullptr) return _mm512_set1_epi32(-static_cast<std::int32_t>(w.zero) * sum);
+  return _mm512_mullo_epi32(zeros.wide, _mm512_set1_epi32(-sum));
+}
+
+// A tile's codes, two units at a time of one chunk.
+template <bool kNibbles, bool kSparse>
+class Stream {
+ public:
+  // `buffer`: of a sparse stream of nibbles, kChunkInputs · 16 + kSlack bytes.
+  Stream(const LinearView& w, std::size_t tile, std::size_t chunk, std::uint8_t* buffer) {
+    const std::size_t unit = (tile * w.padded() + chunk * w.chunk_segments() * w.segment) / 4;
+    if constexpr (!kSparse) {
+      next_ = w.values + unit * (kNibbles ? kUnitBytes / 2 : kUnitBytes);
+    } else {
+      masks_ = w.masks + unit * 8;
+      const std::uint64_t* offset = w.offsets + tile * w.chunks() + chunk;
+      next_ = w.values + offset[0];
+      if constexpr (kNibbles) {
+        const std::size_t bytes = offset[1] - offset[0];
+        for (std::size_t i = 0; i < bytes; i += 32) _mm512_store_si512(buffer + 2 * i, nibbles_at(next_ + i));
+        next_ = buffer;
+      }
+    }
+  }
+
+  void take(const __m512i& zeros, __m512i& first, __m512i& second) {
+    if constexpr (kSparse) {
+      first = expanded(zeros);
+      second = expanded(zeros);
+    } else if constexpr (kNibbles) {
+      const __m512i packed = _mm512_loadu_si512(next_);
+      first = low_nibbles(packed);
+      second = high_nibbles(packed);
+      next_ += kUnitBytes;
+    } else {
+      first = _mm512_loadu_si512(next_);
+      second = _mm512_loadu_si512(next_ + kUnitBytes);
+      next_ += 2 * kUnitBytes;
+    }
+  }
+
+ private:
+  __m512i expanded(const __m512i& zeros) {
+    const __mmask64 mask = mask64(masks_);
+    const __m512i codes = _mm512_mask_expand_epi8(zeros, mask, _mm512_loadu_si512(next_));
+    next_ += _mm_popcnt_u64(mask);
+    masks_ += 8;
+    return codes;
+  }
+
+  const std::uint8_t* next_;
+  const std::uint8_t* masks_ = nullptr;
+};
+
+// One token.
+template <bool kNibbles, bool kSparse, int kPlanes>
+void multiply(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y,
+              std::uint8_t* scratch) {
+  constexpr int kWays = kPlanes == 1 ? 4 : 2;  // accumulators in turn, so that none waits for its own last result
+  const std::size_t units = w.segment / 4;
+  for (std::size_t tile = first; tile < last; ++tile) {
+    __m512 sum = _mm512_setzero_ps();
+    std::size_t segment = 0;
+    for (std::size_t chunk = 0; chunk < w.chunks(); ++chunk) {
+      Stream<kNibbles, kSparse> stream(w, tile, chunk, scratch);
+      const std::size_t end = segment + w.segments_of(chunk);
+      for (; segment < end; ++segment) {
+        const std::size_t scale = (tile * w.scales_per_row() + segment / w.segments_per_scale) * kTileRows;
+        const Zeros zeros = zeros_at(w, scale);
+        const std::int8_t* in[kPlanes];
+        __m512i total[kPlanes][kWays];
+        for (int p = 0; p < kPlanes; ++p) {
+          in[p] = x.plane[p] + segment * w.segment;
+          total[p][0] = correction(w, zeros, x.sums[p][segment]);
+          for (int way = 1; way < kWays; ++way) total[p][way] = _mm512_setzero_si512();
+        }
+        const auto pair = [&](std::size_t u, int way) {
+          __m512i a, b;
+          stream.take(zeros.bytes, a, b);
+          for (int p = 0; p < kPlanes; ++p) {
+            total[p][way] = _mm512_dpbusd_epi32(total[p][way], a, broadcast4(in[p] + 4 * u));
+            total[p][way + 1] = _mm512_dpbusd_epi32(total[p][way + 1], b, broadcast4(in[p] + 4 * u + 4));
+          }
+        };
+        std::size_t u = 0;
+        for (; u + kWays <= units; u += kWays) {
+          for (int way = 0; way < kWays; way += 2) pair(u + static_cast<std::size_t>(way), way);
+        }
+        for (; u < units; u += 2) pair(u, 0);
+        __m512 whole[kPlanes];
+        for (int p = 0; p < kPlanes; ++p) {
+          for (int way = 1; way < kWays; ++way) total[p][0] = _mm512_add_epi32(total[p][0], total[p][way]);
+          whole[p] = _mm512_cvtepi32_ps(total[p][0]);
+        }
+        if constexpr (kPlanes == 2) whole[0] = _mm512_fmadd_ps(whole[0], _mm512_set1_ps(256), whole[1]);
+        sum = _mm512_fmadd_ps(whole[0], scales_at(w.scales + scale), sum);
+      }
+    }
+    const __mmask16 real = static_cast<__mmask16>((1u << rows_of(w, tile)) - 1);
+    _mm512_mask_storeu_ps(y + tile * kTileRows, real, _mm512_mul_ps(sum, _mm512_set1_ps(x.steps[0])));
+  }
+}
+
+template <bool kNibbles, bool kSparse>
+void expand(const LinearView& w, std::size_t tile, std::size_t chunk, std::uint8_t* codes, std::uint8_t* buffer) {
+  Stream<kNibbles, kSparse> stream(w, tile, chunk, buffer);
+  for (std::size_t s = 0; s < w.segments_of(chunk); ++s) {
+    const std::size_t segment = chunk * w.chunk_segments() + s;
+    const std::size_t scale = (tile * w.scales_per_row() + segment / w.segments_per_scale) * kTileRows;
+    const Zeros zeros = zeros_at(w, scale);
+    for (std::size_t u = 0; u < w.segment / 4; u += 2, codes += 2 * kUnitBytes) {
+      __m512i a, b;
+      stream.take(zeros.bytes, a, b);
+      _mm512_store_si512(codes, a);
+      _mm512_store_si512(codes + kUnitBytes, b);
+    }
+  }
+}
+
+// One segment of kTiles tiles, whose codes lie `tile_stride` bytes apart, with kTokens tokens.
+template <int kTiles, int kTokens, int kPlanes>
+void meet(const LinearView& w, const Inputs& x, std::size_t tile, std::size_t segment, std::size_t token,
+          const std::uint8_t* codes, std::size_t tile_stride, float* sums) {
+  const std::size_t units = w.segment / 4;
+  __m512i total[kTiles][kTokens][kPlanes];
+  std::size_t scale[kTiles];
+  for (int i = 0; i < kTiles; ++i) {
+    scale[i] = ((tile + i) * w.scales_per_row() + segment / w.segments_per_scale) * kTileRows;
+    const Zeros zeros = zeros_at(w, scale[i]);
+    for (int t = 0; t < kTokens; ++t) {
+      for (int p = 0; p < kPlanes; ++p) {
+        const std::int32_t sum = x.sums[p][(token + t) * x.sum_stride + segment];
+        total[i][t][p] = correction(w, zeros, sum);
+      }
+    }
+  }
+  const std::int8_t* in[kPlanes];
+  for (int p = 0; p < kPlanes; ++p) in[p] = x.plane[p] + token * x.stride + segment * w.segment;
+  for (std::size_t u = 0; u < units; ++u) {
+    __m512i unit[kTiles];
+    for (int i = 0; i < kTiles; ++i) unit[i] = _mm512_load_si512(codes + i * tile_stride + u * kUnitBytes);
+    for (int t = 0; t < kTokens; ++t) {
+      for (int p = 0; p < kPlanes; ++p) {
+        const __m512i four = broadcast4(in[p] + t * x.stride + 4 * u);
+        for (int i = 0; i < kTiles; ++i) total[i][t][p] = _mm512_dpbusd_epi32(total[i][t][p], unit[i], four);
+      }
+    }
+  }
+  for (int i = 0; i < kTiles; ++i) {
+    const __m512 scales = scales_at(w.scales + scale[i]);
+    for (int t = 0; t < kTokens; ++t) {
+      __m512 whole = _mm512_cvtepi32_ps(total[i][t][0]);
+      if constexpr (kPlanes == 2) {
+        whole = _mm512_fmadd_ps(whole, _mm512_set1_ps(256), _mm512_cvtepi32_ps(total[i][t][kPlanes - 1]));
+      }
+      float* sum = sums + ((token + t) * 2 + i) * kTileRows;
+      _mm512_store_ps(sum, _mm512_fmadd_ps(whole, scales, _mm512_load_ps(sum)));
+    }
+  }
+}
+
+template <int kTiles, int kPlanes>
+void meet_all(const LinearView& w, const Inputs& x, std::size_t tile, std::size_t segment, const std::uint8_t* codes,
+              std::size_t tile_stride, float* sums) {
+  constexpr int kMost = kPlanes == 1 ? 12 : 6;
+  std::size_t t = 0;
+  for (; t + kMost <= x.tokens; t += kMost) {
+    meet<kTiles, kMost, kPlanes>(w, x, tile, segment, t, codes, tile_stride, sums);
+  }
+  for (; t + 4 <= x.tokens; t += 4) meet<kTiles, 4, kPlanes>(w, x, tile, segment, t, codes, tile_stride, sums);
+  switch (x.tokens - t) {
+    case 1: return meet<kTiles, 1, kPlanes>(w, x, tile, segment, t, codes, tile_stride, sums);
+    case 2: return meet<kTiles, 2, kPlanes>(w, x, tile, segment, t, codes, tile_stride, sums);
+    case 3: return meet<kTiles, 3, kPlanes>(w, x, tile, segment, t, codes, tile_stride, sums);
+    default: return;
+  }
+}
+
+template <bool kNibbles, bool kSparse, int kPlanes>
+void multiply_many(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y,
+                   std::size_t y_stride, std::uint8_t* scratch) {
+  constexpr std::size_t kPanel = kChunkInputs * kTileRows;
+  std::uint8_t* const buffer = scratch + 2 * kPanel;
+  float* const sums = reinterpret_cast<float*>(scratch + 3 * kPanel + kSlack);
+  for (std::size_t tile = first; tile < last; tile += 2) {
+    const std::size_t tiles = least(2, last - tile);
+    std::memset(sums, 0, x.tokens * 2 * kTileRows * sizeof(float));
+    for (std::size_t chunk = 0; chunk < w.chunks(); ++chunk) {
+      for (std::size_t i = 0; i < tiles; ++i) {
+        expand<kNibbles, kSparse>(w, tile + i, chunk, scratch + i * kPanel, buffer);
+      }
+      for (std::size_t s = 0; s < w.segments_of(chunk); ++s) {
+        const std::size_t segment = chunk * w.chunk_segments() + s;
+        const std::uint8_t* codes = scratch + s * w.segment * kTileRows;
+        if (tiles == 2) meet_all<2, kPlanes>(w, x, tile, segment, codes, kPanel, sums);
+        else meet_all<1, kPlanes>(w, x, tile, segment, codes, kPanel, sums);
+      }
+    }
+    for (std::size_t t = 0; t < x.tokens; ++t) {
+      const __m512 step = _mm512_set1_ps(x.steps[t]);
+      for (std::size_t i = 0; i < tiles; ++i) {
+        const __mmask16 real = static_cast<__mmask16>((1u << rows_of(w, tile + i)) - 1);
+        const __m512 sum = _mm512_load_ps(sums + (t * 2 + i) * kTileRows);
+        _mm512_mask_storeu_ps(y + t * y_stride + (tile + i) * kTileRows, real, _mm512_mul_ps(sum, step));
+      }
+    }
+  }
+}
+
+template <bool kNibbles, bool kSparse>
+void run_codes(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y,
+               std::size_t y_stride, std::uint8_t* scratch) {
+  if (x.tokens == 1) {
+    if (x.planes == 1) return multiply<kNibbles, kSparse, 1>(w, x, first, last, y, scratch);
+    return multiply<kNibbles, kSparse, 2>(w, x, first, last, y, scratch);
+  }
+  if (x.planes == 1) return multiply_many<kNibbles, kSparse, 1>(w, x, first, last, y, y_stride, scratch);
+  return multiply_many<kNibbles, kSparse, 2>(w, x, first, last, y, y_stride, scratch);
+}
+
+// A tile's weights as float32, unit after unit of one chunk: two inputs of bfloat16 or one of float32.
+template <bool kHalf, bool kSparse>
+class Floats {
+ public:
+  Floats(const LinearView& w, std::size_t tile, std::size_t chunk) {
+    const std::size_t first = tile * w.padded() + chunk * w.chunk_segments() * w.segment;
+    if constexpr (kSparse) {
+      masks_ = w.masks + first * kTileRows / 8;
+      next_ = w.values + w.offsets[tile * w.chunks() + chunk];
+    } else {
+      next_ = w.values + first * kTileRows * (kHalf ? 2 : 4);
+    }
+  }
+
+  // Two inputs, whatever the unit.
+  void take(__m512& even, __m512& odd) {
+    if constexpr (kHalf) {
+      __m512i pairs;
+      if constexpr (kSparse) {
+        std::uint32_t mask;
+        std::memcpy(&mask, masks_, 4);
+        masks_ += 4;
+        pairs = _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(next_));
+        next_ += 2 * static_cast<std::size_t>(_mm_popcnt_u32(mask));
+      } else {
+        pairs = _mm512_loadu_si512(next_);
+        next_ += 64;
+      }
+      even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+      odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+    } else {
+      even = single();
+      odd = single();
+    }
+  }
+
+ private:
+  __m512 single() {
+    if constexpr (kSparse) {
+      std::uint16_t mask;
+      std::memcpy(&mask, masks_, 2);
+      masks_ += 2;
+      const __m512 values = _mm512_maskz_expand_ps(mask, _mm512_loadu_ps(next_));
+      next_ += 4 * static_cast<std::size_t>(_mm_popcnt_u32(mask));
+      return values;
+    } else {
+      const __m512 values = _mm512_loadu_ps(next_);
+      next_ += 64;
+      return values;
+    }
+  }
+
+  const std::uint8_t* next_;
+  const std::uint8_t* masks_ = nullptr;
+};
+
+template <bool kHalf, bool kSparse>
+void multiply_floats(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y) {
+  for (std::size_t tile = first; tile < last; ++tile) {
+    __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+    for (std::size_t chunk = 0; chunk < w.chunks(); ++chunk) {
+      Floats<kHalf, kSparse> stream(w, tile, chunk);
+      const float* in = x.floats + chunk * w.chunk_segments() * w.segment;
+      const std::size_t inputs = w.segments_of(chunk) * w.segment;
+      for (std::size_t i = 0; i < inputs; i += 4) {
+        for (std::size_t j = 0; j < 4; j += 2) {
+          __m512 even, odd;
+          stream.take(even, odd);
+          sum[j] = _mm512_fmadd_ps(even, _mm512_set1_ps(in[i + j]), sum[j]);
+          sum[j + 1] = _mm512_fmadd_ps(odd, _mm512_set1_ps(in[i + j + 1]), sum[j + 1]);
+        }
+      }
+    }
+    const __mmask16 real = static_cast<__mmask16>((1u << rows_of(w, tile)) - 1);
+    const __m512 total = _mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3]));
+    _mm512_mask_storeu_ps(y + tile * kTileRows, real, total);
+  }
+}
+
+// `inputs` inputs of two tiles, expanded to [inputs][16] and kChunkInputs · 16 floats apart, with kTokens tokens.
+template <int kTiles, int kTokens>
+void meet_floats(const float* weights, const float* in, std::size_t stride, std::size_t inputs, float* sums) {
+  __m512 sum[kTiles][kTokens];
+  for (int i = 0; i < kTiles; ++i) {
+    for (int t = 0; t < kTokens; ++t) sum[i][t] = _mm512_load_ps(sums + (t * 2 + i) * kTileRows);
+  }
+  for (std::size_t k = 0; k < inputs; ++k) {
+    __m512 unit[kTiles];
+    for (int i = 0; i < kTiles; ++i) unit[i] = _mm512_load_ps(weights + (i * kChunkInputs + k) * kTileRows);
+    for (int t = 0; t < kTokens; ++t) {
+      const __m512 one = _mm512_set1_ps(in[t * stride + k]);
+      for (int i = 0; i < kTiles; ++i) sum[i][t] = _mm512_fmadd_ps(unit[i], one, sum[i][t]);
+    }
+  }
+  for (int i = 0; i < kTiles; ++i) {
+    for (int t = 0; t < kTokens; ++t) _mm512_store_ps(sums + (t * 2 + i) * kTileRows, sum[i][t]);
+  }
+}
+
+template <int kTiles>
+void meet_all_floats(const float* weights, const float* in, std::size_t stride, std::size_t inputs,
+                     std::size_t tokens, float* sums) {
+  std::size_t t = 0;
+  for (; t + 12 <= tokens; t += 12) {
+    meet_floats<kTiles, 12>(weights, in + t * stride, stride, inputs, sums + t * 2 * kTileRows);
+  }
+  for (; t + 4 <= tokens; t += 4) {
+    meet_floats<kTiles, 4>(weights, in + t * stride, stride, inputs, sums + t * 2 * kTileRows);
+  }
+  for (; t < tokens; ++t) {
+    meet_floats<kTiles, 1>(weights, in + t * stride, stride, inputs, sums + t * 2 * kTileRows);
+  }
+}
+
+template <bool kHalf, bool kSparse>
+void multiply_many_floats(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y,
+                          std::size_t y_stride, std::uint8_t* scratch) {
+  constexpr std::size_t kPanel = kChunkInputs * kTileRows;
+  float* const weights = reinterpret_cast<float*>(scratch);
+  float* const sums = weights + 2 * kPanel;
+  for (std::size_t tile = first; tile < last; tile += 2) {
+    const std::size_t tiles = least(2, last - tile);
+    std::memset(sums, 0, x.tokens * 2 * kTileRows * sizeof(float));
+    for (std::size_t chunk = 0; chunk < w.chunks(); ++chunk) {
+      const std::size_t inputs = w.segments_of(chunk) * w.segment;
+      for (std::size_t i = 0; i < tiles; ++i) {
+        Floats<kHalf, kSparse> stream(w, tile + i, chunk);
+        float* out = weights + i * kPanel;
+        for (std::size_t k = 0; k < inputs; k += 2, out += 2 * kTileRows) {
+          __m512 even, odd;
+          stream.take(even, odd);
+          _mm512_store_ps(out, even);
+          _mm512_store_ps(out + kTileRows, odd);
+        }
+      }
+      const float* in = x.floats + chunk * w.chunk_segments() * w.segment;
+      if (tiles == 2) meet_all_floats<2>(weights, in, x.stride, inputs, x.tokens, sums);
+      else meet_all_floats<1>(weights, in, x.stride, inputs, x.tokens, sums);
+    }
+    for (std::size_t t = 0; t < x.tokens; ++t) {
+      for (std::size_t i = 0; i < tiles; ++i) {
+        const __mmask16 real = static_cast<__mmask16>((1u << rows_of(w, tile + i)) - 1);
+        _mm512_mask_storeu_ps(y + t * y_stride + (tile + i) * kTileRows, real,
+                              _mm512_load_ps(sums + (t * 2 + i) * kTileRows));
+      }
+    }
+  }
+}
+
+template <bool kHalf, bool kSparse>
+void run_floats(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y,
+                std::size_t y_stride, std::uint8_t* scratch) {
+  if (x.tokens == 1) return multiply_floats<kHalf, kSparse>(w, x, first, last, y);
+  multiply_many_floats<kHalf, kSparse>(w, x, first, last, y, y_stride, scratch);
+}
+
+void run(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y, std::size_t y_stride,
+         std::uint8_t* scratch) {
+  switch (w.kind) {
+    case WeightKind::codes4:
+      if (w.sparse) return run_codes<true, true>(w, x, first, last, y, y_stride, scratch);
+      return run_codes<true, false>(w, x, first, last, y, y_stride, scratch);
+    case WeightKind::codes8:
+      if (w.sparse) return run_codes<false, true>(w, x, first, last, y, y_stride, scratch);
+      return run_codes<false, false>(w, x, first, last, y, y_stride, scratch);
+    case WeightKind::bf16:
+      if (w.sparse) return run_floats<true, true>(w, x, first, last, y, y_stride, scratch);
+      return run_floats<true, false>(w, x, first, last, y, y_stride, scratch);
+    case WeightKind::f32:
+      if (w.sparse) return run_floats<false, true>(w, x, first, last, y, y_stride, scratch);
+      return run_floats<false, false>(w, x, first, last, y, y_stride, scratch);
+  }
+}
+
+}  // namespace
+
+const LinearKernels avx512_linear = {run};
+
+}  // namespace tulle

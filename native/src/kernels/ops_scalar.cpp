@@ -1,0 +1,14 @@
+#include <cstring>
+
+#include "tables.hpp"
+
+namespace tulle {
+namespace {
+
+#include "ops.inl"
+
+}  // namespace
+
+const OpsKernels scalar_ops = ops::kernels;
+
+}  // namespace tulle

@@ -1,0 +1,72 @@
+#include "tulle/linear.hpp"
+
+#include <stdexcept>
+#include <string>
+
+#include "tulle/check.hpp"
+#include "tulle/dispatch.hpp"
+
+namespace tulle {
+namespace {
+
+[[noreturn]] void refuse(const std::string& what, std::uint64_t expected, std::uint64_t found) {
+  throw std::invalid_argument(what + ": expected " + std::to_string(expected) + ", found " + std::to_string(found));
+}
+
+void require(const char* what, std::uint64_t expected, std::uint64_t found) {
+  if (expected != found) refuse(what, expected, found);
+}
+
+// Bytes of `count` dense values.
+std::uint64_t value_bytes(WeightKind kind, std::uint64_t count) {
+  switch (kind) {
+    case WeightKind::codes4: return (count + 1) / 2;
+    case WeightKind::codes8: return count;
+    case WeightKind::bf16: return 2 * count;
+    default: return 4 * count;
+  }
+}
+
+}  // namespace
+
+std::size_t scratch_bytes(std::size_t tokens) {
+  return 2 * kChunkInputs * kTileRows * sizeof(float) + tokens * 2 * kTileRows * sizeof(float);
+}
+
+void check(const LinearView& w, const LinearSizes& sizes) {
+  constexpr std::size_t kMost = std::size_t{1} << 31;  // of rows and columns, so that no product below overflows
+  if (w.rows < 1 || w.rows > kMost || w.columns < 1 || w.columns > kMost) refuse("rows or columns", 1, w.rows);
+  if (w.segment < 8 || w.segment > kChunkInputs || w.segment % 8 != 0) refuse("inputs of a segment", kChunkInputs, w.segment);
+  if (w.segments < 1 || w.segments > kMost || w.segments_per_scale < 1) refuse("segments", 1, w.segments);
+  require("segments that share scales evenly", 0, w.segments % w.segments_per_scale);
+  if (w.padded() < w.columns) refuse("inputs of all segments", w.columns, w.padded());
+  const std::uint64_t weights = static_cast<std::uint64_t>(w.tiles()) * kTileRows * w.padded();
+  if (w.is_codes()) {
+    const std::uint64_t scales = static_cast<std::uint64_t>(w.tiles()) * w.scales_per_row() * kTileRows;
+    require("scales", scales, sizes.scales);
+    if (w.zeros != nullptr) require("zero points", scales, sizes.zeros);
+  }
+  if (!w.sparse) {
+    require("bytes of the weights", value_bytes(w.kind, weights) + kSlack, sizes.values);
+    return;
+  }
+  require("bytes of the masks", weights / 8, sizes.masks);
+  const std::uint64_t chunks = static_cast<std::uint64_t>(w.tiles()) * w.chunks();
+  require("offsets", chunks + 1, sizes.offsets);
+  require("first offset", 0, w.offsets[0]);
+  if (sizes.values < kSlack) refuse("bytes of the values, at least", kSlack, sizes.values);
+  require("last offset", sizes.values - kSlack, w.offsets[chunks]);
+  const PackingKernels& kernels = *active_isa().packing;
+  const std::uint8_t* mask = w.masks;
+  for (std::size_t tile = 0, i = 0; tile < w.tiles(); ++tile) {
+    for (std::size_t chunk = 0; chunk < w.chunks(); ++chunk, ++i) {
+      const std::size_t count = w.segments_of(chunk) * w.segment * kTileRows;
+      const std::uint64_t bytes = value_bytes(w.kind, kernels.count_bits(mask, count));
+      // Offsets begin at 0, so that none of them can lie beyond the last where every step is right.
+      if (w.offsets[i + 1] - w.offsets[i] != bytes) refuse("bytes between two offsets", bytes, w.offsets[i + 1] - w.offsets[i]);
+      mask += count / 8;
+    }
+  }
+}
+
+}  // namespace tulle

@@ -1,0 +1,238 @@
+// Every supported instruction set against the scalar linears, on exactly sized heap buffers. Codes give the same bits
+// everywhere; sums of floats may be taken in another order.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <vector>
+
+#include "tulle/check.hpp"
+#include "tulle/dispatch.hpp"
+
+namespace {
+
+using tulle::Inputs;
+using tulle::LinearView;
+using tulle::WeightKind;
+
+int failures = 0;
+
+template <typename T>
+std::unique_ptr<T[]> exact(const std::vector<T>& from) {
+  std::unique_ptr<T[]> copy(new T[from.size()]);
+  std::copy(from.begin(), from.end(), copy.get());
+  return copy;
+}
+
+struct Case {
+  WeightKind kind;
+  bool sparse, zeros;
+  std::size_t rows, columns, segment, segments, segments_per_scale, tokens, planes;
+  double density;
+};
+
+// A linear of random weights, its arrays exactly as long as check() asks for.
+struct Weights {
+  LinearView view{};
+  tulle::LinearSizes sizes{};
+  std::unique_ptr<std::uint8_t[]> values, masks, zeros;
+  std::unique_ptr<std::uint64_t[]> offsets;
+  std::unique_ptr<std::uint16_t[]> scales;
+
+  Weights(const Case& c, std::mt19937& rng) {
+    view.kind = c.kind;
+    view.sparse = c.sparse;
+    view.rows = c.rows;
+    view.columns = c.columns;
+    view.segment = c.segment;
+    view.segments = c.segments;
+    view.segments_per_scale = c.segments_per_scale;
+    view.zero = c.kind == WeightKind::codes4 ? 8 : 128;
+    const std::size_t count = view.tiles() * tulle::kTileRows * view.padded();
+    const auto bytes_of = [&](std::size_t n) {
+      return c.kind == WeightKind::codes4 ? (n + 1) / 2 : c.kind == WeightKind::codes8 ? n : c.kind == WeightKind::bf16 ? 2 * n : 4 * n;
+    };
+    std::size_t stored = bytes_of(count);
+    if (c.sparse) {
+      std::vector<std::uint8_t> bits(count / 8, 0);
+      std::bernoulli_distribution keep(c.density);
+      for (std::size_t i = 0; i < count; ++i) bits[i / 8] |= static_cast<std::uint8_t>(keep(rng) << (i % 8));
+      std::vector<std::uint64_t> ends = {0};
+      std::size_t at = 0;
+      for (std::size_t tile = 0; tile < view.tiles(); ++tile) {
+        for (std::size_t chunk = 0; chunk < view.chunks(); ++chunk) {
+          const std::size_t n = view.segments_of(chunk) * view.segment * tulle::kTileRows;
+          std::size_t kept = 0;
+          for (std::size_t i = at; i < at + n; ++i) kept += (bits[i / 8] >> (i % 8)) & 1;
+          at += n;
+          ends.push_back(ends.back() + bytes_of(kept));
+        }
+      }
+      stored = ends.back();
+      masks = exact(bits);
+      offsets = exact(ends);
+      sizes.masks = bits.size();
+      sizes.offsets = ends.size();
+    }
+    std::vector<std::uint8_t> bytes(stored + tulle::kSlack);
+    if (view.is_codes()) {
+      for (auto& b : bytes) b = static_cast<std::uint8_t>(rng());
+    } else {
+      std::normal_distribution<float> normal;
+      const std::size_t size = c.kind == WeightKind::bf16 ? 2 : 4;
+      for (std::size_t i = 0; i + size <= stored; i += size) {
+        const float value = normal(rng);
+        std::uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        if (size == 2) bits >>= 16;
+        std::memcpy(&bytes[i], &bits, size);
+      }
+    }
+    values = exact(bytes);
+    sizes.values = bytes.size();
+    if (view.is_codes()) {
+      const std::size_t n = view.tiles() * view.scales_per_row() * tulle::kTileRows;
+      std::vector<std::uint16_t> s(n);
+      for (auto& x : s) x = static_cast<std::uint16_t>(0x3c00 + (rng() & 0xff));
+      scales = exact(s);
+      sizes.scales = n;
+      if (c.zeros) {
+        std::vector<std::uint8_t> z(n);
+        for (auto& x : z) x = static_cast<std::uint8_t>(rng() & (c.kind == WeightKind::codes4 ? 15 : 255));
+        zeros = exact(z);
+        sizes.zeros = n;
+      }
+    }
+    view.values = values.get();
+    view.masks = masks.get();
+    view.offsets = offsets.get();
+    view.scales = scales.get();
+    view.zeros = zeros.get();
+  }
+};
+
+struct Tokens {
+  std::unique_ptr<std::int8_t[]> plane[2];
+  std::unique_ptr<std::int32_t[]> sums[2];
+  std::unique_ptr<float[]> floats, steps;
+  Inputs view{};
+
+  Tokens(const Case& c, const LinearView& w, std::mt19937& rng) {
+    std::vector<float> x(c.tokens * w.padded()), s(c.tokens);
+    std::normal_distribution<float> normal;
+    for (auto& v : x) v = normal(rng);
+    for (auto& v : s) v = 0.01f * (1 + std::fabs(normal(rng)));
+    floats = exact(x);
+    steps = exact(s);
+    for (int p = 0; p < 2; ++p) {
+      std::vector<std::int8_t> q(c.tokens * w.padded());
+      // The extremes of 8 bits occur, so that narrow sums would overflow.
+      for (auto& v : q) v = static_cast<std::int8_t>(rng() % 4 == 0 ? (rng() % 2 ? 127 : -128) : rng());
+      std::vector<std::int32_t> totals(c.tokens * w.segments, 0);
+      for (std::size_t t = 0; t < c.tokens; ++t) {
+        for (std::size_t i = 0; i < w.padded(); ++i) totals[t * w.segments + i / w.segment] += q[t * w.padded() + i];
+      }
+      plane[p] = exact(q);
+      sums[p] = exact(totals);
+    }
+    view = {c.tokens, w.padded(), floats.get(), c.planes, {plane[0].get(), plane[1].get()},
+            {sums[0].get(), sums[1].get()}, w.segments, steps.get()};
+  }
+};
+
+std::vector<float> run(const tulle::Isa& isa, const LinearView& w, const Inputs& x, std::size_t split) {
+  constexpr float kPoison = -12345.0f;
+  const std::size_t stride = w.rows + 3;
+  std::vector<float> y(x.tokens * stride, kPoison);
+  auto* scratch = static_cast<std::uint8_t*>(std::aligned_alloc(64, (tulle::scratch_bytes(x.tokens) + 63) / 64 * 64));
+  isa.linear->run(w, x, 0, split, y.data(), stride, scratch);
+  isa.linear->run(w, x, split, w.tiles(), y.data(), stride, scratch);
+  std::free(scratch);
+  for (std::size_t t = 0; t < x.tokens; ++t) {
+    for (std::size_t r = w.rows; r < stride; ++r) {
+      if (y[t * stride + r] != kPoison) {
+        std::printf("FAILED %s wrote beyond its rows\n", isa.name);
+        ++failures;
+      }
+    }
+  }
+  return y;
+}
+
+void compare(const Case& c, std::mt19937& rng) {
+  const Weights weights(c, rng);
+  tulle::check(weights.view, weights.sizes);
+  const Tokens tokens(c, weights.view, rng);
+  const auto& isas = tulle::supported_isas();
+  const std::size_t split = weights.view.tiles() / 2;
+  const std::vector<float> expected = run(isas.front(), weights.view, tokens.view, split);
+  for (const tulle::Isa& isa : isas) {
+    const std::vector<float> found = run(isa, weights.view, tokens.view, split);
+    double worst = 0;
+    for (std::size_t i = 0; i < found.size(); ++i) worst = std::max(worst, std::fabs(double(found[i]) - double(expected[i])));
+    const double limit = weights.view.is_codes() ? 0.0 : 2e-6 * static_cast<double>(c.columns);
+    if (worst > limit || std::isnan(worst)) {
+      std::printf("FAILED %s kind=%d sparse=%d zeros=%d rows=%zu columns=%zu segment=%zu tokens=%zu planes=%zu: off by %g\n",
+                  isa.name, static_cast<int>(c.kind), c.sparse, c.zeros, c.rows, c.columns, c.segment, c.tokens, c.planes, worst);
+      ++failures;
+    }
+  }
+}
+
+template <typename Change>
+void refused(const char* what, Change change) {
+  std::mt19937 rng(5);
+  Weights w({WeightKind::codes4, true, false, 40, 256, 64, 4, 1, 1, 1, 0.3}, rng);
+  change(w);
+  try {
+    tulle::check(w.view, w.sizes);
+  } catch (const std::invalid_argument&) {
+    return;
+  }
+  std::printf("FAILED check() let through: %s\n", what);
+  ++failures;
+}
+
+}  // namespace
+
+int main() {
+  std::mt19937 rng(1);
+  struct Shape { std::size_t rows, columns, segment, segments, per_scale; };
+  const Shape shapes[] = {{16, 64, 64, 1, 1}, {1, 8, 8, 1, 1}, {40, 256, 128, 2, 1}, {33, 1024, 512, 2, 2},
+                          {70, 1100, 376, 3, 3}, {17, 96, 32, 3, 1}, {64, 24, 8, 3, 1}, {50, 1536, 384, 4, 2}};
+  std::size_t cases = 0;
+  for (WeightKind kind : {WeightKind::codes4, WeightKind::codes8, WeightKind::bf16, WeightKind::f32}) {
+    const bool codes = kind == WeightKind::codes4 || kind == WeightKind::codes8;
+    for (const Shape& s : shapes) {
+      for (double density : {-1.0, 0.0, 0.3, 0.5, 1.0}) {
+        for (std::size_t tokens : {1, 2, 3, 5, 12, 17, 29}) {
+          for (std::size_t planes = 1; planes <= (codes ? 2u : 1u); ++planes) {
+            for (int zeros = 0; zeros <= (codes ? 1 : 0); ++zeros, ++cases) {
+              compare({kind, density >= 0, zeros == 1, s.rows, s.columns, s.segment, s.segments, s.per_scale, tokens, planes, density}, rng);
+            }
+          }
+        }
+      }
+    }
+  }
+  refused("a mask with another number of bits", [](Weights& w) { std::fill_n(w.masks.get(), 8, std::uint8_t{255}); });
+  refused("a falling offset", [](Weights& w) { w.offsets[2] = w.offsets[1] - 1; });
+  refused("an offset far beyond", [](Weights& w) { w.offsets[1] = ~std::uint64_t{0} - 3; });
+  refused("too few values", [](Weights& w) { --w.sizes.values; });
+  refused("no slack", [](Weights& w) { w.sizes.values = 10; });
+  refused("too few scales", [](Weights& w) { --w.sizes.scales; });
+  refused("too few masks", [](Weights& w) { --w.sizes.masks; });
+  refused("too few offsets", [](Weights& w) { --w.sizes.offsets; });
+  refused("segments beyond a chunk", [](Weights& w) { w.view.segment = 1024; });
+  refused("segments of odd length", [](Weights& w) { w.view.segment = 60; });
+  refused("no rows", [](Weights& w) { w.view.rows = 0; });
+  refused("rows without end", [](Weights& w) { w.view.rows = ~std::size_t{0} - 7; });
+  refused("scales for parts of segments", [](Weights& w) { w.view.segments_per_scale = 3; });
+  refused("more columns than segments hold", [](Weights& w) { w.view.columns = 257; });
+  std::printf("linears: %zu cases on %zu instruction sets, %d failures\n", cases, tulle::supported_isas().size(), failures);
+  return failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,177 @@
+"""``tulle generate``, ``chat`` and ``bench``: the native engine. None of them imports torch or transformers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tulle.cli import common
+from tulle.errors import UserError
+
+if TYPE_CHECKING:
+    from tulle.engine import Engine, Generation, Sampling
+
+Threads = Annotated[int | None, typer.Option("--threads", metavar="N", min=1, help="[all cores]")]
+Context = Annotated[
+    int | None, typer.Option("--context", metavar="T", min=1, help="Tokens, prompt included [the model's, up to 4096].")
+]
+Cache = Annotated[
+    str, typer.Option("--cache", metavar="KIND", help="Keys and values in bf16, f32, int8, or as fits the model.")
+]
+Activations = Annotated[
+    str,
+    typer.Option(
+        "--activations",
+        metavar="KIND",
+        help="Inputs of integer weights: recorded (as the recipe said, else 16 bits) or int8 (faster, rougher).",
+    ),
+]
+Head = Annotated[str, typer.Option("--head", metavar="KIND", help="Output head in int8, bf16, or 'as stored'.")]
+Tokens = Annotated[int, typer.Option("--tokens", "-n", metavar="N", min=1, help="Generate at most so many.")]
+Temperature = Annotated[float, typer.Option("--temperature", metavar="X", help="0 takes the likeliest token.")]
+TopK = Annotated[int, typer.Option("--top-k", metavar="K", help="Only the K likeliest tokens; 0: all.")]
+TopP = Annotated[float, typer.Option("--top-p", metavar="P", help="Only the likeliest tokens that add up to P.")]
+Penalty = Annotated[float, typer.Option("--repetition-penalty", metavar="X", help="Above 1 avoids what occurred.")]
+Seed = Annotated[int, typer.Option("--seed", metavar="S", help="Equal seeds give equal texts.")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this; may be repeated.")]
+
+
+def generate(
+    model: common.Model,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="What to continue; - reads it.")],
+    tokens: Tokens = 128,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = 0,
+    stop: Stop = None,
+    threads: Threads = None,
+    context: Context = None,
+    cache: Cache = "auto",
+    activations: Activations = "recorded",
+    head: Head = "int8",
+    json_file: common.JsonFile = None,
+) -> None:
+    """Continue a text; tokens appear as they are made.
+
+    Example: tulle generate reference -p 'def fibonacci(n):' -n 64
+    """
+    sampling = _sampling(temperature, top_k, top_p, repetition_penalty, seed)
+    engine = _engine(model, threads, context, cache, activations, head)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    quiet = str(json_file) == "-"
+    if not quiet:
+        _write(text)
+    found = engine.generate(text, tokens, sampling, stop or (), None if quiet else _write)
+    if not quiet:
+        _write("\n")
+        print(_speed(found), file=sys.stderr)
+    common.write_json(json_file, {"model": model, "prompt": text} | vars(found))
+
+
+def chat(
+    model: common.Model,
+    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="What comes before the talk.")] = None,
+    tokens: Tokens = 512,
+    temperature: Temperature = 0.7,
+    top_k: TopK = 40,
+    top_p: TopP = 0.95,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = 0,
+    threads: Threads = None,
+    context: Context = None,
+    cache: Cache = "auto",
+    activations: Activations = "recorded",
+    head: Head = "int8",
+) -> None:
+    """Talk to a model that has a chat template; an empty line or Ctrl-D ends it.
+
+    Example: tulle chat out --system 'Answer briefly.'
+    """
+    sampling = _sampling(temperature, top_k, top_p, repetition_penalty, seed)
+    engine = _engine(model, threads, context, cache, activations, head)
+    messages = [{"role": "system", "content": system}] if system else []
+    engine.text.chat([*messages, {"role": "user", "content": "?"}])  # fails now where there is no template
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if not line.strip():
+            return
+        messages.append({"role": "user", "content": line})
+        prompt = engine.text.encode(engine.text.chat(messages), special=False)
+        room = engine.context - len(prompt)
+        if room < 1:
+            raise UserError(f"expected a conversation within {engine.context} tokens, found more; raise --context")
+        found = engine.generate(prompt, min(tokens, room), sampling, (), _write)
+        _write("\n")
+        if sys.stdin.isatty():
+            print(_speed(found), file=sys.stderr)
+        messages.append({"role": "assistant", "content": found.text})
+
+
+def bench(
+    model: common.Model,
+    prompt: Annotated[int, typer.Option("--prompt", metavar="T", min=1, help="Tokens of the prompt.")] = 512,
+    tokens: Annotated[int, typer.Option("--tokens", metavar="N", min=1, help="Tokens to decode.")] = 64,
+    rounds: Annotated[int, typer.Option("--rounds", metavar="R", min=1, help="Medians of so many.")] = 5,
+    threads: Threads = None,
+    cache: Cache = "auto",
+    activations: Activations = "recorded",
+    head: Head = "int8",
+    json_file: common.JsonFile = None,
+) -> None:
+    """Prefill and decode speed, and how near the memory's that is.
+
+    Example: tulle bench out --prompt 256 --tokens 64
+    """
+    from tulle.engine.bench import measure
+
+    engine = _engine(model, threads, None, cache, activations, head)
+    fitting = min(prompt, max(engine.context - tokens, 1))
+    found = measure(engine, fitting, tokens, rounds)
+    if str(json_file) != "-":
+        from rich.table import Table
+
+        table = Table("", "tokens/s", "", title=f"{model}, {found['threads']} threads, {found['isa']}")
+        table.add_row(f"prefill of {found['prompt']}", f"{found['prefill_tokens_per_s']:.1f}", "")
+        near = found["bandwidth_gb_s"] / found["read_gb_s"] if found["read_gb_s"] else 0.0
+        rate = f"{found['bandwidth_gb_s']:.1f} of {found['read_gb_s']:.1f} GB/s ({100 * near:.0f} %)"
+        table.add_row(f"decode of {found['tokens']}", f"{found['decode_tokens_per_s']:.1f}", rate)
+        table.add_row("weights", "", f"{found['weight_bytes'] / 1e6:.1f} MB per token")
+        common.console().print(table)
+    common.write_json(json_file, {"model": model} | dict(found))
+
+
+def _sampling(temperature: float, top_k: int, top_p: float, penalty: float, seed: int) -> Sampling:
+    from tulle.engine import Sampling
+
+    return Sampling(temperature, top_k, top_p, penalty, seed)
+
+
+def _engine(model: str, threads: int | None, context: int | None, cache: str, activations: str, head: str) -> Engine:
+    from tulle.engine import Engine
+    from tulle.models.hub import local_folder
+
+    folder: Path = local_folder(model)
+    with common.progress_bars() as progress:
+        options: dict[str, Any] = {"cache": cache, "activations": activations, "head": head, "progress": progress}
+        return Engine(folder, threads, context, 1, **options)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _speed(found: Generation) -> str:
+    first = f"{found.prompt_tokens} prompt tokens in {found.prefill_seconds:.2f} s"
+    rest = len(found.tokens) - 1
+    if rest < 1 or found.decode_seconds <= 0:
+        return first
+    return f"{first}, then {rest / found.decode_seconds:.1f} tokens/s"

@@ -1,0 +1,157 @@
+"""From the packed format to the layout that the kernels read (native/include/tulle/linear.hpp).
+
+Rows come in tiles of 16, padded; the input channels of one scale in equal *segments* of at most 512, padded to whole
+ones. Of a tile, codes stand unit after unit: 4 inputs × 16 outputs, output major; bfloat16 2 × 16; float32 1 × 16. A
+sparse linear has a bit per weight in that order, and the kept values of every *chunk* (as many segments as fit into 512
+inputs) start at a byte. linear.hpp says how 4-bit codes share bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tulle import native
+
+TILE = 16
+CHUNK = 512
+"""Input channels."""
+SLACK = 64
+"""Bytes behind the values that kernels may read."""
+BLOCK = 64
+"""Tiles that are converted at once: bounds the memory."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a row of ``columns`` inputs with ``scales`` scales is cut."""
+
+    rows: int
+    columns: int
+    segment: int
+    """Inputs."""
+    segments_per_scale: int
+    scales: int
+
+    @property
+    def segments(self) -> int:
+        return self.scales * self.segments_per_scale
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.rows // TILE)
+
+    @property
+    def padded(self) -> int:
+        """Inputs."""
+        return self.segments * self.segment
+
+    @property
+    def chunk_starts(self) -> NDArray[np.int64]:
+        """First input of every chunk."""
+        step = max(1, CHUNK // self.segment) * self.segment
+        return np.arange(0, self.padded, step)
+
+
+def geometry(shape: tuple[int, int], scales: int) -> Geometry:
+    """Cuts a row so that padding is least, then segments longest."""
+    rows, columns = shape
+    width = columns // scales
+    candidates = range(8, min(CHUNK, -(-width // 8) * 8) + 1, 8)
+    segment = min(candidates, key=lambda s: (-(-width // s) * s, -s))
+    return Geometry(rows, columns, segment, -(-width // segment), scales)
+
+
+def _units(values: NDArray[Any], cut: Geometry, inputs: int) -> Iterator[NDArray[Any]]:
+    """Weights ``[C_out, C_in]`` in the order of units of ``inputs`` inputs: ``[tiles, padded·16]``, by parts."""
+    room = cut.segment * cut.segments_per_scale
+    for first in range(0, cut.tiles, BLOCK):
+        tiles = min(BLOCK, cut.tiles - first)
+        rows = values[first * TILE : (first + tiles) * TILE]
+        padded = np.zeros((tiles * TILE, cut.scales, room), values.dtype)
+        padded[: len(rows), :, : cut.columns // cut.scales] = rows.reshape(len(rows), cut.scales, -1)
+        yield padded.reshape(tiles, TILE, -1, inputs).transpose(0, 2, 1, 3).reshape(tiles, -1)
+
+
+def _per_tile(values: NDArray[Any], rows: int) -> NDArray[Any]:
+    """``[C_out, G]`` → ``[tiles, G, 16]``, flat."""
+    tiles = -(-rows // TILE)
+    padded = np.zeros((tiles * TILE, values.shape[1]), values.dtype)
+    padded[:rows] = values
+    return np.ascontiguousarray(padded.reshape(tiles, TILE, -1).transpose(0, 2, 1)).reshape(-1)
+
+
+def _stored(kind: str, units: NDArray[Any]) -> NDArray[np.uint8]:
+    """Bytes of dense values. Nibbles of two consecutive units share bytes."""
+    if kind == "codes4":
+        pairs = units.reshape(-1, 2, 64)
+        return (pairs[:, 0] | pairs[:, 1] << 4).reshape(-1)
+    return np.ascontiguousarray(units).reshape(-1).view(np.uint8)
+
+
+def _kept(kind: str, values: NDArray[Any], counts: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Bytes of a sparse linear's values; ``counts`` of them make a chunk, which begins at a byte."""
+    if kind != "codes4":
+        return values.view(np.uint8)
+    odd = np.cumsum(counts)[counts % 2 == 1]
+    return native.pack_nibbles(np.insert(values, odd, 0).reshape(1, -1))[0]
+
+
+def arrange(kind: str, values: NDArray[Any], mask: NDArray[np.bool_] | None, cut: Geometry) -> dict[str, NDArray[Any]]:
+    """``values`` and, where there is a mask, ``masks`` and ``offsets`` of a linear.
+
+    values ``[C_out, C_in]``: uint8 codes, uint16 bits of bfloat16, or float32. mask ``[C_out, C_in]``: True = stored.
+    """
+    inputs = {"codes4": 4, "codes8": 4, "bf16": 2, "f32": 1}[kind]
+    if mask is None:
+        parts = [_stored(kind, units) for units in _units(values, cut, inputs)]
+        return {"values": np.concatenate([*parts, np.zeros(SLACK, np.uint8)])}
+    starts = cut.chunk_starts * TILE
+    size = {"codes4": 0.5, "codes8": 1, "bf16": 2, "f32": 4}[kind]
+    bits, parts, ends = [], [], [np.zeros(1, np.uint64)]
+    for units, kept in zip(_units(values, cut, inputs), _units(mask, cut, inputs), strict=True):
+        bits.append(np.packbits(kept.reshape(-1), bitorder="little"))
+        counts = np.add.reduceat(kept, starts, axis=1, dtype=np.int64).reshape(-1)
+        parts.append(_kept(kind, units[kept], counts))
+        ends.append(ends[-1][-1] + np.cumsum(np.ceil(counts * size)).astype(np.uint64))
+    return {
+        "masks": np.concatenate(bits),
+        "values": np.concatenate([*parts, np.zeros(SLACK, np.uint8)]),
+        "offsets": np.concatenate(ends),
+    }
+
+
+def integer_linear(
+    bits: int,
+    codes: NDArray[np.uint8],
+    scale: NDArray[np.uint16],
+    zero_point: NDArray[np.uint8] | None,
+    mask: NDArray[np.bool_] | None,
+) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """(facts, arrays) of a linear of codes u ``[C_out, C_in]``, bfloat16 scales ``[C_out, G]`` and zero points."""
+    kind = "codes4" if bits <= 4 else "codes8"
+    cut = geometry((codes.shape[0], codes.shape[1]), scale.shape[1])
+    arrays = arrange(kind, codes, mask, cut) | {"scales": _per_tile(scale, cut.rows)}
+    if zero_point is not None:
+        arrays["zeros"] = _per_tile(zero_point, cut.rows)
+    return _facts(kind, cut, mask) | {"zero": 0 if zero_point is not None else 1 << (bits - 1)}, arrays
+
+
+def float_linear(
+    values: NDArray[Any], mask: NDArray[np.bool_] | None
+) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """(facts, arrays) of a linear of uint16 bits of bfloat16 or float32 weights ``[C_out, C_in]``."""
+    kind = "bf16" if values.dtype == np.uint16 else "f32"
+    cut = geometry((values.shape[0], values.shape[1]), 1)
+    return _facts(kind, cut, mask) | {"zero": 0}, arrange(kind, values, mask, cut)
+
+
+def _facts(kind: str, cut: Geometry, mask: NDArray[np.bool_] | None) -> dict[str, Any]:
+    return {
+        "kind": kind, "sparse": mask is not None, "rows": cut.rows, "columns": cut.columns, "segment": cut.segment,
+        "segments": cut.segments, "segments_per_scale": cut.segments_per_scale,
+    }  # fmt: skip

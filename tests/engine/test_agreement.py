@@ -1,0 +1,162 @@
+"""The engine against the simulated torch model: every stored scheme, architecture, transform and cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import tulle
+import tulle.hf  # noqa: F401 (registers the packed format)
+from checkpoints import VOCABULARY, write_checkpoint
+from tiny_models import write_model
+from tulle.engine import Engine
+
+SCHEMES: dict[str, dict[str, dict[str, Any]]] = {
+    "dense": {},
+    "bf16 sparse": {"all": {"sparse": True, "values_dtype": "bfloat16"}},
+    "f16 sparse": {"all": {"sparse": True, "values_dtype": "float16"}},
+    "f32 2:4": {"all": {"sparse": True, "pattern": "2:4", "values_dtype": "float32"}},
+    "int4": {"all": {"bits": 4, "group_size": 32}},
+    "int4 asymmetric": {"all": {"bits": 4, "group_size": 16, "symmetric": False}},
+    "int4 sparse": {"all": {"bits": 4, "group_size": 64, "sparse": True}},
+    "int4 sparse asymmetric": {"all": {"bits": 4, "group_size": 64, "sparse": True, "symmetric": False}},
+    "int8": {"all": {"bits": 8}},
+    "int8 sparse": {"all": {"bits": 8, "sparse": True}},
+    "int8 2:4": {"all": {"bits": 8, "sparse": True, "pattern": "2:4", "group_size": 16}},
+    "int2 and 3": {"qkv": {"bits": 2, "group_size": 8}, "down": {"bits": 3, "group_size": 24, "symmetric": False}},
+    "int6": {"all": {"bits": 6, "group_size": 32}},
+    "w8a8": {"all": {"bits": 8, "input_bits": 8}},
+    "w4a4 asymmetric": {"all": {"bits": 4, "input_bits": 4, "input_symmetric": False, "input_clip": 0.9}},
+    "w8a8 asymmetric": {"all": {"bits": 8, "input_bits": 8, "input_symmetric": False}},
+    "sparse w4a8": {"all": {"bits": 4, "group_size": 32, "input_bits": 8, "sparse": True}},
+    "bf16 weights, 8-bit inputs": {"all": {"sparse": True, "values_dtype": "bfloat16", "input_bits": 8}},
+    "mixed": {"qkv": {"bits": 4, "input_bits": 6}, "gate_up": {"bits": 8, "sparse": True}},
+}
+
+
+def wanted(folder: Path, ids: list[int]) -> np.ndarray:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        logits: np.ndarray = model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+    return logits
+
+
+def off(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_stored_schemes(name: str, tmp_path: Path) -> None:
+    write_model(tmp_path / "m", SCHEMES[name])
+    ids = np.random.default_rng(0).integers(0, 128, 40).tolist()
+    expected = wanted(tmp_path / "m", ids)
+    engine = Engine(tmp_path / "m", threads=2, cache="f32", head="as stored")
+    # Whole numbers agree; where inputs are left unquantised the engine takes 16 bits.
+    assert off(engine.forward(ids), expected) < 1e-3
+    # One token at a time, after a prompt.
+    steps = [engine.forward(ids[:7])] + [engine.forward([t], 0, 7 + i) for i, t in enumerate(ids[7:])]
+    assert off(np.concatenate(steps), expected) < 1e-3
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("extra", [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}])
+def test_architectures(model_type: str, extra: dict[str, Any], tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "m", model_type, **extra)
+    ids = np.random.default_rng(0).integers(0, VOCABULARY, 50).tolist()
+    engine = Engine(tmp_path / "m", threads=1, cache="f32", head="as stored")
+    assert off(engine.forward(ids), wanted(tmp_path / "m", ids)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("mistral", {"sliding_window": 12}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+        ("llama", {"rope_theta": 500000.0, "rope_scaling": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32}}),
+        ("llama", {"hidden_act": "gelu_pytorch_tanh"}),
+    ],
+)  # fmt: skip
+def test_settings_of_architectures(model_type: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "m", model_type, **settings)
+    ids = np.random.default_rng(0).integers(0, VOCABULARY, 60).tolist()
+    engine = Engine(tmp_path / "m", threads=1, cache="f32", head="as stored")
+    expected = wanted(tmp_path / "m", ids)
+    assert off(engine.forward(ids), expected) < 1e-5
+    steps = [engine.forward(ids[:20])] + [engine.forward([t], 0, 20 + i) for i, t in enumerate(ids[20:])]
+    assert off(np.concatenate(steps), expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "recipe", ["w4a4-quarot", "w4a4-duquant", "w8a8-smoothquant", "sparse50-w4", "sparse70-w8a8", "2of4-permuted"]
+)
+def test_recipes(recipe: str, tmp_path: Path) -> None:
+    """What compress writes: transforms, quantised attention, shared holders."""
+    write_checkpoint(tmp_path / "dense", hidden_size=128, intermediate_size=384, head_dim=32)
+    prose = tmp_path / "prose.txt"
+    prose.write_text("The quick brown fox jumps over the lazy dog again and again. " * 80)
+    tulle.compress(tmp_path / "dense", recipe, output=tmp_path / "out", calibration=[str(prose)], samples=8, length=64)
+    ids = np.random.default_rng(0).integers(0, 256, 40).tolist()
+    expected = wanted(tmp_path / "out", ids)
+    exact = Engine(tmp_path / "out", threads=2, cache="f32", head="as stored")
+    # A whole number may be rounded the other way where sums of floats differ in their last bit.
+    assert off(exact.forward(ids), expected) < 1e-2
+    default = Engine(tmp_path / "out", threads=2)
+    assert off(default.forward(ids), expected) < 3e-2
+
+
+def test_caches(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "m")
+    ids = np.random.default_rng(0).integers(0, VOCABULARY, 100).tolist()
+    expected = wanted(tmp_path / "m", ids)
+    found = {
+        kind: off(Engine(tmp_path / "m", 1, cache=kind, head="as stored").forward(ids), expected)
+        for kind in ("f32", "bf16", "int8")
+    }
+    assert found["f32"] < 1e-5 < found["bf16"] < 1e-2
+    assert found["int8"] < 3e-2
+
+
+def test_instruction_sets_agree(tmp_path: Path) -> None:
+    """Forced sets, each in a process of its own: whole numbers are the same, so the logits nearly are."""
+    import os
+    import subprocess
+    import sys
+
+    from tulle.native import supported_isas
+
+    write_model(tmp_path / "m", SCHEMES["sparse w4a8"])
+    code = (
+        "import sys, numpy as np; from tulle.engine import Engine\n"
+        "np.save(sys.argv[2], Engine(sys.argv[1], 1, cache='f32', head='as stored').forward(list(range(30))))"
+    )
+    found = []
+    for isa in supported_isas():
+        file = tmp_path / f"{isa}.npy"
+        environment = os.environ | {"TULLE_ISA": isa}
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / "m"), str(file)], check=True, env=environment)
+        found.append(np.load(file))
+    for other in found[1:]:
+        assert off(other, found[0]) < 1e-4
+
+
+def test_threads_and_batches_change_nothing(tmp_path: Path) -> None:
+    write_model(tmp_path / "m", SCHEMES["int4 sparse"])
+    ids = np.random.default_rng(0).integers(0, 128, 30).tolist()
+    one, three = (Engine(tmp_path / "m", threads=n, sequences=3) for n in (1, 3))
+    assert np.array_equal(one.forward(ids), three.forward(ids))
+    # Three sequences, interleaved in one pass, against each alone.
+    others = [ids, ids[::-1], ids[5:] + ids[:5]]
+    order = [(slot, i) for i in range(30) for slot in range(3)]
+    tokens = [others[slot][i] for slot, i in order]
+    mixed = three.forward(tokens, [s for s, _ in order], [i for _, i in order])
+    for slot in range(3):
+        alone = one.forward(others[slot])
+        assert np.allclose(mixed[slot::3], alone, atol=1e-4 * np.abs(alone).max())

@@ -1,0 +1,170 @@
+"""Greedy and sampled text, stop strings, batches, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from checkpoints import write_checkpoint
+from tulle.engine import Engine, Sampling
+from tulle.engine.sampling import Sampler, likely
+from tulle.engine.text import Stream, Text, overlap
+from tulle.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "m"
+    write_checkpoint(path)
+    return path
+
+
+def test_greedy_text_is_that_of_transformers(folder: Path) -> None:
+    engine = Engine(folder, threads=1, cache="f32", head="as stored")
+    prompt = engine.text.encode("The square of 12")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        whole = model.generate(
+            torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+    found = engine.generate("The square of 12", 64, ignore_end=True)
+    assert found.tokens == whole[0, len(prompt) :].tolist()
+    assert found.text == engine.text.decode(found.tokens)
+    assert found.prompt_tokens == len(prompt) and found.finish == "length"
+
+
+def test_seeds(folder: Path) -> None:
+    engine = Engine(folder, threads=1)
+    texts = [engine.generate("a", 40, Sampling(1.0, seed=s), ignore_end=True).tokens for s in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_batches_give_the_texts_that_each_prompt_gets_alone(folder: Path) -> None:
+    engine = Engine(folder, threads=1, sequences=3, cache="f32")
+    prompts = ["one", "The second prompt is longer", "3", "four!", "and five"]
+    assert engine.generate_many(prompts, 24) == [engine.generate(p, 24).text for p in prompts]
+
+
+def test_stop_strings_and_streaming(folder: Path) -> None:
+    engine = Engine(folder, threads=1)
+    whole = engine.generate("Sentence", 60, ignore_end=True).text
+    assert len(whole) > 20
+    stop = whole[9:12]
+    pieces: list[str] = []
+    found = engine.generate("Sentence", 60, stop=[stop, "never in there"], on_text=pieces.append, ignore_end=True)
+    assert found.finish == "stop"
+    assert found.text == "".join(pieces) == whole[: whole.index(stop)]
+
+
+def test_the_end_token_ends(folder: Path) -> None:
+    engine = Engine(folder, threads=1)
+    end = min(engine.text.end_tokens)
+    logits = np.zeros(engine.vocabulary, np.float32)
+    logits[end] = 1e9
+    engine.forward = lambda *a, **k: logits[None]  # type: ignore[method-assign]
+    found = engine.generate("x", 10)
+    assert (found.finish, found.tokens, found.text) == ("end", [], "")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda e: e.generate("", 5), "at least one token"),
+        (lambda e: e.generate("abc", 0), "at least one token"),
+        (lambda e: e.generate("abc" * 60, 5), "within 128 tokens"),
+        (lambda e: e.forward([5000]), "tokens below"),
+        (lambda e: e.forward([-1]), "tokens below"),
+        (lambda e: e.forward([1], 1), "slots below"),
+        (lambda e: e.forward([1], 0, 128), "positions below"),
+        (lambda e: e.forward([1], 0, -1), "positions below"),
+        (lambda e: e.generate_many(["a"], 3, [Sampling(), Sampling()]), "one sampling per prompt"),
+        (lambda e: e.text.chat([]), "chat template"),
+    ],
+)
+def test_bad_calls(folder: Path, call: object, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        call(Engine(folder, threads=1))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"threads": 0}, {"context": 0}, {"context": 4096}, {"sequences": 0}, {"cache": "int3"},
+        {"activations": "int4"}, {"head": "int2"},
+    ],
+)  # fmt: skip
+def test_bad_options(folder: Path, options: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="expected"):
+        Engine(folder, **options)  # type: ignore[arg-type]
+
+
+def test_chat_template(folder: Path) -> None:
+    text = Text(folder)
+    text.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    assert text.chat([{"role": "user", "content": "Hi"}]) == "[user] Hi\n[assistant]"
+    text.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(UserError, match="no system role"):
+        text.chat([])
+    text.chat_template = "{{ messages.__class__.__mro__ }}"
+    with pytest.raises(UserError):
+        text.chat([])
+
+
+def test_streamed_text_is_the_decoded_text(folder: Path) -> None:
+    text = Text(folder)
+    prose = "Grüße, 世界! 🙂 naïve café — done. " * 5
+    tokens = text.encode(prose)
+    stream = Stream(text)
+    pieces = [stream.add(t) for t in tokens]
+    assert "".join(pieces) + stream.finish() == text.decode(tokens)
+    assert not any("\ufffd" in p for p in pieces)
+
+
+@given(st.text("ab", max_size=12), st.text("ab", min_size=1, max_size=6))
+def test_overlap(text: str, stop: str) -> None:
+    n = overlap(text, stop)
+    assert n < len(stop) and text.endswith(stop[:n])
+    assert not any(text.endswith(stop[:k]) for k in range(n + 1, min(len(text) + 1, len(stop))))
+
+
+def test_top_k_and_top_p() -> None:
+    logits = np.log(np.array([0.1, 0.4, 0.2, 0.3]))
+    tokens, weights = likely(logits, 0, 1.0)
+    assert tokens.tolist() == [1, 3, 2, 0] and np.allclose(weights, [0.4, 0.3, 0.2, 0.1])
+    tokens, weights = likely(logits, 2, 1.0)
+    assert tokens.tolist() == [1, 3] and np.allclose(weights, [4 / 7, 3 / 7])
+    assert likely(logits, 0, 0.6)[0].tolist() == [1, 3]
+    assert likely(logits, 0, 0.1)[0].tolist() == [1]
+    assert likely(logits, 9, 1.0)[0].tolist() == [1, 3, 2, 0]
+
+
+def test_sampled_shares_follow_the_probabilities() -> None:
+    sampler = Sampler(Sampling(temperature=2.0, seed=0))
+    logits = np.array([0.0, 2.0, 4.0], np.float32)
+    counts = np.bincount([sampler.choose(logits) for _ in range(4000)], minlength=3) / 4000
+    expected = np.exp(logits / 2) / np.exp(logits / 2).sum()
+    assert np.abs(counts - expected).max() < 0.03
+
+
+def test_repetition_penalty() -> None:
+    sampler = Sampler(Sampling(repetition_penalty=2.0))
+    assert sampler.choose(np.array([1.0, 1.9, 0.0], np.float32), [1]) == 0
+    assert sampler.choose(np.array([-1.5, -1.0, -9.0], np.float32), [1]) == 0
+    assert sampler.choose(np.array([1.0, 2.1, 0.0], np.float32), [1]) == 1
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.5}, {"repetition_penalty": 0}]
+)
+def test_bad_sampling(settings: dict[str, float]) -> None:
+    with pytest.raises(UserError, match="expected"):
+        Sampling(**settings)  # type: ignore[arg-type]

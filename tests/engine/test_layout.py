@@ -1,0 +1,95 @@
+"""The kernel layout against its definition, read back weight by weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from tulle.engine.layout import SLACK, TILE, Geometry, arrange, float_linear, geometry, integer_linear
+
+
+def read_back(kind: str, cut: Geometry, arrays: dict[str, NDArray[Any]]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """Weights ``[C_out, C_in]`` and which of them are stored, one at a time as linear.hpp says."""
+    inputs = {"codes4": 4, "codes8": 4, "bf16": 2, "f32": 1}[kind]
+    dtype = {"codes4": np.uint8, "codes8": np.uint8, "bf16": np.uint16, "f32": np.float32}[kind]
+    sparse = "masks" in arrays
+    found = np.zeros((cut.tiles * TILE, cut.padded), dtype)
+    stored = np.ones(found.shape, bool)
+    chunk = max(1, 512 // cut.segment) * cut.segment * TILE
+    chunks = -(-cut.padded * TILE // chunk)
+    for tile in range(cut.tiles):
+        for i in range(cut.padded * TILE):
+            place = tile * cut.padded * TILE + i
+            unit, within = divmod(i, TILE * inputs)
+            row, column = tile * TILE + within // inputs, unit * inputs + within % inputs
+            number, run = place, arrays["values"][:-SLACK]
+            if sparse:
+                if i % chunk == 0:
+                    number_kept, start = 0, int(arrays["offsets"][tile * chunks + i // chunk])
+                stored[row, column] = arrays["masks"][place // 8] >> (place % 8) & 1
+                if not stored[row, column]:
+                    continue
+                number, run = number_kept, run[start:]
+                number_kept += 1
+            if kind == "codes4" and sparse:
+                found[row, column] = run[number // 2] >> (number % 2 * 4) & 15
+            elif kind == "codes4":
+                found[row, column] = run[number // 128 * 64 + number % 64] >> (number // 64 % 2 * 4) & 15
+            else:
+                size = np.dtype(dtype).itemsize
+                found[row, column] = run[number * size : (number + 1) * size].view(dtype)[0]
+    room = cut.segment * cut.segments_per_scale
+    width = cut.columns // cut.scales
+    columns = np.concatenate([np.arange(s * room, s * room + width) for s in range(cut.scales)])
+    padding = np.delete(found, columns, axis=1)
+    assert not padding.any()
+    return found[: cut.rows][:, columns], stored[: cut.rows][:, columns]
+
+
+@pytest.mark.parametrize("kind", ["codes4", "codes8", "bf16", "f32"])
+@pytest.mark.parametrize("density", [None, 0.0, 0.3, 1.0])
+@pytest.mark.parametrize(("shape", "scales"), [((18, 40), 1), ((5, 96), 3), ((33, 600), 1), ((16, 72), 6), ((2, 7), 1)])
+def test_every_weight_is_where_the_kernels_look(
+    kind: str, density: float | None, shape: tuple[int, int], scales: int
+) -> None:
+    generator = np.random.default_rng(0)
+    cut = geometry(shape, scales)
+    if kind.startswith("codes"):
+        values: NDArray[Any] = generator.integers(0, 16 if kind == "codes4" else 256, shape, np.uint8)
+    else:
+        values = generator.standard_normal(shape, np.float32)
+        values = (values.view(np.uint32) >> 16).astype(np.uint16) if kind == "bf16" else values
+    mask = None if density is None else generator.random(shape) < density
+    found, stored = read_back(kind, cut, arrange(kind, values, mask, cut))
+    kept = np.ones(shape, bool) if mask is None else mask
+    assert np.array_equal(stored, kept)
+    assert np.array_equal(found[kept], values[kept])
+
+
+@given(st.integers(1, 40), st.integers(1, 1200), st.integers(1, 3))
+def test_geometry(rows: int, width: int, scales: int) -> None:
+    cut = geometry((rows, width * scales), scales)
+    assert cut.segment % 8 == 0 and 8 <= cut.segment <= 512
+    room = cut.segment * cut.segments_per_scale
+    assert room >= width and room - width < max(8 * cut.segments_per_scale, 8)
+
+
+def test_real_widths_are_not_padded() -> None:
+    for width in (2048, 4096, 5632, 11008, 14336, 896, 4864, 128, 64):
+        assert geometry((16, width), 1).padded == width
+
+
+def test_facts_of_linears() -> None:
+    codes = np.zeros((20, 64), np.uint8)
+    facts, arrays = integer_linear(3, codes, np.zeros((20, 2), np.uint16), None, None)
+    assert (facts["kind"], facts["zero"], facts["segments_per_scale"]) == ("codes4", 4, 1)
+    assert arrays["scales"].shape == (2 * 2 * 16,)
+    facts, arrays = integer_linear(8, codes, np.zeros((20, 1), np.uint16), np.ones((20, 1), np.uint8), None)
+    assert facts["kind"] == "codes8"
+    assert np.array_equal(arrays["zeros"], [1] * 20 + [0] * 12)
+    assert float_linear(np.zeros((3, 8), np.uint16), None)[0]["kind"] == "bf16"
