@@ -63,10 +63,10 @@ class Engine:
     """A model in memory, ready to generate.
 
     ``threads`` [all cores]; ``context`` tokens per sequence [the model's, at most 4096]; ``sequences`` that run at
-    once; ``cache``: keys and values in bf16, f32 or int8 [int8 where the model quantises them anyway, else bf16]; ``activations``: ``recorded`` (as the recipe said; 16 bits
-    where it left the inputs of integer weights unquantised) or ``int8`` (8 bits per token there, faster); ``head``: the
-    output head in int8, bf16, or as stored. Raises ``UserError`` for a folder that is broken or a model that is not
-    supported.
+    once; ``cache``: keys and values in bf16, f32 or int8 [int8 where the model quantises them anyway, else bf16];
+    ``activations``: ``recorded`` (as the recipe said; 16 bits where it left the inputs of integer weights unquantised)
+    or ``int8`` (8 bits per token there, faster); ``head``: the output head in int8, bf16, or as stored. Raises
+    ``UserError`` for a folder that is broken or a model that is not supported.
     """
 
     def __init__(
