@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,7 @@ from tulle.errors import UserError
 
 if TYPE_CHECKING:
     from tulle.engine import Engine, Generation, Sampling
+    from tulle.engine.bench import Speed
 
 Threads = Annotated[int | None, typer.Option("--threads", metavar="N", min=1, help="[all cores]")]
 Context = Annotated[
@@ -30,6 +31,9 @@ Activations = Annotated[
     ),
 ]
 Head = Annotated[str, typer.Option("--head", metavar="KIND", help="Output head in int8, bf16, or 'as stored'.")]
+Layout = Annotated[
+    str, typer.Option("--layout", metavar="KIND", help="Sparse weights: sparse, dense (filled up), or the faster one.")
+]
 Tokens = Annotated[int, typer.Option("--tokens", "-n", metavar="N", min=1, help="Generate at most so many.")]
 Temperature = Annotated[float, typer.Option("--temperature", metavar="X", help="0 takes the likeliest token.")]
 TopK = Annotated[int, typer.Option("--top-k", metavar="K", help="Only the K likeliest tokens; 0: all.")]
@@ -54,6 +58,7 @@ def generate(
     cache: Cache = "auto",
     activations: Activations = "recorded",
     head: Head = "int8",
+    layout: Layout = "auto",
     json_file: common.JsonFile = None,
 ) -> None:
     """Continue a text; tokens appear as they are made.
@@ -61,7 +66,7 @@ def generate(
     Example: tulle generate reference -p 'def fibonacci(n):' -n 64
     """
     sampling = _sampling(temperature, top_k, top_p, repetition_penalty, seed)
-    engine = _engine(model, threads, context, cache, activations, head)
+    engine = _engine(model, threads, context, cache, activations, head, layout)
     text = sys.stdin.read() if prompt == "-" else prompt
     quiet = str(json_file) == "-"
     if not quiet:
@@ -87,13 +92,14 @@ def chat(
     cache: Cache = "auto",
     activations: Activations = "recorded",
     head: Head = "int8",
+    layout: Layout = "auto",
 ) -> None:
     """Talk to a model that has a chat template; an empty line or Ctrl-D ends it.
 
     Example: tulle chat out --system 'Answer briefly.'
     """
     sampling = _sampling(temperature, top_k, top_p, repetition_penalty, seed)
-    engine = _engine(model, threads, context, cache, activations, head)
+    engine = _engine(model, threads, context, cache, activations, head, layout)
     messages = [{"role": "system", "content": system}] if system else []
     engine.text.chat([*messages, {"role": "user", "content": "?"}])  # fails now where there is no template
     while True:
@@ -124,6 +130,7 @@ def bench(
     cache: Cache = "auto",
     activations: Activations = "recorded",
     head: Head = "int8",
+    layout: Layout = "auto",
     json_file: common.JsonFile = None,
 ) -> None:
     """Prefill and decode speed, and how near the memory's that is.
@@ -132,20 +139,31 @@ def bench(
     """
     from tulle.engine.bench import measure
 
-    engine = _engine(model, threads, None, cache, activations, head)
+    engine = _engine(model, threads, None, cache, activations, head, layout)
     fitting = min(prompt, max(engine.context - tokens, 1))
     found = measure(engine, fitting, tokens, rounds)
+    other: Speed | None = None
+    if engine.sparse and layout == "auto":
+        # What was not chosen, to see what the choice is worth.
+        left_out = "dense" if engine.layout == "sparse" else "sparse"
+        other = measure(_engine(model, threads, None, cache, activations, head, left_out), fitting, tokens, rounds)
     if str(json_file) != "-":
         from rich.table import Table
 
-        table = Table("", "tokens/s", "", title=f"{model}, {found['threads']} threads, {found['isa']}")
-        table.add_row(f"prefill of {found['prompt']}", f"{found['prefill_tokens_per_s']:.1f}", "")
-        near = found["bandwidth_gb_s"] / found["read_gb_s"] if found["read_gb_s"] else 0.0
-        rate = f"{found['bandwidth_gb_s']:.1f} of {found['read_gb_s']:.1f} GB/s ({100 * near:.0f} %)"
-        table.add_row(f"decode of {found['tokens']}", f"{found['decode_tokens_per_s']:.1f}", rate)
-        table.add_row("weights", "", f"{found['weight_bytes'] / 1e6:.1f} MB per token")
+        shown = [found, other] if other else [found]
+        table = Table("", title=f"{model}, {found['threads']} threads, {found['isa']}")
+        for speed in shown:
+            table.add_column(f"{speed['layout']} weights" if engine.sparse else "", justify="right")
+        table.add_row(f"prefill of {fitting}, tokens/s", *(f"{speed['prefill_tokens_per_s']:.1f}" for speed in shown))
+        table.add_row(f"decode of {tokens}, tokens/s", *(f"{speed['decode_tokens_per_s']:.1f}" for speed in shown))
+        table.add_row("MB of weights per token", *(f"{speed['weight_bytes'] / 1e6:.1f}" for speed in shown))
+        table.add_row(
+            "GB/s of weights (reading alone)",
+            *(f"{speed['bandwidth_gb_s']:.1f} ({speed['read_gb_s']:.1f})" for speed in shown),
+        )
         common.console().print(table)
-    common.write_json(json_file, {"model": model} | dict(found))
+    result = {"model": model} | dict(found)
+    common.write_json(json_file, result | ({"other_layout": dict(other)} if other else {}))
 
 
 def _sampling(temperature: float, top_k: int, top_p: float, penalty: float, seed: int) -> Sampling:
@@ -154,14 +172,16 @@ def _sampling(temperature: float, top_k: int, top_p: float, penalty: float, seed
     return Sampling(temperature, top_k, top_p, penalty, seed)
 
 
-def _engine(model: str, threads: int | None, context: int | None, cache: str, activations: str, head: str) -> Engine:
+def _engine(
+    model: str, threads: int | None, context: int | None, cache: str, activations: str, head: str, layout: str
+) -> Engine:
     from tulle.engine import Engine
     from tulle.models.hub import local_folder
 
     folder: Path = local_folder(model)
     with common.progress_bars() as progress:
-        options: dict[str, Any] = {"cache": cache, "activations": activations, "head": head, "progress": progress}
-        return Engine(folder, threads, context, 1, **options)
+        options = {"cache": cache, "activations": activations, "head": head, "layout": layout}
+        return Engine(folder, threads, context, 1, **options, progress=progress)
 
 
 def _write(text: str) -> None:

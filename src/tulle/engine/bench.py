@@ -26,6 +26,7 @@ class Speed(TypedDict):
     """What as many threads reach that only read."""
     threads: int
     isa: str
+    layout: str
     prompt: int
     tokens: int
 
@@ -60,6 +61,7 @@ def measure(engine: Engine, prompt: int = 512, tokens: int = 64, rounds: int = 5
         read_gb_s=_native.read_bandwidth(BANDWIDTH_BYTES, engine.threads, 5) / 1e9,
         threads=engine.threads,
         isa=_native.active_isa(),
+        layout=engine.layout,
         prompt=prompt,
         tokens=tokens,
     )

@@ -91,30 +91,47 @@ def _whole(numbers: object) -> bool:
     return isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file, every tensor at a multiple of 64 bytes, under a temporary name until it is whole.
+class TensorWriter:
+    """Writes a safetensors file one tensor at a time, each at a multiple of 64 bytes, under a temporary name until
+    ``finish``. Room for a header of ``reserved`` bytes is left in front.
 
-    Sizes are padded by tensors of bytes, since the format knows no gaps.
+    The format knows no gaps between tensors, so that they are tensors of bytes themselves.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    place = 0
-    for number, (name, tensor) in enumerate(tensors.items()):
-        header[name] = {
-            "dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, place + tensor.nbytes],
+
+    def __init__(self, path: Path, reserved: int):
+        self._path, self._partial = path, path.with_name(f"{path.name}.{os.getpid()}.partial")
+        self._reserved = reserved + -(8 + reserved) % ALIGNMENT
+        self._header: dict[str, Any] = {}
+        self._place = 0
+
+    def __enter__(self) -> TensorWriter:
+        self._file = open(self._partial, "wb")
+        self._file.seek(8 + self._reserved)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+        self._partial.unlink(missing_ok=True)
+
+    def add(self, name: str, tensor: NDArray[Any]) -> None:
+        end = self._place + tensor.nbytes
+        self._header[name] = {
+            "dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [self._place, end],
         }  # fmt: skip
-        place += tensor.nbytes
-        if gap := -place % ALIGNMENT:
-            header[f"__gap__{number}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [place, place + gap]}
-            place += gap
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for tensor in tensors.values():
-                file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
-                file.write(bytes(-tensor.nbytes % ALIGNMENT))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        self._file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+        if gap := -end % ALIGNMENT:
+            self._file.write(bytes(gap))
+            offsets = [end, end + gap]
+            self._header[f"__gap__{len(self._header)}"] = {"dtype": "U8", "shape": [gap], "data_offsets": offsets}
+        self._place = end + gap
+
+    def finish(self, metadata: Mapping[str, str]) -> None:
+        """Writes the header and gives the file its name."""
+        header = {"__metadata__": dict(metadata)} | self._header
+        text = json.dumps(header, separators=(",", ":")).encode()
+        if len(text) > self._reserved:
+            raise ValueError(f"expected a header of at most {self._reserved} bytes, found {len(text)}")
+        self._file.seek(0)
+        self._file.write(self._reserved.to_bytes(8, "little") + text.ljust(self._reserved))
+        self._file.close()
+        os.replace(self._partial, self._path)

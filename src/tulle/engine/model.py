@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tulle import _native
-from tulle.core.paley import hadamard_block
-from tulle.engine.files import TensorFile
-from tulle.engine.prepare import Progress, Source, hadamard, prepared, transform_facts
+from tulle.engine.choose import choose_layout
+from tulle.engine.prepare import Progress, Source, prepared
 from tulle.engine.sampling import Sampler, Sampling
+from tulle.engine.settings import settings_of
 from tulle.engine.text import Stream, Text
 from tulle.errors import UserError
-from tulle.format.spec import HeadSpec, LinearSpec
 
 BATCH = 256
 """Tokens of one forward pass; longer prompts take several."""
-NO_GRID = {"bits": 0, "symmetric": True, "clip": 1.0}
-GATES = {"silu": "silu", "swish": "silu", "relu2": "relu2", "gelu_pytorch_tanh": "gelu_tanh"}
 CONTEXT = 4096
 """Tokens, where the model allows more and nothing else is asked."""
 
@@ -65,7 +61,8 @@ class Engine:
     ``threads`` [all cores]; ``context`` tokens per sequence [the model's, at most 4096]; ``sequences`` that run at
     once; ``cache``: keys and values in bf16, f32 or int8 [int8 where the model quantises them anyway, else bf16];
     ``activations``: ``recorded`` (as the recipe said; 16 bits where it left the inputs of integer weights unquantised)
-    or ``int8`` (8 bits per token there, faster); ``head``: the output head in int8, bf16, or as stored. Raises
+    or ``int8`` (8 bits per token there, faster); ``head``: the output head in int8, bf16, or as stored; ``layout`` of
+    sparse weights: ``sparse``, ``dense`` (filled up) or what is faster here, which is tried once [``auto``]. Raises
     ``UserError`` for a folder that is broken or a model that is not supported.
     """
 
@@ -78,6 +75,7 @@ class Engine:
         cache: str = "auto",
         activations: str = "recorded",
         head: str = "int8",
+        layout: str = "auto",
         progress: Progress | None = None,
     ):
         folder = Path(path)
@@ -87,7 +85,11 @@ class Engine:
             raise UserError(f"expected a cache in auto, bf16, f32 or int8, found {cache!r}")
         if sequences < 1 or (threads is not None and threads < 1) or (context is not None and context < 1):
             raise UserError("expected at least one thread, sequence and token of context, found fewer")
-        source, file, facts = prepared(folder, head, progress)
+        source, bits = Source(folder), 16 if activations == "recorded" else 8
+        self.sequences, self.threads = sequences, threads or os.cpu_count() or 1
+        self.sparse = bool(source.packed) and any(spec.sparse for spec in source.packed.linears.values())
+        self.layout = choose_layout(source, layout, head, bits, self.threads)
+        file, facts = prepared(source, head, self.layout, progress)
         if cache == "auto":
             # Codes of quantised keys and values are what they are in a cache of bytes.
             attention = source.packed.attention if source.packed else None
@@ -97,11 +99,10 @@ class Engine:
             raise UserError(f"expected a context of at most {limit} tokens, as the model has, found {context}")
         self.folder = folder
         self.context = context or min(limit if isinstance(limit, int) else CONTEXT, CONTEXT)
-        self.sequences, self.threads = sequences, threads or os.cpu_count() or 1
         self.vocabulary = source.anatomy.vocabulary
         self.config = source.config
         self._text: Text | None = None
-        settings = settings_of(source, file, facts, 16 if activations == "recorded" else 8)
+        settings = settings_of(source, file, facts, bits, range(source.anatomy.layers))
         try:
             self._native = _native.Engine(settings, sequences, self.context, BATCH, cache, self.threads)
         except ValueError as error:
@@ -261,124 +262,3 @@ class Engine:
             if on_text:
                 on_text(piece)
         return running
-
-
-def settings_of(source: Source, file: TensorFile, facts: Mapping[str, Any], unquantised: int) -> dict[str, Any]:
-    """The model as the native engine takes it; inputs of integer weights that the file leaves unquantised get
-    ``unquantised`` bits."""
-    model, config, packed = source.anatomy, source.config, source.packed
-    specs = packed.linears if packed else {}
-    attention = packed.attention if packed else None
-    gate = GATES.get(config.get("hidden_act", "silu"))
-    if gate is None:
-        raise UserError(f"expected hidden_act of {', '.join(GATES)}, found {config['hidden_act']!r}")
-
-    def linear(name: str, key: str, spec: LinearSpec | None) -> dict[str, Any]:
-        found = facts[key]
-        grid = dict(NO_GRID)
-        if spec is not None and spec.input_bits is not None:
-            grid = {"bits": spec.input_bits, "symmetric": spec.input_symmetric, "clip": spec.input_clip}
-        elif found["kind"].startswith("codes"):
-            grid["bits"] = unquantised
-        arrays = {
-            suffix: file.tensor(f"{key}.{suffix}") if f"{key}.{suffix}" in file else None
-            for suffix in ("values", "masks", "offsets", "scales", "zeros")
-        }
-        bias = source.floats(f"{name}.bias", (found["rows"],)) if f"{name}.bias" in source else None
-        return dict(found) | arrays | {"bias": bias, "input": grid}
-
-    def group(prefix: str, names: Sequence[str]) -> dict[str, Any]:
-        full = [prefix + name for name in names]
-        spec = specs.get(full[0])
-        if any((s.transform if (s := specs.get(n)) else ()) != (spec.transform if spec else ()) for n in full):
-            raise UserError(f"expected the same transforms in front of {', '.join(full)}, found different ones")
-        transforms = transform_facts(spec, source, spec.transform_of or full[0]) if spec else []
-        return {"transforms": transforms, "linears": [linear(n, n, specs.get(n)) for n in full]}
-
-    rows = {row.role: row for row in model.rows}
-    layers = []
-    for index in range(model.layers):
-        prefix = model.block_prefix(index)
-
-        def gain(name: str | None, size: int, prefix: str = prefix) -> NDArray[np.float32] | None:
-            return None if name is None else source.floats(f"{prefix}{name}.weight", (size,))
-
-        query, key = model.query_key_norms or (None, None)
-        layers.append(
-            {role: group(prefix, row.linears) for role, row in rows.items()}
-            | {
-                "input_norm": gain(rows["qkv"].norm, model.hidden),
-                "post_norm": gain(rows["gate_up"].norm, model.hidden),
-                "query_norm": gain(query, model.head_dim),
-                "key_norm": gain(key, model.head_dim),
-                "window": window(config, index),
-            }
-        )
-    head = model.architecture.embedding if model.tied else model.architecture.head
-    embedding = source.tensor(model.architecture.embedding, (model.vocabulary, model.hidden))
-    bf16 = source.dtype(model.architecture.embedding) == "BF16"
-    frequencies, scale = rope(config, model.head_dim)
-    rotation = None
-    if attention and attention.hadamard and hadamard_block(model.head_dim) > 1:
-        rotation = {"kind": "hadamard", "channels": model.head_dim} | hadamard(hadamard_block(model.head_dim))
-    return {
-        "hidden": model.hidden,
-        "intermediate": model.intermediate,
-        "heads": model.heads,
-        "kv_heads": model.kv_heads,
-        "head_dim": model.head_dim,
-        "vocabulary": model.vocabulary,
-        "eps": float(config.get("rms_norm_eps", 1e-6)),
-        "gate": gate,
-        "inverse_frequencies": frequencies.tolist(),
-        "rope_scale": scale,
-        "query": _head(attention.query if attention else None),
-        "key": _head(attention.key if attention else None),
-        "value": _head(attention.value if attention else None),
-        "head_rotation": rotation,
-        "embedding_kind": "bf16" if bf16 else "f32",
-        "embedding": (embedding if bf16 else embedding.astype(np.float32)).reshape(-1),
-        "norm": source.floats(model.architecture.final_norm, (model.hidden,)),
-        "head": {"transforms": [], "linears": [linear(head.removesuffix(".weight"), "head", None)]},
-        "layers": layers,
-    }
-
-
-def _head(spec: HeadSpec | None) -> dict[str, Any]:
-    return NO_GRID if spec is None else {"bits": spec.bits, "symmetric": spec.symmetric, "clip": spec.clip}
-
-
-def window(config: Mapping[str, Any], layer: int) -> int:
-    """Tokens that attention of a layer reaches back, 0 for all."""
-    size = config.get("sliding_window")
-    if not isinstance(size, int):
-        return 0
-    kinds = config.get("layer_types")
-    if isinstance(kinds, list):
-        return size if layer < len(kinds) and kinds[layer] == "sliding_attention" else 0
-    if config.get("model_type") == "mistral":
-        return size
-    if not config.get("use_sliding_window", False):
-        return 0
-    return size if layer >= int(config.get("max_window_layers", 0)) else 0
-
-
-def rope(config: Mapping[str, Any], head_dim: int) -> tuple[NDArray[np.float32], float]:
-    """Inverse frequencies ``[head_dim/2]`` and the factor on cosines and sines.
-
-    Plain, ``linear`` and ``llama3`` scaling. Raises ``UserError`` for another.
-    """
-    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = float(found.get("rope_theta", config.get("rope_theta", 10000.0)))
-    inverse = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    kind = found.get("rope_type", found.get("type", "default"))
-    if kind == "linear":
-        inverse /= float(found["factor"])
-    elif kind == "llama3":
-        factor, low, high = (float(found[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
-        turns = float(found["original_max_position_embeddings"]) * inverse / (2 * math.pi)
-        smooth = ((turns - low) / (high - low)).clip(0, 1)
-        inverse = (1 - smooth) * inverse / factor + smooth * inverse
-    elif kind != "default":
-        raise UserError(f"expected rotary embeddings of type default, linear or llama3, found {kind!r}")
-    return inverse.astype(np.float32), 1.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tulle import native
-from tulle.core.paley import base_order, paley
-from tulle.engine.files import TensorFile, write_tensors
+from tulle.engine.files import TensorFile, TensorWriter
 from tulle.engine.layout import float_linear, integer_linear
 from tulle.errors import UserError
 from tulle.format.pack import STORAGE, bf16_to_f32, check_tensors, f32_to_bf16, unpack_linear_codes, unpack_mask
-from tulle.format.spec import LinearSpec, QuantizationConfig
+from tulle.format.spec import QuantizationConfig
 from tulle.models.anatomy import anatomy
 
-LAYOUT = 3
+LAYOUT = 4
 """Of the file: another number, another file."""
 HEADS = ("int8", "bf16", "as stored")
 FOLDER = ".engine"
@@ -90,70 +89,68 @@ class Source:
 
 
 def prepared(
-    folder: Path, head: str = "int8", progress: Progress | None = None
-) -> tuple[Source, TensorFile, dict[str, Any]]:
-    """The checkpoint, the engine's tensors, and the facts of every linear by name.
+    source: Source, head: str, layout: str, progress: Progress | None = None
+) -> tuple[TensorFile, dict[str, Any]]:
+    """The engine's tensors, and the facts of every linear by name; ``layout`` of sparse weights: sparse or dense.
 
     They are kept in ``.engine`` beside the model, or in the user's cache where that cannot be written. Raises
     ``UserError`` for a checkpoint that is broken.
     """
-    if head not in HEADS:
-        raise UserError(f"expected a head of {', '.join(HEADS)}, found {head!r}")
-    source = Source(folder)
-    identity = f"{LAYOUT} {head} {source.identity()}"
-    name = f"{head.replace(' ', '-')}.safetensors"
-    places = (folder / FOLDER / name, _user_cache() / hashlib.sha256(identity.encode()).hexdigest() / name)
-    for path in places:
+    identity = f"{LAYOUT} {head} {layout} {source.identity()}"
+    for folder in cache_folders(source):
+        path = folder / f"{head.replace(' ', '-')}-{layout}.safetensors"
         if path.exists():
             found = TensorFile(path)
             if found.metadata.get("identity") == identity:
-                return source, found, json.loads(found.metadata["facts"])
-    tensors, facts = convert(source, head, progress)
-    metadata = {"identity": identity, "facts": json.dumps(facts)}
-    for path in places:
+                return found, json.loads(found.metadata["facts"])
+    failure = ""
+    for folder in cache_folders(source):
+        path = folder / f"{head.replace(' ', '-')}-{layout}.safetensors"
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_tensors(path, tensors, metadata)
-        except OSError:
+            folder.mkdir(parents=True, exist_ok=True)
+            with TensorWriter(path, 8192 + 2048 * (len(linear_names(source)) + 1)) as file:
+                facts = {}
+                for name, found_facts, arrays in convert(source, head, layout == "dense", progress):
+                    facts[name] = found_facts
+                    for suffix, array in arrays.items():
+                        file.add(f"{name}.{suffix}", array)
+                file.finish({"identity": identity, "facts": json.dumps(facts)})
+        except OSError as error:
+            failure = f"{folder} ({error.strerror})"
             continue
-        return source, TensorFile(path), facts
+        return TensorFile(path), facts
     raise UserError(
-        f"expected room for the engine's copy of the weights in {places[0].parent} or {places[1].parent}, found "
-        "neither "
-        "can be written; free some space or set XDG_CACHE_HOME"
+        f"expected room for the engine's copy of the weights beside the model or in the user's cache, found {failure}; "
+        "free some space or set XDG_CACHE_HOME"
     )
 
 
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tulle"
+def cache_folders(source: Source) -> tuple[Path, Path]:
+    """Where what is made of a model may be kept."""
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tulle"
+    return source.folder / FOLDER, user / hashlib.sha256(str(source.folder.resolve()).encode()).hexdigest()[:32]
+
+
+def linear_names(source: Source) -> list[str]:
+    return [name for index in range(source.anatomy.layers) for name in source.anatomy.linears(index)]
 
 
 def convert(
-    source: Source, head: str, progress: Progress | None = None
-) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """Every tensor that the engine reads by name, and the facts of every linear."""
-    model = source.anatomy
-    tensors: dict[str, NDArray[Any]] = {}
-    facts: dict[str, Any] = {}
-    specs = source.packed.linears if source.packed else {}
-    names = [name for index in range(model.layers) for name in model.linears(index)]
+    source: Source, head: str, fill: bool, progress: Progress | None = None
+) -> Iterator[tuple[str, dict[str, Any], dict[str, NDArray[Any]]]]:
+    """(name, facts, arrays) of every linear and of the head. ``fill``: pruned weights are stored too."""
+    names = linear_names(source)
     for number, name in enumerate(names):
         if progress:
             progress("convert", number, len(names))
-        found, arrays = convert_linear(source, name, specs.get(name), model.linear_shape(name))
-        facts[name] = found
-        tensors |= {f"{name}.{suffix}": array for suffix, array in arrays.items()}
-    head_name = model.architecture.embedding if model.tied else model.architecture.head
-    found, arrays = convert_head(source, head_name, (model.vocabulary, model.hidden), head)
-    facts["head"] = found
-    tensors |= {f"head.{suffix}": array for suffix, array in arrays.items()}
-    return tensors, facts
+        yield name, *convert_linear(source, name, fill)
+    yield "head", *convert_head(source, head)
 
 
-def convert_linear(
-    source: Source, name: str, spec: LinearSpec | None, shape: tuple[int, int]
-) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+def convert_linear(source: Source, name: str, fill: bool) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """(facts, arrays) of one linear."""
+    shape = source.anatomy.linear_shape(name)
+    spec = source.packed.linears.get(name) if source.packed else None
     if spec is None:
         weight = source.tensor(f"{name}.weight", shape)
         return float_linear(_engine_float(weight, source.dtype(f"{name}.weight")), None)
@@ -164,15 +161,23 @@ def convert_linear(
         check_tensors(spec, arrays)
         mask = unpack_mask(arrays["mask"], shape[1]) if spec.sparse else None
         dense = native.expand(arrays["mask"], arrays["values"], shape[1]) if spec.sparse else arrays["weight"]
-        return float_linear(_engine_float(dense, "BF16" if spec.values_dtype == "bfloat16" else "F16"), mask)
+        kind = "BF16" if spec.values_dtype == "bfloat16" else "F16"
+        return float_linear(_engine_float(dense, kind), None if fill else mask)
     codes, mask = unpack_linear_codes(spec, arrays)
+    if fill and mask is not None:
+        # A pruned weight is the code of its zero point.
+        zero = (
+            arrays["zero_point"] if "zero_point" in arrays else np.full((shape[0], 1), 1 << (spec.bits - 1), np.uint8)
+        )
+        codes, mask = np.where(mask, codes, zero.repeat(shape[1] // zero.shape[1], axis=1)), None
     return integer_linear(spec.bits, codes, arrays["scale"], arrays.get("zero_point"), mask)
 
 
-def convert_head(
-    source: Source, name: str, shape: tuple[int, int], head: str
-) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+def convert_head(source: Source, head: str) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """The output head: int8 with a scale per 32 inputs, or in floats."""
+    model = source.anatomy
+    name = model.architecture.embedding if model.tied else model.architecture.head
+    shape = (model.vocabulary, model.hidden)
     stored = source.tensor(name, shape)
     kind = source.dtype(name)
     if head == "as stored":
@@ -198,43 +203,3 @@ def _as_stored(source: Source, name: str, kind: str) -> NDArray[Any]:
     if found.dtype != np.dtype(STORAGE.get(kind, kind)):
         raise UserError(f"expected {name} in {kind}, found {source.dtype(name)}")
     return found
-
-
-def transform_facts(spec: LinearSpec, source: Source, name: str) -> list[dict[str, Any]]:
-    """The transforms in front of a linear as the native engine takes them; ``name`` holds their tensors."""
-    return [
-        transform(t.to_json(), spec.shape[1], {
-            suffix: source.tensor(f"{name}.transform.{number}.{suffix}", shape)
-            for suffix, (_, shape) in t.tensors(spec.shape[1]).items()
-        })
-        for number, t in enumerate(spec.transform)
-    ]  # fmt: skip
-
-
-def transform(spec: Mapping[str, Any], channels: int, tensors: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
-    """One transform: its sizes and numbers, in float32."""
-    found: dict[str, Any] = {"kind": spec["kind"], "channels": channels}
-    numbers = {suffix: t.astype(np.float32) for suffix, t in tensors.items() if t.dtype != np.int32}
-    if spec["kind"] == "diagonal":
-        return found | {"scale": numbers["scale"].reshape(-1)}
-    if spec["kind"] == "permutation":
-        return found | {"index": np.ascontiguousarray(tensors["index"])}
-    if spec["kind"] == "block_matrix":
-        return found | {"block": spec["block"], "shared": spec["shared"], "matrix": numbers["matrix"].reshape(-1)}
-    if spec["kind"] == "kronecker":
-        left = np.ascontiguousarray(numbers["left"].T).reshape(-1)
-        return found | {
-            "left_size": spec["left"], "right_size": spec["right"], "left": left, "right": numbers["right"].reshape(-1),
-        }  # fmt: skip
-    return found | hadamard(spec["block"])
-
-
-def hadamard(block: int) -> dict[str, Any]:
-    """Block, base order m and H_mᵀ of a Hadamard transform."""
-    base = base_order(block)
-    if base is None:
-        raise UserError(f"expected a Hadamard order, found a block of {block} channels; the file is broken")
-    facts: dict[str, Any] = {"block": block, "base": base}
-    if base > 1:
-        facts["matrix"] = np.ascontiguousarray(paley(base).T.astype(np.float32)).reshape(-1)
-    return facts

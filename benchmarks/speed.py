@@ -1,0 +1,150 @@
+"""Decode or prefill speed on the 1.1 B shape, ours beside llama.cpp and PyTorch: one run, interleaved, medians.
+
+    python benchmarks/speed.py decode|prefill [--peer-python PY] [--rounds 7] [--threads 2]
+
+Random weights of the shape of TinyLlama-1.1B (22 layers, d 2048, ffn 5632, 32/4 heads, vocabulary 32000), as
+checkpoints of every format under build/speed. Every model lives in a process of its own; a round times each of them
+once, in turn. Decode: 32 tokens after 16; prefill: 512 tokens. Reported are medians of tokens/s, ratios to Q4_0
+and F32 (decode) or torch in float32 (prefill), bytes that a token reads, and those per second beside what as many
+threads reach that only read. A peer that cannot be run is named as such. ``--peer-python``: a Python with
+llama-cpp-python (built from source, for this machine) and gguf.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from compress_large import COMMON, SHAPES  # noqa: E402
+from synthetic import write_packed  # noqa: E402
+
+HERE = Path(__file__).parent
+FORMATS: dict[str, tuple[int | None, float]] = {
+    "bf16": (None, 0.0), "bf16 70 %": (None, 0.7), "int8": (8, 0.0), "int8 50 %": (8, 0.5), "int8 70 %": (8, 0.7),
+    "int4": (4, 0.0), "int4 50 %": (4, 0.5), "int4 70 %": (4, 0.7), "int4 80 %": (4, 0.8),
+}  # fmt: skip
+LLAMA = ("F32", "BF16", "Q8_0", "Q4_0")
+COUNT = {"decode": 32, "prefill": 512}
+
+
+class Worker:
+    """A model in a process."""
+
+    def __init__(self, python: str, *arguments: str):
+        self.process = subprocess.Popen(
+            [python, str(HERE / "speed_worker.py"), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            _, errors = self.process.communicate()
+            raise RuntimeError((errors.strip().splitlines() or ["it ended"])[-1])
+        self.bytes = int(json.loads(line)["bytes"])
+
+    def time(self, what: str, count: int) -> float:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(f"{what} {count}\n")
+        self.process.stdin.flush()
+        return float(self.process.stdout.readline())
+
+
+def workers(arguments: argparse.Namespace) -> tuple[dict[str, Worker], dict[str, str]]:
+    """Running models by name, and why others do not run."""
+    folder, threads = arguments.folder, str(arguments.threads)
+    wanted: list[tuple[str, str, list[str]]] = []
+    for name, (bits, sparsity) in FORMATS.items():
+        made = folder / name.replace(" ", "").replace("%", "")
+        if not (made / "config.json").exists():
+            write_packed(made, "1.1b", bits, sparsity)
+        wanted.append((f"tulle {name}", sys.executable, ["tulle", str(made), threads, "recorded"]))
+        if bits is not None:
+            wanted.append((f"tulle {name}, 8-bit inputs", sys.executable, ["tulle", str(made), threads, "int8"]))
+    if arguments.peer_python:
+        gguf = folder / "gguf"
+        subprocess.run(
+            [arguments.peer_python, str(HERE / "gguf_model.py"), str(gguf), json.dumps(COMMON | SHAPES["1.1b"])],
+            check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        for kind in LLAMA:
+            wanted.append(
+                (f"llama.cpp {kind}", arguments.peer_python, ["llama.cpp", str(gguf / f"{kind}.gguf"), threads])
+            )
+    shape = json.dumps(COMMON | SHAPES["1.1b"])
+    for dtype in ("float32", "bfloat16", "int8") if arguments.what == "prefill" else ("bfloat16",):
+        wanted.append((f"torch {dtype}", sys.executable, ["torch", shape, threads, dtype]))
+    found: dict[str, Worker] = {}
+    missing: dict[str, str] = {}
+    for name, python, command in wanted:
+        if arguments.only and not any(part in name for part in arguments.only):
+            continue
+        try:
+            found[name] = Worker(python, *command)
+        except (RuntimeError, OSError) as error:
+            missing[name] = str(error)
+        print(f"{name}: {missing.get(name, 'ready')}", flush=True)
+    return found, missing
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=list(COUNT))
+    parser.add_argument("--folder", type=Path, default=Path("build/speed"))
+    parser.add_argument("--peer-python")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", nargs="*", help="models whose names contain one of these")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from tulle import _native, machine
+
+    running, missing = workers(arguments)
+    count = COUNT[arguments.what]
+    seconds: dict[str, list[float]] = {name: [] for name in running}
+    for number in range(arguments.rounds + 1):  # the first one warms up
+        for name, worker in running.items():
+            taken = worker.time(arguments.what, count)
+            if number:
+                seconds[name].append(taken)
+    for worker in running.values():
+        worker.process.kill()
+    read = _native.read_bandwidth(1 << 29, arguments.threads, 5) / 1e9
+    results: dict[str, Any] = {}
+    for name, times in seconds.items():
+        rate = count / statistics.median(times)
+        results[name] = {
+            "tokens_per_s": rate, "best": count / min(times), "worst": count / max(times), "bytes": running[name].bytes,
+        }  # fmt: skip
+        if arguments.what == "decode":
+            results[name]["gb_s"] = rate * running[name].bytes / 1e9
+    bases = ("llama.cpp Q4_0", "llama.cpp F32") if arguments.what == "decode" else ("torch float32", "torch bfloat16")
+    table = Table("", "tokens/s", *[f"× {b}" for b in bases], "MB", "GB/s", title=f"{arguments.what}, 1.1 B shape")
+    for name, found in results.items():
+        for base in bases:
+            if base in results:
+                found[f"over {base}"] = found["tokens_per_s"] / results[base]["tokens_per_s"]
+        ratios = [f"{found[f'over {b}']:.2f}" if f"over {b}" in found else "" for b in bases]
+        rate = f"{found['gb_s']:.1f}" if "gb_s" in found else ""
+        table.add_row(name, f"{found['tokens_per_s']:.1f}", *ratios, f"{found['bytes'] / 1e6:.0f}", rate)
+    Console(width=120).print(table)
+    print(f"read bandwidth of {arguments.threads} threads: {read:.1f} GB/s")
+    content = {
+        "machine": machine.describe() | {"threads": arguments.threads}, "rounds": arguments.rounds,
+        "tokens": count, "read_gb_s": read, "results": results, "missing": missing,
+    }  # fmt: skip
+    out = arguments.out or HERE / f"results/{arguments.what}.json"
+    out.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

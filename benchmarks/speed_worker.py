@@ -1,0 +1,92 @@
+"""One model in a process of its own, timed on request. Runs in our Python or in a peer's.
+
+    python benchmarks/speed_worker.py KIND PATH THREADS [OPTION]
+
+KIND: tulle (OPTION: activations), llama.cpp, or torch (PATH: the shape as JSON; OPTION: float32, bfloat16, int8). Reads
+a line ``prefill N`` or ``decode N`` and answers with a line: seconds. ``decode`` follows a prompt of 16 tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+PROMPT = 16
+
+
+class Tulle:
+    def __init__(self, path: str, threads: int, option: str):
+        from tulle.engine import Engine
+
+        self.engine = Engine(path, threads, 1024, activations=option, layout="sparse")
+        self.bytes = self.engine.weight_bytes
+
+    def run(self, tokens: list[int], position: int) -> None:
+        self.engine.forward(tokens, 0, position, [len(tokens) - 1])
+
+
+class LlamaCpp:
+    def __init__(self, path: str, threads: int, option: str):
+        import llama_cpp
+
+        self.model = llama_cpp.Llama(
+            path, n_ctx=1024, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False
+        )
+        self.bytes = Path(path).stat().st_size
+
+    def run(self, tokens: list[int], position: int) -> None:
+        if position == 0:
+            self.model.reset()
+        self.model.eval(tokens)
+
+
+class Torch:
+    def __init__(self, path: str, threads: int, option: str):
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        dtype = torch.bfloat16 if option == "bfloat16" else torch.float32
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        self.model = LlamaForCausalLM(LlamaConfig(**json.loads(path))).eval()
+        torch.set_default_dtype(before)
+        self.bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        if option == "int8":
+            self.model = torch.ao.quantization.quantize_dynamic(self.model, {torch.nn.Linear}, dtype=torch.qint8)
+            self.bytes //= 4
+        self.torch, self.cache = torch, None
+
+    def run(self, tokens: list[int], position: int) -> None:
+        with self.torch.inference_mode():
+            cache = None if position == 0 else self.cache
+            found = self.model(self.torch.tensor([tokens]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            self.cache = found.past_key_values
+
+
+def main() -> None:
+    kind, path, threads, *rest = sys.argv[1:]
+    classes: dict[str, Callable[[str, int, str], Tulle | LlamaCpp | Torch]] = {
+        "tulle": Tulle, "llama.cpp": LlamaCpp, "torch": Torch,
+    }  # fmt: skip
+    model = classes[kind](path, int(threads), rest[0] if rest else "")
+    print(json.dumps({"bytes": model.bytes}), flush=True)
+    for line in sys.stdin:
+        what, count = line.split()[0], int(line.split()[1])
+        if what == "prefill":
+            begun = time.perf_counter()
+            model.run([i * 7919 % 31000 for i in range(count)], 0)
+        else:
+            model.run(list(range(1, PROMPT + 1)), 0)
+            begun = time.perf_counter()
+            for i in range(count):
+                model.run([i * 7919 % 31000], PROMPT + i)
+        print(time.perf_counter() - begun, flush=True)
+
+
+if __name__ == "__main__":
+    main()

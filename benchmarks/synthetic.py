@@ -1,0 +1,81 @@
+"""Packed checkpoints of large shapes with random weights: what speed depends on is the format, not the numbers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).parent))
+from compress_large import COMMON, SHAPES  # noqa: E402
+
+from tulle.format.pack import f32_to_bf16, pack_linear  # noqa: E402
+from tulle.format.spec import LinearSpec, QuantizationConfig  # noqa: E402
+from tulle.models.anatomy import anatomy  # noqa: E402
+
+GROUP = 128
+
+
+def write_packed(
+    folder: Path,
+    shape: str,
+    bits: int | None,
+    sparsity: float,
+    input_bits: int | None = None,
+    layers: int | None = None,
+) -> None:
+    """A checkpoint in bf16 (``bits`` None) or integers in groups of 128, with so many zeros. Every block holds the same
+    numbers, in bytes of its own."""
+    config = COMMON | SHAPES[shape] | {"model_type": "llama", "rms_norm_eps": 1e-5, "hidden_act": "silu"}
+    config["num_hidden_layers"] = layers or config["num_hidden_layers"]
+    model = anatomy(config)
+    generator = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    specs: dict[str, LinearSpec] = {}
+    block: dict[str, Any] = {}
+    for name, size in model.block_tensors().items():
+        if len(size) == 1:
+            block[name] = f32_to_bf16(np.ones(size, np.float32))
+            continue
+        linear = name.removesuffix(".weight")
+        spec, arrays = packed_linear(generator, (size[0], size[1]), bits, sparsity, input_bits)
+        specs[linear] = spec
+        block |= {f"{linear}.{suffix}": array for suffix, array in arrays.items()}
+    for index in range(model.layers):
+        prefix = model.block_prefix(index)
+        save_file({prefix + k: stored(v) for k, v in block.items()}, folder / f"model-{index:05d}.safetensors")
+    outer = {k: f32_to_bf16(0.02 * generator.standard_normal(s, np.float32)) for k, s in model.outer_tensors().items()}
+    save_file({k: stored(v) for k, v in outer.items()}, folder / "model-outer.safetensors")
+    if bits is not None or sparsity > 0:
+        linears = {model.block_prefix(i) + name: s for i in range(model.layers) for name, s in specs.items()}
+        config["quantization_config"] = QuantizationConfig(linears).to_json()
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def stored(array: np.ndarray) -> torch.Tensor:
+    """As it is written: uint16 arrays are the bits of bfloat16."""
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor
+
+
+def packed_linear(
+    generator: np.random.Generator, shape: tuple[int, int], bits: int | None, sparsity: float, input_bits: int | None
+) -> tuple[LinearSpec, dict[str, Any]]:
+    """A random linear. Unquantised and dense: a spec all the same, of the plain weight."""
+    mask = generator.random(shape, np.float32) >= sparsity if sparsity else None
+    kept = None if mask is None else int(mask.sum())
+    if bits is None:
+        values = f32_to_bf16(0.02 * generator.standard_normal(shape, np.float32))
+        spec = LinearSpec(shape, sparse=mask is not None, nonzeros=kept, values_dtype="bfloat16")
+        return spec, pack_linear(spec, values, mask)
+    spec = LinearSpec(
+        shape, bits, GROUP, sparse=mask is not None, nonzeros=kept, input_bits=input_bits, values_dtype=None
+    )
+    codes = generator.integers(0, 1 << bits, shape, np.uint8)
+    scale = f32_to_bf16(np.full((shape[0], spec.groups), 0.02 / (1 << (bits - 1)), np.float32))
+    return spec, pack_linear(spec, codes, mask, scale)
