@@ -87,7 +87,8 @@ class Engine:
             raise UserError("expected at least one thread, sequence and token of context, found fewer")
         source, bits = Source(folder), 16 if activations == "recorded" else 8
         self.sequences, self.threads = sequences, threads or os.cpu_count() or 1
-        self.sparse = bool(source.packed) and any(spec.sparse for spec in source.packed.linears.values())
+        specs = source.packed.linears.values() if source.packed else ()
+        self.sparse = any(spec.sparse for spec in specs)
         self.layout = choose_layout(source, layout, head, bits, self.threads)
         file, facts = prepared(source, head, self.layout, progress)
         if cache == "auto":
