@@ -37,6 +37,8 @@ from tulle.errors import UserError
 
 DENSITIES = (0.4, 0.6, 0.8, 1.0, 1.25, 1.6, 2.0, 2.8)
 """Kept shares that are tried, as multiples of 1 − S."""
+MOST_STATES = 1 << 30
+"""Elements of the hidden states of all trials."""
 GRID = 0.01
 """Sparsities between them are interpolated, this far apart."""
 
@@ -71,8 +73,9 @@ class Allocate(Method):
     """What shares one sparsity: nothing, the linears that read one input, or all of a block."""
     lowest: float = 0.0
     highest: float = 0.95
-    tokens: int = 2048
-    """Calibration tokens that a trial is measured on."""
+    tokens: int = 512
+    """Calibration tokens that a trial is measured on; fewer where the hidden states of all trials would take more than
+    4 GiB. Four times as many divided the budget no better (docs/log.md)."""
     damping: float = 0.01
     steps: int = 10
     """Of conjugate gradients per fit."""
@@ -90,7 +93,7 @@ class Allocate(Method):
         if self.tokens < 2 or self.steps < 0:
             raise UserError(
                 f"expected tokens of 2 and steps of 0 or more, found {self.tokens} and {self.steps}; the defaults are "
-                "2048 and 10"
+                "512 and 10"
             )
 
     def levels(self) -> list[float]:
@@ -153,5 +156,8 @@ class Allocate(Method):
                 for level in levels:
                     yield (index, number, level), {name: surgeon.prune(level) for name, surgeon in surgeons.items()}
 
-        found = survey.probe(trials, self.tokens)
+        tokens = max(2, min(self.tokens, MOST_STATES // (survey.layers * len(units) * len(levels) * survey.hidden)))
+        if tokens < self.tokens:
+            survey.notes.append(f"allocate: measured on {tokens} tokens in place of {self.tokens}, to save memory")
+        found = survey.probe(trials, tokens)
         return np.array([[found[i, u, s] for s in levels] for i in range(survey.layers) for u in range(len(units))])
