@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 # What an editable install copies or compiles; other Python sources are used from where they are.
 BUILT_FROM := pyproject.toml CMakeLists.txt constraints.txt $(shell find native -name '*.hpp' -o -name '*.cpp')
 
-.PHONY: demo test check bench reference sanitize
+.PHONY: demo test check bench reference sanitize fuzz
 
 demo: $(INSTALLED)
 	$(BIN)/tulle demo -o demo
@@ -37,6 +37,12 @@ sanitize: $(INSTALLED)
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/tulle_test_kernels
 	build/sanitize/tulle_test_linear
+
+# Damaged models, made by a fuzzer, for SECONDS seconds.
+SECONDS ?= 60
+fuzz: $(INSTALLED)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,fuzz]'
+	$(BIN)/python fuzz/loader.py -max_total_time=$(SECONDS)
 
 # torch first, alone: its version is settled before anything that merely depends on it.
 $(INSTALLED): $(BUILT_FROM)

@@ -13,6 +13,8 @@ output), then what is ours, one ingredient at a time:
   less;
 - ``reconstructed``: attention and MLP of a block trained against the dense block.
 
+Last, the shipped recipes as they are.
+
 Finished cells of the JSON are kept.
 """
 
@@ -30,6 +32,10 @@ from cells import Cells, import_methods  # noqa: E402
 from w4a4 import MODELS, Bench  # noqa: E402
 
 SHARES = ("50", "60", "70", "2:4", "4:8")
+RECIPES = (
+    "sparse50", "sparse60", "sparse70", "sparse70-reconstructed", "2of4", "2of4-permuted", "sparse50-w4", "sparse70-w4",
+    "sparse70-w8a8",
+)  # fmt: skip
 SAMPLES = {"tinystories": 256, "reference": 32}
 
 
@@ -66,6 +72,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--shares", nargs="*", choices=SHARES, default=list(SHARES))
     parser.add_argument("--methods", nargs="*", help="by name; default: all")
+    parser.add_argument("--recipes", nargs="*", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/sparse.json")
     arguments = parser.parse_args()
@@ -75,6 +82,7 @@ def main() -> None:
     import torch
 
     from tulle import machine
+    from tulle.recipe import load_recipe
 
     torch.set_num_threads(arguments.threads)
     import_methods()
@@ -91,6 +99,10 @@ def main() -> None:
                     found = cells.make(key, partial(bench.run, bench.model, steps, target))
                     print(f"{key}: {found['perplexity']:.2f}, layer error {found['layer_error']:.4f}, "
                           f"{found['seconds']:.0f} s", flush=True)  # fmt: skip
+            for recipe in arguments.recipes:
+                steps, target = load_recipe(recipe).to_json()["steps"], load_recipe(recipe).calibration.target
+                found = cells.make(f"{name}/recipe/{recipe}", partial(bench.run, bench.model, steps, target))
+                print(f"{name}, {recipe}: {found['perplexity']:.2f}, {found['seconds']:.0f} s", flush=True)
     print_tables(cells.all)
 
 
@@ -110,6 +122,11 @@ def print_tables(cells: dict[str, Any]) -> None:
                 method, *("" if c is None else f"{c['perplexity']:.2f} ({c['layer_error']:.3f})" for c in found)
             )
         Console(width=140).print(table)
+        shipped = Table("recipe", "perplexity", title=f"{name}: shipped recipes")
+        for recipe in RECIPES:
+            if f"{name}/recipe/{recipe}" in cells:
+                shipped.add_row(recipe, f"{cells[f'{name}/recipe/{recipe}']['perplexity']:.2f}")
+        Console(width=140).print(shipped)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tulle import _native
 from tulle.engine.choose import choose_layout
-from tulle.engine.prepare import Progress, Source, prepared
+from tulle.engine.prepare import FOLDER, Progress, Source, prepared
 from tulle.engine.sampling import Sampler, Sampling
 from tulle.engine.settings import settings_of
 from tulle.engine.text import Stream, Text
@@ -107,7 +107,10 @@ class Engine:
         try:
             self._native = _native.Engine(settings, sequences, self.context, BATCH, cache, self.threads)
         except ValueError as error:
-            raise UserError(f"expected a model that the engine can run in {folder}, found {error}") from None
+            raise UserError(
+                f"expected a model that the engine can run in {folder}, found {error}; if its {FOLDER} folder was "
+                "changed, delete that"
+            ) from None
 
     @property
     def text(self) -> Text:

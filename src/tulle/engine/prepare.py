@@ -24,6 +24,11 @@ LAYOUT = 4
 """Of the file: another number, another file."""
 HEADS = ("int8", "bf16", "as stored")
 FOLDER = ".engine"
+FACTS = {
+    "kind": str, "sparse": bool, "rows": int, "columns": int, "segment": int, "segments": int,
+    "segments_per_scale": int, "zero": int,
+}  # fmt: skip
+"""Of a linear, with their types."""
 Progress = Callable[[str, int, int], None]
 
 
@@ -99,10 +104,9 @@ def prepared(
     identity = f"{LAYOUT} {head} {layout} {source.identity()}"
     for folder in cache_folders(source):
         path = folder / f"{head.replace(' ', '-')}-{layout}.safetensors"
-        if path.exists():
-            found = TensorFile(path)
-            if found.metadata.get("identity") == identity:
-                return found, json.loads(found.metadata["facts"])
+        known = _known(path, identity, {*linear_names(source), "head"}) if path.exists() else None
+        if known:
+            return known
     failure = ""
     for folder in cache_folders(source):
         path = folder / f"{head.replace(' ', '-')}-{layout}.safetensors"
@@ -123,6 +127,19 @@ def prepared(
         f"expected room for the engine's copy of the weights beside the model or in the user's cache, found {failure}; "
         "free some space or set XDG_CACHE_HOME"
     )
+
+
+def _known(path: Path, identity: str, names: set[str]) -> tuple[TensorFile, dict[str, Any]] | None:
+    """A file that was made earlier; None where it is of another model or broken, so that it is made again."""
+    try:
+        found = TensorFile(path)
+        facts = json.loads(found.metadata.get("facts", ""))
+    except (UserError, ValueError):
+        return None
+    if found.metadata.get("identity") != identity or not isinstance(facts, dict) or set(facts) != names:
+        return None
+    whole = all(isinstance(f, dict) and {k: type(v) for k, v in f.items()} == FACTS for f in facts.values())
+    return (found, facts) if whole else None
 
 
 def cache_folders(source: Source) -> tuple[Path, Path]:
@@ -187,7 +204,10 @@ def convert_head(source: Source, head: str) -> tuple[dict[str, Any], dict[str, N
         return float_linear(f32_to_bf16(weight), None)
     width = next((n for n in (32, 16, 8) if shape[1] % n == 0), shape[1])
     groups = weight.reshape(shape[0], -1, width)
-    scale = f32_to_bf16(np.abs(groups).max(axis=2) / 127)
+    most = np.abs(groups).max(axis=2)
+    if not np.isfinite(most).all():
+        raise UserError(f"expected finite numbers in {name}, found others; the checkpoint is broken")
+    scale = f32_to_bf16(most / 127)
     step = bf16_to_f32(scale)
     whole = np.rint(groups / np.where(step > 0, step, 1)[:, :, None]).clip(-127, 127)
     return integer_linear(8, (whole + 128).astype(np.uint8).reshape(shape), scale, None, None)

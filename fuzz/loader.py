@@ -1,0 +1,69 @@
+"""Fuzz target: a damaged model must run or be refused with one line.
+
+    make fuzz                  (pip install -e '.[fuzz]', then python fuzz/loader.py -max_total_time=60)
+
+The engine's Python is instrumented; its native part aborts where it reads beyond an array if the extension was built
+with TULLE_SANITIZE=ON. The bytes that the fuzzer makes are laid over a small packed model, so that it need not invent
+one.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import atheris
+
+sys.path[:0] = [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parents[1] / "tests/engine")]
+
+with atheris.instrument_imports(include=["tulle.engine", "tulle.format"]):
+    from corruption import try_model
+
+from tiny_models import write_model  # noqa: E402
+
+SCHEMES = {
+    "qkv": {"bits": 4, "group_size": 32, "sparse": True, "symmetric": False, "input_bits": 8},
+    "o": {"bits": 8, "sparse": True, "pattern": "2:4"},
+    "gate_up": {"sparse": True, "values_dtype": "bfloat16"},
+    "down": {"bits": 3, "group_size": 24},
+}
+FOLDER = Path(tempfile.mkdtemp(prefix="tulle-fuzz-"))
+
+
+def prepare() -> dict[Path, bytes]:
+    """A model and the engine's file, by path."""
+    write_model(FOLDER / "model", SCHEMES, dtype="bfloat16")
+    assert try_model(FOLDER / "model") == "ran"
+    files = [f for f in sorted((FOLDER / "model").rglob("*")) if f.suffix in (".safetensors", ".json")]
+    return {f: f.read_bytes() for f in files}
+
+
+ORIGINAL = prepare()
+
+
+def one(data: bytes) -> None:
+    """Overwrites a few places of one file, or cuts it."""
+    choice = atheris.FuzzedDataProvider(data)
+    for path, content in ORIGINAL.items():
+        if path.read_bytes() != content:
+            path.write_bytes(content)
+    path = sorted(ORIGINAL)[choice.ConsumeIntInRange(0, len(ORIGINAL) - 1)]
+    changed = bytearray(ORIGINAL[path])
+    for _ in range(choice.ConsumeIntInRange(1, 4)):
+        at = choice.ConsumeIntInRange(0, len(changed) - 1)
+        new = choice.ConsumeBytes(choice.ConsumeIntInRange(1, 12))
+        changed[at : at + len(new)] = new
+    if choice.ConsumeBool():
+        del changed[choice.ConsumeIntInRange(1, len(changed)) :]
+    path.write_bytes(changed)
+    try_model(FOLDER / "model")
+
+
+def main() -> None:
+    atheris.Setup(sys.argv, one)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Damaged models: what the tests and the fuzz target share."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from tulle.engine import Engine
+from tulle.errors import UserError
+
+
+def try_model(folder: Path) -> str:
+    """ "ran" or the one-line message; anything but a ``UserError`` is raised on."""
+    try:
+        engine = Engine(folder, threads=1, layout="sparse")
+        logits = engine.forward([1, 2, 3])
+        engine.forward([4], 0, 3)
+    except UserError as error:
+        assert "\n" not in str(error)
+        return str(error)
+    assert logits.shape == (3, engine.vocabulary) and logits.dtype == np.float32
+    return "ran"
+
+
+def damaged(source: Path, target: Path, choice: random.Random) -> str:
+    """Copies a model folder with one file changed at random, and says how."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
+    files = [f for f in sorted(target.rglob("*")) if f.suffix in (".safetensors", ".json") and f.name != "layouts.json"]
+    file = choice.choice(files)
+    data = bytearray(file.read_bytes())
+    kind = choice.choice(("flip", "flip", "digit", "cut", "swap", "zero"))
+    at = choice.randrange(len(data))
+    if kind == "flip":
+        # Headers are where most of what can be believed stands.
+        at = choice.randrange(min(len(data), 6000)) if choice.random() < 0.7 else at
+        data[at] ^= 1 << choice.randrange(8)
+    elif kind == "digit":
+        digits = [i for i, b in enumerate(data[:20000]) if 48 <= b <= 57] or [at]
+        at = choice.choice(digits)
+        data[at] = 48 + choice.randrange(10)
+    elif kind == "cut":
+        del data[at:]
+    elif kind == "swap":
+        other = choice.randrange(len(data))
+        data[at : at + 8], data[other : other + 8] = data[other : other + 8], data[at : at + 8]
+    else:
+        data[at : at + 64] = bytes(len(data[at : at + 64]))
+    file.write_bytes(data)
+    return f"{kind} at {at} of {file.name}"
