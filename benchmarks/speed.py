@@ -63,9 +63,11 @@ def workers(arguments: argparse.Namespace) -> tuple[dict[str, Worker], dict[str,
         made = folder / name.replace(" ", "").replace("%", "")
         if not (made / "config.json").exists():
             write_packed(made, "1.1b", bits, sparsity)
-        wanted.append((f"tulle {name}", sys.executable, ["tulle", str(made), threads, "recorded"]))
+        wanted.append((f"tulle {name}", sys.executable, ["tulle", str(made), threads, "recorded:sparse"]))
         if bits is not None:
-            wanted.append((f"tulle {name}, 8-bit inputs", sys.executable, ["tulle", str(made), threads, "int8"]))
+            wanted.append((f"tulle {name}, 8-bit inputs", sys.executable, ["tulle", str(made), threads, "int8:sparse"]))
+        if name == "int4 70 %":
+            wanted.append((f"tulle {name}, filled up", sys.executable, ["tulle", str(made), threads, "recorded:dense"]))
     if arguments.peer_python:
         gguf = folder / "gguf"
         subprocess.run(

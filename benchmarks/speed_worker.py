@@ -2,7 +2,7 @@
 
     python benchmarks/speed_worker.py KIND PATH THREADS [OPTION]
 
-KIND: tulle (OPTION: activations), llama.cpp, or torch (PATH: the shape as JSON; OPTION: float32, bfloat16, int8). Reads
+KIND: tulle (OPTION: activations:layout), llama.cpp, or torch (PATH: the shape as JSON; OPTION: float32, bfloat16, int8). Reads
 a line ``prefill N`` or ``decode N`` and answers with a line: seconds. ``decode`` follows a prompt of 16 tokens.
 """
 
@@ -21,7 +21,8 @@ class Tulle:
     def __init__(self, path: str, threads: int, option: str):
         from tulle.engine import Engine
 
-        self.engine = Engine(path, threads, 1024, activations=option, layout="sparse")
+        activations, layout = option.split(":")
+        self.engine = Engine(path, threads, 1024, activations=activations, layout=layout)
         self.bytes = self.engine.weight_bytes
 
     def run(self, tokens: list[int], position: int) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import mmap
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,15 +25,18 @@ NAMES = {np.dtype(np.uint8): "U8", np.dtype(np.uint16): "U16", np.dtype(np.uint6
 LARGEST_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library."""
 ALIGNMENT = 64
+READ = 1 << 26
+"""Bytes of one read."""
 
 
 class TensorFile:
-    """One safetensors file. Raises ``UserError`` for a file that is missing, short or contradicts itself."""
+    """One safetensors file, mapped, or read into huge pages where ``resident``. Raises ``UserError`` for a file that is
+    missing, short or contradicts itself."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, resident: bool = False):
         self.path = path
         try:
-            self._data: NDArray[np.uint8] = np.memmap(path, np.uint8, "r")
+            self._data = _read(path) if resident else np.memmap(path, np.uint8, "r")
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is empty"
             raise UserError(f"expected a safetensors file at {path}, found none that can be read ({reason})") from None
@@ -85,6 +90,22 @@ class TensorFile:
 
     def _broken(self, expected: str) -> UserError:
         return UserError(f"{self.path.name}: expected {expected}, found another length or content; copy the file again")
+
+
+def _read(path: Path) -> NDArray[np.uint8]:
+    """The file in memory of its own, in huge pages where the system has them: the processor's prefetchers stop at the
+    end of a page, and weights that are streamed from 4 KiB pages come at two thirds of the speed."""
+    size = path.stat().st_size
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+    memory = mmap.mmap(-1, max(size, 1), **private)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    view, done = memoryview(memory), 0
+    with open(path, "rb", buffering=0) as file:
+        while done < size and (count := file.readinto(view[done : done + READ])):
+            done += count
+    return np.frombuffer(memory, np.uint8, done)
 
 
 def _whole(numbers: object) -> bool:

@@ -122,7 +122,7 @@ def prepared(
         except OSError as error:
             failure = f"{folder} ({error.strerror})"
             continue
-        return TensorFile(path), facts
+        return TensorFile(path, resident=True), facts
     raise UserError(
         f"expected room for the engine's copy of the weights beside the model or in the user's cache, found {failure}; "
         "free some space or set XDG_CACHE_HOME"
@@ -132,7 +132,7 @@ def prepared(
 def _known(path: Path, identity: str, names: set[str]) -> tuple[TensorFile, dict[str, Any]] | None:
     """A file that was made earlier; None where it is of another model or broken, so that it is made again."""
     try:
-        found = TensorFile(path)
+        found = TensorFile(path, resident=True)
         facts = json.loads(found.metadata.get("facts", ""))
     except (UserError, ValueError):
         return None

@@ -1,0 +1,115 @@
+"""generate, chat, bench and eval --backend engine on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from checkpoints import write_checkpoint, write_prose
+from tulle.cli import main
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("engine")
+    write_checkpoint(folder / "model", seed=3)
+    write_prose(folder / "prose.txt", 3000)
+    recipe = "name: tiny\nsteps:\n  - magnitude: {sparsity: 0.7}\n  - round_to_nearest: {bits: 4}\n"
+    (folder / "recipe.yaml").write_text(recipe)
+    arguments = ["-r", "recipe.yaml", "-o", "out", "--calibration", "prose.txt", "--samples", "4", "--length", "64"]
+    assert run(folder, "compress", "model", *arguments) == 0
+    return folder
+
+
+def run(folder: Path, *arguments: str) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return main.run(arguments)
+
+
+def test_generate(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(work, "generate", "out", "-p", "Sentence", "-n", "20", "--json", "found.json") == 0
+    shown = capsys.readouterr()
+    found = json.loads((work / "found.json").read_text())
+    assert shown.out == "Sentence" + found["text"] + "\n"
+    assert "prompt tokens in" in shown.err
+    assert found["prompt_tokens"] == 8 and len(found["tokens"]) <= 20
+
+
+def test_generate_reads_a_prompt_and_writes_json_only(
+    work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("abc"))
+    assert run(work, "generate", "out", "-p", "-", "-n", "5", "--temperature", "1", "--json", "-") == 0
+    assert json.loads(capsys.readouterr().out)["prompt"] == "abc"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "nowhere", "-p", "x"], "expected a model folder"),
+        (["generate", "out", "-p", ""], "at least one token"),
+        (["generate", "out", "-p", "x", "--temperature", "-1"], "temperature of 0 or more"),
+        (["generate", "out", "-p", "x", "-n", "500"], "within 128 tokens"),
+        (["generate", "out", "-p", "x", "--cache", "int2"], "a cache in"),
+        (["generate", "out", "-p", "x", "--layout", "round"], "a layout of"),
+        (["chat", "out"], "chat template"),
+        (["bench", "out", "--tokens", "500"], "within the context"),
+        (["eval", "out", "--backend", "gpu"], "torch or engine"),
+    ],
+)
+def test_bad_input(work: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(work, *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_chat(work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+    import shutil
+
+    shutil.copytree(work / "out", work / "chatty", dirs_exist_ok=True)
+    (work / "chatty/chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }} {% endfor %}"
+    )
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\nAgain\n\n"))
+    assert run(work, "chat", "chatty", "-n", "6", "--temperature", "0") == 0
+    assert capsys.readouterr().out.count("\n") >= 2
+
+
+def test_bench_shows_both_layouts(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--prompt", "30", "--tokens", "8", "--rounds", "2", "--json", "speed.json", "--threads", "1"]
+    assert run(work, "bench", "out", *arguments) == 0
+    found = json.loads((work / "speed.json").read_text())
+    assert {found["layout"], found["other_layout"]["layout"]} == {"sparse", "dense"}
+    keys = {"prefill_tokens_per_s", "decode_tokens_per_s", "weight_bytes", "bandwidth_gb_s", "threads"}
+    assert keys <= set(found) and all(found[k] > 0 for k in keys)
+    shown = capsys.readouterr().out
+    assert "sparse weights" in shown and "dense weights" in shown
+
+
+def test_eval_gives_the_figures_of_torch(work: Path) -> None:
+    figures = []
+    for backend in ("torch", "engine"):
+        assert run(work, "eval", "out", "--text", "prose.txt", "--backend", backend, "--json", f"{backend}.json") == 0
+        figures.append(json.loads((work / f"{backend}.json").read_text()))
+    assert figures[0]["tokens"] == figures[1]["tokens"]
+    assert figures[1]["perplexity"] == pytest.approx(figures[0]["perplexity"], rel=5e-3)
+
+
+def test_generate_without_torch(work: Path) -> None:
+    """In an interpreter where torch and transformers cannot be imported."""
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
+        "from tulle.cli import main; sys.exit(main.run(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "generate", str(work / "out"), "-p", "Sentence", "-n", "5"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.startswith("Sentence")
