@@ -15,6 +15,16 @@ namespace {
 
 std::size_t least(std::size_t a, std::size_t b) { return a < b ? a : b; }
 
+// total += the sums of four products of unsigned codes and signed x. In place: where there are many
+// accumulators, GCC 12 copies them around the intrinsic and spills them (with few it does better than this).
+void dot(__m512i& total, __m512i codes, __m512i x) {
+#if defined(__GNUC__)
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(total) : "v"(codes), "v"(x));
+#else
+  total = _mm512_dpbusd_epi32(total, codes, x);
+#endif
+}
+
 __m512i broadcast4(const std::int8_t* x) {
   std::int32_t four;
   std::memcpy(&four, x, 4);
@@ -200,10 +210,13 @@ void meet(const LinearView& w, const Inputs& x, std::size_t tile, std::size_t se
   const std::size_t units = w.segment / 4;
   __m512i total[kTiles][kTokens][kPlanes];
   std::size_t scale[kTiles];
+#pragma GCC unroll 16
   for (int i = 0; i < kTiles; ++i) {
     scale[i] = ((tile + i) * w.scales_per_row() + segment / w.segments_per_scale) * kTileRows;
     const Zeros zeros = zeros_at(w, scale[i]);
+#pragma GCC unroll 16
     for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 16
       for (int p = 0; p < kPlanes; ++p) {
         const std::int32_t sum = x.sums[p][(token + t) * x.sum_stride + segment];
         total[i][t][p] = correction(w, zeros, sum);
@@ -211,19 +224,26 @@ void meet(const LinearView& w, const Inputs& x, std::size_t tile, std::size_t se
     }
   }
   const std::int8_t* in[kPlanes];
+#pragma GCC unroll 16
   for (int p = 0; p < kPlanes; ++p) in[p] = x.plane[p] + token * x.stride + segment * w.segment;
   for (std::size_t u = 0; u < units; ++u) {
     __m512i unit[kTiles];
+#pragma GCC unroll 16
     for (int i = 0; i < kTiles; ++i) unit[i] = _mm512_load_si512(codes + i * tile_stride + u * kUnitBytes);
+#pragma GCC unroll 16
     for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 16
       for (int p = 0; p < kPlanes; ++p) {
         const __m512i four = broadcast4(in[p] + t * x.stride + 4 * u);
-        for (int i = 0; i < kTiles; ++i) total[i][t][p] = _mm512_dpbusd_epi32(total[i][t][p], unit[i], four);
+#pragma GCC unroll 16
+        for (int i = 0; i < kTiles; ++i) dot(total[i][t][p], unit[i], four);
       }
     }
   }
+#pragma GCC unroll 16
   for (int i = 0; i < kTiles; ++i) {
     const __m512 scales = scales_at(w.scales + scale[i]);
+#pragma GCC unroll 16
     for (int t = 0; t < kTokens; ++t) {
       __m512 whole = _mm512_cvtepi32_ps(total[i][t][0]);
       if constexpr (kPlanes == 2) {
@@ -377,18 +397,25 @@ void multiply_floats(const LinearView& w, const Inputs& x, std::size_t first, st
 template <int kTiles, int kTokens>
 void meet_floats(const float* weights, const float* in, std::size_t stride, std::size_t inputs, float* sums) {
   __m512 sum[kTiles][kTokens];
+#pragma GCC unroll 16
   for (int i = 0; i < kTiles; ++i) {
+#pragma GCC unroll 16
     for (int t = 0; t < kTokens; ++t) sum[i][t] = _mm512_load_ps(sums + (t * 2 + i) * kTileRows);
   }
   for (std::size_t k = 0; k < inputs; ++k) {
     __m512 unit[kTiles];
+#pragma GCC unroll 16
     for (int i = 0; i < kTiles; ++i) unit[i] = _mm512_load_ps(weights + (i * kChunkInputs + k) * kTileRows);
+#pragma GCC unroll 16
     for (int t = 0; t < kTokens; ++t) {
       const __m512 one = _mm512_set1_ps(in[t * stride + k]);
+#pragma GCC unroll 16
       for (int i = 0; i < kTiles; ++i) sum[i][t] = _mm512_fmadd_ps(unit[i], one, sum[i][t]);
     }
   }
+#pragma GCC unroll 16
   for (int i = 0; i < kTiles; ++i) {
+#pragma GCC unroll 16
     for (int t = 0; t < kTokens; ++t) _mm512_store_ps(sums + (t * 2 + i) * kTileRows, sum[i][t]);
   }
 }
