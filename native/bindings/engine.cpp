@@ -215,6 +215,13 @@ tulle::Model model(const nb::dict& from, Kept& kept) {
   } else {
     throw std::invalid_argument("embedding_kind: expected bf16 or f32");
   }
+  const auto exact = get<std::string>(from, "exact_kind");
+  if (exact == "bf16") {
+    m.exact_kind = tulle::WeightKind::bf16;
+    m.exact_head = array_of<std::uint16_t>(from, "exact_head", elements, kept);
+  } else {
+    m.exact_head = array_of<float>(from, "exact_head", elements, kept);
+  }
   m.norm = array_of<float>(from, "norm", m.hidden, kept);
   m.head = group(get<nb::dict>(from, "head"), kept);
   for (nb::handle h : get<nb::list>(from, "layers")) {

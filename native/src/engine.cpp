@@ -443,6 +443,31 @@ struct Engine::State {
                scores[thread].data());
   }
 
+  // Computes the largest logits again, from the exact head; x: the normed hidden state.
+  void sharpen(const float* x, float* logits) const {
+    std::size_t largest[kExactLogits];
+    std::size_t count = 0;
+    const auto above = [logits](std::size_t a, std::size_t b) { return logits[a] > logits[b]; };
+    for (std::size_t i = 0; i < model.vocabulary; ++i) {
+      if (count < kExactLogits) {
+        largest[count++] = i;
+        std::push_heap(largest, largest + count, above);
+      } else if (logits[i] > logits[largest[0]]) {
+        std::pop_heap(largest, largest + count, above);
+        largest[count - 1] = i;
+        std::push_heap(largest, largest + count, above);
+      }
+    }
+    const float* bias = model.head.linears[0].bias;
+    for (std::size_t k = 0; k < count; ++k) {
+      const std::size_t i = largest[k], at = i * model.hidden;
+      const float found = model.exact_kind == WeightKind::bf16
+          ? ops.dot_bf16(x, static_cast<const std::uint16_t*>(model.exact_head) + at, model.hidden)
+          : ops.dot(x, static_cast<const float*>(model.exact_head) + at, model.hidden);
+      logits[i] = found + (bias != nullptr ? bias[i] : 0.0f);
+    }
+  }
+
   void run(const std::int32_t* tokens, const std::int32_t* slots_of, const std::int32_t* positions, std::size_t n,
            const std::int32_t* rows, std::size_t wanted, float* logits);
 };
@@ -527,11 +552,17 @@ void Engine::State::run(const std::int32_t* tokens, const std::int32_t* slots_of
     for (std::size_t i = thread; i < wanted; i += team) {
       float* x = hidden.data() + static_cast<std::size_t>(rows[i]) * d;
       if (!model.layers.empty()) ops.add(x, small.data() + static_cast<std::size_t>(rows[i]) * d, d);
-      ops.rms_norm(x, model.norm, d, model.eps, vector);
-      prepare(model.head, head_plan, vector, i, thread);
+      float* normed = small.data() + static_cast<std::size_t>(rows[i]) * d;
+      ops.rms_norm(x, model.norm, d, model.eps, normed);
+      prepare(model.head, head_plan, normed, i, thread);
     }
     wait();
     if (wanted > 0) multiply_parts(model.head, head_plan, wanted, logits, model.vocabulary);
+    if (model.exact_head != nullptr) {
+      for (std::size_t i = thread; i < wanted; i += team) {
+        sharpen(small.data() + static_cast<std::size_t>(rows[i]) * d, logits + i * model.vocabulary);
+      }
+    }
   }
 }
 

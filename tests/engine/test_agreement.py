@@ -74,6 +74,13 @@ def test_architectures(model_type: str, extra: dict[str, Any], tmp_path: Path) -
     assert off(engine.forward(ids), wanted(tmp_path / "m", ids)) < 1e-5
 
 
+def test_a_tied_table_under_the_name_of_the_head(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "m", tie_word_embeddings=True, stored="lm_head.weight")
+    ids = list(range(30))
+    engine = Engine(tmp_path / "m", threads=1, cache="f32", head="as stored")
+    assert off(engine.forward(ids), wanted(tmp_path / "m", ids)) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("model_type", "settings"),
     [
@@ -110,6 +117,19 @@ def test_recipes(recipe: str, tmp_path: Path) -> None:
     exact = Engine(tmp_path / "out", threads=2, cache="f32", head="as stored")
     # As above; benchmarks/agreement.py has the defaults on real models.
     assert off(exact.forward(ids), expected) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_largest_logits_come_from_the_head_as_stored(dtype: torch.dtype, tied: bool, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "m", dtype=dtype, tie_word_embeddings=tied)
+    ids = np.random.default_rng(0).integers(0, VOCABULARY, 20).tolist()
+    exact, rough = (Engine(tmp_path / "m", 1, cache="f32", head=h).forward(ids) for h in ("as stored", "int8"))
+    largest = np.argsort(-exact, axis=1)[:, :32]
+    near = np.take_along_axis(exact - rough, largest, 1)
+    assert np.abs(near).max() < 1e-5 * np.abs(exact).max()
+    # The others are rounded, though not far.
+    assert 1e-4 < off(rough, exact) < 2e-2
 
 
 def test_caches(tmp_path: Path) -> None:

@@ -61,7 +61,14 @@ struct Model {
   std::vector<Layer> layers;
   const float* norm = nullptr;
   Group head;
+  // The head as it was stored, [vocabulary][hidden] in f32 or bf16, where `head` is a rougher copy; or null.
+  const void* exact_head = nullptr;
+  WeightKind exact_kind = WeightKind::f32;
 };
+
+// Of every row of logits, so many of the largest are computed again from the exact head: what is chosen from them is
+// then chosen as from the head that was stored.
+constexpr std::size_t kExactLogits = 64;
 
 // Throws std::invalid_argument where sizes do not fit each other.
 void check(const Model& model);

@@ -52,6 +52,9 @@ struct OpsKernels {
   void (*rope)(float* x, const float* cosine, const float* sine, std::size_t n);
   // y [columns] += x [rows] · m [rows][columns]
   void (*times)(const float* x, const float* m, std::size_t rows, std::size_t columns, float* y);
+  // Σ x·w for w of bfloat16 bits, and of floats.
+  float (*dot_bf16)(const float* x, const std::uint16_t* w, std::size_t n);
+  float (*dot)(const float* x, const float* w, std::size_t n);
   // Sylvester butterflies over runs of n = 2^k, `count` runs in a row, times `factor`.
   void (*butterflies)(float* x, std::size_t n, std::size_t count, float factor);
   // Key and value of the token at `position` into the cache; ranges are of u8 caches.

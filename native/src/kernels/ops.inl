@@ -142,6 +142,47 @@ static void times(const float* x, const float* m, std::size_t rows, std::size_t 
   }
 }
 
+// kKeyBlock or more numbers of a cache as float32.
+template <typename T>
+static inline void widen(const T* from, std::size_t n, float* to) {
+  for (std::size_t i = 0; i < n; ++i) to[i] = static_cast<float>(from[i]);
+}
+
+static inline void widen(const std::uint16_t* from, std::size_t n, float* to) {
+  std::uint32_t* bits = reinterpret_cast<std::uint32_t*>(to);
+  for (std::size_t i = 0; i < n; ++i) bits[i] = static_cast<std::uint32_t>(from[i]) << 16;
+}
+
+static float dot(const float* x, const float* w, std::size_t n) {
+  float parts[16] = {};
+  std::size_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    for (std::size_t j = 0; j < 16; ++j) parts[j] += x[i + j] * w[i + j];
+  }
+  float total = 0;
+  for (; i < n; ++i) total += x[i] * w[i];
+  for (float part : parts) total += part;
+  return total;
+}
+
+static float dot_bf16(const float* x, const std::uint16_t* w, std::size_t n) {
+  float parts[16] = {};
+  std::size_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    float wide[16];
+    widen(w + i, 16, wide);
+    for (std::size_t j = 0; j < 16; ++j) parts[j] += x[i + j] * wide[j];
+  }
+  float total = 0;
+  for (; i < n; ++i) {
+    float one;
+    widen(w + i, 1, &one);
+    total += x[i] * one;
+  }
+  for (float part : parts) total += part;
+  return total;
+}
+
 static void butterflies(float* x, std::size_t n, std::size_t count, float factor) {
   for (std::size_t i = 0; i < n * count; ++i) x[i] *= factor;
   for (std::size_t half = 1; half < n; half *= 2) {
@@ -161,17 +202,6 @@ static inline std::uint16_t to_bf16(float x) {
   std::uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   return static_cast<std::uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-// kKeyBlock or more numbers of a cache as float32.
-template <typename T>
-static inline void widen(const T* from, std::size_t n, float* to) {
-  for (std::size_t i = 0; i < n; ++i) to[i] = static_cast<float>(from[i]);
-}
-
-static inline void widen(const std::uint16_t* from, std::size_t n, float* to) {
-  std::uint32_t* bits = reinterpret_cast<std::uint32_t*>(to);
-  for (std::size_t i = 0; i < n; ++i) bits[i] = static_cast<std::uint32_t>(from[i]) << 16;
 }
 
 static void remember(const CacheView& c, std::size_t position, const float* key, const float* value, GridRange kr,
@@ -314,7 +344,7 @@ static void attend(const CacheView& c, std::size_t rows, const float* const* que
 }
 
 constexpr OpsKernels kernels = {
-    rms_norm, add, scale, gate, range, quantise, fake, sum, rope, times, butterflies, remember, attend,
+    rms_norm, add, scale, gate, range, quantise, fake, sum, rope, times, dot_bf16, dot, butterflies, remember, attend,
 };
 
 }  // namespace ops

@@ -59,7 +59,8 @@ class Engine:
     """A model in memory, ready to generate.
 
     ``threads`` [all cores]; ``context`` tokens per sequence [the model's, at most 4096]; ``sequences`` that run at
-    once; ``cache``: keys and values in bf16, f32 or int8 [int8 where the model quantises them anyway, else bf16];
+    once; ``cache``: keys and values in bf16, f32 or int8 [int8 where the model quantises them anyway, f32 where it
+    is stored in float32, else bf16];
     ``activations``: ``recorded`` (as the recipe said; 16 bits where it left the inputs of integer weights unquantised)
     or ``int8`` (8 bits per token there, faster); ``head``: the output head in int8, bf16, or as stored; ``layout`` of
     sparse weights: ``sparse``, ``dense`` (filled up) or what is faster here, which is tried once [``auto``]. Raises
@@ -94,7 +95,8 @@ class Engine:
         if cache == "auto":
             # Codes of quantised keys and values are what they are in a cache of bytes.
             attention = source.packed.attention if source.packed else None
-            cache = "int8" if attention and attention.key and attention.value else "bf16"
+            plain = "f32" if source.dtype(source.embedding_name()) == "F32" else "bf16"
+            cache = "int8" if attention and attention.key and attention.value else plain
         limit = source.config.get("max_position_embeddings")
         if context is not None and isinstance(limit, int) and context > limit:
             raise UserError(f"expected a context of at most {limit} tokens, as the model has, found {context}")

@@ -59,6 +59,13 @@ class Source:
         self.anatomy = anatomy(self.config)
         self._opened: dict[str, TensorFile] | None = None
 
+    def embedding_name(self) -> str:
+        """A tied model may keep its one table under either name."""
+        names = self.anatomy.architecture
+        return (
+            names.head if self.anatomy.tied and names.embedding not in self and names.head in self else names.embedding
+        )
+
     def identity(self) -> str:
         """Changes with the files."""
         stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in self.files]
@@ -193,7 +200,7 @@ def convert_linear(source: Source, name: str, fill: bool) -> tuple[dict[str, Any
 def convert_head(source: Source, head: str) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """The output head: int8 with a scale per 32 inputs, or in floats."""
     model = source.anatomy
-    name = model.architecture.embedding if model.tied else model.architecture.head
+    name = source.embedding_name() if model.tied else model.architecture.head
     shape = (model.vocabulary, model.hidden)
     stored = source.tensor(name, shape)
     kind = source.dtype(name)

@@ -80,8 +80,10 @@ def settings_of(
             }
         )
     head = model.architecture.embedding if model.tied else model.architecture.head
-    embedding = source.tensor(model.architecture.embedding, (model.vocabulary, model.hidden))
-    bf16 = source.dtype(model.architecture.embedding) == "BF16"
+    table = source.embedding_name()
+    embedding = source.tensor(table, (model.vocabulary, model.hidden))
+    bf16 = source.dtype(table) == "BF16"
+    exact, exact_kind = _exact_head(source, facts["head"]["kind"])
     frequencies, scale = rope(config, model.head_dim)
     rotation = None
     if attention and attention.hadamard and hadamard_block(model.head_dim) > 1:
@@ -103,10 +105,24 @@ def settings_of(
         "head_rotation": rotation,
         "embedding_kind": "bf16" if bf16 else "f32",
         "embedding": (embedding if bf16 else embedding.astype(np.float32)).reshape(-1),
+        "exact_head": exact,
+        "exact_kind": exact_kind,
         "norm": source.floats(model.architecture.final_norm, (model.hidden,)),
         "head": {"transforms": [], "linears": [linear(head.removesuffix(".weight"), "head", None)]},
         "layers": layers,
     }
+
+
+def _exact_head(source: Source, kind: str) -> tuple[NDArray[Any] | None, str]:
+    """The output head as it is stored (its bits, or float32) beside a rougher copy in codes, and its kind."""
+    model = source.anatomy
+    name = source.embedding_name() if model.tied else model.architecture.head
+    if not kind.startswith("codes"):
+        return None, "f32"
+    stored = source.tensor(name, (model.vocabulary, model.hidden))
+    if source.dtype(name) == "BF16":
+        return stored.reshape(-1), "bf16"
+    return stored.astype(np.float32, copy=False).reshape(-1), "f32"
 
 
 def _head(spec: HeadSpec | None) -> dict[str, Any]:
