@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tulle.engine import Engine, Generation, Sampling
     from tulle.engine.bench import Speed
 
-Threads = Annotated[int | None, typer.Option("--threads", metavar="N", min=1, help="[all cores]")]
+Threads = Annotated[int | None, typer.Option("--threads", metavar="N", min=1, help="[all physical cores]")]
 Context = Annotated[
     int | None, typer.Option("--context", metavar="T", min=1, help="Tokens, prompt included [the model's, up to 4096].")
 ]

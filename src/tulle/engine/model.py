@@ -26,6 +26,21 @@ CONTEXT = 4096
 """Tokens, where the model allows more and nothing else is asked."""
 
 
+def default_threads() -> int:
+    """Physical cores that this process may use: two threads on one core only take turns at its memory."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    allowed = os.sched_getaffinity(0)
+    cores = set()
+    for cpu in allowed:
+        try:
+            siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
+        except OSError:
+            return len(allowed)
+        cores.add(siblings.strip())
+    return max(len(cores), 1)
+
+
 @dataclass
 class Generation:
     """What :meth:`Engine.generate` returns."""
@@ -58,13 +73,12 @@ class _Running:
 class Engine:
     """A model in memory, ready to generate.
 
-    ``threads`` [all cores]; ``context`` tokens per sequence [the model's, at most 4096]; ``sequences`` that run at
-    once; ``cache``: keys and values in bf16, f32 or int8 [int8 where the model quantises them anyway, f32 where it
-    is stored in float32, else bf16];
-    ``activations``: ``recorded`` (as the recipe said; 16 bits where it left the inputs of integer weights unquantised)
-    or ``int8`` (8 bits per token there, faster); ``head``: the output head in int8, bf16, or as stored; ``layout`` of
-    sparse weights: ``sparse``, ``dense`` (filled up) or what is faster here, which is tried once [``auto``]. Raises
-    ``UserError`` for a folder that is broken or a model that is not supported.
+    ``threads`` [all physical cores]; ``context`` tokens per sequence [the model's, at most 4096]; ``sequences`` that
+    run at once; ``cache``: keys and values in bf16, f32 or int8 [int8 where the model quantises them anyway, f32 where
+    it is stored in float32, else bf16]; ``activations``: ``recorded`` (as the recipe said; 16 bits where it left the
+    inputs of integer weights unquantised) or ``int8`` (8 bits per token there, faster); ``head``: the output head in
+    int8, bf16, or as stored; ``layout`` of sparse weights: ``sparse``, ``dense`` (filled up) or what is faster here,
+    which is tried once [``auto``]. Raises ``UserError`` for a folder that is broken or a model that is not supported.
     """
 
     def __init__(
@@ -87,7 +101,7 @@ class Engine:
         if sequences < 1 or (threads is not None and threads < 1) or (context is not None and context < 1):
             raise UserError("expected at least one thread, sequence and token of context, found fewer")
         source, bits = Source(folder), 16 if activations == "recorded" else 8
-        self.sequences, self.threads = sequences, threads or os.cpu_count() or 1
+        self.sequences, self.threads = sequences, threads or default_threads()
         specs = source.packed.linears.values() if source.packed else ()
         self.sparse = any(spec.sparse for spec in specs)
         self.layout = choose_layout(source, layout, head, bits, self.threads)
