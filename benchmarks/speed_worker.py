@@ -2,8 +2,9 @@
 
     python benchmarks/speed_worker.py KIND PATH THREADS [OPTION]
 
-KIND: tulle (OPTION: activations:layout), llama.cpp, or torch (PATH: the shape as JSON; OPTION: float32, bfloat16, int8)
-It reads a line ``prefill N`` or ``decode N`` and answers with a line: seconds. ``decode`` follows a prompt of 16 tokens.
+KIND: tulle (OPTION: activations:layout), llama.cpp, or torch (PATH: the shape as JSON; OPTION: float32, bfloat16,
+int8). Reads a line ``prefill N`` or ``decode N`` and answers with a line: seconds. ``decode`` follows a prompt of 16
+tokens.
 """
 
 from __future__ import annotations
