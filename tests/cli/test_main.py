@@ -31,7 +31,7 @@ def one_line(captured: str) -> str:
             ["eval", "m", "--documents", "5:2"],
             "expected --documents as A:B with A < B, found '5:2'; try --documents 0:100",
         ),
-        (["eval", "m", "--backend", "gpu"], "expected --backend torch, found 'gpu'"),
+        (["eval", "m", "--backend", "gpu"], "expected --backend torch or engine, found 'gpu'"),
         (["inspect", "."], "config.json"),
         (["eval", "./nosuch"], "expected a model folder"),
         (["eval", "owner/nosuch"], "owner/nosuch"),
