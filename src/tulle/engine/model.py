@@ -22,6 +22,8 @@ from tulle.errors import UserError
 
 BATCH = 256
 """Tokens of one forward pass; longer prompts take several."""
+FINE_CACHE = 1 << 28
+"""Bytes up to which keys and values stay in float32."""
 CONTEXT = 4096
 """Tokens, where the model allows more and nothing else is asked."""
 
@@ -74,11 +76,11 @@ class Engine:
     """A model in memory, ready to generate.
 
     ``threads`` [all physical cores]; ``context`` tokens per sequence [the model's, at most 4096]; ``sequences`` that
-    run at once; ``cache``: keys and values in bf16, f32 or int8 [int8 where the model quantises them anyway, f32 where
-    it is stored in float32, else bf16]; ``activations``: ``recorded`` (as the recipe said; 16 bits where it left the
-    inputs of integer weights unquantised) or ``int8`` (8 bits per token there, faster); ``head``: the output head in
-    int8, bf16, or as stored; ``layout`` of sparse weights: ``sparse``, ``dense`` (filled up) or what is faster here,
-    which is tried once [``auto``]. Raises ``UserError`` for a folder that is broken or a model that is not supported.
+    run at once; ``cache``: keys and values in f32, bf16 or int8 [int8 where the model quantises them anyway, else f32
+    up to 256 MB, then bf16]; ``activations``: ``recorded`` (as the recipe said; 16 bits where it left the inputs of
+    integer weights unquantised) or ``int8`` (8 bits per token there, faster); ``head``: the output head in int8, bf16,
+    or as stored; ``layout`` of sparse weights: ``sparse``, ``dense`` (filled up) or what is faster here, which is tried
+    once [``auto``]. Raises ``UserError`` for a folder that is broken or a model that is not supported.
     """
 
     def __init__(
@@ -106,16 +108,18 @@ class Engine:
         self.sparse = any(spec.sparse for spec in specs)
         self.layout = choose_layout(source, layout, head, bits, self.threads)
         file, facts = prepared(source, head, self.layout, progress)
-        if cache == "auto":
-            # Codes of quantised keys and values are what they are in a cache of bytes.
-            attention = source.packed.attention if source.packed else None
-            plain = "f32" if source.dtype(source.embedding_name()) == "F32" else "bf16"
-            cache = "int8" if attention and attention.key and attention.value else plain
         limit = source.config.get("max_position_embeddings")
         if context is not None and isinstance(limit, int) and context > limit:
             raise UserError(f"expected a context of at most {limit} tokens, as the model has, found {context}")
         self.folder = folder
         self.context = context or min(limit if isinstance(limit, int) else CONTEXT, CONTEXT)
+        if cache == "auto":
+            # Codes of quantised keys and values are what they are in a cache of bytes.
+            attention = source.packed.attention if source.packed else None
+            model = source.anatomy
+            per_token = 8 * model.layers * model.kv_heads * model.head_dim  # bytes in float32
+            plain = "f32" if per_token * self.context * sequences <= FINE_CACHE else "bf16"
+            cache = "int8" if attention and attention.key and attention.value else plain
         self.vocabulary = source.anatomy.vocabulary
         self.config = source.config
         self._text: Text | None = None
