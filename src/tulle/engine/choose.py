@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tulle import _native
+from tulle.engine.files import json_object
 from tulle.engine.prepare import HEADS, Source, cache_folders, convert_head, convert_linear
 from tulle.engine.settings import settings_of
 from tulle.errors import UserError
@@ -55,7 +56,7 @@ def choose_layout(source: Source, layout: str, head: str, unquantised: int, thre
         return layout
     key = f"{_cpu()} {_native.active_isa()} {threads} {unquantised} {head} {source.identity()}"
     for folder in cache_folders(source):
-        known = _read(folder / CHOICES).get(key)
+        known = json_object(folder / CHOICES).get(key)
         if isinstance(known, dict) and known.get("layout") in LAYOUTS[1:]:
             return str(known["layout"])
     settings = {}
@@ -71,7 +72,7 @@ def choose_layout(source: Source, layout: str, head: str, unquantised: int, thre
     for folder in cache_folders(source):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            content = _read(folder / CHOICES) | {key: {"layout": chosen, "seconds_per_token": seconds}}
+            content = json_object(folder / CHOICES) | {key: {"layout": chosen, "seconds_per_token": seconds}}
             partial = folder / f"{CHOICES}.{os.getpid()}.partial"
             partial.write_text(json.dumps(content, indent=2))
             os.replace(partial, folder / CHOICES)
@@ -89,14 +90,6 @@ def _cpu() -> str:
         import platform
 
         return platform.processor()
-
-
-def _read(path: Any) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def faster(

@@ -156,3 +156,12 @@ class TensorWriter:
         self._file.write(self._reserved.to_bytes(8, "little") + text.ljust(self._reserved))
         self._file.close()
         os.replace(self._partial, self._path)
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one where there is none that can be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

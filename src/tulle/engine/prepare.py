@@ -1,4 +1,4 @@
-"""A checkpoint, packed or dense, as the engine's tensors: made once and kept in a file, which is memory-mapped."""
+"""A checkpoint, packed or dense, as the engine's tensors: made once and kept in a file."""
 
 from __future__ import annotations
 
@@ -60,18 +60,19 @@ class Source:
         self._opened: dict[str, TensorFile] | None = None
 
     def embedding_name(self) -> str:
-        """A tied model may keep its one table under either name."""
-        names = self.anatomy.architecture
-        return (
-            names.head if self.anatomy.tied and names.embedding not in self and names.head in self else names.embedding
-        )
+        """The embedding's name in the files."""
+        return self.anatomy.embedding_name(self)
+
+    def head_name(self) -> str:
+        """The output head's name in the files."""
+        return self.embedding_name() if self.anatomy.tied else self.anatomy.architecture.head
 
     def identity(self) -> str:
         """Changes with the files."""
         stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in self.files]
         return hashlib.sha256(json.dumps([self.config, stats], sort_keys=True).encode()).hexdigest()
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self._by_name()
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> NDArray[Any]:
@@ -200,7 +201,7 @@ def convert_linear(source: Source, name: str, fill: bool) -> tuple[dict[str, Any
 def convert_head(source: Source, head: str) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """The output head: int8 with a scale per 32 inputs, or in floats."""
     model = source.anatomy
-    name = source.embedding_name() if model.tied else model.architecture.head
+    name = source.head_name()
     shape = (model.vocabulary, model.hidden)
     stored = source.tensor(name, shape)
     kind = source.dtype(name)

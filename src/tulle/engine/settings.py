@@ -116,7 +116,7 @@ def settings_of(
 def _exact_head(source: Source, kind: str) -> tuple[NDArray[Any] | None, str]:
     """The output head as it is stored (its bits, or float32) beside a rougher copy in codes, and its kind."""
     model = source.anatomy
-    name = source.embedding_name() if model.tied else model.architecture.head
+    name = source.head_name()
     if not kind.startswith("codes"):
         return None, "f32"
     stored = source.tensor(name, (model.vocabulary, model.hidden))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
+from tulle.engine.files import json_object
 from tulle.errors import UserError
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -26,8 +26,8 @@ class Text:
                 f"expected a tokenizer.json in {folder}, found none that can be read ({error}); save it with "
                 "transformers' save_pretrained"
             ) from None
-        self.settings = _read(folder / "tokenizer_config.json")
-        generation, config = _read(folder / "generation_config.json"), _read(folder / "config.json")
+        self.settings = json_object(folder / "tokenizer_config.json")
+        generation, config = json_object(folder / "generation_config.json"), json_object(folder / "config.json")
         stop = generation.get("eos_token_id", config.get("eos_token_id"))
         ends = {stop} if isinstance(stop, int) else set(stop or ())
         named = self._special("eos_token")
@@ -121,14 +121,6 @@ def overlap(text: str, stop: str) -> int:
     """Characters at the end of ``text`` that begin ``stop``."""
     lengths: Iterable[int] = range(min(len(text), len(stop) - 1), 0, -1)
     return next((n for n in lengths if text.endswith(stop[:n])), 0)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _raise(message: str) -> None:

@@ -7,7 +7,7 @@ residual stream their output is added to. A new architecture is a new entry of `
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,11 @@ class Anatomy:
 
     def row(self, role: str) -> Row:
         return next(row for row in self.rows if row.role == role)
+
+    def embedding_name(self, stored: Container[str]) -> str:
+        """The name under which the embedding is stored: a tied model may hold only one of the two."""
+        embedding, head = self.architecture.embedding, self.architecture.head
+        return head if embedding not in stored and self.tied and head in stored else embedding
 
     @property
     def query_key_norms(self) -> tuple[str, str] | None:

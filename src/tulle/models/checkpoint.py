@@ -82,7 +82,7 @@ class Checkpoint:
     def names(self) -> list[str]:
         return sorted(self._infos)
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self._infos
 
     def info(self, name: str) -> TensorInfo:
@@ -119,8 +119,7 @@ class Checkpoint:
 
     def embedding_name(self, model: Anatomy) -> str:
         """The name under which the embedding is stored: a tied model may hold only one of the two."""
-        embedding, head = model.architecture.embedding, model.architecture.head
-        return head if embedding not in self and model.tied and head in self else embedding
+        return model.embedding_name(self)
 
     def anatomy(self) -> Anatomy:
         """The model's anatomy, every tensor it needs checked for presence, shape and a floating dtype."""
