@@ -240,6 +240,14 @@ def test_anneal_refuses(change: dict[str, int], message: str) -> None:
 
 
 def test_anneal_refuses_an_index_that_is_no_order() -> None:
-    scores = np.zeros((8, 64), np.uint8)
+    raw = np.zeros(8 * 64 + 64, np.uint8)
+    scores = raw[-raw.ctypes.data % 64 :][: 8 * 64].reshape(8, 64)
     with pytest.raises(ValueError, match="every column once"):
         _native.anneal(scores, [0] * 8, 2, 4, 10, 1.0, 0.1, 0, 1)
+
+
+def test_anneal_refuses_scores_off_a_cache_line() -> None:
+    raw = np.zeros(8 * 64 + 64, np.uint8)
+    scores = raw[(-raw.ctypes.data + 16) % 64 :][: 8 * 64].reshape(8, 64)
+    with pytest.raises(ValueError, match="64-byte boundary: expected 0, found 16"):
+        _native.anneal(scores, list(range(8)), 2, 4, 10, 1.0, 0.1, 0, 1)
