@@ -47,6 +47,7 @@ from tulle.core.contract import (
 )
 from tulle.core.grid import all_finite
 from tulle.core.hessian import Hessian
+from tulle.core.masks import PATTERNS, Pattern, follows, zero_share
 from tulle.core.rotation import Extremes
 from tulle.core.token_grid import TokenGrid
 from tulle.core.transform import Transform
@@ -56,6 +57,9 @@ from tulle.models.skeleton import Block
 from tulle.observe import Gap, QuantisedInput, accumulate, capture, run_compared, run_with_stream
 from tulle.recipe import Recipe, Step
 from tulle.streams import Batch, HiddenStates, batched
+
+SPARSE_FROM = 0.01
+"""Share of exact zeros from which on a linear of a checkpoint counts as pruned."""
 
 __all__ = ["Batch", "BlockResult", "HiddenStates", "Walker", "batched"]
 
@@ -166,6 +170,7 @@ class Walker:
                 linear.kept_bits = self.kept.get(linear.name)
                 linear.allotted = self.sparsity.get(linear.name)
                 linear.weight = linear.folded() if linear.transform else linear.dense
+                hold_zeros(linear)
                 self._install(compressed.module.get_submodule(self._relative(linear)), linear)
             self._share_inputs(compressed.module, group)
             if role in untouched:
@@ -485,6 +490,20 @@ class _Timer:
 
     def __exit__(self, *_: object) -> None:
         self.seconds[self.stage] += time.perf_counter() - self.begun
+
+
+def hold_zeros(linear: LinearState) -> None:
+    """Takes the zeros of a checkpoint that was pruned before for the linear's mask, which every method keeps.
+
+    A transform that mixes channels has filled them by now; the report says so.
+    """
+    if linear.mask is not None or zero_share(linear.dense) < SPARSE_FROM:
+        return
+    if zero_share(linear.weight) < SPARSE_FROM:
+        linear.notes.append("the checkpoint's zeros are filled by a transform of the input; leave it out to keep them")
+        return
+    linear.mask = linear.weight != 0
+    linear.pattern = next((text for text in PATTERNS if follows(linear.mask, Pattern.parse(text))), None)
 
 
 def _least_squares(cross: Tensor, hessian: Hessian, damping: float) -> Tensor:

@@ -12,9 +12,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tulle.errors import UserError
+from tulle.road import train
 from tulle.train import checkpoint, loop, tokens
 from tulle.train.curve import read_metrics
 from tulle.train.held_out import bits_per_byte
+from tulle.train.optim import build_optimizers
+from tulle.train.processes import Processes
+from tulle.train.recipe import load_recipe
 
 TEXT = ["def f(x):\n    return x\n" * 30, "class A:\n    pass\n" * 20]
 
@@ -30,7 +34,7 @@ def small_evaluation():
 def whole(tmp_path_factory, small_evaluation) -> Path:
     """An undisturbed run of the recipe as it stands."""
     folder = tmp_path_factory.mktemp("whole")
-    return loop.train(recipe_file(folder), folder / "out")
+    return train(recipe_file(folder), folder / "out")
 
 
 def recipe_file(folder: Path, **training) -> Path:
@@ -93,8 +97,8 @@ def test_resumed_run_equals_an_undisturbed_one(tmp_path, monkeypatch, whole):
     with monkeypatch.context() as patch:
         stop_at(patch, 8)
         with pytest.raises(Stopped):
-            loop.train(recipe, tmp_path / "stopped")
-    resumed = loop.train(recipe, tmp_path / "stopped", resume=True)
+            train(recipe, tmp_path / "stopped")
+    resumed = train(recipe, tmp_path / "stopped", resume=True)
     assert curve(resumed) == curve(whole)
     assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     ends = [load_file(checkpoint.latest(out / "checkpoints") / "model.safetensors") for out in (whole, resumed)]
@@ -106,22 +110,24 @@ def test_resume_before_the_first_checkpoint_starts_anew(tmp_path, monkeypatch, w
     with monkeypatch.context() as patch:
         stop_at(patch, 2)
         with pytest.raises(Stopped):
-            loop.train(recipe, tmp_path / "stopped")
-    assert curve(loop.train(recipe, tmp_path / "stopped", resume=True)) == curve(whole)
+            train(recipe, tmp_path / "stopped")
+    assert curve(train(recipe, tmp_path / "stopped", resume=True)) == curve(whole)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_checkpoint_holds_the_optimizer(tmp_path, kind):
-    recipe = loop.load_recipe(recipe_file(tmp_path, optimizer=kind))
+    recipe = load_recipe(recipe_file(tmp_path, optimizer=kind))
     rows = torch.arange(4 * 17).reshape(4, 17)
 
     def fresh():
         torch.manual_seed(0)
         model = loop.build_model(recipe.model, 300, 16)
-        return model, loop.build_optimizers(model, recipe.training)
+        return model, build_optimizers(model, recipe.training)
 
     def step(model, optimizers):
-        return loop._step(model, optimizers, loop.compiled_loss(model, recipe, print), rows, recipe)
+        settings, processes = recipe.training, Processes()
+        loss = loop.Loss(model, settings, [], processes.device, print)
+        return loop._step(0, model, optimizers, loss, rows, settings, [], processes)
 
     first = fresh()
     step(*first)
@@ -132,35 +138,35 @@ def test_checkpoint_holds_the_optimizer(tmp_path, kind):
 
 
 def test_shortened_before_the_decay_is_the_shorter_run(tmp_path, monkeypatch):
-    short = loop.train(recipe_file(tmp_path / "a", tokens=8 * 64), tmp_path / "short")
+    short = train(recipe_file(tmp_path / "a", tokens=8 * 64), tmp_path / "short")
     with monkeypatch.context() as patch:
         stop_at(patch, 4)
         with pytest.raises(Stopped):
-            loop.train(recipe_file(tmp_path / "b", tokens=40 * 64), tmp_path / "long")
-    shortened = loop.train(recipe_file(tmp_path / "b", tokens=8 * 64), tmp_path / "long", resume=True)
+            train(recipe_file(tmp_path / "b", tokens=40 * 64), tmp_path / "long")
+    shortened = train(recipe_file(tmp_path / "b", tokens=8 * 64), tmp_path / "long", resume=True)
     assert curve(shortened) == curve(short)
     assert (shortened / "model.safetensors").read_bytes() == (short / "model.safetensors").read_bytes()
 
 
 def test_length_is_fixed_once_the_decay_has_begun(tmp_path, whole):
     with pytest.raises(UserError, match="tokens to stay 768 once the decay has begun, found 1024 at step 12"):
-        loop.train(recipe_file(tmp_path, tokens=16 * 64), whole, resume=True)
+        train(recipe_file(tmp_path, tokens=16 * 64), whole, resume=True)
 
 
 def test_another_recipe_does_not_resume(tmp_path, whole):
     with pytest.raises(UserError, match="expected the recipe that .* was started with"):
-        loop.train(recipe_file(tmp_path, learning_rate=0.02), whole, resume=True)
+        train(recipe_file(tmp_path, learning_rate=0.02), whole, resume=True)
 
 
 def test_folder_in_use(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "note.txt").write_text("mine")
     with pytest.raises(UserError, match="to be empty, found files; try another folder, or --resume"):
-        loop.train(recipe_file(tmp_path), tmp_path / "out")
+        train(recipe_file(tmp_path), tmp_path / "out")
 
 
 def test_it_learns_and_ships_what_it_says(tmp_path):
-    out = loop.train(recipe_file(tmp_path, tokens=60 * 64), tmp_path / "out")
+    out = train(recipe_file(tmp_path, tokens=60 * 64), tmp_path / "out")
     rows = read_metrics(out / "metrics.jsonl")
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5  # from ln 300 = 5.7 at the start
     model = AutoModelForCausalLM.from_pretrained(out)
@@ -175,7 +181,7 @@ def test_it_learns_and_ships_what_it_says(tmp_path):
 
 
 def test_accumulation_equals_one_large_batch(tmp_path, whole):
-    one = loop.train(recipe_file(tmp_path, batch=4, accumulation=1), tmp_path / "one")
+    one = train(recipe_file(tmp_path, batch=4, accumulation=1), tmp_path / "one")
     rows = [[row["loss"] for row in read_metrics(out / "metrics.jsonl")] for out in (one, whole)]
     # The same sums in another order of addition, amplified over 12 steps.
     np.testing.assert_allclose(rows[0], rows[1], rtol=1e-3)
@@ -190,19 +196,19 @@ def test_no_compiler_is_said_and_survived(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", broken)
     lines: list[str] = []
-    loop.train(recipe_file(tmp_path, compile=True), tmp_path / "out", log=lines.append)
+    train(recipe_file(tmp_path, compile=True), tmp_path / "out", log=lines.append)
     assert any("uncompiled and slower: no compiler at all" in line for line in lines)
     assert len(curve(tmp_path / "out")) == 6
 
 
 def test_diverged_run_stops_with_advice(tmp_path):
     with pytest.raises(UserError, match="finite training loss.*try a lower learning_rate"):
-        loop.train(recipe_file(tmp_path, optimizer="adamw", learning_rate=1e30), tmp_path / "out")
+        train(recipe_file(tmp_path, optimizer="adamw", learning_rate=1e30), tmp_path / "out")
 
 
 def test_bits_per_byte_of_a_model_that_knows_nothing(tmp_path):
     # All logits equal: every token costs log2(vocabulary) bits, whatever the windows.
-    recipe = loop.load_recipe(recipe_file(tmp_path))
+    recipe = load_recipe(recipe_file(tmp_path))
     corpus = tokens.prepare(recipe.data, 0, 16, tmp_path / "data")
     model = loop.build_model(recipe.model, 300, 16)
     model.lm_head.weight.data.zero_()

@@ -64,7 +64,7 @@ def test_bad_value(tmp_path, path, value, message):
 def test_missing_key(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text("seed: 1\n")
-    with pytest.raises(UserError, match="'model'.*Field required"):
+    with pytest.raises(UserError, match="'data'.*Field required"):
         load_recipe(file)
 
 

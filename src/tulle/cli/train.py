@@ -1,4 +1,4 @@
-"""`tulle train`: train a small model by a recipe."""
+"""`tulle train`: train a model by a recipe."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ def train(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder for the model, its curve and checkpoints.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
 ) -> None:
-    """Train a model from scratch by a recipe.
+    """Train a model by a recipe: new, continued, fine-tuned; dense, sparse, or on the road from one to the other.
+
+    Several processes: accelerate launch --num_processes 2 $(which tulle) train RECIPE -o OUT
 
     Example: tulle train recipes/reference.yaml -o build/reference
     """
-    from tulle.train.loop import train as run
+    from tulle.road import train as run
 
     run(recipe, out, resume, log=lambda line: print(line, flush=True))

@@ -125,3 +125,19 @@ def within(values: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return values
     return values & mask if values.dtype == torch.bool else values.masked_fill(~mask, -1.0)
+
+
+PATTERNS = ("1:4", "2:4", "4:8")
+"""N:M patterns that a mask found in a checkpoint is tried for, the sparsest first."""
+
+
+def follows(mask: Tensor, pattern: Pattern) -> bool:
+    """Whether at most N of every M consecutive input channels are kept; mask bool ``[C_out, C_in]``."""
+    if mask.shape[-1] % pattern.m:
+        return False
+    return bool((mask.reshape(*mask.shape[:-1], -1, pattern.m).sum(-1) <= pattern.n).all())
+
+
+def zero_share(weight: Tensor) -> float:
+    """Share of exact zeros."""
+    return 1 - int(weight.count_nonzero()) / max(weight.numel(), 1)

@@ -56,7 +56,7 @@ class MethodCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE
+        file = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / STATE_FILE
         if state.global_step and file.is_file():
             tensors = load_file(file)
             for number, method in enumerate(self.methods):
@@ -87,7 +87,7 @@ class MethodCallback(TrainerCallback):
             for name, tensor in method.state().items()
         }
         if tensors:
-            save_file(tensors, Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE)
+            save_file(tensors, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / STATE_FILE)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

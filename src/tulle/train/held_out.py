@@ -26,6 +26,7 @@ def estimate(
     context: int,
     batch: int,
     windows: int,
+    device: torch.device | str = "cpu",
 ) -> float:
     """Bits per byte on about ``windows`` evenly spaced windows, in batches of one fixed shape (compiled
     code).
@@ -35,7 +36,9 @@ def estimate(
     count = (len(corpus.held_out) - 1) // context
     chosen = np.linspace(0, count - 1, max(1, windows // batch) * batch).astype(int)  # repeats on a short text
     nats = [
-        loss_of(*_pairs(corpus.held_out, chosen[first : first + batch] * context, context)).item()
+        loss_of(
+            *(t.to(device) for t in _pairs(corpus.held_out, chosen[first : first + batch] * context, context))
+        ).item()
         for first in range(0, len(chosen), batch)
     ]
     return float(np.mean(nats)) / math.log(2) * (len(corpus.held_out) - 1) / corpus.held_out_bytes

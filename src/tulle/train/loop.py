@@ -1,7 +1,7 @@
-"""The training loop: a recipe in, a transformers checkpoint with its curve out.
+"""The training loop of one stage.
 
-Plain torch: bf16 autocast over fp32 weights, ``torch.compile``, fixed shapes, gradient clipping and
-accumulation. With ``precision: fp32`` and ``compile: false`` a resumed run equals an undisturbed one bit
+bf16 autocast over fp32 weights, ``torch.compile``, fixed shapes, gradient accumulation and clipping; one process, DDP
+or FSDP2 (``processes``). With ``precision: fp32`` and ``compile: false`` a resumed run equals an undisturbed one bit
 for bit.
 """
 
@@ -10,60 +10,29 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tulle.errors import UserError
 from tulle.train import checkpoint
-from tulle.train.curve import draw_curve, read_metrics
-from tulle.train.held_out import bits_per_byte, estimate
-from tulle.train.optim import build_optimizers, first_decay_step, set_learning_rate, warmup_stable_decay
-from tulle.train.recipe import Model, TrainRecipe, load_recipe
-from tulle.train.tokens import Corpus, Windows, prepare, save_tokenizer
+from tulle.train.curve import read_metrics
+from tulle.train.held_out import estimate
+from tulle.train.method import TrainingMethod
+from tulle.train.optim import build_optimizers, learning_rate_factor, set_learning_rate
+from tulle.train.processes import Processes
+from tulle.train.recipe import Model, Training
+from tulle.train.tokens import Corpus, Windows
 
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def train(recipe_path: Path, out: Path, resume: bool = False, log: Callable[[str], None] = print) -> Path:
-    """Train by a recipe; returns ``out``, a folder that ``AutoModelForCausalLM.from_pretrained`` loads.
-
-    ``out`` also holds ``metrics.jsonl``, ``curve.png``, ``run.json`` and the newest training checkpoint.
-    With ``resume`` a stopped run goes on from there, on the same curve; its number of tokens may change as
-    long as the decay of the learning rate has not begun.
-
-    Raises ``UserError`` for a bad recipe, a folder in use, or a recipe that differs from the run to be
-    resumed.
-    """
-    recipe = load_recipe(recipe_path)
-    found = _find_checkpoint(recipe, out, resume)
-    if not resume and out.exists() and any(entry.name != "data" for entry in out.iterdir()):
-        raise UserError(
-            f"expected {out} to be empty, found files; try another folder, or --resume to go on with its run"
-        )
-    corpus = prepare(recipe.data, recipe.seed, recipe.training.context, out / "data")
-    log(
-        f"{len(corpus.train):,} training tokens, {len(corpus.held_out):,} held-out tokens "
-        f"of {corpus.held_out_bytes:,} bytes"
-    )
-
-    torch.manual_seed(recipe.seed)
-    model = build_model(recipe.model, recipe.data.vocab_size, recipe.training.context)
-    optimizers = build_optimizers(model, recipe.training)
-    start = 0
-    if found is not None:
-        start, _ = checkpoint.read_state(found)
-        checkpoint.load(found, model, optimizers)
-    _run(recipe, model, optimizers, corpus, start, out, log)
-    export(recipe, model, corpus, out)
-    return out
+Log = Callable[[str], None]
 
 
 def build_model(shape: Model, vocab_size: int, context: int) -> LlamaForCausalLM:
@@ -86,93 +55,112 @@ def build_model(shape: Model, vocab_size: int, context: int) -> LlamaForCausalLM
     return LlamaForCausalLM(config)
 
 
-def _find_checkpoint(recipe: TrainRecipe, out: Path, resume: bool) -> Path | None:
-    """The checkpoint to go on from, if any. Raises ``UserError`` if ``recipe`` would leave the curve it
-    is on.
-    """
-    found = checkpoint.latest(out / "checkpoints") if resume else None
-    if found is None:
-        return None
-    step, content = checkpoint.read_state(found)
-    old = TrainRecipe.model_validate(content)
-    if _on_the_curve(old) != _on_the_curve(recipe):
-        raise UserError(
-            f"expected the recipe that {out} was started with, found another; try that one, or another output folder"
-        )
-    lengths = [old.training, recipe.training]
-    decay = min(first_decay_step(t.steps, t.decay_fraction) for t in lengths)
-    if lengths[0].steps != lengths[1].steps and step > decay:
-        raise UserError(
-            f"expected the number of tokens to stay {lengths[0].tokens} once the decay has begun, "
-            f"found {lengths[1].tokens} at step {step}; try the old number"
-        )
-    return found
+class Loss:
+    """Calls the model: cross-entropy in nats per token, and what the methods' own terms need of the outputs."""
+
+    def __init__(
+        self, model: nn.Module, settings: Training, methods: Sequence[TrainingMethod], device: torch.device, log: Log
+    ):
+        self._model, self._settings, self._methods, self._device = model, settings, methods, device
+        self._hidden = any(method.hidden_states for method in methods)
+        self._terms = any(type(method).loss_terms is not TrainingMethod.loss_terms for method in methods)
+        self._call = self._compiled(log) if settings.compile else self._plain
+
+    def _plain(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None, Any]:
+        outputs = self._model(input_ids=inputs, use_cache=False, output_hidden_states=self._hidden)
+        loss = functional.cross_entropy(outputs.logits.float().flatten(0, 1), targets.flatten())
+        return loss, outputs.logits if self._terms else None, outputs.hidden_states if self._hidden else None
+
+    def _precise(self) -> contextlib.AbstractContextManager[object]:
+        if self._settings.precision == "bf16":
+            return torch.autocast(self._device.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def _compiled(self, log: Log) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None, Any]]:
+        compiled = torch.compile(self._plain, dynamic=False)
+        probe = torch.zeros(self._settings.batch, self._settings.context, dtype=torch.int64, device=self._device)
+        try:
+            with self._precise():
+                found = compiled(probe, probe)
+            found[0].backward()
+        except Exception as error:  # of many kinds; the commonest cause is a machine without a C++ compiler
+            reason = " ".join(str(error).split())[:200]
+            log(f"torch.compile is not usable here, training goes on uncompiled and slower: {reason}")
+            compiled = self._plain
+        self._model.zero_grad(set_to_none=True)
+        return compiled
+
+    def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy alone."""
+        with self._precise():
+            return self._call(inputs, targets)[0]
+
+    def with_terms(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(what is minimised, cross-entropy)."""
+        with self._precise():
+            loss, logits, hidden = self._call(inputs, targets)
+        outputs = SimpleNamespace(loss=loss, logits=logits, hidden_states=hidden)
+        total = loss
+        for method in self._methods:
+            for term in method.loss_terms({"input_ids": inputs}, outputs).values():
+                total = total + term
+        return total, loss
 
 
-def _on_the_curve(recipe: TrainRecipe) -> dict:
-    """What a resumed run must share: all but the length, checked apart, and what only changes the records."""
-    return recipe.model_dump(
-        exclude={"training": {"tokens", "evaluate_every", "evaluate_windows", "checkpoint_every", "compile"}}
-    )
-
-
-def compiled_loss(model: LlamaForCausalLM, recipe: TrainRecipe, log: Callable[[str], None]) -> Loss:
-    """Mean cross-entropy (nats per token) of inputs and targets, both (batch, context) int64; compiled
-    if possible.
-    """
-    settings = recipe.training
-
-    def plain(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = model(input_ids=inputs, use_cache=False).logits
-        return functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-
-    def precise(loss: Loss) -> Loss:
-        def run(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            bf16 = settings.precision == "bf16"
-            with torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():
-                return loss(inputs, targets)
-
-        return run
-
-    if not settings.compile:
-        return precise(plain)
-    compiled = precise(torch.compile(plain, dynamic=False))
-    probe = torch.zeros(settings.batch, settings.context, dtype=torch.int64)
-    try:
-        compiled(probe, probe).backward()
-    except Exception as error:  # of many kinds; the commonest cause is a machine without a C++ compiler
-        reason = " ".join(str(error).split())[:200]
-        log(f"torch.compile is not usable here, training goes on uncompiled and slower: {reason}")
-        compiled = precise(plain)
-    model.zero_grad(set_to_none=True)
-    return compiled
-
-
-def _run(
-    recipe: TrainRecipe,
-    model: LlamaForCausalLM,
-    optimizers: list[torch.optim.Optimizer],
+def fit(
+    model: nn.Module,
     corpus: Corpus,
-    start: int,
+    settings: Training,
+    methods: Sequence[TrainingMethod],
     out: Path,
-    log: Callable[[str], None],
-) -> None:
-    settings = recipe.training
-    loss_of = compiled_loss(model, recipe, log)
-    windows = Windows(corpus.train, settings.context, recipe.seed)
+    *,
+    seed: int,
+    record: dict[str, Any],
+    processes: Processes,
+    log: Log,
+    resume: Path | None = None,
+    evaluate_first: bool = False,
+) -> nn.Module:
+    """Trains ``model`` in place and returns it wrapped; ``out`` gets ``metrics.jsonl`` and ``checkpoints``.
+
+    ``record`` is written into checkpoints; ``resume`` is one to go on from; ``evaluate_first`` also measures the model
+    as it comes. Raises ``UserError`` when the loss is no longer finite.
+    """
+    for method in methods:
+        if processes.sharded and not method.sharded:
+            raise UserError(
+                f"expected methods that work on sharded weights under FSDP2, found {type(method).__name__}; "
+                "launch with DDP or a single process"
+            )
+        method.prepare(model, settings.steps)
+    wrapped, optimizers = processes.wrap(model, build_optimizers(model, settings))
+    start = 0
+    if resume is not None:
+        start, _ = checkpoint.read_state(resume)
+        checkpoint.load(resume, wrapped, optimizers, methods)
+    if settings.compile and processes.count > 1:
+        log("compile: true is for a single process; several run uncompiled")
+        settings = settings.model_copy(update={"compile": False})
+    loss_of = Loss(wrapped, settings, methods, processes.device, log)
+    windows = Windows(corpus.train, settings.context, seed)
     per_step = settings.batch * settings.accumulation
-    metrics = out / "metrics.jsonl"
-    _truncate_metrics(metrics, start)
-    parameters = sum(p.numel() for p in model.parameters())
-    log(f"{parameters:,} parameters, steps {start} to {settings.steps} of {settings.step_tokens:,} tokens")
-    model.train()
+    metrics = Metrics(out / "metrics.jsonl", start, log, processes.main)
+    count = sum(p.numel() for p in model.parameters())
+    log(f"{count:,} parameters, steps {start} to {settings.steps} of {settings.step_tokens:,} tokens")
+
+    def evaluated() -> float:
+        return estimate(loss_of, corpus, settings.context, settings.batch, settings.evaluate_windows, processes.device)
+
+    wrapped.train()
+    if evaluate_first and start == 0:
+        metrics.write({"step": 0, "tokens": 0, "held_out_bits_per_byte": evaluated()})
     began, tokens_since = time.perf_counter(), 0
     losses: list[float] = []
     for step in range(start, settings.steps):
-        factor = warmup_stable_decay(step, settings.steps, settings.warmup_steps, settings.decay_fraction)
+        factor = learning_rate_factor(step, settings)
         set_learning_rate(optimizers, settings.learning_rate * factor)
         rows = torch.from_numpy(windows.batch(step * per_step, per_step))
-        losses.append(_step(model, optimizers, loss_of, rows, recipe))
+        losses.append(_step(step, wrapped, optimizers, loss_of, rows, settings, methods, processes))
         if not math.isfinite(losses[-1]):
             raise UserError(
                 f"expected a finite training loss, found {losses[-1]} at step {step}; try a lower learning_rate"
@@ -181,70 +169,72 @@ def _run(
         done = step + 1
         if done % settings.evaluate_every == 0 or done == settings.steps:
             seconds = time.perf_counter() - began
-            bits = estimate(loss_of, corpus, settings.context, settings.batch, settings.evaluate_windows)
             row = {
                 "step": done,
                 "tokens": done * settings.step_tokens,
                 "loss": float(np.mean(losses)),
-                "held_out_bits_per_byte": bits,
+                "held_out_bits_per_byte": evaluated(),
                 "learning_rate": settings.learning_rate * factor,
                 "tokens_per_s": tokens_since / seconds,
             }
-            with metrics.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            log("  ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v:.4g}" for k, v in row.items()))
+            for method in methods:
+                row |= method.metrics()
+            metrics.write(row)
             losses, tokens_since, began = [], 0, time.perf_counter()
         if done % settings.checkpoint_every == 0 or done == settings.steps:
-            checkpoint.save(out / "checkpoints", done, recipe.model_dump(mode="json"), model, optimizers)
+            checkpoint.save(out / "checkpoints", done, record, wrapped, optimizers, methods, processes.main)
+    for method in methods:
+        method.finish()
+    return wrapped
 
 
 def _step(
+    step: int,
     model: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
+    optimizers: Sequence[torch.optim.Optimizer],
     loss_of: Loss,
-    rows: torch.Tensor,
-    recipe: TrainRecipe,
+    rows: Tensor,
+    settings: Training,
+    methods: Sequence[TrainingMethod],
+    processes: Processes,
 ) -> float:
-    """One optimizer step on ``rows`` (batch * accumulation, context + 1); returns the mean loss in nats
-    per token.
+    """One optimizer step on ``rows`` (batch * accumulation, context + 1); returns the mean cross-entropy in nats per
+    token.
     """
-    settings = recipe.training
     total = 0.0
-    for part in rows.split(settings.batch):
-        loss = loss_of(part[:, :-1].contiguous(), part[:, 1:].contiguous())
-        (loss / settings.accumulation).backward()
-        total += loss.item() / settings.accumulation
+    parts = rows.split(settings.batch)
+    for number, part in enumerate(parts, 1):
+        own = processes.share(part)
+        last = number == len(parts)
+        with contextlib.nullcontext() if last else processes.no_sync(model):
+            loss, entropy = loss_of.with_terms(own[:, :-1].contiguous(), own[:, 1:].contiguous())
+            (loss / settings.accumulation).backward()
+        total += entropy.item() / settings.accumulation
+    for method in methods:
+        method.after_backward(step)
     nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
     for optimizer in optimizers:
         optimizer.step()
+    for method in methods:
+        method.after_step(step, optimizers)
+    for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    return total
+    return processes.mean(total)
 
 
-def _truncate_metrics(path: Path, step: int) -> None:
-    """Drop rows past the checkpoint: they will be written again."""
-    if path.is_file():
-        rows = [row for row in read_metrics(path) if row["step"] <= step]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+class Metrics:
+    """The rows of ``metrics.jsonl``; those past the step that a run goes on from are dropped, to be written again."""
 
+    def __init__(self, path: Path, step: int, log: Log, main: bool):
+        self._path, self._log, self._main = path, log, main
+        if main and path.is_file():
+            rows = [row for row in read_metrics(path) if row["step"] <= step] if step else []
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-def export(recipe: TrainRecipe, model: LlamaForCausalLM, corpus: Corpus, out: Path) -> None:
-    """Write the model (weights rounded to bf16), its tokenizer, its curve, and ``run.json``: recipe and
-    figures.
-    """
-    model.bfloat16().save_pretrained(out)
-    # Read back: a cast to bf16 has also rounded the rotary frequencies, which a loaded model computes anew.
-    saved = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32)
-    save_tokenizer(corpus.tokenizer, out, recipe.training.context)
-    rows = read_metrics(out / "metrics.jsonl")
-    draw_curve(rows, out / "curve.png")
-    record = {
-        "held_out_bits_per_byte": bits_per_byte(saved, corpus, recipe.training.context),
-        "held_out_bytes": corpus.held_out_bytes,
-        "held_out_tokens": len(corpus.held_out) - 1,
-        "tokens_seen": rows[-1]["tokens"],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "recipe": recipe.model_dump(mode="json"),
-    }
-    (out / "run.json").write_text(json.dumps(record, indent=1) + "\n")
+    def write(self, row: dict[str, Any]) -> None:
+        if not self._main:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self._log("  ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v:.4g}" for k, v in row.items()))

@@ -149,7 +149,7 @@ def local_like(tensor: Tensor, model: Tensor) -> Tensor:
     return distribute_tensor(tensor, model.device_mesh, model.placements).to_local()
 
 
-def optimizer_state(parameter: nn.Parameter, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+def optimizer_state(parameter: Tensor, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """The optimizer's tensors of the parameter's shape (exp_avg, exp_avg_sq, momentum_buffer), this process's part."""
     found: dict[str, Tensor] = {}
     for optimizer in optimizers:

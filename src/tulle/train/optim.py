@@ -24,6 +24,25 @@ def warmup_stable_decay(step: int, steps: int, warmup_steps: int, decay_fraction
     return min(1.0, (step + 1) / (warmup_steps + 1))
 
 
+def learning_rate_factor(step: int, settings: Training) -> float:
+    """The factor on the peak learning rate at ``step`` by the recipe's schedule."""
+    if settings.schedule == "wsd":
+        return warmup_stable_decay(step, settings.steps, settings.warmup_steps, settings.decay_fraction)
+    if step < settings.warmup_steps or settings.schedule == "constant":
+        return min(1.0, (step + 1) / (settings.warmup_steps + 1))
+    progress = (step - settings.warmup_steps) / max(settings.steps - settings.warmup_steps, 1)
+    return 1 - progress if settings.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+
+
+def length_matters_from(settings: Training) -> int:
+    """The first step whose learning rate depends on the length of the run."""
+    if settings.schedule == "constant":
+        return settings.steps
+    if settings.schedule == "wsd":
+        return first_decay_step(settings.steps, settings.decay_fraction)
+    return settings.warmup_steps
+
+
 def first_decay_step(steps: int, decay_fraction: float) -> int:
     """The first step of the decay; ``steps`` if there is none."""
     return steps - round(decay_fraction * steps)

@@ -119,7 +119,8 @@ class STE(TrainingMethod):
     def finish(self) -> None:
         for name, linear in self.linears.items():
             remove(linear)
-            linear.weight.copy_(self.effective(name, linear.weight))
+            part = local(linear.weight)
+            part.copy_(self.effective(name, part))
 
 
 @dataclass(eq=False)

@@ -125,8 +125,8 @@ class TopKAST(TrainingMethod):
         a = largest(magnitude, round(self.density * n))[0]
         b = largest(magnitude, round((1 - self.backward_sparsity) * n))[0]
         index = b.nonzero()[:, 0]
-        layer.register_buffer("index", index)
-        layer.register_buffer("used", a[index])
+        layer.register_buffer("index", index, persistent=False)
+        layer.register_buffer("used", a[index], persistent=False)
 
     def mask(self, name: str) -> Tensor:
         """A as bool ``[C_out, C_in]``."""
@@ -202,7 +202,7 @@ class TopKAST(TrainingMethod):
         for layer in self.layers.values():
             weight = layer.effective().detach()
             del layer.values, layer.theta, layer.index, layer.used
-            layer.__class__ = nn.Linear
+            layer.__class__ = nn.Linear  # type: ignore[assignment]
             layer.weight = nn.Parameter(weight)
 
 

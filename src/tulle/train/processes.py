@@ -1,0 +1,101 @@
+"""The processes that train together, by accelerate: one, DDP or FSDP2, as ``accelerate launch`` says.
+
+A recipe gives the same curve on any number of processes (up to the order of additions): each takes its share of every
+micro-batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from tulle.errors import UserError
+
+
+class Processes:
+    """This process among those that train together."""
+
+    def __init__(self) -> None:
+        # Precision is the recipe's: autocast in the loop, whatever the launcher's configuration says.
+        self._accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
+
+    @property
+    def rank(self) -> int:
+        return int(self._accelerator.process_index)
+
+    @property
+    def count(self) -> int:
+        return int(self._accelerator.num_processes)
+
+    @property
+    def main(self) -> bool:
+        """Whether this one writes files and speaks."""
+        return bool(self._accelerator.is_main_process)
+
+    @property
+    def sharded(self) -> bool:
+        """FSDP2 shards the weights."""
+        return bool(self._accelerator.is_fsdp2)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self._accelerator.device)
+
+    def wait(self) -> None:
+        """Until all are here."""
+        self._accelerator.wait_for_everyone()
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The main process runs the block before the others do."""
+        with self._accelerator.main_process_first():
+            yield
+
+    def wrap(
+        self, model: nn.Module, optimizers: list[torch.optim.Optimizer]
+    ) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
+        """The model to call, and torch's own optimizers of its (possibly sharded) parameters."""
+        if self.sharded and any(isinstance(o, torch.optim.Muon) for o in optimizers):
+            raise UserError(
+                "expected optimizer: adamw under FSDP2, found muon, which needs whole matrices; launch with DDP instead"
+            )
+        wrapped, *prepared = self._accelerator.prepare(model, *optimizers)
+        self._accelerator.free_memory()  # it would keep what it has wrapped for the next stage
+        return wrapped, [getattr(optimizer, "optimizer", optimizer) for optimizer in prepared]
+
+    def mean(self, value: float) -> float:
+        """The mean of a number over the processes."""
+        if self.count == 1:
+            return value
+        found = self._accelerator.reduce(torch.tensor(value, device=self.device), reduction="mean")
+        assert isinstance(found, Tensor)
+        return float(found)
+
+    def share(self, rows: Tensor) -> Tensor:
+        """This process's rows of a micro-batch, on its device."""
+        if len(rows) % self.count:
+            raise UserError(
+                f"expected a batch that {self.count} processes can share, found {len(rows)} sequences; "
+                "try a multiple, or other processes"
+            )
+        return rows[self.rank :: self.count].to(self.device)
+
+    def no_sync(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Gradients of this micro-batch stay with this process for now."""
+        if self.count == 1:
+            return contextlib.nullcontext()
+        return self._accelerator.no_sync(model)
+
+
+def placed_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor of a parameter's shape, sharded as the parameter is."""
+    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+        return value.to(parameter.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
