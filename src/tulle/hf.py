@@ -1,9 +1,12 @@
-"""Importing this module teaches transformers to load compressed models.
+"""Importing this module teaches transformers to load compressed models and Scaling Transformers.
 
 ``AutoModelForCausalLM.from_pretrained(OUT)`` then replaces the linears listed in ``quantization_config``
 by :class:`tulle.simulate.PackedLinear` and fills them with the packed tensors, whatever ``dtype`` is asked
 for: that is the dtype of everything else (embeddings, norms, biases, activations). ``save_pretrained``
 writes the packed form back.
+
+``AutoConfig`` and ``AutoModelForCausalLM`` also know ``tulle.models.scaling_transformer`` then, from transformers 5.23
+on, whose caches hold what convolutions remember.
 """
 
 from __future__ import annotations
@@ -12,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -26,6 +31,15 @@ from tulle.models.checkpoint import Checkpoint
 from tulle.simulate import DTYPES, PackedLinear
 
 MISMATCH = "config.json and weights are not of one model"
+
+if Version(transformers.__version__) >= Version("5.23"):
+    from tulle.models import scaling_transformer
+
+    AutoConfig.register("scaling_transformer", scaling_transformer.ScalingTransformerConfig)
+    AutoModel.register(scaling_transformer.ScalingTransformerConfig, scaling_transformer.ScalingTransformerModel)
+    AutoModelForCausalLM.register(
+        scaling_transformer.ScalingTransformerConfig, scaling_transformer.ScalingTransformerForCausalLM
+    )
 
 
 @register_quantization_config(QUANT_METHOD)
