@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional
 
 from tulle.errors import UserError
@@ -24,9 +24,19 @@ from tulle.train.method import TrainingMethod
 
 
 def normalised_error(student: Tensor, teacher: Tensor, real: Tensor, epsilon: float) -> Tensor:
-    """MSE(h_s, h_t)/(mean(h_t²) + ε) for states ``[B, T, d]`` over the tokens that are ``real``, bool ``[B, T]``."""
+    """MSE(h_s, h_t)/(mean(h_t²) + ε) for states ``[B, T, d]`` over the tokens that are ``real``, bool ``[B, T]``.
+
+    With several processes both means are over the micro-batch of all of them: each returns its share, and the mean of
+    the shares is the term.
+    """
     s, t = student[real].float(), teacher[real].float()
-    return (s - t).square().mean() / (t.square().mean() + epsilon)
+    sums = torch.stack([t.square().sum().detach(), torch.tensor(float(t.numel()), device=t.device)])
+    processes = 1
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(sums)
+        processes = distributed.get_world_size()
+    size, count = sums
+    return processes * (s - t).square().sum() / count / (size / count + epsilon)
 
 
 def divergence(student: Tensor, teacher: Tensor, real: Tensor, temperature: float) -> Tensor:
