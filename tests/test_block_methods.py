@@ -16,6 +16,9 @@ from safetensors.torch import load_file
 
 import tulle.hf
 from checkpoints import PROSE, write_checkpoint
+from tulle.activation.budget import ActivationBudget
+from tulle.activation.thresholds import TEAL
+from tulle.activation.wina import WINA
 from tulle.compress import compress
 from tulle.core.contract import Method
 from tulle.errors import UserError
@@ -73,6 +76,10 @@ OTHERS: list[Method] = [
     Allocate(sparsity=0.5, tokens=40),
     Allocate(sparsity=0.6, budget="bytes", bits=4, per="role", lowest=0.3, highest=0.9, tokens=40),
     Reconstruct(epochs=1),
+    TEAL(share=0.4),
+    TEAL(share=0.5, kind="top_k", block=16, unit=4, rescale=True),
+    WINA(share=0.6),
+    ActivationBudget(share=0.5, tokens=40),
 ]
 
 
@@ -85,6 +92,7 @@ def recipe_with(method: Method) -> list[dict[str, Any]]:
     """Its step and one that rounds weights, in the order of their stages."""
     weights = {"round_to_nearest": {"bits": 4, "symmetric": False}}
     pruning = [{"wanda": {"sparsity": 0.5}}] if method.allocates else []
+    pruning += [{"teal": {"share": 0.5}}] if method.allocates_inputs else []
     return [weights, step(method)] if method.stages == ("refine",) else [step(method), *pruning, weights]
 
 

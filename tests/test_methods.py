@@ -11,6 +11,7 @@ from dataclasses import FrozenInstanceError, fields, replace
 import pytest
 import torch
 
+import tulle.activation
 import tulle.prune
 import tulle.quantize
 from oracles.problems import layer, state, statistics
@@ -77,7 +78,7 @@ def only_needed(method: Method, full: Statistics) -> Statistics:
 
 def test_the_list_is_complete() -> None:
     listed = {type(method) for method in [*METHODS, *TRANSFORMS, *OTHERS]}
-    for room in (tulle.prune, tulle.quantize):
+    for room in (tulle.prune, tulle.quantize, tulle.activation):
         for file in pkgutil.iter_modules(room.__path__, room.__name__ + "."):
             module = __import__(file.name, fromlist=["*"])
             own = {

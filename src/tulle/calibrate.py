@@ -49,7 +49,9 @@ from tulle.core.grid import all_finite
 from tulle.core.hessian import Hessian
 from tulle.core.masks import PATTERNS, Pattern, follows, zero_share
 from tulle.core.rotation import Extremes
+from tulle.core.sample import Reservoir
 from tulle.core.token_grid import TokenGrid
+from tulle.core.topk import Selection
 from tulle.core.transform import Transform
 from tulle.errors import UserError
 from tulle.models.anatomy import Anatomy, Row
@@ -62,6 +64,10 @@ SPARSE_FROM = 0.01
 """Share of exact zeros from which on a linear of a checkpoint counts as pruned."""
 
 __all__ = ["Batch", "BlockResult", "HiddenStates", "Walker", "batched"]
+
+
+SAMPLE = 2048
+"""Tokens of an unbiased sample of a row's input."""
 
 
 @dataclass
@@ -109,6 +115,8 @@ class Walker:
         self.kept_inputs: dict[str, int] = {}
         self.sparsity: dict[str, float] = {}
         """Allocation: full linear name → share to prune."""
+        self.input_sparsity: dict[str, float] = {}
+        """Allocation: full linear name → share of inputs to drop."""
         self.residual: tuple[Transform, ...] = ()
         """Maps of the residual stream that the tensors given to :meth:`block` already have."""
 
@@ -231,6 +239,9 @@ class Walker:
         }
         prefix = self._model.block_prefix(index)
         by_name = {linear.name: linear for group in groups.values() for linear in group.linears}
+        for group in groups.values():
+            for linear in group.linears:
+                linear.allotted_inputs = self.input_sparsity.get(linear.name)
         state = BlockState(
             index=index,
             groups=groups,
@@ -353,6 +364,7 @@ class Walker:
         fits = {role: role in fit and "hessian" in n and target != "layer" for role, n in needs.items()}
         found: dict[str, tuple[Statistics, dict[str, Tensor]]] = {row.role: (Statistics(), {}) for row in rows}
         samplers: dict[str, Extremes] = {}
+        drawn: dict[str, Reservoir] = {}
         rows = [row for row in rows if needs[row.role]]
         if not rows:
             return found
@@ -370,6 +382,8 @@ class Walker:
                     accumulate(statistics, x, needs[row.role])
                     if "rows" in needs[row.role]:
                         samplers.setdefault(row.role, Extremes(x.shape[-1], seed=self._seed)).add(x)
+                    if "sample" in needs[row.role]:
+                        drawn.setdefault(row.role, Reservoir(SAMPLE, self._seed)).add(x)
                     if not fits[row.role]:
                         continue
                     dense_x, dense_stream = dense_inputs.pop(row.role)
@@ -390,6 +404,8 @@ class Walker:
                         cross[name].addmm_(gap.T, x)
         for role, sampler in samplers.items():
             found[role][0].rows = sampler.rows
+        for role, reservoir in drawn.items():
+            found[role][0].sample = reservoir.rows
         return found
 
     def _needs(self, role: str, stage: Stage) -> frozenset[str]:
@@ -428,10 +444,11 @@ class Walker:
 
     def _share_inputs(self, block: nn.Module, group: GroupState) -> None:
         """Transforms and quantisers in front of a group's linears; siblings see one result."""
-        hooks: dict[TokenGrid | None, QuantisedInput] = {}
+        hooks: dict[tuple[TokenGrid | None, Selection | None], QuantisedInput] = {}
         for linear in group.linears:
-            if linear.transform or linear.input_grid:
-                hook = hooks.setdefault(linear.input_grid, QuantisedInput(linear.transform, linear.input_grid))
+            if linear.transform or linear.input_grid or linear.input_selection:
+                found = (linear.input_grid, linear.input_selection)
+                hook = hooks.setdefault(found, QuantisedInput(linear.transform, *found))
                 block.get_submodule(self._relative(linear)).register_forward_pre_hook(hook)
 
     def _finish(self, block: nn.Module, state: LinearState, dtype: torch.dtype) -> None:
@@ -444,10 +461,12 @@ class Walker:
                 f"expected finite weights after the recipe's steps, found NaN or Inf in {state.name}; raise the damping"
             )
         self._install(module, state)
-        quantised = any(isinstance(hook, QuantisedInput) for hook in module._forward_pre_hooks.values())
-        if state.input_grid is not None and not quantised:
+        found = {key: hook for key, hook in module._forward_pre_hooks.items() if isinstance(hook, QuantisedInput)}
+        if state.input_grid is not None and all(hook.grid is None for hook in found.values()):
             # A linear step brought its own quantiser.
-            module.register_forward_pre_hook(QuantisedInput(state.transform, state.input_grid))
+            for key in found:
+                del module._forward_pre_hooks[key]
+            module.register_forward_pre_hook(QuantisedInput(state.transform, state.input_grid, state.input_selection))
 
     def _propagate(self, dense: Block, compressed: Block, index: int) -> tuple[dict[str, float], float]:
         """Runs both blocks, leaves their outputs as the next block's inputs, and compares every linear's output."""

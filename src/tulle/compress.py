@@ -33,7 +33,7 @@ from tulle.models.checkpoint import Checkpoint, companions, read_json, require_f
 from tulle.models.hub import local_folder
 from tulle.models.rewrite import Source
 from tulle.models.skeleton import load_config, require_device
-from tulle.packing import attention_spec, packed_tensors, spec_of, transform_tensors
+from tulle.packing import attention_spec, input_tensors, packed_tensors, spec_of, transform_tensors
 from tulle.recipe import Recipe, load_recipe, parse_recipe
 from tulle.report.compression import write_report
 from tulle.runs import RunFolder, State, disk_errors
@@ -118,7 +118,7 @@ def compress(
         source_of = Source(checkpoint, anatomy, survey.residual)
         walker = Walker(config, anatomy, chosen, batches, folder_of_run.work, device, progress, seed)
         walker.kept, walker.kept_inputs, walker.residual = survey.kept, survey.kept_inputs, survey.residual
-        walker.sparsity = survey.sparsity
+        walker.sparsity, walker.input_sparsity = survey.sparsity, survey.input_sparsity
         job = _Job(checkpoint, source_of, anatomy, chosen, walker, folder_of_run, state, survey.notes)
         with disk_errors(Path(output)):
             if state.next_block is None:
@@ -180,8 +180,9 @@ class _Job:
             packed = packed_tensors(linear, spec, dtype)
             if spec.transform_of is None:
                 packed |= transform_tensors(linear)
+            packed |= input_tensors(linear)
             shard |= {f"{linear.name}.{suffix}": tensor for suffix, tensor in packed.items()}
-            if "weight" not in packed or spec.transform or spec.input_bits is not None:
+            if "weight" not in packed or spec.transform or spec.input_bits is not None or spec.input_sparsity:
                 self.state.specs[linear.name] = spec.to_json()
             self.state.linears.append(_linear_report(linear, spec, index, result, dtype))
         self.run.write(self.state, index + 1, shard)
@@ -272,6 +273,7 @@ def _linear_report(
         "input_bits": linear.input_bits,
         "input_symmetric": spec.input_symmetric,
         "input_clip": spec.input_clip,
+        "input_sparsity": None if spec.input_sparsity is None else spec.input_sparsity.to_json(),
         "transform": [t.to_json() for t in spec.transform],
         "transform_bytes": spec.transform_bytes,
         "dense_bytes": linear.weight.numel() * dtype.itemsize,

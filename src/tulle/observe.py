@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tulle.core.contract import Statistics
 from tulle.core.hessian import Hessian
 from tulle.core.token_grid import TokenGrid
+from tulle.core.topk import Selection
 from tulle.core.transform import Transform, run
 from tulle.models.anatomy import Row
 from tulle.models.skeleton import Block
@@ -98,10 +99,11 @@ def hooked(module: nn.Module, hooks: Sequence[tuple[str, Any]]) -> Iterator[None
 
 
 class QuantisedInput:
-    """Forward pre-hook: x → the quantiser's x̂ of x·T. Keeps the last result, for the siblings that read the same x."""
+    """Forward pre-hook: x → what the selection keeps of the quantiser's x̂ of x·T. Keeps the last result, for the
+    siblings that read the same x."""
 
-    def __init__(self, transform: tuple[Transform, ...], grid: TokenGrid | None):
-        self._transform, self._grid = transform, grid
+    def __init__(self, transform: tuple[Transform, ...], grid: TokenGrid | None, selection: Selection | None = None):
+        self._transform, self.grid, self._selection = transform, grid, selection
         self._seen: Tensor | None = None
         self._result: Tensor | None = None
 
@@ -109,12 +111,19 @@ class QuantisedInput:
         x = arguments[0]
         if self._result is None or self._seen is not x:
             result = run(self._transform, x.float())
-            if self._grid is not None:
-                rounded = self._grid.fake(result.detach())
+            if self.grid is not None:
+                rounded = self.grid.fake(result.detach())
                 # Straight through, for what is trained behind it.
                 result = result + (rounded - result).detach() if result.requires_grad else rounded
+            if self._selection is not None:
+                result = self._selection.apply(result)
             self._seen, self._result = x, result.to(x.dtype)
         return (self._result,)
+
+
+def select_inputs(selection: Selection) -> Callable[..., tuple[Tensor]]:
+    """A forward pre-hook."""
+    return lambda module, arguments: (selection.apply(arguments[0]),)
 
 
 class Gap:

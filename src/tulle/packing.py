@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from tulle.core.contract import HeadGrids, LinearState
+from tulle.core.topk import Selection
 from tulle.core.transform import BlockMatrix, Hadamard, Kronecker, Transform
 from tulle.format.pack import f32_to_bf16, pack_linear
-from tulle.format.spec import AttentionSpec, HeadSpec, LinearSpec, TransformSpec
+from tulle.format.spec import AttentionSpec, HeadSpec, InputSparsitySpec, LinearSpec, TransformSpec
 
 
 def transform_spec(transform: Transform) -> TransformSpec:
@@ -33,6 +34,25 @@ def transform_tensors(linear: LinearState) -> dict[str, Tensor]:
         for i, transform in enumerate(linear.transform)
         for suffix, tensor in transform.tensors().items()
     }
+
+
+def input_sparsity_spec(selection: Selection | None) -> InputSparsitySpec | None:
+    """How the file describes a selection of inputs."""
+    if selection is None:
+        return None
+    s = selection
+    return InputSparsitySpec(
+        s.kind, s.keep, s.block, s.unit, s.by, s.score is not None, s.rescale,
+        None if s.threshold is None else float(s.threshold),
+    )  # fmt: skip
+
+
+def input_tensors(linear: LinearState) -> dict[str, Tensor]:
+    """The tensors that a linear's selection of inputs needs, by suffix."""
+    if linear.input_selection is None or linear.input_selection.score is None:
+        return {}
+    # A copy: siblings share the tensor, files do not.
+    return {"input_score": linear.input_selection.score.float().cpu().clone()}
 
 
 def attention_spec(grids: HeadGrids | None) -> AttentionSpec | None:
@@ -59,6 +79,7 @@ def spec_of(linear: LinearState, dtype: torch.dtype, holder: str | None = None) 
         input_bits=linear.input_bits,
         input_symmetric=linear.input_grid.symmetric if linear.input_grid else True,
         input_clip=float(linear.input_grid.clip) if linear.input_grid else 1.0,
+        input_sparsity=input_sparsity_spec(linear.input_selection),
         transform=tuple(transform_spec(t) for t in linear.transform),
         transform_of=holder if linear.transform else None,
         values_dtype=None if linear.quantised else str(dtype).removeprefix("torch."),

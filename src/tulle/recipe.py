@@ -53,6 +53,9 @@ METHODS: dict[str, str] = {
     "affinequant": "tulle.quantize.affinequant:AffineQuant",
     "spinquant": "tulle.quantize.spinquant:SpinQuant",
     "keep_sensitive": "tulle.quantize.keep_sensitive:KeepSensitive",
+    "activation_budget": "tulle.activation.budget:ActivationBudget",
+    "teal": "tulle.activation.thresholds:TEAL",
+    "wina": "tulle.activation.wina:WINA",
 }
 """Step name in a recipe → its settings class, imported when a recipe asks for it."""
 
@@ -193,6 +196,22 @@ def parse_recipe(content: Any, default_name: str = "recipe") -> Recipe:
 
 def _heeded(steps: tuple[Step, ...]) -> None:
     """Raises ``UserError`` for a role whose sparsities are decided twice, or by a step that no pruning step follows."""
+    selecting: dict[str, str] = {}
+    for step in steps:
+        for role in step.targets if step.method.selects else ():
+            if role in selecting:
+                raise UserError(
+                    f"expected one step that selects inputs of {role}, found {selecting[role]} and {step.name}; leave "
+                    "one of them out or give them other targets"
+                )
+            selecting[role] = step.name
+    for step in steps:
+        for role in step.targets if step.method.allocates_inputs else ():
+            if role not in selecting:
+                raise UserError(
+                    f"expected a step that selects inputs of {role}, found none that could heed {step.name}; add one, "
+                    "such as teal: {share: 0.5}, or narrow the targets"
+                )
     decided: dict[str, str] = {}
     for step in steps:
         for role in step.targets if step.method.allocates else ():

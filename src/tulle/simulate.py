@@ -8,12 +8,15 @@
 - Quantised input (``input_bits``): the integer arithmetic of the engine. Per token a step s and whole numbers x_q
   (:mod:`tulle.core.token_grid`); one int32 sum Σ x_q·(u − z) per output and group; then in float32, groups
   in ascending order, y = s·Σ_g Δ_g·sum_g + b, rounded once to the dtype of x.
+- Sparse input (``input_sparsity``): the inputs that a token does not keep are zero (:mod:`tulle.core.topk`), chosen
+  after transforms and quantisation. Siblings that read one x with one selection make it once each; it is exact.
 
 Packed tensors never change dtype: ``model.to(torch.bfloat16)`` moves the biases only.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tulle.core.token_grid import TokenGrid
+from tulle.core.topk import Selection
 from tulle.core.transform import BlockMatrix, Diagonal, Hadamard, Kronecker, Permutation, Transform, run, unfold
 from tulle.format.spec import LinearSpec, TransformSpec
 
@@ -43,6 +47,15 @@ def input_grid(spec: LinearSpec) -> TokenGrid | None:
     if spec.input_bits is None:
         return None
     return TokenGrid(spec.input_bits, spec.input_symmetric, spec.input_clip)
+
+
+def input_selection(spec: LinearSpec, score: Tensor | None = None) -> Selection | None:
+    """What chooses a linear's inputs; ``score`` is its tensor ``input_score``, for a weighted one."""
+    if spec.input_sparsity is None:
+        return None
+    settings = dataclasses.asdict(spec.input_sparsity)
+    weighted = settings.pop("weighted")
+    return Selection(**settings, score=score if weighted else None)
 
 
 class InputTransform(nn.Module):
@@ -140,12 +153,19 @@ def dequantise(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> Tensor:
     return tensors["weight"].float()
 
 
-def integer_linear(x: Tensor, whole: Tensor, scale: Tensor, bits: int, grid: TokenGrid) -> Tensor:
+def integer_linear(
+    x: Tensor, whole: Tensor, scale: Tensor, bits: int, grid: TokenGrid, selection: Selection | None = None
+) -> Tensor:
     """float32 ``[T, C_out]`` of x ``[T, C_in]`` with the weight Δ·whole: see the module's docstring.
 
     ``whole`` ``[C_out, C_in]``: whole numbers below 2^bits in float32; ``scale`` Δ: float32 ``[C_out, G]``.
     """
     codes, step = grid.quantise(x)
+    if selection is not None:
+        rounded = codes * step
+        mask = selection.mask(rounded)
+        ratio = selection.ratio(rounded, mask)
+        codes, step = codes * mask, step if ratio is None else step * ratio
     width = whole.shape[1] // scale.shape[1]
     chunk = min(width, EXACT_INTEGERS // ((1 << bits) << (grid.bits - 1 if grid.symmetric else grid.bits)))
     y = torch.zeros(x.shape[0], whole.shape[0], device=x.device)
@@ -180,7 +200,7 @@ class PackedLinear(nn.Module):
         # A linear of the same group holds the tensors; not a child, or its state would be saved twice.
         self._shared: tuple[InputTransform, ...] = ()
         self.out_features, self.in_features = spec.shape
-        for suffix, (kind, shape) in spec.tensors().items():
+        for suffix, (kind, shape) in (spec.tensors() | spec.input_tensors()).items():
             self.register_buffer(suffix, torch.zeros(shape, dtype=DTYPES[kind], device=device))
         empty = torch.zeros(self.out_features, dtype=dtype, device=device) if bias else None
         self.bias = None if empty is None else nn.Parameter(empty, requires_grad=False)
@@ -206,6 +226,18 @@ class PackedLinear(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return holder(x)
 
+    @property
+    def selection(self) -> Selection | None:
+        """What chooses the inputs, with the score as it is now."""
+        return input_selection(self.spec, self._buffers.get("input_score"))
+
+    def selected(self, x: Tensor) -> Tensor:
+        """What meets the weights of x ``[..., C_in]``: transformed, rounded, and zero where it is not kept."""
+        x, selection = self.transformed(x), self.selection
+        if self.grid is not None:
+            x = self.grid.fake(x)
+        return x if selection is None else selection.apply(x)
+
     def effective(self) -> Tensor:
         """The float32 weight ``[C_out, C_in]`` that the input before its transforms meets."""
         holder = self._holder()
@@ -221,14 +253,11 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = x.dtype
-        x = self.transformed(x)
         if self.spec.bits is not None and self.grid is not None:
-            return self._integer_forward(x, self.spec.bits, self.grid).to(dtype)
+            return self._integer_forward(self.transformed(x), self.spec.bits, self.grid).to(dtype)
         if self._cached is None or self._cached.dtype != dtype:
             self._cached = self.dequantise().to(dtype)
-        if self.grid is not None:
-            x = self.grid.fake(x)
-        return F.linear(x.to(dtype), self._cached, self.bias)
+        return F.linear(self.selected(x).to(dtype), self._cached, self.bias)
 
     def _integer_forward(self, x: Tensor, bits: int, grid: TokenGrid) -> Tensor:
         if self._cached is None:
@@ -236,7 +265,7 @@ class PackedLinear(nn.Module):
         scale = self.get_buffer("scale").float()
         # Autocast would round the sums to its own dtype.
         with torch.autocast(x.device.type, enabled=False):
-            y = integer_linear(x.reshape(-1, self.in_features), self._cached, scale, bits, grid)
+            y = integer_linear(x.reshape(-1, self.in_features), self._cached, scale, bits, grid, self.selection)
             if self.bias is not None:
                 y = y + self.bias.float()
         return y.reshape(*x.shape[:-1], self.out_features)
@@ -264,5 +293,6 @@ class PackedLinear(nn.Module):
         parts += [f"bits={s.bits}", f"group_size={s.group_size}"] if s.bits is not None else []
         parts += ["sparse"] if s.sparse else []
         parts += [f"input_bits={s.input_bits}"] if s.input_bits is not None else []
+        parts += [f"input_sparsity={s.input_sparsity.kind}"] if s.input_sparsity is not None else []
         parts += [f"transform_of={s.transform_of}"] if s.transform_of is not None else []
         return ", ".join(parts)

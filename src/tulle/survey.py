@@ -13,10 +13,11 @@ from transformers import PretrainedConfig
 from tulle.core.contract import Progress, Statistics, Survey, Trials
 from tulle.core.hessian import Hessian
 from tulle.core.rotation import Extremes
+from tulle.core.topk import Selection
 from tulle.models.anatomy import Anatomy
 from tulle.models.rewrite import Source
 from tulle.models.skeleton import Block
-from tulle.observe import accumulate, run_watched
+from tulle.observe import accumulate, hooked, run_watched, select_inputs
 from tulle.recipe import Recipe
 from tulle.streams import Batch, batched
 
@@ -160,14 +161,17 @@ def _drawn(batches: Sequence[Batch], tokens: int) -> tuple[list[Tensor], list[Te
     return [sequences[i] for i in sorted(chosen)], [s for i, s in enumerate(sequences) if i not in chosen]
 
 
-def _run(block: Block, replaced: Mapping[str, Tensor], hidden: Sequence[Tensor]) -> list[Tensor]:
-    """The block's outputs with some of its weights replaced."""
-    modules = {name: block.module.get_submodule(name.removesuffix(".weight")) for name in replaced}
+def _run(block: Block, replaced: Mapping[str, Tensor | Selection], hidden: Sequence[Tensor]) -> list[Tensor]:
+    """The block's outputs with some of its weights replaced, or some inputs selected."""
+    weights = {name: t for name, t in replaced.items() if isinstance(t, Tensor)}
+    selections = [(name, select_inputs(s)) for name, s in replaced.items() if isinstance(s, Selection)]
+    modules = {name: block.module.get_submodule(name.removesuffix(".weight")) for name in weights}
     own = {name: module.weight for name, module in modules.items()}
     try:
         for name, module in modules.items():
-            module.weight = nn.Parameter(replaced[name], requires_grad=False)
-        return [block(h) for h in hidden]
+            module.weight = nn.Parameter(weights[name], requires_grad=False)
+        with hooked(block.module, selections):
+            return [block(h) for h in hidden]
     finally:
         for name, module in modules.items():
             module.weight = own[name]

@@ -7,12 +7,22 @@ from dataclasses import replace
 import pytest
 
 from tulle.errors import UserError
-from tulle.format.spec import AttentionSpec, HeadSpec, LinearSpec, QuantizationConfig, TransformSpec, parse_pattern
+from tulle.format.spec import (
+    AttentionSpec,
+    HeadSpec,
+    InputSparsitySpec,
+    LinearSpec,
+    QuantizationConfig,
+    TransformSpec,
+    parse_pattern,
+)
 
 INT4 = LinearSpec(shape=(6, 256), bits=4, group_size=128)
 SPARSE_INT8 = LinearSpec(shape=(6, 20), bits=8, symmetric=False, sparse=True, nonzeros=60, pattern="2:4")
 SPARSE_BF16 = LinearSpec(shape=(6, 20), sparse=True, nonzeros=33, values_dtype="bfloat16")
 DENSE_F16 = LinearSpec(shape=(6, 20), values_dtype="float16", input_bits=8)
+TOP_K = replace(DENSE_F16, input_sparsity=InputSparsitySpec("top_k", keep=8, unit=4, weighted=True, rescale=True))
+TEAL = replace(INT4, input_sparsity=InputSparsitySpec("threshold", threshold=0.25))
 
 
 def test_tensors() -> None:
@@ -28,6 +38,8 @@ def test_tensors() -> None:
     assert replace(SPARSE_INT8, bits=5, nonzeros=33, pattern=None).tensors()["values"] == ("uint8", (5, 5))
     assert SPARSE_BF16.tensors() == {"mask": ("uint8", (6, 3)), "values": ("bfloat16", (33,))}
     assert DENSE_F16.tensors() == {"weight": ("float16", (6, 20))}
+    assert TOP_K.stored_tensors() == DENSE_F16.tensors() | {"input_score": ("float32", (20,))}
+    assert TEAL.stored_tensors() == INT4.tensors()
 
 
 def test_sizes() -> None:
@@ -78,7 +90,7 @@ def test_attention_round_trip() -> None:
             AttentionSpec.from_json(spec.to_json() | change)
 
 
-@pytest.mark.parametrize("spec", [INT4, SPARSE_INT8, SPARSE_BF16, DENSE_F16, ROTATED])
+@pytest.mark.parametrize("spec", [INT4, SPARSE_INT8, SPARSE_BF16, DENSE_F16, ROTATED, TOP_K, TEAL])
 def test_json_round_trip(spec: LinearSpec) -> None:
     assert LinearSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
@@ -86,10 +98,10 @@ def test_json_round_trip(spec: LinearSpec) -> None:
 def test_config_round_trip() -> None:
     config = QuantizationConfig({"model.layers.0.mlp.down_proj": INT4}, {"steps": [{"gptq": {"bits": 4}}]})
     data = config.to_json()
-    assert (data["quant_method"], data["format_version"]) == ("tulle", 2)
+    assert (data["quant_method"], data["format_version"]) == ("tulle", 3)
     assert set(data["linears"]["model.layers.0.mlp.down_proj"]) == {
         *("shape", "bits", "group_size", "symmetric", "sparse", "nonzeros", "pattern", "input_bits"),
-        *("input_symmetric", "input_clip", "transform", "transform_of", "values_dtype"),
+        *("input_symmetric", "input_clip", "transform", "transform_of", "values_dtype", "input_sparsity"),
     }
     assert QuantizationConfig.from_json(json.loads(json.dumps(data))) == config
 
@@ -112,6 +124,16 @@ def test_config_round_trip() -> None:
         ({"bits": 4, "transform": (TransformSpec("permutation", block=4),)}, "no sizes for a permutation"),
         ({"bits": 4, "transform": (TransformSpec("hadamard", block=8),)}, "block that divides 20 .* found 8"),
         ({"bits": 4, "transform": (TransformSpec("kronecker", left=3, right=7),)}, "factors of product 20"),
+        ({"bits": 4, "input_sparsity": InputSparsitySpec("most")}, "found 'most'"),
+        ({"bits": 4, "input_sparsity": InputSparsitySpec("top_k")}, "keep from 1 to 20 .* found None"),
+        ({"bits": 4, "input_sparsity": InputSparsitySpec("top_k", keep=21)}, "keep from 1 to 20"),
+        ({"bits": 4, "input_sparsity": InputSparsitySpec("top_k", keep=4, block=8)}, "block that divides 20"),
+        ({"bits": 4, "input_sparsity": InputSparsitySpec("top_k", keep=6, unit=4)}, "in steps of 4, found 6"),
+        ({"bits": 4, "input_sparsity": InputSparsitySpec("top_k", keep=4, by="mean")}, "max or norm"),
+        ({"bits": 4, "input_sparsity": InputSparsitySpec("top_k", keep=4, threshold=0.1)}, "expected a threshold"),
+        ({"bits": 4, "input_sparsity": InputSparsitySpec("threshold")}, "expected a threshold"),
+        ({"bits": 4, "input_sparsity": InputSparsitySpec("threshold", threshold=float("nan"))}, "finite threshold"),
+        ({"bits": 4, "input_sparsity": InputSparsitySpec("relu", weighted=True)}, "only with top_k"),
         ({}, "found values_dtype None"),
         ({"values_dtype": "float64"}, "found values_dtype float64"),
         ({"values_dtype": "float16", "symmetric": False}, "set bits to 2-8"),
@@ -159,7 +181,7 @@ def test_missing_key_is_refused() -> None:
     ("change", "message"),
     [
         ({"quant_method": "gptq"}, "quant_method 'tulle', found 'gptq'"),
-        ({"format_version": 1}, "format_version 2, found 1"),
+        ({"format_version": 1}, "format_version 3, found 1"),
         ({"linears": []}, "linears to be dict"),
         (
             {"linears": {"a.b": {}}},

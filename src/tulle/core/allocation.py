@@ -79,3 +79,14 @@ def allocate(gains: Array, costs: Array, budget: float) -> Array:
         found[unit] += taken
         left -= taken
     return found
+
+
+def divide(levels: Array, costs: Array, weights: Array, mean: float, step: float = 0.01) -> Array:
+    """Shares s ``[U]`` between the first and the last of rising ``levels`` ``[K]`` that make Σ c_u(s_u) least, with
+    Σ w_u·s_u = ``mean``·Σ w_u.
+
+    ``costs`` ``[U, K]`` are measured at the levels and interpolated every ``step``.
+    """
+    fine = np.unique([*np.arange(levels[0], levels[-1], step), levels[-1]])
+    curves = np.array([monotone_curve(levels, c, fine) for c in costs])
+    return allocate(np.outer(weights, fine), curves, mean * weights.sum()) / weights

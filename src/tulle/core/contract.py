@@ -16,7 +16,7 @@ Notation as in the papers: X ``[T, C_in]`` tokens, W ``[C_out, C_in]``, Y = X·W
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from tulle.core.grid import Quantised, row_chunks
 from tulle.core.hessian import Hessian
 from tulle.core.token_grid import TokenGrid
+from tulle.core.topk import Selection
 from tulle.core.transform import Diagonal, Permutation, Transform, fold, run, stored
 from tulle.errors import UserError
 
-Statistic = Literal["hessian", "column_norm", "absmax", "rows"]
+Statistic = Literal["hessian", "column_norm", "absmax", "rows", "sample"]
 Stage = Literal["model", "block", "linear", "refine"]
 
 
@@ -50,13 +51,18 @@ class Statistics:
     rows: Tensor | None = None
     """Whole tokens ``[K, C_in]``: those that carry the maxima of the channels, and some drawn at random
     (:class:`tulle.core.rotation.Extremes`). What a search for outliers needs of X."""
+    sample: Tensor | None = None
+    """Whole tokens ``[K, C_in]``, each as likely as any other (:class:`tulle.core.sample.Reservoir`)."""
 
     def transformed(self, transform: Transform) -> None:
         """Moves ``rows`` and ``absmax`` to x·T; the rest is no longer known and is dropped.
 
-        max|x_j| is exact where T only scales or permutes channels, and the maximum over ``rows`` otherwise.
+        ``sample`` moves along. max|x_j| is exact where T only scales or permutes channels, and the maximum over
+        ``rows`` otherwise.
         """
         self.hessian = self.column_norm = None
+        if self.sample is not None:
+            self.sample = transform.apply(self.sample)
         if self.rows is not None:
             self.rows = transform.apply(self.rows)
         if self.absmax is not None:
@@ -92,6 +98,8 @@ class LinearState:
     """Maps that run on the input; the weight that meets x·T is W·T⁻ᵀ. Siblings share one tuple."""
     input_grid: TokenGrid | None = None
     """Per-token dynamic quantiser of the (transformed) input; None = unquantised input."""
+    input_selection: Selection | None = None
+    """Which inputs a token keeps, after transforms and rounding; None: all. Siblings share one object."""
     ranges: tuple[Tensor, Tensor] | None = None
     """Learned ends (low, high) of the weights' grids, ``[C_out, G]`` each; a quantiser takes them for the extremes."""
     kept_bits: int | None = None
@@ -99,6 +107,8 @@ class LinearState:
     allotted: float | None = None
     """A pruning step takes this share of pruned weights instead of its own ``sparsity`` (an allocation); None: its own.
     A step with a ``pattern`` ignores it."""
+    allotted_inputs: float | None = None
+    """A selecting step drops this share of the inputs instead of its own ``share`` (an allocation); None: its own."""
     notes: list[str] = field(default_factory=list)
     """Lines for the report, e.g. an escalated damping."""
 
@@ -129,9 +139,19 @@ class GroupState:
     def add_transform(self, transform: Transform) -> None:
         """Puts one more map in front of the group's linears, with the values that the file will hold."""
         transform = stored(transform)
+        require_no_selection(self)
         for linear in self.linears:
             linear.transform = (*linear.transform, transform)
         self.statistics.transformed(transform)
+
+
+def require_no_selection(group: GroupState) -> None:
+    """Raises ``UserError`` where inputs have been selected: what changes the inputs comes before that."""
+    if any(linear.input_selection is not None for linear in group.linears):
+        raise UserError(
+            f"expected steps that change {group.role}'s inputs before the one that selects among them, found one "
+            "after it; put teal or wina last of the steps on blocks"
+        )
 
 
 @dataclass(frozen=True)
@@ -197,6 +217,7 @@ class BlockState:
         after which the statistics of the group are no longer known.
         """
         group = self.groups[role] if in_front else self._foldable(role)
+        require_no_selection(group)
         if in_front:
             group.statistics = Statistics(group.statistics.tokens)
         if role in self.gains:
@@ -247,9 +268,13 @@ class BlockState:
             statistics.absmax = statistics.rows.abs().amax(0)
         else:
             statistics.absmax = None
+        if statistics.sample is not None:
+            kept = statistics.sample
+            statistics.sample = run([rotation], kept.reshape(len(kept), -1, size)).reshape(kept.shape)
 
     def _foldable(self, role: str) -> GroupState:
         group = self.groups[role]
+        require_no_selection(group)
         if any(linear.transform for linear in group.linears):
             raise UserError(
                 f"expected smoothing and folded permutations before a transform of {role}'s input, found one already "
@@ -329,6 +354,8 @@ class Survey:
     """The same for the quantiser of a linear's input."""
     sparsity: dict[str, float] = field(default_factory=dict)
     """Full linear name → share of pruned weights that pruning steps take instead of their own."""
+    input_sparsity: dict[str, float] = field(default_factory=dict)
+    """Full linear name → share of inputs that selecting steps drop instead of their own."""
     column_norm: Callable[[int, str], Tensor] | None = None
     """‖X_j‖₂ ``[C_in]`` of a role of a block over the tokens of the walk; for methods that need ``column_norm``."""
     probe: Callable[[Trials, int], dict[Hashable, float]] | None = None
@@ -337,9 +364,12 @@ class Survey:
     notes: list[str] = field(default_factory=list)
 
 
-Trials = Callable[[int, dict[str, Tensor], dict[str, Hessian]], Iterable[tuple[Hashable, dict[str, Tensor]]]]
-"""Of a block's number, its tensors by relative name and H of the input of every role: (key, tensors to put in their
-places) of each trial. It is run to the model's end, all the rest being dense."""
+Trials = Callable[
+    [int, dict[str, Tensor], dict[str, Hessian]], Iterable[tuple[Hashable, Mapping[str, Tensor | Selection]]]
+]
+"""Of a block's number, its tensors by relative name and H of the input of every role: (key, replacements) of each
+trial, which is run to the model's end, all the rest being dense. A replacement is a tensor under the name of the one
+whose place it takes, or a selection of inputs under the name of a linear."""
 
 
 class Method:
@@ -359,6 +389,10 @@ class Method:
     """Whether it trains against the dense block's outputs; :meth:`prepare` then has ``BlockState.batches``."""
     allocates: ClassVar[bool] = False
     """Whether :meth:`plan` decides sparsities, which a pruning step must follow up."""
+    allocates_inputs: ClassVar[bool] = False
+    """Whether :meth:`plan` decides shares of dropped inputs, which a selecting step must follow up."""
+    selects: ClassVar[bool] = False
+    """Whether it selects inputs by a ``share`` of its own, in whose place another can be put."""
 
     def plan(self, survey: Survey, roles: tuple[str, ...]) -> None:
         raise NotImplementedError

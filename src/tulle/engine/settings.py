@@ -41,6 +41,11 @@ def settings_of(
     def linear(name: str, key: str, spec: LinearSpec | None) -> dict[str, Any]:
         found = facts[key]
         grid = dict(NO_GRID)
+        if spec is not None and spec.input_sparsity is not None:
+            raise UserError(
+                f"expected a model without input_sparsity, which the engine does not compute yet, found it on {name}; "
+                "use --backend torch"
+            )
         if spec is not None and spec.input_bits is not None:
             grid = {"bits": spec.input_bits, "symmetric": spec.input_symmetric, "clip": spec.input_clip}
         elif found["kind"].startswith("codes"):

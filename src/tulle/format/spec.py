@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 from tulle.errors import UserError
 
 QUANT_METHOD = "tulle"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 ITEM_BYTES = {"uint8": 1, "int32": 4, "bfloat16": 2, "float16": 2, "float32": 4}
 SAFETENSORS_DTYPE = {"uint8": "U8", "int32": "I32", "bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -86,6 +86,63 @@ class TransformSpec:
 
 
 @dataclass(frozen=True)
+class InputSparsitySpec:
+    """Which inputs of a linear a token keeps. docs/format.md, section "Sparse inputs", says what each kind computes."""
+
+    kind: str
+    keep: int | None = None
+    """Of top_k: channels kept in every block."""
+    block: int | None = None
+    """Channels that compete with each other; None: all."""
+    unit: int = 1
+    """Consecutive channels that are kept or dropped together."""
+    by: str = "max"
+    """What of a unit is compared: the largest magnitude (max) or the 2-norm (norm)."""
+    weighted: bool = False
+    """Magnitudes are multiplied by the tensor `input_score` before they are compared."""
+    rescale: bool = False
+    """The kept inputs are multiplied by the token's 2-norm over theirs."""
+    threshold: float | None = None
+
+    def problem(self, c_in: int) -> str | None:
+        """Why this cannot stand in front of a linear of `c_in` inputs, or None."""
+        if self.kind not in INPUT_SPARSITIES:
+            return f"expected input_sparsity of {', '.join(INPUT_SPARSITIES)}, found {self.kind!r}"
+        if (self.threshold is not None) != (self.kind == "threshold"):
+            return f"expected a threshold with kind threshold and no other, found {self.threshold} with {self.kind}"
+        if self.threshold is not None and not 0 <= self.threshold < math.inf:
+            return f"expected a finite threshold of 0 or more, found {self.threshold}"
+        if self.kind != "top_k":
+            if (self.keep, self.block, self.unit, self.by, self.weighted) != (None, None, 1, "max", False):
+                return f"expected keep, block, unit, by and weighted only with top_k, found them with {self.kind}"
+            return None
+        width = c_in if self.block is None else self.block
+        if self.unit < 1 or width < 1 or c_in % width or width % self.unit:
+            return (
+                f"expected a block that divides {c_in} input channels and a unit that divides the block, found "
+                f"block {self.block} and unit {self.unit}"
+            )
+        if self.keep is None or not 0 < self.keep <= width or self.keep % self.unit:
+            return f"expected keep from {self.unit} to {width} in steps of {self.unit}, found {self.keep}"
+        return None if self.by in ("max", "norm") else f"expected by to be max or norm, found {self.by!r}"
+
+    def share(self, c_in: int) -> float | None:
+        """Share of `c_in` inputs that are dropped, where it is the same for every token."""
+        return None if self.keep is None else 1 - self.keep / (self.block or c_in)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: object) -> InputSparsitySpec:
+        """Inverse of `to_json`. Raises UserError on unknown, missing or mistyped keys."""
+        return cls(**_checked(data, get_type_hints(cls), "input_sparsity"))
+
+
+INPUT_SPARSITIES = ("top_k", "threshold", "relu")
+
+
+@dataclass(frozen=True)
 class LinearSpec:
     """How one linear, weight `[C_out, C_in]`, is stored. Raises UserError if fields contradict each other."""
 
@@ -105,6 +162,8 @@ class LinearSpec:
     input_symmetric: bool = True
     input_clip: float = 1.0
     """The range of a token is multiplied by this ratio, in (0, 1], before it is divided into steps."""
+    input_sparsity: InputSparsitySpec | None = None
+    """Which inputs a token keeps, after transforms and quantisation; None: all."""
     transform: tuple[TransformSpec, ...] = ()
     """Maps applied to the input, from left to right; the weight is stored as W·T⁻ᵀ."""
     transform_of: str | None = None
@@ -145,6 +204,8 @@ class LinearSpec:
             return f"expected input_clip above 0 and at most 1, found {self.input_clip}"
         if self.transform_of is not None and not self.transform:
             return "expected transform_of only with a transform"
+        if self.input_sparsity is not None and (problem := self.input_sparsity.problem(self.shape[1])):
+            return problem
         return next((problem for t in self.transform if (problem := t.problem(self.shape[1]))), None)
 
     def _sparsity_problem(self) -> str | None:
@@ -204,9 +265,14 @@ class LinearSpec:
             for suffix, kind in t.tensors(self.shape[1]).items()
         }
 
+    def input_tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """suffix -> (dtype, shape) of what the selection of inputs needs."""
+        weighted = self.input_sparsity is not None and self.input_sparsity.weighted
+        return {"input_score": ("float32", (self.shape[1],))} if weighted else {}
+
     def stored_tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """`tensors` and `transform_tensors`: everything in the file under this linear's name but the bias."""
-        return self.tensors() | self.transform_tensors()
+        """`tensors`, `transform_tensors` and `input_tensors`: everything under this linear's name but the bias."""
+        return self.tensors() | self.transform_tensors() | self.input_tensors()
 
     @property
     def packed_bytes(self) -> int:
@@ -228,13 +294,17 @@ class LinearSpec:
             **dataclasses.asdict(self),
             "shape": list(self.shape),
             "transform": [t.to_json() for t in self.transform],
+            "input_sparsity": None if self.input_sparsity is None else self.input_sparsity.to_json(),
         }
 
     @classmethod
     def from_json(cls, data: object) -> LinearSpec:
         """Inverse of `to_json`. Raises UserError on unknown, missing or mistyped keys."""
-        fields = dict(_checked(data, get_type_hints(cls) | {"shape": list, "transform": list}, "a linear"))
+        nested = {"shape": list, "transform": list, "input_sparsity": (dict, type(None))}
+        fields = dict(_checked(data, get_type_hints(cls) | nested, "a linear"))
         fields["transform"] = tuple(TransformSpec.from_json(t) for t in fields["transform"])
+        if fields["input_sparsity"] is not None:
+            fields["input_sparsity"] = InputSparsitySpec.from_json(fields["input_sparsity"])
         if len(fields["shape"]) != 2 or any(type(size) is not int for size in fields["shape"]):
             raise UserError(f"a linear: expected shape [C_out, C_in], found {fields['shape']}")
         return cls(**{**fields, "shape": tuple(fields["shape"])})

@@ -28,7 +28,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from torch import Tensor
 
-from tulle.core.allocation import allocate, monotone_curve
+from tulle.core.allocation import allocate, divide, monotone_curve
 from tulle.core.contract import Method, Stage, Survey
 from tulle.core.hessian import Hessian, check_damping
 from tulle.core.least_squares import refit_iterative
@@ -113,12 +113,12 @@ class Allocate(Method):
     def plan(self, survey: Survey, roles: tuple[str, ...]) -> None:
         units, levels = self.units(survey, roles), self.levels()
         weights, bits = self._sizes(survey, units)
-        fine = np.unique([*np.arange(self.lowest, self.highest, GRID), self.highest])
         costs = self._measure(survey, units, levels)
-        curves = np.array([monotone_curve(np.array(levels), c, fine) for c in costs])
         if self.budget == "zeros":
-            found = allocate(np.outer(weights, fine), curves, self.sparsity * weights.sum()) / weights
+            found = divide(np.array(levels), costs, weights, self.sparsity, GRID)
         else:
+            fine = np.unique([*np.arange(self.lowest, self.highest, GRID), self.highest])
+            curves = np.array([monotone_curve(np.array(levels), c, fine) for c in costs])
             saved = (np.outer(bits, fine) - weights[:, None]).clip(0)
             gains = allocate(saved, curves, (bits * self.sparsity - weights).clip(0).sum())
             found = np.where(gains > 0, (gains + weights) / bits, self.lowest)

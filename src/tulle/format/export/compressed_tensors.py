@@ -60,6 +60,8 @@ def plan(checkpoint: Checkpoint, linears: Mapping[str, LinearSpec], dtype: torch
     notes = []
     if any(spec.sparse for spec in quantised.values()):
         notes.append("pruned weights are stored as codes of zero: the format has no masks")
+    if any(spec.input_sparsity for spec in linears.values()):
+        notes.append("the format cannot say which inputs a token keeps: all of them are read in the export")
     rule: InputRule = "none"
     if any(spec.input_bits for spec in quantised.values()):
         rule = "compressed-tensors"

@@ -32,6 +32,8 @@ def plan(checkpoint: Checkpoint, linears: Mapping[str, LinearSpec], dtype: torch
     notes = []
     if any(spec.input_bits for spec in linears.values()):
         notes.append("a dense checkpoint cannot say that inputs are quantised: they are not in the export")
+    if any(spec.input_sparsity for spec in linears.values()):
+        notes.append("a dense checkpoint cannot say which inputs a token keeps: all of them are read in the export")
     if any(spec.transform for spec in linears.values()):
         notes.append("transforms of inputs are multiplied back into the weights")
     if "attention" in (checkpoint.config.get("quantization_config") or {}):
