@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tulle.errors import UserError
 from tulle.train import checkpoint
+from tulle.train.architecture import OtherModel
 from tulle.train.curve import read_metrics
 from tulle.train.held_out import estimate
 from tulle.train.method import TrainingMethod
@@ -35,8 +36,10 @@ from tulle.train.tokens import Corpus, Windows
 Log = Callable[[str], None]
 
 
-def build_model(shape: Model, vocab_size: int, context: int) -> LlamaForCausalLM:
-    """A freshly initialised Llama of the recipe's shape, fp32, by transformers' own initialisation."""
+def build_model(shape: Model | OtherModel, vocab_size: int, context: int) -> PreTrainedModel:
+    """A freshly initialised model of the recipe's shape, fp32, by transformers' own initialisation."""
+    if isinstance(shape, OtherModel):
+        return AutoModelForCausalLM.from_config(shape.make_config(vocab_size, context), dtype=torch.float32)
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=shape.hidden_size,
@@ -149,7 +152,10 @@ def fit(
     log(f"{count:,} parameters, steps {start} to {settings.steps} of {settings.step_tokens:,} tokens")
 
     def evaluated() -> float:
-        return estimate(loss_of, corpus, settings.context, settings.batch, settings.evaluate_windows, processes.device)
+        wrapped.eval()  # some models draw noise in training
+        bits = estimate(loss_of, corpus, settings.context, settings.batch, settings.evaluate_windows, processes.device)
+        wrapped.train()
+        return bits
 
     wrapped.train()
     if evaluate_first and start == 0:

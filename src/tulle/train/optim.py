@@ -58,7 +58,8 @@ def build_optimizers(model: nn.Module, settings: Training) -> list[torch.optim.O
     # A tied head is the same parameter as the embedding and is listed once.
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [p for name, p in named if p.ndim == 2 and not _is_embedding(name)]
-    tables = [p for name, p in named if p.ndim == 2 and _is_embedding(name)]
+    # Kernels of convolutions are no matrices to Muon, and decay like ones.
+    tables = [p for name, p in named if p.ndim > 2 or (p.ndim == 2 and _is_embedding(name))]
     vectors = [p for _, p in named if p.ndim < 2]
     rate, decay = settings.learning_rate, settings.weight_decay
     by_adamw = [

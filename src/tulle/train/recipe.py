@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
 
 from tulle.errors import UserError
+from tulle.train.architecture import OtherModel, kind
 from tulle.train.method import TrainingMethod, method_class
 
 
@@ -42,6 +43,9 @@ class Model(_Strict):
     head_dim: int = Field(gt=0)
     rope_theta: float = Field(default=10_000.0, gt=0)
     tie_word_embeddings: bool = True
+
+
+AnyModel = Annotated[Annotated[Model, Tag("llama")] | Annotated[OtherModel, Tag("other")], Discriminator(kind)]
 
 
 class Source(_Strict):
@@ -157,7 +161,7 @@ class TrainRecipe(_Strict):
     seed: int = 0
     start: str | None = None
     """A model to go on from: a folder (dense, or packed by ``tulle compress``), ``reference`` or a hub id."""
-    model: Model | None = None
+    model: AnyModel | None = None
     data: Data
     training: Training
     methods: list[dict[str, Any]] = []
@@ -168,10 +172,12 @@ class TrainRecipe(_Strict):
     def _consistent(self) -> TrainRecipe:
         if (self.start is None) == (self.model is None):
             raise ValueError("give either model, for a new one, or start, a model to go on from")
-        if self.model is not None and self.model.num_attention_heads % self.model.num_key_value_heads:
+        if isinstance(self.model, Model) and self.model.num_attention_heads % self.model.num_key_value_heads:
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
         if self.model is not None and self.data.vocab_size is None:
             raise ValueError("data.vocab_size is needed for a new model")
+        if isinstance(self.model, OtherModel) and self.data.vocab_size is not None:
+            self.model.make_config(self.data.vocab_size, self.training.context)
         if self.start is not None and self.data.vocab_size is not None:
             raise ValueError("data.vocab_size is the start model's; leave it out")
         if self.stages and self.methods:
@@ -276,12 +282,13 @@ def load_recipe(path: Path) -> TrainRecipe:
 
 def _one_line(error: ValidationError, top: type[BaseModel] = TrainRecipe) -> str:
     first = error.errors()[0]
-    where = ".".join(map(str, first["loc"])) or "recipe"
+    location = tuple(part for part in first["loc"] if part not in ("llama", "other"))  # tags of AnyModel
+    where = ".".join(map(str, location)) or "recipe"
     if first["type"] != "extra_forbidden":
         message = " ".join(first["msg"].split())
         return f"expected '{where}' to be valid, found: {message} (got {_short(first.get('input'))})"
-    valid = _valid_keys(first["loc"][:-1], top)
-    near = difflib.get_close_matches(str(first["loc"][-1]), valid, n=1, cutoff=0.4)
+    valid = _valid_keys(location[:-1], top)
+    near = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.4)
     advice = f"did you mean '{near[0]}'?" if near else f"valid keys: {', '.join(valid)}"
     return f"unknown key '{where}'; {advice}"
 

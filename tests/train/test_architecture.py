@@ -1,0 +1,93 @@
+"""New models of other architectures than Llama, by a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+import tulle.hf  # noqa: F401 (registers the model)
+from tulle import road
+from tulle.errors import UserError
+from tulle.models.scaling_transformer import ScalingTransformerForCausalLM
+from tulle.train import tokens
+from tulle.train.curve import read_metrics
+from tulle.train.loop import build_model
+from tulle.train.optim import build_optimizers
+from tulle.train.recipe import load_recipe
+
+MODEL: dict[str, Any] = {
+    "model_type": "scaling_transformer",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "ff_block": 4,
+    "ff_lowrank": 2,
+    "qkv_modules": 4,
+}
+
+
+def recipe_file(folder: Path, **model: Any) -> Path:
+    content = {
+        "model": MODEL | model,
+        "data": {"sources": [{"name": "tqdm"}], "vocab_size": 300},
+        "training": {
+            "tokens": 40 * 64, "context": 16, "batch": 4, "optimizer": "muon", "learning_rate": 0.01,
+            "precision": "fp32", "compile": False, "evaluate_every": 10, "evaluate_windows": 4,
+        },
+    }  # fmt: skip
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+def test_a_scaling_transformer_is_trained_by_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It learns, and is evaluated without noise: twice the same figure."""
+    monkeypatch.setattr(tokens, "held_out_text", lambda: ["def f(x):\n    return x\n" * 30])
+    out = road.train(recipe_file(tmp_path), tmp_path / "out", log=lambda line: None)
+    rows = read_metrics(out / "metrics.jsonl")
+    assert len(rows) == 4 and rows[-1]["loss"] < rows[0]["loss"] - 0.5
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert isinstance(model, ScalingTransformerForCausalLM)
+    assert (model.config.ff_block, model.config.vocab_size, model.config.max_position_embeddings) == (4, 300, 16)
+    again = road.train(recipe_file(tmp_path), tmp_path / "again", log=lambda line: None)
+    assert read_metrics(again / "metrics.jsonl")[-1]["held_out_bits_per_byte"] == rows[-1]["held_out_bits_per_byte"]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_every_parameter_is_in_one_optimizer(tmp_path: Path, kind: str) -> None:
+    """Kernels of convolutions have four dimensions."""
+    recipe = load_recipe(recipe_file(tmp_path))
+    assert recipe.model is not None
+    model = build_model(recipe.model, 300, 16)
+    assert model.dtype == torch.float32
+    optimizers = build_optimizers(model, recipe.training.model_copy(update={"optimizer": kind}))
+    listed = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(listed) == sorted(id(p) for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            {"model_type": "scaling_transformr"},
+            "a model_type that transformers knows.*did you mean 'scaling_transformer'",
+        ),
+        ({"ff_blok": 4}, "unknown key 'model.ff_blok'; did you mean 'ff_block'"),
+        ({"vocab_size": 300}, "unknown key 'model.vocab_size'"),
+        ({"ff_block": 5}, "intermediate_size to be a multiple of ff_block, found 32 and 5"),
+        (
+            {"loss_modules": 7, "tie_word_embeddings": False},
+            "vocab_size to be a multiple of loss_modules, found 300 and 7",
+        ),
+    ],
+)
+def test_mistakes_are_named_in_one_line(tmp_path: Path, model: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        load_recipe(recipe_file(tmp_path, **model))
+    assert "\n" not in str(error.value)
