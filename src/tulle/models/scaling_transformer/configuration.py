@@ -109,7 +109,9 @@ class ScalingTransformerConfig(PreTrainedConfig):
 
 def _positive(name: str, value: int) -> None:
     if not isinstance(value, int) or value < 1:
-        raise UserError(f"expected a whole number of at least 1 for {name}, found {value!r}; leave it out for the default")
+        raise UserError(
+            f"expected a whole number of at least 1 for {name}, found {value!r}; leave it out for the default"
+        )
 
 
 def _divides(name: str, size: int, divisor_name: str, divisor: int | None) -> None:

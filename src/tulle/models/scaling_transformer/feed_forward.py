@@ -29,12 +29,19 @@ def training_mask(logits: Tensor, temperature: float, hard_probability: float) -
 
     Values are one-hot with ``hard_probability`` (one draw for all), else the softmax; the gradient is the softmax's.
     """
-    logits = logits.float()
-    soft = logits.softmax(-1)
-    gumbel = -torch.empty_like(logits).exponential_().log()  # −log of an exponential is Gumbel(0, 1)
-    index = (logits.log_softmax(-1) + temperature * gumbel).argmax(-1)
-    hard = functional.one_hot(index, logits.shape[-1]) + (soft - soft.detach())
-    return torch.where(torch.rand((), device=logits.device) < hard_probability, hard, soft)
+    soft = logits.float().softmax(-1)
+    if torch.rand(()) >= hard_probability:
+        return soft
+    with torch.no_grad():
+        gumbel = -torch.empty_like(soft).exponential_().log_()  # −log of an exponential is Gumbel(0, 1)
+        # log m differs from the logits by one number per block, which no argmax sees.
+        chosen = one_hot(torch.add(logits, gumbel, alpha=temperature).argmax(-1), soft)
+    return chosen + (soft - soft.detach())
+
+
+def one_hot(index: Tensor, like: Tensor) -> Tensor:
+    """``[..., N]`` for index ``[...]``, in the shape and type of ``like``."""
+    return torch.zeros_like(like).scatter_(-1, index[..., None], 1)
 
 
 def gathered_feed_forward(x: Tensor, units: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
@@ -79,7 +86,7 @@ class SparseFeedForward(nn.Module):
             return self._masked(x, training_mask(logits, self.temperature, self.hard_probability))
         index = logits.argmax(-1)
         if x[..., 0].numel() > GATHERED_TOKENS:
-            return self._masked(x, functional.one_hot(index, logits.shape[-1]))
+            return self._masked(x, one_hot(index, logits))
         blocks, block = self.controller.shape
         units = index + torch.arange(0, blocks * block, block, device=x.device)
         return gathered_feed_forward(x.flatten(0, 1), units.flatten(0, 1), self.w1, self.w2).view_as(x) + self.b2
