@@ -12,8 +12,12 @@ def import_methods() -> None:
     """Imports every method now: a long run must not meet a source file that was edited meanwhile."""
     from tulle.recipe import METHODS, method_class
 
-    for method in METHODS:
-        method_class(method)
+    from tulle.train import method as training
+
+    for name in METHODS:
+        method_class(name)
+    for name in training.METHODS:
+        training.method_class(name)
 
 
 class Cells:

@@ -177,13 +177,13 @@ def prepare(data: TextData, seed: int, context: int, folder: Path, vocabulary: V
     key = hashlib.sha256(f"{seed}:{data.model_dump_json()}".encode()).hexdigest()[:16]
     if vocabulary is not None:
         key = hashlib.sha256(f"{key}:{vocabulary.end}:{vocabulary.tokenizer.to_str()}".encode()).hexdigest()[:16]
-    cache, tokenizer_file = folder / f"train-{key}.bin", folder / "tokenizer.json"
+    cache, tokenizer_file = folder / f"train-{key}.bin", folder / f"tokenizer-{key}.json"
     documents = None if cache.is_file() else training_documents(data, seed, folder)
     if vocabulary is None:
         assert isinstance(data, Data) and data.vocab_size is not None
         if documents is not None:
             trained = train_tokenizer((document.text for document in documents), data.vocab_size)
-            save_tokenizer(trained, folder, context)
+            trained.save(str(tokenizer_file))
         tokenizer = Tokenizer.from_file(str(tokenizer_file))
         vocabulary = Vocabulary(tokenizer, int(tokenizer.token_to_id(END_OF_TEXT) or 0))
     tokenizer, end = vocabulary.tokenizer, vocabulary.end

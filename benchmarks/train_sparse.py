@@ -1,0 +1,279 @@
+"""Sparse training side by side, on a model of 0.57 M parameters: bits per byte and recovery.
+
+    python benchmarks/train_sparse.py --data DIR [--groups pretrain narrow …] [--seeds 0 …]
+
+DIR holds gen/gsm8k_{train,test}.jsonl (the narrow task: word problems of one format) and
+text/{wiki.valid.raw,wiki.test.raw,calibration-wiki.txt,calibration-technical.txt} (the broad one: encyclopaedia and
+documentation). Pretraining text is Python source of this machine, as for the reference model.
+
+- ``pretrain``: a dense model goes on for 2 chunks of tokens; beside it 50 % by SparseGPT with masks held, then 70 %;
+  one-shot pruning of each dense model, with no training; gradual magnitude as the baseline.
+- ``narrow``, ``broad``: fine-tuning in four ways at 70 % and 50 %, with and without SquareHead: 1 dense fine-tune, then
+  prune; 2 prune while fine-tuning; 3 fine-tune the one-shot pruned model; 4 fine-tune the sparse-pretrained one.
+- ``2:4``: from scratch: STE, SR-STE, S-STE, STEP beside dense training and magnitude one-shot.
+- ``top_kast``: (80 %, 50 %) and (90 %, 80 %) beside masks that stand still.
+- ``road``: the 70 % model of the narrow task quantised (W8A8, W4) and packed.
+
+Every run is a cell: finished ones are kept, an unfinished one goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from cells import Cells, import_methods  # noqa: E402
+
+SHAPE = {
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32,
+}  # fmt: skip
+VOCABULARY = 1024
+PYTHON = ("stdlib", "numpy", "networkx", "pydantic", "rich", "click", "jinja2", "pytest")
+TOKENS = {"base": 2_000_000, "chunk": 1_000_000, "task": 500_000}
+TRAINING = {
+    "context": 256, "batch": 8, "optimizer": "adamw", "precision": "fp32", "compile": False, "evaluate_windows": 64,
+    "evaluate_every": 50, "checkpoint_every": 50, "weight_decay": 0.1,
+}  # fmt: skip
+SCRATCH = {"learning_rate": 4e-3, "schedule": "wsd", "warmup_steps": 50, "decay_fraction": 0.3}
+ON = {"learning_rate": 1.5e-3, "schedule": "linear"}
+TUNE = {"learning_rate": 1e-3, "schedule": "linear", "warmup_steps": 20, "weight_decay": 0.0}
+HELD: dict[str, Any] = {"held_masks": {}}
+GROUPS = ("pretrain", "narrow", "broad", "2:4", "top_kast", "road")
+
+
+def pruning(share: float | str, method: str = "sparsegpt") -> dict[str, Any]:
+    """A compression recipe of one pruning step; ``share`` may be a pattern."""
+    step = {"pattern": share} if isinstance(share, str) else {"sparsity": share}
+    return {"steps": [{method: step}], "calibration": {"samples": 64, "length": 256}}
+
+
+class Bench:
+    """Runs cells; a cell's model lies in ``work/KEY`` and other cells start from there."""
+
+    def __init__(self, cells: Cells, work: Path, data: Path, seed: int):
+        self.cells, self.work, self.seed = cells, work, seed
+        gen, text = data / "gen", data / "text"
+        problem = "Question: {question}\nAnswer: {answer}"
+        self.tasks: dict[str, dict[str, Any]] = {
+            "narrow": {
+                "sources": [{"path": str(gen / "gsm8k_train.jsonl"), "template": problem}],
+                "held_out": [{"path": str(gen / "gsm8k_test.jsonl"), "template": problem, "documents": 400}],
+            },
+            "broad": {
+                "sources": [
+                    {"path": str(text / name)}
+                    for name in ("wiki.valid.raw", "calibration-wiki.txt", "calibration-technical.txt")
+                ],
+                "held_out": [{"path": str(text / "wiki.test.raw"), "separator": " \n = ", "documents": 200}],
+            },
+        }
+
+    def name(self, key: str) -> str:
+        return f"{self.seed}/{key}"
+
+    def folder(self, key: str) -> Path:
+        return self.work / self.name(key).replace("/", "__").replace(":", "of").replace(" ", "_")
+
+    def run(self, key: str, content: dict[str, Any]) -> dict[str, Any]:
+        """The cell of a recipe."""
+        found: dict[str, Any] = self.cells.make(self.name(key), lambda: self._train(key, content))
+        print(f"{self.name(key)}: {found['held_out_bits_per_byte']:.4f} bits per byte, sparsity "
+              f"{found['sparsity']:.2f}, {found['seconds']:.0f} s", flush=True)  # fmt: skip
+        return found
+
+    def _train(self, key: str, content: dict[str, Any]) -> dict[str, Any]:
+        from tulle.road import TOOLS
+        from tulle.train.curve import read_metrics
+        from tulle.train.recipe import TrainRecipe
+        from tulle.train.stages import run
+
+        begun, out = time.perf_counter(), self.folder(key)
+        # Tokens are the same for many cells: one cache for all.
+        (self.work / "data").mkdir(parents=True, exist_ok=True)
+        out.mkdir(exist_ok=True)
+        if not (out / "data").exists():
+            (out / "data").symlink_to((self.work / "data").resolve())
+        # A kill may have come before the first checkpoint: --resume starts such a run anew.
+        run(TrainRecipe.model_validate(content), out, TOOLS, resume=True, log=lambda line: None)
+        record = json.loads((out / "run.json").read_text())
+        rows = read_metrics(out / "metrics.jsonl") if (out / "metrics.jsonl").is_file() else []
+        kept = {k: record[k] for k in ("held_out_bits_per_byte", "sparsity", "tokens_seen")}
+        return kept | {"seconds": time.perf_counter() - begun, "recipe": content, "rows": rows}
+
+    def scratch(self, methods: list[dict[str, Any]], prune: Any = None, **training: Any) -> dict[str, Any]:
+        """A recipe from nothing on Python source."""
+        content = {
+            "seed": self.seed,
+            "model": SHAPE,
+            "data": {"sources": [{"name": n} for n in PYTHON], "vocab_size": VOCABULARY},
+            "training": TRAINING | SCRATCH | {"tokens": TOKENS["base"]} | training,
+        }
+        if prune is None:
+            return content | {"methods": methods}
+        return content | {"stages": [{"name": "train", "prune": prune, "methods": methods}]}
+
+    def on(
+        self, start: str, stages: list[dict[str, Any]], task: str | None = None, tokens: int | None = None
+    ) -> dict[str, Any]:
+        """A recipe that goes on from another cell's model, on Python source or on a task."""
+        default = TOKENS["chunk"] if task is None else TOKENS["task"]
+        return {
+            "seed": self.seed,
+            "start": str(self.folder(start)),
+            "data": {"sources": [{"name": n} for n in PYTHON]} if task is None else self.tasks[task],
+            "training": TRAINING | (ON if task is None else TUNE) | {"tokens": default if tokens is None else tokens},
+            "stages": stages,
+        }
+
+    def base(self) -> None:
+        self.run("dense", self.scratch([]))
+
+    def pretrain(self) -> None:
+        self.base()
+        train, once = {"name": "train", "methods": [HELD]}, {"tokens": 0}
+        self.run("one-shot 50", self.on("dense", [{"name": "p", "prune": pruning(0.5), "training": once}]))
+        self.run("one-shot 70", self.on("dense", [{"name": "p", "prune": pruning(0.7), "training": once}]))
+        self.run("sparse 50, 1", self.on("dense", [train | {"prune": pruning(0.5)}]))
+        self.run("dense, 1", self.on("dense", [{"name": "train"}]))
+        self.run("sparse 70, 2", self.on("sparse 50, 1", [train | {"prune": pruning(0.7)}]))
+        self.run("dense, 2", self.on("dense, 1", [{"name": "train"}]))
+        for share in (50, 70):
+            stage = {"name": "p", "prune": pruning(share / 100), "training": once}
+            self.run(f"dense, 2, one-shot {share}", self.on("dense, 2", [stage]))
+        self.run("sparse 50, 2", self.on("sparse 50, 1", [train]))
+
+    def baselines(self) -> None:
+        """More of pretraining: 70 % at once, and gradual magnitude over as many tokens."""
+        train = {"name": "train", "methods": [HELD]}
+        twice = [train | {"prune": pruning(0.7)}, {"name": "more", "methods": [HELD]}]
+        self.run("sparse 70 at once, 2", self.on("dense", twice))
+        for share in (0.5, 0.7):
+            gradual = {"name": "train", "methods": [{"gradual_magnitude": {"sparsity": share, "every": 20}}]}
+            more = {"name": "more", "methods": [HELD]}
+            self.run(f"gradual {round(100 * share)}, 2", self.on("dense", [gradual, more]))
+
+    def tune(self, task: str, share: int) -> None:
+        """The four ways on a task, to one sparsity."""
+        s, tokens = share / 100, TOKENS["task"]
+        self.run(f"{task}/dense", self.on("dense, 2", [{"name": "train"}], task))
+        last = {"name": "p", "prune": pruning(s), "training": {"tokens": 0}}
+        self.run(f"{task}/{share}/1", self.on(f"{task}/dense", [last], task))
+        for head in (False, True):
+            teacher = [{"squarehead": {"teacher": str(self.folder(f"{task}/dense"))}}] if head else []
+            mark = "+SquareHead" if head else ""
+            stage = {"name": "train", "methods": [HELD, *teacher]}
+            self.run(f"{task}/{share}/4{mark}", self.on(f"sparse {share}, 2", [stage], task))
+            self.run(f"{task}/{share}/3{mark}", self.on(f"dense, 2, one-shot {share}", [stage], task))
+            marks = [0.5, 0.7] if share == 70 else [0.5]
+            part = tokens // (len(marks) + 1)
+            stages: list[dict[str, Any]] = [{"name": "dense", "methods": teacher, "training": {"tokens": part}}]
+            for mark_share in marks:
+                methods = [HELD, *teacher]
+                stages.append({
+                    "name": f"to{round(100 * mark_share)}", "prune": pruning(mark_share), "methods": methods,
+                    "training": {"tokens": part},
+                })  # fmt: skip
+            self.run(f"{task}/{share}/2{mark}", self.on("dense, 2", stages, task))
+
+    def patterns(self, names: tuple[str, ...]) -> None:
+        self.base()
+        stage = {"name": "p", "prune": pruning("2:4", "magnitude"), "training": {"tokens": 0}}
+        self.run("2:4/magnitude one-shot", self.on("dense", [stage]))
+        for name in names:
+            self.run(f"2:4/{name}", self.scratch([{name: {"pattern": "2:4"}}]))
+
+    def top_kast(self, forward: int, backward: int) -> None:
+        self.base()
+        shares = {"forward_sparsity": forward / 100, "backward_sparsity": backward / 100}
+        self.run(f"top_kast/{forward}, {backward}", self.scratch([{"top_kast": shares | {"refresh": 20}}]))
+        static = pruning(forward / 100, "magnitude")
+        self.run(f"top_kast/static {forward}", self.scratch([HELD], prune=static))
+
+    def road(self) -> None:
+        """The narrow 70 % model with SquareHead, quantised and packed; figures of the packed model."""
+        start = self.folder("narrow/70/4+SquareHead")
+        recipes: dict[str, list[dict[str, Any]]] = {
+            "W8A8": [
+                {"smoothquant": {"alpha": 0.5}}, {"activations": {"bits": 8}}, {"gptq": {"bits": 8}},
+            ],
+            "W4": [{"gptq": {"bits": 4, "group_size": 64}}],
+        }  # fmt: skip
+        for name, steps in recipes.items():
+            self.cells.make(self.name(f"road/{name}"), lambda name=name, steps=steps: self._packed(start, name, steps))
+            print(f"{self.name(f'road/{name}')}: {self.cells.all[self.name(f'road/{name}')]}", flush=True)
+
+    def _packed(self, start: Path, name: str, steps: list[dict[str, Any]]) -> dict[str, Any]:
+        from tulle.compress import compress
+        from tulle.hf import load
+        from tulle.texts import Text
+        from tulle.train.held_out import bits_per_byte
+        from tulle.train.recipe import TextData
+        from tulle.train.stages import read_vocabulary
+        from tulle.train.tokens import prepare, training_documents
+
+        data = TextData.model_validate(self.tasks["narrow"])
+        texts = [d.text for d in training_documents(data, self.seed, self.work)[:1024]]
+        out = self.folder(f"road/{name}")
+        recipe = {"steps": steps, "calibration": {"samples": 64, "length": 256}}
+        report = compress(start, recipe, out, calibration=Text(tuple(texts), False), seed=self.seed, resume=True)
+        corpus = prepare(data, self.seed, 256, self.work / "data", read_vocabulary(start))
+        bits = bits_per_byte(load(out, dtype="float32"), corpus, 256)
+        totals = report["totals"]
+        kept = ("linear_dense_bytes", "linear_packed_bytes", "bits_per_weight", "sparsity")
+        return {"held_out_bits_per_byte": bits, "seconds": report["seconds"]["total"]} | {k: totals[k] for k in kept}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--groups", nargs="*", choices=GROUPS, default=list(GROUPS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--work", type=Path, default=Path("build/train_sparse"), help="models of finished cells")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/train_sparse.json")
+    parser.add_argument("--pictures", type=Path, help="only draw what the JSON holds into this folder")
+    arguments = parser.parse_args()
+    if arguments.pictures is not None:
+        from train_sparse_pictures import draw
+
+        draw(json.loads(arguments.out.read_text())["cells"], arguments.pictures)
+        return
+
+    import torch
+
+    from tulle import machine
+
+    torch.set_num_threads(arguments.threads)
+    import_methods()
+    facts = {"shape": SHAPE, "vocabulary": VOCABULARY, "tokens": TOKENS, "training": TRAINING}
+    cells = Cells(arguments.out, machine=machine.describe() | {"threads": arguments.threads}, **facts)
+    for seed in arguments.seeds:
+        bench = Bench(cells, arguments.work, arguments.data, seed)
+        # The most telling first.
+        work: list[tuple[str, Callable[[], None]]] = [
+            ("pretrain", bench.pretrain),
+            ("narrow", lambda b=bench: b.tune("narrow", 70)),
+            ("2:4", lambda b=bench: b.patterns(("sr_ste", "ste"))),
+            ("road", bench.road),
+            ("broad", lambda b=bench: b.tune("broad", 70)),
+            ("top_kast", lambda b=bench: b.top_kast(80, 50)),
+            ("top_kast", lambda b=bench: b.top_kast(90, 80)),
+            ("pretrain", bench.baselines),
+            ("narrow", lambda b=bench: b.tune("narrow", 50)),
+            ("broad", lambda b=bench: b.tune("broad", 50)),
+            ("2:4", lambda b=bench: b.patterns(("s_ste", "step"))),
+        ]
+        for group, make in work:
+            if group in arguments.groups:
+                make()
+
+
+if __name__ == "__main__":
+    main()
