@@ -17,14 +17,25 @@ void require(const char* what, std::uint64_t expected, std::uint64_t found) {
   if (expected != found) refuse(what, expected, found);
 }
 
-// Bytes of `count` dense values.
+// Bytes of `count` dense values; of 4 bits, whole pairs of units.
 std::uint64_t value_bytes(WeightKind kind, std::uint64_t count) {
   switch (kind) {
-    case WeightKind::codes4: return (count + 1) / 2;
+    case WeightKind::codes4: return count / 2;
     case WeightKind::codes8: return count;
     case WeightKind::bf16: return 2 * count;
     default: return 4 * count;
   }
+}
+
+// Bytes of what `count` bits of a mask keep.
+std::uint64_t kept_bytes(const PackingKernels& kernels, WeightKind kind, const std::uint8_t* mask, std::size_t count) {
+  if (kind != WeightKind::codes4) return value_bytes(kind, kernels.count_bits(mask, count));
+  std::uint64_t bytes = 0;
+  for (std::size_t i = 0; i < count; i += kPairCodes, mask += kPairCodes / 8) {
+    const std::uint64_t even = kernels.count_bits(mask, kUnitBytes), odd = kernels.count_bits(mask + 8, kUnitBytes);
+    bytes += even > odd ? even : odd;
+  }
+  return bytes;
 }
 
 }  // namespace
@@ -61,7 +72,7 @@ void check(const LinearView& w, const LinearSizes& sizes) {
   for (std::size_t tile = 0, i = 0; tile < w.tiles(); ++tile) {
     for (std::size_t chunk = 0; chunk < w.chunks(); ++chunk, ++i) {
       const std::size_t count = w.segments_of(chunk) * w.segment * kTileRows;
-      const std::uint64_t bytes = value_bytes(w.kind, kernels.count_bits(mask, count));
+      const std::uint64_t bytes = kept_bytes(kernels, w.kind, mask, count);
       // Offsets begin at 0, so that none of them can lie beyond the last where every step is right.
       if (w.offsets[i + 1] - w.offsets[i] != bytes) refuse("bytes between two offsets", bytes, w.offsets[i + 1] - w.offsets[i]);
       mask += count / 8;

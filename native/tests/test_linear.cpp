@@ -66,10 +66,17 @@ struct Weights {
       for (std::size_t tile = 0; tile < view.tiles(); ++tile) {
         for (std::size_t chunk = 0; chunk < view.chunks(); ++chunk) {
           const std::size_t n = view.segments_of(chunk) * view.segment * tulle::kTileRows;
-          std::size_t kept = 0;
-          for (std::size_t i = at; i < at + n; ++i) kept += (bits[i / 8] >> (i % 8)) & 1;
-          at += n;
-          ends.push_back(ends.back() + bytes_of(kept));
+          std::size_t kept = 0, bytes = 0, pair[2] = {0, 0};
+          for (std::size_t i = 0; i < n; ++i, ++at) {
+            const std::size_t bit = (bits[at / 8] >> (at % 8)) & 1;
+            kept += bit;
+            pair[i / tulle::kUnitBytes % 2] += bit;
+            if (i % tulle::kPairCodes == tulle::kPairCodes - 1) {
+              bytes += std::max(pair[0], pair[1]);
+              pair[0] = pair[1] = 0;
+            }
+          }
+          ends.push_back(ends.back() + (c.kind == WeightKind::codes4 ? bytes : bytes_of(kept)));
         }
       }
       stored = ends.back();

@@ -31,13 +31,19 @@ def read_back(kind: str, cut: Geometry, arrays: dict[str, NDArray[Any]]) -> tupl
             if sparse:
                 if i % chunk == 0:
                     number_kept, start = 0, int(arrays["offsets"][tile * chunks + i // chunk])
+                    of_pair = [0, 0]
+                elif kind == "codes4" and i % 128 == 0:
+                    start += max(of_pair)
+                    of_pair = [0, 0]
                 stored[row, column] = arrays["masks"][place // 8] >> (place % 8) & 1
                 if not stored[row, column]:
                     continue
                 number, run = number_kept, run[start:]
                 number_kept += 1
             if kind == "codes4" and sparse:
-                found[row, column] = run[number // 2] >> (number % 2 * 4) & 15
+                odd = i // 64 % 2
+                found[row, column] = run[of_pair[odd]] >> (odd * 4) & 15
+                of_pair[odd] += 1
             elif kind == "codes4":
                 found[row, column] = run[number // 128 * 64 + number % 64] >> (number // 64 % 2 * 4) & 15
             else:

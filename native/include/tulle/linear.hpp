@@ -4,8 +4,8 @@
 // 8-bit codes (output major, inputs within), 2 × 16 of bfloat16, 1 × 16 of float32. Inputs come in *segments*, padded
 // alike, of at most kChunkInputs inputs that share a scale, and segments in *chunks* of at most kChunkInputs inputs.
 //
-// Two codes of 4 bits share a byte: dense, code j of a unit (low) and code j of the next one (high); sparse, two that
-// follow each other.
+// Two codes of 4 bits share a byte, of a unit (low) and of the next one (high): the j-th codes, of a sparse linear the
+// j-th kept ones, so that a pair of units takes as many bytes as the fuller one keeps codes.
 //
 // Codes are unsigned, activations signed 8-bit integers in one or two planes (x = hi, or 256·hi + lo). A pruned
 // weight is the code of its zero point, so that Σ w·x = Σ u·x − z·Σ x holds as integers, dense or sparse.
@@ -19,6 +19,8 @@ namespace tulle {
 constexpr std::size_t kTileRows = 16;
 constexpr std::size_t kChunkInputs = 512;
 constexpr std::size_t kUnitBytes = 64;
+// Codes of a pair of units, the even one's and the odd one's.
+constexpr std::size_t kPairCodes = 2 * kUnitBytes;
 // Readable bytes behind the last code or value: kernels load whole registers.
 constexpr std::size_t kSlack = 64;
 

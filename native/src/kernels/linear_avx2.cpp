@@ -34,14 +34,6 @@ __m256i broadcast4(const std::int8_t* x) {
   return _mm256_set1_epi32(four);
 }
 
-// `bytes` bytes of nibbles to twice as many codes, in whole steps of 16.
-void unpack(const std::uint8_t* packed, std::size_t bytes, std::uint8_t* codes) {
-  for (std::size_t i = 0; i < bytes; i += 16) {
-    const __m256i w = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed + i)));
-    store(codes + 2 * i, _mm256_and_si256(_mm256_or_si256(w, _mm256_slli_epi16(w, 4)), _mm256_set1_epi8(15)));
-  }
-}
-
 // Two units of 4-bit codes that share bytes.
 void unpack_pair(const std::uint8_t* packed, std::uint8_t* codes) {
   const __m256i low = _mm256_set1_epi8(15);
@@ -52,9 +44,22 @@ void unpack_pair(const std::uint8_t* packed, std::uint8_t* codes) {
   }
 }
 
-// Codes of a tile's chunk, pruned ones at their zero point; `buffer` as large as the chunk and kSlack bytes.
-const std::uint8_t* expand(const LinearView& w, std::size_t tile, std::size_t chunk, std::uint8_t* codes,
-                           std::uint8_t* buffer) {
+// A unit's codes of those it keeps, pruned ones at their zero point; returns how many it keeps. Reads up to 7 codes more.
+std::size_t expand_unit(const std::uint8_t* kept, const std::uint8_t* masks, const std::uint8_t* zeros,
+                        std::uint8_t* codes) {
+  const std::uint8_t* next = kept;
+  for (std::size_t i = 0; i < kUnitBytes; i += 8, ++masks) {
+    const __m128i from = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kShuffles.from[*masks]));
+    const __m128i values = _mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(next)), from);
+    const __m128i zero = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros + i));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + i), _mm_blendv_epi8(values, zero, from));
+    next += _mm_popcnt_u32(*masks);
+  }
+  return static_cast<std::size_t>(next - kept);
+}
+
+// Codes of a tile's chunk, pruned ones at their zero point.
+const std::uint8_t* expand(const LinearView& w, std::size_t tile, std::size_t chunk, std::uint8_t* codes) {
   const std::size_t first = (tile * w.padded() + chunk * w.chunk_segments() * w.segment) * kTileRows;
   const std::size_t per_segment = w.segment * kTileRows, segments = w.segments_of(chunk);
   const bool nibbles = w.kind == WeightKind::codes4;
@@ -65,24 +70,20 @@ const std::uint8_t* expand(const LinearView& w, std::size_t tile, std::size_t ch
     }
     return codes;
   }
-  const std::uint64_t* offset = w.offsets + tile * w.chunks() + chunk;
-  const std::uint8_t* next = w.values + offset[0];
-  if (nibbles) {
-    unpack(next, offset[1] - offset[0], buffer);
-    next = buffer;
-  }
+  const std::uint8_t* next = w.values + w.offsets[tile * w.chunks() + chunk];
   const std::uint8_t* masks = w.masks + first / 8;
   for (std::size_t s = 0; s < segments; ++s) {
     const std::size_t scale =
         (tile * w.scales_per_row() + (chunk * w.chunk_segments() + s) / w.segments_per_scale) * kTileRows;
     std::uint8_t zeros[kUnitBytes];
     for (std::size_t i = 0; i < kUnitBytes; ++i) zeros[i] = w.zeros ? w.zeros[scale + i / 4] : w.zero;
-    for (std::size_t i = 0; i < per_segment; i += 8, ++masks) {
-      const __m128i from = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kShuffles.from[*masks]));
-      const __m128i values = _mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(next)), from);
-      const __m128i zero = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros + i % kUnitBytes));
-      _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + s * per_segment + i), _mm_blendv_epi8(values, zero, from));
-      next += _mm_popcnt_u32(*masks);
+    std::uint8_t* to = codes + s * per_segment;
+    for (std::size_t i = 0; i < per_segment; i += kPairCodes, masks += kPairCodes / 8, to += kPairCodes) {
+      std::uint8_t pair[kPairCodes + 8];
+      if (nibbles) unpack_pair(next, pair);
+      const std::size_t even = expand_unit(nibbles ? pair : next, masks, zeros, to);
+      const std::size_t odd = expand_unit(nibbles ? pair + kUnitBytes : next + even, masks + 8, zeros, to + kUnitBytes);
+      next += nibbles ? (even > odd ? even : odd) : even + odd;
     }
   }
   return codes;
@@ -148,7 +149,7 @@ void meet(const LinearView& w, const Inputs& x, std::size_t scale, std::size_t s
 template <bool kNibbles>
 void run_codes(const LinearView& w, const Inputs& x, std::size_t tile, float* sums, std::uint8_t* scratch) {
   for (std::size_t chunk = 0; chunk < w.chunks(); ++chunk) {
-    const std::uint8_t* codes = expand(w, tile, chunk, scratch, scratch + kChunkInputs * kTileRows);
+    const std::uint8_t* codes = expand(w, tile, chunk, scratch);
     for (std::size_t s = 0; s < w.segments_of(chunk); ++s, codes += w.segment * kTileRows) {
       const std::size_t segment = chunk * w.chunk_segments() + s;
       const std::size_t scale = (tile * w.scales_per_row() + segment / w.segments_per_scale) * kTileRows;

@@ -14,31 +14,44 @@ bool kept(const LinearView& w, std::size_t index) { return (w.masks[index / 8] >
 unsigned low(std::uint8_t pair) { return pair & 15u; }
 unsigned high(std::uint8_t pair) { return pair >> 4; }
 
-// Code number `index` of all, or of a sparse chunk. Nibbles: a dense byte pairs two units, a sparse one neighbours.
-unsigned code(const LinearView& w, const std::uint8_t* values, std::size_t index) {
-  if (w.kind == WeightKind::codes8) return values[index];
-  if (w.sparse) return index % 2 == 0 ? low(values[index / 2]) : high(values[index / 2]);
-  const std::uint8_t pair = values[index / (2 * kUnitBytes) * kUnitBytes + index % kUnitBytes];
-  return index / kUnitBytes % 2 == 0 ? low(pair) : high(pair);
-}
+// The codes that are stored, one after the other. Of 4 bits, both units of a pair are counted from its first byte.
+class Codes {
+ public:
+  Codes(WeightKind kind, const std::uint8_t* values) : nibbles_(kind == WeightKind::codes4), values_(values) {}
+
+  // Before code `index` of the chunk, stored or not.
+  void at(std::size_t index) {
+    if (!nibbles_ || index % kPairCodes != 0) return;
+    values_ += taken_[0] > taken_[1] ? taken_[0] : taken_[1];
+    taken_[0] = taken_[1] = 0;
+  }
+  unsigned next(std::size_t index) {
+    if (!nibbles_) return *values_++;
+    const std::size_t odd = index / kUnitBytes % 2;
+    const std::uint8_t pair = values_[taken_[odd]++];
+    return odd == 0 ? low(pair) : high(pair);
+  }
+
+ private:
+  bool nibbles_;
+  const std::uint8_t* values_;
+  std::size_t taken_[2] = {0, 0};
+};
 
 // Codes of a tile's chunk in the order of the units, pruned ones at their zero point.
 void expand_codes(const LinearView& w, std::size_t tile, std::size_t chunk, std::uint8_t* codes) {
   const std::size_t first = (tile * w.padded() + chunk * w.chunk_segments() * w.segment) * kTileRows;
   const std::size_t per_segment = w.segment * kTileRows, count = w.segments_of(chunk) * per_segment;
-  const std::uint8_t* values = w.values;
-  std::size_t next = first;  // dense: of all codes
-  if (w.sparse) {
-    values += w.offsets[tile * w.chunks() + chunk];
-    next = 0;
-  }
+  const std::size_t dense = w.kind == WeightKind::codes4 ? first / 2 : first;
+  Codes stored(w.kind, w.values + (w.sparse ? w.offsets[tile * w.chunks() + chunk] : dense));
   for (std::size_t i = 0; i < count; ++i) {
+    stored.at(i);
     if (w.sparse && !kept(w, first + i)) {
       const std::size_t scale = (chunk * w.chunk_segments() + i / per_segment) / w.segments_per_scale;
       codes[i] = w.zeros ? w.zeros[(tile * w.scales_per_row() + scale) * kTileRows + i / 4 % kTileRows] : w.zero;
       continue;
     }
-    codes[i] = static_cast<std::uint8_t>(code(w, values, next++));
+    codes[i] = static_cast<std::uint8_t>(stored.next(i));
   }
 }
 

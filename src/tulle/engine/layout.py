@@ -2,8 +2,8 @@
 
 Rows come in tiles of 16, padded; the input channels of one scale in equal *segments* of at most 512, padded to whole
 ones. Of a tile, codes stand unit after unit: 4 inputs × 16 outputs, output major; bfloat16 2 × 16; float32 1 × 16. A
-sparse linear has a bit per weight in that order, and the kept values of every *chunk* (as many segments as fit into 512
-inputs) start at a byte. linear.hpp says how 4-bit codes share bytes.
+sparse linear has a bit per weight in that order, and offsets to the kept values of every *chunk* (as many segments as
+fit into 512 inputs). linear.hpp says how 4-bit codes share bytes.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from tulle import native
 
 TILE = 16
 CHUNK = 512
@@ -93,12 +91,24 @@ def _stored(kind: str, units: NDArray[Any]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(units).reshape(-1).view(np.uint8)
 
 
-def _kept(kind: str, values: NDArray[Any], counts: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Bytes of a sparse linear's values; ``counts`` of them make a chunk, which begins at a byte."""
+def _kept(
+    kind: str, units: NDArray[Any], kept: NDArray[np.bool_], starts: NDArray[np.int64]
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Bytes of what a sparse linear keeps of ``units [tiles, padded·16]``, and how many each chunk takes, ``starts``
+    being the chunks' first weights.
+    """
     if kind != "codes4":
-        return values.view(np.uint8)
-    odd = np.cumsum(counts)[counts % 2 == 1]
-    return native.pack_nibbles(np.insert(values, odd, 0).reshape(1, -1))[0]
+        counts = np.add.reduceat(kept, starts, axis=1, dtype=np.int64).reshape(-1)
+        return units[kept].view(np.uint8), counts * units.itemsize
+    pairs = kept.reshape(-1, 2, 64)
+    widths = pairs.sum(2, dtype=np.int64).max(1)
+    ends = np.cumsum(widths)
+    places = np.cumsum(pairs, 2, dtype=np.int64) + (ends - widths - 1)[:, None, None]
+    codes = units.reshape(-1, 2, 64)
+    stored = np.zeros(ends[-1], np.uint8)
+    stored[places[:, 0][pairs[:, 0]]] = codes[:, 0][pairs[:, 0]]
+    stored[places[:, 1][pairs[:, 1]]] |= codes[:, 1][pairs[:, 1]] << 4
+    return stored, np.add.reduceat(widths.reshape(len(units), -1), starts // 128, axis=1).reshape(-1)
 
 
 def arrange(kind: str, values: NDArray[Any], mask: NDArray[np.bool_] | None, cut: Geometry) -> dict[str, NDArray[Any]]:
@@ -111,13 +121,12 @@ def arrange(kind: str, values: NDArray[Any], mask: NDArray[np.bool_] | None, cut
         parts = [_stored(kind, units) for units in _units(values, cut, inputs)]
         return {"values": np.concatenate([*parts, np.zeros(SLACK, np.uint8)])}
     starts = cut.chunk_starts * TILE
-    size = {"codes4": 0.5, "codes8": 1, "bf16": 2, "f32": 4}[kind]
     bits, parts, ends = [], [], [np.zeros(1, np.uint64)]
     for units, kept in zip(_units(values, cut, inputs), _units(mask, cut, inputs), strict=True):
         bits.append(np.packbits(kept.reshape(-1), bitorder="little"))
-        counts = np.add.reduceat(kept, starts, axis=1, dtype=np.int64).reshape(-1)
-        parts.append(_kept(kind, units[kept], counts))
-        ends.append(ends[-1][-1] + np.cumsum(np.ceil(counts * size)).astype(np.uint64))
+        stored, counts = _kept(kind, units, kept, starts)
+        parts.append(stored)
+        ends.append(ends[-1][-1] + np.cumsum(counts).astype(np.uint64))
     return {
         "masks": np.concatenate(bits),
         "values": np.concatenate([*parts, np.zeros(SLACK, np.uint8)]),

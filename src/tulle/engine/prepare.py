@@ -20,7 +20,7 @@ from tulle.format.pack import STORAGE, bf16_to_f32, check_tensors, f32_to_bf16, 
 from tulle.format.spec import QuantizationConfig
 from tulle.models.anatomy import anatomy
 
-LAYOUT = 4
+LAYOUT = 5
 """Of the file: another number, another file."""
 HEADS = ("int8", "bf16", "as stored")
 FOLDER = ".engine"
