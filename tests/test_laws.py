@@ -119,7 +119,7 @@ def test_files_of_runs(suffix: str, tmp_path: Path) -> None:
             file.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
         case "csv":
             file.write_text("N,S,Loss,weights\n10,0.5,3.0,\n20,0,2.5,1.58-bit\n")
-    assert read_runs(file) == {"": [Run(10, 0.5, 3.0)], "1.58-bit": [Run(20, 0.0, 2.5)]}
+    assert read_runs(file) == [Run(10, 0.5, 3.0), Run(20, 0.0, 2.5, "1.58-bit")]
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,8 @@ class Run:
     size: float
     sparsity: float
     loss: float
+    weights: str = ""
+    """Their precision: runs of one kind share a law."""
 
     def __post_init__(self) -> None:
         if not self.size > 0 or not 0 <= self.sparsity < 1 or not 0 < self.loss < math.inf:
@@ -167,7 +169,7 @@ class Fit:
         """Inverse of :meth:`to_json`. Raises ``UserError``."""
         if not isinstance(data.get("law"), Mapping):
             raise UserError("expected the JSON that tulle law fit writes, found no law in it; run tulle law fit first")
-        runs = tuple(Run(r["size"], r["sparsity"], r["loss"]) for r in data.get("runs", ()))
+        runs = tuple(Run(r["size"], r["sparsity"], r["loss"], r.get("weights", "")) for r in data.get("runs", ()))
         replicates = tuple(Law.from_json(law) for law in data.get("replicates", ()))
         return cls(Law.from_json(data["law"]), float(data.get("error", math.nan)), runs, replicates)
 
@@ -245,17 +247,17 @@ def _law(p: Array, scale: float) -> Law:
     return Law(math.exp(e), math.exp(b) * scale**alpha, math.exp(c) * scale**alpha, alpha, math.exp(log_beta))
 
 
-def read_runs(path: Path) -> dict[str, list[Run]]:
-    """Runs by precision (the column ``weights``; "" without one) from a JSON, JSONL or CSV file.
+def read_runs(path: Path) -> list[Run]:
+    """The runs of a JSON, JSONL or CSV file, in order.
 
-    A JSON file is a list of objects, or an object with such a list under ``runs``. Columns are ``size``, ``sparsity``
-    and ``loss``; others are ignored. Raises ``UserError``.
+    A JSON file is a list of objects, or an object with such a list under ``runs``. Columns are ``size``, ``sparsity``,
+    ``loss`` and, where there are several kinds, ``weights``; others are ignored. Raises ``UserError``.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"expected a file of runs at {path}, found: {error}; check the path") from None
-    found: dict[str, list[Run]] = {}
+    found: list[Run] = []
     for number, row in enumerate(_rows(path, text), 1):
         if not isinstance(row, Mapping):
             raise UserError(f"expected run {number} of {path.name} as an object, found {row!r}; see tulle law fit -h")
@@ -265,13 +267,13 @@ def read_runs(path: Path) -> dict[str, list[Run]]:
             values[key] = next((lowered[name] for name in names if lowered.get(name) not in (None, "")), None)
         precision = str(values.pop("weights") or "")
         try:
-            run = Run(**{key: float(value) for key, value in values.items()})  # type: ignore[arg-type]
+            size, sparsity, loss = (float(values[key]) for key in ("size", "sparsity", "loss"))  # type: ignore[arg-type]
         except (TypeError, ValueError):
             raise UserError(
                 f"expected numbers for size, sparsity and loss in run {number} of {path.name}, found {values}; "
                 "correct that row"
             ) from None
-        found.setdefault(precision, []).append(run)
+        found.append(Run(size, sparsity, loss, precision))
     if not found:
         raise UserError(f"expected runs in {path}, found none; give rows with size, sparsity and loss")
     return found

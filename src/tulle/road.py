@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from tulle.compress import compress
 from tulle.errors import UserError
 from tulle.format.export import dense
 from tulle.format.export.folder import whole_folder, write_entries
-from tulle.hf import packed_linears, require_packed_tensors
+from tulle.hf import load, packed_linears, require_packed_tensors
 from tulle.models.checkpoint import Checkpoint, companions, write_text
 from tulle.models.hub import local_folder
 from tulle.recipe import METHODS, Recipe, load_recipe, parse_recipe
 from tulle.texts import Text
 from tulle.train import recipe as training
 from tulle.train.stages import Tools, run
+from tulle.trained import pack
 
 
 def train(recipe: str | Path, out: str | Path, resume: bool = False, log: Any = print) -> Path:
@@ -82,4 +84,8 @@ def _recipe(recipe: Any) -> Recipe:
     return parse_recipe(recipe) if isinstance(recipe, dict) else load_recipe(recipe)
 
 
-TOOLS = Tools(folder=dense_folder, check=check, prune=prune, compress=_compress)
+def _load(folder: Path) -> PreTrainedModel:
+    return load(folder, dtype=torch.float32)
+
+
+TOOLS = Tools(folder=dense_folder, check=check, prune=prune, compress=_compress, pack=pack, load=_load)

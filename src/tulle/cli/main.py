@@ -20,6 +20,7 @@ from tulle.cli.engine import bench, chat, generate
 from tulle.cli.eval import evaluate
 from tulle.cli.export import export
 from tulle.cli.inspect import inspect
+from tulle.cli.law import app as law
 from tulle.cli.train import train
 from tulle.errors import UserError
 
@@ -40,6 +41,8 @@ app.command("generate", short_help="Continue a text with the native engine.")(ge
 app.command("chat", short_help="Talk to a model.")(chat)
 app.command("bench", short_help="Prefill and decode speed of the engine.")(bench)
 app.command("train", short_help="Train a model from scratch by a recipe.")(train)
+
+app.add_typer(law, name="law", short_help="Scaling laws of sparse activations.")
 
 
 def _version(wanted: bool) -> None:

@@ -163,3 +163,40 @@ def _table(*columns: str, title: str | None = None) -> Table:
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     return table
+
+
+def law_table(found: Mapping[str, Any]) -> Table:
+    """Constants of each law and its optimum with their intervals, and how held-out runs were predicted."""
+    table = _table("weights", "", "value", "95 %", title="L(N, S) = E + (B + C·exp(β/(1−S)))/N^α")
+    for kind, one in found["laws"].items():
+        rows = [(key, f"{value:.4g}", one.get("intervals", {}).get(key)) for key, value in one["law"].items()]
+        for number, (key, value, ends) in enumerate(rows):
+            span = "–" if ends is None else f"{ends[0]:.4g} – {ends[1]:.4g}"
+            table.add_row((kind or "–") if number == 0 else "", key, value, span)
+        span = _percents(one["optimum_interval"]) if "optimum_interval" in one else "–"
+        table.add_row("", "best sparsity", units.percent(one["optimum"]), span)
+        for run in one["held_out"]:
+            span = " – ".join(f"{end:.4f}" for end in run["interval"]) if "interval" in run else "–"
+            what = f"held out: {run['size']:,.0f}, {units.percent(run['sparsity'])}, loss {run['loss']:.4f}"
+            table.add_row("", what, f"{run['predicted']:.4f}", span)
+    return table
+
+
+def optimum_table(found: Mapping[str, Any]) -> Table:
+    """The best sparsity of each law and, at a budget, the model that has it."""
+    budget = found["budget"]
+    table = _table("weights", "best sparsity", "95 %", "parameters", "loss", "95 %", "dense of that budget")
+    for kind, one in found["optima"].items():
+        span = _percents(one["interval"]) if "interval" in one else "–"
+        if "stated" in one:
+            span = f"the paper states {units.percent(one['stated'])}"
+        model = ["–"] * 4
+        if budget is not None:
+            ends = "–".join(f"{end:.4f}" for end in one["loss_interval"]) if "loss_interval" in one else "–"
+            model = [f"{one['size']:,.0f}", f"{one['loss']:.4f}", ends, f"{one['dense_loss']:.4f}"]
+        table.add_row(kind or "–", units.percent(one["sparsity"]), span, *model)
+    return table
+
+
+def _percents(ends: Sequence[float]) -> str:
+    return " – ".join(units.percent(end) for end in ends)

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from tulle.core.contract import LinearState
 from tulle.errors import UserError
 from tulle.models.anatomy import ROLES, anatomy
 
@@ -49,6 +50,8 @@ METHODS: dict[str, str] = {
     "step": "tulle.train.sr_ste:STEP",
     "top_kast": "tulle.train.top_kast:TopKAST",
     "squarehead": "tulle.train.squarehead:SquareHead",
+    "bitnet": "tulle.train.bitnet:BitNet",
+    "q_sparse": "tulle.train.q_sparse:QSparse",
 }
 """Name in a training recipe → settings class, imported when a recipe asks for it."""
 
@@ -102,6 +105,10 @@ class TrainingMethod:
 
     def finish(self) -> None:
         """Leaves plain linears with the weights that the method stands for."""
+
+    def describe(self, linears: Mapping[str, LinearState]) -> None:
+        """Says of its linears, after :meth:`finish`, what a plain weight cannot: that they are quantised, or that
+        their inputs are rounded or left out. The model is then written in the packed format."""
 
 
 def method_class(name: str) -> type[TrainingMethod]:

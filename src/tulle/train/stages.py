@@ -51,6 +51,10 @@ class Tools:
     """(dense folder, recipe, calibration texts, new folder, seed): prunes into a dense float32 folder."""
     compress: Callable[[Path, Any, Sequence[str], Path, int], None]
     """The same into a packed folder."""
+    pack: Callable[[Path, Sequence[TrainingMethod]], bool]
+    """(dense folder, methods): packs it in place as the methods describe it; False where nothing needs that."""
+    load: Callable[[Path], PreTrainedModel]
+    """The model of a packed folder, float32."""
 
 
 def run(recipe: TrainRecipe, out: Path, tools: Tools, resume: bool = False, log: Log = print) -> Path:
@@ -69,6 +73,11 @@ def run(recipe: TrainRecipe, out: Path, tools: Tools, resume: bool = False, log:
             tools.check(stage.prune, True)
         if stage.compress is not None:
             tools.check(stage.compress, False)
+            if any(describes(method) for method in make_methods(stage.methods)):
+                raise UserError(
+                    f"expected no compress in stage {stage.name}, whose methods quantise or select inputs themselves, "
+                    "found one; leave it out"
+                )
     with processes.main_first():
         if processes.main:
             _claim(recipe, out, resume)
@@ -147,7 +156,7 @@ class _Road:
         weights = checkpoint.weights(wrapped)
         if processes.main:
             source = self._tokenizer
-            self._save(weights, config, corpus, source, folder, dtype, stage, count)
+            self._save(weights, config, corpus, source, folder, dtype, stage, count, methods)
             if stage.compress is not None and not (folder / "packed").exists():
                 self._tools.compress(folder, stage.compress, texts, folder / "packed", recipe.seed)
         processes.wait()
@@ -197,6 +206,7 @@ class _Road:
         dtype: torch.dtype,
         stage: ResolvedStage,
         processes: int,
+        methods: Sequence[TrainingMethod],
     ) -> None:
         save_model(weights, config, folder, dtype)
         context = stage.training.context
@@ -206,6 +216,16 @@ class _Road:
             copy_tokenizer(tokenizer, folder)
         # Read back: figures are those of the rounded weights.
         saved = load_dense(folder)
+        zeros = sparsity(saved)
+        if any(map(describes, methods)):
+            packed = folder
+            if self._recipe.stages:
+                # The stage's own folder stays dense, for the next stage to start from.
+                packed = folder / "packed"
+                save_model(weights, config, packed, torch.bfloat16)
+                copy_tokenizer(folder, packed)
+            if self._tools.pack(packed, methods):
+                saved = self._tools.load(packed)
         rows = read_metrics(folder / "metrics.jsonl") if stage.training.steps else []
         if rows:
             draw_curve(rows, folder / "curve.png")
@@ -214,7 +234,7 @@ class _Road:
             "held_out_bytes": corpus.held_out_bytes,
             "held_out_tokens": len(corpus.held_out) - 1,
             "tokens_seen": rows[-1]["tokens"] if rows else 0,
-            "sparsity": sparsity(saved),
+            "sparsity": zeros,
             "processes": processes,
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -222,6 +242,11 @@ class _Road:
             "recipe": self._recipe.model_dump(mode="json"),
         }
         (folder / "run.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def describes(method: TrainingMethod) -> bool:
+    """Whether plain weights are not all that the method leaves."""
+    return type(method).describe is not TrainingMethod.describe
 
 
 def load_dense(folder: Path) -> PreTrainedModel:
@@ -333,8 +358,11 @@ def _on_the_curve(recipe: TrainRecipe) -> dict[str, Any]:
 def _conclude(recipe: TrainRecipe, folders: Sequence[Path], out: Path) -> None:
     """The last stage's model, in bf16, the curve of the whole road and a record of every stage."""
     last = folders[-1]
-    model = load_dense(last)
-    model.bfloat16().save_pretrained(out)
+    if any(map(describes, make_methods(recipe.resolved()[-1].methods))):
+        for file in (last / "packed").iterdir():
+            shutil.copyfile(file, out / file.name)
+    else:
+        load_dense(last).bfloat16().save_pretrained(out)
     copy_tokenizer(last, out)
     rows: list[dict[str, Any]] = []
     boundaries, stages = [], []
