@@ -82,7 +82,7 @@ class SquareHead(TrainingMethod):
         self.steps = steps
         if not self._teacher:
             raise UserError(
-                "expected a teacher for squarehead, found none; name one in the recipe, or call teach(model)"
+                "expected a teacher of squarehead, found none; name one in the recipe or call teach(model)"
             )
 
     def loss_terms(self, inputs: Mapping[str, Tensor], outputs: Any) -> dict[str, Tensor]:
