@@ -13,12 +13,13 @@ from transformers import AutoModelForCausalLM
 import tulle.hf  # noqa: F401 (registers the model)
 from tulle import road
 from tulle.errors import UserError
-from tulle.models.scaling_transformer import ScalingTransformerForCausalLM
+from tulle.models.scaling_transformer import ScalingTransformerForCausalLM, parameter_count
 from tulle.train import tokens
+from tulle.train.architecture import OtherModel
 from tulle.train.curve import read_metrics
 from tulle.train.loop import build_model
 from tulle.train.optim import build_optimizers
-from tulle.train.recipe import load_recipe
+from tulle.train.recipe import TrainRecipe, load_recipe
 
 MODEL: dict[str, Any] = {
     "model_type": "scaling_transformer",
@@ -91,3 +92,20 @@ def test_mistakes_are_named_in_one_line(tmp_path: Path, model: dict[str, Any], m
     with pytest.raises(UserError, match=message) as error:
         load_recipe(recipe_file(tmp_path, **model))
     assert "\n" not in str(error.value)
+
+
+def test_the_scaling_recipes_differ_in_the_model_alone_and_match_in_parameters() -> None:
+    """Within one block of units, or 1 %, of the dense recipe."""
+    folder = Path(__file__).parents[2] / "recipes"
+    recipes = {file.stem.removeprefix("scaling-"): load_recipe(file) for file in folder.glob("scaling-*.yaml")}
+    assert set(recipes) == {"dense", "ff16", "ff32", "ff64", "qkv", "both"}
+    dense = recipes.pop("dense")
+    wanted = count(dense)
+    for name, recipe in recipes.items():
+        assert recipe.model_copy(update={"model": dense.model}) == dense, name
+        assert count(recipe) == pytest.approx(wanted, rel=0.01), name
+
+
+def count(recipe: TrainRecipe) -> int:
+    assert isinstance(recipe.model, OtherModel) and recipe.data.vocab_size is not None
+    return parameter_count(recipe.model.make_config(recipe.data.vocab_size, recipe.training.context))
