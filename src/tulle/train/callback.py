@@ -6,6 +6,7 @@ counts what a method would have masked, and a loss term is added to the model's 
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class MethodCallback(TrainerCallback):
         forward = model.forward
         hidden = any(method.hidden_states for method in self.methods)
 
+        @functools.wraps(forward)  # the Trainer reads the signature to choose columns
         def with_terms(*arguments: Any, **inputs: Any) -> Any:
             if not model.training:
                 return forward(*arguments, **inputs)
