@@ -106,6 +106,15 @@ def test_config_round_trip() -> None:
     assert QuantizationConfig.from_json(json.loads(json.dumps(data))) == config
 
 
+def test_version_2_has_no_sparse_inputs() -> None:
+    config = QuantizationConfig({"a.b": INT4})
+    data = config.to_json() | {"format_version": 2}
+    del data["linears"]["a.b"]["input_sparsity"]
+    assert QuantizationConfig.from_json(data) == config
+    with pytest.raises(UserError, match="expected the key 'input_sparsity'"):
+        QuantizationConfig.from_json(data | {"format_version": 3})
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -181,7 +190,7 @@ def test_missing_key_is_refused() -> None:
     ("change", "message"),
     [
         ({"quant_method": "gptq"}, "quant_method 'tulle', found 'gptq'"),
-        ({"format_version": 1}, "format_version 3, found 1"),
+        ({"format_version": 1}, "format_version 2 or 3, found 1"),
         ({"linears": []}, "linears to be dict"),
         (
             {"linears": {"a.b": {}}},

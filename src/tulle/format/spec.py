@@ -16,6 +16,8 @@ from tulle.errors import UserError
 
 QUANT_METHOD = "tulle"
 FORMAT_VERSION = 3
+READABLE_VERSIONS = (2, 3)
+"""Version 2 knows no sparse inputs."""
 
 ITEM_BYTES = {"uint8": 1, "int32": 4, "bfloat16": 2, "float16": 2, "float32": 4}
 SAFETENSORS_DTYPE = {"uint8": "U8", "int32": "I32", "bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -407,13 +409,16 @@ class QuantizationConfig:
         fields = _checked(data, hints, "quantization_config")
         if fields["quant_method"] != QUANT_METHOD:
             raise UserError(f"expected quant_method {QUANT_METHOD!r}, found {fields['quant_method']!r}")
-        if fields["format_version"] != FORMAT_VERSION:
+        version = fields["format_version"]
+        if version not in READABLE_VERSIONS:
             raise UserError(
-                f"expected format_version {FORMAT_VERSION}, found {fields['format_version']}; "
+                f"expected format_version {' or '.join(map(str, READABLE_VERSIONS))}, found {version}; "
                 "read it with the version of tulle that wrote it"
             )
         linears = {}
         for name, entry in fields["linears"].items():
+            if version == 2 and isinstance(entry, dict):
+                entry = {"input_sparsity": None} | entry
             try:
                 linears[name] = LinearSpec.from_json(entry)
             except UserError as error:
