@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tulle.cli import common
+from tulle.cli import common, controllers
 from tulle.errors import UserError
 
 SAMPLES, LENGTH = 8, 512
@@ -40,23 +40,28 @@ def inspect(
     device: common.Device = "cpu",
     json_file: common.JsonFile = None,
 ) -> None:
-    """Structure, bits, sparsity, sizes, outliers and sensitivity of MODEL, dense or compressed.
+    """Structure, bits, sparsity, sizes, outliers and sensitivity of MODEL, dense or compressed; of a Scaling
+    Transformer, what its controllers choose.
 
     Example: tulle inspect reference --activations -o reference.html
     """
     if output is not None and (output.is_dir() or not output.resolve().parent.is_dir()):
         raise UserError(f"expected -o to name an HTML file in a folder that exists, found {output}; try -o model.html")
+    from tulle.models.hub import local_folder
+
+    folder = local_folder(model)
+    if controllers.fits(folder) and not (activations or sensitivity):
+        controllers.inspect(folder, text, separator, samples or SAMPLES, length or LENGTH, device, output, json_file)
+        return
     given = {"--text": text, "--separator": separator, "--samples": samples, "--length": length}
     alone = [option for option, value in given.items() if value is not None]
     if alone and not (activations or sensitivity):
         raise UserError(f"expected --activations or --sensitivity with {alone[0]}, found neither; add one of them")
     from tulle.inspection import inspect_model
-    from tulle.models.hub import local_folder
     from tulle.report.inspection import describe, write_inspection
     from tulle.report.terminal import activation_lines, inspection_table, sensitivity_table
 
     with common.progress_bars() as progress:
-        folder = local_folder(model)
         measured: dict[str, Any] = {}
         if activations or sensitivity:
             sequences = _sequences(folder, text, separator, samples or SAMPLES, length or LENGTH)

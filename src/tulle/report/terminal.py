@@ -38,6 +38,23 @@ def task_table(model: str, tasks: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def controller_table(found: Mapping[str, Any]) -> Table:
+    """What the controllers of a Scaling Transformer choose, layer by layer."""
+    table = _table(
+        "layer", "units", "dead", "effective of N", "changed", "certainty", title=f"{found['tokens']:,} tokens"
+    )
+    for number, layer in enumerate(found["layers"]):
+        table.add_row(
+            str(number),
+            f"{layer['units']:,}",
+            f"{layer['dead']:,}",
+            f"{layer['effective_units']:.1f} of {found['architecture']['block']}",
+            units.percent(layer["changed"]),
+            units.percent(layer["certainty"]),
+        )
+    return table
+
+
 def compression_table(report: Mapping[str, Any]) -> Table:
     """Before and after, one row each."""
     totals, evaluation = report["totals"], report["evaluation"]
