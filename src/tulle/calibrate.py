@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from tulle.activity import Counter, columns_of, counting
 from tulle.attention import IMPLEMENTATION, attach
 from tulle.core.contract import (
     BlockState,
@@ -90,6 +91,8 @@ class BlockResult:
     """Of the block steps."""
     permutations: list[dict[str, Any]] = field(default_factory=list)
     """What channel permutations retained, per role."""
+    activity: list[dict[str, Any]] = field(default_factory=list)
+    """What the tokens read, per role, in a block whose inputs are selected (:mod:`tulle.activity`)."""
 
 
 class Walker:
@@ -214,15 +217,17 @@ class Walker:
                 with self._timed(step.name):
                     self._refine(step, dense, compressed, groups, index, dtype, notes)
         self._report(index, len(rows), "propagate")
+        sparse = any(linear.input_selection for group in groups.values() for linear in group.linears)
+        counters = self._counters(compressed) if sparse else {}
         with self._timed("forward"):
-            errors, block_error = self._propagate(dense, compressed, index)
+            errors, block_error = self._propagate(dense, compressed, index, counters)
         linears = [linear for row in self._model.rows if row.role in groups for linear in groups[row.role].linears]
         for linear in linears:
             linear_seconds.setdefault(linear.name, 0.0)
         kept = {name: tensor for name, tensor in changed.items() if name.removesuffix(".weight") not in names}
         return BlockResult(
             index, linears, kept, errors, block_error, dict(self._seconds), linear_seconds, attention, notes,
-            permutations,
+            permutations, [{"role": role} | counter.result() for role, counter in counters.items()],
         )  # fmt: skip
 
     def _prepare(
@@ -468,8 +473,21 @@ class Walker:
                 del module._forward_pre_hooks[key]
             module.register_forward_pre_hook(QuantisedInput(state.transform, state.input_grid, state.input_selection))
 
-    def _propagate(self, dense: Block, compressed: Block, index: int) -> tuple[dict[str, float], float]:
-        """Runs both blocks, leaves their outputs as the next block's inputs, and compares every linear's output."""
+    def _counters(self, block: Block) -> dict[str, Counter]:
+        """One per role, to count what the tokens read of the block as it will be stored."""
+        found = {}
+        for row in self._model.rows:
+            weights = [block.module.get_submodule(name).weight for name in row.linears]
+            found[row.role] = Counter(columns_of(weights))  # type: ignore[arg-type]
+        return found
+
+    def _propagate(
+        self, dense: Block, compressed: Block, index: int, counters: Mapping[str, Counter]
+    ) -> tuple[dict[str, float], float]:
+        """Runs both blocks, leaves their outputs as the next block's inputs, and compares every linear's output.
+
+        Counts what the tokens read of the roles in ``counters``.
+        """
         names = [name for row in self._model.rows for name in row.linears]
         gap = Gap()
         for i, batch in enumerate(self._batches):
@@ -477,7 +495,8 @@ class Walker:
             hidden = self._hidden("dense", index, i)
             reference = run_compared(dense, hidden, names, gap.keep)
             hidden = self._hidden("compressed", index, i)
-            hidden = run_compared(compressed, hidden, names, gap.compare)
+            with counting(compressed.module, self._model.rows, counters, gap.valid):
+                hidden = run_compared(compressed, hidden, names, gap.compare)
             gap.keep("", reference)
             gap.compare("", hidden)
             self.states("dense", index + 1).write(i, reference)

@@ -28,7 +28,7 @@ from tulle.core.contract import LinearState, Progress
 from tulle.core.mask_structure import mask_structure
 from tulle.errors import UserError
 from tulle.format.spec import AttentionSpec, LinearSpec, QuantizationConfig
-from tulle.models.anatomy import Anatomy
+from tulle.models.anatomy import Anatomy, anatomy
 from tulle.models.checkpoint import Checkpoint, companions, read_json, require_finite, write_index, write_text
 from tulle.models.hub import local_folder
 from tulle.models.rewrite import Source
@@ -193,6 +193,7 @@ class _Job:
                 "seconds": time.perf_counter() - begun,
                 "notes": result.notes,
                 "permutations": result.permutations,
+                "activity": result.activity,
             }
         )
         self.state.count(result.seconds | {"load": loaded, "write": time.perf_counter() - writing})
@@ -303,7 +304,7 @@ def calibration_sequences(
     text = _calibration_text(calibration, separator, documents, min_chars)
     context = int(getattr(load_config(folder), "max_position_embeddings", None) or length)
     tokens = sequences(text, _tokenizer(folder), min(length, context), samples, seed)
-    _require_vocabulary(tokens, Checkpoint.open(folder).anatomy())
+    _require_vocabulary(tokens, anatomy(Checkpoint.open(folder).config))
     return tokens, text
 
 
@@ -332,11 +333,11 @@ def _tokenizer(folder: Path) -> Any:
         raise UserError(f"expected a tokenizer in {folder}, found: {line}") from None
 
 
-def _require_vocabulary(tokens: Sequence[Tensor], anatomy: Anatomy) -> None:
+def _require_vocabulary(tokens: Sequence[Tensor], model: Anatomy) -> None:
     largest = max(int(t.max()) for t in tokens)
-    if largest >= anatomy.vocabulary:
+    if largest >= model.vocabulary:
         raise UserError(
-            f"expected token ids below vocab_size {anatomy.vocabulary}, found {largest}; "
+            f"expected token ids below vocab_size {model.vocabulary}, found {largest}; "
             "the tokenizer is of another model"
         )
 

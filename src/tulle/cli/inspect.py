@@ -19,7 +19,11 @@ def inspect(
         Path | None, typer.Option("--output", "-o", metavar="OUT.html", help="Also write pictures as an HTML page.")
     ] = None,
     activations: Annotated[
-        bool, typer.Option("--activations", help="Run text through the dense model: outliers and what transforms do.")
+        bool,
+        typer.Option(
+            "--activations",
+            help="Run text through the model: outliers and what transforms do, or what tokens read of sparse inputs.",
+        ),
     ] = False,
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="Round each linear alone to 4 and to 8 bits: what the model loses.")
@@ -59,12 +63,12 @@ def inspect(
         raise UserError(f"expected --activations or --sensitivity with {alone[0]}, found neither; add one of them")
     from tulle.inspection import inspect_model
     from tulle.report.inspection import describe, write_inspection
-    from tulle.report.terminal import activation_lines, inspection_table, sensitivity_table
+    from tulle.report.terminal import activation_lines, activity_table, inspection_table, sensitivity_table
 
     with common.progress_bars() as progress:
         measured: dict[str, Any] = {}
         if activations or sensitivity:
-            sequences = _sequences(folder, text, separator, samples or SAMPLES, length or LENGTH)
+            sequences = _sequences(folder, text, separator, samples or SAMPLES, length or LENGTH, sensitivity)
             measured = _measured(folder, sequences, device, activations, sensitivity, progress)
         found = inspect_model(folder, progress) | measured
     if output is not None:
@@ -73,6 +77,8 @@ def inspect(
         out = common.console()
         out.print(f"{model}: {describe(found['architecture'])}, {found['totals']['bytes'] / 1e6:,.1f} MB")
         out.print(inspection_table(found))
+        if "activity" in found:
+            out.print(activity_table(found["activity"]))
         for line in activation_lines(found):
             out.print(line, markup=False)
         for one in found.get("sensitivity", ()):
@@ -83,11 +89,14 @@ def inspect(
     common.write_json(json_file, found)
 
 
-def _sequences(folder: Path, text: str | None, separator: str | None, samples: int, length: int) -> list[Any]:
+def _sequences(
+    folder: Path, text: str | None, separator: str | None, samples: int, length: int, dense: bool
+) -> list[Any]:
     from tulle.activations import require_dense
     from tulle.compress import calibration_sequences
 
-    require_dense(folder)
+    if dense or not _sparse_inputs(folder):
+        require_dense(folder)
     return calibration_sequences(folder, text, separator=separator, samples=samples, length=length)[0]
 
 
@@ -99,7 +108,12 @@ def _measured(
     from tulle.sensitivity import measure_sensitivity
 
     found: dict[str, Any] = {}
-    if activations:
+    if activations and _sparse_inputs(folder):
+        from tulle.activity import measure_activity
+
+        model, _ = load_model(folder, device)
+        found["activity"] = measure_activity(model, sequences, progress)
+    if activations and not _is_packed(folder):
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -110,3 +124,21 @@ def _measured(
         model, _ = load_model(folder, device)
         found["sensitivity"] = [measure_sensitivity(model, sequences, bits, progress) for bits in (4, 8)]
     return found
+
+
+def _is_packed(folder: Path) -> bool:
+    from tulle.models.checkpoint import Checkpoint
+
+    return "quantization_config" in Checkpoint.open(folder).config
+
+
+def _sparse_inputs(folder: Path) -> bool:
+    """Whether tokens choose among the inputs of a packed model, or the gate of a dense one makes zeros."""
+    from tulle.format.spec import QuantizationConfig
+    from tulle.models.checkpoint import Checkpoint
+
+    config = Checkpoint.open(folder).config
+    if not _is_packed(folder):
+        return str(config.get("hidden_act", "")).startswith("relu")
+    linears = QuantizationConfig.from_json(config["quantization_config"]).linears
+    return any(spec.input_sparsity is not None for spec in linears.values())

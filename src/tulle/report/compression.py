@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from tulle.report import plots, units
+from tulle.report.activity import activity_charts, activity_tile
 from tulle.report.cells import by_block, scheme, transforms
 from tulle.report.page import chart, render, tile, write_page
 from tulle.report.sparsity import sparsity_charts
@@ -90,6 +91,8 @@ def _tiles(report: Mapping[str, Any]) -> list[dict[str, str]]:
         tile("Bits per weight", f"{totals['bits_per_weight']:.2f}", "of the linears, all counted"),
         tile("Sparsity", units.percent(totals["sparsity"]), "of the linears"),
     ]
+    if rows := _activity(report):
+        tiles.append(activity_tile(rows))
     if evaluation:
         before, after = evaluation["dense"], evaluation["compressed"]
         tiles.append(
@@ -154,7 +157,12 @@ def _charts(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         ),
     ]
     charts.append(chart("Time per stage", _time_note(report), plots.durations(stage_seconds(report))))
-    return charts + sparsity_charts(report)
+    return charts + activity_charts(_activity(report), report["calibration"]["tokens"]) + sparsity_charts(report)
+
+
+def _activity(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the tokens read of each role of each block; nothing in a model that reads all of its inputs."""
+    return [row | {"block": block["index"]} for block in report["blocks"] for row in block.get("activity", ())]
 
 
 def stage_seconds(report: Mapping[str, Any]) -> dict[str, float]:

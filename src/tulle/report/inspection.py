@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tulle.report import landscapes, plots, units
+from tulle.report.activity import activity_charts
 from tulle.report.cells import by_block, reads, scheme
 from tulle.report.page import chart, render, table, tile, write_page
 
@@ -34,7 +35,7 @@ def inspection_page(found: Mapping[str, Any]) -> str:
             tile("Sparsity", units.percent(totals["sparsity"]), "of the linears"),
             tile("Weights in linears", f"{totals['linear_weights']:,}", f"{len(found['linears'])} linears"),
         ],
-        charts=_charts(found) + _activation_charts(found) + _sensitivity_charts(found),
+        charts=_charts(found) + _activity_charts(found) + _activation_charts(found) + _sensitivity_charts(found),
         table_columns=COLUMNS,
         table_rows=[_row(x) for x in found["linears"]],
         other_rows=[
@@ -108,6 +109,11 @@ def _charts(found: Mapping[str, Any]) -> list[dict[str, Any]]:
         ),
     ]
     return charts
+
+
+def _activity_charts(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    activity = found.get("activity")
+    return [] if activity is None else activity_charts(activity["rows"], activity["tokens"])
 
 
 def _activation_charts(found: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from tulle.report import units
-from tulle.report.cells import row_cells, scheme
+from tulle.report.cells import reads, row_cells, scheme
 
 
 def text_table(model: str, score: Mapping[str, Any]) -> Table:
@@ -217,3 +217,20 @@ def optimum_table(found: Mapping[str, Any]) -> Table:
 
 def _percents(ends: Sequence[float]) -> str:
     return " – ".join(units.percent(end) for end in ends)
+
+
+def activity_table(activity: Mapping[str, Any]) -> Table:
+    """What a token reads, by role, on average over the blocks."""
+    found, rows = activity["total"], activity["rows"]
+    title = (
+        f"{activity['active_parameters']:,.0f} of {activity['parameters']:,} parameters read per token, "
+        f"{activity['tokens']:,} tokens"
+    )
+    table = _table("inputs of", "zero", "weights not read", "shared with the token before", "by chance", title=title)
+    for role in dict.fromkeys(row["role"] for row in rows):
+        own = [row for row in rows if row["role"] == role]
+        unread = 1 - sum(row["active"] for row in own) / max(sum(row["weights"] for row in own), 1)
+        zero, overlap, chance = (sum(r[key] for r in own) / len(own) for key in ("sparsity", "overlap", "chance"))
+        table.add_row(reads(role), *map(units.percent, (zero, unread, overlap, chance)))
+    table.add_row("all", "", units.percent(found["sparsity"]), "", "")
+    return table

@@ -1,0 +1,270 @@
+"""Sparse activations: what they cost without training, and what training with them gives.
+
+    python benchmarks/q_sparse.py free --data DIR          TEAL, WINA, budgets at 25, 40, 50 and 60 % of inputs dropped
+    python benchmarks/q_sparse.py scratch                  three sizes from scratch: dense, Top-K, ReLU, no STE, b1.58
+    python benchmarks/q_sparse.py law                      sizes × sparsities, and the law fitted on them
+    python benchmarks/q_sparse.py continue                 the reference model trained on, at 40, 50 and 60 %
+
+``free``: tinystories-656K (protocol of peer_tinystories.py) and the bundled reference model (calibrated on modules of
+the standard library's training side, evaluated on the beginnings of its held-out modules). All tokens are sparse, the
+prompt's too; every linear's inputs are, the head's are not.
+
+``scratch``, ``law`` and ``continue`` train on the standard library by ``tulle train``; the loss is in nats per token of
+its held-out modules. Overall sparsity is measured on them: the share of the decoder's weights that a token does not
+read. Finished cells of the JSON are kept, so that an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from cells import Cells, import_methods  # noqa: E402
+
+SHARES = (0.25, 0.4, 0.5, 0.6)
+RESULTS = Path(__file__).parent / "results"
+
+
+def free_recipes(share: float) -> dict[str, list[dict[str, Any]]]:
+    """Method → steps at a share of dropped inputs."""
+    budget = {"activation_budget": {"share": share}}
+    top_k = {"kind": "top_k", "share": share}
+    return {
+        "Top-K": [{"teal": top_k}],
+        "TEAL": [{"teal": {"share": share}}],
+        "WINA": [{"wina": {"share": share}}],
+        "budget + TEAL": [budget, {"teal": {"share": share}}],
+        "budget + WINA": [budget, {"wina": {"share": share}}],
+        "Top-K of 32": [{"teal": top_k | {"block": 32}}],
+        "units of 4": [{"teal": top_k | {"unit": 4}}],
+        "units of 4, WINA": [{"wina": {"share": share, "unit": 4}}],
+    }
+
+
+def joint_recipes() -> dict[str, list[dict[str, Any]]]:
+    """Sparse weights, 4 bits and sparse inputs together, each also alone."""
+    pruned: dict[str, Any] = {"sparsegpt": {"sparsity": 0.5}}
+    w4: dict[str, Any] = {"gptq": {"bits": 4, "group_size": 64}}
+    half = {"wina": {"share": 0.5}}
+    return {
+        "weights 50 %": [pruned],
+        "inputs 50 %": [half],
+        "weights 50 %, inputs 50 %": [half, pruned],
+        "w4": [w4],
+        "w4, inputs 50 %": [half, w4],
+        "w4, weights 50 %, inputs 50 %": [half, pruned, w4],
+    }
+
+
+def free(data: Path | None, models: list[str], out: Path) -> None:
+    from w4a4 import SETTINGS, Bench
+
+    from tulle import machine
+
+    import_methods()
+    cells = Cells(out, machine=machine.describe())
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in models:
+            bench = Bench(name, data, Path(scratch), SETTINGS[name]["samples"])
+            dense = cells.make(f"{name}/dense", lambda b=bench: {"perplexity": b.perplexity(b.model)})["perplexity"]
+            print(f"{name}: dense {dense:.2f}", flush=True)
+            for share in SHARES:
+                for method, steps in free_recipes(share).items():
+                    cell = cells.make(f"{name}/{method}/{share}", lambda s=steps, b=bench: b.run(b.model, s, "layer"))
+                    print(f"  {share:.0%} {method:18} {cell['perplexity']:8.2f}  {cell['seconds']:.0f} s", flush=True)
+            for method, steps in joint_recipes().items():
+                cell = cells.make(f"{name}/joint/{method}", lambda s=steps, b=bench: b.run(b.model, s, "stream"))
+                print(f"  {method:32} {cell['perplexity']:8.2f}", flush=True)
+
+
+SIZES: dict[str, dict[str, int]] = {
+    "0.3M": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "1M": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "2M": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6},
+}
+"""Parameters with a vocabulary of 2048, embedding included. Heads of 16, 32 and 32, half as many for keys."""
+VOCABULARY = 2048
+PYTHON = ("stdlib", "numpy", "networkx", "pydantic", "rich", "click", "jinja2", "pytest")
+CONTEXT, BATCH = 256, 16
+SCRATCH = {
+    "context": CONTEXT, "batch": BATCH, "optimizer": "adamw", "learning_rate": 3e-3, "schedule": "wsd",
+    "warmup_steps": 20, "decay_fraction": 0.25, "betas": [0.9, 0.95], "weight_decay": 0.1, "precision": "fp32",
+    "compile": False, "evaluate_every": 25, "evaluate_windows": 64, "checkpoint_every": 50,
+}  # fmt: skip
+CONTINUED = SCRATCH | {"context": 512, "batch": 8, "learning_rate": 5e-4, "schedule": "linear", "warmup_steps": 10}
+
+
+def q_sparse(share: float, **settings: Any) -> dict[str, Any]:
+    return {"q_sparse": {"share": share, "activation": "relu2"} | settings}
+
+
+SCRATCH_METHODS: dict[str, list[dict[str, Any]]] = {
+    "dense": [],
+    "Top-K 70 %": [q_sparse(0.3)],
+    "no straight-through": [q_sparse(0.3, straight_through=False)],
+    "ReLU": [{"q_sparse": {"kind": "none", "activation": "relu"}}],
+    "ReLU² alone": [q_sparse(0.0, kind="none")],
+    "b1.58 dense": [{"bitnet": {}}],
+    "b1.58 Top-K 70 %": [{"bitnet": {}}, q_sparse(0.3)],
+    "Top-K 16 of 32": [q_sparse(0.5, block=32)],
+}
+LAW_SHARES = (0.0, 0.3, 0.5, 0.65, 0.8)
+"""Dropped inputs of the runs that the law is fitted on; ReLU² adds zeros of its own."""
+
+
+class Trainer:
+    """Runs training recipes as cells; folders and one token cache lie in ``work``."""
+
+    def __init__(self, cells: Cells, work: Path):
+        self.cells, self.work = cells, work
+
+    def run(self, key: str, recipe: dict[str, Any]) -> dict[str, Any]:
+        """The cell of a recipe: loss and bits per byte of held-out text, overall sparsity, the loss curve."""
+        found: dict[str, Any] = self.cells.make(key, lambda: self._train(key, recipe))
+        print(
+            f"{key:32} loss {found['loss']:.4f}  {found['held_out_bits_per_byte']:.4f} bits per byte  "
+            f"{found['sparsity']:.1%} of the weights not read  {found['seconds']:.0f} s",
+            flush=True,
+        )
+        return found
+
+    def _train(self, key: str, recipe: dict[str, Any]) -> dict[str, Any]:
+        from tulle.road import TOOLS
+        from tulle.train.curve import read_metrics
+        from tulle.train.recipe import TrainRecipe
+        from tulle.train.stages import run
+
+        begun, out = time.perf_counter(), self.work / "".join(c if c.isalnum() or c in ".-" else "_" for c in key)
+        (self.work / "data").mkdir(parents=True, exist_ok=True)
+        out.mkdir(exist_ok=True)
+        if not (out / "data").exists():
+            (out / "data").symlink_to((self.work / "data").resolve())
+        run(TrainRecipe.model_validate(recipe), out, TOOLS, resume=True, log=lambda line: None)
+        seconds = time.perf_counter() - begun
+        record = json.loads((out / "run.json").read_text())
+        nats = record["held_out_bits_per_byte"] * math.log(2) * record["held_out_bytes"] / record["held_out_tokens"]
+        return {
+            "loss": nats,
+            "held_out_bits_per_byte": record["held_out_bits_per_byte"],
+            **self._read(out, recipe["training"]["context"]),
+            "tokens": record["tokens_seen"],
+            "seconds": seconds,
+            "curve": [[row["tokens"], row["held_out_bits_per_byte"]] for row in read_metrics(out / "metrics.jsonl")],
+            "zeros": read_metrics(out / "metrics.jsonl")[-1],
+        }
+
+    def _read(self, out: Path, context: int) -> dict[str, Any]:
+        """What a token of the held-out text reads of the decoder's weights."""
+        from tulle.activity import measure_activity
+        from tulle.evaluate.loading import load_model
+        from tulle.train.data import held_out_text
+
+        model, tokenizer = load_model(out)
+        texts = held_out_text()[:16]
+        sequences = [tokenizer(text, return_tensors="pt").input_ids[0][:context] for text in texts]
+        found = measure_activity(model, sequences)
+        roles: dict[str, list[float]] = {}
+        for row in found["rows"]:
+            roles.setdefault(row["role"], []).append(row["sparsity"])
+        return {
+            "weights": found["total"]["weights"],
+            "active": found["total"]["active"],
+            "sparsity": found["total"]["sparsity"],
+            "inputs": {role: sum(shares) / len(shares) for role, shares in roles.items()},
+        }
+
+
+def scratch_recipe(size: str, methods: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
+    shape = SIZES[size]
+    heads = shape["num_attention_heads"]
+    head = {"num_key_value_heads": heads // 2, "head_dim": shape["hidden_size"] // heads}
+    return {
+        "model": shape | head,
+        "data": {"sources": [{"name": name} for name in PYTHON], "vocab_size": VOCABULARY},
+        "training": SCRATCH | {"tokens": tokens},
+        "methods": methods,
+    }
+
+
+def scratch(trainer: Trainer, sizes: list[str], tokens: int) -> None:
+    for size in sizes:
+        dense = None
+        for method, methods in SCRATCH_METHODS.items():
+            found = trainer.run(f"{size}/{method}", scratch_recipe(size, methods, tokens))
+            dense = dense or found["loss"]
+            print(f"{'':32} {found['loss'] / dense - 1:+.2%} of the dense loss", flush=True)
+
+
+def law(trainer: Trainer, sizes: list[str], tokens: int, out: Path) -> None:
+    from tulle.laws import Run, fit
+
+    runs = []
+    for kind, before in (("full precision", []), ("1.58-bit", [{"bitnet": {}}])):
+        for size in sizes:
+            for share in LAW_SHARES:
+                methods = [*before, q_sparse(share)]
+                # The grid of scratch has some of these.
+                key = f"{size}/{'b1.58 ' * bool(before)}Top-K {1 - share:.0%}".replace("%", " %")
+                found = trainer.run(key, scratch_recipe(size, methods, tokens))
+                run = {"size": found["weights"], "sparsity": found["sparsity"], "loss": found["loss"], "weights": kind}
+                runs.append(run)
+    out.write_text(json.dumps({"runs": runs}, indent=2) + "\n")
+    for kind in dict.fromkeys(run["weights"] for run in runs):
+        own = [Run(r["size"], r["sparsity"], r["loss"]) for r in runs if r["weights"] == kind]
+        found = fit(own, 200)
+        ends = found.interval(law.optimum for law in found.replicates)
+        print(f"{kind}: {found.law}, best sparsity {found.law.optimum:.1%} ({ends[0]:.1%} to {ends[1]:.1%})")
+
+
+def continued(trainer: Trainer, tokens: int) -> None:
+    """The reference model trained on, dense and sparse."""
+    methods: dict[str, list[dict[str, Any]]] = {"dense": []}
+    methods |= {f"Top-K, {share:.0%} dropped": [{"q_sparse": {"share": share}}] for share in (0.4, 0.5, 0.6)}
+    methods["ReLUfication"] = [{"q_sparse": {"kind": "none", "activation": "relu"}}]
+    methods["ReLUfication, stage 2"] = [{"q_sparse": {"kind": "relu", "activation": "relu"}}]
+    methods["no straight-through, 50% dropped"] = [{"q_sparse": {"share": 0.5, "straight_through": False}}]
+    for method, steps in methods.items():
+        recipe = {
+            "start": "reference",
+            "data": {"sources": [{"name": name} for name in PYTHON]},
+            "training": CONTINUED | {"tokens": tokens},
+            "methods": steps,
+        }
+        trainer.run(f"continue/{method}", recipe)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["free", "scratch", "law", "continue"])
+    parser.add_argument("--data", type=Path, help="with models/tinystories-656K and text/tinystories_10k.txt")
+    parser.add_argument("--models", nargs="*", default=["tinystories", "reference"])
+    parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--tokens", type=int, default=5_000_000, help="of each training run")
+    parser.add_argument("--work", type=Path, default=Path("build/q_sparse"), help="folder of the training runs")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    if given.what == "free":
+        free(given.data, given.models, given.out or RESULTS / "activation_sparsity.json")
+        return
+    from tulle import machine
+
+    import_methods()
+    out = given.out or RESULTS / "q_sparse.json"
+    trainer = Trainer(Cells(out, machine=machine.describe()), given.work)
+    if given.what == "scratch":
+        scratch(trainer, given.sizes, given.tokens)
+    elif given.what == "law":
+        law(trainer, given.sizes, given.tokens, out.with_name(out.stem + "_runs.json"))
+    else:
+        continued(trainer, given.tokens)
+
+
+if __name__ == "__main__":
+    main()
