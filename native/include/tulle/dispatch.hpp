@@ -8,6 +8,7 @@
 #include "tulle/ops.hpp"
 #include "tulle/packing.hpp"
 #include "tulle/permutation.hpp"
+#include "tulle/sparse_train.hpp"
 
 namespace tulle {
 
@@ -17,6 +18,7 @@ struct Isa {
   const PermutationKernels* permutation;
   const LinearKernels* linear;
   const OpsKernels* ops;
+  const SparseTrainKernels* sparse_train;
 };
 
 // Narrowest (scalar) first.

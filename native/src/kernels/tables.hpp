@@ -9,6 +9,7 @@
 #include "tulle/ops.hpp"
 #include "tulle/packing.hpp"
 #include "tulle/permutation.hpp"
+#include "tulle/sparse_train.hpp"
 
 namespace tulle {
 
@@ -27,5 +28,9 @@ extern const LinearKernels avx512_linear;
 extern const OpsKernels scalar_ops;
 extern const OpsKernels avx2_ops;
 extern const OpsKernels avx512_ops;
+
+extern const SparseTrainKernels scalar_sparse_train;
+extern const SparseTrainKernels avx2_sparse_train;
+extern const SparseTrainKernels avx512_sparse_train;
 
 }  // namespace tulle

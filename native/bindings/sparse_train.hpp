@@ -1,0 +1,6 @@
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+// The class SparsePattern.
+void define_sparse_train(nanobind::module_& m);
