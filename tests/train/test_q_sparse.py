@@ -26,6 +26,7 @@ from tulle.train.held_out import bits_per_byte
 from tulle.train.masks import HeldMasks
 from tulle.train.method import TrainingMethod
 from tulle.train.q_sparse import QSparse
+from tulle.train.recipe import TrainRecipe, load_recipe
 from tulle.train.tokens import prepare
 from tulle.trained import pack
 
@@ -221,6 +222,21 @@ def test_metrics_count_zeros(tmp_path: Path) -> None:
     assert method.metrics() == {}
 
 
+def test_shipped_recipes() -> None:
+    folder = Path(__file__).parents[2] / "recipes"
+    found = {
+        name: [list(method) for method in load_recipe(folder / f"{name}.yaml").methods]
+        for name in ("q-sparse", "q-sparse-b158", "q-sparse-continued", "q-sparse-sft", "relufication")
+    }
+    assert found == {
+        "q-sparse": [["q_sparse"]],
+        "q-sparse-b158": [["bitnet"], ["q_sparse"]],
+        "q-sparse-continued": [["q_sparse"]],
+        "q-sparse-sft": [["q_sparse"], ["squarehead"]],
+        "relufication": [["q_sparse"]],
+    }
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -268,8 +284,6 @@ def test_road_from_scratch(tmp_path: Path, small_evaluation: None) -> None:
     record = json.loads((out / "run.json").read_text())
     model = tulle.hf.load(out, dtype=torch.float32)
     content = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
-    from tulle.train.recipe import TrainRecipe
-
     made = TrainRecipe.model_validate(content)
     corpus = prepare(made.data, made.seed, 16, tmp_path / "again")
     assert bits_per_byte(model, corpus, 16) == pytest.approx(record["held_out_bits_per_byte"], rel=1e-6)
