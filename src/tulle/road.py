@@ -68,10 +68,14 @@ def check(recipe: Any, only_prunes: bool) -> None:
 
 
 def prune(source: Path, recipe: Any, texts: Sequence[str], target: Path, seed: int) -> None:
-    """Prunes a dense folder into a dense float32 one, calibrated on ``texts``."""
+    """Prunes a dense folder into a dense float32 one, calibrated on ``texts``; the report of the pruning lies beside
+    the weights.
+    """
     packed = target.with_name(target.name + "-packed")
     _compress(source, recipe, texts, packed, seed)
     unpack(packed, target)
+    for report in packed.glob("report.*"):
+        shutil.copyfile(report, target / report.name)
     shutil.rmtree(packed)
 
 

@@ -50,7 +50,8 @@ def index(source: Source, cache: Path) -> list[Indexed]:
     root = Path(source.path) if source.path is not None else _fetched(source, cache)
     found: list[Indexed] = []
     for file in _files(root):
-        label = source.label if file == root else f"{source.label}/{file.relative_to(root).as_posix()}"
+        # Not the whole path: the order of documents must not depend on where a folder lies.
+        label = file.name if file == root else f"{root.name}/{file.relative_to(root).as_posix()}"
         for number, (offset, raw) in enumerate(_pieces(file, source.separator)):
             text = _text(raw, file, source.template)
             if text.strip():
