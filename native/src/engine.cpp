@@ -1,6 +1,7 @@
 #include "tulle/engine.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -77,10 +78,23 @@ struct Part {
   std::size_t linear, first, last;  // tiles
 };
 
+// A thread's own parts in order, and how many of them have been taken, by itself or by a thread that was done sooner.
+struct Share {
+  std::vector<Part> parts;
+  alignas(kAlignment) std::atomic<std::size_t> taken{0};
+
+  Share() = default;
+  Share(Share&& other) noexcept : parts(std::move(other.parts)) {}
+};
+
+// Bytes of a part, at least: small enough for a thread that lost its core for a while to be helped, large enough for
+// the count to cost nothing.
+constexpr std::uint64_t kPartBytes = 128 * 1024;
+
 struct Plan {
   std::vector<std::size_t> input_of;       // per linear: which of the prepared inputs it reads
   std::vector<const Linear*> inputs;       // a linear that shows how to prepare each
-  std::vector<std::vector<Part>> parts;    // per thread
+  std::vector<Share> shares;               // per thread
   std::vector<std::size_t> output;         // per linear: its first output among the group's
   std::size_t outputs = 0;
 };
@@ -98,7 +112,7 @@ Plan plan_of(const Group& group, std::size_t threads) {
     total += linear.bytes();
   }
   // By bytes: a tile costs what it weighs. Whole pairs, which kernels for several tokens take at once.
-  plan.parts.resize(threads);
+  plan.shares.resize(threads);
   std::uint64_t before = 0;
   for (std::size_t i = 0; i < group.linears.size(); ++i) {
     const LinearView& w = group.linears[i].weight;
@@ -111,8 +125,8 @@ Plan plan_of(const Group& group, std::size_t threads) {
         if (end <= before) continue;
         last = std::min(w.tiles(), round_up((end - before) * w.tiles() / bytes, 2));
       }
-      if (last <= first) continue;
-      plan.parts[t].push_back({i, first, last});
+      const std::size_t step = round_up(kPartBytes * w.tiles() / bytes + 1, 2);
+      for (; first < last; first += step) plan.shares[t].parts.push_back({i, first, std::min(first + step, last)});
       first = last;
     }
     before += bytes;
@@ -355,18 +369,32 @@ struct Engine::State {
     }
   }
 
-  // This part's outputs of the group for n tokens, y [n][stride].
-  void multiply(const Group& group, const Plan& plan, std::size_t n, float* y, std::size_t stride, std::size_t part,
+  // A part of the group's outputs for n tokens, y [n][stride].
+  void multiply(const Group& group, const Plan& plan, const Part& p, std::size_t n, float* y, std::size_t stride,
                 std::size_t thread) {
-    for (const Part& p : plan.parts[part]) {
-      const Linear& l = group.linears[p.linear];
-      float* out = y + plan.output[p.linear];
-      const Inputs x = prepared[plan.input_of[p.linear]].view(*plan.inputs[plan.input_of[p.linear]], n);
-      linear.run(l.weight, x, p.first, p.last, out, stride, scratches[thread].data());
-      if (l.bias == nullptr) continue;
-      const std::size_t first = p.first * kTileRows, last = std::min(p.last * kTileRows, l.weight.rows);
-      for (std::size_t t = 0; t < n; ++t) ops.add(out + t * stride + first, l.bias + first, last - first);
+    const Linear& l = group.linears[p.linear];
+    float* out = y + plan.output[p.linear];
+    const Inputs x = prepared[plan.input_of[p.linear]].view(*plan.inputs[plan.input_of[p.linear]], n);
+    linear.run(l.weight, x, p.first, p.last, out, stride, scratches[thread].data());
+    if (l.bias == nullptr) return;
+    const std::size_t first = p.first * kTileRows, last = std::min(p.last * kTileRows, l.weight.rows);
+    for (std::size_t t = 0; t < n; ++t) ops.add(out + t * stride + first, l.bias + first, last - first);
+  }
+
+  // What is left of the group: this thread's own share, then the others'.
+  void multiply(const Group& group, Plan& plan, std::size_t n, float* y, std::size_t stride, std::size_t thread) {
+    for (std::size_t i = 0; i < threads; ++i) {
+      Share& share = plan.shares[(thread + i) % threads];
+      while (true) {
+        const std::size_t next = share.taken.fetch_add(1, std::memory_order_relaxed);
+        if (next >= share.parts.size()) break;
+        multiply(group, plan, share.parts[next], n, y, stride, thread);
+      }
     }
+  }
+
+  void restart(Plan& plan) {
+    for (Share& share : plan.shares) share.taken.store(0, std::memory_order_relaxed);
   }
 
   void begin(const std::int32_t* tokens, const std::int32_t* positions, std::size_t t) {
@@ -485,6 +513,10 @@ void Engine::State::run(const std::int32_t* tokens, const std::int32_t* slots_of
     }
     t = same;
   }
+  for (Plans& p : plans) {
+    for (Plan* plan : {&p.qkv, &p.o, &p.gate_up, &p.down}) restart(*plan);
+  }
+  restart(head_plan);
 #if defined(_OPENMP)
 #pragma omp parallel num_threads(static_cast<int>(threads))
 #endif
@@ -501,17 +533,14 @@ void Engine::State::run(const std::int32_t* tokens, const std::int32_t* slots_of
 #pragma omp barrier
 #endif
     };
-    const auto multiply_parts = [&](const Group& group, const Plan& plan, std::size_t count, float* y,
-                                    std::size_t stride) {
-      for (std::size_t part = thread; part < threads; part += team) {
-        multiply(group, plan, count, y, stride, part, thread);
-      }
+    const auto multiply_all = [&](const Group& group, Plan& plan, std::size_t count, float* y, std::size_t stride) {
+      multiply(group, plan, count, y, stride, thread);
       wait();
     };
     for (std::size_t t = from; t < to; ++t) begin(tokens, positions, t);
     for (std::size_t index = 0; index < model.layers.size(); ++index) {
       const Layer& layer = model.layers[index];
-      const Plans& plan = plans[index];
+      Plans& plan = plans[index];
       for (std::size_t t = from; t < to; ++t) {
         float* x = hidden.data() + t * d;
         if (index > 0) ops.add(x, small.data() + t * d, d);
@@ -519,7 +548,7 @@ void Engine::State::run(const std::int32_t* tokens, const std::int32_t* slots_of
         prepare(layer.qkv, plan.qkv, vector, t, thread);
       }
       wait();
-      multiply_parts(layer.qkv, plan.qkv, n, wide.data(), q + 2 * kv);
+      multiply_all(layer.qkv, plan.qkv, n, wide.data(), q + 2 * kv);
       for (std::size_t i = thread; i < n * per_row; i += team) {
         const std::size_t t = i / per_row;
         place(layer, index, i % per_row, t, static_cast<std::size_t>(slots_of[t]),
@@ -532,7 +561,7 @@ void Engine::State::run(const std::int32_t* tokens, const std::int32_t* slots_of
       wait();
       for (std::size_t t = from; t < to; ++t) prepare(layer.o, plan.o, attended.data() + t * q, t, thread);
       wait();
-      multiply_parts(layer.o, plan.o, n, small.data(), d);
+      multiply_all(layer.o, plan.o, n, small.data(), d);
       for (std::size_t t = from; t < to; ++t) {
         float* x = hidden.data() + t * d;
         ops.add(x, small.data() + t * d, d);
@@ -540,14 +569,14 @@ void Engine::State::run(const std::int32_t* tokens, const std::int32_t* slots_of
         prepare(layer.gate_up, plan.gate_up, vector, t, thread);
       }
       wait();
-      multiply_parts(layer.gate_up, plan.gate_up, n, wide.data(), 2 * model.intermediate);
+      multiply_all(layer.gate_up, plan.gate_up, n, wide.data(), 2 * model.intermediate);
       for (std::size_t t = from; t < to; ++t) {
         const float* gate = wide.data() + t * 2 * model.intermediate;
         ops.gate(model.gate, gate, gate + model.intermediate, model.intermediate, vector);
         prepare(layer.down, plan.down, vector, t, thread);
       }
       wait();
-      multiply_parts(layer.down, plan.down, n, small.data(), d);
+      multiply_all(layer.down, plan.down, n, small.data(), d);
     }
     for (std::size_t i = thread; i < wanted; i += team) {
       float* x = hidden.data() + static_cast<std::size_t>(rows[i]) * d;
@@ -557,7 +586,7 @@ void Engine::State::run(const std::int32_t* tokens, const std::int32_t* slots_of
       prepare(model.head, head_plan, normed, i, thread);
     }
     wait();
-    if (wanted > 0) multiply_parts(model.head, head_plan, wanted, logits, model.vocabulary);
+    if (wanted > 0) multiply_all(model.head, head_plan, wanted, logits, model.vocabulary);
     if (model.exact_head != nullptr) {
       for (std::size_t i = thread; i < wanted; i += team) {
         sharpen(small.data() + static_cast<std::size_t>(rows[i]) * d, logits + i * model.vocabulary);

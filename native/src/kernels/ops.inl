@@ -142,7 +142,7 @@ static void times(const float* x, const float* m, std::size_t rows, std::size_t 
   }
 }
 
-// kKeyBlock or more numbers of a cache as float32.
+// Numbers of a cache as float32.
 template <typename T>
 static inline void widen(const T* from, std::size_t n, float* to) {
   for (std::size_t i = 0; i < n; ++i) to[i] = static_cast<float>(from[i]);
@@ -233,6 +233,87 @@ static void remember(const CacheView& c, std::size_t position, const float* key,
   }
 }
 
+// 16 numbers that stay in registers: arrays of sums end up in memory where loops over rows surround them.
+typedef float Lanes __attribute__((vector_size(kKeyBlock * sizeof(float))));
+
+static inline Lanes lanes(const float* from) {
+  Lanes found;
+  std::memcpy(&found, from, sizeof found);
+  return found;
+}
+
+static inline Lanes lanes(const std::uint16_t* from) {
+  typedef std::uint16_t Halves __attribute__((vector_size(kKeyBlock * 2)));
+  typedef std::uint32_t Words __attribute__((vector_size(kKeyBlock * 4)));
+  Halves bits;
+  std::memcpy(&bits, from, sizeof bits);
+  const Words wide = __builtin_convertvector(bits, Words) << 16;
+  Lanes found;
+  std::memcpy(&found, &wide, sizeof found);
+  return found;
+}
+
+static inline Lanes lanes(const std::uint8_t* from) {
+  typedef std::uint8_t Bytes __attribute__((vector_size(kKeyBlock)));
+  typedef std::int32_t Words __attribute__((vector_size(kKeyBlock * 4)));
+  Bytes codes;
+  std::memcpy(&codes, from, sizeof codes);
+  return __builtin_convertvector(__builtin_convertvector(codes, Words), Lanes);
+}
+
+// Products of kRows queries with the kKeyBlock keys at `keys`, [d][kKeyBlock].
+template <std::size_t kRows, typename T>
+static inline void meet_keys(const T* keys, std::size_t d, const float* const* queries, float* const* to) {
+  Lanes sums[kRows] = {};
+  for (std::size_t i = 0; i < d; ++i) {
+    const Lanes column = lanes(keys + i * kKeyBlock);
+    for (std::size_t r = 0; r < kRows; ++r) sums[r] += queries[r][i] * column;
+  }
+  for (std::size_t r = 0; r < kRows; ++r) std::memcpy(to[r], &sums[r], sizeof sums[r]);
+}
+
+// out[r][...] = Σ_t p[r][t] · value t / totals[r] for kWide · kKeyBlock channels from `at` on.
+template <std::size_t kRows, std::size_t kWide, typename T>
+static inline void meet_values(const CacheView& c, std::size_t first, std::size_t last, std::size_t at,
+                               const float* scores, std::size_t width, const float* totals, float* const* out) {
+  Lanes sums[kRows][kWide] = {};
+  for (std::size_t t = first; t < last; ++t) {
+    const T* from = static_cast<const T*>(c.values) + t * c.head_dim + at;
+    Lanes value[kWide];
+    for (std::size_t k = 0; k < kWide; ++k) {
+      value[k] = lanes(from + k * kKeyBlock);
+      if (c.kind == CacheKind::u8) value[k] = (value[k] - c.scales[t * 4 + 3]) * c.scales[t * 4 + 2];
+    }
+    for (std::size_t r = 0; r < kRows; ++r) {
+      const float p = scores[r * width + t - first];
+      for (std::size_t k = 0; k < kWide; ++k) sums[r][k] += p * value[k];
+    }
+  }
+  for (std::size_t r = 0; r < kRows; ++r) {
+    for (std::size_t k = 0; k < kWide; ++k) {
+      const Lanes found = sums[r][k] / totals[r];
+      std::memcpy(out[r] + at + k * kKeyBlock, &found, sizeof found);
+    }
+  }
+}
+
+// e^(score − the largest) in place; returns their sum. `width`: whole blocks, scores that are masked far below.
+static inline float soften(float* scores, std::size_t width) {
+  float most = scores[0];
+  for (std::size_t i = 1; i < width; ++i) most = scores[i] > most ? scores[i] : most;
+  float parts[kKeyBlock] = {};
+  for (std::size_t i = 0; i < width; i += kKeyBlock) {
+    for (std::size_t j = 0; j < kKeyBlock; ++j) {
+      const float weight = scores[i + j] < -1e29f ? 0.0f : exponential(scores[i + j] - most);
+      scores[i + j] = weight;
+      parts[j] += weight;
+    }
+  }
+  float total = 0;
+  for (float part : parts) total += part;
+  return total;
+}
+
 template <std::size_t kRows, typename T>
 static void attend_rows(const CacheView& c, const float* const* queries, const std::size_t* begin,
                         const std::size_t* end, float factor, float* const* out, float* scores) {
@@ -247,78 +328,42 @@ static void attend_rows(const CacheView& c, const float* const* queries, const s
     }
   }
   first = first / kKeyBlock * kKeyBlock;
-  const std::size_t blocks = (last - first + kKeyBlock - 1) / kKeyBlock, width = blocks * kKeyBlock;
-  for (std::size_t b = 0; b < blocks; ++b) {
-    const std::size_t start = first + b * kKeyBlock;
-    const T* keys = static_cast<const T*>(c.keys) + start * d;
-    float sums[kRows][kKeyBlock] = {};
-    for (std::size_t i = 0; i < d; ++i) {
-      float column[kKeyBlock];
-      widen(keys + i * kKeyBlock, kKeyBlock, column);
-      for (std::size_t r = 0; r < kRows; ++r) {
-        const float q = queries[r][i];
-        for (std::size_t j = 0; j < kKeyBlock; ++j) sums[r][j] += q * column[j];
-      }
-    }
+  const std::size_t width = (last - first + kKeyBlock - 1) / kKeyBlock * kKeyBlock;
+  for (std::size_t b = 0; b < width; b += kKeyBlock) {
+    const std::size_t start = first + b;
+    float* rows[kRows];
+    for (std::size_t r = 0; r < kRows; ++r) rows[r] = scores + r * width + b;
+    meet_keys<kRows>(static_cast<const T*>(c.keys) + start * d, d, queries, rows);
     for (std::size_t r = 0; r < kRows; ++r) {
-      float* row = scores + r * width + b * kKeyBlock;
       for (std::size_t j = 0; j < kKeyBlock; ++j) {
         const std::size_t position = start + j;
-        float score = sums[r][j];
-        if (position < begin[r] || position >= end[r]) {
-          row[j] = -1e30f;
-          continue;
-        }
+        float score = rows[r][j];
         if (c.kind == CacheKind::u8) {
           score = (score - c.scales[position * 4 + 1] * query_sums[r]) * c.scales[position * 4];
         }
-        row[j] = score * factor;
+        rows[r][j] = position < begin[r] || position >= end[r] ? -1e30f : score * factor;
       }
     }
   }
   float totals[kRows];
-  for (std::size_t r = 0; r < kRows; ++r) {
-    float* row = scores + r * width;
-    float most = row[0];
-    for (std::size_t i = 1; i < width; ++i) most = row[i] > most ? row[i] : most;
-    float parts[kKeyBlock] = {};
-    for (std::size_t i = 0; i < width; i += kKeyBlock) {
-      for (std::size_t j = 0; j < kKeyBlock; ++j) {
-        // A masked score is far below: exactly 0.
-        const float weight = row[i + j] < -1e29f ? 0.0f : exponential(row[i + j] - most);
-        row[i + j] = weight;
-        parts[j] += weight;
-      }
-    }
-    totals[r] = 0;
-    for (float part : parts) totals[r] += part;
+  for (std::size_t r = 0; r < kRows; ++r) totals[r] = soften(scores + r * width, width);
+  std::size_t at = 0;
+  for (; at + 2 * kKeyBlock <= d; at += 2 * kKeyBlock) {
+    meet_values<kRows, 2, T>(c, first, last, at, scores, width, totals, out);
   }
-  constexpr std::size_t kStep = 32;
-  for (std::size_t at = 0; at < d; at += kStep) {
-    const std::size_t n = d - at < kStep ? d - at : kStep;
-    float sums[kRows][kStep] = {};
-    for (std::size_t t = first; t < last; ++t) {
-      float column[kStep];
-      const T* from = static_cast<const T*>(c.values) + t * d + at;
-      float step = 1, zero = 0;
-      if (c.kind == CacheKind::u8) {
-        step = c.scales[t * 4 + 2];
-        zero = c.scales[t * 4 + 3];
-      }
-      if (n == kStep) widen(from, kStep, column);
-      else widen(from, n, column);
-      for (std::size_t r = 0; r < kRows; ++r) {
-        float p = scores[r * width + t - first];
-        if (c.kind == CacheKind::u8) {
-          p *= step;
-          for (std::size_t j = 0; j < kStep; ++j) sums[r][j] += p * (column[j] - zero);
-        } else {
-          for (std::size_t j = 0; j < kStep; ++j) sums[r][j] += p * column[j];
-        }
-      }
-    }
+  for (; at + kKeyBlock <= d; at += kKeyBlock) {
+    meet_values<kRows, 1, T>(c, first, last, at, scores, width, totals, out);
+  }
+  for (; at < d; ++at) {
     for (std::size_t r = 0; r < kRows; ++r) {
-      for (std::size_t j = 0; j < n; ++j) out[r][at + j] = sums[r][j] / totals[r];
+      float sum = 0;
+      for (std::size_t t = first; t < last; ++t) {
+        float value;
+        widen(static_cast<const T*>(c.values) + t * d + at, 1, &value);
+        if (c.kind == CacheKind::u8) value = (value - c.scales[t * 4 + 3]) * c.scales[t * 4 + 2];
+        sum += scores[r * width + t - first] * value;
+      }
+      out[r][at] = sum / totals[r];
     }
   }
 }
