@@ -24,6 +24,7 @@ except ValueError as error:
     raise UserError(str(error)) from None
 
 Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float32]
 
 
 def pack_nibbles(codes: Bytes) -> Bytes:
@@ -87,6 +88,50 @@ def anneal(
     by_column[:, :rows] = scores.T
     index, gain = _native.anneal(by_column, list(range(columns)), kept, m, proposals, start, end, seed, threads)
     return np.array(index, np.int64), gain
+
+
+class SparsePattern:
+    """A held mask [R, C], bool, True = kept, laid out for products with a weight W that is zero elsewhere.
+
+    ``entries`` [kept], int64: row · C + column of every value, in the order of all arrays of values. Results are the
+    same bytes on every instruction set and for any number of threads (native/include/tulle/sparse_train.hpp defines
+    them). Arrays are float32; others than C-contiguous ones are copied first. All methods raise ValueError if shapes do
+    not fit the mask, and TypeError on other dtypes. Immutable; copies share it.
+    """
+
+    def __init__(self, mask: NDArray[np.bool_]):
+        self._pattern = _native.SparsePattern(np.ascontiguousarray(mask))
+        self.shape = (self._pattern.rows, self._pattern.columns)
+        self.kept = self._pattern.kept
+        self.bytes = self._pattern.bytes
+        self.entries = self._pattern.entries()
+
+    def __deepcopy__(self, memo: object) -> SparsePattern:
+        return self
+
+    def __reduce__(self) -> tuple[type[SparsePattern], tuple[NDArray[np.bool_]]]:
+        mask = np.zeros(self.shape, np.bool_)
+        mask.reshape(-1)[self.entries] = True
+        return SparsePattern, (mask,)
+
+    def product(self, values: Floats, x: Floats, bias: Floats | None = None, threads: int = 1) -> Floats:
+        """x [T, C] -> y [T, R] = x·Wᵀ + bias."""
+        y = np.empty((len(x), self.shape[0]), np.float32)
+        bias = None if bias is None else np.ascontiguousarray(bias)
+        self._pattern.product(np.ascontiguousarray(values), np.ascontiguousarray(x), bias, y, threads)
+        return y
+
+    def input_gradient(self, values: Floats, dy: Floats, threads: int = 1) -> Floats:
+        """dy [T, R] -> dx [T, C] = dy·W."""
+        dx = np.empty((len(dy), self.shape[1]), np.float32)
+        self._pattern.input_gradient(np.ascontiguousarray(values), np.ascontiguousarray(dy), dx, threads)
+        return dx
+
+    def weight_gradient(self, x: Floats, dy: Floats, threads: int = 1) -> Floats:
+        """x [T, C], dy [T, R] -> the kept entries of dyᵀ·x, [kept]."""
+        dvalues = np.empty(self.kept, np.float32)
+        self._pattern.weight_gradient(np.ascontiguousarray(x), np.ascontiguousarray(dy), dvalues, threads)
+        return dvalues
 
 
 def _bits(array: NDArray) -> NDArray:
