@@ -129,6 +129,19 @@ def test_generate(settings: dict[str, Any]) -> None:
     assert torch.equal(model.generate(padded, attention_mask=mask, **greedy)[:, 3:], wanted)
 
 
+@pytest.mark.parametrize("name", ["dense", "qkv", "both"])
+@torch.no_grad()
+def test_other_ways_to_generate(name: str) -> None:
+    """A static cache, for which transformers makes the masks; guessed tokens, which are taken back when wrong."""
+    model, ids = build(**VARIANTS[name]), tokens(2, 6)
+    ids[1, :2] = 0
+    greedy: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    mask = (ids != 0).long()
+    wanted = model.generate(ids, attention_mask=mask, **greedy)
+    assert torch.equal(model.generate(ids, attention_mask=mask, cache_implementation="static", **greedy), wanted)
+    assert torch.equal(model.generate(ids[:1], prompt_lookup_num_tokens=3, **greedy), wanted[:1])
+
+
 @torch.no_grad()
 def test_beams_carry_the_convolutions_along() -> None:
     """Beam search reorders the cache; without a cache there is nothing to reorder."""
@@ -157,7 +170,7 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     for checkpointing in (False, True):
         model, ids = build(**VARIANTS["both"]).train(), tokens(2, 7)
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         torch.manual_seed(3)
         model(ids, labels=ids).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})

@@ -18,7 +18,7 @@ from tulle.models.scaling_transformer import (
 )
 from tulle.models.scaling_transformer.attention import SparseAttention
 from tulle.models.scaling_transformer.choices import Choices
-from tulle.models.scaling_transformer.feed_forward import GATHERED_TOKENS, DenseFeedForward
+from tulle.models.scaling_transformer.feed_forward import GATHERED_SHARE, DenseFeedForward
 
 
 def randomised(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -156,18 +156,22 @@ def test_gradients_reach_the_controller(hard: float) -> None:
 
 
 def test_evaluation_takes_the_best_unit_of_each_block_in_every_way_of_computing_it() -> None:
-    """The formula unit by unit, the gathered path and the masked path."""
-    layer = randomised(SparseFeedForward(config())).eval()
-    x = draw(1, GATHERED_TOKENS + 1, 16)
+    """The formula unit by unit; more tokens than are gathered, as many as are gathered, and one."""
+    layer = randomised(SparseFeedForward(config(ff_block=8))).eval()
+    gathered = int(GATHERED_SHARE * 8)
+    assert gathered > 1
+    x = draw(1, 3 * gathered, 16)
     wanted = torch.zeros(len(x[0]), 16) + layer.b2
     for t, token in enumerate(x[0]):
         scores = layer.controller.c2.weight @ (layer.controller.c1.weight @ token) + layer.controller.c2.bias
-        for block in range(6):
-            unit = 4 * block + int(scores[4 * block : 4 * block + 4].argmax())
+        for block in range(3):
+            unit = 8 * block + int(scores[8 * block : 8 * block + 8].argmax())
             wanted[t] += (layer.w1[unit] @ token).clamp(min=0) * layer.w2[unit]
-    torch.testing.assert_close(layer(x)[0], wanted, rtol=1e-4, atol=1e-4)  # values of order 100, in float32
-    one_by_one = torch.cat([layer(x[:, t : t + 1]) for t in range(len(x[0]))], 1)
-    torch.testing.assert_close(one_by_one[0], wanted, rtol=1e-4, atol=1e-4)
+    for count in (len(x[0]), gathered, 1):
+        found = torch.cat([layer(part) for part in x.split(count, 1)], 1)
+        torch.testing.assert_close(found[0], wanted, rtol=1e-4, atol=1e-4)  # values of order 30, in float32
+    two_rows = layer(x[:, :2].transpose(0, 1))
+    torch.testing.assert_close(two_rows[:, 0], wanted[:2], rtol=1e-4, atol=1e-4)
 
 
 def test_decoding_reads_only_the_chosen_units() -> None:

@@ -116,7 +116,7 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
@@ -131,14 +131,18 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = torch.arange(seen, seen + hidden.shape[1], device=hidden.device)[None]
-        known: dict[str, Any] = {
-            "config": self.config,
-            "inputs_embeds": hidden,
-            "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
-        }
-        mask = create_causal_mask(**known, position_ids=position_ids)
-        padding = create_recurrent_attention_mask(**known)
+        mask: Any
+        if isinstance(attention_mask, dict):  # generate has made them, for static caches
+            mask, padding = attention_mask["full_attention"], attention_mask.get("linear_attention")
+        else:
+            known: dict[str, Any] = {
+                "config": self.config,
+                "inputs_embeds": hidden,
+                "attention_mask": attention_mask,
+                "past_key_values": past_key_values,
+            }
+            mask = create_causal_mask(**known, position_ids=position_ids)
+            padding = create_recurrent_attention_mask(**known)
         rotary = None if self.rotary_emb is None else self.rotary_emb(hidden, position_ids=position_ids)
         for layer in self.layers:
             hidden = layer(
