@@ -96,7 +96,7 @@ class _Walk:
                 assert norm is not None
                 norms[index, role] = norm
 
-    def probe(self, trials: Trials, tokens: int) -> dict[Hashable, float]:
+    def probe(self, trials: Trials, tokens: int, hessians: bool = True) -> dict[Hashable, float]:
         """Runs every trial (``Survey.probe``); in memory is one block, and the hidden states of each trial so far.
 
         Hessians are of other sequences than those that the divergence is measured on, where there is more than one.
@@ -109,24 +109,25 @@ class _Walk:
         for index, stored in self._blocks("probe"):
             tensors = {name: t.float().to(self.device) for name, t in stored.items()}
             block = Block(self.config, index, tensors, self.device)
-            hessians: dict[str, Hessian] = {}
-            for batch, hidden in zip(seen, stream, strict=True):
+            found: dict[str, Hessian] = {}
+            for batch, hidden in zip(seen, stream, strict=True) if hessians else ():
                 for role, x in run_watched(block, hidden, self.model.rows)[1].items():
-                    if role not in hessians:
-                        hessians[role] = Hessian.zeros(x.shape[-1], self.device)
-                    hessians[role].add(x[batch.valid.to(self.device)])
+                    if role not in found:
+                        found[role] = Hessian.zeros(x.shape[-1], self.device)
+                    found[role].add(x[batch.valid.to(self.device)])
             running = {key: _run(block, {}, states) for key, states in running.items()}
-            for key, replaced in trials(index, tensors, hessians):
+            for key, replaced in trials(index, tensors, found):
                 running[key] = _run(block, replaced, dense)
-            stream, dense = _run(block, {}, stream), _run(block, {}, dense)
+            stream = _run(block, {}, stream) if hessians else stream
+            dense = _run(block, {}, dense)
         total: dict[Hashable, float] = dict.fromkeys(running, 0.0)
         predict = self._predictor()
         for i, batch in enumerate(measured):
             valid = batch.valid.to(self.device)
             wanted = predict(dense[i][valid])
             for key, states in running.items():
-                found = predict(states[i][valid])
-                total[key] += float(nn.functional.kl_div(found, wanted, log_target=True, reduction="sum"))
+                given = predict(states[i][valid])
+                total[key] += float(nn.functional.kl_div(given, wanted, log_target=True, reduction="sum"))
         return {key: value / sum(map(len, probed)) for key, value in total.items()}
 
     def _embedded(self, batches: Sequence[Batch]) -> list[Tensor]:

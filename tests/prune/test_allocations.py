@@ -131,7 +131,7 @@ class TestAllocate:
         """Two blocks whose probes are made up: the second costs four times the first, c = s² and 4·s²."""
         seen: list[int] = []
 
-        def probe(trials: Any, tokens: int) -> dict[Any, float]:
+        def probe(trials: Any, tokens: int, hessians: bool) -> dict[Any, float]:
             costs = {}
             for index in range(2):
                 hessian = Hessian.zeros(4)

@@ -319,6 +319,25 @@ def test_road_of_a_dense_model_in_stages(tmp_path: Path, small_evaluation: None)
     train(file, tmp_path / "again" / "out", log=lambda line: None)
 
 
+def test_road_of_fine_tuning(tmp_path: Path, small_evaluation: None) -> None:
+    train(recipe(tmp_path), tmp_path / "start", log=lambda line: None)
+    for name, first in (("task", 0), ("held", 500)):
+        rows = [{"question": f"{i} + {i}", "answer": str(2 * i)} for i in range(first, first + 100)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source, held = (
+        {"path": str(tmp_path / f"{name}.jsonl"), "template": "Question: {question}\nAnswer: {answer}"}
+        for name in ("task", "held")
+    )
+    file = recipe(
+        tmp_path, model=None, start=str(tmp_path / "start"), data={"sources": [source], "held_out": [held]},
+        methods=[{"q_sparse": {"share": 0.5}}, {"squarehead": {"teacher": "start"}}],
+    )  # fmt: skip
+    out = train(file, tmp_path / "out", log=lambda line: None)
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["squarehead"] > 0 and last["zeros_qkv"] == pytest.approx(0.5)
+    assert tulle.hf.load(out).config.quantization_config.packed.linears
+
+
 def test_packing_afterwards_is_refused(tmp_path: Path, small_evaluation: None) -> None:
     stages = [{"name": "x", "methods": [{"q_sparse": {}}], "compress": "w4a16-g128"}]
     with pytest.raises(UserError, match="expected no compress in stage x"):

@@ -97,5 +97,5 @@ class ActivationBudget(Method):
                         replaced[name] = top_k(level, tensors[f"{name}.weight"].shape[1])
                     yield (index, number, level), replaced
 
-        found = survey.probe(trials, self.tokens)
+        found = survey.probe(trials, self.tokens, False)
         return np.array([[found[i, u, s] for s in levels] for i in range(survey.layers) for u in range(len(units))])

@@ -358,9 +358,10 @@ class Survey:
     """Full linear name → share of inputs that selecting steps drop instead of their own."""
     column_norm: Callable[[int, str], Tensor] | None = None
     """‖X_j‖₂ ``[C_in]`` of a role of a block over the tokens of the walk; for methods that need ``column_norm``."""
-    probe: Callable[[Trials, int], dict[Hashable, float]] | None = None
-    """``probe(trials, tokens)``: walks the model block by block and returns, for every trial, the mean KL divergence
-    (nats per token) of the next token's distribution from the dense model's, over about ``tokens`` tokens."""
+    probe: Callable[[Trials, int, bool], dict[Hashable, float]] | None = None
+    """``probe(trials, tokens, hessians)``: walks the model block by block and returns, for every trial, the mean KL
+    divergence (nats per token) of the next token's distribution from the dense model's, over about ``tokens`` tokens.
+    Without ``hessians`` the trials are given none."""
     notes: list[str] = field(default_factory=list)
 
 

@@ -159,5 +159,5 @@ class Allocate(Method):
         tokens = max(2, min(self.tokens, MOST_STATES // (survey.layers * len(units) * len(levels) * survey.hidden)))
         if tokens < self.tokens:
             survey.notes.append(f"allocate: measured on {tokens} tokens in place of {self.tokens}, to save memory")
-        found = survey.probe(trials, tokens)
+        found = survey.probe(trials, tokens, True)
         return np.array([[found[i, u, s] for s in levels] for i in range(survey.layers) for u in range(len(units))])
