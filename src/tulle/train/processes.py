@@ -21,8 +21,7 @@ class Processes:
     """This process among those that train together."""
 
     def __init__(self) -> None:
-        # Precision is the recipe's: autocast in the loop, whatever the launcher's configuration says.
-        self._accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
+        self._accelerator = _accelerator()
 
     @property
     def rank(self) -> int:
@@ -64,8 +63,9 @@ class Processes:
             raise UserError(
                 "expected optimizer: adamw under FSDP2, found muon, which needs whole matrices; launch with DDP instead"
             )
+        # A new one for every model: it keeps what it has wrapped.
+        self._accelerator = _accelerator()
         wrapped, *prepared = self._accelerator.prepare(model, *optimizers)
-        self._accelerator.free_memory()  # it would keep what it has wrapped for the next stage
         return wrapped, [getattr(optimizer, "optimizer", optimizer) for optimizer in prepared]
 
     def mean(self, value: float) -> float:
@@ -90,6 +90,11 @@ class Processes:
         if self.count == 1:
             return contextlib.nullcontext()
         return self._accelerator.no_sync(model)
+
+
+def _accelerator() -> Accelerator:
+    # Precision is the recipe's: autocast in the loop, whatever the launcher's configuration says.
+    return Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
 
 
 def placed_like(value: Tensor, parameter: Tensor) -> Tensor:
