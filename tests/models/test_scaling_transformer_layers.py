@@ -145,14 +145,20 @@ def test_gradient_of_the_mask_is_the_softmax_s(hard: float) -> None:
 
 @pytest.mark.parametrize("hard", [0.0, 1.0])
 def test_gradients_reach_the_controller(hard: float) -> None:
-    """Scores of units that were not chosen included: wherever a unit of their block is active, they move."""
+    """That of each score by hand: what its unit gives, or would have given, times the upstream gradient, through the
+    softmax."""
     layer = randomised(SparseFeedForward(config(ff_hard_probability=hard))).train()
-    x = draw(2, 5, 16)
+    x, upstream = draw(2, 5, 16), draw(2, 5, 16, seed=2)
     torch.manual_seed(0)
-    layer(x).square().sum().backward()
+    layer(x).backward(upstream)
     for name, parameter in layer.named_parameters():
         assert parameter.grad is not None and float(parameter.grad.abs().max()) > 0, name
-    assert bool((layer.controller.c2.bias.grad != 0).all())
+    with torch.no_grad():
+        given = (x @ layer.w1.T).relu() * (upstream @ layer.w2.T)
+        soft = layer.controller(x).softmax(-1)
+        given = given.unflatten(-1, (6, 4))
+        wanted = (soft * (given - (soft * given).sum(-1, keepdim=True))).sum((0, 1)).flatten()
+    torch.testing.assert_close(layer.controller.c2.bias.grad, wanted, rtol=1e-4, atol=1e-3)  # values of order 100
 
 
 def test_evaluation_takes_the_best_unit_of_each_block_in_every_way_of_computing_it() -> None:

@@ -7,9 +7,9 @@
     output       y = (relu(x·W₁) ⊙ mask)·W₂ + b₂
 
 Where paper and authors' code leave a choice: the draw between hard and soft is one per layer and pass (as coded); the
-mask multiplies after the ReLU (as printed; as coded, before it, the straight-through gradient never reaches the scores
-of units that were not chosen); W₁ has no bias (as coded), here in the dense layer as well, so that the two differ in
-nothing else.
+mask multiplies after the ReLU (as printed; as coded, before it, what a unit that was not chosen would have given does
+not enter the gradient of its score); W₁ has no bias (as coded), here in the dense layer as well, so that the two differ
+in nothing else.
 """
 
 from __future__ import annotations
