@@ -63,6 +63,7 @@ from tulle.streams import Batch, HiddenStates, batched
 
 SPARSE_FROM = 0.01
 """Share of exact zeros from which on a linear of a checkpoint counts as pruned."""
+FILLED = "the checkpoint's zeros are filled by a rotation or another map of its inputs; leave it out to keep them"
 
 __all__ = ["Batch", "BlockResult", "HiddenStates", "Walker", "batched"]
 
@@ -538,7 +539,7 @@ def hold_zeros(linear: LinearState) -> None:
     if linear.mask is not None or zero_share(linear.dense) < SPARSE_FROM:
         return
     if zero_share(linear.weight) < SPARSE_FROM:
-        linear.notes.append("the checkpoint's zeros are filled by a transform of the input; leave it out to keep them")
+        linear.notes.append(FILLED)
         return
     linear.mask = linear.weight != 0
     linear.pattern = next((text for text in PATTERNS if follows(linear.mask, Pattern.parse(text))), None)

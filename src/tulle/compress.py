@@ -23,9 +23,10 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from tulle import machine
-from tulle.calibrate import BlockResult, Walker, batched
+from tulle.calibrate import FILLED, SPARSE_FROM, BlockResult, Walker, batched
 from tulle.core.contract import LinearState, Progress
 from tulle.core.mask_structure import mask_structure
+from tulle.core.masks import zero_share
 from tulle.errors import UserError
 from tulle.format.spec import AttentionSpec, LinearSpec, QuantizationConfig
 from tulle.models.anatomy import Anatomy, anatomy
@@ -115,6 +116,8 @@ def compress(
         source_of = Source(checkpoint, anatomy)
         # Repeated by a resumed run, with the same result: what it decides is nowhere on disk.
         survey = take_survey(config, anatomy, source_of, chosen, batches, device, progress, seed)
+        if survey.residual and any(zero_share(t) >= SPARSE_FROM for t in source_of.read_block(0).values()):
+            survey.notes.append(FILLED)
         source_of = Source(checkpoint, anatomy, survey.residual)
         walker = Walker(config, anatomy, chosen, batches, folder_of_run.work, device, progress, seed)
         walker.kept, walker.kept_inputs, walker.residual = survey.kept, survey.kept_inputs, survey.residual
