@@ -14,7 +14,7 @@ import tulle.hf  # noqa: F401 (registers the model)
 from tulle import road
 from tulle.errors import UserError
 from tulle.models.scaling_transformer import ScalingTransformerForCausalLM, parameter_count
-from tulle.train import tokens
+from tulle.train import loop, tokens
 from tulle.train.architecture import OtherModel
 from tulle.train.curve import read_metrics
 from tulle.train.loop import build_model
@@ -39,7 +39,7 @@ def recipe_file(folder: Path, **model: Any) -> Path:
         "data": {"sources": [{"name": "tqdm"}], "vocab_size": 300},
         "training": {
             "tokens": 40 * 64, "context": 16, "batch": 4, "optimizer": "muon", "learning_rate": 0.01,
-            "precision": "fp32", "compile": False, "evaluate_every": 10, "evaluate_windows": 4,
+            "precision": "fp32", "compile": False, "evaluate_every": 10, "evaluate_windows": 4, "checkpoint_every": 20,
         },
     }  # fmt: skip
     file = folder / "recipe.yaml"
@@ -48,16 +48,47 @@ def recipe_file(folder: Path, **model: Any) -> Path:
 
 
 def test_a_scaling_transformer_is_trained_by_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It learns, and is evaluated without noise: twice the same figure."""
+    """It learns, is evaluated without noise, and is loaded by transformers."""
     monkeypatch.setattr(tokens, "held_out_text", lambda: ["def f(x):\n    return x\n" * 30])
+    training: list[bool] = []
+
+    def estimate(loss_of: Any, *arguments: Any) -> float:
+        training.append(loss_of._model.training)
+        return original(loss_of, *arguments)
+
+    original = loop.estimate
+    monkeypatch.setattr(loop, "estimate", estimate)
     out = road.train(recipe_file(tmp_path), tmp_path / "out", log=lambda line: None)
     rows = read_metrics(out / "metrics.jsonl")
+    assert training == [False] * 4
     assert len(rows) == 4 and rows[-1]["loss"] < rows[0]["loss"] - 0.5
     model = AutoModelForCausalLM.from_pretrained(out)
     assert isinstance(model, ScalingTransformerForCausalLM)
     assert (model.config.ff_block, model.config.vocab_size, model.config.max_position_embeddings) == (4, 300, 16)
-    again = road.train(recipe_file(tmp_path), tmp_path / "again", log=lambda line: None)
-    assert read_metrics(again / "metrics.jsonl")[-1]["held_out_bits_per_byte"] == rows[-1]["held_out_bits_per_byte"]
+
+
+def test_a_resumed_run_draws_the_same_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gumbel noise and the draws between hard and soft go on where the run was cut."""
+    monkeypatch.setattr(tokens, "held_out_text", lambda: ["def f(x):\n    return x\n" * 30])
+    recipe = recipe_file(tmp_path)
+    whole = road.train(recipe, tmp_path / "whole", log=lambda line: None)
+    original = loop._step
+
+    def dies(step: int, *arguments: Any) -> float:
+        if step == 25:
+            raise KeyboardInterrupt
+        return original(step, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "_step", dies)
+        road.train(recipe, tmp_path / "cut", log=lambda line: None)
+    resumed = road.train(recipe, tmp_path / "cut", resume=True, log=lambda line: None)
+    assert curve(resumed) == curve(whole)
+    assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def curve(folder: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["held_out_bits_per_byte"]) for row in read_metrics(folder / "metrics.jsonl")]
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
