@@ -83,3 +83,23 @@ def test_not_a_recipe(tmp_path, content, message):
 def test_no_such_file(tmp_path):
     with pytest.raises(UserError, match="found no such file"):
         load_recipe(tmp_path / "none.yaml")
+
+
+TRAINING = sorted(f for f in REFERENCE.parent.glob("*.yaml") if "training" in yaml.safe_load(f.read_text()))
+
+
+@pytest.mark.parametrize("file", TRAINING, ids=lambda file: file.stem)
+def test_shipped_training_recipes_are_valid(file):
+    from tulle.road import check
+
+    for stage in load_recipe(file).resolved():
+        if stage.prune is not None:
+            check(stage.prune, True)
+        if stage.compress is not None:
+            check(stage.compress, False)
+
+
+def test_the_sparse_training_recipes_are_there():
+    ways = {"finetune-1-dense-then-prune", "finetune-2-prune-while", "finetune-3-from-one-shot"}
+    others = {"finetune-4-from-sparse-pretrained", "train-sparse50-70", "train-sparse-road", "train-2of4-sr-ste"}
+    assert ways | others | {"train-top-kast"} <= {file.stem for file in TRAINING}

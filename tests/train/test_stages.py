@@ -216,3 +216,17 @@ def test_bad_roads_fail_in_one_line(tmp_path, road, message):
     with pytest.raises(UserError, match=message) as error:
         train(write(tmp_path, stages=road), tmp_path / "out", log=lambda line: None)
     assert "\n" not in str(error.value)
+
+
+def test_a_stage_may_branch_off_an_earlier_one(tmp_path):
+    cut = {"steps": [{"magnitude": {"sparsity": 0.5}}]}
+    way = [{"name": "a"}, {"name": "b"}, {"name": "c", "start": "a", "prune": cut, "training": {"tokens": 0}}]
+    out = train(write(tmp_path, stages=way), tmp_path / "out", log=lambda line: None)
+    a, b, c = (weights(folder) for folder in sorted((out / "stages").iterdir()))
+    for name, tensor in c.items():
+        assert torch.equal(tensor, a[name] * (tensor != 0)) and not torch.equal(a[name], b[name])
+
+
+def test_an_unknown_start_fails_in_one_line(tmp_path):
+    with pytest.raises(UserError, match="expected a model folder.*found 'nowhere'"):
+        train(write(tmp_path, stages=[{"name": "a", "start": "nowhere"}]), tmp_path / "out", log=lambda line: None)

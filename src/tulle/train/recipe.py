@@ -10,8 +10,8 @@ One run, or a road of stages::
       - {name: sparse70, prune: {steps: [sparsegpt: {sparsity: 0.7}]}, methods: [held_masks: {}]}
       - {name: task, data: {sources: [{path: task.jsonl}]}, methods: [held_masks: {}, squarehead: {teacher: start}]}
 
-Each stage starts from the model that the one before it left, prunes it if told to, trains with its methods, and takes
-what it does not say itself from the recipe.
+Each stage starts from the model that the one before it left (or where it says), prunes it if told to, trains with its
+methods, and takes what it does not say itself from the recipe.
 """
 
 from __future__ import annotations
@@ -145,6 +145,9 @@ class Stage(_Strict):
     """One stretch of the road. What it does not say is the recipe's."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    start: str | None = None
+    """Where it starts instead of where the stage before it ended: an earlier stage, ``start`` (the recipe's), or a
+    model."""
     prune: str | dict[str, Any] | None = None
     """A compression recipe of pruning steps (its content, a file, or a shipped one's name), applied before training."""
     training: dict[str, Any] = {}
@@ -198,6 +201,7 @@ class TrainRecipe(_Strict):
         return [
             ResolvedStage(
                 name=stage.name,
+                start=stage.start,
                 prune=stage.prune,
                 training=_merged(stage, self.training),
                 methods=stage.methods,
@@ -212,6 +216,7 @@ class ResolvedStage(_Strict):
     """A stage with everything said."""
 
     name: str
+    start: str | None = None
     prune: str | dict[str, Any] | None = None
     training: Training
     methods: list[dict[str, Any]]

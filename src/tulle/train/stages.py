@@ -142,30 +142,30 @@ class _Road:
         for method in methods:
             if isinstance(method, SquareHead):
                 method.teach(self._teacher(method.teacher))
+        source = self._last if stage.start is None else self._named(stage.start)
         torch.manual_seed(recipe.seed)
-        model, config = self._model(stage, folder, corpus, texts)
+        model, config = self._model(stage, source, folder, corpus, texts)
         count = processes.count
         if settings.steps:
             wrapped = fit(
                 model, corpus, settings, methods, folder,
                 seed=recipe.seed, record=recipe.model_dump(mode="json"), processes=processes, log=self._log,
-                resume=found, evaluate_first=self._last is not None,
+                resume=found, evaluate_first=source is not None,
             )  # fmt: skip
         else:
             wrapped = model
         weights = checkpoint.weights(wrapped)
         if processes.main:
-            source = self._tokenizer
-            self._save(weights, config, corpus, source, folder, dtype, stage, count, methods)
+            self._save(weights, config, corpus, self._tokenizer, folder, dtype, stage, count, methods)
             if stage.compress is not None and not (folder / "packed").exists():
                 self._tools.compress(folder, stage.compress, texts, folder / "packed", recipe.seed)
         processes.wait()
 
     def _model(
-        self, stage: ResolvedStage, folder: Path, corpus: Corpus, texts: Sequence[str]
+        self, stage: ResolvedStage, source: Path | None, folder: Path, corpus: Corpus, texts: Sequence[str]
     ) -> tuple[PreTrainedModel, Any]:
         """The float32 model that the stage trains, pruned if it asks for that, and its config."""
-        recipe, processes, source = self._recipe, self._processes, self._last
+        recipe, processes = self._recipe, self._processes
         if source is None:
             assert recipe.model is not None and recipe.data.vocab_size is not None
             fresh = build_model(recipe.model, recipe.data.vocab_size, stage.training.context)
@@ -194,7 +194,14 @@ class _Road:
     def _teacher(self, name: str) -> PreTrainedModel:
         if not name:
             raise UserError("expected a teacher for squarehead, found none; name a folder, 'start' or an earlier stage")
-        return load_dense(self._folders.get(name) or self._tools.folder(name, self._out / "teacher"))
+        return load_dense(self._named(name))
+
+    def _named(self, name: str) -> Path:
+        """The dense folder of an earlier stage, of the recipe's start, or of any model."""
+        if name in self._folders:
+            return self._folders[name]
+        with self._processes.main_first():
+            return self._tools.folder(name, self._out / f"unpacked-{Path(name).name}")
 
     def _save(
         self,
