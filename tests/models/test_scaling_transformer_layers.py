@@ -180,6 +180,17 @@ def test_evaluation_takes_the_best_unit_of_each_block_in_every_way_of_computing_
     torch.testing.assert_close(two_rows[:, 0], wanted[:2], rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_gathering_under_autocast() -> None:
+    """Weights in float32, products in bfloat16: as the masked product, to a few of bfloat16's roundings."""
+    layer = randomised(SparseFeedForward(config())).eval()
+    x = draw(1, 1, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = layer.controller(x)
+        masked = layer._masked(x, torch.nn.functional.one_hot(logits.argmax(-1), 4))
+        assert float((layer(x) - masked).norm() / masked.norm()) < 4 * 2**-8
+
+
 def test_decoding_reads_only_the_chosen_units() -> None:
     """Everything else of W₁ and W₂ is NaN and does not show."""
     layer = randomised(SparseFeedForward(config())).eval()

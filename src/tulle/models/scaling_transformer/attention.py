@@ -44,7 +44,7 @@ class Multiplicative(nn.Module):
         return (self.d[:, None] * self.e).flatten(0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x[..., 0].numel() > len(self.d):
+        if x.shape[:-1].numel() > len(self.d):
             return functional.linear(x, self.matrix(), self.bias)
         y = functional.linear(x[..., None, :] * self.d, self.e).flatten(-2)
         return y if self.bias is None else y + self.bias

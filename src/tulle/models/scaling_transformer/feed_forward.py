@@ -51,7 +51,7 @@ def gathered_feed_forward(x: Tensor, units: Tensor, w1: Tensor, w2: Tensor) -> T
     x is ``[T, d]``, w1 and w2 ``[d_ff, d]``, units ``[T, d_ff/N]`` the rows of both that are read.
     """
     active = (functional.embedding(units, w1) @ x[..., None]).squeeze(-1).relu()
-    return functional.embedding_bag(units, w2, per_sample_weights=active, mode="sum")
+    return functional.embedding_bag(units, w2, per_sample_weights=active.to(w2.dtype), mode="sum")
 
 
 class Controller(nn.Module):
@@ -87,7 +87,7 @@ class SparseFeedForward(nn.Module):
             return self._masked(x, training_mask(logits, self.temperature, self.hard_probability))
         index = logits.argmax(-1)
         blocks, block = self.controller.shape
-        if x[..., 0].numel() > GATHERED_SHARE * block:
+        if x.shape[:-1].numel() > GATHERED_SHARE * block:
             return self._masked(x, one_hot(index, logits))
         units = index + torch.arange(0, blocks * block, block, device=x.device)
         return gathered_feed_forward(x.flatten(0, 1), units.flatten(0, 1), self.w1, self.w2).view_as(x) + self.b2
