@@ -60,7 +60,9 @@ def build_optimizers(model: nn.Module, settings: Training) -> list[torch.optim.O
     matrices = [p for name, p in named if p.ndim == 2 and not _is_embedding(name)]
     # Kernels of convolutions are no matrices to Muon, and decay like ones.
     tables = [p for name, p in named if p.ndim > 2 or (p.ndim == 2 and _is_embedding(name))]
-    vectors = [p for _, p in named if p.ndim < 2]
+    # The kept entries of a matrix in one vector (masks.HeldMasks, native) decay like the matrix.
+    tables += [p for _, p in named if p.ndim < 2 and getattr(p, "decays", False)]
+    vectors = [p for _, p in named if p.ndim < 2 and not getattr(p, "decays", False)]
     rate, decay = settings.learning_rate, settings.weight_decay
     by_adamw = [
         {"params": tables if settings.optimizer == "muon" else matrices + tables, "weight_decay": decay},

@@ -81,9 +81,7 @@ class SquareHead(TrainingMethod):
     def prepare(self, model: nn.Module, steps: int = 0, linears: Mapping[str, nn.Linear] | None = None) -> None:
         self.steps = steps
         if not self._teacher:
-            raise UserError(
-                "expected a teacher of squarehead, found none; name one in the recipe or call teach(model)"
-            )
+            raise UserError("expected a teacher of squarehead, found none; name one in the recipe or call teach(model)")
 
     def loss_terms(self, inputs: Mapping[str, Tensor], outputs: Any) -> dict[str, Tensor]:
         (teacher,) = self._teacher
