@@ -37,10 +37,19 @@ def ternary(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / (alpha + TINY)).round().clamp(-1, 1), alpha
 
 
+@torch.library.custom_op("tulle::ternary_weight", mutates_args=())
 def ternary_weight(weight: Tensor) -> Tensor:
-    """Ŵ ``[C_out, C_in]`` in the dtype of W."""
+    """Ŵ ``[C_out, C_in]`` in the dtype of W.
+
+    One opaque operator: a compiler that fuses it leaves out the rounding of α to bfloat16.
+    """
     codes, alpha = ternary(weight)
     return (codes * alpha).to(weight.dtype)
+
+
+@ternary_weight.register_fake
+def _(weight: Tensor) -> Tensor:
+    return torch.empty_like(weight)
 
 
 def quantised(weight: Tensor) -> Quantised:
