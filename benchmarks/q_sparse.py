@@ -4,6 +4,7 @@
     python benchmarks/q_sparse.py scratch                  three sizes from scratch: dense, Top-K, ReLU, no STE, b1.58
     python benchmarks/q_sparse.py law                      sizes × sparsities, and the law fitted on them
     python benchmarks/q_sparse.py continue                 the reference model trained on, at 40, 50 and 60 %
+    python benchmarks/q_sparse.py select                   milliseconds to find the K largest, beside a product
 
 ``free``: tinystories-656K (protocol of peer_tinystories.py) and the bundled reference model (calibrated on modules of
 the standard library's training side, evaluated on the beginnings of its held-out modules). All tokens are sparse, the
@@ -240,9 +241,38 @@ def continued(trainer: Trainer, tokens: int) -> None:
         trainer.run(f"continue/{method}", recipe)
 
 
+def select() -> None:
+    """Prints milliseconds, the best of five."""
+    import torch
+
+    from tulle.core.masks import largest
+    from tulle.core.topk import keep_largest
+
+    print(f"{torch.get_num_threads()} threads; milliseconds for 8192 tokens")
+    for channels in (256, 768, 2048):
+        scores = torch.randn(8192, channels).abs()
+        keep = round(0.3 * channels)
+        weight = torch.randn(256, channels)
+        ways = {
+            "keep_largest": lambda s=scores, k=keep: keep_largest(s, k),
+            "kthvalue and ties": lambda s=scores, k=keep: largest(s, k),
+            "torch.topk": lambda s=scores, k=keep: s.topk(k, sorted=False),
+            "product with 256 rows": lambda s=scores, w=weight: s @ w.T,
+        }
+        times = {}
+        for name, way in ways.items():
+            taken = []
+            for _ in range(5):
+                begun = time.perf_counter()
+                way()
+                taken.append(time.perf_counter() - begun)
+            times[name] = 1000 * min(taken)
+        print(f"{keep} of {channels}: " + ", ".join(f"{name} {value:.1f}" for name, value in times.items()))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["free", "scratch", "law", "continue"])
+    parser.add_argument("what", choices=["free", "scratch", "law", "continue", "select"])
     parser.add_argument("--data", type=Path, help="with models/tinystories-656K and text/tinystories_10k.txt")
     parser.add_argument("--models", nargs="*", default=["tinystories", "reference"])
     parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=list(SIZES))
@@ -252,6 +282,9 @@ def main() -> None:
     given = parser.parse_args()
     if given.what == "free":
         free(given.data, given.models, given.out or RESULTS / "activation_sparsity.json")
+        return
+    if given.what == "select":
+        select()
         return
     from tulle import machine
 
