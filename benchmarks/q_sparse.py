@@ -64,7 +64,7 @@ def joint_recipes() -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def free(data: Path | None, models: list[str], out: Path) -> None:
+def free(data: Path | None, models: list[str], methods: list[str] | None, out: Path) -> None:
     from w4a4 import SETTINGS, Bench
 
     from tulle import machine
@@ -78,6 +78,8 @@ def free(data: Path | None, models: list[str], out: Path) -> None:
             print(f"{name}: dense {dense:.2f}", flush=True)
             for share in SHARES:
                 for method, steps in free_recipes(share).items():
+                    if methods is not None and method not in methods:
+                        continue
                     cell = cells.make(f"{name}/{method}/{share}", lambda s=steps, b=bench: b.run(b.model, s, "layer"))
                     print(f"  {share:.0%} {method:18} {cell['perplexity']:8.2f}  {cell['seconds']:.0f} s", flush=True)
             for method, steps in joint_recipes().items():
@@ -275,13 +277,14 @@ def main() -> None:
     parser.add_argument("what", choices=["free", "scratch", "law", "continue", "select"])
     parser.add_argument("--data", type=Path, help="with models/tinystories-656K and text/tinystories_10k.txt")
     parser.add_argument("--models", nargs="*", default=["tinystories", "reference"])
+    parser.add_argument("--methods", nargs="*", choices=list(free_recipes(0.5)), help="of free; without: all")
     parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--tokens", type=int, default=5_000_000, help="of each training run")
     parser.add_argument("--work", type=Path, default=Path("build/q_sparse"), help="folder of the training runs")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     if given.what == "free":
-        free(given.data, given.models, given.out or RESULTS / "activation_sparsity.json")
+        free(given.data, given.models, given.methods, given.out or RESULTS / "activation_sparsity.json")
         return
     if given.what == "select":
         select()
