@@ -3,7 +3,12 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#if defined(TULLE_HAVE_AMX) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
+#include "kernels/linear_amx.hpp"
 #include "kernels/tables.hpp"
 #include "tulle/cpu.hpp"
 
@@ -16,6 +21,18 @@ namespace {
   kernels.mask32 = scalar_packing.mask32;
   return kernels;
 }
+
+#if defined(TULLE_HAVE_AMX)
+// Linux lends tiles to a process that asks (Documentation/arch/x86/xstate.rst).
+bool ask_for_tiles() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 std::vector<Isa> probe() {
   std::vector<Isa> isas = {{"scalar", &scalar_packing, &scalar_permutation, &scalar_linear, &scalar_ops,
@@ -30,6 +47,14 @@ std::vector<Isa> probe() {
   if (has_avx2 && cpu.avx512f && cpu.avx512bw && cpu.avx512vl && cpu.avx512vbmi && cpu.avx512vbmi2 &&
       cpu.avx512vnni) {
     isas.push_back({"avx512", &avx512_packing, &avx512_permutation, &avx512_linear, &avx512_ops, &avx512_sparse_train});
+#if defined(TULLE_HAVE_AMX)
+    if (cpu.amx_tile && cpu.amx_int8 && ask_for_tiles() && amx_multiplies()) {
+      Isa amx = isas.back();
+      amx.name = "amx";
+      amx.linear = &amx_linear;
+      isas.push_back(amx);
+    }
+#endif
   }
 #endif
 #endif

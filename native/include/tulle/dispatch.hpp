@@ -13,7 +13,7 @@
 namespace tulle {
 
 struct Isa {
-  const char* name;  // "scalar", "avx2", "avx512"
+  const char* name;  // "scalar", "avx2", "avx512", "amx"
   const PackingKernels* packing;
   const PermutationKernels* permutation;
   const LinearKernels* linear;
