@@ -230,3 +230,12 @@ def test_a_stage_may_branch_off_an_earlier_one(tmp_path):
 def test_an_unknown_start_fails_in_one_line(tmp_path):
     with pytest.raises(UserError, match="expected a model folder.*found 'nowhere'"):
         train(write(tmp_path, stages=[{"name": "a", "start": "nowhere"}]), tmp_path / "out", log=lambda line: None)
+
+
+def test_a_road_that_failed_at_once_may_be_mended_and_started_again(tmp_path):
+    wrong = {"name": "a", "prune": {"steps": [{"sparsegpt": {"sparsity": 0.5}}], "calibration": {"samples": 10**6}}}
+    with pytest.raises(UserError, match="calibration text"):
+        train(write(tmp_path, stages=[wrong]), tmp_path / "out", log=lambda line: None)
+    right = {"name": "a", "prune": pruning({"sparsity": 0.5}), "methods": [{"held_masks": {}}]}
+    out = train(write(tmp_path, stages=[right]), tmp_path / "out", log=lambda line: None)
+    assert share(weights(out)) == pytest.approx(0.5, abs=0.002)

@@ -40,7 +40,7 @@ app.command("export", short_help="Write a compressed model in another format.")(
 app.command("generate", short_help="Continue a text with the native engine.")(generate)
 app.command("chat", short_help="Talk to a model.")(chat)
 app.command("bench", short_help="Prefill and decode speed of the engine.")(bench)
-app.command("train", short_help="Train a model from scratch by a recipe.")(train)
+app.command("train", short_help="Train by a recipe: new, continued, fine-tuned, sparse.")(train)
 
 app.add_typer(law, name="law", short_help="Scaling laws of sparse activations.")
 

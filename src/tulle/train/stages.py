@@ -309,19 +309,27 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def _claim(recipe: TrainRecipe, out: Path, resume: bool) -> None:
-    """Raises ``UserError`` unless ``out`` is new, or holds the run to go on with."""
-    record = out / "recipe.json"
-    if not resume:
-        if out.exists() and any(entry.name != "data" for entry in out.iterdir()):
-            raise UserError(
-                f"expected {out} to be empty, found files; try another folder, or --resume to go on with its run"
-            )
-    elif recipe.stages and record.is_file():
-        if _on_the_curve(TrainRecipe.model_validate_json(record.read_text())) != _on_the_curve(recipe):
-            raise _other_recipe(out)
-    if recipe.stages:
-        out.mkdir(parents=True, exist_ok=True)
-        record.write_text(recipe.model_dump_json(indent=1) + "\n")
+    """Raises ``UserError`` unless ``out`` is new, or holds the run to go on with. A road that failed before its first
+    checkpoint leaves nothing that counts: it may be started again with another recipe.
+    """
+    record, steps = out / "recipe.json", out / "stages"
+    begun = any(steps.glob("*/run.json")) or any(steps.glob("*/checkpoints/step-*"))
+    same = record.is_file() and _on_the_curve(TrainRecipe.model_validate_json(record.read_text())) == _on_the_curve(
+        recipe
+    )
+    passing = {"data"} if begun else {"data", "recipe.json", "stages", "start"}
+    if not resume and out.exists() and any(entry.name not in passing for entry in out.iterdir()):
+        raise UserError(
+            f"expected {out} to be empty, found files; try another folder, or --resume to go on with its run"
+        )
+    if not recipe.stages:
+        return
+    if begun and not same:
+        raise _other_recipe(out)
+    if not same:
+        shutil.rmtree(steps, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    record.write_text(recipe.model_dump_json(indent=1) + "\n")
 
 
 def _other_recipe(out: Path) -> UserError:
