@@ -6,10 +6,11 @@
 //   dw[o][k] = sum over panels of 64 tokens, in order, of: 16 lanes l, each dy·x of token l, then fma of tokens l+16,
 //              l+32, l+48; then per four lanes (l0+l2)+(l1+l3) = s, then (s0+s2)+(s1+s3).
 //
-// How: rows come in parts whose sums stay in the level-2 cache; a panel of tokens lies transposed in the level-1 cache, [column][64], for a block of columns; every kept entry
-// is then one broadcast, and a fused multiply-add with a memory operand for every vector of tokens. The load ports
-// bound that, so four weights and four places are read at a time. Of a block, rows come sorted by how many entries
-// they keep: equal counts in a row are loops that the branch predictor knows.
+// How: a panel of tokens lies transposed in the level-1 cache, [column][64], for a block of columns; the sums of a part
+// of the rows stay in the level-2 cache. Every kept entry is then one broadcast, and a fused multiply-add with a memory
+// operand for every vector of tokens. The load ports bound that, so four weights and four places are read at a time. Of
+// a block, rows come sorted by how many entries they keep: equal counts in a row are loops that the branch predictor
+// knows.
 #pragma once
 
 #include <cstddef>
