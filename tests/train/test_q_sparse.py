@@ -222,6 +222,13 @@ def test_metrics_count_zeros(tmp_path: Path) -> None:
     assert method.metrics() == {}
 
 
+def test_rounding_after_the_selection_is_refused(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "m", num_hidden_layers=1)
+    QSparse().prepare(model)
+    with pytest.raises(UserError, match="expected bitnet before q_sparse"):
+        BitNet().prepare(model)
+
+
 def test_shipped_recipes() -> None:
     folder = Path(__file__).parents[2] / "recipes"
     found = {
@@ -278,7 +285,9 @@ METHODS_OF_A_RECIPE = [{"bitnet": {}}, {"q_sparse": {"share": 0.25, "activation"
 
 def test_road_from_scratch(tmp_path: Path, small_evaluation: None) -> None:
     out = train(recipe(tmp_path, methods=METHODS_OF_A_RECIPE), tmp_path / "out", log=lambda line: None)
-    linears = Checkpoint.open(out).config["quantization_config"]["linears"]
+    config = Checkpoint.open(out).config
+    linears = config["quantization_config"]["linears"]
+    assert config["hidden_act"] == "relu2"
     assert all((s["bits"], s["input_bits"], s["input_sparsity"]["keep"]) == (2, 8, 24 if s["shape"][1] == 32 else 48)
                for s in linears.values())  # fmt: skip
     record = json.loads((out / "run.json").read_text())

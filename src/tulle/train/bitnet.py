@@ -23,7 +23,7 @@ from tulle.core.contract import LinearState
 from tulle.core.grid import Grid, Quantised
 from tulle.core.token_grid import TokenGrid
 from tulle.train.effective import StraightThrough, install, remove
-from tulle.train.inputs import in_front, in_front_of
+from tulle.train.inputs import in_front, in_front_of, require_unselected
 from tulle.train.method import TrainingMethod, local
 
 TINY = 1e-5
@@ -76,6 +76,7 @@ class BitNet(TrainingMethod):
         for linear in self.linears.values():
             install(linear, _straight)
         if self.grid is not None:
+            require_unselected(model, "bitnet")
             if linears is None:
                 in_front(model, dict.fromkeys(self.targets, self._round))
             else:

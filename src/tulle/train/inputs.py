@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tulle.errors import UserError
 from tulle.models.anatomy import anatomy
 
 Rule = Callable[[Tensor], Tensor]
@@ -34,6 +35,19 @@ def in_front(model: nn.Module, rules: Mapping[str, Rule]) -> list[RemovableHandl
                 for name in row.linears:
                     handles.append(in_front_of(model.get_submodule(prefix + name), rules[row.role]))
     return handles
+
+
+def mark_selected(model: nn.Module) -> None:
+    """Remembers that inputs have been selected: nothing that changes them may come after that."""
+    model.tulle_inputs_selected = True  # type: ignore[assignment]
+
+
+def require_unselected(model: nn.Module, name: str) -> None:
+    """Raises ``UserError`` where inputs have been selected, which method ``name`` is about to change."""
+    if getattr(model, "tulle_inputs_selected", False):
+        raise UserError(
+            f"expected {name} before q_sparse, which selects among rounded inputs, found it after; swap them"
+        )
 
 
 def in_front_of(linear: nn.Module, rule: Rule) -> RemovableHandle:

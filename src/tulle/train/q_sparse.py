@@ -32,7 +32,7 @@ from tulle.core.topk import Selection, UnitScore, check_share, top_k
 from tulle.errors import UserError
 from tulle.models.anatomy import ROLES, anatomy
 from tulle.train.effective import StraightThrough
-from tulle.train.inputs import Rule, in_front, in_front_of
+from tulle.train.inputs import Rule, in_front, in_front_of, mark_selected
 from tulle.train.method import TrainingMethod
 
 NORMED = ("qkv", "gate_up")
@@ -79,6 +79,7 @@ class QSparse(TrainingMethod):
         super().prepare(model, steps, linears)
         if self.activation is not None:
             set_activation(model, self.activation)
+        mark_selected(model)
         if linears is not None:
             for name, linear in linears.items():
                 self._choose(name, self.selection("", linear.in_features))
