@@ -108,13 +108,21 @@ def rounding_error(weight: Tensor) -> float:
 
 def _scheme(spec: LinearSpec | None) -> dict[str, Any]:
     if spec is None:
-        return {"bits": None, "group_size": None, "symmetric": True, "pattern": None, "input_bits": None}
+        return {
+            "bits": None,
+            "group_size": None,
+            "symmetric": True,
+            "pattern": None,
+            "input_bits": None,
+            "input_sparsity": None,
+        }
     return {
         "bits": spec.bits,
         "group_size": spec.group_size,
         "symmetric": spec.symmetric,
         "pattern": spec.pattern,
         "input_bits": spec.input_bits,
+        "input_sparsity": None if spec.input_sparsity is None else spec.input_sparsity.to_json(),
     }
 
 

@@ -13,6 +13,7 @@ from sample_report import sample_report, sparse_report
 from tulle.report.compression import compression_page, notes, write_report
 from tulle.report.demo import demo_page
 from tulle.report.inspection import inspection_page
+from tulle.report.laws import laws_page
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 LOADING = {"src", "srcset", "href", "xlink:href", "data", "poster", "action"}
@@ -223,3 +224,41 @@ def test_a_page_is_written_whole(tmp_path: Path) -> None:
     write_report(sample_report(1), tmp_path / "report.html")
     assert [f.name for f in tmp_path.iterdir()] == ["report.html"]
     assert (tmp_path / "report.html").read_text(encoding="utf-8").rstrip().endswith("</html>")
+
+
+def activity_rows(blocks: int = 2) -> list[dict]:
+    return [
+        {"block": block, "role": role, "weights": 1000, "active": 500.0 - 100 * block, "sparsity": 0.5 + 0.1 * block,
+         "overlap": 0.7, "chance": 0.6}
+        for block in range(blocks) for role in ("qkv", "o", "gate_up", "down")
+    ]  # fmt: skip
+
+
+def test_what_tokens_read_is_on_both_pages():
+    report = sample_report()
+    without = Page(compression_page(report))
+    for block in report["blocks"]:
+        block["activity"] = [row for row in activity_rows() if row["block"] == block["index"]]
+    inspection = inspection_result() | {"activity": {"rows": activity_rows(), "tokens": 99}}
+    for html in (compression_page(report), inspection_page(inspection)):
+        page = Page(html)
+        assert all(link.startswith("#") for link in page.loaded)
+        for text in (
+            "Activation sparsity",
+            "Weights read per token",
+            "Overlap of neighbouring tokens",
+            "by chance 60 %",
+        ):
+            assert text in page.text
+    assert Page(compression_page(report)).tags.count("svg") == without.tags.count("svg") + 3
+    assert "Read per token" in compression_page(report) and "Read per token" not in without.text
+
+
+def test_page_of_laws_is_whole():
+    runs = [{"size": n, "sparsity": s, "loss": 3.0 + s} for n in (1e5, 1e6) for s in (0.0, 0.5)]
+    law = {"E": 1.0, "B": 0.1, "C": 2.0, "alpha": 0.1, "beta": 0.05}
+    one = {"law": law, "error": 1e-6, "runs": runs, "replicates": [law, law | {"beta": 0.06}]}
+    one |= {"optimum_interval": [0.4, 0.5], "held_out": [runs[0] | {"predicted": 3.1, "interval": [3.0, 3.2]}]}
+    page = Page(laws_page({"laws": {"": one, "<1.58-bit>": one | {"replicates": [], "held_out": []}}}))
+    assert all(link.startswith("#") for link in page.loaded) and page.tags.count("svg") == 6
+    assert "Loss against sparsity, <1.58-bit>" in page.text

@@ -54,6 +54,11 @@ def test_scheme() -> None:
     assert scheme(linear) == "W4 g128 asym"
     assert scheme(linear | {"group_size": None, "symmetric": True, "input_bits": 8, "bits": 8}) == "W8 per channel, A8"
     assert scheme(linear | {"bits": None}) == "unquantised"
+    empty = {"keep": None, "block": None, "unit": 1, "by": "max", "weighted": False, "rescale": False}
+    top_k = empty | {"kind": "top_k", "keep": 16, "block": 32, "unit": 4, "weighted": True, "threshold": None}
+    assert scheme(linear | {"input_sparsity": top_k}) == "W4 g128 asym, 16 of 32 weighted inputs by 4"
+    teal = empty | {"kind": "threshold", "threshold": 0.1234}
+    assert scheme(linear | {"input_sparsity": teal}) == "W4 g128 asym, |x| > 0.12"
 
 
 def test_compression_table_has_before_and_after() -> None:

@@ -9,7 +9,25 @@ from tulle.report import units
 
 
 def scheme(linear: Mapping[str, Any]) -> str:
-    """``W4 g128 asym, A8``: how the numbers of a linear and of its input are stored."""
+    """``W4 g128 asym, A8, 77 inputs``: how the numbers of a linear and of its input are stored, and which it reads."""
+    read = chosen(linear.get("input_sparsity"))
+    return f"{_numbers(linear)}, {read}" if read else _numbers(linear)
+
+
+def chosen(sparsity: Mapping[str, Any] | None) -> str:
+    """``16 of 32 inputs by 4``, ``|x| > 0.12`` or ``x > 0``: which inputs a token keeps; "" if all."""
+    if sparsity is None:
+        return ""
+    if sparsity["kind"] == "threshold":
+        return f"|x| > {units.significant(sparsity['threshold'], 2)}"
+    if sparsity["kind"] == "relu":
+        return "x > 0"
+    of = f" of {sparsity['block']}" if sparsity["block"] else ""
+    by = f" by {sparsity['unit']}" if sparsity["unit"] > 1 else ""
+    return f"{sparsity['keep']}{of} {'weighted ' * sparsity['weighted']}inputs{by}"
+
+
+def _numbers(linear: Mapping[str, Any]) -> str:
     weights = "unquantised"
     if linear["bits"] is not None:
         group = f" g{linear['group_size']}" if linear["group_size"] else " per channel"
