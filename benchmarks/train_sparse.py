@@ -147,11 +147,11 @@ class Bench:
         for share in (50, 70):
             stage = {"name": "p", "prune": pruning(share / 100), "training": once}
             self.run(f"dense, 2, one-shot {share}", self.on("dense, 2", [stage]))
-        self.run("sparse 50, 2", self.on("sparse 50, 1", [train]))
 
     def baselines(self) -> None:
-        """More of pretraining: 70 % at once, and gradual magnitude over as many tokens."""
+        """More of pretraining: 50 % for as long, 70 % at once, and gradual magnitude over as many tokens."""
         train = {"name": "train", "methods": [HELD]}
+        self.run("sparse 50, 2", self.on("sparse 50, 1", [train]))
         twice = [train | {"prune": pruning(0.7)}, {"name": "more", "methods": [HELD]}]
         self.run("sparse 70 at once, 2", self.on("dense", twice))
         for share in (0.5, 0.7):
