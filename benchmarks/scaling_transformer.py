@@ -159,6 +159,7 @@ def decode_cells(arguments: argparse.Namespace, cells: Cells) -> None:
 def draw(arguments: argparse.Namespace, cells: Cells) -> None:
     """Loss curves, and seconds per token against d, as PNG."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     arguments.pictures.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
@@ -181,7 +182,8 @@ def draw(arguments: argparse.Namespace, cells: Cells) -> None:
         axes.loglog(
             widths, [1e3 * cells.all[f"decode/{d}"][name]["seconds_per_layer"] for d in widths], "o-", label=name
         )
-    axes.set_xticks(widths, [str(d) for d in widths], minor=False)
+    axes.set_xticks(widths, [str(d) for d in widths])
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("d")
     axes.set_ylabel("milliseconds per token and layer")
     axes.legend()
