@@ -53,14 +53,14 @@ def joint_recipes() -> dict[str, list[dict[str, Any]]]:
     """Sparse weights, 4 bits and sparse inputs together, each also alone."""
     pruned: dict[str, Any] = {"sparsegpt": {"sparsity": 0.5}}
     w4: dict[str, Any] = {"gptq": {"bits": 4, "group_size": 64}}
-    half = {"wina": {"share": 0.5}}
+    thinned: list[dict[str, Any]] = [{"activation_budget": {"share": 0.4}}, {"teal": {"share": 0.4}}]
     return {
         "weights 50 %": [pruned],
-        "inputs 50 %": [half],
-        "weights 50 %, inputs 50 %": [half, pruned],
+        "weights 50 %, inputs 40 %": [*thinned, pruned],
         "w4": [w4],
-        "w4, inputs 50 %": [half, w4],
-        "w4, weights 50 %, inputs 50 %": [half, pruned, w4],
+        "w4, inputs 40 %": [*thinned, w4],
+        "w4, weights 50 %": [pruned, w4],
+        "w4, weights 50 %, inputs 40 %": [*thinned, pruned, w4],
     }
 
 
