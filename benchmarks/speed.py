@@ -7,7 +7,9 @@ checkpoints of every format under build/speed. Every model lives in a process of
 once, in turn. Decode: 32 tokens after 16; prefill: 512 tokens. Reported are medians of tokens/s, ratios to Q4_0
 and F32 (decode) or torch in float32 (prefill), bytes that a token reads, and those per second beside what as many
 threads reach that only read. A peer that cannot be run is named as such. ``--peer-python``: a Python with
-llama-cpp-python (built from source, for this machine) and gguf.
+llama-cpp-python (built from source, for this machine) and gguf. ``--onnx-python``: one with onnxruntime-genai, and
+``--onnx-models``: what ``python -m onnxruntime_genai.models.builder -i CHECKPOINT -o int4 -p int4 -e cpu
+--extra_options int4_accuracy_level=4 int4_block_size=32`` wrote.
 """
 
 from __future__ import annotations
@@ -78,6 +80,9 @@ def workers(arguments: argparse.Namespace) -> tuple[dict[str, Worker], dict[str,
             wanted.append(
                 (f"llama.cpp {kind}", arguments.peer_python, ["llama.cpp", str(gguf / f"{kind}.gguf"), threads])
             )
+    for path in arguments.onnx_models:
+        command = ["onnxruntime", str(path), threads]
+        wanted.append((f"onnxruntime {path.name}", arguments.onnx_python or sys.executable, command))
     shape = json.dumps(COMMON | SHAPES["1.1b"])
     for dtype in ("float32", "bfloat16", "int8") if arguments.what == "prefill" else ("bfloat16",):
         wanted.append((f"torch {dtype}", sys.executable, ["torch", shape, threads, dtype]))
@@ -99,6 +104,8 @@ def main() -> None:
     parser.add_argument("what", choices=list(COUNT))
     parser.add_argument("--folder", type=Path, default=Path("build/speed"))
     parser.add_argument("--peer-python")
+    parser.add_argument("--onnx-python")
+    parser.add_argument("--onnx-models", type=Path, nargs="*", default=[], help="folders that its model builder made")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="*", help="models whose names contain one of these")

@@ -2,9 +2,9 @@
 
     python benchmarks/speed_worker.py KIND PATH THREADS [OPTION]
 
-KIND: tulle (OPTION: activations:layout), llama.cpp, or torch (PATH: the shape as JSON; OPTION: float32, bfloat16,
-int8). Reads a line ``prefill N`` or ``decode N`` and answers with a line: seconds. ``decode`` follows a prompt of 16
-tokens.
+KIND: tulle (OPTION: activations:layout), llama.cpp, onnxruntime, or torch (PATH: the shape as JSON; OPTION: float32,
+bfloat16, int8). Reads a line ``prefill N`` or ``decode N`` and answers with a line: seconds. ``decode`` follows a
+prompt of 16 tokens.
 """
 
 from __future__ import annotations
@@ -45,6 +45,28 @@ class LlamaCpp:
         self.model.eval(tokens)
 
 
+class OnnxRuntime:
+    """A folder that onnxruntime-genai's model builder made."""
+
+    def __init__(self, path: str, threads: int, option: str):
+        import onnxruntime_genai as genai
+
+        self.genai = genai
+        config = genai.Config(path)
+        session = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+        self.model = genai.Model(config)
+        self.bytes = sum(file.stat().st_size for file in Path(path).glob("model.onnx*"))
+
+    def run(self, tokens: list[int], position: int) -> None:
+        if position == 0:
+            settings = self.genai.GeneratorParams(self.model)
+            settings.set_search_options(max_length=1024, do_sample=False)
+            self.generator = self.genai.Generator(self.model, settings)
+            self.generator.append_tokens(tokens)
+        self.generator.generate_next_token()  # runs the model on the token that it chose last
+
+
 class Torch:
     def __init__(self, path: str, threads: int, option: str):
         import torch
@@ -72,8 +94,8 @@ class Torch:
 
 def main() -> None:
     kind, path, threads, *rest = sys.argv[1:]
-    classes: dict[str, Callable[[str, int, str], Tulle | LlamaCpp | Torch]] = {
-        "tulle": Tulle, "llama.cpp": LlamaCpp, "torch": Torch,
+    classes: dict[str, Callable[[str, int, str], Tulle | LlamaCpp | OnnxRuntime | Torch]] = {
+        "tulle": Tulle, "llama.cpp": LlamaCpp, "onnxruntime": OnnxRuntime, "torch": Torch,
     }  # fmt: skip
     model = classes[kind](path, int(threads), rest[0] if rest else "")
     print(json.dumps({"bytes": model.bytes}), flush=True)
