@@ -11,7 +11,6 @@ from typing import Any
 def import_methods() -> None:
     """Imports every method now: a long run must not meet a source file that was edited meanwhile."""
     from tulle.recipe import METHODS, method_class
-
     from tulle.train import method as training
 
     for name in METHODS:

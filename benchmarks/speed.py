@@ -81,7 +81,8 @@ def workers(arguments: argparse.Namespace) -> tuple[dict[str, Worker], dict[str,
                 (f"llama.cpp {kind}", arguments.peer_python, ["llama.cpp", str(gguf / f"{kind}.gguf"), threads])
             )
     for path in arguments.onnx_models:
-        command = ["onnxruntime", str(path), threads]
+        embedding = 4 * COMMON["vocab_size"] * SHAPES["1.1b"]["hidden_size"]  # its builder leaves it in float32
+        command = ["onnxruntime", str(path), threads, str(embedding)]
         wanted.append((f"onnxruntime {path.name}", arguments.onnx_python or sys.executable, command))
     shape = json.dumps(COMMON | SHAPES["1.1b"])
     for dtype in ("float32", "bfloat16", "int8") if arguments.what == "prefill" else ("bfloat16",):

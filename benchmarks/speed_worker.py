@@ -3,8 +3,8 @@
     python benchmarks/speed_worker.py KIND PATH THREADS [OPTION]
 
 KIND: tulle (OPTION: activations:layout), llama.cpp, onnxruntime, or torch (PATH: the shape as JSON; OPTION: float32,
-bfloat16, int8). Reads a line ``prefill N`` or ``decode N`` and answers with a line: seconds. ``decode`` follows a
-prompt of 16 tokens.
+bfloat16, int8). onnxruntime's OPTION: bytes of the embedding. Reads a line ``prefill N`` or ``decode N`` and answers
+with a line: seconds. ``decode`` follows a prompt of 16 tokens.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class OnnxRuntime:
         session = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
         self.model = genai.Model(config)
-        self.bytes = sum(file.stat().st_size for file in Path(path).glob("model.onnx*"))
+        files = sum(file.stat().st_size for file in Path(path).glob("model.onnx*"))
+        self.bytes = files - int(option)  # of the embedding a token reads one row
 
     def run(self, tokens: list[int], position: int) -> None:
         if position == 0:
