@@ -215,3 +215,11 @@ def test_bits_per_byte_of_a_model_that_knows_nothing(tmp_path):
     size = sum(len(text.encode()) for text in TEXT)
     expected = math.log2(300) * (len(corpus.held_out) - 1) / size
     assert bits_per_byte(model, corpus, 16) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_line_of_metrics_that_a_kill_has_cut_is_dropped(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 2}\n{"step": 4}\n{"ste')
+    assert [row["step"] for row in read_metrics(file)] == [2, 4]
+    loop.Metrics(file, 2, print, main=True).write({"step": 4, "loss": 1.0})
+    assert [row["step"] for row in read_metrics(file)] == [2, 4]

@@ -119,6 +119,14 @@ def load(
         method.load_state(own)
 
 
+def write_text(file: Path, text: str) -> None:
+    """Writes a file that is whole or not there, whenever the run is killed."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    _sync(partial)
+    os.replace(partial, file)
+
+
 def _fused(optimizer: torch.optim.Optimizer) -> bool:
     return any(group.get("fused") for group in optimizer.param_groups)
 

@@ -9,8 +9,8 @@ from typing import Any
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The rows of a ``metrics.jsonl``; a last line that a kill has cut is none."""
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def draw_curve(rows: list[dict[str, Any]], path: Path, boundaries: Sequence[int] = ()) -> None:

@@ -235,7 +235,7 @@ class Metrics:
         self._path, self._log, self._main = path, log, main
         if main and path.is_file():
             rows = [row for row in read_metrics(path) if row["step"] <= step] if step else []
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            checkpoint.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def write(self, row: dict[str, Any]) -> None:
         if not self._main:

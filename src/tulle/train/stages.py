@@ -92,6 +92,7 @@ def run(recipe: TrainRecipe, out: Path, tools: Tools, resume: bool = False, log:
         log(f"stage {number} of {len(recipe.stages)}: {stage.name}")
         if not (folder / "run.json").is_file():
             road.stage(stage, folder, torch.float32, checkpoint.latest(folder / "checkpoints"))
+        road.compress(stage, folder)
         road.passed(stage.name, folder)
         done.append(folder)
     if processes.main:
@@ -134,10 +135,7 @@ class _Road:
             f"{len(corpus.train):,} training tokens, {len(corpus.held_out):,} held-out tokens "
             f"of {corpus.held_out_bytes:,} bytes"
         )
-        texts: list[str] = []
-        if processes.main and (stage.prune is not None or stage.compress is not None):
-            documents = training_documents(stage.data, recipe.seed, data)[:CALIBRATION_DOCUMENTS]
-            texts = [document.text for document in documents]
+        texts = self._calibration(stage) if processes.main and stage.prune is not None else []
         methods = make_methods(stage.methods)
         for method in methods:
             if isinstance(method, SquareHead):
@@ -157,9 +155,19 @@ class _Road:
         weights = checkpoint.weights(wrapped)
         if processes.main:
             self._save(weights, config, corpus, self._tokenizer, folder, dtype, stage, count, methods)
-            if stage.compress is not None and not (folder / "packed").exists():
-                self._tools.compress(folder, stage.compress, texts, folder / "packed", recipe.seed)
         processes.wait()
+
+    def compress(self, stage: ResolvedStage, folder: Path) -> None:
+        """Packs a finished stage's model, if the stage asks for it and unless a run before a kill has."""
+        if self._processes.main and stage.compress is not None and not (folder / "packed").exists():
+            self._log("compressing")
+            texts = self._calibration(stage)
+            self._tools.compress(folder, stage.compress, texts, folder / "packed", self._recipe.seed)
+        self._processes.wait()
+
+    def _calibration(self, stage: ResolvedStage) -> list[str]:
+        documents = training_documents(stage.data, self._recipe.seed, self._out / "data")[:CALIBRATION_DOCUMENTS]
+        return [document.text for document in documents]
 
     def _model(
         self, stage: ResolvedStage, source: Path | None, folder: Path, corpus: Corpus, texts: Sequence[str]
@@ -180,6 +188,9 @@ class _Road:
             if processes.main and not (pruned / "config.json").is_file():
                 self._log("pruning")
                 self._tools.prune(source, stage.prune, texts, pruned, recipe.seed)
+            if processes.main:
+                for rest in folder.glob("pruned-*"):  # of a pruning that was killed at its end
+                    shutil.rmtree(rest)
             processes.wait()
             source = pruned
         model = load_dense(source)
@@ -248,7 +259,7 @@ class _Road:
             "stage": stage.name,
             "recipe": self._recipe.model_dump(mode="json"),
         }
-        (folder / "run.json").write_text(json.dumps(record, indent=1) + "\n")
+        checkpoint.write_text(folder / "run.json", json.dumps(record, indent=1) + "\n")
 
 
 def describes(method: TrainingMethod) -> bool:
@@ -317,7 +328,7 @@ def _claim(recipe: TrainRecipe, out: Path, resume: bool) -> None:
     same = record.is_file() and _on_the_curve(TrainRecipe.model_validate_json(record.read_text())) == _on_the_curve(
         recipe
     )
-    passing = {"data"} if begun else {"data", "recipe.json", "stages", "start"}
+    passing = {"data"} if begun else {"data", "recipe.json", "recipe.json.partial", "stages", "start"}
     if not resume and out.exists() and any(entry.name not in passing for entry in out.iterdir()):
         raise UserError(
             f"expected {out} to be empty, found files; try another folder, or --resume to go on with its run"
@@ -329,7 +340,7 @@ def _claim(recipe: TrainRecipe, out: Path, resume: bool) -> None:
     if not same:
         shutil.rmtree(steps, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
-    record.write_text(recipe.model_dump_json(indent=1) + "\n")
+    checkpoint.write_text(record, recipe.model_dump_json(indent=1) + "\n")
 
 
 def _other_recipe(out: Path) -> UserError:
@@ -405,7 +416,7 @@ def _conclude(recipe: TrainRecipe, folders: Sequence[Path], out: Path) -> None:
         "torch": torch.__version__,
         "recipe": recipe.model_dump(mode="json"),
     }
-    (out / "run.json").write_text(json.dumps(record, indent=1) + "\n")
+    checkpoint.write_text(out / "run.json", json.dumps(record, indent=1) + "\n")
 
 
 __all__ = ["Tools", "TrainingMethod", "load_dense", "run", "sparsity"]
