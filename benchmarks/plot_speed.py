@@ -1,6 +1,6 @@
 """Draws the runs of speed.py: tokens per second of ours and the peers', and what memory alone would allow.
 
-    python benchmarks/plot_speed.py [--out docs/speed.png]
+    python benchmarks/plot_speed.py [--out docs/pictures/speed.png]
 
 Reads benchmarks/results/decode.json and prefill.json.
 """
@@ -27,7 +27,7 @@ def draw(axes: Any, run: dict[str, Any], title: str, bound: bool) -> None:
                   bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4})  # fmt: skip
     if bound:
         limits = [1e9 * run["read_gb_s"] / found["bytes"] for _, found in rows]
-        axes.plot(limits, places, "|", color=BOUND, markersize=9, markeredgewidth=1.5)
+        axes.plot(limits, places, "|", color=BOUND, markersize=9, markeredgewidth=1.5, zorder=5)
         axes.plot([], [], "|", color=BOUND, markersize=9, label=f"its bytes at {run['read_gb_s']:.0f} GB/s")
         axes.legend(loc="lower right", frameon=False, fontsize=8)
     axes.set_yticks(places, [name for name, _ in rows], fontsize=8)
@@ -40,7 +40,7 @@ def draw(axes: Any, run: dict[str, Any], title: str, bound: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE.parent / "docs/speed.png")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "docs/pictures/speed.png")
     arguments = parser.parse_args()
     from matplotlib.figure import Figure
 
