@@ -194,17 +194,23 @@ def parse_recipe(content: Any, default_name: str = "recipe") -> Recipe:
     )
 
 
+def _one_each(steps: tuple[Step, ...], flag: str, does: str) -> dict[str, str]:
+    """Role → the step whose method has ``flag``. Raises ``UserError`` where two of them target a role."""
+    found: dict[str, str] = {}
+    for step in steps:
+        for role in step.targets if getattr(step.method, flag) else ():
+            if role in found:
+                raise UserError(
+                    f"expected one step that {does} of {role}, found {found[role]} and {step.name}; leave one of them "
+                    "out or give them other targets"
+                )
+            found[role] = step.name
+    return found
+
+
 def _heeded(steps: tuple[Step, ...]) -> None:
     """Raises ``UserError`` for a role whose sparsities are decided twice, or by a step that no pruning step follows."""
-    selecting: dict[str, str] = {}
-    for step in steps:
-        for role in step.targets if step.method.selects else ():
-            if role in selecting:
-                raise UserError(
-                    f"expected one step that selects inputs of {role}, found {selecting[role]} and {step.name}; leave "
-                    "one of them out or give them other targets"
-                )
-            selecting[role] = step.name
+    selecting = _one_each(steps, "selects", "selects inputs")
     for step in steps:
         for role in step.targets if step.method.allocates_inputs else ():
             if role not in selecting:
@@ -212,15 +218,7 @@ def _heeded(steps: tuple[Step, ...]) -> None:
                     f"expected a step that selects inputs of {role}, found none that could heed {step.name}; add one, "
                     "such as teal: {share: 0.5}, or narrow the targets"
                 )
-    decided: dict[str, str] = {}
-    for step in steps:
-        for role in step.targets if step.method.allocates else ():
-            if role in decided:
-                raise UserError(
-                    f"expected one step that decides sparsities of {role}, found {decided[role]} and {step.name}; "
-                    "leave one of them out or give them other targets"
-                )
-            decided[role] = step.name
+    decided = _one_each(steps, "allocates", "decides sparsities")
     for role, name in decided.items():
         if not any(role in step.targets and step.method.heeds_allocation for step in steps):
             raise UserError(

@@ -170,14 +170,7 @@ void multiply_many(const LinearView& w, const Inputs& x, std::size_t first, std:
         else meet_all<1, kPlanes>(w, x, tile, segment, codes, kPanel, sums);
       }
     }
-    for (std::size_t t = 0; t < x.tokens; ++t) {
-      const __m512 step = _mm512_set1_ps(x.steps[t]);
-      for (std::size_t i = 0; i < tiles; ++i) {
-        const __mmask16 real = static_cast<__mmask16>((1u << rows_of(w, tile + i)) - 1);
-        const __m512 sum = _mm512_load_ps(sums + (t * 2 + i) * kTileRows);
-        _mm512_mask_storeu_ps(y + t * y_stride + (tile + i) * kTileRows, real, _mm512_mul_ps(sum, step));
-      }
-    }
+    write_scaled(w, x, tile, tiles, sums, y, y_stride);
   }
 }
 

@@ -108,3 +108,16 @@ void expand(const LinearView& w, std::size_t tile, std::size_t chunk, std::uint8
     }
   }
 }
+
+// The outputs of `tiles` tiles from `tile` on: sums [tokens][2][16] times each token's step.
+void write_scaled(const LinearView& w, const Inputs& x, std::size_t tile, std::size_t tiles, const float* sums, float* y,
+                  std::size_t y_stride) {
+  for (std::size_t t = 0; t < x.tokens; ++t) {
+    const __m512 step = _mm512_set1_ps(x.steps[t]);
+    for (std::size_t i = 0; i < tiles; ++i) {
+      const __mmask16 real = static_cast<__mmask16>((1u << rows_of(w, tile + i)) - 1);
+      const __m512 sum = _mm512_load_ps(sums + (t * 2 + i) * kTileRows);
+      _mm512_mask_storeu_ps(y + t * y_stride + (tile + i) * kTileRows, real, _mm512_mul_ps(sum, step));
+    }
+  }
+}

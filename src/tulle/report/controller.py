@@ -31,7 +31,7 @@ def controllers_page(found: Mapping[str, Any]) -> str:
     read, whole = a["feed_forward_weights_read"], a["feed_forward_weights"]
     dead, count = sum(x["dead"] for x in layers), sum(x["units"] for x in layers)
     return render(
-        "controller.html",
+        "charts.html",
         title=found["model"],
         subtitle=describe(a),
         tiles=[

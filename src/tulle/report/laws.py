@@ -34,7 +34,7 @@ def laws_page(found: Mapping[str, Any]) -> str:
         tiles.append(tile(f"Runs{name}", str(len(fit.runs)), f"{len(content['held_out'])} held out"))
         charts += _charts(kind, name, fit, content["held_out"])
     return render(
-        "laws.html", title="Scaling law", subtitle="L(N, S) = E + (B + C·e^(β/(1−S)))/N^α", tiles=tiles, charts=charts
+        "charts.html", title="Scaling law", subtitle="L(N, S) = E + (B + C·e^(β/(1−S)))/N^α", tiles=tiles, charts=charts
     )
 
 
