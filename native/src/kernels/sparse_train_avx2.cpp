@@ -10,17 +10,6 @@ namespace {
 
 #include "sparse_train_pack.inl"
 
-std::uint64_t load4(const std::uint16_t* places) {
-  std::uint64_t four;
-  std::memcpy(&four, places, sizeof four);
-  return four;
-}
-
-template <int kIndex>
-const float* column(const float* panel, std::uint64_t places) {
-  return panel + static_cast<std::uint16_t>(places >> (16 * kIndex));
-}
-
 // The first n of 4 lanes.
 __m128i lanes(std::size_t n) {
   return _mm_cmpgt_epi32(_mm_set1_epi32(static_cast<int>(n)), _mm_setr_epi32(0, 1, 2, 3));
@@ -104,43 +93,14 @@ __m128 reduce(const Lanes& a, const Lanes& b, const Lanes& c, const Lanes& d) {
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-template <int kVectors, bool kAdd>
-void correlate_vectors(const SparseBlock& block, const float* panel, const float* gradients, float* values) {
-  const std::uint16_t* places = block.places;
-  for (std::size_t i = 0; i < block.run_count; ++i) {
-    const float* const from = gradients + (block.runs[i] >> 8) * kPanelTokens;
-    __m256 row[2 * kVectors];
-    for (int h = 0; h < 2 * kVectors; ++h) row[h] = _mm256_loadu_ps(from + 8 * h);
-    std::size_t left = block.runs[i] & 255;
-    for (; left >= 4; left -= 4, places += 4, values += 4) {
-      const std::uint64_t four = load4(places);
-      const __m128 sum = reduce(dot<0>(row, panel, four), dot<1>(row, panel, four), dot<2>(row, panel, four),
-                                dot<3>(row, panel, four));
-      _mm_storeu_ps(values, kAdd ? _mm_add_ps(_mm_loadu_ps(values), sum) : sum);
-    }
-    if (left > 0) {
-      const std::uint64_t four = load4(places);
-      const __m128i mask = lanes(left);
-      const Lanes zero = {{_mm256_setzero_ps(), _mm256_setzero_ps()}};
-      const __m128 sum = reduce(dot<0>(row, panel, four), left > 1 ? dot<1>(row, panel, four) : zero,
-                                left > 2 ? dot<2>(row, panel, four) : zero, zero);
-      _mm_maskstore_ps(values, mask, kAdd ? _mm_add_ps(_mm_maskload_ps(values, mask), sum) : sum);
-      places += left;
-      values += left;
-    }
-  }
-}
+using Vector = __m256;
+constexpr int kParts = 2;
+__m256 load(const float* from) { return _mm256_loadu_ps(from); }
+Lanes no_lanes() { return {{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }
+__m128 load_first(const float* from, __m128i mask) { return _mm_maskload_ps(from, mask); }
+void store_first(float* to, __m128i mask, __m128 values) { _mm_maskstore_ps(to, mask, values); }
 
-template <int kVectors>
-void correlate_vectors(const SparseBlock& block, const float* panel, const float* gradients, bool add, float* values) {
-  if (add) return correlate_vectors<kVectors, true>(block, panel, gradients, values);
-  return correlate_vectors<kVectors, false>(block, panel, gradients, values);
-}
-
-void correlate(const SparseBlock& block, const float* panel, const float* gradients, std::size_t tokens, bool add,
-               float* values) {
-  TULLE_BY_VECTORS(correlate_vectors, tokens, block, panel, gradients, add, values)
-}
+#include "sparse_train_correlate.inl"
 
 }  // namespace
 

@@ -10,17 +10,6 @@ namespace {
 
 #include "sparse_train_pack.inl"
 
-std::uint64_t load4(const std::uint16_t* places) {
-  std::uint64_t four;
-  std::memcpy(&four, places, sizeof four);
-  return four;
-}
-
-template <int kIndex>
-const float* column(const float* panel, std::uint64_t places) {
-  return panel + static_cast<std::uint16_t>(places >> (16 * kIndex));
-}
-
 template <int kIndex, int kVectors>
 void add(__m512 (&sums)[kVectors], __m512 weights, const float* panel, std::uint64_t places) {
   const __m512 weight = _mm512_permute_ps(weights, kIndex * 0x55);
@@ -82,43 +71,16 @@ __m128 reduce(__m512 a, __m512 b, __m512 c, __m512 d) {
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-template <int kVectors, bool kAdd>
-void correlate_vectors(const SparseBlock& block, const float* panel, const float* gradients, float* values) {
-  const std::uint16_t* places = block.places;
-  for (std::size_t i = 0; i < block.run_count; ++i) {
-    const float* const from = gradients + (block.runs[i] >> 8) * kPanelTokens;
-    __m512 row[kVectors];
-    for (int v = 0; v < kVectors; ++v) row[v] = _mm512_loadu_ps(from + 16 * v);
-    std::size_t left = block.runs[i] & 255;
-    for (; left >= 4; left -= 4, places += 4, values += 4) {
-      const std::uint64_t four = load4(places);
-      const __m128 sum = reduce(dot<0>(row, panel, four), dot<1>(row, panel, four), dot<2>(row, panel, four),
-                                dot<3>(row, panel, four));
-      _mm_storeu_ps(values, kAdd ? _mm_add_ps(_mm_loadu_ps(values), sum) : sum);
-    }
-    if (left > 0) {
-      const std::uint64_t four = load4(places);
-      const auto mask = static_cast<__mmask8>((1u << left) - 1);
-      const __m512 zero = _mm512_setzero_ps();
-      const __m128 sum = reduce(dot<0>(row, panel, four), left > 1 ? dot<1>(row, panel, four) : zero,
-                                left > 2 ? dot<2>(row, panel, four) : zero, zero);
-      _mm_mask_storeu_ps(values, mask, kAdd ? _mm_add_ps(_mm_maskz_loadu_ps(mask, values), sum) : sum);
-      places += left;
-      values += left;
-    }
-  }
-}
+using Vector = __m512;
+using Lanes = __m512;
+constexpr int kParts = 1;
+__m512 load(const float* from) { return _mm512_loadu_ps(from); }
+Lanes no_lanes() { return _mm512_setzero_ps(); }
+__mmask8 lanes(std::size_t n) { return static_cast<__mmask8>((1u << n) - 1); }
+__m128 load_first(const float* from, __mmask8 mask) { return _mm_maskz_loadu_ps(mask, from); }
+void store_first(float* to, __mmask8 mask, __m128 values) { _mm_mask_storeu_ps(to, mask, values); }
 
-template <int kVectors>
-void correlate_vectors(const SparseBlock& block, const float* panel, const float* gradients, bool add, float* values) {
-  if (add) return correlate_vectors<kVectors, true>(block, panel, gradients, values);
-  return correlate_vectors<kVectors, false>(block, panel, gradients, values);
-}
-
-void correlate(const SparseBlock& block, const float* panel, const float* gradients, std::size_t tokens, bool add,
-               float* values) {
-  TULLE_BY_VECTORS(correlate_vectors, tokens, block, panel, gradients, add, values)
-}
+#include "sparse_train_correlate.inl"
 
 }  // namespace
 

@@ -71,3 +71,15 @@ static void unpack(const float* sums, std::size_t tokens, std::size_t rows, floa
     case 3: return f<3>(__VA_ARGS__);                \
     default: return f<4>(__VA_ARGS__);               \
   }
+
+// Four places at once, and where the column of one of them begins.
+static inline std::uint64_t load4(const std::uint16_t* places) {
+  std::uint64_t four;
+  std::memcpy(&four, places, sizeof four);
+  return four;
+}
+
+template <int kIndex>
+static inline const float* column(const float* panel, std::uint64_t places) {
+  return panel + static_cast<std::uint16_t>(places >> (16 * kIndex));
+}
