@@ -37,6 +37,7 @@ sanitize: $(INSTALLED)
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/tulle_test_kernels
 	build/sanitize/tulle_test_linear
+	build/sanitize/tulle_test_scaling
 	build/sanitize/tulle_test_sparse_train
 
 # Damaged models, made by a fuzzer, for SECONDS seconds.

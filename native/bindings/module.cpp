@@ -11,6 +11,7 @@
 #include <string>
 
 #include "engine.hpp"
+#include "scaling.hpp"
 #include "sparse_train.hpp"
 #include "tulle/cpu.hpp"
 #include "tulle/dispatch.hpp"
@@ -213,5 +214,6 @@ NB_MODULE(_native, m) {
   define_anneal<std::uint8_t>(m);
   define_anneal<std::int16_t>(m);
   define_engine(m);
+  define_scaling(m);
   define_sparse_train(m);
 }

@@ -3,66 +3,20 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 #include <stdexcept>
 #include <string>
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
 
+#include "buffer.hpp"
+#include "pass.hpp"
+#include "sharpen.hpp"
 #include "tulle/dispatch.hpp"
 
 namespace tulle {
 namespace {
-
-constexpr std::size_t kAlignment = 64;
-
-std::size_t round_up(std::size_t n, std::size_t step) { return (n + step - 1) / step * step; }
-
-// Zeroed, aligned, and only as resident as it is used.
-template <typename T>
-class Buffer {
- public:
-  Buffer() = default;
-  explicit Buffer(std::size_t count) : bytes_(round_up(count * sizeof(T) + 1, kAlignment)) {
-    raw_ = static_cast<std::uint8_t*>(std::calloc(bytes_ + kAlignment, 1));
-    if (raw_ == nullptr) throw std::bad_alloc();
-    const auto address = reinterpret_cast<std::uintptr_t>(raw_);
-    data_ = reinterpret_cast<T*>(round_up(address, kAlignment));
-  }
-  Buffer(Buffer&& other) noexcept { swap(other); }
-  Buffer& operator=(Buffer&& other) noexcept {
-    swap(other);
-    return *this;
-  }
-  ~Buffer() { std::free(raw_); }
-  T* data() const { return data_; }
-  std::size_t bytes() const { return bytes_; }
-
- private:
-  void swap(Buffer& other) {
-    std::swap(raw_, other.raw_);
-    std::swap(data_, other.data_);
-    std::swap(bytes_, other.bytes_);
-  }
-  std::uint8_t* raw_ = nullptr;
-  T* data_ = nullptr;
-  std::size_t bytes_ = 0;
-};
-
-void require(bool ok, const char* what, std::size_t expected, std::size_t found) {
-  if (ok) return;
-  throw std::invalid_argument(std::string(what) + ": expected " + std::to_string(expected) + ", found " +
-                              std::to_string(found));
-}
-
-void require_equal(const char* what, std::size_t expected, std::size_t found) {
-  require(expected == found, what, expected, found);
-}
-
-std::size_t item_bytes(CacheKind kind) { return kind == CacheKind::f32 ? 4 : kind == CacheKind::bf16 ? 2 : 1; }
 
 bool same_input(const Linear& a, const Linear& b) {
   const LinearView &v = a.weight, &w = b.weight;
@@ -473,27 +427,14 @@ struct Engine::State {
 
   // Computes the largest logits again, from the exact head; x: the normed hidden state.
   void sharpen(const float* x, float* logits) const {
-    std::size_t largest[kExactLogits];
-    std::size_t count = 0;
-    const auto above = [logits](std::size_t a, std::size_t b) { return logits[a] > logits[b]; };
-    for (std::size_t i = 0; i < model.vocabulary; ++i) {
-      if (count < kExactLogits) {
-        largest[count++] = i;
-        std::push_heap(largest, largest + count, above);
-      } else if (logits[i] > logits[largest[0]]) {
-        std::pop_heap(largest, largest + count, above);
-        largest[count - 1] = i;
-        std::push_heap(largest, largest + count, above);
-      }
-    }
     const float* bias = model.head.linears[0].bias;
-    for (std::size_t k = 0; k < count; ++k) {
-      const std::size_t i = largest[k], at = i * model.hidden;
+    tulle::sharpen(logits, model.vocabulary, [&](std::size_t i) {
+      const std::size_t at = i * model.hidden;
       const float found = model.exact_kind == WeightKind::bf16
           ? ops.dot_bf16(x, static_cast<const std::uint16_t*>(model.exact_head) + at, model.hidden)
           : ops.dot(x, static_cast<const float*>(model.exact_head) + at, model.hidden);
-      logits[i] = found + (bias != nullptr ? bias[i] : 0.0f);
-    }
+      return found + (bias != nullptr ? bias[i] : 0.0f);
+    });
   }
 
   void run(const std::int32_t* tokens, const std::int32_t* slots_of, const std::int32_t* positions, std::size_t n,
@@ -606,21 +547,7 @@ Engine::~Engine() = default;
 void Engine::forward(const std::int32_t* tokens, const std::int32_t* slots, const std::int32_t* positions,
                      std::size_t n, const std::int32_t* rows, std::size_t wanted, float* logits) {
   State& s = *state_;
-  require(n >= 1 && n <= s.batch, "tokens of one pass, at most", s.batch, n);
-  require(wanted <= n, "rows of logits, at most", n, wanted);
-  for (std::size_t i = 0; i < n; ++i) {
-    const auto inside = [](std::int32_t value, std::size_t limit) {
-      return value >= 0 && static_cast<std::size_t>(value) < limit;
-    };
-    require(inside(tokens[i], s.model.vocabulary), "tokens below", s.model.vocabulary, static_cast<std::size_t>(tokens[i]));
-    require(inside(slots[i], s.slots), "slots below", s.slots, static_cast<std::size_t>(slots[i]));
-    require(inside(positions[i], s.context), "positions below", s.context, static_cast<std::size_t>(positions[i]));
-  }
-  for (std::size_t i = 0; i < wanted; ++i) {
-    require(rows[i] >= 0 && static_cast<std::size_t>(rows[i]) < n, "rows below", n, static_cast<std::size_t>(rows[i]));
-    require(i == 0 || rows[i] > rows[i - 1], "rising rows; more than", i == 0 ? 0 : static_cast<std::size_t>(rows[i - 1]),
-            static_cast<std::size_t>(rows[i]));
-  }
+  check_pass({s.model.vocabulary, s.slots, s.context, s.batch}, tokens, slots, positions, n, rows, wanted);
   s.run(tokens, slots, positions, n, rows, wanted, logits);
 }
 

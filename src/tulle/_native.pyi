@@ -49,6 +49,29 @@ class Engine:
     @property
     def work_bytes(self) -> int: ...
 
+class ScalingEngine:
+    def __init__(
+        self, model: dict[str, Any], slots: int, context: int, batch: int, cache: str, threads: int
+    ) -> None: ...
+    def forward(
+        self,
+        tokens: NDArray[np.int32],
+        slots: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        rows: NDArray[np.int32],
+        logits: NDArray[np.float32],
+    ) -> None: ...
+    @property
+    def weight_bytes(self) -> int: ...
+    @property
+    def cache_bytes(self) -> int: ...
+    @property
+    def work_bytes(self) -> int: ...
+    @property
+    def units_read(self) -> int: ...
+    @property
+    def units_skipped(self) -> int: ...
+
 class SparsePattern:
     def __init__(self, mask: NDArray[np.bool_]) -> None: ...
     @property

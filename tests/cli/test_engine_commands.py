@@ -113,3 +113,36 @@ def test_generate_without_torch(work: Path) -> None:
     found = subprocess.run(command, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert found.stdout.startswith("Sentence")
+
+
+@pytest.fixture(scope="module")
+def scaling(work: Path) -> Path:
+    """A Scaling Transformer with the tokenizer of ``work``'s model."""
+    import shutil
+
+    from tulle.models.scaling_transformer import ScalingTransformerConfig, ScalingTransformerForCausalLM
+
+    vocabulary = json.loads((work / "model/config.json").read_text())["vocab_size"]
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sparse = {"ff_block": 8, "qkv_modules": 4, "max_position_embeddings": 128}
+    model = ScalingTransformerForCausalLM(ScalingTransformerConfig(vocab_size=vocabulary, **shape, **sparse))
+    model.save_pretrained(work / "scaling")
+    for file in (work / "model").glob("*token*"):
+        shutil.copy(file, work / "scaling" / file.name)
+    return work
+
+
+def test_a_scaling_transformer(scaling: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for extra in ([], ["--weights", "int8"]):
+        assert run(scaling, "generate", "scaling", "-p", "Sentence", "-n", "9", "--json", "found.json", *extra) == 0
+        assert len(json.loads((scaling / "found.json").read_text())["tokens"]) == 9
+    assert run(scaling, "bench", "scaling", "--prompt", "8", "--tokens", "4", "--rounds", "1", "--json", "-") == 0
+    capsys.readouterr()
+    found = {}
+    for backend in ("torch", "engine"):
+        arguments = ["--text", "prose.txt", "--length", "64", "--backend", backend, "--json", f"{backend}.json"]
+        assert run(scaling, "eval", "scaling", *arguments) == 0
+        found[backend] = json.loads((scaling / f"{backend}.json").read_text())["perplexity"]
+    assert abs(found["engine"] / found["torch"] - 1) < 1e-3
+    assert run(scaling, "generate", "scaling", "-p", "x", "--weights", "int2") == 2
+    assert "expected weights" in capsys.readouterr().err

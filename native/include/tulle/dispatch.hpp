@@ -8,6 +8,7 @@
 #include "tulle/ops.hpp"
 #include "tulle/packing.hpp"
 #include "tulle/permutation.hpp"
+#include "tulle/scaling.hpp"
 #include "tulle/sparse_train.hpp"
 
 namespace tulle {
@@ -19,6 +20,7 @@ struct Isa {
   const LinearKernels* linear;
   const OpsKernels* ops;
   const SparseTrainKernels* sparse_train;
+  const ScalingKernels* scaling;
 };
 
 // Narrowest (scalar) first.

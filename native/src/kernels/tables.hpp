@@ -9,6 +9,7 @@
 #include "tulle/ops.hpp"
 #include "tulle/packing.hpp"
 #include "tulle/permutation.hpp"
+#include "tulle/scaling.hpp"
 #include "tulle/sparse_train.hpp"
 
 namespace tulle {
@@ -28,6 +29,10 @@ extern const LinearKernels avx512_linear;
 extern const OpsKernels scalar_ops;
 extern const OpsKernels avx2_ops;
 extern const OpsKernels avx512_ops;
+
+extern const ScalingKernels scalar_scaling;
+extern const ScalingKernels avx2_scaling;
+extern const ScalingKernels avx512_scaling;
 
 extern const SparseTrainKernels scalar_sparse_train;
 extern const SparseTrainKernels avx2_sparse_train;

@@ -34,6 +34,9 @@ Head = Annotated[str, typer.Option("--head", metavar="KIND", help="Output head i
 Layout = Annotated[
     str, typer.Option("--layout", metavar="KIND", help="Sparse weights: sparse, dense (filled up), or the faster one.")
 ]
+Weights = Annotated[
+    str, typer.Option("--weights", metavar="KIND", help="Of a Scaling Transformer: f32, bf16, int8, or 'as stored'.")
+]
 Tokens = Annotated[int, typer.Option("--tokens", "-n", metavar="N", min=1, help="Generate at most so many.")]
 Temperature = Annotated[float, typer.Option("--temperature", metavar="X", help="0 takes the likeliest token.")]
 TopK = Annotated[int, typer.Option("--top-k", metavar="K", help="Only the K likeliest tokens; 0: all.")]
@@ -59,6 +62,7 @@ def generate(
     activations: Activations = "recorded",
     head: Head = "int8",
     layout: Layout = "auto",
+    weights: Weights = "as stored",
     json_file: common.JsonFile = None,
 ) -> None:
     """Continue a text; tokens appear as they are made.
@@ -66,7 +70,7 @@ def generate(
     Example: tulle generate reference -p 'def fibonacci(n):' -n 64
     """
     sampling = _sampling(temperature, top_k, top_p, repetition_penalty, seed)
-    engine = _engine(model, threads, context, cache, activations, head, layout)
+    engine = _engine(model, threads, context, cache, activations, head, layout, weights)
     text = sys.stdin.read() if prompt == "-" else prompt
     quiet = str(json_file) == "-"
     if not quiet:
@@ -93,13 +97,14 @@ def chat(
     activations: Activations = "recorded",
     head: Head = "int8",
     layout: Layout = "auto",
+    weights: Weights = "as stored",
 ) -> None:
     """Talk to a model that has a chat template; an empty line or Ctrl-D ends it.
 
     Example: tulle chat out --system 'Answer briefly.'
     """
     sampling = _sampling(temperature, top_k, top_p, repetition_penalty, seed)
-    engine = _engine(model, threads, context, cache, activations, head, layout)
+    engine = _engine(model, threads, context, cache, activations, head, layout, weights)
     messages = [{"role": "system", "content": system}] if system else []
     engine.text.chat([*messages, {"role": "user", "content": "?"}])  # fails now where there is no template
     while True:
@@ -131,6 +136,7 @@ def bench(
     activations: Activations = "recorded",
     head: Head = "int8",
     layout: Layout = "auto",
+    weights: Weights = "as stored",
     json_file: common.JsonFile = None,
 ) -> None:
     """Prefill and decode speed, and how near the memory's that is.
@@ -139,14 +145,16 @@ def bench(
     """
     from tulle.engine.bench import measure
 
-    engine = _engine(model, threads, None, cache, activations, head, layout)
+    engine = _engine(model, threads, None, cache, activations, head, layout, weights)
     fitting = min(prompt, max(engine.context - tokens, 1))
     found = measure(engine, fitting, tokens, rounds)
     other: Speed | None = None
     if engine.sparse and layout == "auto":
         # What was not chosen, to see what the choice is worth.
         left_out = "dense" if engine.layout == "sparse" else "sparse"
-        other = measure(_engine(model, threads, None, cache, activations, head, left_out), fitting, tokens, rounds)
+        other = measure(
+            _engine(model, threads, None, cache, activations, head, left_out, weights), fitting, tokens, rounds
+        )
     if str(json_file) != "-":
         from rich.table import Table
 
@@ -173,14 +181,21 @@ def _sampling(temperature: float, top_k: int, top_p: float, penalty: float, seed
 
 
 def _engine(
-    model: str, threads: int | None, context: int | None, cache: str, activations: str, head: str, layout: str
+    model: str,
+    threads: int | None,
+    context: int | None,
+    cache: str,
+    activations: str,
+    head: str,
+    layout: str,
+    weights: str,
 ) -> Engine:
     from tulle.engine import Engine
     from tulle.models.hub import local_folder
 
     folder: Path = local_folder(model)
     with common.progress_bars() as progress:
-        options = {"cache": cache, "activations": activations, "head": head, "layout": layout}
+        options = {"cache": cache, "activations": activations, "head": head, "layout": layout, "weights": weights}
         return Engine(folder, threads, context, 1, **options, progress=progress)
 
 

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tulle import _native
-from tulle.engine.choose import choose_layout
-from tulle.engine.prepare import FOLDER, Progress, Source, prepared
+from tulle.engine import scaling
+from tulle.engine.choose import LAYOUTS, choose_layout
+from tulle.engine.prepare import FOLDER, Checkpoint, Progress, Source, prepared, read_config
 from tulle.engine.sampling import Sampler, Sampling
 from tulle.engine.settings import settings_of
 from tulle.engine.text import Stream, Text
@@ -80,7 +81,9 @@ class Engine:
     up to 256 MB, then bf16]; ``activations``: ``recorded`` (as the recipe said; 16 bits where it left the inputs of
     integer weights unquantised) or ``int8`` (8 bits per token there, faster); ``head``: the output head in int8, bf16,
     or as stored; ``layout`` of sparse weights: ``sparse``, ``dense`` (filled up) or what is faster here, which is tried
-    once [``auto``]. Raises ``UserError`` for a folder that is broken or a model that is not supported.
+    once [``auto``]. Of a Scaling Transformer, ``weights``: f32, bf16, int8 [as stored], the latter with inputs of 8 bits
+    whatever ``activations`` says (see :mod:`tulle.engine.scaling`). Raises ``UserError`` for a folder that is broken or
+    a model that is not supported.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class Engine:
         head: str = "int8",
         layout: str = "auto",
         progress: Progress | None = None,
+        weights: str = "as stored",
     ):
         folder = Path(path)
         if activations not in ("recorded", "int8"):
@@ -102,35 +106,60 @@ class Engine:
             raise UserError(f"expected a cache in auto, bf16, f32 or int8, found {cache!r}")
         if sequences < 1 or (threads is not None and threads < 1) or (context is not None and context < 1):
             raise UserError("expected at least one thread, sequence and token of context, found fewer")
-        source, bits = Source(folder), 16 if activations == "recorded" else 8
         self.sequences, self.threads = sequences, threads or default_threads()
-        specs = source.packed.linears.values() if source.packed else ()
-        self.sparse = any(spec.sparse for spec in specs)
-        self.layout = choose_layout(source, layout, head, bits, self.threads)
-        file, facts = prepared(source, head, self.layout, progress)
-        limit = source.config.get("max_position_embeddings")
+        self.folder, self.config = folder, read_config(folder)
+        limit = self.config.get("max_position_embeddings")
         if context is not None and isinstance(limit, int) and context > limit:
             raise UserError(f"expected a context of at most {limit} tokens, as the model has, found {context}")
-        self.folder = folder
         self.context = context or min(limit if isinstance(limit, int) else CONTEXT, CONTEXT)
-        if cache == "auto":
-            # Codes of quantised keys and values are what they are in a cache of bytes.
-            attention = source.packed.attention if source.packed else None
-            model = source.anatomy
-            per_token = 8 * model.layers * model.kv_heads * model.head_dim  # bytes in float32
-            plain = "f32" if per_token * self.context * sequences <= FINE_CACHE else "bf16"
-            cache = "int8" if attention and attention.key and attention.value else plain
-        self.vocabulary = source.anatomy.vocabulary
-        self.config = source.config
         self._text: Text | None = None
-        settings = settings_of(source, file, facts, bits, range(source.anatomy.layers))
         try:
-            self._native = _native.Engine(settings, sequences, self.context, BATCH, cache, self.threads)
+            if self.config.get("model_type") == scaling.MODEL_TYPE:
+                self._open_scaling(cache, weights, head, layout, progress)
+            else:
+                self._open(cache, activations, head, layout, weights, progress)
         except ValueError as error:
             raise UserError(
                 f"expected a model that the engine can run in {folder}, found {error}; if its {FOLDER} folder was "
                 "changed, delete that"
             ) from None
+
+    def _open(
+        self, cache: str, activations: str, head: str, layout: str, weights: str, progress: Progress | None
+    ) -> None:
+        if weights != scaling.WEIGHTS[0]:
+            raise UserError(
+                f"expected weights {scaling.WEIGHTS[0]} for a model that is no Scaling Transformer, found {weights!r}; "
+                "tulle compress makes others"
+            )
+        source, bits = Source(self.folder), 16 if activations == "recorded" else 8
+        specs = source.packed.linears.values() if source.packed else ()
+        self.sparse = any(spec.sparse for spec in specs)
+        self.layout = choose_layout(source, layout, head, bits, self.threads)
+        file, facts = prepared(source, head, self.layout, progress)
+        model = source.anatomy
+        if cache == "auto":
+            # Codes of quantised keys and values are what they are in a cache of bytes.
+            attention = source.packed.attention if source.packed else None
+            plain = self._fine_or_bf16(model.layers * model.kv_heads * model.head_dim)
+            cache = "int8" if attention and attention.key and attention.value else plain
+        self.vocabulary = model.vocabulary
+        settings = settings_of(source, file, facts, bits, range(model.layers))
+        self._native: _native.Engine | _native.ScalingEngine
+        self._native = _native.Engine(settings, self.sequences, self.context, BATCH, cache, self.threads)
+
+    def _open_scaling(self, cache: str, weights: str, head: str, layout: str, progress: Progress | None) -> None:
+        if layout not in LAYOUTS:
+            raise UserError(f"expected a layout of {', '.join(LAYOUTS)}, found {layout!r}")
+        shape, settings = scaling.settings_of(Checkpoint(self.folder), weights, head, progress)
+        self.sparse, self.layout, self.vocabulary = False, "dense", shape.vocabulary
+        if cache == "auto":
+            cache = self._fine_or_bf16(shape.layers * shape.hidden)
+        self._native = _native.ScalingEngine(settings, self.sequences, self.context, BATCH, cache, self.threads)
+
+    def _fine_or_bf16(self, numbers: int) -> str:
+        """Of a cache with so many keys, and as many values, per token."""
+        return "f32" if 8 * numbers * self.context * self.sequences <= FINE_CACHE else "bf16"
 
     @property
     def text(self) -> Text:

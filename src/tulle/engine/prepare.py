@@ -45,7 +45,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-class Source:
+class Checkpoint:
     """The tensors of a checkpoint folder, mapped."""
 
     def __init__(self, folder: Path):
@@ -54,18 +54,7 @@ class Source:
         self.files = sorted(folder.glob("*.safetensors"))
         if not self.files:
             raise UserError(f"expected *.safetensors in {folder}, found none; the checkpoint is incomplete")
-        found = self.config.get("quantization_config")
-        self.packed = None if found is None else QuantizationConfig.from_json(found)
-        self.anatomy = anatomy(self.config)
         self._opened: dict[str, TensorFile] | None = None
-
-    def embedding_name(self) -> str:
-        """The embedding's name in the files."""
-        return self.anatomy.embedding_name(self)
-
-    def head_name(self) -> str:
-        """The output head's name in the files."""
-        return self.embedding_name() if self.anatomy.tied else self.anatomy.architecture.head
 
     def identity(self) -> str:
         """Changes with the files."""
@@ -99,6 +88,24 @@ class Source:
         if self._opened is None:
             self._opened = {name: opened for opened in map(TensorFile, self.files) for name in opened.names()}
         return self._opened
+
+
+class Source(Checkpoint):
+    """A checkpoint of an architecture that anatomy knows."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        found = self.config.get("quantization_config")
+        self.packed = None if found is None else QuantizationConfig.from_json(found)
+        self.anatomy = anatomy(self.config)
+
+    def embedding_name(self) -> str:
+        """The embedding's name in the files."""
+        return self.anatomy.embedding_name(self)
+
+    def head_name(self) -> str:
+        """The output head's name in the files."""
+        return self.embedding_name() if self.anatomy.tied else self.anatomy.architecture.head
 
 
 def prepared(
