@@ -199,6 +199,8 @@ int main() {
       }
     }
   }
+  // Rows that share the loads of a wide token.
+  for (const WeightKind kind : {WeightKind::f32, WeightKind::bf16, WeightKind::codes8}) rows_case(kind, 7, 5003, 1, rng);
   for (const WeightKind kind : {WeightKind::f32, WeightKind::bf16}) {
     for (const std::size_t outputs : {1, 16, 40, 64, 144}) {
       for (const std::size_t inputs : {1, 9, 64}) {

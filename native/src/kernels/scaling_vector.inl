@@ -62,6 +62,8 @@ constexpr std::size_t kLine = 64;
 constexpr std::size_t kRows = 4;
 // Rows that are added in one pass over y.
 constexpr std::size_t kAdded = 4;
+// Bytes of a token's inputs from which on rows share their loads: they leave the level-1 cache to the weights then.
+constexpr std::size_t kNear = 16384;
 // Bytes that a chosen row is fetched ahead of its turn: what memory gives within its latency, and some more.
 constexpr std::size_t kAhead = 4096;
 
@@ -173,7 +175,8 @@ static void float_rows(const Matrix& w, std::size_t first, std::size_t last, con
   constexpr std::size_t kTokens = kLanes == 16 ? 4 : 2;
   const T* values = static_cast<const T*>(w.values);
   std::size_t row = first;
-  for (; x.tokens > 1 && row + kRows <= last; row += kRows) {
+  const bool shared = x.tokens > 1 || w.columns * sizeof(float) > kNear;
+  for (; shared && row + kRows <= last; row += kRows) {
     std::size_t t = 0;
     for (; t + kTokens <= x.tokens; t += kTokens) row_tile<kTokens, T>(w, row, x, t, y, y_stride);
     for (; t < x.tokens; ++t) row_tile<1, T>(w, row, x, t, y, y_stride);

@@ -81,7 +81,7 @@ class Engine:
     up to 256 MB, then bf16]; ``activations``: ``recorded`` (as the recipe said; 16 bits where it left the inputs of
     integer weights unquantised) or ``int8`` (8 bits per token there, faster); ``head``: the output head in int8, bf16,
     or as stored; ``layout`` of sparse weights: ``sparse``, ``dense`` (filled up) or what is faster here, which is tried
-    once [``auto``]. Of a Scaling Transformer, ``weights``: f32, bf16, int8 [as stored], the latter with inputs of 8 bits
+    once [``auto``]. Of a Scaling Transformer, ``weights``: f32, bf16, int8 [as stored], the last with inputs of 8 bits
     whatever ``activations`` says (see :mod:`tulle.engine.scaling`). Raises ``UserError`` for a folder that is broken or
     a model that is not supported.
     """
