@@ -79,8 +79,9 @@ class Engine:
     run at once; ``cache``: keys and values in f32, bf16 or int8 [int8 where the model quantises them anyway, else f32
     up to 256 MB, then bf16]; ``activations``: ``recorded`` (as the recipe said; 16 bits where it left the inputs of
     integer weights unquantised) or ``int8`` (8 bits per token there, faster); ``head``: the output head in int8, bf16,
-    or as stored; ``layout`` of sparse weights: ``sparse``, ``dense`` (filled up) or what is faster here, which is tried
-    once [``auto``]. Raises ``UserError`` for a folder that is broken or a model that is not supported.
+    or as stored; ``layout`` of the weights: ``sparse``, ``dense`` (pruned ones filled up), ``columns``, ``dense
+    columns`` (inputs that are left out are not read) or what is faster here, which is tried once [``auto``]. Raises
+    ``UserError`` for a folder that is broken or a model that is not supported.
     """
 
     def __init__(
@@ -143,6 +144,11 @@ class Engine:
     def weight_bytes(self) -> int:
         """Bytes of weights that one token reads."""
         return int(self._native.weight_bytes)
+
+    def take_bytes_per_token(self) -> float:
+        """Bytes of weights that a token read, on average over the passes of one token since the last call (0 without
+        any): less than ``weight_bytes`` where weights stand by columns and tokens leave inputs out."""
+        return float(self._native.take_bytes_per_token())
 
     @property
     def cache_bytes(self) -> int:
