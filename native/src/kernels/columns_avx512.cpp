@@ -76,6 +76,10 @@ class Ahead {
     ++place_;
   }
 
+  void finish() {
+    while (place_ != end_) step();
+  }
+
  private:
   const std::uint32_t *place_, *end_;
   const std::uint8_t* from_;
@@ -162,6 +166,7 @@ void multiply_dense(const LinearView& w, const Inputs& x, std::size_t token, std
   const std::size_t outputs = w.line_tiles() * kTileRows, first = strip * w.strip_lines();
   for (std::size_t segment = begin; segment < end; ++segment) {
     const Quads quads(w, x, token, segment), later(w, x, token, least(segment + 1, end - 1));
+    if (segment == begin) Ahead(quads, dense_strip(w, strip), column_bytes(w, strip)).finish();
     Ahead ahead(later, dense_strip(w, strip), column_bytes(w, strip));
     for (std::size_t i = 0; i < w.lines_of(strip); ++i) {
       DenseLine<kPerByte> weights(w, strip, first + i);
@@ -221,6 +226,7 @@ void multiply_sparse(const LinearView& w, const Inputs& x, std::size_t token, st
   std::uint32_t next[kChunkInputs + 4];
   for (std::size_t segment = begin; segment < end; ++segment) {
     const Quads quads(w, x, token, segment), later(w, x, token, least(segment + 1, end - 1));
+    if (segment == begin) Ahead(quads, from, starts).finish();
     Ahead ahead(later, from, starts);
     for (std::size_t i = 4 * quads.first; i < 4 * quads.last; ++i) next[i - 4 * quads.first] = starts[quads.places[i]] + masks;
     for (std::size_t i = 0; i < w.lines_of(strip); ++i) {

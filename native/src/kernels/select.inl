@@ -114,7 +114,7 @@ static std::size_t nonzero(const std::int8_t* high, const std::int8_t* low, std:
 }
 
 static void absolute(const float* x, std::size_t n, float* y) {
-  for (std::size_t i = 0; i < n; ++i) y[i] = x[i] < 0 ? -x[i] : x[i];
+  for (std::size_t i = 0; i < n; ++i) y[i] = __builtin_fabsf(x[i]);  // of -0.0 too
 }
 
 static void drop_below(float* x, const float* size, std::size_t n, float least) {

@@ -53,7 +53,7 @@ def choose_layout(source: Source, layout: str, head: str, unquantised: int, thre
         raise UserError(f"expected a head of {', '.join(HEADS)}, found {head!r}")
     if layout != "auto":
         return layout
-    candidates = _candidates(source)
+    candidates = layouts_for(source)
     if len(candidates) == 1:
         return candidates[0]
     key = f"{LAYOUT} {_cpu()} {_native.active_isa()} {threads} {unquantised} {head} {source.identity()}"
@@ -84,7 +84,8 @@ def choose_layout(source: Source, layout: str, head: str, unquantised: int, thre
     return chosen
 
 
-def _candidates(source: Source) -> list[str]:
+def layouts_for(source: Source) -> list[str]:
+    """What ``auto`` chooses from."""
     specs = list(source.packed.linears.values()) if source.packed else []
     found = ["sparse"]
     if any(spec.sparse for spec in specs):

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tulle import _native
-from tulle.engine.choose import choose_layout
+from tulle.engine.choose import choose_layout, layouts_for
 from tulle.engine.prepare import FOLDER, Progress, Source, prepared
 from tulle.engine.sampling import Sampler, Sampling
 from tulle.engine.settings import settings_of
@@ -105,8 +105,7 @@ class Engine:
             raise UserError("expected at least one thread, sequence and token of context, found fewer")
         source, bits = Source(folder), 16 if activations == "recorded" else 8
         self.sequences, self.threads = sequences, threads or default_threads()
-        specs = source.packed.linears.values() if source.packed else ()
-        self.sparse = any(spec.sparse for spec in specs)
+        self.layouts = layouts_for(source)
         self.layout = choose_layout(source, layout, head, bits, self.threads)
         file, facts = prepared(source, head, self.layout, progress)
         limit = source.config.get("max_position_embeddings")
