@@ -31,6 +31,14 @@ FORMATS: dict[str, tuple[int | None, float]] = {
     "bf16": (None, 0.0), "bf16 70 %": (None, 0.7), "int8": (8, 0.0), "int8 50 %": (8, 0.5), "int8 70 %": (8, 0.7),
     "int4": (4, 0.0), "int4 50 %": (4, 0.5), "int4 70 %": (4, 0.7), "int4 80 %": (4, 0.8),
 }  # fmt: skip
+INPUTS: dict[str, tuple[int, float, float]] = {
+    "int4": (4, 0.0, 0.0), "int4, 30 % of inputs dropped": (4, 0.0, 0.3), "int4, 50 % of inputs dropped": (4, 0.0, 0.5),
+    "int4 70 %": (4, 0.7, 0.0), "int4 70 %, 50 % of inputs dropped": (4, 0.7, 0.5),
+    "int8, 50 % of inputs dropped": (8, 0.0, 0.5),
+    "ternary": (2, 0.0, 0.0), "ternary, 40 % of inputs dropped": (2, 0.0, 0.4),
+    "ternary, 60 % of inputs dropped": (2, 0.0, 0.6),
+}  # fmt: skip
+"""Bits, zeros, inputs that Top-K leaves out in front of every linear of the decoder; ternary ones with 8-bit inputs."""
 LLAMA = ("F32", "BF16", "Q8_0", "Q4_0")
 COUNT = {"decode": 32, "prefill": 512}
 
@@ -57,11 +65,32 @@ class Worker:
         return float(self.process.stdout.readline())
 
 
+def sparse_inputs(folder: Path, threads: str) -> list[tuple[str, str, list[str]]]:
+    """What runs of INPUTS: dense inputs in tiles, the others by columns and, to see what that is worth, in tiles."""
+    wanted = []
+    for name, (bits, sparsity, dropped) in INPUTS.items():
+        made = folder / name.replace(" ", "").replace("%", "").replace(",", "-")
+        if not (made / "config.json").exists():
+            write_packed(made, "1.1b", bits, sparsity, 8 if bits == 2 else None, dropped=dropped)
+        columns = bool(dropped) or bits == 2
+        for activations in ("int8",) if bits == 2 else ("int8", "recorded"):
+            label = f"tulle {name}" + ", 8-bit inputs" * (activations == "int8")
+            option = f"{activations}:{'columns' if columns else 'sparse'}"
+            wanted.append((label, sys.executable, ["tulle", str(made), threads, option]))
+        if dropped == 0.5 and bits == 4:
+            option = "int8:dense columns" if sparsity else "int8:sparse"
+            label = f"tulle {name}, 8-bit inputs, {'filled up' if sparsity else 'in tiles'}"
+            wanted.append((label, sys.executable, ["tulle", str(made), threads, option]))
+    return wanted
+
+
 def workers(arguments: argparse.Namespace) -> tuple[dict[str, Worker], dict[str, str]]:
     """Running models by name, and why others do not run."""
     folder, threads = arguments.folder, str(arguments.threads)
     wanted: list[tuple[str, str, list[str]]] = []
-    for name, (bits, sparsity) in FORMATS.items():
+    if arguments.inputs:
+        wanted += sparse_inputs(folder, threads)
+    for name, (bits, sparsity) in {} if arguments.inputs else FORMATS.items():
         made = folder / name.replace(" ", "").replace("%", "")
         if not (made / "config.json").exists():
             write_packed(made, "1.1b", bits, sparsity)
@@ -107,6 +136,7 @@ def main() -> None:
     parser.add_argument("--peer-python")
     parser.add_argument("--onnx-python")
     parser.add_argument("--onnx-models", type=Path, nargs="*", default=[], help="folders that its model builder made")
+    parser.add_argument("--inputs", action="store_true", help="the formats whose tokens leave inputs out")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="*", help="models whose names contain one of these")
@@ -126,6 +156,9 @@ def main() -> None:
             taken = worker.time(arguments.what, count)
             if number:
                 seconds[name].append(taken)
+    if arguments.inputs:
+        for worker in running.values():
+            worker.bytes = round(worker.time("read", 0))
     for worker in running.values():
         worker.process.kill()
     read = _native.read_bandwidth(1 << 29, arguments.threads, 5) / 1e9
@@ -152,7 +185,7 @@ def main() -> None:
         "machine": machine.describe() | {"threads": arguments.threads}, "rounds": arguments.rounds,
         "tokens": count, "read_gb_s": read, "results": results, "missing": missing,
     }  # fmt: skip
-    out = arguments.out or HERE / f"results/{arguments.what}.json"
+    out = arguments.out or HERE / f"results/{arguments.what}{'_inputs' * arguments.inputs}.json"
     out.write_text(json.dumps(content, indent=2) + "\n")
 
 

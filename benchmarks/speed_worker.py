@@ -4,7 +4,8 @@
 
 KIND: tulle (OPTION: activations:layout), llama.cpp, onnxruntime, or torch (PATH: the shape as JSON; OPTION: float32,
 bfloat16, int8). onnxruntime's OPTION: bytes of the embedding. Reads a line ``prefill N`` or ``decode N`` and answers
-with a line: seconds. ``decode`` follows a prompt of 16 tokens.
+with a line: seconds. ``decode`` follows a prompt of 16 tokens. ``read 0``: bytes of weights that a token of the decode
+runs so far read, of a model that leaves inputs out fewer than it has.
 """
 
 from __future__ import annotations
@@ -102,6 +103,9 @@ def main() -> None:
     print(json.dumps({"bytes": model.bytes}), flush=True)
     for line in sys.stdin:
         what, count = line.split()[0], int(line.split()[1])
+        if what == "read":
+            print(model.engine.take_bytes_per_token() if isinstance(model, Tulle) else model.bytes, flush=True)
+            continue
         if what == "prefill":
             begun = time.perf_counter()
             model.run([i * 7919 % 31000 for i in range(count)], 0)

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from compress_large import COMMON, SHAPES  # noqa: E402
 
 from tulle.format.pack import f32_to_bf16, pack_linear  # noqa: E402
-from tulle.format.spec import LinearSpec, QuantizationConfig  # noqa: E402
+from tulle.format.spec import InputSparsitySpec, LinearSpec, QuantizationConfig  # noqa: E402
 from tulle.models.anatomy import anatomy  # noqa: E402
 
 GROUP = 128
@@ -28,9 +28,11 @@ def write_packed(
     sparsity: float,
     input_bits: int | None = None,
     layers: int | None = None,
+    dropped: float = 0.0,
 ) -> None:
-    """A checkpoint in bf16 (``bits`` None) or integers in groups of 128, with so many zeros. Every block holds the same
-    numbers, in bytes of its own."""
+    """A checkpoint in bf16 (``bits`` None) or integers in groups of 128 (ternary, ``bits`` 2: a scale per row), with so
+    many zeros; Top-K leaves a share of ``dropped`` inputs out. Every block holds the same numbers, in bytes of its own.
+    """
     config = COMMON | SHAPES[shape] | {"model_type": "llama", "rms_norm_eps": 1e-5, "hidden_act": "silu"}
     config["num_hidden_layers"] = layers or config["num_hidden_layers"]
     model = anatomy(config)
@@ -43,7 +45,7 @@ def write_packed(
             block[name] = f32_to_bf16(np.ones(size, np.float32))
             continue
         linear = name.removesuffix(".weight")
-        spec, arrays = packed_linear(generator, (size[0], size[1]), bits, sparsity, input_bits)
+        spec, arrays = packed_linear(generator, (size[0], size[1]), bits, sparsity, input_bits, dropped)
         specs[linear] = spec
         block |= {f"{linear}.{suffix}": array for suffix, array in arrays.items()}
     for index in range(model.layers):
@@ -64,7 +66,12 @@ def stored(array: np.ndarray) -> torch.Tensor:
 
 
 def packed_linear(
-    generator: np.random.Generator, shape: tuple[int, int], bits: int | None, sparsity: float, input_bits: int | None
+    generator: np.random.Generator,
+    shape: tuple[int, int],
+    bits: int | None,
+    sparsity: float,
+    input_bits: int | None,
+    dropped: float = 0.0,
 ) -> tuple[LinearSpec, dict[str, Any]]:
     """A random linear. Unquantised and dense: a spec all the same, of the plain weight."""
     mask = generator.random(shape, np.float32) >= sparsity if sparsity else None
@@ -73,9 +80,12 @@ def packed_linear(
         values = f32_to_bf16(0.02 * generator.standard_normal(shape, np.float32))
         spec = LinearSpec(shape, sparse=mask is not None, nonzeros=kept, values_dtype="bfloat16")
         return spec, pack_linear(spec, values, mask)
+    group = None if bits == 2 else GROUP
+    chosen = InputSparsitySpec("top_k", keep=shape[1] - round(dropped * shape[1])) if dropped else None
     spec = LinearSpec(
-        shape, bits, GROUP, sparse=mask is not None, nonzeros=kept, input_bits=input_bits, values_dtype=None
-    )
-    codes = generator.integers(0, 1 << bits, shape, np.uint8)
+        shape, bits, group, sparse=mask is not None, nonzeros=kept, input_bits=input_bits, values_dtype=None,
+        input_sparsity=chosen,
+    )  # fmt: skip
+    codes = generator.integers(int(bits == 2), 1 << bits, shape, np.uint8)
     scale = f32_to_bf16(np.full((shape[0], spec.groups), 0.02 / (1 << (bits - 1)), np.float32))
     return spec, pack_linear(spec, codes, mask, scale)

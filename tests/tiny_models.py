@@ -84,6 +84,10 @@ def write_model(
         spec, arrays = pack_random(state.pop(key + ".weight").float().numpy(), number, **dict(scheme))
         linears[key] = spec
         state |= {f"{key}.{suffix}": as_torch(array) for suffix, array in arrays.items()}
+        for suffix, (_, shape) in spec.input_tensors().items():
+            # The same for linears that share an input.
+            scores = torch.rand(shape, generator=torch.Generator().manual_seed(sum(map(ord, str(role)))))
+            state[f"{key}.{suffix}"] = scores + 0.1
         with torch.no_grad():
             module.weight.copy_(torch.from_numpy(unpack_linear(spec, arrays)))
     folder.mkdir()

@@ -62,11 +62,12 @@ const T* array_of(const nb::dict& from, const char* key, std::size_t expected, K
 }
 
 inline tulle::WeightKind weight_kind(const std::string& name) {
+  if (name == "codes2") return tulle::WeightKind::codes2;
   if (name == "codes4") return tulle::WeightKind::codes4;
   if (name == "codes8") return tulle::WeightKind::codes8;
   if (name == "bf16") return tulle::WeightKind::bf16;
   if (name == "f32") return tulle::WeightKind::f32;
-  throw std::invalid_argument("kind: expected codes4, codes8, bf16 or f32, found '" + name + "'");
+  throw std::invalid_argument("kind: expected codes2, codes4, codes8, bf16 or f32, found '" + name + "'");
 }
 
 inline tulle::CacheKind cache_kind(const std::string& name) {

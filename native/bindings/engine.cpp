@@ -33,6 +33,7 @@ tulle::LinearView linear_view(const nb::dict& from, Kept& kept) {
   tulle::LinearSizes sizes{};
   w.kind = weight_kind(get<std::string>(from, "kind"));
   w.sparse = get<bool>(from, "sparse");
+  w.by_columns = get<bool>(from, "by_columns");
   w.rows = get<std::size_t>(from, "rows");
   w.columns = get<std::size_t>(from, "columns");
   w.segment = get<std::size_t>(from, "segment");
@@ -41,6 +42,7 @@ tulle::LinearView linear_view(const nb::dict& from, Kept& kept) {
   w.values = array<std::uint8_t>(from, "values", kept, &sizes.values);
   w.masks = array<std::uint8_t>(from, "masks", kept, &sizes.masks);
   w.offsets = array<std::uint64_t>(from, "offsets", kept, &sizes.offsets);
+  w.starts = array<std::uint32_t>(from, "starts", kept, &sizes.starts);
   w.scales = array<std::uint16_t>(from, "scales", kept, &sizes.scales);
   w.zeros = array<std::uint8_t>(from, "zeros", kept, &sizes.zeros);
   w.zero = get<std::uint8_t>(from, "zero");
@@ -48,11 +50,33 @@ tulle::LinearView linear_view(const nb::dict& from, Kept& kept) {
   return w;
 }
 
+tulle::Selection selection(const nb::object& found, std::size_t columns, Kept& kept) {
+  tulle::Selection s;
+  if (found.is_none()) return s;
+  const auto from = nb::cast<nb::dict>(found);
+  const auto kind = get<std::string>(from, "kind");
+  if (kind == "top_k") s.kind = tulle::Selection::Kind::top_k;
+  else if (kind == "threshold") s.kind = tulle::Selection::Kind::threshold;
+  else if (kind == "relu") s.kind = tulle::Selection::Kind::relu;
+  else throw std::invalid_argument("selection of inputs: expected top_k, threshold or relu, found '" + kind + "'");
+  s.keep = get<std::size_t>(from, "keep");
+  s.block = get<std::size_t>(from, "block");
+  s.unit = get<std::size_t>(from, "unit");
+  s.norm = get<bool>(from, "norm");
+  s.threshold = get<float>(from, "threshold");
+  s.rescale = get<bool>(from, "rescale");
+  s.score = array_of<float>(from, "score", columns, kept);
+  return s;
+}
+
 tulle::Linear linear(const nb::dict& from, Kept& kept) {
   tulle::Linear l;
   l.weight = linear_view(from, kept);
   l.bias = array_of<float>(from, "bias", l.weight.rows, kept);
-  l.input = grid(get<nb::dict>(from, "input"));
+  const auto input = get<nb::dict>(from, "input");
+  l.input = grid(input);
+  l.own_grid = get<bool>(input, "own");
+  l.selection = selection(item(from, "selection"), l.weight.columns, kept);
   return l;
 }
 
@@ -139,9 +163,10 @@ tulle::Model model(const nb::dict& from, Kept& kept) {
   m.eps = get<float>(from, "eps");
   const auto gate = get<std::string>(from, "gate");
   if (gate == "silu") m.gate = tulle::Gate::silu;
+  else if (gate == "relu") m.gate = tulle::Gate::relu;
   else if (gate == "relu2") m.gate = tulle::Gate::relu2;
   else if (gate == "gelu_tanh") m.gate = tulle::Gate::gelu_tanh;
-  else throw std::invalid_argument("gate: expected silu, relu2 or gelu_tanh, found '" + gate + "'");
+  else throw std::invalid_argument("gate: expected silu, relu, relu2 or gelu_tanh, found '" + gate + "'");
   m.inverse_frequencies = get<std::vector<float>>(from, "inverse_frequencies");
   m.rope_scale = get<float>(from, "rope_scale");
   m.query = grid(get<nb::dict>(from, "query"));
@@ -206,6 +231,11 @@ class BoundEngine {
   }
 
   std::uint64_t weight_bytes() const { return engine_.weight_bytes(); }
+  // Mean bytes of weights per token of the passes of one token since the last call; 0 without any.
+  double take_bytes_per_token() {
+    const auto found = engine_.take_reads();
+    return found.tokens == 0 ? 0.0 : found.bytes / static_cast<double>(found.tokens);
+  }
   std::uint64_t cache_bytes() const { return engine_.cache_bytes(); }
   std::uint64_t work_bytes() const { return engine_.work_bytes(); }
 
@@ -230,6 +260,7 @@ void define_engine(nb::module_& m) {
       .def("forward", &BoundEngine::forward, "tokens"_a.noconvert(), "slots"_a.noconvert(), "positions"_a.noconvert(),
            "rows"_a.noconvert(), "logits"_a.noconvert())
       .def_prop_ro("weight_bytes", &BoundEngine::weight_bytes)
+      .def("take_bytes_per_token", &BoundEngine::take_bytes_per_token)
       .def_prop_ro("cache_bytes", &BoundEngine::cache_bytes)
       .def_prop_ro("work_bytes", &BoundEngine::work_bytes);
 }

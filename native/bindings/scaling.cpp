@@ -163,6 +163,11 @@ class BoundScaling {
     engine_.forward(tokens.data(), slots.data(), positions.data(), n, rows.data(), rows.shape(0), logits.data());
   }
 
+  double take_bytes_per_token() {
+    const auto found = engine_.take_reads();
+    return found.tokens == 0 ? 0.0 : found.bytes / static_cast<double>(found.tokens);
+  }
+
   const tulle::ScalingEngine& engine() const { return engine_; }
 
  private:
@@ -178,6 +183,7 @@ void define_scaling(nb::module_& m) {
            "slots"_a, "context"_a, "batch"_a, "cache"_a, "threads"_a)
       .def("forward", &BoundScaling::forward, "tokens"_a.noconvert(), "slots"_a.noconvert(), "positions"_a.noconvert(),
            "rows"_a.noconvert(), "logits"_a.noconvert())
+      .def("take_bytes_per_token", &BoundScaling::take_bytes_per_token)
       .def_prop_ro("weight_bytes", [](const BoundScaling& b) { return b.engine().weight_bytes(); })
       .def_prop_ro("cache_bytes", [](const BoundScaling& b) { return b.engine().cache_bytes(); })
       .def_prop_ro("work_bytes", [](const BoundScaling& b) { return b.engine().work_bytes(); })

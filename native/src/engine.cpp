@@ -22,14 +22,17 @@ bool same_input(const Linear& a, const Linear& b) {
   const LinearView &v = a.weight, &w = b.weight;
   if (v.is_codes() != w.is_codes() || v.padded() != w.padded()) return false;
   if (a.input.bits != b.input.bits || a.input.symmetric != b.input.symmetric || a.input.clip != b.input.clip) return false;
+  if (!(a.selection == b.selection) || a.own_grid != b.own_grid) return false;
   return !v.is_codes() || (v.segment == w.segment && v.segments_per_scale == w.segments_per_scale);
 }
 
 std::size_t planes_of(const Grid& grid) { return grid.bits > 8 || (grid.bits == 8 && !grid.symmetric) ? 2 : 1; }
 
-// What a thread does of a group's linears.
+// What a thread does of a group's linears: tiles [first, last), or where weights stand by columns chunks [first, last)
+// of a strip, whose sums are piece number `piece` of it.
 struct Part {
-  std::size_t linear, first, last;  // tiles
+  std::size_t linear, first, last;
+  std::size_t strip = 0, piece = 0;
 };
 
 // A thread's own parts in order, and how many of them have been taken, by itself or by a thread that was done sooner.
@@ -45,13 +48,36 @@ struct Share {
 // the count to cost nothing.
 constexpr std::uint64_t kPartBytes = 128 * 1024;
 
+// Tokens that weights by columns meet at once: bounds the room for their sums.
+constexpr std::size_t kColumnTokens = 64;
+
 struct Plan {
   std::vector<std::size_t> input_of;       // per linear: which of the prepared inputs it reads
   std::vector<const Linear*> inputs;       // a linear that shows how to prepare each
   std::vector<Share> shares;               // per thread
   std::vector<std::size_t> output;         // per linear: its first output among the group's
   std::size_t outputs = 0;
+  // By columns: in how many pieces a linear's inputs are cut where it has fewer strips than there are threads.
+  std::vector<std::size_t> pieces;
+  std::size_t most_pieces = 1;
 };
+
+// Outputs of a strip, of whole lines.
+std::size_t strip_outputs(const LinearView& w) { return w.strip_lines() * w.line_tiles() * kTileRows; }
+
+// Whole strips where there are enough of them for all threads, so that no sum is cut. Otherwise chunks: half of a strip's
+// outputs would be shorter pieces of memory, with another thread's between them.
+void add_columns(Plan& plan, std::size_t number, const LinearView& w, std::size_t threads) {
+  const std::size_t strips = w.strips();
+  const std::size_t pieces = strips >= threads ? 1 : std::min(w.chunks(), (threads + strips - 1) / strips);
+  plan.pieces[number] = pieces;
+  plan.most_pieces = std::max(plan.most_pieces, pieces);
+  for (std::size_t i = 0; i < strips * pieces; ++i) {
+    const std::size_t piece = i % pieces;
+    plan.shares[i * threads / (strips * pieces)].parts.push_back(
+        {number, w.chunks() * piece / pieces, w.chunks() * (piece + 1) / pieces, i / pieces, piece});
+  }
+}
 
 Plan plan_of(const Group& group, std::size_t threads) {
   Plan plan;
@@ -67,9 +93,15 @@ Plan plan_of(const Group& group, std::size_t threads) {
   }
   // By bytes: a tile costs what it weighs. Whole pairs, which kernels for several tokens take at once.
   plan.shares.resize(threads);
+  plan.pieces.assign(group.linears.size(), 1);
   std::uint64_t before = 0;
   for (std::size_t i = 0; i < group.linears.size(); ++i) {
     const LinearView& w = group.linears[i].weight;
+    if (w.by_columns) {
+      add_columns(plan, i, w, threads);
+      before += group.linears[i].bytes();
+      continue;
+    }
     const std::uint64_t bytes = group.linears[i].bytes();
     std::size_t first = 0;
     for (std::size_t t = 0; t < threads && first < w.tiles(); ++t) {
@@ -91,14 +123,33 @@ Plan plan_of(const Group& group, std::size_t threads) {
 // Inputs of up to `batch` tokens, prepared for a kernel.
 struct Prepared {
   Buffer<float> floats, steps;
-  Buffer<std::int8_t> plane[2];
+  Buffer<std::int8_t> plane[2], quad_plane[2];
   Buffer<std::int32_t> sums[2];
+  Buffer<std::uint32_t> quads, quad_starts, active;  // active: how many inputs a token has
 
-  Inputs view(const Linear& linear, std::size_t tokens) const {
+  // Tokens [first, first + tokens).
+  Inputs view(const Linear& linear, std::size_t first, std::size_t tokens) const {
     const LinearView& w = linear.weight;
-    return {tokens, w.padded(), floats.data(), planes_of(linear.input), {plane[0].data(), plane[1].data()},
-            {sums[0].data(), sums[1].data()}, w.segments, steps.data()};
+    Inputs x{};
+    x.tokens = tokens;
+    x.stride = w.padded();
+    x.floats = floats.data() + first * x.stride;
+    x.planes = w.is_codes() ? planes_of(linear.input) : 0;
+    x.sum_stride = w.segments;
+    x.steps = steps.data() + first;
+    x.quad_stride = quad_stride(w);
+    for (std::size_t p = 0; p < x.planes; ++p) {
+      x.plane[p] = plane[p].data() + first * x.stride;
+      x.sums[p] = sums[p].data() + first * x.sum_stride;
+      x.quad_plane[p] = quad_plane[p].data() + first * x.quad_stride * 4;
+    }
+    x.quads = quads.data() + first * x.quad_stride * 4;
+    x.quad_starts = quad_starts.data() + first * (w.segments + 1);
+    return x;
   }
+
+  // Of one token: the list is written 16 elements at a time.
+  static std::size_t quad_stride(const LinearView& w) { return w.padded() / 4 + 4; }
 };
 
 std::size_t widest(const Model& model) {
@@ -148,9 +199,18 @@ std::uint64_t Linear::bytes() const {
   const std::uint64_t weights = static_cast<std::uint64_t>(w.tiles()) * kTileRows * w.padded();
   std::uint64_t bytes = 0;
   if (w.is_codes()) bytes += static_cast<std::uint64_t>(w.tiles()) * kTileRows * w.scales_per_row() * (w.zeros ? 3 : 2);
+  if (w.by_columns) return bytes + static_cast<std::uint64_t>(column_bytes() * static_cast<double>(w.padded()));
   if (w.sparse) return bytes + weights / 8 + w.offsets[w.tiles() * w.chunks()];
   const unsigned bits = w.kind == WeightKind::codes4 ? 4 : w.kind == WeightKind::codes8 ? 8 : w.kind == WeightKind::bf16 ? 16 : 32;
   return bytes + weights * bits / 8;
+}
+
+double Linear::column_bytes() const {
+  const LinearView& w = weight;
+  if (!w.by_columns) return 0;
+  if (!w.sparse) return static_cast<double>(w.lines() * kUnitBytes);
+  const double starts = 4.0 * static_cast<double>(w.strips());
+  return static_cast<double>(w.offsets[w.strips()]) / static_cast<double>(w.padded()) + starts;
 }
 
 void check(const Model& m) {
@@ -168,6 +228,7 @@ void check(const Model& m) {
       const Linear& linear = group.linears[i++];
       require_equal("inputs of a linear", inputs, linear.weight.columns);
       require_equal("outputs of a linear", rows, linear.weight.rows);
+      tulle::check(linear.selection, inputs);
       if (!linear.weight.is_codes()) continue;
       require(linear.input.bits >= 2 && linear.input.bits <= 16, "bits of the inputs", 8, linear.input.bits);
       require_equal("inputs left over by scales", 0, inputs % linear.weight.scales_per_row());
@@ -202,12 +263,20 @@ struct Engine::State {
   Plan head_plan;
 
   std::vector<Prepared> prepared;
+  Buffer<float> pieced;  // [piece][token][output of the group]
+  // Of passes of one token, per thread.
+  struct alignas(kAlignment) Read {
+    double bytes = 0;
+  };
+  std::vector<Read> read;
+  std::uint64_t read_tokens = 0;
+  bool counting = false;
   Buffer<float> hidden, attended, small, wide, cosines, sines;
   Buffer<std::uint8_t> keys, values;
   Buffer<float> cache_scales;
   // Per thread: three vectors for transforms, scores, and a kernel's scratch.
   std::size_t vector_floats, score_floats, scratch;
-  std::vector<Buffer<float>> vectors, scores;
+  std::vector<Buffer<float>> vectors, scores, strips;
   std::vector<Buffer<std::uint8_t>> scratches;
 
   // Rows of queries that share a pass: of one sequence, `count` of them from row `first` (token · shared + head).
@@ -221,11 +290,15 @@ struct Engine::State {
         threads(std::max<std::size_t>(threads_, 1)), cache_kind(kind), linear(*active_isa().linear),
         ops(*active_isa().ops) {
     require(slots >= 1 && context_ >= 1 && batch >= 1, "slots, context and batch of at least", 1, 0);
-    std::size_t inputs = 1, float_width = 0, code_width = 0, segments = 0;
+    std::size_t inputs = 1, float_width = 0, code_width = 0, segments = 0, quad_width = 0, pieces = 0, strip = 0;
     bool two_planes = false;
     const auto add = [&](const Group& group, Plan& plan) {
       plan = plan_of(group, threads);
       inputs = std::max(inputs, plan.inputs.size());
+      if (plan.most_pieces > 1) pieces = std::max(pieces, plan.most_pieces * plan.outputs);
+      for (const Linear& l : group.linears) {
+        if (l.weight.by_columns) strip = std::max(strip, strip_outputs(l.weight));
+      }
       for (const Linear* l : plan.inputs) {
         if (!l->weight.is_codes()) {
           float_width = std::max(float_width, l->weight.padded());
@@ -233,6 +306,7 @@ struct Engine::State {
         }
         code_width = std::max(code_width, l->weight.padded());
         segments = std::max(segments, l->weight.segments);
+        if (l->weight.by_columns) quad_width = std::max(quad_width, 4 * Prepared::quad_stride(l->weight));
         two_planes = two_planes || planes_of(l->input) == 2;
       }
     };
@@ -251,6 +325,12 @@ struct Engine::State {
       for (std::size_t plane = 0; plane < (two_planes ? 2 : 1); ++plane) {
         p.plane[plane] = Buffer<std::int8_t>(batch * code_width);
         p.sums[plane] = Buffer<std::int32_t>(batch * segments);
+        if (quad_width) p.quad_plane[plane] = Buffer<std::int8_t>(batch * quad_width);
+      }
+      if (quad_width) {
+        p.quads = Buffer<std::uint32_t>(batch * quad_width);
+        p.quad_starts = Buffer<std::uint32_t>(batch * (segments + 1));
+        p.active = Buffer<std::uint32_t>(batch);
       }
       prepared.push_back(std::move(p));
     }
@@ -265,11 +345,14 @@ struct Engine::State {
     keys = Buffer<std::uint8_t>(heads * context * model.head_dim * item_bytes(kind));
     values = Buffer<std::uint8_t>(heads * context * model.head_dim * item_bytes(kind));
     if (kind == CacheKind::u8) cache_scales = Buffer<float>(heads * context * 4);
-    vector_floats = round_up(widest(model), 16);
+    vector_floats = round_up(widest(model) + 16, 16);
+    pieced = Buffer<float>(batch * pieces);
     score_floats = kQueries * context;
-    scratch = scratch_bytes(batch);
+    scratch = std::max(scratch_bytes(batch), strip > 0 ? column_scratch_bytes(kColumnTokens) : 0);
+    read.assign(threads, {});
     for (std::size_t t = 0; t < threads; ++t) {
-      vectors.emplace_back(4 * vector_floats);
+      vectors.emplace_back(7 * vector_floats);
+      strips.emplace_back(std::min(batch, kColumnTokens) * strip);
       scores.emplace_back(score_floats);
       scratches.emplace_back(scratch);
     }
@@ -293,33 +376,91 @@ struct Engine::State {
       x = spare[next];
       next = 1 - next;
     }
-    for (std::size_t i = 0; i < plan.inputs.size(); ++i) {
-      const Linear& l = *plan.inputs[i];
-      const LinearView& w = l.weight;
-      Prepared& p = prepared[i];
-      if (!w.is_codes()) {
-        float* to = p.floats.data() + t * w.padded();
-        std::memcpy(to, x, w.columns * sizeof(float));
-        if (l.input.bits > 0) ops.fake(to, w.columns, ops.range(x, w.columns, l.input));
-        std::memset(to + w.columns, 0, (w.padded() - w.columns) * sizeof(float));
-        continue;
+    for (std::size_t i = 0; i < plan.inputs.size(); ++i) prepare(*plan.inputs[i], prepared[i], x, t, thread);
+    if (counting) count(group, plan, t, thread);
+  }
+
+  // x as the input of a linear: rounded, selected, in floats or codes.
+  void prepare(const Linear& l, Prepared& p, const float* x, std::size_t t, std::size_t thread) {
+    const LinearView& w = l.weight;
+    float* const spare = vectors[thread].data() + 4 * vector_floats;
+    const bool selected = l.selection.kind != Selection::Kind::none;
+    if (!w.is_codes()) {
+      float* to = p.floats.data() + t * w.padded();
+      std::memcpy(to, x, w.columns * sizeof(float));
+      if (l.input.bits > 0) ops.fake(to, w.columns, ops.range(x, w.columns, l.input));
+      const float ratio = l.selection.run(ops, to, w.columns, spare);
+      if (ratio != 1.0f) {
+        for (std::size_t i = 0; i < w.columns; ++i) to[i] *= ratio;
       }
-      const bool two = planes_of(l.input) == 2;
-      const GridRange range = ops.range(x, w.columns, l.input);
-      p.steps.data()[t] = range.step;
-      const std::size_t scales = w.scales_per_row(), real = w.columns / scales;
-      const std::size_t room = w.segment * w.segments_per_scale;
-      std::int8_t* high = p.plane[0].data() + t * w.padded();
-      std::int8_t* low = two ? p.plane[1].data() + t * w.padded() : nullptr;
-      for (std::size_t s = 0; s < scales; ++s) {
-        ops.quantise(x + s * real, real, range, high + s * room, two ? low + s * room : nullptr);
-        std::memset(high + s * room + real, 0, room - real);
-        if (two) std::memset(low + s * room + real, 0, room - real);
+      std::memset(to + w.columns, 0, (w.padded() - w.columns) * sizeof(float));
+      return;
+    }
+    const bool two = planes_of(l.input) == 2;
+    GridRange range = ops.range(x, w.columns, l.input);
+    float ratio = 1;
+    if (selected) {
+      // In front of the vectors of the transforms, one of which x may be.
+      float* const kept = vectors[thread].data() + 3 * vector_floats;
+      std::memcpy(kept, x, w.columns * sizeof(float));
+      if (!l.own_grid) ops.fake(kept, w.columns, range);
+      ratio = l.selection.run(ops, kept, w.columns, spare);
+      if (l.own_grid) range = ops.range(kept, w.columns, l.input);
+      x = kept;
+    }
+    p.steps.data()[t] = range.step * ratio;
+    const std::size_t scales = w.scales_per_row(), real = w.columns / scales;
+    const std::size_t room = w.segment * w.segments_per_scale;
+    std::int8_t* high = p.plane[0].data() + t * w.padded();
+    std::int8_t* low = two ? p.plane[1].data() + t * w.padded() : nullptr;
+    for (std::size_t s = 0; s < scales; ++s) {
+      ops.quantise(x + s * real, real, range, high + s * room, two ? low + s * room : nullptr);
+      std::memset(high + s * room + real, 0, room - real);
+      if (two) std::memset(low + s * room + real, 0, room - real);
+    }
+    for (std::size_t s = 0; s < w.segments; ++s) {
+      p.sums[0].data()[t * w.segments + s] = ops.sum(high + s * w.segment, w.segment);
+      if (two) p.sums[1].data()[t * w.segments + s] = ops.sum(low + s * w.segment, w.segment);
+    }
+    if (w.by_columns) list(w, p, high, low, t);
+  }
+
+  // The inputs of token t that are not zero.
+  void list(const LinearView& w, Prepared& p, const std::int8_t* high, const std::int8_t* low, std::size_t t) {
+    const std::size_t at = t * Prepared::quad_stride(w) * 4;
+    std::uint32_t* const places = p.quads.data() + at;
+    std::int8_t* const kept_high = p.quad_plane[0].data() + at;
+    std::int8_t* const kept_low = low ? p.quad_plane[1].data() + at : nullptr;
+    std::uint32_t* const starts = p.quad_starts.data() + t * (w.segments + 1);
+    std::size_t next = 0, active = 0;
+    for (std::size_t s = 0; s < w.segments; ++s) {
+      starts[s] = static_cast<std::uint32_t>(next / 4);
+      const std::size_t first = s * w.segment;
+      const std::size_t found =
+          ops.nonzero(high + first, low ? low + first : nullptr, w.segment, static_cast<std::uint32_t>(first),
+                      places + next, kept_high + next, kept_low ? kept_low + next : nullptr);
+      active += found;
+      next += found;
+      for (; next % 4 != 0; ++next) {
+        places[next] = places[next - 1];
+        kept_high[next] = 0;
+        if (kept_low) kept_low[next] = 0;
       }
-      for (std::size_t s = 0; s < w.segments; ++s) {
-        p.sums[0].data()[t * w.segments + s] = ops.sum(high + s * w.segment, w.segment);
-        if (two) p.sums[1].data()[t * w.segments + s] = ops.sum(low + s * w.segment, w.segment);
+    }
+    starts[w.segments] = static_cast<std::uint32_t>(next / 4);
+    p.active.data()[t] = static_cast<std::uint32_t>(active);
+  }
+
+  // What token t will read of the group's weights.
+  void count(const Group& group, const Plan& plan, std::size_t t, std::size_t thread) {
+    for (std::size_t i = 0; i < group.linears.size(); ++i) {
+      const Linear& l = group.linears[i];
+      double bytes = static_cast<double>(l.bytes());
+      if (l.weight.by_columns) {
+        const double left_out = static_cast<double>(l.weight.padded()) - prepared[plan.input_of[i]].active.data()[t];
+        bytes -= left_out * l.column_bytes();
       }
+      read[thread].bytes += bytes;
     }
   }
 
@@ -327,12 +468,56 @@ struct Engine::State {
   void multiply(const Group& group, const Plan& plan, const Part& p, std::size_t n, float* y, std::size_t stride,
                 std::size_t thread) {
     const Linear& l = group.linears[p.linear];
+    if (l.weight.by_columns) return multiply_columns(l, plan, p, n, y, stride, thread);
     float* out = y + plan.output[p.linear];
-    const Inputs x = prepared[plan.input_of[p.linear]].view(*plan.inputs[plan.input_of[p.linear]], n);
+    const Inputs x = prepared[plan.input_of[p.linear]].view(*plan.inputs[plan.input_of[p.linear]], 0, n);
     linear.run(l.weight, x, p.first, p.last, out, stride, scratches[thread].data());
     if (l.bias == nullptr) return;
     const std::size_t first = p.first * kTileRows, last = std::min(p.last * kTileRows, l.weight.rows);
     for (std::size_t t = 0; t < n; ++t) ops.add(out + t * stride + first, l.bias + first, last - first);
+  }
+
+  // Where there is one piece, the outputs themselves; otherwise sums to `pieced`.
+  void multiply_columns(const Linear& l, const Plan& plan, const Part& p, std::size_t n, float* y, std::size_t stride,
+                        std::size_t thread) {
+    const LinearView& w = l.weight;
+    const std::size_t outputs = strip_outputs(w), first = p.strip * outputs, count = std::min(outputs, w.rows - first);
+    const std::size_t column = plan.output[p.linear] + first;
+    float* const sums = strips[thread].data();
+    for (std::size_t from = 0; from < n; from += kColumnTokens) {
+      const std::size_t tokens = std::min(kColumnTokens, n - from);
+      const Inputs x = prepared[plan.input_of[p.linear]].view(*plan.inputs[plan.input_of[p.linear]], from, tokens);
+      linear.run_columns(w, x, p.strip, p.first, p.last, sums, outputs, scratches[thread].data());
+      for (std::size_t t = 0; t < tokens; ++t) {
+        if (plan.pieces[p.linear] > 1) {
+          float* const to = pieced.data() + (p.piece * n + from + t) * plan.outputs + column;
+          std::memcpy(to, sums + t * outputs, count * sizeof(float));
+        } else {
+          float* const to = y + (from + t) * stride + column;
+          ops.scaled(sums + t * outputs, x.steps[t], count, to);
+          if (l.bias != nullptr) ops.add(to, l.bias + first, count);
+        }
+      }
+    }
+  }
+
+  // A thread's share of outputs whose sums came in pieces.
+  void collect(const Group& group, const Plan& plan, std::size_t n, float* y, std::size_t stride, std::size_t thread,
+               std::size_t team) {
+    for (std::size_t i = 0; i < group.linears.size(); ++i) {
+      const Linear& l = group.linears[i];
+      if (plan.pieces[i] == 1) continue;
+      const std::size_t first = l.weight.rows * thread / team, count = l.weight.rows * (thread + 1) / team - first;
+      for (std::size_t t = 0; t < n; ++t) {
+        float* const to = y + t * stride + plan.output[i] + first;
+        const float* const from = pieced.data() + t * plan.outputs + plan.output[i] + first;
+        float* const total = strips[thread].data();
+        std::memcpy(total, from, count * sizeof(float));
+        for (std::size_t piece = 1; piece < plan.pieces[i]; ++piece) ops.add(total, from + piece * n * plan.outputs, count);
+        ops.scaled(total, prepared[plan.input_of[i]].steps.data()[t], count, to);
+        if (l.bias != nullptr) ops.add(to, l.bias + first, count);
+      }
+    }
   }
 
   // What is left of the group: this thread's own share, then the others'.
@@ -454,6 +639,8 @@ void Engine::State::run(const std::int32_t* tokens, const std::int32_t* slots_of
     }
     t = same;
   }
+  counting = n == 1;
+  read_tokens += counting;
   for (Plans& p : plans) {
     for (Plan* plan : {&p.qkv, &p.o, &p.gate_up, &p.down}) restart(*plan);
   }
@@ -476,6 +663,9 @@ void Engine::State::run(const std::int32_t* tokens, const std::int32_t* slots_of
     };
     const auto multiply_all = [&](const Group& group, Plan& plan, std::size_t count, float* y, std::size_t stride) {
       multiply(group, plan, count, y, stride, thread);
+      wait();
+      if (plan.most_pieces == 1) return;
+      collect(group, plan, count, y, stride, thread, team);
       wait();
     };
     for (std::size_t t = from; t < to; ++t) begin(tokens, positions, t);
@@ -561,6 +751,16 @@ std::uint64_t Engine::weight_bytes() const {
   return bytes + state_->model.head.linears[0].bytes();
 }
 
+Engine::Reads Engine::take_reads() {
+  Reads found{0, state_->read_tokens};
+  for (State::Read& r : state_->read) {
+    found.bytes += r.bytes;
+    r.bytes = 0;
+  }
+  state_->read_tokens = 0;
+  return found;
+}
+
 std::uint64_t Engine::cache_bytes() const {
   return state_->keys.bytes() + state_->values.bytes() + state_->cache_scales.bytes();
 }
@@ -568,13 +768,14 @@ std::uint64_t Engine::cache_bytes() const {
 std::uint64_t Engine::work_bytes() const {
   const State& s = *state_;
   std::uint64_t bytes = 0;
-  for (const Buffer<float>* b : {&s.hidden, &s.attended, &s.small, &s.wide, &s.cosines, &s.sines}) bytes += b->bytes();
+  for (const Buffer<float>* b : {&s.pieced, &s.hidden, &s.attended, &s.small, &s.wide, &s.cosines, &s.sines}) bytes += b->bytes();
   for (const Prepared& p : s.prepared) {
     bytes += p.floats.bytes() + p.steps.bytes();
-    for (int i = 0; i < 2; ++i) bytes += p.plane[i].bytes() + p.sums[i].bytes();
+    for (int i = 0; i < 2; ++i) bytes += p.plane[i].bytes() + p.sums[i].bytes() + p.quad_plane[i].bytes();
+    bytes += p.quads.bytes() + p.quad_starts.bytes();
   }
   for (std::size_t t = 0; t < s.threads; ++t) {
-    bytes += s.vectors[t].bytes() + s.scores[t].bytes() + s.scratches[t].bytes();
+    bytes += s.vectors[t].bytes() + s.scores[t].bytes() + s.strips[t].bytes() + s.scratches[t].bytes();
   }
   return bytes;
 }

@@ -20,6 +20,7 @@ void require(const char* what, std::uint64_t expected, std::uint64_t found) {
 // Bytes of `count` dense values; of 4 bits, whole pairs of units.
 std::uint64_t value_bytes(WeightKind kind, std::uint64_t count) {
   switch (kind) {
+    case WeightKind::codes2: return count / 4;
     case WeightKind::codes4: return count / 2;
     case WeightKind::codes8: return count;
     case WeightKind::bf16: return 2 * count;
@@ -38,10 +39,42 @@ std::uint64_t kept_bytes(const PackingKernels& kernels, WeightKind kind, const s
   return bytes;
 }
 
+// Sparse weights by columns: masks and codes of every input lie where its start says, one behind the other.
+void check_columns(const LinearView& w, const LinearSizes& sizes) {
+  require("offsets", w.strips() + 1, sizes.offsets);
+  require("starts", w.strips() * (static_cast<std::uint64_t>(w.padded()) + 1), sizes.starts);
+  require("first offset", 0, w.offsets[0]);
+  if (sizes.values < kSlack) refuse("bytes of the values, at least", kSlack, sizes.values);
+  const std::uint64_t end = sizes.values - kSlack;
+  require("last offset", end, w.offsets[w.strips()]);
+  const PackingKernels& kernels = *active_isa().packing;
+  for (std::size_t strip = 0; strip < w.strips(); ++strip) {
+    const std::uint32_t* const starts = w.starts + strip * (w.padded() + 1);
+    const std::uint64_t first = w.offsets[strip], masks = w.lines_of(strip) * kLineMasks;
+    if (first > end) refuse("an offset, at most", end, first);
+    require("first start of a strip", 0, starts[0]);
+    for (std::size_t c = 0; c < w.padded(); ++c) {
+      const std::uint64_t at = first + starts[c];
+      if (at + masks > end) refuse("bytes behind a start, at least", masks, at < end ? end - at : 0);
+      const std::uint64_t bytes = masks + kept_bytes(kernels, w.kind, w.values + at, 8 * masks);
+      if (starts[c + 1] < starts[c] || starts[c + 1] - starts[c] != bytes) {
+        refuse("bytes between two starts", bytes, static_cast<std::uint64_t>(starts[c + 1]) - starts[c]);
+      }
+      if (at + bytes > end) refuse("bytes behind a start, at least", bytes, end - at);
+    }
+    require("bytes of a strip", w.offsets[strip + 1] - first, starts[w.padded()]);
+  }
+}
+
 }  // namespace
 
 std::size_t scratch_bytes(std::size_t tokens) {
   return 2 * kChunkInputs * kTileRows * sizeof(float) + tokens * 2 * kTileRows * sizeof(float);
+}
+
+std::size_t column_scratch_bytes(std::size_t tokens) {
+  constexpr std::size_t kMostTiles = 16;  // of a line
+  return kMostTiles * kTileRows * (kChunkInputs + tokens * sizeof(float));
 }
 
 void check(const LinearView& w, const LinearSizes& sizes) {
@@ -57,10 +90,17 @@ void check(const LinearView& w, const LinearSizes& sizes) {
     require("scales", scales, sizes.scales);
     if (w.zeros != nullptr) require("zero points", scales, sizes.zeros);
   }
+  if (w.by_columns && (!w.is_codes() || (w.sparse && w.kind != WeightKind::codes4))) {
+    throw std::invalid_argument("weights by columns: expected codes, sparse ones of 4 bits, found others");
+  }
+  if (w.kind == WeightKind::codes2 && !w.by_columns) {
+    throw std::invalid_argument("codes of 2 bits: expected them by columns, found tiles");
+  }
   if (!w.sparse) {
     require("bytes of the weights", value_bytes(w.kind, weights) + kSlack, sizes.values);
     return;
   }
+  if (w.by_columns) return check_columns(w, sizes);
   require("bytes of the masks", weights / 8, sizes.masks);
   const std::uint64_t chunks = static_cast<std::uint64_t>(w.tiles()) * w.chunks();
   require("offsets", chunks + 1, sizes.offsets);

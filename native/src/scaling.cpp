@@ -140,6 +140,9 @@ struct ScalingEngine::State {
   };
   std::vector<Scratch> scratch;  // per thread
 
+  // Passes of one token since they were last asked for, and the units that these skipped.
+  std::uint64_t single_tokens = 0, single_skipped = 0;
+
   // The next position of every sequence, if its convolutions remember.
   std::vector<std::size_t> next;
   // Of every token of a pass and the kPast before it: whose image it is. Oldest first.
@@ -580,7 +583,12 @@ void ScalingEngine::forward(const std::int32_t* tokens, const std::int32_t* slot
   State& s = *state_;
   check_pass({s.model.vocabulary, s.slots, s.context, s.batch}, tokens, slots, positions, n, rows, wanted);
   if (s.model.modules > 0) s.find_past(slots, positions, n);
+  const std::uint64_t before = units_skipped();
   s.run(tokens, slots, positions, n, rows, wanted, logits);
+  if (n == 1) {
+    ++s.single_tokens;
+    s.single_skipped += units_skipped() - before;
+  }
   if (s.model.modules == 0) return;
   for (std::size_t t = 0; t < n; ++t) {
     s.next[static_cast<std::size_t>(slots[t])] = static_cast<std::size_t>(positions[t]) + 1;
@@ -624,6 +632,21 @@ std::uint64_t ScalingEngine::work_bytes() const {
 }
 
 std::size_t ScalingEngine::vocabulary() const { return state_->model.vocabulary; }
+
+Engine::Reads ScalingEngine::take_reads() {
+  State& s = *state_;
+  double skipped = 0;
+  if (s.single_skipped > 0) {
+    // Only sparse feed-forwards skip, and all layers' rows are of one size.
+    const Matrix& w = s.model.layers[0].w2.weight;
+    skipped = static_cast<double>(s.single_skipped) * static_cast<double>(w.bytes()) / static_cast<double>(w.rows);
+  }
+  Engine::Reads found{};
+  found.bytes = static_cast<double>(s.single_tokens) * static_cast<double>(weight_bytes()) - skipped;
+  found.tokens = s.single_tokens;
+  s.single_tokens = s.single_skipped = 0;
+  return found;
+}
 
 std::uint64_t ScalingEngine::units_read() const {
   std::uint64_t count = 0;

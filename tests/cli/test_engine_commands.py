@@ -87,11 +87,11 @@ def test_bench_shows_both_layouts(work: Path, capsys: pytest.CaptureFixture[str]
     arguments = ["--prompt", "30", "--tokens", "8", "--rounds", "2", "--json", "speed.json", "--threads", "1"]
     assert run(work, "bench", "out", *arguments) == 0
     found = json.loads((work / "speed.json").read_text())
-    assert {found["layout"], found["other_layout"]["layout"]} == {"sparse", "dense"}
+    assert {found["layout"], *(other["layout"] for other in found["other_layouts"])} == {"sparse", "dense"}
     keys = {"prefill_tokens_per_s", "decode_tokens_per_s", "weight_bytes", "bandwidth_gb_s", "threads"}
     assert keys <= set(found) and all(found[k] > 0 for k in keys)
     shown = capsys.readouterr().out
-    assert "sparse weights" in shown and "dense weights" in shown
+    assert "sparse" in shown and "dense" in shown
 
 
 def test_eval_gives_the_figures_of_torch(work: Path) -> None:

@@ -193,7 +193,11 @@ def test_chosen_units_alone_are_read(tmp_path: Path) -> None:
     engine = Engine(tmp_path, 2, head="as stored")
     assert off(engine.forward(IDS[:1]), expected) < 1e-5
     units = SHAPE["num_hidden_layers"] * SHAPE["intermediate_size"] // BOTH["ff_block"]
-    assert engine._native.units_read + engine._native.units_skipped == units  # type: ignore[union-attr]
+    native = engine._native
+    assert native.units_read + native.units_skipped == units  # type: ignore[union-attr]
+    row = 4 * SHAPE["hidden_size"]
+    assert engine.take_bytes_per_token() == engine.weight_bytes - native.units_skipped * row  # type: ignore[union-attr]
+    assert engine.take_bytes_per_token() == 0
 
 
 @pytest.mark.parametrize("name", ["dense", "both"])

@@ -16,6 +16,7 @@ from torch.nn import functional
 import tulle.hf
 from checkpoints import PROSE, write_checkpoint
 from tulle.core.topk import Selection
+from tulle.engine import Engine
 from tulle.errors import UserError
 from tulle.models.checkpoint import Checkpoint
 from tulle.road import train
@@ -140,6 +141,11 @@ def test_what_was_trained_is_what_is_loaded(key: str, model_type: str, tmp_path:
     error = (loaded(ids()).logits - trained).abs().amax(-1) / trained.abs().max()
     # Sums over whole numbers are exact when loaded, and an input on the edge between two codes may fall to the other.
     rounded = any(getattr(method, "grid", None) is not None for method in methods)
+    assert (error < 1e-4).float().mean() >= (0.7 if rounded else 1.0) and error.max() < 2e-2
+    # The same in the engine.
+    engine = Engine(folder, 1, cache="f32", head="as stored", layout="columns")
+    found = torch.stack([torch.from_numpy(engine.forward(row.tolist())) for row in ids()])
+    error = (found - trained).abs().amax(-1) / trained.abs().max()
     assert (error < 1e-4).float().mean() >= (0.7 if rounded else 1.0) and error.max() < 2e-2
 
 

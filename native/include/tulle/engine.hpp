@@ -8,6 +8,7 @@
 
 #include "tulle/linear.hpp"
 #include "tulle/ops.hpp"
+#include "tulle/selection.hpp"
 
 namespace tulle {
 
@@ -30,9 +31,13 @@ struct Linear {
   LinearView weight{};
   const float* bias = nullptr;  // [rows]
   Grid input{0, true, 1.0f};    // bits 0: floats; 16: what the model leaves unquantised, for codes
+  Selection selection;          // after a grid of the model, before one of the engine's own
+  bool own_grid = false;        // the grid is the engine's
 
-  // Bytes that one token reads.
+  // Bytes that one token reads, all inputs being active; and of these, what every input adds where weights stand by
+  // columns.
   std::uint64_t bytes() const;
+  double column_bytes() const;
 };
 
 // Linears that share an input.
@@ -85,7 +90,14 @@ class Engine {
   void forward(const std::int32_t* tokens, const std::int32_t* slots, const std::int32_t* positions, std::size_t n,
                const std::int32_t* rows, std::size_t wanted, float* logits);
 
-  std::uint64_t weight_bytes() const;  // read per token
+  std::uint64_t weight_bytes() const;  // read per token where all inputs are active
+  // What single tokens (passes of one token) have read, inputs left out not counted, and how many there were, since the
+  // last call.
+  struct Reads {
+    double bytes;
+    std::uint64_t tokens;
+  };
+  Reads take_reads();
   std::uint64_t cache_bytes() const;
   std::uint64_t work_bytes() const;
   std::size_t vocabulary() const;

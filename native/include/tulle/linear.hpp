@@ -7,6 +7,13 @@
 // Two codes of 4 bits share a byte, of a unit (low) and of the next one (high): the j-th codes, of a sparse linear the
 // j-th kept ones, so that a pair of units takes as many bytes as the fuller one keeps codes.
 //
+// Where tokens leave most inputs at zero, weights stand by *columns* instead: what one input meets of 64 bytes' worth of
+// outputs (256 of 2-bit codes, 128 of 4 bits, 64 of 8) is a *line*, a few lines of one input after another are a *strip*
+// of outputs, and of a strip only the lines of inputs that a token has are read. Byte 16·q + 4·t + i of a line belongs to
+// outputs 16·t + 4·q + i of its first 64, of the next 64, and so on, so that bytes of four inputs, interleaved, are
+// units again. Of a sparse linear (4 bits), a line is a pair of 64-bit masks and the codes they keep, sharing bytes as
+// above; an input's masks of a strip come first, then its codes.
+//
 // Codes are unsigned, activations signed 8-bit integers in one or two planes (x = hi, or 256·hi + lo). A pruned
 // weight is the code of its zero point, so that Σ w·x = Σ u·x − z·Σ x holds as integers, dense or sparse.
 #pragma once
@@ -24,24 +31,49 @@ constexpr std::size_t kPairCodes = 2 * kUnitBytes;
 // Readable bytes behind the last code or value: kernels load whole registers.
 constexpr std::size_t kSlack = 64;
 
-enum class WeightKind : std::uint8_t { codes4, codes8, bf16, f32 };
+// Lines of a strip, at most: the longer the piece that an input's lines are, the nearer memory comes to the speed that
+// it gives to what has no gaps (a machine's gaps of half: 256 bytes 50 %, 1 KiB 70 %, 2 KiB 85 %).
+constexpr std::size_t kStripLines = 32;
+constexpr std::size_t kSparseStripLines = 64;
+// Bytes of a sparse line's masks.
+constexpr std::size_t kLineMasks = 16;
+
+// codes2 comes by columns only.
+enum class WeightKind : std::uint8_t { codes2, codes4, codes8, bf16, f32 };
 
 struct LinearView {
   WeightKind kind;
   bool sparse;
+  bool by_columns;               // codes alone, sparse ones of 4 bits
   std::size_t rows, columns;
   std::size_t segment;           // inputs per segment, a multiple of 8, at most kChunkInputs
   std::size_t segments;          // per row
   std::size_t segments_per_scale;
   const std::uint8_t* values;    // dense: units tile by tile; sparse: what the masks keep, chunks aligned to bytes
   const std::uint8_t* masks;     // sparse: a bit per weight in the order of the units, tile by tile
-  const std::uint64_t* offsets;  // sparse: [tiles · chunks + 1] bytes into values where a tile's chunk begins
+  const std::uint64_t* offsets;  // sparse: [tiles · chunks + 1] bytes into values where a tile's chunk begins;
+                                 // by columns [strips + 1], where a strip does
+  const std::uint32_t* starts;   // sparse, by columns: [strips][padded + 1] bytes into a strip where an input begins
   const std::uint16_t* scales;   // codes: bfloat16 [tiles][scales][16]
   const std::uint8_t* zeros;     // codes: [tiles][scales][16], or null where all are `zero`
   std::uint8_t zero;
 
-  bool is_codes() const { return kind == WeightKind::codes4 || kind == WeightKind::codes8; }
-  std::size_t tiles() const { return (rows + kTileRows - 1) / kTileRows; }
+  bool is_codes() const { return kind <= WeightKind::codes8; }
+  // By columns, of whole lines.
+  std::size_t tiles() const {
+    return by_columns ? lines() * line_tiles() : (rows + kTileRows - 1) / kTileRows;
+  }
+  std::size_t line_tiles() const { return kind == WeightKind::codes2 ? 16 : kind == WeightKind::codes4 ? 8 : 4; }
+  std::size_t lines() const { return (rows + line_tiles() * kTileRows - 1) / (line_tiles() * kTileRows); }
+  std::size_t strips() const {
+    const std::size_t most = sparse ? kSparseStripLines : kStripLines;
+    return (lines() + most - 1) / most;
+  }
+  std::size_t strip_lines() const { return (lines() + strips() - 1) / strips(); }
+  std::size_t lines_of(std::size_t strip) const {
+    const std::size_t left = lines() - strip * strip_lines();
+    return left < strip_lines() ? left : strip_lines();
+  }
   std::size_t padded() const { return segment * segments; }  // inputs
   std::size_t chunk_segments() const { return segment >= kChunkInputs ? 1 : kChunkInputs / segment; }
   std::size_t chunks() const { return (segments + chunk_segments() - 1) / chunk_segments(); }
@@ -64,16 +96,28 @@ struct Inputs {
   const std::int32_t* sums[2];   // per plane Σ x of a segment, [tokens][sum_stride]
   std::size_t sum_stride;
   const float* steps;            // [tokens]: x̂ = step · integer
+  // For weights by columns: the inputs that are not zero, four at a time, of one segment after another; a segment's
+  // last quad is filled up with zeros that stand anywhere in the row.
+  const std::uint32_t* quads;         // [tokens][quad_stride · 4]: places in the padded order
+  const std::int8_t* quad_plane[2];   // [tokens][quad_stride · 4]
+  const std::uint32_t* quad_starts;   // [tokens][segments + 1]: a segment's first quad
+  std::size_t quad_stride;            // quads
 };
 
 struct LinearKernels {
   // y[token][row] for the rows of tiles [first, last); y has `y_stride` floats per token and is written only at real
-  // rows. `scratch`: scratch_bytes(tokens) bytes, 64-byte aligned, of this thread.
+  // rows. `scratch`: scratch_bytes(tokens) bytes, 64-byte aligned, of this thread. Not for weights by columns.
   void (*run)(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y,
               std::size_t y_stride, std::uint8_t* scratch);
+  // Weights by columns: sums[token][output of the strip], 64-byte aligned like `stride` floats from one token to the
+  // next, over the segments of chunks [first, last), not yet times a token's step; outputs of whole lines, those that do
+  // not exist too. `scratch`: column_scratch_bytes(tokens) bytes, aligned, of this thread.
+  void (*run_columns)(const LinearView& w, const Inputs& x, std::size_t strip, std::size_t first, std::size_t last,
+                      float* sums, std::size_t stride, std::uint8_t* scratch);
 };
 
 // Of one thread, for up to so many tokens at once.
 std::size_t scratch_bytes(std::size_t tokens);
+std::size_t column_scratch_bytes(std::size_t tokens);
 
 }  // namespace tulle

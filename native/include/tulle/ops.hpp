@@ -12,7 +12,7 @@ constexpr std::size_t kKeyBlock = 16;
 constexpr std::size_t kQueries = 4;
 
 enum class CacheKind : std::uint8_t { f32, bf16, u8 };
-enum class Gate : std::uint8_t { silu, relu2, gelu_tanh };
+enum class Gate : std::uint8_t { silu, relu, relu2, gelu_tanh };
 
 // One layer's keys and values of one sequence and KV head.
 struct CacheView {
@@ -33,6 +33,12 @@ struct Grid {
 // step, and the least and greatest whole number.
 struct GridRange {
   float step, low, high;
+};
+
+// So many numbers are at least `value`.
+struct Cut {
+  float value;
+  std::size_t count;
 };
 
 struct OpsKernels {
@@ -64,6 +70,19 @@ struct OpsKernels {
   // the greatest end, rounded up to kKeyBlock.
   void (*attend)(const CacheView& cache, std::size_t rows, const float* const* queries, const std::size_t* begin,
                  const std::size_t* end, float scale, float* const* out, float* scores);
+  // y[i] = x[i] · s
+  void (*scaled)(const float* x, float s, std::size_t n, float* y);
+  // The cut of the `keep` largest of size [n], all >= 0: exactly so many, or the least that equals among them force.
+  // `spare`: n + 16 floats.
+  Cut (*cut)(const float* size, std::size_t n, std::size_t keep, float* spare);
+  // Of codes in one plane or (low not null) two, those that are not zero, with their places counted from `first` on, in
+  // order; returns how many. Writes up to 16 elements beyond.
+  std::size_t (*nonzero)(const std::int8_t* high, const std::int8_t* low, std::size_t n, std::uint32_t first,
+                         std::uint32_t* places, std::int8_t* kept_high, std::int8_t* kept_low);
+  // y[i] = |x[i]|
+  void (*absolute)(const float* x, std::size_t n, float* y);
+  // x[i] ← 0 where size[i] < least
+  void (*drop_below)(float* x, const float* size, std::size_t n, float least);
 };
 
 }  // namespace tulle

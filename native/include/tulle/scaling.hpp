@@ -7,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "tulle/engine.hpp"
 #include "tulle/linear.hpp"
 #include "tulle/ops.hpp"
 
@@ -143,6 +144,8 @@ class ScalingEngine {
   std::uint64_t cache_bytes() const;
   std::uint64_t work_bytes() const;
   std::size_t vocabulary() const;
+  // As Engine::take_reads: rows of w2 that relu's zeros left out are not counted.
+  Engine::Reads take_reads();
   // Chosen units so far whose row of w2 was read, and whose was not, since relu gave zero.
   std::uint64_t units_read() const;
   std::uint64_t units_skipped() const;

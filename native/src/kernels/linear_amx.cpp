@@ -183,7 +183,7 @@ bool amx_multiplies() {
   return std::memcmp(found, expected, sizeof found) == 0;
 }
 
-const LinearKernels amx_linear = {run<HardwareTiles>};
-const LinearKernels amx_emulated_linear = {run<EmulatedTiles>};
+const LinearKernels amx_linear = {run<HardwareTiles>, avx512_run_columns};
+const LinearKernels amx_emulated_linear = {run<EmulatedTiles>, avx512_run_columns};
 
 }  // namespace tulle

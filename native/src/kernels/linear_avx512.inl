@@ -110,7 +110,7 @@ void expand(const LinearView& w, std::size_t tile, std::size_t chunk, std::uint8
 }
 
 // The outputs of `tiles` tiles from `tile` on: sums [tokens][2][16] times each token's step.
-void write_scaled(const LinearView& w, const Inputs& x, std::size_t tile, std::size_t tiles, const float* sums, float* y,
+[[maybe_unused]] void write_scaled(const LinearView& w, const Inputs& x, std::size_t tile, std::size_t tiles, const float* sums, float* y,
                   std::size_t y_stride) {
   for (std::size_t t = 0; t < x.tokens; ++t) {
     const __m512 step = _mm512_set1_ps(x.steps[t]);

@@ -138,6 +138,6 @@ void run(const LinearView& w, const Inputs& x, std::size_t first, std::size_t la
 
 }  // namespace
 
-const LinearKernels scalar_linear = {run};
+const LinearKernels scalar_linear = {run, scalar_run_columns};
 
 }  // namespace tulle

@@ -52,9 +52,15 @@ static void scale(const float* x, const float* s, std::size_t n, float* y) {
   for (std::size_t i = 0; i < n; ++i) y[i] = x[i] * s[i];
 }
 
+static void scaled(const float* x, float s, std::size_t n, float* y) {
+  for (std::size_t i = 0; i < n; ++i) y[i] = x[i] * s;
+}
+
 static void gate(Gate kind, const float* g, const float* up, std::size_t n, float* out) {
   if (kind == Gate::silu) {
     for (std::size_t i = 0; i < n; ++i) out[i] = g[i] / (1.0f + exponential(-g[i])) * up[i];
+  } else if (kind == Gate::relu) {
+    for (std::size_t i = 0; i < n; ++i) out[i] = (g[i] > 0 ? g[i] : 0) * up[i];
   } else if (kind == Gate::relu2) {
     for (std::size_t i = 0; i < n; ++i) {
       const float positive = g[i] > 0 ? g[i] : 0;
@@ -388,8 +394,11 @@ static void attend(const CacheView& c, std::size_t rows, const float* const* que
   }
 }
 
+#include "select.inl"
+
 constexpr OpsKernels kernels = {
     rms_norm, add, scale, gate, range, quantise, fake, sum, rope, times, dot_bf16, dot, butterflies, remember, attend,
+    scaled, cut, nonzero, absolute, drop_below,
 };
 
 }  // namespace ops

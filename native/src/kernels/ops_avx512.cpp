@@ -1,3 +1,5 @@
+#include <immintrin.h>
+
 #include <cstring>
 
 #include "tables.hpp"

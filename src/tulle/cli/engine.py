@@ -13,7 +13,6 @@ from tulle.errors import UserError
 
 if TYPE_CHECKING:
     from tulle.engine import Engine, Generation, Sampling
-    from tulle.engine.bench import Speed
 
 Threads = Annotated[int | None, typer.Option("--threads", metavar="N", min=1, help="[all physical cores]")]
 Context = Annotated[
@@ -32,7 +31,10 @@ Activations = Annotated[
 ]
 Head = Annotated[str, typer.Option("--head", metavar="KIND", help="Output head in int8, bf16, or 'as stored'.")]
 Layout = Annotated[
-    str, typer.Option("--layout", metavar="KIND", help="Sparse weights: sparse, dense (filled up), or the faster one.")
+    str,
+    typer.Option(
+        "--layout", metavar="KIND", help="sparse, dense (filled up), columns, dense columns, or the fastest here."
+    ),
 ]
 Weights = Annotated[
     str, typer.Option("--weights", metavar="KIND", help="Of a Scaling Transformer: f32, bf16, int8, or 'as stored'.")
@@ -148,30 +150,31 @@ def bench(
     engine = _engine(model, threads, None, cache, activations, head, layout, weights)
     fitting = min(prompt, max(engine.context - tokens, 1))
     found = measure(engine, fitting, tokens, rounds)
-    other: Speed | None = None
-    if engine.sparse and layout == "auto":
-        # What was not chosen, to see what the choice is worth.
-        left_out = "dense" if engine.layout == "sparse" else "sparse"
-        other = measure(
-            _engine(model, threads, None, cache, activations, head, left_out, weights), fitting, tokens, rounds
-        )
+    # What was not chosen, to see what the choice is worth.
+    left_out = [name for name in engine.layouts if name != engine.layout] if layout == "auto" else []
+    others = [
+        measure(_engine(model, threads, None, cache, activations, head, name, weights), fitting, tokens, rounds)
+        for name in left_out
+    ]
     if str(json_file) != "-":
         from rich.table import Table
 
-        shown = [found, other] if other else [found]
+        shown = [found, *others]
         table = Table("", title=f"{model}, {found['threads']} threads, {found['isa']}")
         for speed in shown:
-            table.add_column(f"{speed['layout']} weights" if engine.sparse else "", justify="right")
+            table.add_column(speed["layout"] if len(engine.layouts) > 1 else "", justify="right")
         table.add_row(f"prefill of {fitting}, tokens/s", *(f"{speed['prefill_tokens_per_s']:.1f}" for speed in shown))
         table.add_row(f"decode of {tokens}, tokens/s", *(f"{speed['decode_tokens_per_s']:.1f}" for speed in shown))
         table.add_row("MB of weights per token", *(f"{speed['weight_bytes'] / 1e6:.1f}" for speed in shown))
+        if any(speed["read_bytes"] < 0.99 * speed["weight_bytes"] for speed in shown):
+            table.add_row("of which it reads", *(f"{speed['read_bytes'] / 1e6:.1f}" for speed in shown))
         table.add_row(
             "GB/s of weights (reading alone)",
             *(f"{speed['bandwidth_gb_s']:.1f} ({speed['read_gb_s']:.1f})" for speed in shown),
         )
         common.console().print(table)
     result = {"model": model} | dict(found)
-    common.write_json(json_file, result | ({"other_layout": dict(other)} if other else {}))
+    common.write_json(json_file, result | ({"other_layouts": [dict(other) for other in others]} if others else {}))
 
 
 def _sampling(temperature: float, top_k: int, top_p: float, penalty: float, seed: int) -> Sampling:

@@ -19,6 +19,8 @@ class Speed(TypedDict):
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
     weight_bytes: int
+    read_bytes: float
+    """What of these a token reads: weights of inputs that it leaves out are skipped where they stand by columns."""
     cache_bytes: int
     bandwidth_gb_s: float
     """Weights that decoding reads per second, 10⁹ bytes."""
@@ -42,6 +44,7 @@ def measure(engine: Engine, prompt: int = 512, tokens: int = 64, rounds: int = 5
         raise UserError(f"expected prompt and tokens within the context of {engine.context}, found {prompt + tokens}")
     ids = [i * 7919 % engine.vocabulary for i in range(prompt)]
     prefill, decode = [], []
+    engine.take_bytes_per_token()
     for _ in range(rounds + 1):
         begun = time.perf_counter()
         logits = engine.forward(ids, 0, 0, [prompt - 1])
@@ -51,13 +54,14 @@ def measure(engine: Engine, prompt: int = 512, tokens: int = 64, rounds: int = 5
         ended = time.perf_counter()
         prefill.append(first - begun)
         decode.append((ended - first) / tokens)
-    per_token = statistics.median(decode[1:])
+    per_token, read = statistics.median(decode[1:]), engine.take_bytes_per_token()
     return Speed(
         prefill_tokens_per_s=prompt / statistics.median(prefill[1:]),
         decode_tokens_per_s=1 / per_token,
         weight_bytes=engine.weight_bytes,
+        read_bytes=read,
         cache_bytes=engine.cache_bytes,
-        bandwidth_gb_s=engine.weight_bytes / per_token / 1e9,
+        bandwidth_gb_s=read / per_token / 1e9,
         read_gb_s=_native.read_bandwidth(BANDWIDTH_BYTES, engine.threads, 5) / 1e9,
         threads=engine.threads,
         isa=_native.active_isa(),

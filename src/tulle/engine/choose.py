@@ -1,8 +1,9 @@
-"""Sparse or filled up: which of two layouts of a sparse model this machine reads faster.
+"""Sparse or filled up, in tiles or by columns: which layout of a model this machine reads faster.
 
 A sparse layout reads fewer bytes and spends more instructions on each. Where weights come from memory, that pays; where
-a whole model fits into the caches, dense codes are faster. So both are tried: as many copies of the first block as the
-model has blocks, or as fill SAMPLE bytes, decode a few tokens in either layout.
+a whole model fits into the caches, dense codes are faster. By columns, inputs that a token leaves out are not read, but
+memory gives pieces slower than a stream. So all that come into question are tried: as many copies of the first block as
+the model has blocks, or as fill SAMPLE bytes, decode a few tokens in each layout.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from tulle.engine.prepare import HEADS, LAYOUT, Source, cache_folders, convert_h
 from tulle.engine.settings import settings_of
 from tulle.errors import UserError
 
-LAYOUTS = ("auto", "sparse", "dense")
+LAYOUTS = ("auto", "sparse", "dense", "columns", "dense columns")
+"""Pruned weights left out or filled up, in tiles or by columns."""
 
 SAMPLE = 1 << 29
 """Bytes of weights; more than any cache holds."""
@@ -44,25 +46,26 @@ class _Arrays:
 
 
 def choose_layout(source: Source, layout: str, head: str, unquantised: int, threads: int) -> str:
-    """``sparse`` or ``dense``. What ``auto`` finds out is remembered per CPU, instruction set and number of threads."""
+    """One of LAYOUTS but auto. What ``auto`` finds out is remembered per CPU, instruction set and number of threads."""
     if layout not in LAYOUTS:
         raise UserError(f"expected a layout of {', '.join(LAYOUTS)}, found {layout!r}")
     if head not in HEADS:
         raise UserError(f"expected a head of {', '.join(HEADS)}, found {head!r}")
-    if not (source.packed and any(spec.sparse for spec in source.packed.linears.values())):
-        return "sparse"
     if layout != "auto":
         return layout
+    candidates = layouts_for(source)
+    if len(candidates) == 1:
+        return candidates[0]
     key = f"{LAYOUT} {_cpu()} {_native.active_isa()} {threads} {unquantised} {head} {source.identity()}"
     for folder in cache_folders(source):
         known = json_object(folder / CHOICES).get(key)
-        if isinstance(known, dict) and known.get("layout") in LAYOUTS[1:]:
+        if isinstance(known, dict) and known.get("layout") in candidates:
             return str(known["layout"])
     settings = {}
-    for name in LAYOUTS[1:]:
+    for name in candidates:
         facts: dict[str, Any] = {}
         arrays: dict[str, NDArray[Any]] = {}
-        parts = [(n, *convert_linear(source, n, name == "dense")) for n in source.anatomy.linears(0)]
+        parts = [(n, *convert_linear(source, n, name)) for n in source.anatomy.linears(0)]
         for n, found, tensors in [*parts, ("head", *convert_head(source, head))]:
             facts[n] = found
             arrays |= {f"{n}.{suffix}": tensor for suffix, tensor in tensors.items()}
@@ -79,6 +82,18 @@ def choose_layout(source: Source, layout: str, head: str, unquantised: int, thre
         except OSError:
             continue  # it is tried again next time
     return chosen
+
+
+def layouts_for(source: Source) -> list[str]:
+    """What ``auto`` chooses from."""
+    specs = list(source.packed.linears.values()) if source.packed else []
+    found = ["sparse"]
+    if any(spec.sparse for spec in specs):
+        found.append("dense")
+    codes = [spec for spec in specs if spec.bits is not None]
+    if any(spec.input_sparsity is not None or spec.bits == 2 for spec in codes):
+        found += ["columns"] + ["dense columns"] * any(spec.sparse for spec in codes)
+    return found
 
 
 def _cpu() -> str:

@@ -18,10 +18,13 @@ from tulle.errors import UserError
 
 DTYPES = {
     "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64, "I32": np.int32, "U64": np.uint64,
-    "U16": np.uint16, "U8": np.uint8, "I8": np.int8,
+    "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "I8": np.int8,
 }  # fmt: skip
 """NumPy dtype that carries each stored dtype; a bfloat16 is the uint16 of its bits."""
-NAMES = {np.dtype(np.uint8): "U8", np.dtype(np.uint16): "U16", np.dtype(np.uint64): "U64", np.dtype(np.float32): "F32"}
+NAMES = {
+    np.dtype(np.uint8): "U8", np.dtype(np.uint16): "U16", np.dtype(np.uint32): "U32", np.dtype(np.uint64): "U64",
+    np.dtype(np.float32): "F32",
+}  # fmt: skip
 LARGEST_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library."""
 ALIGNMENT = 64

@@ -4,6 +4,9 @@ Rows come in tiles of 16, padded; the input channels of one scale in equal *segm
 ones. Of a tile, codes stand unit after unit: 4 inputs × 16 outputs, output major; bfloat16 2 × 16; float32 1 × 16. A
 sparse linear has a bit per weight in that order, and offsets to the kept values of every *chunk* (as many segments as
 fit into 512 inputs). linear.hpp says how 4-bit codes share bytes.
+
+Or by *columns*, where tokens leave most inputs out: what one input meets of 64 bytes of outputs is a *line*, all lines
+of up to 32 (sparse: 64) are a *strip*, in which inputs follow each other.
 """
 
 from __future__ import annotations
@@ -22,6 +25,10 @@ SLACK = 64
 """Bytes behind the values that kernels may read."""
 BLOCK = 64
 """Tiles that are converted at once: bounds the memory."""
+COLUMN_SEGMENT = 128
+"""Inputs of a segment by columns, at most: what is fetched ahead while another is computed."""
+STRIP_LINES, SPARSE_STRIP_LINES = 32, 64
+LINE_OUTPUTS = {"codes2": 256, "codes4": 128, "codes8": 64}
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,8 @@ class Geometry:
     """Inputs."""
     segments_per_scale: int
     scales: int
+    line: int = TILE
+    """Outputs that the rows are filled up to a multiple of."""
 
     @property
     def segments(self) -> int:
@@ -41,7 +50,7 @@ class Geometry:
 
     @property
     def tiles(self) -> int:
-        return -(-self.rows // TILE)
+        return -(-self.rows // self.line) * (self.line // TILE)
 
     @property
     def padded(self) -> int:
@@ -55,13 +64,13 @@ class Geometry:
         return np.arange(0, self.padded, step)
 
 
-def geometry(shape: tuple[int, int], scales: int) -> Geometry:
-    """Cuts a row so that padding is least, then segments longest."""
+def geometry(shape: tuple[int, int], scales: int, most: int = CHUNK, line: int = TILE) -> Geometry:
+    """Cuts a row into segments of at most ``most`` inputs so that padding is least, then segments longest."""
     rows, columns = shape
     width = columns // scales
-    candidates = range(8, min(CHUNK, -(-width // 8) * 8) + 1, 8)
+    candidates = range(8, min(most, -(-width // 8) * 8) + 1, 8)
     segment = min(candidates, key=lambda s: (-(-width // s) * s, -s))
-    return Geometry(rows, columns, segment, -(-width // segment), scales)
+    return Geometry(rows, columns, segment, -(-width // segment), scales, line)
 
 
 def _units(values: NDArray[Any], cut: Geometry, inputs: int) -> Iterator[NDArray[Any]]:
@@ -75,12 +84,11 @@ def _units(values: NDArray[Any], cut: Geometry, inputs: int) -> Iterator[NDArray
         yield padded.reshape(tiles, TILE, -1, inputs).transpose(0, 2, 1, 3).reshape(tiles, -1)
 
 
-def _per_tile(values: NDArray[Any], rows: int) -> NDArray[Any]:
+def _per_tile(values: NDArray[Any], cut: Geometry) -> NDArray[Any]:
     """``[C_out, G]`` → ``[tiles, G, 16]``, flat."""
-    tiles = -(-rows // TILE)
-    padded = np.zeros((tiles * TILE, values.shape[1]), values.dtype)
-    padded[:rows] = values
-    return np.ascontiguousarray(padded.reshape(tiles, TILE, -1).transpose(0, 2, 1)).reshape(-1)
+    padded = np.zeros((cut.tiles * TILE, values.shape[1]), values.dtype)
+    padded[: cut.rows] = values
+    return np.ascontiguousarray(padded.reshape(cut.tiles, TILE, -1).transpose(0, 2, 1)).reshape(-1)
 
 
 def _stored(kind: str, units: NDArray[Any]) -> NDArray[np.uint8]:
@@ -134,19 +142,83 @@ def arrange(kind: str, values: NDArray[Any], mask: NDArray[np.bool_] | None, cut
     }
 
 
+def _strips(values: NDArray[Any], cut: Geometry, most: int) -> Iterator[NDArray[Any]]:
+    """Of ``[C_out, C_in]`` strip after strip of at most ``most`` lines: ``[padded, lines, line outputs / 64, 64]``, the
+    64 outputs in the order of a line's bytes."""
+    lines = cut.tiles * TILE // cut.line
+    step = -(-lines // -(-lines // most)) * cut.line
+    room = cut.segment * cut.segments_per_scale
+    for first in range(0, cut.tiles * TILE, step):
+        rows = values[first : first + step]
+        count = min(step, cut.tiles * TILE - first)
+        padded = np.zeros((count, cut.scales, room), values.dtype)
+        padded[: len(rows), :, : cut.columns // cut.scales] = rows.reshape(len(rows), cut.scales, -1)
+        # Output 16·t + 4·q + i of 64 is byte 16·q + 4·t + i.
+        split = padded.reshape(-1, cut.line // 64, 4, 4, 4, cut.padded)
+        yield split.transpose(5, 0, 1, 3, 2, 4).reshape(cut.padded, -1, cut.line // 64, 64)
+
+
+def arrange_columns(
+    kind: str, values: NDArray[np.uint8], mask: NDArray[np.bool_] | None, cut: Geometry
+) -> dict[str, NDArray[Any]]:
+    """``values`` and, where there is a mask, ``offsets`` and ``starts`` of a linear by columns.
+
+    values ``[C_out, C_in]``: codes; sparse ones of 4 bits.
+    """
+    bits = 8 * 64 // cut.line
+    shifts = (np.arange(cut.line // 64) * bits).astype(np.uint8)[:, None]
+    slack = np.zeros(SLACK, np.uint8)
+    if mask is None:
+        parts = [
+            np.bitwise_or.reduce(codes << shifts, axis=2).reshape(-1) for codes in _strips(values, cut, STRIP_LINES)
+        ]
+        return {"values": np.concatenate([*parts, slack])}
+    parts, starts, ends = [], [], [0]
+    both = zip(_strips(values, cut, SPARSE_STRIP_LINES), _strips(mask, cut, SPARSE_STRIP_LINES), strict=True)
+    for codes, kept in both:
+        inputs, lines = codes.shape[:2]
+        widths = kept.sum(3, dtype=np.int64).max(2)  # bytes of a line's codes
+        begins = np.concatenate([[0], np.cumsum(16 * lines + widths.sum(1))])
+        stored = np.zeros(begins[-1], np.uint8)
+        bytes_of = begins[:-1, None]
+        places = bytes_of + np.arange(16 * lines)
+        stored[places] = np.packbits(kept.reshape(inputs, -1), axis=1, bitorder="little")
+        firsts = bytes_of + 16 * lines + np.cumsum(widths, axis=1) - widths
+        at = firsts[:, :, None, None] + np.cumsum(kept, axis=3, dtype=np.int64) - 1
+        for half in range(2):
+            # Places of one half are all different.
+            stored[at[:, :, half][kept[:, :, half]]] |= codes[:, :, half][kept[:, :, half]] << shifts[half]
+        parts.append(stored)
+        starts.append(begins.astype(np.uint32))
+        ends.append(ends[-1] + int(begins[-1]))
+    return {
+        "values": np.concatenate([*parts, slack]),
+        "offsets": np.array(ends, np.uint64),
+        "starts": np.concatenate(starts),
+    }
+
+
 def integer_linear(
     bits: int,
     codes: NDArray[np.uint8],
     scale: NDArray[np.uint16],
     zero_point: NDArray[np.uint8] | None,
     mask: NDArray[np.bool_] | None,
+    by_columns: bool = False,
 ) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """(facts, arrays) of a linear of codes u ``[C_out, C_in]``, bfloat16 scales ``[C_out, G]`` and zero points."""
-    kind = "codes4" if bits <= 4 else "codes8"
-    cut = geometry((codes.shape[0], codes.shape[1]), scale.shape[1])
-    arrays = arrange(kind, codes, mask, cut) | {"scales": _per_tile(scale, cut.rows)}
+    shape = (codes.shape[0], codes.shape[1])
+    if by_columns:
+        kind = "codes2" if bits <= 2 and mask is None else "codes4" if bits <= 4 else "codes8"
+        cut = geometry(shape, scale.shape[1], COLUMN_SEGMENT, LINE_OUTPUTS[kind])
+        arrays = arrange_columns(kind, codes, mask, cut)
+    else:
+        kind = "codes4" if bits <= 4 else "codes8"
+        cut = geometry(shape, scale.shape[1])
+        arrays = arrange(kind, codes, mask, cut)
+    arrays["scales"] = _per_tile(scale, cut)
     if zero_point is not None:
-        arrays["zeros"] = _per_tile(zero_point, cut.rows)
+        arrays["zeros"] = _per_tile(zero_point, cut)
     return _facts(kind, cut, mask) | {"zero": 0 if zero_point is not None else 1 << (bits - 1)}, arrays
 
 
@@ -161,6 +233,7 @@ def float_linear(
 
 def _facts(kind: str, cut: Geometry, mask: NDArray[np.bool_] | None) -> dict[str, Any]:
     return {
-        "kind": kind, "sparse": mask is not None, "rows": cut.rows, "columns": cut.columns, "segment": cut.segment,
-        "segments": cut.segments, "segments_per_scale": cut.segments_per_scale,
+        "kind": kind, "sparse": mask is not None, "by_columns": cut.line != TILE, "rows": cut.rows,
+        "columns": cut.columns, "segment": cut.segment, "segments": cut.segments,
+        "segments_per_scale": cut.segments_per_scale,
     }  # fmt: skip

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tulle import _native
 from tulle.engine import scaling
-from tulle.engine.choose import LAYOUTS, choose_layout
+from tulle.engine.choose import LAYOUTS, choose_layout, layouts_for
 from tulle.engine.prepare import FOLDER, Checkpoint, Progress, Source, prepared, read_config
 from tulle.engine.sampling import Sampler, Sampling
 from tulle.engine.settings import settings_of
@@ -80,10 +80,11 @@ class Engine:
     run at once; ``cache``: keys and values in f32, bf16 or int8 [int8 where the model quantises them anyway, else f32
     up to 256 MB, then bf16]; ``activations``: ``recorded`` (as the recipe said; 16 bits where it left the inputs of
     integer weights unquantised) or ``int8`` (8 bits per token there, faster); ``head``: the output head in int8, bf16,
-    or as stored; ``layout`` of sparse weights: ``sparse``, ``dense`` (filled up) or what is faster here, which is tried
-    once [``auto``]. Of a Scaling Transformer, ``weights``: f32, bf16, int8 [as stored], the last with inputs of 8 bits
-    whatever ``activations`` says (see :mod:`tulle.engine.scaling`). Raises ``UserError`` for a folder that is broken or
-    a model that is not supported.
+    or as stored; ``layout`` of the weights: ``sparse``, ``dense`` (pruned ones filled up), ``columns``, ``dense
+    columns`` (inputs that are left out are not read) or what is faster here, which is tried once [``auto``];
+    ``weights`` of a Scaling Transformer: f32, bf16, int8 [as stored], int8 with inputs of 8 bits whatever
+    ``activations`` says (see :mod:`tulle.engine.scaling`). Raises ``UserError`` for a folder that is broken or a model
+    that is not supported.
     """
 
     def __init__(
@@ -133,8 +134,7 @@ class Engine:
                 "tulle compress makes others"
             )
         source, bits = Source(self.folder), 16 if activations == "recorded" else 8
-        specs = source.packed.linears.values() if source.packed else ()
-        self.sparse = any(spec.sparse for spec in specs)
+        self.layouts = layouts_for(source)
         self.layout = choose_layout(source, layout, head, bits, self.threads)
         file, facts = prepared(source, head, self.layout, progress)
         model = source.anatomy
@@ -152,7 +152,7 @@ class Engine:
         if layout not in LAYOUTS:
             raise UserError(f"expected a layout of {', '.join(LAYOUTS)}, found {layout!r}")
         shape, settings = scaling.settings_of(Checkpoint(self.folder), weights, head, progress)
-        self.sparse, self.layout, self.vocabulary = False, "dense", shape.vocabulary
+        self.layouts, self.layout, self.vocabulary = ["dense"], "dense", shape.vocabulary
         if cache == "auto":
             cache = self._fine_or_bf16(shape.layers * shape.hidden)
         self._native = _native.ScalingEngine(settings, self.sequences, self.context, BATCH, cache, self.threads)
@@ -172,6 +172,12 @@ class Engine:
     def weight_bytes(self) -> int:
         """Bytes of weights that one token reads."""
         return int(self._native.weight_bytes)
+
+    def take_bytes_per_token(self) -> float:
+        """Bytes of weights that a token read, on average over the passes of one token since the last call (0 without
+        any): less than ``weight_bytes`` where weights stand by columns and tokens leave inputs out, or where chosen
+        units of a Scaling Transformer are at zero."""
+        return float(self._native.take_bytes_per_token())
 
     @property
     def cache_bytes(self) -> int:

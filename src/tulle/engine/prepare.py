@@ -20,12 +20,12 @@ from tulle.format.pack import STORAGE, bf16_to_f32, check_tensors, f32_to_bf16, 
 from tulle.format.spec import QuantizationConfig
 from tulle.models.anatomy import anatomy
 
-LAYOUT = 5
+LAYOUT = 6
 """Of the file: another number, another file."""
 HEADS = ("int8", "bf16", "as stored")
 FOLDER = ".engine"
 FACTS = {
-    "kind": str, "sparse": bool, "rows": int, "columns": int, "segment": int, "segments": int,
+    "kind": str, "sparse": bool, "by_columns": bool, "rows": int, "columns": int, "segment": int, "segments": int,
     "segments_per_scale": int, "zero": int,
 }  # fmt: skip
 """Of a linear, with their types."""
@@ -111,25 +111,25 @@ class Source(Checkpoint):
 def prepared(
     source: Source, head: str, layout: str, progress: Progress | None = None
 ) -> tuple[TensorFile, dict[str, Any]]:
-    """The engine's tensors, and the facts of every linear by name; ``layout`` of sparse weights: sparse or dense.
+    """The engine's tensors, and the facts of every linear by name; ``layout``: one of choose.LAYOUTS but auto.
 
     They are kept in ``.engine`` beside the model, or in the user's cache where that cannot be written. Raises
     ``UserError`` for a checkpoint that is broken.
     """
     identity = f"{LAYOUT} {head} {layout} {source.identity()}"
     for folder in cache_folders(source):
-        path = folder / f"{head.replace(' ', '-')}-{layout}.safetensors"
+        path = folder / f"{head} {layout}.safetensors".replace(" ", "-")
         known = _known(path, identity, {*linear_names(source), "head"}) if path.exists() else None
         if known:
             return known
     failure = ""
     for folder in cache_folders(source):
-        path = folder / f"{head.replace(' ', '-')}-{layout}.safetensors"
+        path = folder / f"{head} {layout}.safetensors".replace(" ", "-")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with TensorWriter(path, 8192 + 2048 * (len(linear_names(source)) + 1)) as file:
                 facts = {}
-                for name, found_facts, arrays in convert(source, head, layout == "dense", progress):
+                for name, found_facts, arrays in convert(source, head, layout, progress):
                     facts[name] = found_facts
                     for suffix, array in arrays.items():
                         file.add(f"{name}.{suffix}", array)
@@ -168,19 +168,21 @@ def linear_names(source: Source) -> list[str]:
 
 
 def convert(
-    source: Source, head: str, fill: bool, progress: Progress | None = None
+    source: Source, head: str, layout: str, progress: Progress | None = None
 ) -> Iterator[tuple[str, dict[str, Any], dict[str, NDArray[Any]]]]:
-    """(name, facts, arrays) of every linear and of the head. ``fill``: pruned weights are stored too."""
+    """(name, facts, arrays) of every linear and of the head."""
     names = linear_names(source)
     for number, name in enumerate(names):
         if progress:
             progress("convert", number, len(names))
-        yield name, *convert_linear(source, name, fill)
+        yield name, *convert_linear(source, name, layout)
     yield "head", *convert_head(source, head)
 
 
-def convert_linear(source: Source, name: str, fill: bool) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    """(facts, arrays) of one linear."""
+def convert_linear(source: Source, name: str, layout: str) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """(facts, arrays) of one linear. Pruned weights are stored too where the layout is dense; what has no kernels by
+    columns stands in tiles."""
+    fill, by_columns = "dense" in layout, "columns" in layout
     shape = source.anatomy.linear_shape(name)
     spec = source.packed.linears.get(name) if source.packed else None
     if spec is None:
@@ -202,7 +204,8 @@ def convert_linear(source: Source, name: str, fill: bool) -> tuple[dict[str, Any
             arrays["zero_point"] if "zero_point" in arrays else np.full((shape[0], 1), 1 << (spec.bits - 1), np.uint8)
         )
         codes, mask = np.where(mask, codes, zero.repeat(shape[1] // zero.shape[1], axis=1)), None
-    return integer_linear(spec.bits, codes, arrays["scale"], arrays.get("zero_point"), mask)
+    by_columns = by_columns and (mask is None or spec.bits <= 4)
+    return integer_linear(spec.bits, codes, arrays["scale"], arrays.get("zero_point"), mask, by_columns)
 
 
 def convert_head(source: Source, head: str) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:

@@ -14,8 +14,9 @@ from tulle.engine.prepare import Source
 from tulle.errors import UserError
 from tulle.format.spec import HeadSpec, LinearSpec
 
-NO_GRID = {"bits": 0, "symmetric": True, "clip": 1.0}
-GATES = {"silu": "silu", "swish": "silu", "relu2": "relu2", "gelu_pytorch_tanh": "gelu_tanh"}
+NO_GRID = {"bits": 0, "symmetric": True, "clip": 1.0, "own": False}
+"""``own``: not the model's, but the engine's, which comes after the selection of inputs."""
+GATES = {"silu": "silu", "swish": "silu", "relu": "relu", "relu2": "relu2", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 class Tensors(Protocol):
@@ -41,21 +42,16 @@ def settings_of(
     def linear(name: str, key: str, spec: LinearSpec | None) -> dict[str, Any]:
         found = facts[key]
         grid = dict(NO_GRID)
-        if spec is not None and spec.input_sparsity is not None:
-            raise UserError(
-                f"expected a model without input_sparsity, which the engine does not compute yet, found it on {name}; "
-                "use --backend torch"
-            )
         if spec is not None and spec.input_bits is not None:
-            grid = {"bits": spec.input_bits, "symmetric": spec.input_symmetric, "clip": spec.input_clip}
+            grid |= {"bits": spec.input_bits, "symmetric": spec.input_symmetric, "clip": spec.input_clip}
         elif found["kind"].startswith("codes"):
-            grid["bits"] = unquantised
+            grid |= {"bits": unquantised, "own": True}
         arrays = {
             suffix: file.tensor(f"{key}.{suffix}") if f"{key}.{suffix}" in file else None
-            for suffix in ("values", "masks", "offsets", "scales", "zeros")
+            for suffix in ("values", "masks", "offsets", "starts", "scales", "zeros")
         }
         bias = source.floats(f"{name}.bias", (found["rows"],)) if f"{name}.bias" in source else None
-        return dict(found) | arrays | {"bias": bias, "input": grid}
+        return dict(found) | arrays | {"bias": bias, "input": grid, "selection": selection(source, name, spec)}
 
     def group(prefix: str, names: Sequence[str]) -> dict[str, Any]:
         full = [prefix + name for name in names]
@@ -63,7 +59,12 @@ def settings_of(
         if any((s.transform if (s := specs.get(n)) else ()) != (spec.transform if spec else ()) for n in full):
             raise UserError(f"expected the same transforms in front of {', '.join(full)}, found different ones")
         transforms = transform_facts(spec, source, spec.transform_of or full[0]) if spec else []
-        return {"transforms": transforms, "linears": [linear(n, n, specs.get(n)) for n in full]}
+        linears = [linear(n, n, specs.get(n)) for n in full]
+        for found in (one["selection"] for one in linears[1:]):
+            first = linears[0]["selection"]
+            if found and first and found["score"] is not None and np.array_equal(found["score"], first["score"]):
+                found["score"] = first["score"]  # the same array: linears that see the same inputs share them
+        return {"transforms": transforms, "linears": linears}
 
     rows = {row.role: row for row in model.rows}
     layers = []
@@ -116,6 +117,19 @@ def settings_of(
         "head": {"transforms": [], "linears": [linear(head.removesuffix(".weight"), "head", None)]},
         "layers": layers,
     }
+
+
+def selection(source: Source, name: str, spec: LinearSpec | None) -> dict[str, Any] | None:
+    """Which inputs a linear sees, as the native engine takes it."""
+    found = None if spec is None else spec.input_sparsity
+    if spec is None or found is None:
+        return None
+    columns = spec.shape[1]
+    return {
+        "kind": found.kind, "keep": found.keep or 0, "block": found.block or columns, "unit": found.unit,
+        "norm": found.by == "norm", "threshold": found.threshold or 0.0, "rescale": found.rescale,
+        "score": source.floats(f"{name}.input_score", (columns,)) if found.weighted else None,
+    }  # fmt: skip
 
 
 def _exact_head(source: Source, kind: str) -> tuple[NDArray[Any] | None, str]:

@@ -1,0 +1,179 @@
+"""Linears that see a part of their inputs: the engine against the simulated torch model, and its layouts against each
+other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import tulle.hf  # noqa: F401 (registers the packed format)
+from tiny_models import write_model
+from tulle.engine import Engine
+from tulle.errors import UserError
+from tulle.format.spec import InputSparsitySpec
+
+SEQUENCES = np.random.default_rng(0).integers(0, 128, (12, 6))
+IDS: list[int] = SEQUENCES.reshape(-1)[:40].tolist()
+SELECTIONS: dict[str, dict[str, Any]] = {
+    "half": {"kind": "top_k", "keep": 32},
+    "of blocks": {"kind": "top_k", "keep": 6, "block": 16},
+    "units": {"kind": "top_k", "keep": 16, "block": 32, "unit": 4},
+    "units by norm": {"kind": "top_k", "keep": 32, "unit": 4, "by": "norm"},
+    "weighted": {"kind": "top_k", "keep": 20, "weighted": True},
+    "rescaled": {"kind": "top_k", "keep": 24, "rescale": True},
+    "threshold": {"kind": "threshold", "threshold": 0.3},
+    "threshold 0": {"kind": "threshold", "threshold": 0.0},
+    "relu": {"kind": "relu", "rescale": True},
+    "all": {"kind": "top_k", "keep": 64},
+}
+WEIGHTS: dict[str, dict[str, Any]] = {
+    "f32": {"values_dtype": "float32", "sparse": True},
+    "int4": {"bits": 4, "group_size": 32},
+    "int4 asymmetric": {"bits": 4, "group_size": 16, "symmetric": False},
+    "int4 sparse": {"bits": 4, "group_size": 64, "sparse": True},
+    "int4 sparse asymmetric": {"bits": 4, "group_size": 64, "sparse": True, "symmetric": False},
+    "int8": {"bits": 8},
+    "int8 sparse": {"bits": 8, "group_size": 32, "sparse": True},
+    "int2": {"bits": 2},
+    "int3": {"bits": 3, "group_size": 64},
+}
+
+
+def write(folder: Path, weights: str, selection: str, **more: Any) -> None:
+    scheme = WEIGHTS[weights] | more | {"input_sparsity": InputSparsitySpec(**SELECTIONS[selection])}
+    write_model(folder, {"qkv": scheme, "o": scheme, "gate_up": scheme, "down": scheme})
+
+
+def wanted(folder: Path) -> np.ndarray:
+    """Logits of SEQUENCES."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        logits: np.ndarray = model(torch.from_numpy(SEQUENCES), use_cache=False).logits.numpy()
+    return logits
+
+
+def logits_of(engine: Engine, prompt: int = SEQUENCES.shape[1]) -> np.ndarray:
+    """The same by the engine, token by token after a prompt."""
+    rows = []
+    for ids in SEQUENCES.tolist():
+        found = [engine.forward(ids[:prompt])]
+        found += [engine.forward([t], 0, prompt + i) for i, t in enumerate(ids[prompt:])]
+        rows.append(np.concatenate(found))
+    return np.stack(rows)
+
+
+def off(found: np.ndarray, expected: np.ndarray) -> float:
+    """Greatest difference of the third best of twelve sequences, over the greatest logit. Numbers that differ in their
+    last places now and then decide between two inputs, and what follows in that sequence is another."""
+    worst = np.abs(found - expected).reshape(len(expected), -1).max(1)
+    return float(np.sort(worst)[len(worst) // 4] / np.abs(expected).max())
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_selections(selection: str, tmp_path: Path) -> None:
+    write(tmp_path / "m", "f32", selection)
+    engine = Engine(tmp_path / "m", threads=2, cache="f32", head="as stored")
+    assert off(logits_of(engine), wanted(tmp_path / "m")) < 1e-5
+
+
+@pytest.mark.parametrize("selection", ["half", "weighted", "threshold", "relu"])
+@pytest.mark.parametrize("weights", [name for name in WEIGHTS if name != "f32"])
+@pytest.mark.parametrize("layout", ["sparse", "dense", "columns", "dense columns"])
+def test_layouts(weights: str, selection: str, layout: str, tmp_path: Path) -> None:
+    write(tmp_path / "m", weights, selection)
+    engine = Engine(tmp_path / "m", threads=2, cache="f32", head="as stored", layout=layout)
+    expected = wanted(tmp_path / "m")
+    assert off(logits_of(engine), expected) < 1e-3
+    assert off(logits_of(engine, prompt=2), expected) < 1e-3
+
+
+@pytest.mark.parametrize("weights", ["int4", "int4 sparse", "int2", "int8", "int4 asymmetric"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_inputs(weights: str, bits: int, tmp_path: Path) -> None:
+    """Rounded first, then selected: among equal whole numbers the lower index stays."""
+    write(tmp_path / "m", weights, "half", input_bits=bits)
+    engine = Engine(tmp_path / "m", threads=1, cache="f32", head="as stored", layout="columns")
+    assert off(logits_of(engine), wanted(tmp_path / "m")) < 1e-3
+
+
+@pytest.mark.parametrize("weights", ["int4", "int4 sparse asymmetric", "int8 sparse", "int3"])
+def test_columns_are_tiles_bit_for_bit(weights: str, tmp_path: Path) -> None:
+    """Sums of whole numbers are equal, and segments alike where scales have few inputs."""
+    write(tmp_path / "m", weights, "half")
+    found = [
+        Engine(tmp_path / "m", threads=1, cache="f32", head="as stored", layout=layout)
+        for layout in ("sparse", "columns", "dense columns")
+    ]
+    for tokens in (1, 3, 30):
+        first, *others = (engine.forward(IDS[:tokens]) for engine in found)
+        assert all(np.array_equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("layout", ["columns", "dense columns"])
+def test_threads_change_the_last_bits_alone(layout: str, tmp_path: Path) -> None:
+    scheme = {"bits": 4, "group_size": 64, "sparse": True, "input_sparsity": InputSparsitySpec("top_k", keep=700)}
+    write_model(tmp_path / "m", {"down": scheme}, intermediate_size=1536)
+    one, two, again = (Engine(tmp_path / "m", n, cache="f32", head="as stored", layout=layout) for n in (1, 3, 3))
+    found = two.forward(IDS)
+    assert np.array_equal(found, again.forward(IDS))
+    assert off(found, one.forward(IDS)) < 1e-5
+
+
+def test_only_what_a_token_has_is_read(tmp_path: Path) -> None:
+    write(tmp_path / "m", "int8", "half")
+    skipping, all_of_it = (
+        Engine(tmp_path / "m", 1, head="as stored", layout=layout) for layout in ("columns", "sparse")
+    )
+    for engine in (skipping, all_of_it):
+        engine.forward(IDS[:5])
+        assert engine.take_bytes_per_token() == 0  # of passes of one token alone
+        engine.forward([3], 0, 5)
+    assert all_of_it.take_bytes_per_token() == all_of_it.weight_bytes
+    # qkv and o read 32 of 64 inputs, gate and up too, down 32 of 192; outputs in lines of 64.
+    left_out = 2 * ((3 * 64 + 64 + 2 * 192) * 32 + 64 * 160)
+    assert skipping.take_bytes_per_token() == skipping.weight_bytes - left_out
+
+
+def test_instruction_sets_agree(tmp_path: Path) -> None:
+    """Each in a process of its own, with enough inputs for vectors and the few behind them."""
+    import os
+    import subprocess
+    import sys
+
+    from tulle.native import supported_isas
+
+    chosen = InputSparsitySpec("top_k", keep=50, weighted=True)
+    write_model(
+        tmp_path / "m",
+        {"all": {"bits": 4, "group_size": 37, "sparse": True, "input_sparsity": chosen}},
+        hidden_size=148,
+        intermediate_size=185,
+        head_dim=37 * 2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    code = (
+        "import sys, numpy as np; from tulle.engine import Engine\n"
+        "engine = Engine(sys.argv[1], 1, cache='f32', head='as stored', layout='columns')\n"
+        "np.save(sys.argv[2], np.concatenate([engine.forward(list(range(30))), engine.forward([7], 0, 30)]))"
+    )
+    found = []
+    for isa in supported_isas():
+        file = tmp_path / f"{isa}.npy"
+        environment = os.environ | {"TULLE_ISA": isa}
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / "m"), str(file)], check=True, env=environment)
+        found.append(np.load(file))
+    for other in found[1:]:
+        assert off(other, found[0]) < 1e-4
+
+
+def test_auto_tries_columns(tmp_path: Path) -> None:
+    write(tmp_path / "m", "int4 sparse", "half")
+    assert Engine(tmp_path / "m", 1).layout in ("sparse", "dense", "columns", "dense columns")
+    with pytest.raises(UserError, match="expected a layout of auto, sparse, dense, columns"):
+        Engine(tmp_path / "m", 1, layout="rows")
