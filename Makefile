@@ -36,6 +36,7 @@ sanitize: $(INSTALLED)
 		-DTULLE_NATIVE_TESTS=ON -DTULLE_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/tulle_test_kernels
+	build/sanitize/tulle_test_columns
 	build/sanitize/tulle_test_linear
 	build/sanitize/tulle_test_scaling
 	build/sanitize/tulle_test_sparse_train

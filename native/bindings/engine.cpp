@@ -15,6 +15,7 @@
 #include "arrays.hpp"
 #include "tulle/bandwidth.hpp"
 #include "tulle/check.hpp"
+#include "tulle/dispatch.hpp"
 #include "tulle/engine.hpp"
 
 namespace nb = nanobind;
@@ -254,6 +255,22 @@ void define_engine(nb::module_& m) {
         return tulle::read_bandwidth(bytes, threads, passes);
       },
       "bytes"_a, "threads"_a, "passes"_a);
+  m.def(
+      "top_k",
+      [](nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu> x, std::size_t keep, std::size_t block,
+         std::size_t unit) {
+        const std::size_t n = x.shape(0);
+        tulle::Selection selection;
+        selection.kind = tulle::Selection::Kind::top_k;
+        selection.keep = keep;
+        selection.block = block == 0 ? n : block;
+        selection.unit = unit;
+        tulle::check(selection, n);
+        thread_local std::vector<float> spare;
+        spare.resize(3 * (n + 16));
+        selection.run(*tulle::active_isa().ops, x.data(), n, spare.data());
+      },
+      "x"_a.noconvert(), "keep"_a, "block"_a = 0, "unit"_a = 1);
   nb::class_<BoundEngine>(m, "Engine")
       .def(nb::init<nb::dict, std::size_t, std::size_t, std::size_t, const std::string&, std::size_t>(), "model"_a,
            "slots"_a, "context"_a, "batch"_a, "cache"_a, "threads"_a)

@@ -287,7 +287,7 @@ int main() {
       }
     }
   }
-  refused("a mask with another number of bits", [](Weights& w) { w.values[0] = static_cast<std::uint8_t>(~w.values[0]); });
+  refused("a mask with another number of bits", [](Weights& w) { std::fill_n(w.values.get(), 8, std::uint8_t{255}); });
   refused("a falling start", [](Weights& w) { w.starts[3] = w.starts[2] - 1; });
   refused("a start far beyond", [](Weights& w) { w.starts[1] = ~std::uint32_t{0} - 3; });
   refused("a first start that is not 0", [](Weights& w) { w.starts[0] = 1; });

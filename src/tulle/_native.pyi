@@ -28,6 +28,9 @@ def anneal(
     seed: int,
     threads: int,
 ) -> tuple[list[int], int]: ...
+def top_k(x: NDArray[np.float32], keep: int, block: int = 0, unit: int = 1) -> None:
+    """Zeroes all but the ``keep`` largest |x| of every block (0: of all), as the engine does in front of a linear."""
+
 def read_bandwidth(bytes: int, threads: int, passes: int) -> float: ...
 
 class Engine:

@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import tulle.hf  # noqa: F401 (registers the packed format)
 from tiny_models import write_model
+from tulle._native import top_k as native_top_k
 from tulle.engine import Engine
 from tulle.errors import UserError
 from tulle.format.spec import InputSparsitySpec
@@ -72,6 +75,34 @@ def off(found: np.ndarray, expected: np.ndarray) -> float:
     last places now and then decide between two inputs, and what follows in that sequence is another."""
     worst = np.abs(found - expected).reshape(len(expected), -1).max(1)
     return float(np.sort(worst)[len(worst) // 4] / np.abs(expected).max())
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 700),
+    st.floats(0, 1),
+    st.sampled_from(["normal", "whole", "equal", "wide", "zeros"]),
+    st.integers(0, 2**32 - 1),
+)
+def test_top_k_is_exact(n: int, share: float, kind: str, seed: int) -> None:
+    """Against a stable sort: so many, the largest, and the lower index among equals."""
+    generator = np.random.default_rng(seed)
+    x = generator.standard_normal(n).astype(np.float32)
+    if kind == "whole":
+        x = np.rint(3 * x)
+    elif kind == "equal":
+        x = np.sign(x)
+    elif kind == "wide":
+        x *= np.float32(10.0) ** generator.integers(-30, 30, n).astype(np.float32)
+    elif kind == "zeros":
+        x *= generator.random(n) < 0.3
+    keep = max(1, round(share * n))
+    kept = np.argsort(-np.abs(x), kind="stable")[:keep]
+    expected = np.zeros_like(x)
+    expected[kept] = x[kept]
+    found = x.copy()
+    native_top_k(found, keep)
+    assert np.array_equal(found, expected)
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
