@@ -11,6 +11,7 @@ documentation). Pretraining text is Python source of this machine, as for the re
 - ``narrow``, ``broad``: fine-tuning in four ways at 70 % and 50 %, with and without SquareHead: 1 dense fine-tune, then
   prune; 2 prune while fine-tuning; 3 fine-tune the one-shot pruned model; 4 fine-tune the sparse-pretrained one.
 - ``2:4``: from scratch: STE, SR-STE, S-STE, STEP beside dense training and magnitude one-shot.
+- ``rates``: dense and STE from scratch at lower learning rates, to see whether the one that all share favours either.
 - ``top_kast``: (80 %, 50 %) and (90 %, 80 %) beside masks that stand still.
 - ``road``: the 70 % model of the narrow task quantised (W8A8, W4) and packed.
 
@@ -45,7 +46,7 @@ SCRATCH = {"learning_rate": 4e-3, "schedule": "wsd", "warmup_steps": 50, "decay_
 ON = {"learning_rate": 1.5e-3, "schedule": "linear"}
 TUNE = {"learning_rate": 1e-3, "schedule": "linear", "warmup_steps": 20, "weight_decay": 0.0}
 HELD: dict[str, Any] = {"held_masks": {}}
-GROUPS = ("pretrain", "narrow", "broad", "2:4", "top_kast", "road")
+GROUPS = ("pretrain", "narrow", "broad", "2:4", "rates", "top_kast", "road")
 
 
 def pruning(share: float | str, method: str = "sparsegpt") -> dict[str, Any]:
@@ -189,6 +190,11 @@ class Bench:
         for name in names:
             self.run(f"2:4/{name}", self.scratch([{name: {"pattern": "2:4"}}]))
 
+    def rates(self) -> None:
+        for rate in (1e-3, 2e-3):
+            self.run(f"rate {rate}/dense", self.scratch([], learning_rate=rate))
+            self.run(f"rate {rate}/ste", self.scratch([{"ste": {"pattern": "2:4"}}], learning_rate=rate))
+
     def top_kast(self, forward: int, backward: int) -> None:
         self.base()
         shares = {"forward_sparsity": forward / 100, "backward_sparsity": backward / 100}
@@ -270,6 +276,7 @@ def main() -> None:
             ("narrow", lambda b=bench: b.tune("narrow", 70)),
             ("road", bench.road),
             ("2:4", lambda b=bench: b.patterns(("sr_ste", "ste"))),
+            ("rates", bench.rates),
             ("broad", lambda b=bench: b.tune("broad", 70)),
             ("top_kast", lambda b=bench: b.top_kast(80, 50)),
             ("top_kast", lambda b=bench: b.top_kast(90, 80)),
