@@ -18,24 +18,19 @@ import atheris
 sys.path[:0] = [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parents[1] / "tests/engine")]
 
 with atheris.instrument_imports(include=["tulle.engine", "tulle.format"]):
-    from corruption import try_model
+    from corruption import SCHEMES, try_model
 
 from tiny_models import write_model  # noqa: E402
 
-SCHEMES = {
-    "qkv": {"bits": 4, "group_size": 32, "sparse": True, "symmetric": False, "input_bits": 8},
-    "o": {"bits": 8, "sparse": True, "pattern": "2:4"},
-    "gate_up": {"sparse": True, "values_dtype": "bfloat16"},
-    "down": {"bits": 3, "group_size": 24},
-}
 FOLDER = Path(tempfile.mkdtemp(prefix="tulle-fuzz-"))
 
 
 def prepare() -> dict[Path, bytes]:
-    """A model and the engine's file, by path."""
-    write_model(FOLDER / "model", SCHEMES, dtype="bfloat16")
-    assert try_model(FOLDER / "model") == "ran"
-    files = [f for f in sorted((FOLDER / "model").rglob("*")) if f.suffix in (".safetensors", ".json")]
+    """A model in each layout and the engine's files, by path."""
+    for layout, schemes in SCHEMES.items():
+        write_model(FOLDER / layout, schemes, dtype="bfloat16")
+        assert try_model(FOLDER / layout, layout) == "ran"
+    files = [f for f in sorted(FOLDER.rglob("*")) if f.suffix in (".safetensors", ".json")]
     return {f: f.read_bytes() for f in files}
 
 
@@ -57,7 +52,8 @@ def one(data: bytes) -> None:
     if choice.ConsumeBool():
         del changed[choice.ConsumeIntInRange(1, len(changed)) :]
     path.write_bytes(changed)
-    try_model(FOLDER / "model")
+    layout = path.relative_to(FOLDER).parts[0]
+    try_model(FOLDER / layout, layout)
 
 
 def main() -> None:

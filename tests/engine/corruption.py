@@ -10,12 +10,30 @@ import numpy as np
 
 from tulle.engine import Engine
 from tulle.errors import UserError
+from tulle.format.spec import InputSparsitySpec
+
+HALF = InputSparsitySpec("top_k", keep=32, weighted=True)
+SCHEMES = {
+    "sparse": {
+        "qkv": {"bits": 4, "group_size": 32, "sparse": True, "symmetric": False, "input_bits": 8},
+        "o": {"bits": 8, "sparse": True, "pattern": "2:4"},
+        "gate_up": {"sparse": True, "values_dtype": "bfloat16"},
+        "down": {"bits": 3, "group_size": 24},
+    },
+    "columns": {
+        "qkv": {"bits": 4, "group_size": 32, "sparse": True, "symmetric": False, "input_sparsity": HALF},
+        "o": {"bits": 2, "input_bits": 8, "input_sparsity": InputSparsitySpec("relu")},
+        "gate_up": {"bits": 8, "input_sparsity": InputSparsitySpec("threshold", threshold=0.2)},
+        "down": {"bits": 4, "group_size": 64, "sparse": True},
+    },
+}
+"""Of a small model, by the layout that it is read in."""
 
 
-def try_model(folder: Path) -> str:
+def try_model(folder: Path, layout: str = "sparse") -> str:
     """ "ran" or the one-line message; anything but a ``UserError`` is raised on."""
     try:
-        engine = Engine(folder, threads=1, layout="sparse")
+        engine = Engine(folder, threads=1, layout=layout)
         logits = engine.forward([1, 2, 3])
         engine.forward([4], 0, 3)
     except UserError as error:

@@ -8,34 +8,38 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corruption import damaged, try_model
+from corruption import SCHEMES, damaged, try_model
 
 from tiny_models import write_model
 from tulle.engine.files import TensorFile, TensorWriter
 from tulle.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("packed") / "model"
-    schemes = {
-        "qkv": {"bits": 4, "group_size": 32, "sparse": True, "symmetric": False, "input_bits": 8},
-        "o": {"bits": 8, "sparse": True, "pattern": "2:4"},
-        "gate_up": {"sparse": True, "values_dtype": "bfloat16"},
-        "down": {"bits": 3, "group_size": 24},
-    }
-    write_model(folder, schemes, dtype="bfloat16")
-    assert try_model(folder) == "ran"
+def written(factory: pytest.TempPathFactory, layout: str) -> Path:
+    folder = factory.mktemp("packed") / "model"
+    write_model(folder, SCHEMES[layout], dtype="bfloat16")
+    assert try_model(folder, layout) == "ran"
     return folder
 
 
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(tmp_path_factory, "sparse")
+
+
+@pytest.fixture(scope="module")
+def by_columns(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(tmp_path_factory, "columns")
+
+
+@pytest.mark.parametrize("layout", SCHEMES)
 @pytest.mark.parametrize("part", range(8))
-def test_random_damage(packed: Path, part: int, tmp_path: Path) -> None:
+def test_random_damage(packed: Path, by_columns: Path, layout: str, part: int, tmp_path: Path) -> None:
     choice = random.Random(part)
     seen = {"ran": 0, "refused": 0}
     for _ in range(25):
-        damaged(packed, tmp_path / "model", choice)
-        seen["ran" if try_model(tmp_path / "model") == "ran" else "refused"] += 1
+        damaged(packed if layout == "sparse" else by_columns, tmp_path / "model", choice)
+        seen["ran" if try_model(tmp_path / "model", layout) == "ran" else "refused"] += 1
     # Some of it hits numbers that may be anything, some of it does not.
     assert seen["refused"] > 0 and seen["ran"] > 0
 
