@@ -79,6 +79,7 @@ def main() -> None:
         parser.error("--data is required for tinystories")
 
     import torch
+    import yaml
     from rich.console import Console
     from rich.table import Table
 
@@ -87,7 +88,8 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads)
     import_methods()
-    shipped = sorted(f.stem for f in (Path(__file__).parents[1] / "recipes").glob("*.yaml") if f.stem != "reference")
+    files = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+    shipped = [f.stem for f in files if "training" not in (found := yaml.safe_load(f.read_text())) and "steps" in found]
     cells = Cells(arguments.out, machine=machine.describe())
     for name in arguments.models:
         if name == "reference":

@@ -11,7 +11,6 @@ documentation). Pretraining text is Python source of this machine, as for the re
 - ``narrow``, ``broad``: fine-tuning in four ways at 70 % and 50 %, with and without SquareHead: 1 dense fine-tune, then
   prune; 2 prune while fine-tuning; 3 fine-tune the one-shot pruned model; 4 fine-tune the sparse-pretrained one.
 - ``2:4``: from scratch: STE, SR-STE, S-STE, STEP beside dense training and magnitude one-shot.
-- ``rates``: dense and STE from scratch at lower learning rates, to see whether the one that all share favours either.
 - ``top_kast``: (80 %, 50 %) and (90 %, 80 %) beside masks that stand still.
 - ``road``: the 70 % model of the narrow task quantised (W8A8, W4) and packed.
 
@@ -46,7 +45,7 @@ SCRATCH = {"learning_rate": 4e-3, "schedule": "wsd", "warmup_steps": 50, "decay_
 ON = {"learning_rate": 1.5e-3, "schedule": "linear"}
 TUNE = {"learning_rate": 1e-3, "schedule": "linear", "warmup_steps": 20, "weight_decay": 0.0}
 HELD: dict[str, Any] = {"held_masks": {}}
-GROUPS = ("pretrain", "narrow", "broad", "2:4", "rates", "top_kast", "road")
+GROUPS = ("pretrain", "narrow", "broad", "2:4", "top_kast", "road")
 
 
 def pruning(share: float | str, method: str = "sparsegpt") -> dict[str, Any]:
@@ -58,8 +57,8 @@ def pruning(share: float | str, method: str = "sparsegpt") -> dict[str, Any]:
 class Bench:
     """Runs cells; a cell's model lies in ``work/KEY`` and other cells start from there."""
 
-    def __init__(self, cells: Cells, work: Path, data: Path, seed: int):
-        self.cells, self.work, self.seed = cells, work, seed
+    def __init__(self, cells: Cells, work: Path, data: Path, seed: int, rate: float | None):
+        self.cells, self.work, self.seed, self.rate = cells, work, seed, rate
         gen, text = data / "gen", data / "text"
         problem = "Question: {question}\nAnswer: {answer}"
         self.tasks: dict[str, dict[str, Any]] = {
@@ -77,7 +76,7 @@ class Bench:
         }
 
     def name(self, key: str) -> str:
-        return f"{self.seed}/{key}"
+        return f"{self.seed}/{key}" if self.rate is None else f"{self.seed}/rate {self.rate}/{key}"
 
     def folder(self, key: str) -> Path:
         return self.work / self.name(key).replace("/", "__").replace(":", "of").replace(" ", "_")
@@ -110,11 +109,12 @@ class Bench:
 
     def scratch(self, methods: list[dict[str, Any]], prune: Any = None, **training: Any) -> dict[str, Any]:
         """A recipe from nothing on Python source."""
+        tokens = {"tokens": TOKENS["base"]} | training
         content = {
             "seed": self.seed,
             "model": SHAPE,
             "data": {"sources": [{"name": n} for n in PYTHON], "vocab_size": VOCABULARY},
-            "training": TRAINING | SCRATCH | {"tokens": TOKENS["base"]} | training,
+            "training": TRAINING | SCRATCH | ({"learning_rate": self.rate} if self.rate else {}) | tokens,
         }
         if prune is None:
             return content | {"methods": methods}
@@ -190,11 +190,6 @@ class Bench:
         for name in names:
             self.run(f"2:4/{name}", self.scratch([{name: {"pattern": "2:4"}}]))
 
-    def rates(self) -> None:
-        for rate in (1e-3, 2e-3):
-            self.run(f"rate {rate}/dense", self.scratch([], learning_rate=rate))
-            self.run(f"rate {rate}/ste", self.scratch([{"ste": {"pattern": "2:4"}}], learning_rate=rate))
-
     def top_kast(self, forward: int, backward: int) -> None:
         self.base()
         shares = {"forward_sparsity": forward / 100, "backward_sparsity": backward / 100}
@@ -249,6 +244,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--groups", nargs="*", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--rate", type=float, help="learning rate from scratch, for cells of their own [4e-3]")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("build/train_sparse"), help="models of finished cells")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/train_sparse.json")
@@ -269,14 +265,13 @@ def main() -> None:
     facts = {"shape": SHAPE, "vocabulary": VOCABULARY, "tokens": TOKENS, "training": TRAINING}
     cells = Cells(arguments.out, machine=machine.describe() | {"threads": arguments.threads}, **facts)
     for seed in arguments.seeds:
-        bench = Bench(cells, arguments.work, arguments.data, seed)
+        bench = Bench(cells, arguments.work, arguments.data, seed, arguments.rate)
         # The most telling first.
         work: list[tuple[str, Callable[[], None]]] = [
             ("pretrain", bench.pretrain),
             ("narrow", lambda b=bench: b.tune("narrow", 70)),
             ("road", bench.road),
             ("2:4", lambda b=bench: b.patterns(("sr_ste", "ste"))),
-            ("rates", bench.rates),
             ("broad", lambda b=bench: b.tune("broad", 70)),
             ("top_kast", lambda b=bench: b.top_kast(80, 50)),
             ("top_kast", lambda b=bench: b.top_kast(90, 80)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ WAYS = ("dense,\nthen prune", "prune\nwhile", "from\none-shot", "from sparse-\np
 
 
 def draw(cells: Cells, folder: Path) -> None:
-    """PNG files into ``folder``, of the first seed."""
+    """PNG files into ``folder``, of the seed with the most cells."""
     folder.mkdir(parents=True, exist_ok=True)
-    seed = min((key.partition("/")[0] for key in cells), default="0")
+    seeds = Counter(key.partition("/")[0] for key in cells)
+    seed = max(seeds, key=seeds.__getitem__, default="0")
     own = {k.removeprefix(f"{seed}/"): v for k, v in cells.items() if k.startswith(f"{seed}/")}
     _pretraining(own, folder / "train-sparse-pretraining.png")
     for task in ("narrow", "broad"):
