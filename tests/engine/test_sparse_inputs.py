@@ -145,6 +145,19 @@ def test_columns_are_tiles_bit_for_bit(weights: str, tmp_path: Path) -> None:
         assert all(np.array_equal(first, other) for other in others)
 
 
+def test_long_prompts(tmp_path: Path) -> None:
+    """More tokens than meet a line at once, in two passes, by threads that share a linear."""
+    scheme = WEIGHTS["int4 sparse"] | {"input_sparsity": InputSparsitySpec(**SELECTIONS["half"])}
+    write_model(tmp_path / "m", {"all": scheme}, max_position_embeddings=512)
+    ids = np.random.default_rng(1).integers(0, 128, 300).tolist()
+    tiles, *columns = (
+        Engine(tmp_path / "m", threads=n, cache="f32", head="as stored", layout=layout).forward(ids)
+        for layout, n in (("sparse", 1), ("columns", 1), ("columns", 3))
+    )
+    assert np.array_equal(tiles, columns[0])
+    assert np.array_equal(tiles, columns[1])
+
+
 @pytest.mark.parametrize("layout", ["columns", "dense columns"])
 def test_threads_change_the_last_bits_alone(layout: str, tmp_path: Path) -> None:
     scheme = {"bits": 4, "group_size": 64, "sparse": True, "input_sparsity": InputSparsitySpec("top_k", keep=700)}
