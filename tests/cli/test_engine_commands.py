@@ -62,6 +62,8 @@ def test_generate_reads_a_prompt_and_writes_json_only(
         (["chat", "out"], "chat template"),
         (["bench", "out", "--tokens", "500"], "within the context"),
         (["eval", "out", "--backend", "gpu"], "torch or engine"),
+        (["eval", "out", "--activations", "int8"], "with --backend engine"),
+        (["eval", "out", "--backend", "engine", "--weights", "int8"], "no Scaling Transformer"),
     ],
 )
 def test_bad_input(work: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,6 +103,11 @@ def test_eval_gives_the_figures_of_torch(work: Path) -> None:
         figures.append(json.loads((work / f"{backend}.json").read_text()))
     assert figures[0]["tokens"] == figures[1]["tokens"]
     assert figures[1]["perplexity"] == pytest.approx(figures[0]["perplexity"], rel=5e-3)
+    # Inputs in 8 bits are another model, though not by much.
+    arguments = ["--text", "prose.txt", "--backend", "engine", "--activations", "int8", "--json", "rough.json"]
+    assert run(work, "eval", "out", *arguments) == 0
+    rough = json.loads((work / "rough.json").read_text())["perplexity"]
+    assert rough != figures[1]["perplexity"] and rough == pytest.approx(figures[1]["perplexity"], rel=5e-2)
 
 
 def test_generate_without_torch(work: Path) -> None:
@@ -144,5 +151,8 @@ def test_a_scaling_transformer(scaling: Path, capsys: pytest.CaptureFixture[str]
         assert run(scaling, "eval", "scaling", *arguments) == 0
         found[backend] = json.loads((scaling / f"{backend}.json").read_text())["perplexity"]
     assert abs(found["engine"] / found["torch"] - 1) < 1e-3
+    assert run(scaling, "eval", "scaling", *arguments, "--weights", "int8") == 0
+    rough = json.loads((scaling / "engine.json").read_text())["perplexity"]
+    assert 0 < abs(rough / found["torch"] - 1) < 5e-2
     assert run(scaling, "generate", "scaling", "-p", "x", "--weights", "int2") == 2
     assert "expected weights" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tulle.cli import common
+from tulle.cli.engine import Activations, Weights
 from tulle.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def evaluate(
     backend: Annotated[
         str, typer.Option("--backend", metavar="NAME", help="What runs the model: torch or engine.")
     ] = "torch",
+    activations: Activations = "recorded",
+    weights: Weights = "as stored",
     device: common.Device = "cpu",
     dtype: Annotated[str, typer.Option("--dtype", help="Of activations and unpacked weights.")] = "float32",
     json_file: common.JsonFile = None,
@@ -48,6 +51,9 @@ def evaluate(
     """
     if backend not in ("torch", "engine"):
         raise UserError(f"expected --backend torch or engine, found {backend!r}")
+    options = {"activations": activations, "weights": weights}
+    if backend == "torch" and options != {"activations": "recorded", "weights": "as stored"}:
+        raise UserError("expected --activations and --weights with --backend engine, found them with torch; add that")
     chosen = common.parse_range(documents)
     from tulle.evaluate import Protocol, evaluate_text, held_out_text
     from tulle.evaluate.loading import load_model
@@ -66,7 +72,7 @@ def evaluate(
     if backend == "engine":
         from tulle.evaluate.engine import load_engine
 
-        loaded, tokenizer = load_engine(folder)
+        loaded, tokenizer = load_engine(folder, **options)
     else:
         loaded, tokenizer = load_model(folder, device, dtype)
     score: TextScore | None = None

@@ -30,8 +30,8 @@ class EngineModel:
         return SimpleNamespace(logits=torch.stack(rows))
 
 
-def load_engine(folder: Path) -> tuple[EngineModel, Any]:
-    """Model and tokenizer."""
+def load_engine(folder: Path, **options: Any) -> tuple[EngineModel, Any]:
+    """Model and tokenizer; ``options`` of :class:`tulle.engine.Engine`."""
     from transformers import AutoTokenizer
 
-    return EngineModel(folder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return EngineModel(folder, **options), AutoTokenizer.from_pretrained(folder, local_files_only=True)
