@@ -1,198 +1,27 @@
 #include "tulle/engine.hpp"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
-#include <stdexcept>
-#include <string>
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
 
 #include "buffer.hpp"
+#include "inputs.hpp"
 #include "pass.hpp"
+#include "plan.hpp"
 #include "sharpen.hpp"
 #include "tulle/dispatch.hpp"
 
 namespace tulle {
 namespace {
 
-bool same_input(const Linear& a, const Linear& b) {
-  const LinearView &v = a.weight, &w = b.weight;
-  if (v.is_codes() != w.is_codes() || v.padded() != w.padded()) return false;
-  if (a.input.bits != b.input.bits || a.input.symmetric != b.input.symmetric || a.input.clip != b.input.clip) return false;
-  if (!(a.selection == b.selection) || a.own_grid != b.own_grid) return false;
-  return !v.is_codes() || (v.segment == w.segment && v.segments_per_scale == w.segments_per_scale);
-}
-
-std::size_t planes_of(const Grid& grid) { return grid.bits > 8 || (grid.bits == 8 && !grid.symmetric) ? 2 : 1; }
-
-// What a thread does of a group's linears: tiles [first, last), or where weights stand by columns chunks [first, last)
-// of a strip, whose sums are piece number `piece` of it.
-struct Part {
-  std::size_t linear, first, last;
-  std::size_t strip = 0, piece = 0;
-};
-
-// A thread's own parts in order, and how many of them have been taken, by itself or by a thread that was done sooner.
-struct Share {
-  std::vector<Part> parts;
-  alignas(kAlignment) std::atomic<std::size_t> taken{0};
-
-  Share() = default;
-  Share(Share&& other) noexcept : parts(std::move(other.parts)) {}
-};
-
-// Bytes of a part, at least: small enough for a thread that lost its core for a while to be helped, large enough for
-// the count to cost nothing.
-constexpr std::uint64_t kPartBytes = 128 * 1024;
-
-// Tokens that weights by columns meet at once: bounds the room for their sums.
-constexpr std::size_t kColumnTokens = 64;
-
-struct Plan {
-  std::vector<std::size_t> input_of;       // per linear: which of the prepared inputs it reads
-  std::vector<const Linear*> inputs;       // a linear that shows how to prepare each
-  std::vector<Share> shares;               // per thread
-  std::vector<std::size_t> output;         // per linear: its first output among the group's
-  std::size_t outputs = 0;
-  // By columns: in how many pieces a linear's inputs are cut where it has fewer strips than there are threads.
-  std::vector<std::size_t> pieces;
-  std::size_t most_pieces = 1;
-};
-
-// Outputs of a strip, of whole lines.
-std::size_t strip_outputs(const LinearView& w) { return w.strip_lines() * w.line_tiles() * kTileRows; }
-
-// Whole strips where there are enough of them for all threads, so that no sum is cut. Otherwise chunks: half of a strip's
-// outputs would be shorter pieces of memory, with another thread's between them.
-void add_columns(Plan& plan, std::size_t number, const LinearView& w, std::size_t threads) {
-  const std::size_t strips = w.strips();
-  const std::size_t pieces = strips >= threads ? 1 : std::min(w.chunks(), (threads + strips - 1) / strips);
-  plan.pieces[number] = pieces;
-  plan.most_pieces = std::max(plan.most_pieces, pieces);
-  for (std::size_t i = 0; i < strips * pieces; ++i) {
-    const std::size_t piece = i % pieces;
-    plan.shares[i * threads / (strips * pieces)].parts.push_back(
-        {number, w.chunks() * piece / pieces, w.chunks() * (piece + 1) / pieces, i / pieces, piece});
-  }
-}
-
-Plan plan_of(const Group& group, std::size_t threads) {
-  Plan plan;
-  std::uint64_t total = 0;
-  for (const Linear& linear : group.linears) {
-    std::size_t found = 0;
-    while (found < plan.inputs.size() && !same_input(*plan.inputs[found], linear)) ++found;
-    if (found == plan.inputs.size()) plan.inputs.push_back(&linear);
-    plan.input_of.push_back(found);
-    plan.output.push_back(plan.outputs);
-    plan.outputs += linear.weight.rows;
-    total += linear.bytes();
-  }
-  // By bytes: a tile costs what it weighs. Whole pairs, which kernels for several tokens take at once.
-  plan.shares.resize(threads);
-  plan.pieces.assign(group.linears.size(), 1);
-  std::uint64_t before = 0;
-  for (std::size_t i = 0; i < group.linears.size(); ++i) {
-    const LinearView& w = group.linears[i].weight;
-    if (w.by_columns) {
-      add_columns(plan, i, w, threads);
-      before += group.linears[i].bytes();
-      continue;
-    }
-    const std::uint64_t bytes = group.linears[i].bytes();
-    std::size_t first = 0;
-    for (std::size_t t = 0; t < threads && first < w.tiles(); ++t) {
-      const std::uint64_t end = total * (t + 1) / threads;
-      std::size_t last = w.tiles();
-      if (end < before + bytes) {
-        if (end <= before) continue;
-        last = std::min(w.tiles(), round_up((end - before) * w.tiles() / bytes, 2));
-      }
-      const std::size_t step = round_up(kPartBytes * w.tiles() / bytes + 1, 2);
-      for (; first < last; first += step) plan.shares[t].parts.push_back({i, first, std::min(first + step, last)});
-      first = last;
-    }
-    before += bytes;
-  }
-  return plan;
-}
-
-// Inputs of up to `batch` tokens, prepared for a kernel.
-struct Prepared {
-  Buffer<float> floats, steps;
-  Buffer<std::int8_t> plane[2], quad_plane[2];
-  Buffer<std::int32_t> sums[2];
-  Buffer<std::uint32_t> quads, quad_starts, active;  // active: how many inputs a token has
-
-  // Tokens [first, first + tokens).
-  Inputs view(const Linear& linear, std::size_t first, std::size_t tokens) const {
-    const LinearView& w = linear.weight;
-    Inputs x{};
-    x.tokens = tokens;
-    x.stride = w.padded();
-    x.floats = floats.data() + first * x.stride;
-    x.planes = w.is_codes() ? planes_of(linear.input) : 0;
-    x.sum_stride = w.segments;
-    x.steps = steps.data() + first;
-    x.quad_stride = quad_stride(w);
-    for (std::size_t p = 0; p < x.planes; ++p) {
-      x.plane[p] = plane[p].data() + first * x.stride;
-      x.sums[p] = sums[p].data() + first * x.sum_stride;
-      x.quad_plane[p] = quad_plane[p].data() + first * x.quad_stride * 4;
-    }
-    x.quads = quads.data() + first * x.quad_stride * 4;
-    x.quad_starts = quad_starts.data() + first * (w.segments + 1);
-    return x;
-  }
-
-  // Of one token: the list is written 16 elements at a time.
-  static std::size_t quad_stride(const LinearView& w) { return w.padded() / 4 + 4; }
-};
-
 std::size_t widest(const Model& model) {
   return std::max({model.hidden, model.intermediate, model.heads * model.head_dim, model.kv_heads * model.head_dim});
 }
 
 }  // namespace
-
-void Transform::run(const OpsKernels& ops, const float* x, float* y, float* work) const {
-  switch (kind) {
-    case Kind::diagonal: return ops.scale(x, numbers.data(), channels, y);
-    case Kind::permutation:
-      for (std::size_t i = 0; i < channels; ++i) y[i] = x[index[i]];
-      return;
-    case Kind::hadamard: {
-      const std::size_t runs = channels / block * base, run = block / base;
-      float* first = base == 1 ? y : work;
-      std::memcpy(first, x, channels * sizeof(float));
-      ops.butterflies(first, run, runs, 1.0f / std::sqrt(static_cast<float>(block)));
-      if (base == 1) return;
-      std::memset(y, 0, channels * sizeof(float));
-      for (std::size_t start = 0; start < channels; start += block) {
-        for (std::size_t i = 0; i < base; ++i) {
-          ops.times(numbers.data() + i * base, work + start, base, run, y + start + i * run);
-        }
-      }
-      return;
-    }
-    case Kind::block_matrix:
-      std::memset(y, 0, channels * sizeof(float));
-      for (std::size_t start = 0; start < channels; start += block) {
-        ops.times(x + start, numbers.data() + (shared ? 0 : start * block), block, block, y + start);
-      }
-      return;
-    case Kind::kronecker: {
-      const float* right_matrix = numbers.data() + left * left;
-      std::memset(work, 0, channels * sizeof(float));
-      std::memset(y, 0, channels * sizeof(float));
-      for (std::size_t i = 0; i < left; ++i) ops.times(x + i * right, right_matrix, right, right, work + i * right);
-      for (std::size_t i = 0; i < left; ++i) ops.times(numbers.data() + i * left, work, left, right, y + i * right);
-    }
-  }
-}
 
 std::uint64_t Linear::bytes() const {
   const LinearView& w = weight;
@@ -351,7 +180,7 @@ struct Engine::State {
     scratch = std::max(scratch_bytes(batch), strip > 0 ? column_scratch_bytes(kColumnTokens) : 0);
     read.assign(threads, {});
     for (std::size_t t = 0; t < threads; ++t) {
-      vectors.emplace_back(7 * vector_floats);
+      vectors.emplace_back(8 * vector_floats);
       strips.emplace_back(std::min(batch, kColumnTokens) * strip);
       scores.emplace_back(score_floats);
       scratches.emplace_back(scratch);
@@ -376,79 +205,11 @@ struct Engine::State {
       x = spare[next];
       next = 1 - next;
     }
-    for (std::size_t i = 0; i < plan.inputs.size(); ++i) prepare(*plan.inputs[i], prepared[i], x, t, thread);
+    float* const kept = vectors[thread].data() + 4 * vector_floats;
+    for (std::size_t i = 0; i < plan.inputs.size(); ++i) {
+      prepared[i].take(ops, *plan.inputs[i], x, t, kept, kept + vector_floats);
+    }
     if (counting) count(group, plan, t, thread);
-  }
-
-  // x as the input of a linear: rounded, selected, in floats or codes.
-  void prepare(const Linear& l, Prepared& p, const float* x, std::size_t t, std::size_t thread) {
-    const LinearView& w = l.weight;
-    float* const spare = vectors[thread].data() + 4 * vector_floats;
-    const bool selected = l.selection.kind != Selection::Kind::none;
-    if (!w.is_codes()) {
-      float* to = p.floats.data() + t * w.padded();
-      std::memcpy(to, x, w.columns * sizeof(float));
-      if (l.input.bits > 0) ops.fake(to, w.columns, ops.range(x, w.columns, l.input));
-      const float ratio = l.selection.run(ops, to, w.columns, spare);
-      if (ratio != 1.0f) {
-        for (std::size_t i = 0; i < w.columns; ++i) to[i] *= ratio;
-      }
-      std::memset(to + w.columns, 0, (w.padded() - w.columns) * sizeof(float));
-      return;
-    }
-    const bool two = planes_of(l.input) == 2;
-    GridRange range = ops.range(x, w.columns, l.input);
-    float ratio = 1;
-    if (selected) {
-      // In front of the vectors of the transforms, one of which x may be.
-      float* const kept = vectors[thread].data() + 3 * vector_floats;
-      std::memcpy(kept, x, w.columns * sizeof(float));
-      if (!l.own_grid) ops.fake(kept, w.columns, range);
-      ratio = l.selection.run(ops, kept, w.columns, spare);
-      if (l.own_grid) range = ops.range(kept, w.columns, l.input);
-      x = kept;
-    }
-    p.steps.data()[t] = range.step * ratio;
-    const std::size_t scales = w.scales_per_row(), real = w.columns / scales;
-    const std::size_t room = w.segment * w.segments_per_scale;
-    std::int8_t* high = p.plane[0].data() + t * w.padded();
-    std::int8_t* low = two ? p.plane[1].data() + t * w.padded() : nullptr;
-    for (std::size_t s = 0; s < scales; ++s) {
-      ops.quantise(x + s * real, real, range, high + s * room, two ? low + s * room : nullptr);
-      std::memset(high + s * room + real, 0, room - real);
-      if (two) std::memset(low + s * room + real, 0, room - real);
-    }
-    for (std::size_t s = 0; s < w.segments; ++s) {
-      p.sums[0].data()[t * w.segments + s] = ops.sum(high + s * w.segment, w.segment);
-      if (two) p.sums[1].data()[t * w.segments + s] = ops.sum(low + s * w.segment, w.segment);
-    }
-    if (w.by_columns) list(w, p, high, low, t);
-  }
-
-  // The inputs of token t that are not zero.
-  void list(const LinearView& w, Prepared& p, const std::int8_t* high, const std::int8_t* low, std::size_t t) {
-    const std::size_t at = t * Prepared::quad_stride(w) * 4;
-    std::uint32_t* const places = p.quads.data() + at;
-    std::int8_t* const kept_high = p.quad_plane[0].data() + at;
-    std::int8_t* const kept_low = low ? p.quad_plane[1].data() + at : nullptr;
-    std::uint32_t* const starts = p.quad_starts.data() + t * (w.segments + 1);
-    std::size_t next = 0, active = 0;
-    for (std::size_t s = 0; s < w.segments; ++s) {
-      starts[s] = static_cast<std::uint32_t>(next / 4);
-      const std::size_t first = s * w.segment;
-      const std::size_t found =
-          ops.nonzero(high + first, low ? low + first : nullptr, w.segment, static_cast<std::uint32_t>(first),
-                      places + next, kept_high + next, kept_low ? kept_low + next : nullptr);
-      active += found;
-      next += found;
-      for (; next % 4 != 0; ++next) {
-        places[next] = places[next - 1];
-        kept_high[next] = 0;
-        if (kept_low) kept_low[next] = 0;
-      }
-    }
-    starts[w.segments] = static_cast<std::uint32_t>(next / 4);
-    p.active.data()[t] = static_cast<std::uint32_t>(active);
   }
 
   // What token t will read of the group's weights.

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from isas import logits_by_isa
 from transformers import AutoModelForCausalLM
 
 import tulle
@@ -145,24 +146,9 @@ def test_caches(tmp_path: Path) -> None:
 
 
 def test_instruction_sets_agree(tmp_path: Path) -> None:
-    """Forced sets, each in a process of its own: whole numbers are the same, so the logits nearly are."""
-    import os
-    import subprocess
-    import sys
-
-    from tulle.native import supported_isas
-
+    """Whole numbers are the same, so the logits nearly are."""
     write_model(tmp_path / "m", SCHEMES["sparse w4a8"])
-    code = (
-        "import sys, numpy as np; from tulle.engine import Engine\n"
-        "np.save(sys.argv[2], Engine(sys.argv[1], 1, cache='f32', head='as stored').forward(list(range(30))))"
-    )
-    found = []
-    for isa in supported_isas():
-        file = tmp_path / f"{isa}.npy"
-        environment = os.environ | {"TULLE_ISA": isa}
-        subprocess.run([sys.executable, "-c", code, str(tmp_path / "m"), str(file)], check=True, env=environment)
-        found.append(np.load(file))
+    found = logits_by_isa(tmp_path / "m", tmp_path, "engine.forward(list(range(30)))")
     for other in found[1:]:
         assert off(other, found[0]) < 1e-4
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from isas import logits_by_isa
 from transformers import AutoModelForCausalLM
 
 import tulle.hf  # noqa: F401 (registers the packed format)
@@ -184,13 +185,7 @@ def test_only_what_a_token_has_is_read(tmp_path: Path) -> None:
 
 
 def test_instruction_sets_agree(tmp_path: Path) -> None:
-    """Each in a process of its own, with enough inputs for vectors and the few behind them."""
-    import os
-    import subprocess
-    import sys
-
-    from tulle.native import supported_isas
-
+    """With enough inputs for vectors and the few behind them."""
     chosen = InputSparsitySpec("top_k", keep=50, weighted=True)
     write_model(
         tmp_path / "m",
@@ -201,17 +196,8 @@ def test_instruction_sets_agree(tmp_path: Path) -> None:
         num_attention_heads=2,
         num_key_value_heads=2,
     )
-    code = (
-        "import sys, numpy as np; from tulle.engine import Engine\n"
-        "engine = Engine(sys.argv[1], 1, cache='f32', head='as stored', layout='columns')\n"
-        "np.save(sys.argv[2], np.concatenate([engine.forward(list(range(30))), engine.forward([7], 0, 30)]))"
-    )
-    found = []
-    for isa in supported_isas():
-        file = tmp_path / f"{isa}.npy"
-        environment = os.environ | {"TULLE_ISA": isa}
-        subprocess.run([sys.executable, "-c", code, str(tmp_path / "m"), str(file)], check=True, env=environment)
-        found.append(np.load(file))
+    forward = "np.concatenate([engine.forward(list(range(30))), engine.forward([7], 0, 30)])"
+    found = logits_by_isa(tmp_path / "m", tmp_path, forward, layout="columns")
     for other in found[1:]:
         assert off(other, found[0]) < 1e-4
 
