@@ -59,7 +59,7 @@ class Bench:
 
     def __init__(self, cells: Cells, work: Path, data: Path, seed: int, rate: float | None):
         self.cells, self.work, self.seed, self.rate = cells, work, seed, rate
-        gen, text = data / "gen", data / "text"
+        self.texts = gen, text = data / "gen", data / "text"
         problem = "Question: {question}\nAnswer: {answer}"
         self.tasks: dict[str, dict[str, Any]] = {
             "narrow": {
@@ -105,7 +105,14 @@ class Bench:
         record = json.loads((out / "run.json").read_text())
         rows = read_metrics(out / "metrics.jsonl") if (out / "metrics.jsonl").is_file() else []
         kept = {k: record[k] for k in ("held_out_bits_per_byte", "sparsity", "tokens_seen")}
-        return kept | {"seconds": time.perf_counter() - begun, "recipe": content, "rows": rows}
+        return kept | {"seconds": time.perf_counter() - begun, "recipe": self._named(content), "rows": rows}
+
+    def _named(self, content: dict[str, Any]) -> Any:
+        """The recipe with models and texts by name, wherever this machine keeps them."""
+        text = json.dumps(content)
+        for folder in (self.work, *self.texts):
+            text = text.replace(json.dumps(f"{folder}/")[1:-1], "")
+        return json.loads(text)
 
     def scratch(self, methods: list[dict[str, Any]], prune: Any = None, **training: Any) -> dict[str, Any]:
         """A recipe from nothing on Python source."""
