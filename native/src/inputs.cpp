@@ -6,7 +6,6 @@ namespace tulle {
 
 void Prepared::take(const OpsKernels& ops, const Linear& l, const float* x, std::size_t t, float* kept, float* spare) {
   const LinearView& w = l.weight;
-  const bool selected = l.selection.kind != Selection::Kind::none;
   if (!w.is_codes()) {
     float* to = floats.data() + t * w.padded();
     std::memcpy(to, x, w.columns * sizeof(float));
@@ -19,11 +18,16 @@ void Prepared::take(const OpsKernels& ops, const Linear& l, const float* x, std:
     return;
   }
   const bool two = planes_of(l.input) == 2;
-  GridRange range = ops.range(x, w.columns, l.input);
+  GridRange range{};
   float ratio = 1;
-  if (selected) {
+  if (l.selection.kind == Selection::Kind::none) {
+    range = ops.range(x, w.columns, l.input);
+  } else {
     std::memcpy(kept, x, w.columns * sizeof(float));
-    if (!l.own_grid) ops.fake(kept, w.columns, range);
+    if (!l.own_grid) {
+      range = ops.range(x, w.columns, l.input);
+      ops.fake(kept, w.columns, range);
+    }
     ratio = l.selection.run(ops, kept, w.columns, spare);
     if (l.own_grid) range = ops.range(kept, w.columns, l.input);
     x = kept;

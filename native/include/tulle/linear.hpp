@@ -79,6 +79,11 @@ struct LinearView {
   std::size_t chunks() const { return (segments + chunk_segments() - 1) / chunk_segments(); }
   std::size_t unit_inputs() const { return is_codes() ? 4 : kind == WeightKind::bf16 ? 2 : 1; }
   std::size_t scales_per_row() const { return segments / segments_per_scale; }
+  // First segment of a chunk, and behind the last chunk's the number of all.
+  std::size_t first_segment(std::size_t chunk) const {
+    const std::size_t first = chunk * chunk_segments();
+    return first < segments ? first : segments;
+  }
   // Segments of a chunk: the last one may have fewer.
   std::size_t segments_of(std::size_t chunk) const {
     const std::size_t first = chunk * chunk_segments(), left = segments - first;

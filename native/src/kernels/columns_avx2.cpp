@@ -145,7 +145,7 @@ void run(const LinearView& w, const Inputs& x, std::size_t line, std::size_t beg
 void avx2_run_columns(const LinearView& w, const Inputs& x, std::size_t strip, std::size_t first, std::size_t last,
                       float* sums, std::size_t stride, std::uint8_t* scratch) {
   const std::size_t outputs = w.line_tiles() * kTileRows;
-  const std::size_t begin = first * w.chunk_segments(), end = (last - 1) * w.chunk_segments() + w.segments_of(last - 1);
+  const std::size_t begin = w.first_segment(first), end = w.first_segment(last);
   for (std::size_t t = 0; t < x.tokens; ++t) std::memset(sums + t * stride, 0, w.lines_of(strip) * outputs * sizeof(float));
   for (std::size_t i = 0; i < w.lines_of(strip); ++i) {
     const std::size_t line = strip * w.strip_lines() + i;

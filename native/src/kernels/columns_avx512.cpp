@@ -342,7 +342,7 @@ void avx512_run_columns(const LinearView& w, const Inputs& x, std::size_t strip,
     }
     return;
   }
-  const std::size_t begin = first * w.chunk_segments(), end = (last - 1) * w.chunk_segments() + w.segments_of(last - 1);
+  const std::size_t begin = w.first_segment(first), end = w.first_segment(last);
   for (std::size_t t = 0; t < x.tokens; ++t) {
     std::memset(sums + t * stride, 0, w.lines_of(strip) * outputs * sizeof(float));
     if (x.planes == 1) multiply<1>(w, x, t, strip, begin, end, sums + t * stride);
