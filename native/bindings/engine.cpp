@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "arrays.hpp"
+#include "bound.hpp"
 #include "tulle/bandwidth.hpp"
 #include "tulle/check.hpp"
 #include "tulle/dispatch.hpp"
@@ -210,41 +211,6 @@ tulle::Model model(const nb::dict& from, Kept& kept) {
   return m;
 }
 
-class BoundEngine {
- public:
-  BoundEngine(nb::dict settings, std::size_t slots, std::size_t context, std::size_t batch, const std::string& cache,
-              std::size_t threads)
-      : engine_(model(settings, kept_), slots, context, batch, cache_kind(cache), threads) {}
-
-  using Integers = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-  using Floats = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-
-  void forward(Integers tokens, Integers slots, Integers positions, Integers rows, Floats logits) {
-    const std::size_t n = tokens.shape(0);
-    if (slots.shape(0) != n || positions.shape(0) != n) {
-      throw std::invalid_argument("expected as many slots and positions as tokens");
-    }
-    if (logits.shape(0) != rows.shape(0) || logits.shape(1) != engine_.vocabulary()) {
-      throw std::invalid_argument("expected logits [rows][vocabulary]");
-    }
-    nb::gil_scoped_release release;
-    engine_.forward(tokens.data(), slots.data(), positions.data(), n, rows.data(), rows.shape(0), logits.data());
-  }
-
-  std::uint64_t weight_bytes() const { return engine_.weight_bytes(); }
-  // Mean bytes of weights per token of the passes of one token since the last call; 0 without any.
-  double take_bytes_per_token() {
-    const auto found = engine_.take_reads();
-    return found.tokens == 0 ? 0.0 : found.bytes / static_cast<double>(found.tokens);
-  }
-  std::uint64_t cache_bytes() const { return engine_.cache_bytes(); }
-  std::uint64_t work_bytes() const { return engine_.work_bytes(); }
-
- private:
-  Kept kept_;
-  tulle::Engine engine_;
-};
-
 }  // namespace
 
 void define_engine(nb::module_& m) {
@@ -271,13 +237,5 @@ void define_engine(nb::module_& m) {
         selection.run(*tulle::active_isa().ops, x.data(), n, spare.data());
       },
       "x"_a.noconvert(), "keep"_a, "block"_a = 0, "unit"_a = 1);
-  nb::class_<BoundEngine>(m, "Engine")
-      .def(nb::init<nb::dict, std::size_t, std::size_t, std::size_t, const std::string&, std::size_t>(), "model"_a,
-           "slots"_a, "context"_a, "batch"_a, "cache"_a, "threads"_a)
-      .def("forward", &BoundEngine::forward, "tokens"_a.noconvert(), "slots"_a.noconvert(), "positions"_a.noconvert(),
-           "rows"_a.noconvert(), "logits"_a.noconvert())
-      .def_prop_ro("weight_bytes", &BoundEngine::weight_bytes)
-      .def("take_bytes_per_token", &BoundEngine::take_bytes_per_token)
-      .def_prop_ro("cache_bytes", &BoundEngine::cache_bytes)
-      .def_prop_ro("work_bytes", &BoundEngine::work_bytes);
+  define_bound<Bound<tulle::Engine, model>>(m, "Engine");
 }

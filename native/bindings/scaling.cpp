@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "arrays.hpp"
+#include "bound.hpp"
 #include "tulle/scaling.hpp"
 
 namespace nb = nanobind;
@@ -142,51 +143,11 @@ tulle::ScalingModel model(const nb::dict& from, Kept& kept) {
   return m;
 }
 
-class BoundScaling {
- public:
-  BoundScaling(nb::dict settings, std::size_t slots, std::size_t context, std::size_t batch, const std::string& cache,
-               std::size_t threads)
-      : engine_(model(settings, kept_), slots, context, batch, cache_kind(cache), threads) {}
-
-  using Integers = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-  using Floats = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-
-  void forward(Integers tokens, Integers slots, Integers positions, Integers rows, Floats logits) {
-    const std::size_t n = tokens.shape(0);
-    if (slots.shape(0) != n || positions.shape(0) != n) {
-      throw std::invalid_argument("expected as many slots and positions as tokens");
-    }
-    if (logits.shape(0) != rows.shape(0) || logits.shape(1) != engine_.vocabulary()) {
-      throw std::invalid_argument("expected logits [rows][vocabulary]");
-    }
-    nb::gil_scoped_release release;
-    engine_.forward(tokens.data(), slots.data(), positions.data(), n, rows.data(), rows.shape(0), logits.data());
-  }
-
-  double take_bytes_per_token() {
-    const auto found = engine_.take_reads();
-    return found.tokens == 0 ? 0.0 : found.bytes / static_cast<double>(found.tokens);
-  }
-
-  const tulle::ScalingEngine& engine() const { return engine_; }
-
- private:
-  Kept kept_;
-  tulle::ScalingEngine engine_;
-};
-
 }  // namespace
 
 void define_scaling(nb::module_& m) {
-  nb::class_<BoundScaling>(m, "ScalingEngine")
-      .def(nb::init<nb::dict, std::size_t, std::size_t, std::size_t, const std::string&, std::size_t>(), "model"_a,
-           "slots"_a, "context"_a, "batch"_a, "cache"_a, "threads"_a)
-      .def("forward", &BoundScaling::forward, "tokens"_a.noconvert(), "slots"_a.noconvert(), "positions"_a.noconvert(),
-           "rows"_a.noconvert(), "logits"_a.noconvert())
-      .def("take_bytes_per_token", &BoundScaling::take_bytes_per_token)
-      .def_prop_ro("weight_bytes", [](const BoundScaling& b) { return b.engine().weight_bytes(); })
-      .def_prop_ro("cache_bytes", [](const BoundScaling& b) { return b.engine().cache_bytes(); })
-      .def_prop_ro("work_bytes", [](const BoundScaling& b) { return b.engine().work_bytes(); })
-      .def_prop_ro("units_read", [](const BoundScaling& b) { return b.engine().units_read(); })
-      .def_prop_ro("units_skipped", [](const BoundScaling& b) { return b.engine().units_skipped(); });
+  using Scaling = Bound<tulle::ScalingEngine, model>;
+  define_bound<Scaling>(m, "ScalingEngine")
+      .def_prop_ro("units_read", [](const Scaling& b) { return b.engine().units_read(); })
+      .def_prop_ro("units_skipped", [](const Scaling& b) { return b.engine().units_skipped(); });
 }

@@ -533,7 +533,7 @@ std::uint64_t Engine::work_bytes() const {
   for (const Prepared& p : s.prepared) {
     bytes += p.floats.bytes() + p.steps.bytes();
     for (int i = 0; i < 2; ++i) bytes += p.plane[i].bytes() + p.sums[i].bytes() + p.quad_plane[i].bytes();
-    bytes += p.quads.bytes() + p.quad_starts.bytes();
+    bytes += p.quads.bytes() + p.quad_starts.bytes() + p.active.bytes();
   }
   for (std::size_t t = 0; t < s.threads; ++t) {
     bytes += s.vectors[t].bytes() + s.scores[t].bytes() + s.strips[t].bytes() + s.scratches[t].bytes();

@@ -8,13 +8,13 @@
 #include <random>
 #include <vector>
 
+#include "support.hpp"
 #include "tulle/dispatch.hpp"
 
 namespace {
 
 constexpr std::uint8_t kPoison = 0xa5;
 constexpr std::size_t kGuard = 64;
-int failures = 0;
 
 void check(bool ok, const char* isa, const char* what, std::size_t n) {
   if (ok) return;
@@ -40,14 +40,6 @@ struct Output {
 template <typename T>
 bool equal(Output<T>& a, Output<T>& b) {
   return a.guard_intact() && b.guard_intact() && std::memcmp(a.bytes.data(), b.bytes.data(), a.size) == 0;
-}
-
-// Exactly n elements on the heap, so that the sanitizer sees the first byte beyond.
-template <typename T>
-std::unique_ptr<T[]> exact(const std::vector<T>& from) {
-  std::unique_ptr<T[]> copy(new T[from.size()]);
-  for (std::size_t i = 0; i < from.size(); ++i) copy[i] = from[i];
-  return copy;
 }
 
 void test_nibbles(const tulle::Isa& isa, const tulle::PackingKernels& reference, std::size_t n, std::mt19937& rng) {
