@@ -237,5 +237,18 @@ void define_engine(nb::module_& m) {
         selection.run(*tulle::active_isa().ops, x.data(), n, spare.data());
       },
       "x"_a.noconvert(), "keep"_a, "block"_a = 0, "unit"_a = 1);
+  m.def(
+      "keep_largest",
+      [](nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu> scores, std::size_t keep,
+         nb::ndarray<bool, nb::ndim<2>, nb::c_contig, nb::device::cpu> mask, std::size_t threads) {
+        const std::size_t rows = scores.shape(0), n = scores.shape(1);
+        if (mask.shape(0) != rows || mask.shape(1) != n || keep < 1 || threads < 1 || threads > 1024) {
+          throw std::invalid_argument("keep_largest: expected a mask in the shape of the scores, at least 1 kept and 1 "
+                                      "to 1024 threads");
+        }
+        nb::gil_scoped_release release;
+        tulle::keep_largest_mask(*tulle::active_isa().ops, scores.data(), rows, n, keep, threads, mask.data());
+      },
+      "scores"_a.noconvert(), "keep"_a, "mask"_a.noconvert(), "threads"_a);
   define_bound<Bound<tulle::Engine, model>>(m, "Engine");
 }

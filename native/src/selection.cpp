@@ -1,9 +1,12 @@
 #include "tulle/selection.hpp"
 
+#include <omp.h>
+
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace tulle {
 namespace {
@@ -69,6 +72,29 @@ float Selection::run(const OpsKernels& ops, float* x, std::size_t n, float* spar
   if (!rescale) return 1.0f;
   const float after = tulle::norm(ops, x, n);
   return after > 0 ? before / after : 1.0f;
+}
+
+void keep_largest_mask(const OpsKernels& ops, const float* size, std::size_t rows, std::size_t n, std::size_t keep,
+                       std::size_t threads, bool* mask) {
+  if (keep >= n) {
+    std::memset(mask, 1, rows * n);
+    return;
+  }
+  // Room for every thread before they begin, so that none has to allocate.
+  std::vector<float> spare(threads * (n + 16));
+#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static) if (threads > 1)
+  for (std::size_t row = 0; row < rows; ++row) {
+    const float* from = size + row * n;
+    bool* to = mask + row * n;
+    const Cut cut = ops.cut(from, n, keep, spare.data() + static_cast<std::size_t>(omp_get_thread_num()) * (n + 16));
+    for (std::size_t i = 0; i < n; ++i) to[i] = from[i] >= cut.value;
+    std::size_t surplus = cut.count - keep;
+    for (std::size_t i = n; surplus > 0 && i-- > 0;) {
+      if (from[i] != cut.value) continue;
+      to[i] = false;
+      --surplus;
+    }
+  }
 }
 
 void check(const Selection& s, std::size_t n) {

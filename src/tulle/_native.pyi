@@ -31,6 +31,7 @@ def anneal(
 def top_k(x: NDArray[np.float32], keep: int, block: int = 0, unit: int = 1) -> None:
     """Zeroes all but the ``keep`` largest |x| of every block (0: of all), as the engine does in front of a linear."""
 
+def keep_largest(scores: NDArray[np.float32], keep: int, mask: NDArray[np.bool_], threads: int) -> None: ...
 def read_bandwidth(bytes: int, threads: int, passes: int) -> float: ...
 
 class Engine:

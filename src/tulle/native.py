@@ -90,6 +90,16 @@ def anneal(
     return np.array(index, np.int64), gain
 
 
+def keep_largest(scores: Floats, keep: int, threads: int = 1) -> NDArray[np.bool_]:
+    """Mask of the ``keep`` largest of every row of scores [R, C], none of them below 0; ties go to the lower index.
+
+    Raises ValueError if ``keep`` is below 1.
+    """
+    mask = np.empty(scores.shape, np.bool_)
+    _native.keep_largest(np.ascontiguousarray(scores), keep, mask, threads)
+    return mask
+
+
 class SparsePattern:
     """A held mask [R, C], bool, True = kept, laid out for products with a weight W that is zero elsewhere.
 

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tulle import native
 from tulle.core.masks import largest
 from tulle.core.token_grid import TokenGrid
 from tulle.core.topk import Selection, keep_largest, top_k
@@ -176,3 +177,14 @@ def test_misfits():
     assert "at most 8" in str(Selection(keep=9).fits(8))
     assert "one score" in str(Selection(keep=2, score=torch.ones(3)).fits(4))
     assert Selection("threshold", threshold=0.0).fits(7) is None
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_native_mask_is_the_plain_one(threads):
+    for n, keep, levels in [(1, 1, None), (32, 16, None), (64, 45, 2), (768, 230, 127), (5632, 1690, None)]:
+        scores = drawn(n, 33, n, levels=levels).abs()
+        scores[0] = 0
+        found = native.keep_largest(scores.numpy(), keep, threads)
+        assert np.array_equal(found, largest(scores, keep).numpy())
+    with pytest.raises(ValueError, match="at least 1 kept"):
+        native.keep_largest(np.ones((2, 4), np.float32), 0)

@@ -23,6 +23,10 @@ struct Selection {
   float run(const OpsKernels& ops, float* x, std::size_t n, float* spare) const;
 };
 
+// mask [rows, n] ← of every row of size [rows, n], none below 0, the `keep` largest, ties to the lower index.
+void keep_largest_mask(const OpsKernels& ops, const float* size, std::size_t rows, std::size_t n, std::size_t keep,
+                       std::size_t threads, bool* mask);
+
 // Throws std::invalid_argument, one line, where it does not fit a linear of n inputs.
 void check(const Selection& selection, std::size_t n);
 

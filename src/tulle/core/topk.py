@@ -21,10 +21,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from tulle import native
 from tulle.core.masks import largest
 from tulle.errors import UserError
 
@@ -160,20 +160,16 @@ def check_share(share: float) -> None:
 def keep_largest(scores: Tensor, keep: int) -> Tensor:
     """Mask of the ``keep`` largest scores >= 0 along the last axis; ties go to the lower index.
 
-    As :func:`tulle.core.masks.largest`, several times faster on a CPU. One opaque operator, so that a compiled model
+    As :func:`tulle.core.masks.largest`, many times faster on a CPU. One opaque operator, so that a compiled model
     keeps it whole.
     """
     n = scores.shape[-1]
     if keep >= n:
         return torch.ones_like(scores, dtype=torch.bool)
     if scores.device.type == "cpu" and scores.dtype == torch.float32:
-        # NumPy's selection uses vector instructions; torch's kthvalue does not.
-        place = n - keep
-        found = np.partition(scores.detach().numpy(), place, axis=-1)[..., place : place + 1]
-        threshold = torch.from_numpy(np.ascontiguousarray(found))
-    else:
-        threshold = scores.topk(keep, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-    mask = scores >= threshold
+        flat = scores.detach().reshape(-1, n).numpy()
+        return torch.from_numpy(native.keep_largest(flat, keep, torch.get_num_threads())).reshape(scores.shape)
+    mask = scores >= scores.topk(keep, dim=-1, sorted=False).values.amin(-1, keepdim=True)
     # Never fewer than keep, so that an exact total means an exact count in every row.
     if int(mask.sum()) == keep * (mask.numel() // n):
         return mask
