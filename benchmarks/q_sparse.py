@@ -95,13 +95,13 @@ SIZES: dict[str, dict[str, int]] = {
 """Parameters with a vocabulary of 2048, embedding included. Heads of 16, 32 and 32, half as many for keys."""
 VOCABULARY = 2048
 PYTHON = ("stdlib", "numpy", "networkx", "pydantic", "rich", "click", "jinja2", "pytest")
-CONTEXT, BATCH = 256, 16
+CONTEXT, BATCH = 256, 4
 SCRATCH = {
-    "context": CONTEXT, "batch": BATCH, "optimizer": "adamw", "learning_rate": 3e-3, "schedule": "wsd",
-    "warmup_steps": 20, "decay_fraction": 0.25, "betas": [0.9, 0.95], "weight_decay": 0.1, "precision": "fp32",
-    "compile": False, "evaluate_every": 25, "evaluate_windows": 64, "checkpoint_every": 50,
+    "context": CONTEXT, "batch": BATCH, "optimizer": "adamw", "learning_rate": 2e-3, "schedule": "wsd",
+    "warmup_steps": 50, "decay_fraction": 0.25, "betas": [0.9, 0.95], "weight_decay": 0.1, "precision": "fp32",
+    "compile": False, "evaluate_every": 100, "evaluate_windows": 64, "checkpoint_every": 200,
 }  # fmt: skip
-CONTINUED = SCRATCH | {"context": 512, "batch": 8, "learning_rate": 5e-4, "schedule": "linear", "warmup_steps": 10}
+CONTINUED = SCRATCH | {"context": 512, "batch": 2, "learning_rate": 3e-4, "schedule": "linear", "warmup_steps": 10}
 
 
 def q_sparse(share: float, **settings: Any) -> dict[str, Any]:
@@ -283,7 +283,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=["tinystories", "reference"])
     parser.add_argument("--methods", nargs="*", choices=list(free_recipes(0.5)), help="of free; without: all")
     parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=list(SIZES))
-    parser.add_argument("--tokens", type=int, default=5_000_000, help="of each training run")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="of each training run")
     parser.add_argument("--work", type=Path, default=Path("build/q_sparse"), help="folder of the training runs")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()

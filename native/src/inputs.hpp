@@ -30,6 +30,7 @@ struct Prepared {
     x.sum_stride = w.segments;
     x.steps = steps.data() + first;
     x.quad_stride = quad_stride(w);
+    x.together = linear.selection.kind == Selection::Kind::top_k && linear.selection.unit % 4 == 0;
     for (std::size_t p = 0; p < x.planes; ++p) {
       x.plane[p] = plane[p].data() + first * x.stride;
       x.sums[p] = sums[p].data() + first * x.sum_stride;

@@ -107,6 +107,7 @@ struct Inputs {
   const std::int8_t* quad_plane[2];   // [tokens][quad_stride · 4]
   const std::uint32_t* quad_starts;   // [tokens][segments + 1]: a segment's first quad
   std::size_t quad_stride;            // quads
+  bool together;                      // active inputs come in fours of neighbours, or more
 };
 
 struct LinearKernels {

@@ -51,29 +51,38 @@ struct Quads {
   }
 };
 
-// Brings what the next segment reads into the level-2 cache, 256 bytes with every quad of this one, an input's lines
-// together. The processor's own prefetchers follow a stream, and inputs that are left out tear it.
+// Brings what the next segment reads into the level-2 cache, an input's lines together, spread evenly over the steps of
+// this one: tokens have more inputs in one segment than in the next. The processor's own prefetchers follow a stream, and
+// inputs that are left out tear it.
+template <int kLines>
 class Ahead {
  public:
-  Ahead(const Quads& quads, const std::uint8_t* from, std::size_t bytes)
-      : place_(quads.places + 4 * quads.first), end_(quads.places + 4 * quads.last), from_(from), bytes_(bytes) {}
+  Ahead(const Quads& quads, const std::uint8_t* from, std::size_t bytes, std::size_t steps)
+      : place_(quads.places + 4 * quads.first), end_(quads.places + 4 * quads.last), from_(from), bytes_(bytes) {
+    spread(static_cast<std::size_t>(end_ - place_) * (bytes + kBytes - 1) / kBytes, steps);
+  }
 
-  Ahead(const Quads& quads, const std::uint8_t* from, const std::uint32_t* starts)
-      : place_(quads.places + 4 * quads.first), end_(quads.places + 4 * quads.last), from_(from), starts_(starts) {}
+  Ahead(const Quads& quads, const std::uint8_t* from, const std::uint32_t* starts, std::size_t steps)
+      : place_(quads.places + 4 * quads.first), end_(quads.places + 4 * quads.last), from_(from), starts_(starts) {
+    std::size_t bursts = 0;
+    for (const std::uint32_t* p = place_; p != end_; ++p) bursts += (starts[*p + 1] - starts[*p]) / kBytes + 1;
+    spread(bursts, steps);
+  }
 
   void step() {
-    if (place_ == end_) return;
-    const std::size_t start = starts_ == nullptr ? *place_ * bytes_ : starts_[*place_];
-    const std::size_t room = starts_ == nullptr ? bytes_ : starts_[*place_ + 1] - start;
-    const char* const at = reinterpret_cast<const char*>(from_ + start + done_);
-    _mm_prefetch(at, _MM_HINT_T1);
-    _mm_prefetch(at + 64, _MM_HINT_T1);
-    _mm_prefetch(at + 128, _MM_HINT_T1);
-    _mm_prefetch(at + 192, _MM_HINT_T1);
-    done_ += 4 * kUnitBytes;
-    if (done_ < room) return;
-    done_ = 0;
-    ++place_;
+    for (std::size_t i = 0; i < each_; ++i) {
+      if (place_ == end_) return;
+      const std::size_t start = starts_ == nullptr ? *place_ * bytes_ : starts_[*place_];
+      const std::size_t room = starts_ == nullptr ? bytes_ : starts_[*place_ + 1] - start;
+#pragma GCC unroll 4
+      for (int line = 0; line < kLines; ++line) {
+        _mm_prefetch(reinterpret_cast<const char*>(from_ + start + done_) + 64 * line, _MM_HINT_T1);
+      }
+      done_ += kBytes;
+      if (done_ < room) continue;
+      done_ = 0;
+      ++place_;
+    }
   }
 
   void finish() {
@@ -81,15 +90,20 @@ class Ahead {
   }
 
  private:
+  static constexpr std::size_t kBytes = kLines * kUnitBytes;
+
+  void spread(std::size_t bursts, std::size_t steps) { each_ = steps == 0 ? bursts : (bursts + steps - 1) / steps; }
+
   const std::uint32_t *place_, *end_;
   const std::uint8_t* from_;
   const std::uint32_t* starts_ = nullptr;
-  std::size_t bytes_ = 0, done_ = 0;
+  std::size_t bytes_ = 0, done_ = 0, each_ = 1;
 };
 
 // Units of a dense line at a quad.
 template <int kPerByte>
 struct DenseLine {
+  static constexpr int kFetched = 1;  // lines at once
   const std::uint8_t* from;
   std::size_t bytes;  // from one input to the next
 
@@ -98,7 +112,7 @@ struct DenseLine {
 
   const std::uint8_t* at(std::uint32_t place) const { return from + place * bytes; }
 
-  void take(const std::uint32_t* places, __m512i units[4 * kPerByte]) const {
+  void take(const std::uint32_t* places, __m512i units[4 * kPerByte], bool) const {
     __m512i wide[4];
     interleave(_mm512_loadu_si512(at(places[0])), _mm512_loadu_si512(at(places[1])), _mm512_loadu_si512(at(places[2])),
                _mm512_loadu_si512(at(places[3])), wide);
@@ -110,25 +124,35 @@ struct DenseLine {
   }
 };
 
-// sums [outputs of the line] += one segment of it.
+// Quads that a line meets before the next line. Neighbours that are kept together make long pieces of memory, which want
+// to be read in their order: a line of all inputs after another would be strides, whose rhythm a processor takes up,
+// fetching inputs that are left out (int4, units of four: 17 ms a token against 12). Of inputs that stand alone all, so
+// that sums stay in registers.
+inline std::size_t group_of(const Inputs& x) { return x.together ? 2 : kChunkInputs; }
+
+// Quads [first, last) of a segment of a line. Sums of integers wait in totals [plane][stride], of this line, until all of
+// the segment's quads are met; then sums [outputs of the line] += the segment.
 template <int kPerByte, int kPlanes, class Line>
 void meet_quads(const LinearView& w, const Inputs& x, std::size_t token, std::size_t line, std::size_t segment,
-                const Quads& quads, Ahead& ahead, Line& weights, float* sums) {
+                const Quads& quads, std::size_t first, std::size_t last, Ahead<Line::kFetched>& ahead, Line& weights, std::int32_t* totals,
+                std::size_t stride, float* sums) {
   constexpr int kTiles = 4 * kPerByte;
   // Sums of both planes do not fit into the registers beside those of 2-bit codes.
   constexpr int kAtOnce = kTiles * kPlanes <= 16 ? kPlanes : 1;
+  const bool fresh = first == quads.first, whole_segment = last == quads.last;
   __m512 whole[kTiles];
 #pragma GCC unroll 2
   for (int plane = 0; plane < kPlanes; plane += kAtOnce) {
     __m512i total[kAtOnce][kTiles];
 #pragma GCC unroll 2
     for (int p = 0; p < kAtOnce; ++p) {
+      const std::int32_t* const from = totals + static_cast<std::size_t>(plane + p) * stride;
 #pragma GCC unroll 16
-      for (int i = 0; i < kTiles; ++i) total[p][i] = _mm512_setzero_si512();
+      for (int i = 0; i < kTiles; ++i) total[p][i] = fresh ? _mm512_setzero_si512() : _mm512_load_si512(from + 16 * i);
     }
-    for (std::size_t quad = quads.first; quad < quads.last; ++quad) {
+    for (std::size_t quad = first; quad < last; ++quad) {
       __m512i units[kTiles];
-      weights.take(quads.places + 4 * quad, units);
+      weights.take(quads.places + 4 * quad, units, plane + kAtOnce == kPlanes);
       if (plane == 0) ahead.step();
 #pragma GCC unroll 2
       for (int p = 0; p < kAtOnce; ++p) {
@@ -139,6 +163,12 @@ void meet_quads(const LinearView& w, const Inputs& x, std::size_t token, std::si
     }
 #pragma GCC unroll 2
     for (int p = 0; p < kAtOnce; ++p) {
+      if (!whole_segment) {
+        std::int32_t* const to = totals + static_cast<std::size_t>(plane + p) * stride;
+#pragma GCC unroll 16
+        for (int i = 0; i < kTiles; ++i) _mm512_store_si512(to + 16 * i, total[p][i]);
+        continue;
+      }
       const std::int32_t sum = x.sums[plane + p][token * x.sum_stride + segment];
 #pragma GCC unroll 16
       for (int i = 0; i < kTiles; ++i) {
@@ -150,6 +180,7 @@ void meet_quads(const LinearView& w, const Inputs& x, std::size_t token, std::si
       }
     }
   }
+  if (!whole_segment) return;
 #pragma GCC unroll 16
   for (int i = 0; i < kTiles; ++i) {
     const std::size_t tile = line * kTiles + static_cast<std::size_t>(i);
@@ -159,25 +190,32 @@ void meet_quads(const LinearView& w, const Inputs& x, std::size_t token, std::si
   }
 }
 
-// Segments [begin, end) of a strip for one token.
+// Segments [begin, end) of a strip for one token. `totals`: a strip's sums of integers, of all planes.
 template <int kPerByte, int kPlanes>
 void multiply_dense(const LinearView& w, const Inputs& x, std::size_t token, std::size_t strip, std::size_t begin,
-                    std::size_t end, float* sums) {
-  const std::size_t outputs = w.line_tiles() * kTileRows, first = strip * w.strip_lines();
+                    std::size_t end, float* sums, std::int32_t* totals) {
+  const std::size_t outputs = w.line_tiles() * kTileRows, first = strip * w.strip_lines(), lines = w.lines_of(strip);
+  const std::uint8_t* const from = dense_strip(w, strip);
+  const std::size_t bytes = column_bytes(w, strip), stride = lines * outputs;
   for (std::size_t segment = begin; segment < end; ++segment) {
     const Quads quads(w, x, token, segment), later(w, x, token, least(segment + 1, end - 1));
-    if (segment == begin) Ahead(quads, dense_strip(w, strip), column_bytes(w, strip)).finish();
-    Ahead ahead(later, dense_strip(w, strip), column_bytes(w, strip));
-    for (std::size_t i = 0; i < w.lines_of(strip); ++i) {
-      DenseLine<kPerByte> weights(w, strip, first + i);
-      meet_quads<kPerByte, kPlanes>(w, x, token, first + i, segment, quads, ahead, weights, sums + i * outputs);
+    if (segment == begin) Ahead<1>(quads, from, bytes, 0).finish();
+    Ahead<1> ahead(later, from, bytes, (quads.last - quads.first) * lines);
+    for (std::size_t quad = quads.first, step = group_of(x); quad < quads.last; quad += step) {
+      for (std::size_t i = 0; i < lines; ++i) {
+        DenseLine<kPerByte> weights(w, strip, first + i);
+        meet_quads<kPerByte, kPlanes>(w, x, token, first + i, segment, quads, quad, least(quad + step, quads.last), ahead,
+                                  weights, totals + i * outputs, stride, sums + i * outputs);
+      }
     }
+    ahead.finish();
   }
 }
 
 // Units of a sparse line at a quad: what the masks keep of two times 64 outputs, the second times 16, pruned codes
 // filled in. `next` holds where each input's codes go on.
 struct SparseLine {
+  static constexpr int kFetched = 4;  // pieces are short, and what they end in is not a whole line
   const std::uint8_t* strip;
   const std::uint32_t* starts;
   std::size_t masks;        // bytes behind an input's start
@@ -186,7 +224,8 @@ struct SparseLine {
   __m512i zeros, high;
   const std::uint32_t* all;
 
-  void take(const std::uint32_t* places, __m512i units[8]) const {
+  // `on`: the next line is next.
+  void take(const std::uint32_t* places, __m512i units[8], bool on) const {
     std::uint32_t* const at = next + (places - all) - 4 * first_quad;
     __m512i low_bytes[4], high_bytes[4];
 #pragma GCC unroll 4
@@ -197,7 +236,7 @@ struct SparseLine {
       low_bytes[j] = _mm512_mask_expand_epi8(zeros, even, low_nibbles(packed));
       high_bytes[j] = _mm512_mask_expand_epi8(high, odd, high_nibbles(packed));
       const auto n = _mm_popcnt_u64(even), m = _mm_popcnt_u64(odd);
-      at[j] += static_cast<std::uint32_t>(n > m ? n : m);
+      if (on) at[j] += static_cast<std::uint32_t>(n > m ? n : m);
     }
     interleave(low_bytes[0], low_bytes[1], low_bytes[2], low_bytes[3], units);
     interleave(high_bytes[0], high_bytes[1], high_bytes[2], high_bytes[3], units + 4);
@@ -218,34 +257,39 @@ __m512i zero_bytes(const LinearView& w, std::size_t tile, std::size_t segment) {
 
 template <int kPlanes>
 void multiply_sparse(const LinearView& w, const Inputs& x, std::size_t token, std::size_t strip, std::size_t begin,
-                     std::size_t end, float* sums) {
-  const std::size_t outputs = w.line_tiles() * kTileRows, first = strip * w.strip_lines();
-  const std::uint32_t masks = static_cast<std::uint32_t>(w.lines_of(strip) * kLineMasks);
+                     std::size_t end, float* sums, std::int32_t* totals) {
+  const std::size_t outputs = w.line_tiles() * kTileRows, first = strip * w.strip_lines(), lines = w.lines_of(strip);
+  const std::uint32_t masks = static_cast<std::uint32_t>(lines * kLineMasks);
   const std::uint8_t* const from = sparse_strip(w, strip);
   const std::uint32_t* const starts = sparse_starts(w, strip);
+  const std::size_t stride = lines * outputs;
   std::uint32_t next[kChunkInputs + 4];
   for (std::size_t segment = begin; segment < end; ++segment) {
     const Quads quads(w, x, token, segment), later(w, x, token, least(segment + 1, end - 1));
-    if (segment == begin) Ahead(quads, from, starts).finish();
-    Ahead ahead(later, from, starts);
+    if (segment == begin) Ahead<4>(quads, from, starts, 0).finish();
+    Ahead<4> ahead(later, from, starts, (quads.last - quads.first) * lines);
     for (std::size_t i = 4 * quads.first; i < 4 * quads.last; ++i) next[i - 4 * quads.first] = starts[quads.places[i]] + masks;
-    for (std::size_t i = 0; i < w.lines_of(strip); ++i) {
-      const std::size_t tile = (first + i) * w.line_tiles();
-      SparseLine weights{from, starts, i * kLineMasks, next, quads.first, zero_bytes(w, tile, segment),
-                         _mm512_slli_epi16(zero_bytes(w, tile + 4, segment), 4), quads.places};
-      meet_quads<2, kPlanes>(w, x, token, first + i, segment, quads, ahead, weights, sums + i * outputs);
+    for (std::size_t quad = quads.first, step = group_of(x); quad < quads.last; quad += step) {
+      for (std::size_t i = 0; i < lines; ++i) {
+        const std::size_t tile = (first + i) * w.line_tiles();
+        SparseLine weights{from, starts, i * kLineMasks, next, quads.first, zero_bytes(w, tile, segment),
+                           _mm512_slli_epi16(zero_bytes(w, tile + 4, segment), 4), quads.places};
+        meet_quads<2, kPlanes>(w, x, token, first + i, segment, quads, quad, least(quad + step, quads.last), ahead,
+                                  weights, totals + i * outputs, stride, sums + i * outputs);
+      }
     }
+    ahead.finish();
   }
 }
 
 template <int kPlanes>
 void multiply(const LinearView& w, const Inputs& x, std::size_t token, std::size_t strip, std::size_t begin,
-              std::size_t end, float* sums) {
-  if (w.sparse) return multiply_sparse<kPlanes>(w, x, token, strip, begin, end, sums);
+              std::size_t end, float* sums, std::int32_t* totals) {
+  if (w.sparse) return multiply_sparse<kPlanes>(w, x, token, strip, begin, end, sums, totals);
   switch (w.kind) {
-    case WeightKind::codes2: return multiply_dense<4, kPlanes>(w, x, token, strip, begin, end, sums);
-    case WeightKind::codes4: return multiply_dense<2, kPlanes>(w, x, token, strip, begin, end, sums);
-    default: return multiply_dense<1, kPlanes>(w, x, token, strip, begin, end, sums);
+    case WeightKind::codes2: return multiply_dense<4, kPlanes>(w, x, token, strip, begin, end, sums, totals);
+    case WeightKind::codes4: return multiply_dense<2, kPlanes>(w, x, token, strip, begin, end, sums, totals);
+    default: return multiply_dense<1, kPlanes>(w, x, token, strip, begin, end, sums, totals);
   }
 }
 
@@ -257,7 +301,7 @@ void expand_dense(const LinearView& w, std::size_t line, std::size_t first, std:
     std::uint32_t places[4];
     for (std::size_t j = 0; j < 4; ++j) places[j] = static_cast<std::uint32_t>(first + i + j);
     __m512i units[4 * kPerByte];
-    weights.take(places, units);
+    weights.take(places, units, false);
     for (std::size_t t = 0; t < 4 * kPerByte; ++t) {
       const __m512i one = _mm512_srli_epi16(units[t], static_cast<unsigned>(8 / kPerByte * (t / 4)));
       _mm512_store_si512(to + t * kChunkInputs * kTileRows + i * kTileRows, one);
@@ -284,7 +328,7 @@ void expand_sparse(const LinearView& w, std::size_t line, std::size_t first, std
     SparseLine weights{from, starts, (line - begin) * kLineMasks, next, 0, zero_bytes(w, tile, segment),
                        _mm512_slli_epi16(zero_bytes(w, tile + 4, segment), 4), places};
     __m512i units[8];
-    weights.take(places, units);
+    weights.take(places, units, false);
     for (std::size_t t = 0; t < 8; ++t) {
       const __m512i one = t < 4 ? units[t] : _mm512_srli_epi16(units[t], 4);
       _mm512_store_si512(to + t * kChunkInputs * kTileRows + i * kTileRows, one);
@@ -345,8 +389,9 @@ void avx512_run_columns(const LinearView& w, const Inputs& x, std::size_t strip,
   const std::size_t begin = w.first_segment(first), end = w.first_segment(last);
   for (std::size_t t = 0; t < x.tokens; ++t) {
     std::memset(sums + t * stride, 0, w.lines_of(strip) * outputs * sizeof(float));
-    if (x.planes == 1) multiply<1>(w, x, t, strip, begin, end, sums + t * stride);
-    else multiply<2>(w, x, t, strip, begin, end, sums + t * stride);
+    auto* const totals = reinterpret_cast<std::int32_t*>(scratch);
+    if (x.planes == 1) multiply<1>(w, x, t, strip, begin, end, sums + t * stride, totals);
+    else multiply<2>(w, x, t, strip, begin, end, sums + t * stride, totals);
   }
 }
 
