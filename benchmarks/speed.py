@@ -91,6 +91,8 @@ def workers(arguments: argparse.Namespace) -> tuple[dict[str, Worker], dict[str,
     if arguments.inputs:
         wanted += sparse_inputs(folder, threads)
     for name, (bits, sparsity) in {} if arguments.inputs else FORMATS.items():
+        if arguments.only and not any(part in f"tulle {name}, 8-bit inputs, filled up" for part in arguments.only):
+            continue  # nothing of it will run
         made = folder / name.replace(" ", "").replace("%", "")
         if not (made / "config.json").exists():
             write_packed(made, "1.1b", bits, sparsity)

@@ -177,7 +177,7 @@ struct Tokens {
     quads = exact(places);
     quad_starts = exact(begins);
     view = {c.tokens, padded, nullptr, c.planes, {plane[0].get(), plane[1].get()}, {sums[0].get(), sums[1].get()},
-            w.segments, steps.get(), quads.get(), {quad_plane[0].get(), quad_plane[1].get()}, quad_starts.get(), stride};
+            w.segments, steps.get(), quads.get(), {quad_plane[0].get(), quad_plane[1].get()}, quad_starts.get(), stride, false};
   }
 };
 
@@ -212,7 +212,7 @@ void compare(const Case& c, std::mt19937& rng) {
   const Weights weights(c, rng);
   const LinearView& w = weights.view;
   tulle::check(w, weights.sizes);
-  const Tokens tokens(c, w, rng);
+  Tokens tokens(c, w, rng);
   const std::size_t outputs = w.tiles() * kTileRows, stride = (w.strip_lines() * w.line_tiles()) * kTileRows + 16;
   const std::size_t size = (tulle::column_scratch_bytes(c.tokens) + 63) / 64 * 64;
   auto* scratch = static_cast<std::uint8_t*>(std::aligned_alloc(64, size));
@@ -223,7 +223,8 @@ void compare(const Case& c, std::mt19937& rng) {
     if (first == last) continue;
     const std::size_t end = (last - 1) * w.chunk_segments() + w.segments_of(last - 1);
     const std::vector<float> wanted = expected(weights, tokens.view, first * w.chunk_segments(), end);
-    for (const tulle::Isa& isa : tulle::supported_isas()) {
+    for (const tulle::Isa& isa : tulle::supported_isas()) for (const bool together : {false, true}) {
+      tokens.view.together = together;  // an order of reading, no other result
       std::vector<float> found(c.tokens * outputs);
       for (std::size_t strip = 0; strip < w.strips(); ++strip) {
         std::fill_n(sums, c.tokens * stride, -12345.0f);
