@@ -71,6 +71,10 @@ def write_model(
     settings = sizes | heads | {"tie_word_embeddings": False, "initializer_range": 0.1, "dtype": dtype}
     llama = LlamaConfig(**(settings | config))
     model = AutoModelForCausalLM.from_config(llama, dtype=FLOATS[dtype]).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("_proj.bias"):  # transformers begins with zeros
+                parameter.normal_(std=0.1)
     state = {k: v.clone() for k, v in model.state_dict().items()}
     if llama.tie_word_embeddings:
         del state["lm_head.weight"]

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -50,10 +51,13 @@ void check(const Model& m) {
   require(m.embedding != nullptr && m.norm != nullptr, "embedding and norm", 1, 0);
   require_equal("linears of the head", 1, m.head.linears.size());
   const auto fits = [](const Group& group, std::size_t inputs, std::initializer_list<std::size_t> outputs) {
-    require_equal("linears of a group", outputs.size(), group.linears.size());
+    // Those that stand by columns may be one, its outputs one linear's behind another's.
+    std::vector<std::size_t> wanted(outputs);
+    if (group.linears.size() == 1) wanted = {std::accumulate(outputs.begin(), outputs.end(), std::size_t{0})};
+    require_equal("linears of a group", wanted.size(), group.linears.size());
     for (const Transform& t : group.transforms) require_equal("channels of a transform", inputs, t.channels);
     std::size_t i = 0;
-    for (std::size_t rows : outputs) {
+    for (std::size_t rows : wanted) {
       const Linear& linear = group.linears[i++];
       require_equal("inputs of a linear", inputs, linear.weight.columns);
       require_equal("outputs of a linear", rows, linear.weight.rows);

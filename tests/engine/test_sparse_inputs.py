@@ -3,6 +3,7 @@ other."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import tulle.hf  # noqa: F401 (registers the packed format)
 from tiny_models import write_model
 from tulle._native import top_k as native_top_k
 from tulle.engine import Engine
+from tulle.engine.prepare import Source, together
 from tulle.errors import UserError
 from tulle.format.spec import InputSparsitySpec
 
@@ -207,3 +209,39 @@ def test_auto_tries_columns(tmp_path: Path) -> None:
     assert Engine(tmp_path / "m", 1).layout in ("sparse", "dense", "columns", "dense columns")
     with pytest.raises(UserError, match="expected a layout of auto, sparse, dense, columns"):
         Engine(tmp_path / "m", 1, layout="rows")
+
+
+@pytest.mark.parametrize("weights", ["int4", "int4 sparse asymmetric", "int8", "int2", "int8 sparse"])
+@pytest.mark.parametrize("layout", ["columns", "dense columns"])
+def test_linears_that_see_the_same_inputs_stand_together(weights: str, layout: str, tmp_path: Path) -> None:
+    scheme = WEIGHTS[weights] | {"input_sparsity": InputSparsitySpec(**SELECTIONS["half"])}
+    wide = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 4, "attention_bias": True}
+    write_model(tmp_path / "m", dict.fromkeys(("qkv", "o", "gate_up", "down"), scheme), **wide)
+    parts = [[name.rpartition(".")[2] for name in names] for names in together(Source(tmp_path / "m"), layout, [1])]
+    qkv, gate_up = ["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]
+    if weights == "int8 sparse" and layout == "columns":  # it has no kernels by columns
+        assert parts == [[name] for name in [*qkv, "o_proj", *gate_up, "down_proj"]]
+    elif weights == "int2":  # 128 outputs are not a whole line
+        assert parts == [*([name] for name in qkv), ["o_proj"], gate_up, ["down_proj"]]
+    else:
+        assert parts == [qkv, ["o_proj"], gate_up, ["down_proj"]]
+    engine = Engine(tmp_path / "m", threads=2, cache="f32", head="as stored", layout=layout)
+    expected = wanted(tmp_path / "m")
+    assert off(logits_of(engine), expected) < 1e-3
+    assert off(logits_of(engine, prompt=2), expected) < 1e-3
+
+
+def test_linears_of_different_selections_stand_alone(tmp_path: Path) -> None:
+    schemes = {
+        role: WEIGHTS["int4"] | {"input_sparsity": InputSparsitySpec(**SELECTIONS["half"])} for role in ("qkv", "o")
+    }
+    schemes["gate_up"] = WEIGHTS["int4"] | {"input_sparsity": InputSparsitySpec(**SELECTIONS["weighted"])}
+    write_model(tmp_path / "m", schemes, hidden_size=128, intermediate_size=256, num_key_value_heads=4)
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    config["quantization_config"]["linears"]["model.layers.1.self_attn.v_proj"]["input_sparsity"]["keep"] = 48
+    (tmp_path / "m/config.json").write_text(json.dumps(config))
+    source = Source(tmp_path / "m")
+    assert [len(names) for names in together(source, "columns", [0])] == [3, 1, 1, 1, 1]
+    assert [len(names) for names in together(source, "columns", [1])] == [1, 1, 1, 1, 1, 1, 1]
+    engine = Engine(tmp_path / "m", threads=2, cache="f32", head="as stored", layout="columns")
+    assert off(logits_of(engine), wanted(tmp_path / "m")) < 1e-3

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from tulle import _native
 from tulle.engine.files import json_object
-from tulle.engine.prepare import HEADS, LAYOUT, Source, cache_folders, convert_head, convert_linear
+from tulle.engine.prepare import HEADS, LAYOUT, Source, cache_folders, convert_head, convert_linears, together
 from tulle.engine.settings import settings_of
 from tulle.errors import UserError
 
@@ -65,7 +65,7 @@ def choose_layout(source: Source, layout: str, head: str, unquantised: int, thre
     for name in candidates:
         facts: dict[str, Any] = {}
         arrays: dict[str, NDArray[Any]] = {}
-        parts = [(n, *convert_linear(source, n, name)) for n in source.anatomy.linears(0)]
+        parts = [(ns[0], *convert_linears(source, ns, name)) for ns in together(source, name, [0])]
         for n, found, tensors in [*parts, ("head", *convert_head(source, head))]:
             facts[n] = found
             arrays |= {f"{n}.{suffix}": tensor for suffix, tensor in tensors.items()}

@@ -6,7 +6,7 @@ sparse linear has a bit per weight in that order, and offsets to the kept values
 fit into 512 inputs). linear.hpp says how 4-bit codes share bytes.
 
 Or by *columns*, where tokens leave most inputs out: what one input meets of 64 bytes of outputs is a *line*, all lines
-of up to 32 (sparse: 64) are a *strip*, in which inputs follow each other.
+of up to 96 (2 bits: 48) are a *strip*, in which inputs follow each other.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ SLACK = 64
 """Bytes behind the values that kernels may read."""
 BLOCK = 64
 """Tiles that are converted at once: bounds the memory."""
-COLUMN_SEGMENT = 128
+COLUMN_SEGMENT = 64
 """Inputs of a segment by columns, at most: what is fetched ahead while another is computed."""
-STRIP_LINES, SPARSE_STRIP_LINES = 32, 64
+STRIP_LINES = 96
+"""Of 2-bit codes half as many."""
 LINE_OUTPUTS = {"codes2": 256, "codes4": 128, "codes8": 64}
 
 
@@ -168,13 +169,12 @@ def arrange_columns(
     bits = 8 * 64 // cut.line
     shifts = (np.arange(cut.line // 64) * bits).astype(np.uint8)[:, None]
     slack = np.zeros(SLACK, np.uint8)
+    most = STRIP_LINES // 2 if kind == "codes2" else STRIP_LINES
     if mask is None:
-        parts = [
-            np.bitwise_or.reduce(codes << shifts, axis=2).reshape(-1) for codes in _strips(values, cut, STRIP_LINES)
-        ]
+        parts = [np.bitwise_or.reduce(codes << shifts, axis=2).reshape(-1) for codes in _strips(values, cut, most)]
         return {"values": np.concatenate([*parts, slack])}
     parts, starts, ends = [], [], [0]
-    both = zip(_strips(values, cut, SPARSE_STRIP_LINES), _strips(mask, cut, SPARSE_STRIP_LINES), strict=True)
+    both = zip(_strips(values, cut, STRIP_LINES), _strips(mask, cut, STRIP_LINES), strict=True)
     for codes, kept in both:
         inputs, lines = codes.shape[:2]
         widths = kept.sum(3, dtype=np.int64).max(2)  # bytes of a line's codes
@@ -198,6 +198,11 @@ def arrange_columns(
     }
 
 
+def columns_kind(bits: int, sparse: bool) -> str:
+    """How codes of so many bits are stored by columns."""
+    return "codes2" if bits <= 2 and not sparse else "codes4" if bits <= 4 else "codes8"
+
+
 def integer_linear(
     bits: int,
     codes: NDArray[np.uint8],
@@ -209,7 +214,7 @@ def integer_linear(
     """(facts, arrays) of a linear of codes u ``[C_out, C_in]``, bfloat16 scales ``[C_out, G]`` and zero points."""
     shape = (codes.shape[0], codes.shape[1])
     if by_columns:
-        kind = "codes2" if bits <= 2 and mask is None else "codes4" if bits <= 4 else "codes8"
+        kind = columns_kind(bits, mask is not None)
         cut = geometry(shape, scale.shape[1], COLUMN_SEGMENT, LINE_OUTPUTS[kind])
         arrays = arrange_columns(kind, codes, mask, cut)
     else:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ from numpy.typing import NDArray
 
 from tulle import native
 from tulle.engine.files import TensorFile, TensorWriter
-from tulle.engine.layout import float_linear, integer_linear
+from tulle.engine.layout import LINE_OUTPUTS, columns_kind, float_linear, integer_linear
 from tulle.errors import UserError
 from tulle.format.pack import STORAGE, bf16_to_f32, check_tensors, f32_to_bf16, unpack_linear_codes, unpack_mask
-from tulle.format.spec import QuantizationConfig
+from tulle.format.spec import LinearSpec, QuantizationConfig
 from tulle.models.anatomy import anatomy
 
-LAYOUT = 6
+LAYOUT = 7
 """Of the file: another number, another file."""
 HEADS = ("int8", "bf16", "as stored")
 FOLDER = ".engine"
@@ -117,9 +118,10 @@ def prepared(
     ``UserError`` for a checkpoint that is broken.
     """
     identity = f"{LAYOUT} {head} {layout} {source.identity()}"
+    wanted = {*(names[0] for names in together(source, layout)), "head"}
     for folder in cache_folders(source):
         path = folder / f"{head} {layout}.safetensors".replace(" ", "-")
-        known = _known(path, identity, {*linear_names(source), "head"}) if path.exists() else None
+        known = _known(path, identity, wanted) if path.exists() else None
         if known:
             return known
     failure = ""
@@ -127,7 +129,7 @@ def prepared(
         path = folder / f"{head} {layout}.safetensors".replace(" ", "-")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with TensorWriter(path, 8192 + 2048 * (len(linear_names(source)) + 1)) as file:
+            with TensorWriter(path, 8192 + 2048 * len(wanted)) as file:
                 facts = {}
                 for name, found_facts, arrays in convert(source, head, layout, progress):
                     facts[name] = found_facts
@@ -163,49 +165,90 @@ def cache_folders(source: Source) -> tuple[Path, Path]:
     return source.folder / FOLDER, user / hashlib.sha256(str(source.folder.resolve()).encode()).hexdigest()[:32]
 
 
-def linear_names(source: Source) -> list[str]:
-    return [name for index in range(source.anatomy.layers) for name in source.anatomy.linears(index)]
+def together(source: Source, layout: str, blocks: Iterable[int] | None = None) -> list[tuple[str, ...]]:
+    """Linears by name, of all blocks or these; those that stand in one together. By columns that is what sees the same
+    inputs (q, k and v; gate and up), so that what an input meets is one long piece of memory."""
+    found: list[tuple[str, ...]] = []
+    for index in range(source.anatomy.layers) if blocks is None else blocks:
+        for row in source.anatomy.rows:
+            names = tuple(source.anatomy.block_prefix(index) + name for name in row.linears)
+            found += [names] if _one(source, layout, names) else [(name,) for name in names]
+    return found
+
+
+def _one(source: Source, layout: str, names: tuple[str, ...]) -> bool:
+    specs = [source.packed.linears.get(name) if source.packed else None for name in names]
+    first = specs[0]
+    if first is None or not _by_columns(first, layout):
+        return False
+    if first.input_sparsity is not None and first.input_sparsity.weighted:
+        return False  # scores may differ
+
+    def same(spec: LinearSpec) -> dict[str, Any]:
+        """What has to be the same."""
+        own = {"shape", "nonzeros", "pattern", "transform", "transform_of"}
+        return {field.name: getattr(spec, field.name) for field in fields(spec) if field.name not in own}
+
+    if any(spec is None or same(spec) != same(first) for spec in specs):
+        return False
+    line = LINE_OUTPUTS[columns_kind(first.bits or 0, first.sparse and "dense" not in layout)]
+    return all(source.anatomy.linear_shape(name)[0] % line == 0 for name in names[:-1])
+
+
+def _by_columns(spec: LinearSpec, layout: str) -> bool:
+    """Whether there are kernels by columns for it, and they are asked for."""
+    return "columns" in layout and spec.bits is not None and (not spec.sparse or spec.bits <= 4 or "dense" in layout)
 
 
 def convert(
     source: Source, head: str, layout: str, progress: Progress | None = None
 ) -> Iterator[tuple[str, dict[str, Any], dict[str, NDArray[Any]]]]:
-    """(name, facts, arrays) of every linear and of the head."""
-    names = linear_names(source)
-    for number, name in enumerate(names):
+    """(name, facts, arrays) of every linear and of the head; those that stand together have the first one's name."""
+    parts = together(source, layout)
+    for number, names in enumerate(parts):
         if progress:
-            progress("convert", number, len(names))
-        yield name, *convert_linear(source, name, layout)
+            progress("convert", number, len(parts))
+        yield names[0], *convert_linears(source, names, layout)
     yield "head", *convert_head(source, head)
 
 
-def convert_linear(source: Source, name: str, layout: str) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    """(facts, arrays) of one linear. Pruned weights are stored too where the layout is dense; what has no kernels by
-    columns stands in tiles."""
-    fill, by_columns = "dense" in layout, "columns" in layout
-    shape = source.anatomy.linear_shape(name)
-    spec = source.packed.linears.get(name) if source.packed else None
-    if spec is None:
-        weight = source.tensor(f"{name}.weight", shape)
-        return float_linear(_engine_float(weight, source.dtype(f"{name}.weight")), None)
-    if spec.shape != shape:
-        raise UserError(f"expected {name} of shape {list(shape)}, found {list(spec.shape)} in quantization_config")
-    arrays = {suffix: _as_stored(source, f"{name}.{suffix}", kind) for suffix, (kind, _) in spec.tensors().items()}
-    if spec.bits is None:
-        check_tensors(spec, arrays)
-        mask = unpack_mask(arrays["mask"], shape[1]) if spec.sparse else None
-        dense = native.expand(arrays["mask"], arrays["values"], shape[1]) if spec.sparse else arrays["weight"]
-        kind = "BF16" if spec.values_dtype == "bfloat16" else "F16"
-        return float_linear(_engine_float(dense, kind), None if fill else mask)
-    codes, mask = unpack_linear_codes(spec, arrays)
-    if fill and mask is not None:
-        # A pruned weight is the code of its zero point.
-        zero = (
-            arrays["zero_point"] if "zero_point" in arrays else np.full((shape[0], 1), 1 << (spec.bits - 1), np.uint8)
-        )
-        codes, mask = np.where(mask, codes, zero.repeat(shape[1] // zero.shape[1], axis=1)), None
-    by_columns = by_columns and (mask is None or spec.bits <= 4)
-    return integer_linear(spec.bits, codes, arrays["scale"], arrays.get("zero_point"), mask, by_columns)
+def convert_linears(
+    source: Source, names: tuple[str, ...], layout: str
+) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """(facts, arrays) of linears that stand together. Pruned weights are stored too where the layout is dense; what has
+    no kernels by columns stands in tiles."""
+    fill = "dense" in layout
+    parts = []
+    for name in names:
+        shape = source.anatomy.linear_shape(name)
+        spec = source.packed.linears.get(name) if source.packed else None
+        if spec is None:
+            weight = source.tensor(f"{name}.weight", shape)
+            return float_linear(_engine_float(weight, source.dtype(f"{name}.weight")), None)
+        if spec.shape != shape:
+            raise UserError(f"expected {name} of shape {list(shape)}, found {list(spec.shape)} in quantization_config")
+        arrays = {suffix: _as_stored(source, f"{name}.{suffix}", kind) for suffix, (kind, _) in spec.tensors().items()}
+        if spec.bits is None:
+            check_tensors(spec, arrays)
+            mask = unpack_mask(arrays["mask"], shape[1]) if spec.sparse else None
+            dense = native.expand(arrays["mask"], arrays["values"], shape[1]) if spec.sparse else arrays["weight"]
+            kind = "BF16" if spec.values_dtype == "bfloat16" else "F16"
+            return float_linear(_engine_float(dense, kind), None if fill else mask)
+        codes, mask = unpack_linear_codes(spec, arrays)
+        if fill and mask is not None:
+            # A pruned weight is the code of its zero point.
+            middle = np.full((shape[0], 1), 1 << (spec.bits - 1), np.uint8)
+            zero = arrays.get("zero_point", middle)
+            codes, mask = np.where(mask, codes, zero.repeat(shape[1] // zero.shape[1], axis=1)), None
+        parts.append((codes, arrays["scale"], arrays.get("zero_point"), mask))
+    assert spec is not None and spec.bits is not None
+
+    def one(place: int) -> Any:
+        """The parts' arrays, one's rows behind another's."""
+        arrays: list[Any] = [part[place] for part in parts]
+        return arrays[0] if len(arrays) == 1 or arrays[0] is None else np.concatenate(arrays)
+
+    return integer_linear(spec.bits, one(0), one(1), one(2), one(3), _by_columns(spec, layout))
 
 
 def convert_head(source: Source, head: str) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:

@@ -39,7 +39,7 @@ def settings_of(
     if gate is None:
         raise UserError(f"expected hidden_act of {', '.join(GATES)}, found {config['hidden_act']!r}")
 
-    def linear(name: str, key: str, spec: LinearSpec | None) -> dict[str, Any]:
+    def linear(names: Sequence[str], key: str, spec: LinearSpec | None) -> dict[str, Any]:
         found = facts[key]
         grid = dict(NO_GRID)
         if spec is not None and spec.input_bits is not None:
@@ -50,8 +50,15 @@ def settings_of(
             suffix: file.tensor(f"{key}.{suffix}") if f"{key}.{suffix}" in file else None
             for suffix in ("values", "masks", "offsets", "starts", "scales", "zeros")
         }
-        bias = source.floats(f"{name}.bias", (found["rows"],)) if f"{name}.bias" in source else None
-        return dict(found) | arrays | {"bias": bias, "input": grid, "selection": selection(source, name, spec)}
+        return (
+            dict(found)
+            | arrays
+            | {
+                "bias": bias_of(source, names, found["rows"]),
+                "input": grid,
+                "selection": selection(source, names[0], spec),
+            }
+        )
 
     def group(prefix: str, names: Sequence[str]) -> dict[str, Any]:
         full = [prefix + name for name in names]
@@ -59,7 +66,9 @@ def settings_of(
         if any((s.transform if (s := specs.get(n)) else ()) != (spec.transform if spec else ()) for n in full):
             raise UserError(f"expected the same transforms in front of {', '.join(full)}, found different ones")
         transforms = transform_facts(spec, source, spec.transform_of or full[0]) if spec else []
-        linears = [linear(n, n, specs.get(n)) for n in full]
+        # Those that stand together with an earlier one have no facts of their own.
+        alone = len(full) == sum(n in facts for n in full)
+        linears = [linear([n] if alone else full, n, specs.get(n)) for n in (full if alone else full[:1])]
         for found in (one["selection"] for one in linears[1:]):
             first = linears[0]["selection"]
             if found and first and found["score"] is not None and np.array_equal(found["score"], first["score"]):
@@ -114,9 +123,20 @@ def settings_of(
         "exact_head": exact,
         "exact_kind": exact_kind,
         "norm": source.floats(model.architecture.final_norm, (model.hidden,)),
-        "head": {"transforms": [], "linears": [linear(head.removesuffix(".weight"), "head", None)]},
+        "head": {"transforms": [], "linears": [linear([head.removesuffix(".weight")], "head", None)]},
         "layers": layers,
     }
+
+
+def bias_of(source: Source, names: Sequence[str], rows: int) -> NDArray[np.float32] | None:
+    """``[rows]`` of linears that stand together; None where none of them has one."""
+    if not any(f"{name}.bias" in source for name in names):
+        return None
+    counts = [rows] if len(names) == 1 else [source.anatomy.linear_shape(name)[0] for name in names]
+    return np.concatenate([
+        source.floats(f"{name}.bias", (n,)) if f"{name}.bias" in source else np.zeros(n, np.float32)
+        for name, n in zip(names, counts, strict=True)
+    ])  # fmt: skip
 
 
 def selection(source: Source, name: str, spec: LinearSpec | None) -> dict[str, Any] | None:
