@@ -33,6 +33,7 @@ FORMATS: dict[str, tuple[int | None, float]] = {
 }  # fmt: skip
 INPUTS: dict[str, tuple[int, float, float]] = {
     "int4": (4, 0.0, 0.0), "int4, 30 % of inputs dropped": (4, 0.0, 0.3), "int4, 50 % of inputs dropped": (4, 0.0, 0.5),
+    "int4, 50 % of inputs dropped by fours": (4, 0.0, 0.5), "int4 70 %, 50 % of inputs dropped by fours": (4, 0.7, 0.5),
     "int4 70 %": (4, 0.7, 0.0), "int4 70 %, 50 % of inputs dropped": (4, 0.7, 0.5),
     "int8, 50 % of inputs dropped": (8, 0.0, 0.5),
     "ternary": (2, 0.0, 0.0), "ternary, 40 % of inputs dropped": (2, 0.0, 0.4),
@@ -71,13 +72,14 @@ def sparse_inputs(folder: Path, threads: str) -> list[tuple[str, str, list[str]]
     for name, (bits, sparsity, dropped) in INPUTS.items():
         made = folder / name.replace(" ", "").replace("%", "").replace(",", "-")
         if not (made / "config.json").exists():
-            write_packed(made, "1.1b", bits, sparsity, 8 if bits == 2 else None, dropped=dropped)
+            unit = 4 if name.endswith("fours") else 1
+            write_packed(made, "1.1b", bits, sparsity, 8 if bits == 2 else None, dropped=dropped, unit=unit)
         columns = bool(dropped) or bits == 2
         for activations in ("int8",) if bits == 2 else ("int8", "recorded"):
             label = f"tulle {name}" + ", 8-bit inputs" * (activations == "int8")
             option = f"{activations}:{'columns' if columns else 'sparse'}"
             wanted.append((label, sys.executable, ["tulle", str(made), threads, option]))
-        if dropped == 0.5 and bits == 4:
+        if dropped == 0.5 and bits == 4 and not name.endswith("fours"):
             option = "int8:dense columns" if sparsity else "int8:sparse"
             label = f"tulle {name}, 8-bit inputs, {'filled up' if sparsity else 'in tiles'}"
             wanted.append((label, sys.executable, ["tulle", str(made), threads, option]))

@@ -29,9 +29,11 @@ def write_packed(
     input_bits: int | None = None,
     layers: int | None = None,
     dropped: float = 0.0,
+    unit: int = 1,
 ) -> None:
     """A checkpoint in bf16 (``bits`` None) or integers in groups of 128 (ternary, ``bits`` 2: a scale per row), with so
-    many zeros; Top-K leaves a share of ``dropped`` inputs out. Every block holds the same numbers, in bytes of its own.
+    many zeros; Top-K leaves a share of ``dropped`` inputs out, ``unit`` at a time. Every block
+    holds the same numbers, in bytes of its own.
     """
     config = COMMON | SHAPES[shape] | {"model_type": "llama", "rms_norm_eps": 1e-5, "hidden_act": "silu"}
     config["num_hidden_layers"] = layers or config["num_hidden_layers"]
@@ -45,7 +47,7 @@ def write_packed(
             block[name] = f32_to_bf16(np.ones(size, np.float32))
             continue
         linear = name.removesuffix(".weight")
-        spec, arrays = packed_linear(generator, (size[0], size[1]), bits, sparsity, input_bits, dropped)
+        spec, arrays = packed_linear(generator, (size[0], size[1]), bits, sparsity, input_bits, dropped, unit)
         specs[linear] = spec
         block |= {f"{linear}.{suffix}": array for suffix, array in arrays.items()}
     for index in range(model.layers):
@@ -72,6 +74,7 @@ def packed_linear(
     sparsity: float,
     input_bits: int | None,
     dropped: float = 0.0,
+    unit: int = 1,
 ) -> tuple[LinearSpec, dict[str, Any]]:
     """A random linear. Unquantised and dense: a spec all the same, of the plain weight."""
     mask = generator.random(shape, np.float32) >= sparsity if sparsity else None
@@ -81,7 +84,7 @@ def packed_linear(
         spec = LinearSpec(shape, sparse=mask is not None, nonzeros=kept, values_dtype="bfloat16")
         return spec, pack_linear(spec, values, mask)
     group = None if bits == 2 else GROUP
-    chosen = InputSparsitySpec("top_k", keep=shape[1] - round(dropped * shape[1])) if dropped else None
+    chosen = InputSparsitySpec("top_k", keep=shape[1] - round(dropped * shape[1]), unit=unit) if dropped else None
     spec = LinearSpec(
         shape, bits, group, sparse=mask is not None, nonzeros=kept, input_bits=input_bits, values_dtype=None,
         input_sparsity=chosen,

@@ -24,6 +24,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,46 @@ class Bench:
         for name, steps in recipes.items():
             self.cells.make(self.name(f"road/{name}"), lambda name=name, steps=steps: self._packed(start, name, steps))
             print(f"{self.name(f'road/{name}')}: {self.cells.all[self.name(f'road/{name}')]}", flush=True)
+        self.cells.make(self.name("road/speed"), self._speed)
+        print(f"{self.name('road/speed')}: {self.cells.all[self.name('road/speed')]}", flush=True)
+
+    def _speed(self) -> dict[str, Any]:
+        """Decoding on one thread, tokens/s: medians of interleaved rounds of 64 tokens after 64."""
+        import statistics
+
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from tulle.engine import Engine
+
+        dense = self.folder("narrow/dense, longer")
+        model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
+        prompt, count = list(range(64)), 64
+
+        def in_torch() -> None:
+            with torch.inference_mode():
+                found = model(torch.tensor([prompt]), use_cache=True)
+                for _ in range(count):
+                    token = found.logits[:, -1:].argmax(-1)
+                    found = model(token, past_key_values=found.past_key_values, use_cache=True)
+
+        def in_engine(engine: Engine) -> None:
+            logits = engine.forward(prompt, 0, 0, [len(prompt) - 1])
+            for i in range(count):
+                logits = engine.forward([int(logits[-1].argmax())], 0, len(prompt) + i, [0])
+
+        ways: dict[str, Callable[[], None]] = {"torch float32, dense": in_torch}
+        folders = {"dense bf16": dense} | {name: self.folder(f"road/{name}") for name in ("W8A8", "W4")}
+        for name, folder in folders.items():
+            ways[f"engine, {name}"] = partial(in_engine, Engine(folder, 1, 256))
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for number in range(8):  # the first one warms up
+            for name, way in ways.items():
+                begun = time.perf_counter()
+                way()
+                if number:
+                    seconds[name].append(time.perf_counter() - begun)
+        return {name: count / statistics.median(taken) for name, taken in seconds.items()}
 
     def _packed(self, start: Path, name: str, steps: list[dict[str, Any]]) -> dict[str, Any]:
         from tulle.compress import compress
