@@ -21,6 +21,9 @@ def draw(cells: Cells, folder: Path) -> None:
     _pretraining(own, folder / "train-sparse-pretraining.png")
     for task in ("narrow", "broad"):
         _ways(own, task, folder / f"train-sparse-{task}.png")
+    # What learns masks from scratch, at the rate that was tried as well where there is one.
+    tuned = {k.removeprefix("rate 0.001/"): v for k, v in own.items() if k.startswith("rate 0.001/")}
+    own = tuned or own
     _lines(own, [n for n in own if n.startswith("2:4/")], "sad", "share of mask bits changed per step",
            folder / "train-sparse-sad.png", log=True)  # fmt: skip
     _lines(own, [n for n in own if n.startswith("top_kast/")], "mask_change", "share of the mask replaced by a refresh",
