@@ -7,13 +7,14 @@ from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sample_report import sample_report, sparse_report
 from tulle.report.compression import compression_page, notes, write_report
 from tulle.report.demo import demo_page
 from tulle.report.inspection import inspection_page
-from tulle.report.laws import laws_page
+from tulle.report.laws import laws_page, loss_range
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 LOADING = {"src", "srcset", "href", "xlink:href", "data", "poster", "action"}
@@ -262,3 +263,9 @@ def test_page_of_laws_is_whole():
     page = Page(laws_page({"laws": {"": one, "<1.58-bit>": one | {"replicates": [], "held_out": []}}}))
     assert all(link.startswith("#") for link in page.loaded) and page.tags.count("svg") == 6
     assert "Loss against sparsity, <1.58-bit>" in page.text
+
+
+def test_a_wild_replicate_does_not_stretch_the_picture():
+    sparsities = np.array([0.0, 0.4, 0.8, 0.9])
+    low, high = loss_range([np.array([4.0, 4.1, 4.4, 900.0]), np.array([4.2, 4.3, 4.5, 9.0])], sparsities, 0.8)
+    assert (low, high) == pytest.approx((3.85, 4.65))

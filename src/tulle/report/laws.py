@@ -100,19 +100,30 @@ def loss_of_active(name: str, fit: Fit) -> str:
             ends = fit.interval(law.optimum for law in fit.replicates)
             p.axes.axvspan(*ends, color=style.DENSE, alpha=0.35, linewidth=0)
         p.axes.axvline(fit.law.optimum, color=style.INK, linewidth=1, linestyle=(0, (4, 4)))
+        curves = []
         for number, active in enumerate(np.geomspace(low, high, 3)):
             color = COLORS[number]
+            curves.append(fit.law.loss_of_active(active, grid))
             if fit.replicates:
                 _band(p.axes, grid, active, fit.replicates, color)
             p.axes.plot(grid, fit.law.loss_of_active(active, grid), color=color, linewidth=1.6, label=_count(active))
             best = fit.law.optimum
             p.axes.plot([best], [fit.law.loss_of_active(active, best)], marker="o", color=color, markersize=6)
+        # Where runs were, and a little beyond: some replicate of few runs goes anywhere at 90 %.
+        p.axes.set_ylim(*loss_range(curves, grid, max(run.sparsity for run in fit.runs)))
         _sparsity_axis(p.axes)
         p.axes.set_ylabel("loss, nats per token")
         p.axes.legend(
             loc="upper center", bbox_to_anchor=(0.5, 1.17), ncols=3, handletextpad=0.4, title="active parameters"
         )
     return p.svg
+
+
+def loss_range(curves: list[np.ndarray], sparsities: np.ndarray, reach: float) -> tuple[float, float]:
+    """Bottom and top of a picture that shows curves up to a sparsity."""
+    seen = np.stack(curves)[:, sparsities <= reach]
+    low, high = float(seen.min()), float(seen.max())
+    return low - 0.3 * (high - low), high + 0.3 * (high - low)
 
 
 def law_against_run(name: str, fit: Fit, held: list[Mapping[str, Any]]) -> str:
