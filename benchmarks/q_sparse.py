@@ -140,13 +140,16 @@ class Trainer:
         )
         return found
 
+    def folder(self, key: str) -> Path:
+        return self.work / "".join(c if c.isalnum() or c in ".-" else "_" for c in key)
+
     def _train(self, key: str, recipe: dict[str, Any]) -> dict[str, Any]:
         from tulle.road import TOOLS
         from tulle.train.curve import read_metrics
         from tulle.train.recipe import TrainRecipe
         from tulle.train.stages import run
 
-        begun, out = time.perf_counter(), self.work / "".join(c if c.isalnum() or c in ".-" else "_" for c in key)
+        begun, out = time.perf_counter(), self.folder(key)
         (self.work / "data").mkdir(parents=True, exist_ok=True)
         out.mkdir(exist_ok=True)
         if not (out / "data").exists():
@@ -243,6 +246,29 @@ def continued(trainer: Trainer, tokens: int) -> None:
             "methods": steps,
         }
         trainer.run(f"continue/{method}", recipe)
+    for share in (0.4, 0.5, 0.6):
+        cell = trainer.cells.make(f"continue/TEAL, {share:.0%} dropped", lambda s=share: thresholds(trainer, s, tokens))
+        print(f"TEAL, {share:.0%} dropped: {cell['held_out_bits_per_byte']:.4f} bits per byte", flush=True)
+
+
+def thresholds(trainer: Trainer, share: float, tokens: int) -> dict[str, Any]:
+    """TEAL on the dense model that was trained as long, calibrated on the training text."""
+    from tulle.compress import compress
+    from tulle.hf import load
+    from tulle.texts import Text
+    from tulle.train.held_out import bits_per_byte
+    from tulle.train.recipe import TextData
+    from tulle.train.stages import read_vocabulary
+    from tulle.train.tokens import prepare, training_documents
+
+    start, out = trainer.folder("continue/dense"), trainer.folder(f"continue/TEAL {share}")
+    context = CONTINUED["context"]
+    data = TextData.model_validate({"sources": [{"name": name} for name in PYTHON]})
+    texts = tuple(d.text for d in training_documents(data, 0, trainer.work)[:256])
+    recipe = {"steps": [{"teal": {"share": share}}], "calibration": {"samples": 32, "length": context}}
+    compress(start, recipe, out, calibration=Text(texts, False), seed=0, resume=True)
+    corpus = prepare(data, 0, context, trainer.work / "data", read_vocabulary(start))
+    return {"held_out_bits_per_byte": bits_per_byte(load(out, dtype="float32"), corpus, context), "tokens": tokens}
 
 
 def select() -> None:
