@@ -202,6 +202,10 @@ class Bench:
         self.base()
         shares = {"forward_sparsity": forward / 100, "backward_sparsity": backward / 100}
         self.run(f"top_kast/{forward}, {backward}", self.scratch([{"top_kast": shares | {"refresh": 20}}]))
+        if (forward, backward) == (80, 50):  # masks that settle early
+            early = {"refresh": 20, "explore": 0.1}
+            name = f"top_kast/{forward}, {backward}, refresh 20, explore 0.1"
+            self.run(name, self.scratch([{"top_kast": shares | early}]))
         static = pruning(forward / 100, "magnitude")
         self.run(f"top_kast/static {forward}", self.scratch([HELD], prune=static))
 
