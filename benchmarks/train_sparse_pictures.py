@@ -100,6 +100,11 @@ def _ways(cells: Cells, task: str, file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
+def _label(name: str) -> str:
+    group, _, last = name.rpartition("/")
+    return f"Top-KAST {last}" if group == "top_kast" and not last.startswith("static") else last
+
+
 def _lines(cells: Cells, names: list[str], key: str, label: str, file: Path, log: bool = False) -> None:
     found = {n: [r for r in cells[n]["rows"] if key in r] for n in names if n in cells}
     found = {n: rows for n, rows in found.items() if len(rows) > 1}
@@ -108,7 +113,7 @@ def _lines(cells: Cells, names: list[str], key: str, label: str, file: Path, log
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name, rows in found.items():
-        axes.plot([r["tokens"] / 1e6 for r in rows], [r[key] for r in rows], label=name.rpartition("/")[2])
+        axes.plot([r["tokens"] / 1e6 for r in rows], [r[key] for r in rows], label=_label(name))
     if log:
         axes.set_yscale("log")
     axes.set_xlabel("tokens seen (millions)")
