@@ -116,7 +116,7 @@ def read_columns(kind: str, cut: Geometry, arrays: dict[str, NDArray[Any]]) -> t
     """As ``read_back``, of weights by columns."""
     sparse, bits = "starts" in arrays, {"codes2": 2, "codes4": 4, "codes8": 8}[kind]
     lines = cut.tiles * TILE // cut.line
-    strips = -(-lines // (48 if kind == "codes2" else 96))
+    strips = -(-lines // (64 if sparse else 48 if kind == "codes2" else 96))
     per_strip = -(-lines // strips)
     found = np.zeros((cut.tiles * TILE, cut.padded), np.uint8)
     stored = np.ones(found.shape, bool)

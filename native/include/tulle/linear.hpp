@@ -33,8 +33,9 @@ constexpr std::size_t kSlack = 64;
 
 // Lines of a strip, at most: the longer the piece that an input's lines are, the nearer memory comes to the speed that
 // it gives to what has no gaps (a machine's gaps of half: 256 bytes 50 %, 1 KiB 70 %, 2 KiB 85 %).
-// Of 2-bit codes half as many: sums of a strip stay in the level-1 and level-2 caches.
-constexpr std::size_t kStripLines = 96;
+// Of 2-bit codes half as many: sums of a strip stay in the level-1 and level-2 caches. Of sparse ones fewer, since where a
+// line's codes begin takes counting through the lines before it.
+constexpr std::size_t kStripLines = 96, kSparseStripLines = 64;
 // Bytes of a sparse line's masks.
 constexpr std::size_t kLineMasks = 16;
 
@@ -66,7 +67,7 @@ struct LinearView {
   std::size_t line_tiles() const { return kind == WeightKind::codes2 ? 16 : kind == WeightKind::codes4 ? 8 : 4; }
   std::size_t lines() const { return (rows + line_tiles() * kTileRows - 1) / (line_tiles() * kTileRows); }
   std::size_t strips() const {
-    const std::size_t most = kind == WeightKind::codes2 ? kStripLines / 2 : kStripLines;
+    const std::size_t most = sparse ? kSparseStripLines : kind == WeightKind::codes2 ? kStripLines / 2 : kStripLines;
     return (lines() + most - 1) / most;
   }
   std::size_t strip_lines() const { return (lines() + strips() - 1) / strips(); }

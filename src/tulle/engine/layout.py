@@ -6,7 +6,7 @@ sparse linear has a bit per weight in that order, and offsets to the kept values
 fit into 512 inputs). linear.hpp says how 4-bit codes share bytes.
 
 Or by *columns*, where tokens leave most inputs out: what one input meets of 64 bytes of outputs is a *line*, all lines
-of up to 96 (2 bits: 48) are a *strip*, in which inputs follow each other.
+of up to 96 (2 bits: 48, sparse: 64) are a *strip*, in which inputs follow each other.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BLOCK = 64
 """Tiles that are converted at once: bounds the memory."""
 COLUMN_SEGMENT = 64
 """Inputs of a segment by columns, at most: what is fetched ahead while another is computed."""
-STRIP_LINES = 96
+STRIP_LINES, SPARSE_STRIP_LINES = 96, 64
 """Of 2-bit codes half as many."""
 LINE_OUTPUTS = {"codes2": 256, "codes4": 128, "codes8": 64}
 
@@ -174,7 +174,7 @@ def arrange_columns(
         parts = [np.bitwise_or.reduce(codes << shifts, axis=2).reshape(-1) for codes in _strips(values, cut, most)]
         return {"values": np.concatenate([*parts, slack])}
     parts, starts, ends = [], [], [0]
-    both = zip(_strips(values, cut, STRIP_LINES), _strips(mask, cut, STRIP_LINES), strict=True)
+    both = zip(_strips(values, cut, SPARSE_STRIP_LINES), _strips(mask, cut, SPARSE_STRIP_LINES), strict=True)
     for codes, kept in both:
         inputs, lines = codes.shape[:2]
         widths = kept.sum(3, dtype=np.int64).max(2)  # bytes of a line's codes

@@ -21,7 +21,7 @@ from tulle.format.pack import STORAGE, bf16_to_f32, check_tensors, f32_to_bf16, 
 from tulle.format.spec import LinearSpec, QuantizationConfig
 from tulle.models.anatomy import anatomy
 
-LAYOUT = 7
+LAYOUT = 8
 """Of the file: another number, another file."""
 HEADS = ("int8", "bf16", "as stored")
 FOLDER = ".engine"
@@ -181,6 +181,8 @@ def _one(source: Source, layout: str, names: tuple[str, ...]) -> bool:
     first = specs[0]
     if first is None or not _by_columns(first, layout):
         return False
+    if first.sparse and "dense" not in layout:
+        return False  # longer pieces gain nothing there
     if first.input_sparsity is not None and first.input_sparsity.weighted:
         return False  # scores may differ
 
@@ -191,7 +193,7 @@ def _one(source: Source, layout: str, names: tuple[str, ...]) -> bool:
 
     if any(spec is None or same(spec) != same(first) for spec in specs):
         return False
-    line = LINE_OUTPUTS[columns_kind(first.bits or 0, first.sparse and "dense" not in layout)]
+    line = LINE_OUTPUTS[columns_kind(first.bits or 0, False)]
     return all(source.anatomy.linear_shape(name)[0] % line == 0 for name in names[:-1])
 
 
