@@ -309,26 +309,29 @@ void expand_dense(const LinearView& w, std::size_t line, std::size_t first, std:
   }
 }
 
-void expand_sparse(const LinearView& w, std::size_t line, std::size_t first, std::size_t count, std::uint8_t* to) {
+// `next`: where the codes of these inputs go on, of a strip's lines taken in order; null: they are counted.
+void expand_sparse(const LinearView& w, std::size_t line, std::size_t first, std::size_t count, std::uint8_t* to,
+                   std::uint32_t* next) {
   const std::size_t strip = line / w.strip_lines(), begin = strip * w.strip_lines();
   const std::uint8_t* const from = sparse_strip(w, strip);
   const std::uint32_t* const starts = sparse_starts(w, strip);
   for (std::size_t i = 0; i < count; i += 4) {
-    std::uint32_t places[4], next[4];
+    std::uint32_t places[4], counted[4];
     for (std::size_t j = 0; j < 4; ++j) {
       places[j] = static_cast<std::uint32_t>(first + i + j);
-      next[j] = starts[places[j]] + static_cast<std::uint32_t>(w.lines_of(strip) * kLineMasks);
+      if (next != nullptr) continue;
+      counted[j] = starts[places[j]] + static_cast<std::uint32_t>(w.lines_of(strip) * kLineMasks);
       for (std::size_t before = begin; before < line; ++before) {
         const std::uint8_t* bits = from + starts[places[j]] + (before - begin) * kLineMasks;
         const auto n = _mm_popcnt_u64(mask64(bits)), m = _mm_popcnt_u64(mask64(bits + 8));
-        next[j] += static_cast<std::uint32_t>(n > m ? n : m);
+        counted[j] += static_cast<std::uint32_t>(n > m ? n : m);
       }
     }
     const std::size_t segment = (first + i) / w.segment, tile = line * w.line_tiles();
-    SparseLine weights{from, starts, (line - begin) * kLineMasks, next, 0, zero_bytes(w, tile, segment),
-                       _mm512_slli_epi16(zero_bytes(w, tile + 4, segment), 4), places};
+    SparseLine weights{from, starts, (line - begin) * kLineMasks, next != nullptr ? next + i : counted, 0,
+                       zero_bytes(w, tile, segment), _mm512_slli_epi16(zero_bytes(w, tile + 4, segment), 4), places};
     __m512i units[8];
-    weights.take(places, units, false);
+    weights.take(places, units, true);
     for (std::size_t t = 0; t < 8; ++t) {
       const __m512i one = t < 4 ? units[t] : _mm512_srli_epi16(units[t], 4);
       _mm512_store_si512(to + t * kChunkInputs * kTileRows + i * kTileRows, one);
@@ -336,8 +339,9 @@ void expand_sparse(const LinearView& w, std::size_t line, std::size_t first, std
   }
 }
 
-void expand(const LinearView& w, std::size_t line, std::size_t first, std::size_t count, std::uint8_t* to) {
-  if (w.sparse) return expand_sparse(w, line, first, count, to);
+void expand(const LinearView& w, std::size_t line, std::size_t first, std::size_t count, std::uint8_t* to,
+            std::uint32_t* next) {
+  if (w.sparse) return expand_sparse(w, line, first, count, to, next);
   switch (w.kind) {
     case WeightKind::codes2: return expand_dense<4>(w, line, first, count, to);
     case WeightKind::codes4: return expand_dense<2>(w, line, first, count, to);
@@ -345,15 +349,17 @@ void expand(const LinearView& w, std::size_t line, std::size_t first, std::size_
   }
 }
 
-// Chunks [begin, end) of a line for all tokens, inactive inputs as the zeros that they are.
+// Chunks [begin, end) of a line for all tokens, inactive inputs as the zeros that they are. `next`: of all inputs of these
+// chunks, as expand_sparse takes it.
 void multiply_all(const LinearView& w, const Inputs& x, std::size_t line, std::size_t begin, std::size_t end, float* to,
-                  std::size_t stride, std::uint8_t* codes, float* sums) {
+                  std::size_t stride, std::uint8_t* codes, float* sums, std::uint32_t* next) {
   constexpr std::size_t kPanel = kChunkInputs * kTileRows;
   const std::size_t pair = x.tokens * 2 * kTileRows;  // sums of two tiles
   std::memset(sums, 0, w.line_tiles() / 2 * pair * sizeof(float));
   for (std::size_t chunk = begin; chunk < end; ++chunk) {
     const std::size_t first = chunk * w.chunk_segments();
-    expand(w, line, first * w.segment, w.segments_of(chunk) * w.segment, codes);
+    std::uint32_t* const of_chunk = next == nullptr ? nullptr : next + (first - begin * w.chunk_segments()) * w.segment;
+    expand(w, line, first * w.segment, w.segments_of(chunk) * w.segment, codes, of_chunk);
     for (std::size_t i = 0; i < w.line_tiles(); i += 2) {
       for (std::size_t s = 0; s < w.segments_of(chunk); ++s) {
         const std::uint8_t* from = codes + i * kPanel + s * w.segment * kTileRows;
@@ -381,8 +387,17 @@ void avx512_run_columns(const LinearView& w, const Inputs& x, std::size_t strip,
   const std::size_t outputs = w.line_tiles() * kTileRows;
   if (x.tokens > kFew) {
     float* const own = reinterpret_cast<float*>(scratch + kChunkInputs * outputs);
+    // What is left of the scratch holds where codes go on, if it is enough.
+    const std::size_t used = outputs * (kChunkInputs + x.tokens * sizeof(float)), start = w.first_segment(first) * w.segment;
+    const std::size_t inputs = w.first_segment(last) * w.segment - start;
+    std::uint32_t* next = nullptr;
+    if (w.sparse && used + inputs * sizeof(std::uint32_t) <= column_scratch_bytes(x.tokens)) {
+      next = reinterpret_cast<std::uint32_t*>(scratch + used);
+      const std::uint32_t masks = static_cast<std::uint32_t>(w.lines_of(strip) * kLineMasks);
+      for (std::size_t i = 0; i < inputs; ++i) next[i] = sparse_starts(w, strip)[start + i] + masks;
+    }
     for (std::size_t i = 0; i < w.lines_of(strip); ++i) {
-      multiply_all(w, x, strip * w.strip_lines() + i, first, last, sums + i * outputs, stride, scratch, own);
+      multiply_all(w, x, strip * w.strip_lines() + i, first, last, sums + i * outputs, stride, scratch, own, next);
     }
     return;
   }
