@@ -31,15 +31,18 @@ FORMATS: dict[str, tuple[int | None, float]] = {
     "bf16": (None, 0.0), "bf16 70 %": (None, 0.7), "int8": (8, 0.0), "int8 50 %": (8, 0.5), "int8 70 %": (8, 0.7),
     "int4": (4, 0.0), "int4 50 %": (4, 0.5), "int4 70 %": (4, 0.7), "int4 80 %": (4, 0.8),
 }  # fmt: skip
-INPUTS: dict[str, tuple[int, float, float]] = {
-    "int4": (4, 0.0, 0.0), "int4, 30 % of inputs dropped": (4, 0.0, 0.3), "int4, 50 % of inputs dropped": (4, 0.0, 0.5),
-    "int4, 50 % of inputs dropped by fours": (4, 0.0, 0.5), "int4 70 %, 50 % of inputs dropped by fours": (4, 0.7, 0.5),
-    "int4 70 %": (4, 0.7, 0.0), "int4 70 %, 50 % of inputs dropped": (4, 0.7, 0.5),
-    "int8, 50 % of inputs dropped": (8, 0.0, 0.5),
-    "ternary": (2, 0.0, 0.0), "ternary, 40 % of inputs dropped": (2, 0.0, 0.4),
-    "ternary, 60 % of inputs dropped": (2, 0.0, 0.6),
+INPUTS: dict[str, tuple[int, float, float, int]] = {
+    "int4": (4, 0.0, 0.0, 1), "int4, 30 % of inputs dropped": (4, 0.0, 0.3, 1),
+    "int4, 50 % of inputs dropped": (4, 0.0, 0.5, 1),
+    "int4, 50 % of inputs dropped by fours": (4, 0.0, 0.5, 4),
+    "int4 70 %, 50 % of inputs dropped by fours": (4, 0.7, 0.5, 4),
+    "int4 70 %": (4, 0.7, 0.0, 1), "int4 70 %, 50 % of inputs dropped": (4, 0.7, 0.5, 1),
+    "int8, 50 % of inputs dropped": (8, 0.0, 0.5, 1),
+    "ternary": (2, 0.0, 0.0, 1), "ternary, 40 % of inputs dropped": (2, 0.0, 0.4, 1),
+    "ternary, 60 % of inputs dropped": (2, 0.0, 0.6, 1),
 }  # fmt: skip
-"""Bits, zeros, inputs that Top-K leaves out in front of every linear of the decoder; ternary ones with 8-bit inputs."""
+"""Bits, zeros, inputs that Top-K leaves out in front of every linear of the decoder, so many at a time;
+ternary ones with 8-bit inputs."""
 LLAMA = ("F32", "BF16", "Q8_0", "Q4_0")
 COUNT = {"decode": 32, "prefill": 512}
 
@@ -69,17 +72,16 @@ class Worker:
 def sparse_inputs(folder: Path, threads: str) -> list[tuple[str, str, list[str]]]:
     """What runs of INPUTS: dense inputs in tiles, the others by columns and, to see what that is worth, in tiles."""
     wanted = []
-    for name, (bits, sparsity, dropped) in INPUTS.items():
+    for name, (bits, sparsity, dropped, unit) in INPUTS.items():
         made = folder / name.replace(" ", "").replace("%", "").replace(",", "-")
         if not (made / "config.json").exists():
-            unit = 4 if name.endswith("fours") else 1
             write_packed(made, "1.1b", bits, sparsity, 8 if bits == 2 else None, dropped=dropped, unit=unit)
         columns = bool(dropped) or bits == 2
         for activations in ("int8",) if bits == 2 else ("int8", "recorded"):
             label = f"tulle {name}" + ", 8-bit inputs" * (activations == "int8")
             option = f"{activations}:{'columns' if columns else 'sparse'}"
             wanted.append((label, sys.executable, ["tulle", str(made), threads, option]))
-        if dropped == 0.5 and bits == 4 and not name.endswith("fours"):
+        if dropped == 0.5 and bits == 4 and unit == 1:
             option = "int8:dense columns" if sparsity else "int8:sparse"
             label = f"tulle {name}, 8-bit inputs, {'filled up' if sparsity else 'in tiles'}"
             wanted.append((label, sys.executable, ["tulle", str(made), threads, option]))

@@ -198,14 +198,13 @@ class Bench:
         for name in names:
             self.run(f"2:4/{name}", self.scratch([{name: {"pattern": "2:4"}}]))
 
-    def top_kast(self, forward: int, backward: int) -> None:
+    def top_kast(self, forward: int, backward: int, explore: float | None = None) -> None:
         self.base()
-        shares = {"forward_sparsity": forward / 100, "backward_sparsity": backward / 100}
-        self.run(f"top_kast/{forward}, {backward}", self.scratch([{"top_kast": shares | {"refresh": 20}}]))
-        if (forward, backward) == (80, 50):  # masks that settle early
-            early = {"refresh": 20, "explore": 0.1}
-            name = f"top_kast/{forward}, {backward}, refresh 20, explore 0.1"
-            self.run(name, self.scratch([{"top_kast": shares | early}]))
+        settings = {"forward_sparsity": forward / 100, "backward_sparsity": backward / 100, "refresh": 20}
+        name = f"top_kast/{forward}, {backward}"
+        if explore is not None:
+            name, settings = f"{name}, refresh 20, explore {explore}", settings | {"explore": explore}
+        self.run(name, self.scratch([{"top_kast": settings}]))
         static = pruning(forward / 100, "magnitude")
         self.run(f"top_kast/static {forward}", self.scratch([HELD], prune=static))
 
@@ -327,6 +326,7 @@ def main() -> None:
             ("broad", lambda b=bench: b.tune("broad", 70)),
             ("top_kast", lambda b=bench: b.top_kast(80, 50)),
             ("top_kast", lambda b=bench: b.top_kast(90, 80)),
+            ("top_kast", lambda b=bench: b.top_kast(80, 50, explore=0.1)),
             ("pretrain", bench.baselines),
             ("narrow", lambda b=bench: b.tune("narrow", 50)),
             ("broad", lambda b=bench: b.tune("broad", 50)),

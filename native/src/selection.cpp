@@ -11,6 +11,17 @@
 namespace tulle {
 namespace {
 
+// drop(i) of those at the cut that are too many: of equal ones the last.
+template <typename Drop>
+void drop_surplus(const float* size, std::size_t n, const Cut& cut, std::size_t keep, Drop drop) {
+  std::size_t surplus = cut.count - keep;
+  for (std::size_t i = n; surplus > 0 && i-- > 0;) {
+    if (size[i] != cut.value) continue;
+    drop(i);
+    --surplus;
+  }
+}
+
 // Of size [n] the keep largest, ties to the lower index: zeroes x, `unit` inputs per size, elsewhere.
 void keep_largest(const OpsKernels& ops, const float* size, std::size_t n, std::size_t keep, std::size_t unit, float* x,
                   float* spare) {
@@ -23,13 +34,7 @@ void keep_largest(const OpsKernels& ops, const float* size, std::size_t n, std::
       if (size[i] < cut.value) std::memset(x + i * unit, 0, unit * sizeof(float));
     }
   }
-  // Of equal ones the last go.
-  std::size_t surplus = cut.count - keep;
-  for (std::size_t i = n; surplus > 0 && i-- > 0;) {
-    if (size[i] != cut.value) continue;
-    std::memset(x + i * unit, 0, unit * sizeof(float));
-    --surplus;
-  }
+  drop_surplus(size, n, cut, keep, [&](std::size_t i) { std::memset(x + i * unit, 0, unit * sizeof(float)); });
 }
 
 float norm(const OpsKernels& ops, const float* x, std::size_t n) { return std::sqrt(ops.dot(x, x, n)); }
@@ -88,12 +93,7 @@ void keep_largest_mask(const OpsKernels& ops, const float* size, std::size_t row
     bool* to = mask + row * n;
     const Cut cut = ops.cut(from, n, keep, spare.data() + static_cast<std::size_t>(omp_get_thread_num()) * (n + 16));
     for (std::size_t i = 0; i < n; ++i) to[i] = from[i] >= cut.value;
-    std::size_t surplus = cut.count - keep;
-    for (std::size_t i = n; surplus > 0 && i-- > 0;) {
-      if (from[i] != cut.value) continue;
-      to[i] = false;
-      --surplus;
-    }
+    drop_surplus(from, n, cut, keep, [&](std::size_t i) { to[i] = false; });
   }
 }
 

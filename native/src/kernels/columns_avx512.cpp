@@ -112,7 +112,7 @@ struct DenseLine {
 
   const std::uint8_t* at(std::uint32_t place) const { return from + place * bytes; }
 
-  void take(const std::uint32_t* places, __m512i units[4 * kPerByte], bool) const {
+  void take(const std::uint32_t* places, __m512i units[4 * kPerByte]) const {
     __m512i wide[4];
     interleave(_mm512_loadu_si512(at(places[0])), _mm512_loadu_si512(at(places[1])), _mm512_loadu_si512(at(places[2])),
                _mm512_loadu_si512(at(places[3])), wide);
@@ -139,6 +139,7 @@ void meet_quads(const LinearView& w, const Inputs& x, std::size_t token, std::si
   constexpr int kTiles = 4 * kPerByte;
   // Sums of both planes do not fit into the registers beside those of 2-bit codes.
   constexpr int kAtOnce = kTiles * kPlanes <= 16 ? kPlanes : 1;
+  static_assert(kAtOnce == kPlanes || Line::kFetched == 1, "a sparse line is taken once");
   const bool fresh = first == quads.first, whole_segment = last == quads.last;
   __m512 whole[kTiles];
 #pragma GCC unroll 2
@@ -152,7 +153,7 @@ void meet_quads(const LinearView& w, const Inputs& x, std::size_t token, std::si
     }
     for (std::size_t quad = first; quad < last; ++quad) {
       __m512i units[kTiles];
-      weights.take(quads.places + 4 * quad, units, plane + kAtOnce == kPlanes);
+      weights.take(quads.places + 4 * quad, units);
       if (plane == 0) ahead.step();
 #pragma GCC unroll 2
       for (int p = 0; p < kAtOnce; ++p) {
@@ -205,7 +206,7 @@ void multiply_dense(const LinearView& w, const Inputs& x, std::size_t token, std
       for (std::size_t i = 0; i < lines; ++i) {
         DenseLine<kPerByte> weights(w, strip, first + i);
         meet_quads<kPerByte, kPlanes>(w, x, token, first + i, segment, quads, quad, least(quad + step, quads.last), ahead,
-                                  weights, totals + i * outputs, stride, sums + i * outputs);
+                               weights, totals + i * outputs, stride, sums + i * outputs);
       }
     }
     ahead.finish();
@@ -224,8 +225,8 @@ struct SparseLine {
   __m512i zeros, high;
   const std::uint32_t* all;
 
-  // `on`: the next line is next.
-  void take(const std::uint32_t* places, __m512i units[8], bool on) const {
+  // Of a segment, line after line, once per line: where codes go on moves along.
+  void take(const std::uint32_t* places, __m512i units[8]) const {
     std::uint32_t* const at = next + (places - all) - 4 * first_quad;
     __m512i low_bytes[4], high_bytes[4];
 #pragma GCC unroll 4
@@ -236,7 +237,7 @@ struct SparseLine {
       low_bytes[j] = _mm512_mask_expand_epi8(zeros, even, low_nibbles(packed));
       high_bytes[j] = _mm512_mask_expand_epi8(high, odd, high_nibbles(packed));
       const auto n = _mm_popcnt_u64(even), m = _mm_popcnt_u64(odd);
-      if (on) at[j] += static_cast<std::uint32_t>(n > m ? n : m);
+      at[j] += static_cast<std::uint32_t>(n > m ? n : m);
     }
     interleave(low_bytes[0], low_bytes[1], low_bytes[2], low_bytes[3], units);
     interleave(high_bytes[0], high_bytes[1], high_bytes[2], high_bytes[3], units + 4);
@@ -275,7 +276,7 @@ void multiply_sparse(const LinearView& w, const Inputs& x, std::size_t token, st
         SparseLine weights{from, starts, i * kLineMasks, next, quads.first, zero_bytes(w, tile, segment),
                            _mm512_slli_epi16(zero_bytes(w, tile + 4, segment), 4), quads.places};
         meet_quads<2, kPlanes>(w, x, token, first + i, segment, quads, quad, least(quad + step, quads.last), ahead,
-                                  weights, totals + i * outputs, stride, sums + i * outputs);
+                               weights, totals + i * outputs, stride, sums + i * outputs);
       }
     }
     ahead.finish();
@@ -301,7 +302,7 @@ void expand_dense(const LinearView& w, std::size_t line, std::size_t first, std:
     std::uint32_t places[4];
     for (std::size_t j = 0; j < 4; ++j) places[j] = static_cast<std::uint32_t>(first + i + j);
     __m512i units[4 * kPerByte];
-    weights.take(places, units, false);
+    weights.take(places, units);
     for (std::size_t t = 0; t < 4 * kPerByte; ++t) {
       const __m512i one = _mm512_srli_epi16(units[t], static_cast<unsigned>(8 / kPerByte * (t / 4)));
       _mm512_store_si512(to + t * kChunkInputs * kTileRows + i * kTileRows, one);
@@ -331,7 +332,7 @@ void expand_sparse(const LinearView& w, std::size_t line, std::size_t first, std
     SparseLine weights{from, starts, (line - begin) * kLineMasks, next != nullptr ? next + i : counted, 0,
                        zero_bytes(w, tile, segment), _mm512_slli_epi16(zero_bytes(w, tile + 4, segment), 4), places};
     __m512i units[8];
-    weights.take(places, units, true);
+    weights.take(places, units);
     for (std::size_t t = 0; t < 8; ++t) {
       const __m512i one = t < 4 ? units[t] : _mm512_srli_epi16(units[t], 4);
       _mm512_store_si512(to + t * kChunkInputs * kTileRows + i * kTileRows, one);
