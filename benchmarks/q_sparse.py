@@ -91,9 +91,11 @@ SIZES: dict[str, dict[str, int]] = {
     "0.3M": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4},
     "1M": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4},
     "2M": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6},
+    "1M deep": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 16, "num_attention_heads": 4},
 }
-"""Parameters with a vocabulary of 2048, embedding included. Heads of 16, 32 and 32, half as many for keys."""
-RATES = {"0.3M": 2e-3, "1M": 2e-3, "2M": 1e-3}
+"""Parameters with a vocabulary of 2048, embedding included. Heads of 16, 32, 32 and 16, half as many for keys."""
+LAW_SIZES = ["0.3M", "1M", "2M"]
+RATES = {"0.3M": 2e-3, "1M": 2e-3, "2M": 1e-3, "1M deep": 2e-3}
 """Learning rates: of 1e-3, 2e-3 and 4e-3 the best for a dense model, as far as tried; 2e-3 makes 2M worse than 1M."""
 VOCABULARY = 2048
 PYTHON = ("stdlib", "numpy", "networkx", "pydantic", "rich", "click", "jinja2", "pytest")
@@ -119,6 +121,10 @@ SCRATCH_METHODS: dict[str, list[dict[str, Any]]] = {
     "b1.58 dense": [{"bitnet": {}}],
     "b1.58 Top-K 70 %": [{"bitnet": {}}, q_sparse(0.3)],
     "Top-K 16 of 32": [q_sparse(0.5, block=32)],
+    "Top-K 50 %": [q_sparse(0.5)],
+    "Top-K 50 %, no straight-through": [q_sparse(0.5, straight_through=False)],
+    "Top-K 20 %": [q_sparse(0.8)],
+    "Top-K 20 %, no straight-through": [q_sparse(0.8, straight_through=False)],
 }
 LAW_SHARES = (0.0, 0.3, 0.5, 0.65, 0.8)
 """Dropped inputs of the runs that the law is fitted on; ReLU² adds zeros of its own."""
@@ -201,11 +207,11 @@ def scratch_recipe(size: str, methods: list[dict[str, Any]], tokens: int) -> dic
     }
 
 
-def scratch(trainer: Trainer, sizes: list[str], tokens: int) -> None:
+def scratch(trainer: Trainer, sizes: list[str], names: list[str] | None, tokens: int) -> None:
     for size in sizes:
         dense = None
-        for method, methods in SCRATCH_METHODS.items():
-            found = trainer.run(f"{size}/{method}", scratch_recipe(size, methods, tokens))
+        for method in names or SCRATCH_METHODS:
+            found = trainer.run(f"{size}/{method}", scratch_recipe(size, SCRATCH_METHODS[method], tokens))
             dense = dense or found["loss"]
             print(f"{'':32} {found['loss'] / dense - 1:+.2%} of the dense loss", flush=True)
 
@@ -214,6 +220,7 @@ def law(trainer: Trainer, sizes: list[str], tokens: int, out: Path) -> None:
     from tulle.laws import Run, fit
 
     runs = []
+    weights: dict[str, int] = {}  # N counts the zeros of ternary weights, as the paper's does
     for kind, before in (("full precision", []), ("1.58-bit", [{"bitnet": {}}])):
         for size in sizes:
             for share in LAW_SHARES:
@@ -221,7 +228,12 @@ def law(trainer: Trainer, sizes: list[str], tokens: int, out: Path) -> None:
                 # The grid of scratch has some of these.
                 key = f"{size}/{'b1.58 ' * bool(before)}Top-K {1 - share:.0%}".replace("%", " %")
                 found = trainer.run(key, scratch_recipe(size, methods, tokens))
-                run = {"size": found["weights"], "sparsity": found["sparsity"], "loss": found["loss"], "weights": kind}
+                run = {
+                    "size": weights.setdefault(size, found["weights"]),
+                    "sparsity": found["sparsity"],
+                    "loss": found["loss"],
+                    "weights": kind,
+                }
                 runs.append(run)
     out.write_text(json.dumps({"runs": runs}, indent=2) + "\n")
     for kind in dict.fromkeys(run["weights"] for run in runs):
@@ -309,8 +321,10 @@ def main() -> None:
     parser.add_argument("what", choices=["free", "scratch", "law", "continue", "select"])
     parser.add_argument("--data", type=Path, help="with models/tinystories-656K and text/tinystories_10k.txt")
     parser.add_argument("--models", nargs="*", default=["tinystories", "reference"])
-    parser.add_argument("--methods", nargs="*", choices=list(free_recipes(0.5)), help="of free; without: all")
-    parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument(
+        "--methods", nargs="*", choices=[*free_recipes(0.5), *SCRATCH_METHODS], help="of free or scratch; without: all"
+    )
+    parser.add_argument("--sizes", nargs="*", default=LAW_SIZES, choices=list(SIZES))
     parser.add_argument("--tokens", type=int, default=1_000_000, help="of each training run")
     parser.add_argument("--work", type=Path, default=Path("build/q_sparse"), help="folder of the training runs")
     parser.add_argument("--out", type=Path)
@@ -327,7 +341,7 @@ def main() -> None:
     out = given.out or RESULTS / "q_sparse.json"
     trainer = Trainer(Cells(out, machine=machine.describe()), given.work)
     if given.what == "scratch":
-        scratch(trainer, given.sizes, given.tokens)
+        scratch(trainer, given.sizes, given.methods, given.tokens)
     elif given.what == "law":
         law(trainer, given.sizes, given.tokens, out.with_name(out.stem + "_runs.json"))
     else:
