@@ -36,6 +36,7 @@ tulle::LinearView linear_view(const nb::dict& from, Kept& kept) {
   w.kind = weight_kind(get<std::string>(from, "kind"));
   w.sparse = get<bool>(from, "sparse");
   w.by_columns = get<bool>(from, "by_columns");
+  w.fours = get<bool>(from, "fours");
   w.rows = get<std::size_t>(from, "rows");
   w.columns = get<std::size_t>(from, "columns");
   w.segment = get<std::size_t>(from, "segment");

@@ -39,7 +39,7 @@ double Linear::column_bytes() const {
   const LinearView& w = weight;
   if (!w.by_columns) return 0;
   if (!w.sparse) return static_cast<double>(w.lines() * kUnitBytes);
-  const double starts = 4.0 * static_cast<double>(w.strips());
+  const double starts = 4.0 * static_cast<double>(w.strips()) / static_cast<double>(w.column_inputs());
   return static_cast<double>(w.offsets[w.strips()]) / static_cast<double>(w.padded()) + starts;
 }
 

@@ -52,7 +52,7 @@ void Prepared::take(const OpsKernels& ops, const Linear& l, const float* x, std:
 void Prepared::list(const OpsKernels& ops, const LinearView& w, const std::int8_t* high, const std::int8_t* low,
                     std::size_t t) {
   const std::size_t at = t * quad_stride(w) * 4;
-  std::uint32_t* const places = quads.data() + at;
+  std::uint32_t* const places = quads.data() + (w.fours ? at / 4 : at);
   std::int8_t* const kept_high = quad_plane[0].data() + at;
   std::int8_t* const kept_low = low ? quad_plane[1].data() + at : nullptr;
   std::uint32_t* const starts = quad_starts.data() + t * (w.segments + 1);
@@ -60,6 +60,13 @@ void Prepared::list(const OpsKernels& ops, const LinearView& w, const std::int8_
   for (std::size_t s = 0; s < w.segments; ++s) {
     starts[s] = static_cast<std::uint32_t>(next / 4);
     const std::size_t first = s * w.segment;
+    if (w.fours) {
+      next += 4 * ops.nonzero_fours(high + first, low ? low + first : nullptr, w.segment / 4,
+                                    static_cast<std::uint32_t>(first / 4), places + next / 4, kept_high + next,
+                                    kept_low ? kept_low + next : nullptr);
+      total = next;
+      continue;
+    }
     const std::size_t found =
         ops.nonzero(high + first, low ? low + first : nullptr, w.segment, static_cast<std::uint32_t>(first),
                     places + next, kept_high + next, kept_low ? kept_low + next : nullptr);

@@ -30,13 +30,12 @@ struct Prepared {
     x.sum_stride = w.segments;
     x.steps = steps.data() + first;
     x.quad_stride = quad_stride(w);
-    x.together = linear.selection.kind == Selection::Kind::top_k && linear.selection.unit % 4 == 0;
     for (std::size_t p = 0; p < x.planes; ++p) {
       x.plane[p] = plane[p].data() + first * x.stride;
       x.sums[p] = sums[p].data() + first * x.sum_stride;
       x.quad_plane[p] = quad_plane[p].data() + first * x.quad_stride * 4;
     }
-    x.quads = quads.data() + first * x.quad_stride * 4;
+    x.quads = quads.data() + first * x.quad_stride * (w.fours ? 1 : 4);
     x.quad_starts = quad_starts.data() + first * (w.segments + 1);
     return x;
   }

@@ -42,18 +42,18 @@ std::uint64_t kept_bytes(const PackingKernels& kernels, WeightKind kind, const s
 // Sparse weights by columns: masks and codes of every input lie where its start says, one behind the other.
 void check_columns(const LinearView& w, const LinearSizes& sizes) {
   require("offsets", w.strips() + 1, sizes.offsets);
-  require("starts", w.strips() * (static_cast<std::uint64_t>(w.padded()) + 1), sizes.starts);
+  require("starts", w.strips() * (static_cast<std::uint64_t>(w.all_columns()) + 1), sizes.starts);
   require("first offset", 0, w.offsets[0]);
   if (sizes.values < kSlack) refuse("bytes of the values, at least", kSlack, sizes.values);
   const std::uint64_t end = sizes.values - kSlack;
   require("last offset", end, w.offsets[w.strips()]);
   const PackingKernels& kernels = *active_isa().packing;
   for (std::size_t strip = 0; strip < w.strips(); ++strip) {
-    const std::uint32_t* const starts = w.starts + strip * (w.padded() + 1);
-    const std::uint64_t first = w.offsets[strip], masks = w.lines_of(strip) * kLineMasks;
+    const std::uint32_t* const starts = w.starts + strip * (w.all_columns() + 1);
+    const std::uint64_t first = w.offsets[strip], masks = w.lines_of(strip) * w.line_masks();
     if (first > end) refuse("an offset, at most", end, first);
     require("first start of a strip", 0, starts[0]);
-    for (std::size_t c = 0; c < w.padded(); ++c) {
+    for (std::size_t c = 0; c < w.all_columns(); ++c) {
       const std::uint64_t at = first + starts[c];
       if (at + masks > end) refuse("bytes behind a start, at least", masks, at < end ? end - at : 0);
       const std::uint64_t bytes = masks + kept_bytes(kernels, w.kind, w.values + at, 8 * masks);
@@ -62,7 +62,7 @@ void check_columns(const LinearView& w, const LinearSizes& sizes) {
       }
       if (at + bytes > end) refuse("bytes behind a start, at least", bytes, end - at);
     }
-    require("bytes of a strip", w.offsets[strip + 1] - first, starts[w.padded()]);
+    require("bytes of a strip", w.offsets[strip + 1] - first, starts[w.all_columns()]);
   }
 }
 
@@ -90,6 +90,7 @@ void check(const LinearView& w, const LinearSizes& sizes) {
     require("scales", scales, sizes.scales);
     if (w.zeros != nullptr) require("zero points", scales, sizes.zeros);
   }
+  if (w.fours && !w.by_columns) throw std::invalid_argument("columns of fours: expected weights by columns, found tiles");
   if (w.by_columns && (!w.is_codes() || (w.sparse && w.kind != WeightKind::codes4))) {
     throw std::invalid_argument("weights by columns: expected codes, sparse ones of 4 bits, found others");
   }

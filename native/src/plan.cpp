@@ -1,6 +1,7 @@
 #include "plan.hpp"
 
 #include <algorithm>
+#include <numeric>
 
 namespace tulle {
 namespace {
@@ -13,11 +14,12 @@ bool same_input(const Linear& a, const Linear& b) {
   return !v.is_codes() || (v.segment == w.segment && v.segments_per_scale == w.segments_per_scale);
 }
 
-// Whole strips where there are enough of them for all threads, so that no sum is cut. Otherwise chunks: half of a strip's
-// outputs would be shorter pieces of memory, with another thread's between them.
+// Whole strips where all threads get as many, or many, so that no sum is cut. Otherwise chunks: half of a strip's outputs
+// would be shorter pieces of memory, with another thread's between them.
 void add_columns(Plan& plan, std::size_t number, const LinearView& w, std::size_t threads) {
   const std::size_t strips = w.strips();
-  const std::size_t pieces = strips >= threads ? 1 : std::min(w.chunks(), (threads + strips - 1) / strips);
+  const bool enough = strips >= 4 * threads;
+  const std::size_t pieces = enough ? 1 : std::min(w.chunks(), threads / std::gcd(strips, threads));
   plan.pieces[number] = pieces;
   plan.most_pieces = std::max(plan.most_pieces, pieces);
   for (std::size_t i = 0; i < strips * pieces; ++i) {

@@ -23,7 +23,7 @@ using tulle::WeightKind;
 
 struct Case {
   WeightKind kind;
-  bool sparse, zeros;
+  bool sparse, zeros, fours;
   std::size_t rows, segment, segments, segments_per_scale, tokens, planes;
   double density, active;
 };
@@ -46,6 +46,7 @@ struct Weights {
     view.kind = c.kind;
     view.sparse = c.sparse;
     view.by_columns = true;
+    view.fours = c.fours;
     view.rows = c.rows;
     view.columns = c.segment * c.segments;
     view.segment = c.segment;
@@ -80,18 +81,21 @@ struct Weights {
     std::vector<std::uint32_t> places;
     const std::size_t line_outputs = view.line_tiles() * kTileRows;
     for (std::size_t strip = 0; strip < view.strips(); ++strip) {
-      for (std::size_t i = 0; i < padded; ++i) {
+      const std::size_t inputs = c.fours ? 4 : 1;
+      for (std::size_t column = 0; column < padded / inputs; ++column) {
         places.push_back(static_cast<std::uint32_t>(bytes.size() - begins.back()));
-        const std::size_t masks = bytes.size();
-        if (c.sparse) bytes.resize(masks + view.lines_of(strip) * tulle::kLineMasks);
-        for (std::size_t l = 0; l < view.lines_of(strip); ++l) {
-          const std::size_t first = (strip * view.strip_lines() + l) * line_outputs;
+        const std::size_t masks = bytes.size(), lines = view.lines_of(strip) * inputs;
+        if (c.sparse) bytes.resize(masks + lines * tulle::kLineMasks);
+        for (std::size_t l = 0; l < lines; ++l) {
+          const std::size_t first = (strip * view.strip_lines() + l / inputs) * line_outputs;
           std::vector<std::uint8_t> line(64, 0), packed;
           std::size_t lengths[2] = {0, 0};
           for (std::size_t half = 0; half < line_outputs / 64; ++half) {
             for (std::size_t byte = 0; byte < 64; ++byte) {
-              std::size_t o = 0;
-              while (byte_of(o) != byte) ++o;
+              // Of fours, a line is 64 codes of one tile after those of another.
+              std::size_t o = c.fours ? l % 4 * 16 + byte / 4 : 0;
+              const std::size_t i = c.fours ? column * 4 + byte % 4 : column;
+              while (!c.fours && byte_of(o) != byte) ++o;
               const std::size_t at = (first + half * 64 + o) * padded + i;
               line[byte] = static_cast<std::uint8_t>(line[byte] | codes[at] << (static_cast<int>(half) * bits));
               if (!c.sparse || !kept[at]) continue;
@@ -155,15 +159,19 @@ struct Tokens {
       std::size_t next = 0;
       for (std::size_t segment = 0; segment < w.segments; ++segment) {
         begins.push_back(static_cast<std::uint32_t>(next / 4));
+        bool kept = false;
         for (std::size_t i = segment * w.segment; i < (segment + 1) * w.segment; ++i) {
-          if (!active(rng)) continue;
+          if (!c.fours || i % 4 == 0) kept = active(rng);
+          if (!kept) continue;
           for (int p = 0; p < 2; ++p) {
             // The extremes of 8 bits occur, so that narrow sums would overflow.
             const auto value = static_cast<std::int8_t>(rng() % 4 == 0 ? (rng() % 2 ? 127 : -128) : rng());
             x[p][t * padded + i] = quad_x[p][t * stride * 4 + next] = value;
             totals[p][t * w.segments + segment] += value;
           }
-          places[t * stride * 4 + next++] = static_cast<std::uint32_t>(i);
+          if (c.fours) places[t * stride + next / 4] = static_cast<std::uint32_t>(i / 4);
+          else places[t * stride * 4 + next] = static_cast<std::uint32_t>(i);
+          ++next;
         }
         for (; next % 4 != 0; ++next) places[t * stride * 4 + next] = static_cast<std::uint32_t>(padded - 1);
       }
@@ -177,7 +185,7 @@ struct Tokens {
     quads = exact(places);
     quad_starts = exact(begins);
     view = {c.tokens, padded, nullptr, c.planes, {plane[0].get(), plane[1].get()}, {sums[0].get(), sums[1].get()},
-            w.segments, steps.get(), quads.get(), {quad_plane[0].get(), quad_plane[1].get()}, quad_starts.get(), stride, false};
+            w.segments, steps.get(), quads.get(), {quad_plane[0].get(), quad_plane[1].get()}, quad_starts.get(), stride};
   }
 };
 
@@ -223,8 +231,7 @@ void compare(const Case& c, std::mt19937& rng) {
     if (first == last) continue;
     const std::size_t end = (last - 1) * w.chunk_segments() + w.segments_of(last - 1);
     const std::vector<float> wanted = expected(weights, tokens.view, first * w.chunk_segments(), end);
-    for (const tulle::Isa& isa : tulle::supported_isas()) for (const bool together : {false, true}) {
-      tokens.view.together = together;  // an order of reading, no other result
+    for (const tulle::Isa& isa : tulle::supported_isas()) {
       std::vector<float> found(c.tokens * outputs);
       for (std::size_t strip = 0; strip < w.strips(); ++strip) {
         std::fill_n(sums, c.tokens * stride, -12345.0f);
@@ -234,8 +241,8 @@ void compare(const Case& c, std::mt19937& rng) {
         for (std::size_t t = 0; t < c.tokens; ++t) std::copy_n(sums + t * stride, n, found.data() + t * outputs + at);
       }
       if (std::memcmp(found.data(), wanted.data(), found.size() * sizeof(float)) == 0) continue;
-      std::printf("FAILED %s bits=%d sparse=%d zeros=%d rows=%zu segment=%zu segments=%zu tokens=%zu planes=%zu density=%g active=%g\n",
-                  isa.name, bits_of(c.kind), c.sparse, c.zeros, c.rows, c.segment, c.segments, c.tokens, c.planes, c.density, c.active);
+      std::printf("FAILED %s bits=%d sparse=%d fours=%d zeros=%d rows=%zu segment=%zu segments=%zu tokens=%zu planes=%zu density=%g active=%g\n",
+                  isa.name, bits_of(c.kind), c.sparse, c.fours, c.zeros, c.rows, c.segment, c.segments, c.tokens, c.planes, c.density, c.active);
       ++failures;
     }
   }
@@ -246,8 +253,10 @@ void compare(const Case& c, std::mt19937& rng) {
 template <typename Change>
 void refused(const char* what, Change change) {
   std::mt19937 rng(5);
-  Weights w({WeightKind::codes4, true, false, 300, 64, 4, 1, 1, 1, 0.3, 1.0}, rng);
-  refused_of(std::move(w), what, change);
+  for (const bool fours : {false, true}) {
+    Weights w({WeightKind::codes4, true, false, fours, 300, 64, 4, 1, 1, 1, 0.3, 1.0}, rng);
+    refused_of(std::move(w), what, change);
+  }
 }
 
 }  // namespace
@@ -267,8 +276,9 @@ int main() {
           for (std::size_t tokens : {1, 2, 5, 17}) {
             if (s.rows > 1000 && (tokens == 2 || tokens > 5 || density == 1.0 || active == 0.0)) continue;
             if (s.segments > 30 && (tokens != 5 || density != 0.3 || active != 0.5)) continue;
-            for (std::size_t planes = 1; planes <= 2; ++planes, ++cases) {
-              compare({kind, density >= 0, cases % 2 == 0, s.rows, s.segment, s.segments, s.per_scale, tokens, planes, density, active}, rng);
+            for (std::size_t variant = 0; variant < 4; ++variant, ++cases) {
+              const std::size_t planes = 1 + variant % 2;
+              compare({kind, density >= 0, cases / 4 % 2 == 0, variant >= 2, s.rows, s.segment, s.segments, s.per_scale, tokens, planes, density, active}, rng);
             }
           }
         }
@@ -289,7 +299,11 @@ int main() {
   refused("floats", [](Weights& w) { w.view.kind = WeightKind::bf16; });
   refused("2 bits in tiles", [](Weights& w) {
     w.view.kind = WeightKind::codes2;
-    w.view.by_columns = w.view.sparse = false;
+    w.view.by_columns = w.view.fours = w.view.sparse = false;
+  });
+  refused("fours in tiles", [](Weights& w) {
+    w.view.by_columns = false;
+    w.view.fours = true;
   });
   std::printf("linears by columns: %zu cases on %zu instruction sets, %d failures\n", cases, tulle::supported_isas().size(), failures);
   return failures == 0 ? 0 : 1;

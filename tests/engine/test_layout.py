@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tulle.engine.layout import (
-    COLUMN_SEGMENT,
     LINE_OUTPUTS,
     SLACK,
     TILE,
@@ -112,29 +111,34 @@ def test_facts_of_linears() -> None:
     assert float_linear(np.zeros((3, 8), np.uint16), None)[0]["kind"] == "bf16"
 
 
-def read_columns(kind: str, cut: Geometry, arrays: dict[str, NDArray[Any]]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+def read_columns(
+    kind: str, cut: Geometry, arrays: dict[str, NDArray[Any]], inputs: int
+) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """As ``read_back``, of weights by columns."""
     sparse, bits = "starts" in arrays, {"codes2": 2, "codes4": 4, "codes8": 8}[kind]
     lines = cut.tiles * TILE // cut.line
-    strips = -(-lines // (64 if sparse else 48 if kind == "codes2" else 96))
+    strips = -(-lines // (48 if kind == "codes2" else 96))
     per_strip = -(-lines // strips)
     found = np.zeros((cut.tiles * TILE, cut.padded), np.uint8)
     stored = np.ones(found.shape, bool)
     values, at = arrays["values"][:-SLACK], 0
     for strip in range(strips):
         count = min(per_strip, lines - strip * per_strip)
-        for column in range(cut.padded):
+        for first in range(0, cut.padded, inputs):
+            pieces = count * inputs
             if sparse:
-                start = strip * (cut.padded + 1) + column
+                start = strip * (cut.padded // inputs + 1) + first // inputs
                 at = int(arrays["offsets"][strip]) + int(arrays["starts"][start])
-                masks = np.unpackbits(values[at : at + 16 * count], bitorder="little").reshape(count, 2, 64)
-                at += 16 * count
-            for line in range(count):
+                masks = np.unpackbits(values[at : at + 16 * pieces], bitorder="little").reshape(pieces, 2, 64)
+                at += 16 * pieces
+            for line in range(pieces):
                 kept = [0, 0]
                 for half in range(cut.line // 64):
                     for byte in range(64):
-                        output = byte % 16 // 4 * 16 + byte // 16 * 4 + byte % 4
-                        row = (strip * per_strip + line) * cut.line + half * 64 + output
+                        column, output = first, byte % 16 // 4 * 16 + byte // 16 * 4 + byte % 4
+                        if inputs == 4:
+                            column, output = first + byte % 4, line % 4 * 16 + byte // 4
+                        row = (strip * per_strip + line // inputs) * cut.line + half * 64 + output
                         if sparse:
                             stored[row, column] = masks[line, half, byte]
                             if not stored[row, column]:
@@ -157,11 +161,14 @@ def read_columns(kind: str, cut: Geometry, arrays: dict[str, NDArray[Any]]) -> t
     ("kind", "sparse"), [("codes2", False), ("codes4", False), ("codes8", False), ("codes4", True)]
 )
 @pytest.mark.parametrize(("shape", "scales"), [((1, 8), 1), ((130, 48), 3), ((300, 150), 1), ((12500, 10), 2)])
-def test_columns_are_where_the_kernels_look(kind: str, sparse: bool, shape: tuple[int, int], scales: int) -> None:
+@pytest.mark.parametrize("inputs", [1, 4])
+def test_columns_are_where_the_kernels_look(
+    kind: str, sparse: bool, shape: tuple[int, int], scales: int, inputs: int
+) -> None:
     generator = np.random.default_rng(0)
     codes = generator.integers(0, {"codes2": 4, "codes4": 16, "codes8": 256}[kind], shape).astype(np.uint8)
     mask = generator.random(shape) < 0.3 if sparse else None
-    cut = geometry(shape, scales, COLUMN_SEGMENT, LINE_OUTPUTS[kind])
-    found, stored = read_columns(kind, cut, arrange_columns(kind, codes, mask, cut))
+    cut = geometry(shape, scales, LINE_OUTPUTS[kind])
+    found, stored = read_columns(kind, cut, arrange_columns(kind, codes, mask, cut, inputs), inputs)
     assert np.array_equal(stored, np.ones(shape, bool) if mask is None else mask)
     assert np.array_equal(found[stored], codes[stored])

@@ -115,7 +115,7 @@ def test_selections(selection: str, tmp_path: Path) -> None:
     assert off(logits_of(engine), wanted(tmp_path / "m")) < 1e-5
 
 
-@pytest.mark.parametrize("selection", ["half", "weighted", "threshold", "relu"])
+@pytest.mark.parametrize("selection", ["half", "units by norm", "weighted", "threshold", "relu"])
 @pytest.mark.parametrize("weights", [name for name in WEIGHTS if name != "f32"])
 @pytest.mark.parametrize("layout", ["sparse", "dense", "columns", "dense columns"])
 def test_layouts(weights: str, selection: str, layout: str, tmp_path: Path) -> None:
@@ -135,10 +135,11 @@ def test_quantised_inputs(weights: str, bits: int, tmp_path: Path) -> None:
     assert off(logits_of(engine), wanted(tmp_path / "m")) < 1e-3
 
 
+@pytest.mark.parametrize("selection", ["half", "units"])
 @pytest.mark.parametrize("weights", ["int4", "int4 sparse asymmetric", "int8 sparse", "int3"])
-def test_columns_are_tiles_bit_for_bit(weights: str, tmp_path: Path) -> None:
+def test_columns_are_tiles_bit_for_bit(weights: str, selection: str, tmp_path: Path) -> None:
     """Sums of whole numbers are equal, and segments alike where scales have few inputs."""
-    write(tmp_path / "m", weights, "half")
+    write(tmp_path / "m", weights, selection)
     found = [
         Engine(tmp_path / "m", threads=1, cache="f32", head="as stored", layout=layout)
         for layout in ("sparse", "columns", "dense columns")

@@ -12,7 +12,9 @@
 // of outputs, and of a strip only the lines of inputs that a token has are read. Byte 16·q + 4·t + i of a line belongs to
 // outputs 16·t + 4·q + i of its first 64, of the next 64, and so on, so that bytes of four inputs, interleaved, are
 // units again. Of a sparse linear (4 bits), a line is a pair of 64-bit masks and the codes they keep, sharing bytes as
-// above; an input's masks of a strip come first, then its codes.
+// above; an input's masks of a strip come first, then its codes. Where tokens keep or leave out inputs by fours of
+// neighbours, a column is four inputs: its line is four times as long, units of its outputs' tiles: unit p of codes k of
+// its bytes belongs to tile 4·k + p. Of a sparse one, masks and codes of each p follow each other as lines' do.
 //
 // Codes are unsigned, activations signed 8-bit integers in one or two planes (x = hi, or 256·hi + lo). A pruned
 // weight is the code of its zero point, so that Σ w·x = Σ u·x − z·Σ x holds as integers, dense or sparse.
@@ -33,10 +35,9 @@ constexpr std::size_t kSlack = 64;
 
 // Lines of a strip, at most: the longer the piece that an input's lines are, the nearer memory comes to the speed that
 // it gives to what has no gaps (a machine's gaps of half: 256 bytes 50 %, 1 KiB 70 %, 2 KiB 85 %).
-// Of 2-bit codes half as many: sums of a strip stay in the level-1 and level-2 caches. Of sparse ones fewer, since where a
-// line's codes begin takes counting through the lines before it.
-constexpr std::size_t kStripLines = 96, kSparseStripLines = 64;
-// Bytes of a sparse line's masks.
+// Of 2-bit codes half as many: sums of a strip stay in the level-1 and level-2 caches.
+constexpr std::size_t kStripLines = 96;
+// Bytes of a sparse line's masks, of one input.
 constexpr std::size_t kLineMasks = 16;
 
 // codes2 comes by columns only.
@@ -46,6 +47,7 @@ struct LinearView {
   WeightKind kind;
   bool sparse;
   bool by_columns;               // codes alone, sparse ones of 4 bits
+  bool fours;                    // a column is four inputs
   std::size_t rows, columns;
   std::size_t segment;           // inputs per segment, a multiple of 8, at most kChunkInputs
   std::size_t segments;          // per row
@@ -54,7 +56,7 @@ struct LinearView {
   const std::uint8_t* masks;     // sparse: a bit per weight in the order of the units, tile by tile
   const std::uint64_t* offsets;  // sparse: [tiles · chunks + 1] bytes into values where a tile's chunk begins;
                                  // by columns [strips + 1], where a strip does
-  const std::uint32_t* starts;   // sparse, by columns: [strips][padded + 1] bytes into a strip where an input begins
+  const std::uint32_t* starts;   // sparse, by columns: [strips][columns + 1] bytes into a strip where a column begins
   const std::uint16_t* scales;   // codes: bfloat16 [tiles][scales][16]
   const std::uint8_t* zeros;     // codes: [tiles][scales][16], or null where all are `zero`
   std::uint8_t zero;
@@ -67,7 +69,7 @@ struct LinearView {
   std::size_t line_tiles() const { return kind == WeightKind::codes2 ? 16 : kind == WeightKind::codes4 ? 8 : 4; }
   std::size_t lines() const { return (rows + line_tiles() * kTileRows - 1) / (line_tiles() * kTileRows); }
   std::size_t strips() const {
-    const std::size_t most = sparse ? kSparseStripLines : kind == WeightKind::codes2 ? kStripLines / 2 : kStripLines;
+    const std::size_t most = kind == WeightKind::codes2 ? kStripLines / 2 : kStripLines;
     return (lines() + most - 1) / most;
   }
   std::size_t strip_lines() const { return (lines() + strips() - 1) / strips(); }
@@ -76,6 +78,10 @@ struct LinearView {
     return left < strip_lines() ? left : strip_lines();
   }
   std::size_t padded() const { return segment * segments; }  // inputs
+  std::size_t column_inputs() const { return fours ? 4 : 1; }
+  std::size_t all_columns() const { return padded() / column_inputs(); }
+  std::size_t line_bytes() const { return kUnitBytes * column_inputs(); }  // dense
+  std::size_t line_masks() const { return kLineMasks * column_inputs(); }  // bytes of them
   std::size_t chunk_segments() const { return segment >= kChunkInputs ? 1 : kChunkInputs / segment; }
   std::size_t chunks() const { return (segments + chunk_segments() - 1) / chunk_segments(); }
   std::size_t unit_inputs() const { return is_codes() ? 4 : kind == WeightKind::bf16 ? 2 : 1; }
@@ -104,11 +110,11 @@ struct Inputs {
   const float* steps;            // [tokens]: x̂ = step · integer
   // For weights by columns: the inputs that are not zero, four at a time, of one segment after another; a segment's
   // last quad is filled up with zeros that stand anywhere in the row.
-  const std::uint32_t* quads;         // [tokens][quad_stride · 4]: places in the padded order
+  const std::uint32_t* quads;         // [tokens][quad_stride · 4]: places in the padded order; columns of fours:
+                                      // [tokens][quad_stride] which column, inputs in the row's order
   const std::int8_t* quad_plane[2];   // [tokens][quad_stride · 4]
   const std::uint32_t* quad_starts;   // [tokens][segments + 1]: a segment's first quad
   std::size_t quad_stride;            // quads
-  bool together;                      // active inputs come in fours of neighbours, or more
 };
 
 struct LinearKernels {

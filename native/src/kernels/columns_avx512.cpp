@@ -36,74 +36,117 @@ __m512i divided(__m512i total, int k) {
   return kPerByte == 1 || k == 0 ? total : _mm512_srai_epi32(total, static_cast<unsigned>(8 / kPerByte * k));
 }
 
-// A token's quads of one segment.
+// A token's quads of segments [begin, end).
 struct Quads {
-  std::size_t first, last;
+  const std::uint32_t* starts;  // of segments
+  std::size_t end, per_quad;    // behind the last quad; columns
   const std::uint32_t* places;
   const std::int8_t* in[2];
 
-  Quads(const LinearView& w, const Inputs& x, std::size_t token, std::size_t segment) {
-    const std::uint32_t* starts = x.quad_starts + token * (w.segments + 1) + segment;
-    first = starts[0];
-    last = starts[1];
-    places = x.quads + token * x.quad_stride * 4;
+  Quads(const LinearView& w, const Inputs& x, std::size_t token, std::size_t last) {
+    starts = x.quad_starts + token * (w.segments + 1);
+    end = starts[last];
+    per_quad = 4 / w.column_inputs();
+    places = x.quads + token * x.quad_stride * per_quad;
     for (std::size_t p = 0; p < x.planes; ++p) in[p] = x.quad_plane[p] + token * x.quad_stride * 4;
   }
+
+  const std::uint32_t* at(std::size_t quad) const { return places + per_quad * quad; }
 };
 
-// Brings what the next segment reads into the level-2 cache, an input's lines together, spread evenly over the steps of
-// this one: tokens have more inputs in one segment than in the next. The processor's own prefetchers follow a stream, and
-// inputs that are left out tear it.
+// Brings what the next quads read into the level-2 cache, a column's lines together, a burst at every step of these. The
+// processor's own prefetchers follow a stream, and inputs that are left out tear it.
 template <int kLines>
 class Ahead {
  public:
-  Ahead(const Quads& quads, const std::uint8_t* from, std::size_t bytes, std::size_t steps)
-      : place_(quads.places + 4 * quads.first), end_(quads.places + 4 * quads.last), from_(from), bytes_(bytes) {
-    spread(static_cast<std::size_t>(end_ - place_) * (bytes + kBytes - 1) / kBytes, steps);
-  }
-
-  Ahead(const Quads& quads, const std::uint8_t* from, const std::uint32_t* starts, std::size_t steps)
-      : place_(quads.places + 4 * quads.first), end_(quads.places + 4 * quads.last), from_(from), starts_(starts) {
-    std::size_t bursts = 0;
-    for (const std::uint32_t* p = place_; p != end_; ++p) bursts += (starts[*p + 1] - starts[*p]) / kBytes + 1;
-    spread(bursts, steps);
+  // Of quads [first, last): dense columns of `bytes`, or sparse ones between their starts.
+  Ahead(const Quads& quads, std::size_t first, std::size_t last, const std::uint8_t* from, std::size_t bytes,
+        const std::uint32_t* starts, std::size_t steps)
+      : place_(quads.at(first)), end_(quads.at(last)), from_(from), starts_(starts), bytes_(bytes) {
+    std::size_t bursts = static_cast<std::size_t>(end_ - place_) * ((bytes + kBytes - 1) / kBytes);
+    if (starts != nullptr) {
+      for (const std::uint32_t* p = place_; p != end_; ++p) bursts += (starts[*p + 1] - starts[*p] + kBytes - 1) / kBytes;
+    }
+    more_ = steps == 0 || bursts <= steps ? 0 : (bursts - 1) / steps;
+    open();
   }
 
   void step() {
-    for (std::size_t i = 0; i < each_; ++i) {
-      if (place_ == end_) return;
-      const std::size_t start = starts_ == nullptr ? *place_ * bytes_ : starts_[*place_];
-      const std::size_t room = starts_ == nullptr ? bytes_ : starts_[*place_ + 1] - start;
-#pragma GCC unroll 4
-      for (int line = 0; line < kLines; ++line) {
-        _mm_prefetch(reinterpret_cast<const char*>(from_ + start + done_) + 64 * line, _MM_HINT_T1);
-      }
-      done_ += kBytes;
-      if (done_ < room) continue;
-      done_ = 0;
-      ++place_;
-    }
+    burst();
+    for (std::size_t i = 0; i < more_; ++i) burst();
   }
 
   void finish() {
-    while (place_ != end_) step();
+    while (next_ != nullptr) burst();
   }
 
  private:
   static constexpr std::size_t kBytes = kLines * kUnitBytes;
 
-  void spread(std::size_t bursts, std::size_t steps) { each_ = steps == 0 ? bursts : (bursts + steps - 1) / steps; }
+  void open() {
+    if (place_ == end_) {
+      next_ = nullptr;
+      return;
+    }
+    const std::uint32_t place = *place_++;
+    next_ = from_ + (starts_ != nullptr ? starts_[place] : place * bytes_);
+    column_end_ = starts_ != nullptr ? from_ + starts_[place + 1] : next_ + bytes_;
+  }
+
+  void burst() {
+    if (next_ == nullptr) return;
+#pragma GCC unroll 4
+    for (int line = 0; line < kLines; ++line) _mm_prefetch(reinterpret_cast<const char*>(next_) + 64 * line, _MM_HINT_T1);
+    next_ += kBytes;
+    if (next_ >= column_end_) open();
+  }
 
   const std::uint32_t *place_, *end_;
-  const std::uint8_t* from_;
-  const std::uint32_t* starts_ = nullptr;
-  std::size_t bytes_ = 0, done_ = 0, each_ = 1;
+  const std::uint8_t *from_, *next_ = nullptr, *column_end_ = nullptr;  // next_: null where nothing is left
+  const std::uint32_t* starts_;
+  std::size_t bytes_, more_ = 0;
+};
+
+// What is multiplied at once: quads [first, last) of a segment, what follows being fetched meanwhile.
+struct Stretch {
+  std::size_t segment, first, last;
+  bool fresh, whole;  // the segment's first, its last one
+};
+
+// f(stretch, the last quad to fetch meanwhile) for stretches of at most `most` quads of segments [begin, end).
+template <class F>
+void stretches(const Quads& quads, std::size_t begin, std::size_t end, std::size_t most, F f) {
+  for (std::size_t segment = begin; segment < end; ++segment) {
+    const std::size_t first = quads.starts[segment], last = quads.starts[segment + 1];
+    if (first == last) continue;
+    const std::size_t pieces = (last - first + most - 1) / most, step = (last - first + pieces - 1) / pieces;
+    for (std::size_t quad = first; quad < last; quad += step) {
+      const std::size_t stop = least(quad + step, last);
+      f(Stretch{segment, quad, stop, quad == first, stop == last}, least(stop + step, quads.end));
+    }
+  }
+}
+
+// Into the level-1 cache, what the next line reads: streams that take turns line by line are none to the processor.
+void near(const std::uint8_t* from) { _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T0); }
+
+// Where a segment's scales and zero points stand.
+struct Scaling {
+  std::size_t per_row, column;
+
+  Scaling(const LinearView& w, std::size_t segment)
+      : per_row(w.scales_per_row()), column(segment / w.segments_per_scale) {}
+
+  std::size_t of(std::size_t tile) const { return (tile * per_row + column) * kTileRows; }
 };
 
 // Units of a dense line at a quad.
-template <int kPerByte>
+template <int kCodes>
 struct DenseLine {
-  static constexpr int kFetched = 1;  // lines at once
+  static constexpr int kPerByte = kCodes;
+  static constexpr bool kOnce = false;
+  static constexpr int kFetched = 1;  // pieces of 64 bytes at once
+  static constexpr int kQuads = 8;  // of a stretch: what is fetched meanwhile fits into the level-2 cache
   const std::uint8_t* from;
   std::size_t bytes;  // from one input to the next
 
@@ -113,6 +156,7 @@ struct DenseLine {
   const std::uint8_t* at(std::uint32_t place) const { return from + place * bytes; }
 
   void take(const std::uint32_t* places, __m512i units[4 * kPerByte]) const {
+    for (std::size_t j = 0; j < 4; ++j) near(at(places[j]) + kUnitBytes);
     __m512i wide[4];
     interleave(_mm512_loadu_si512(at(places[0])), _mm512_loadu_si512(at(places[1])), _mm512_loadu_si512(at(places[2])),
                _mm512_loadu_si512(at(places[3])), wide);
@@ -124,23 +168,39 @@ struct DenseLine {
   }
 };
 
-// Quads that a line meets before the next line. Neighbours that are kept together make long pieces of memory, which want
-// to be read in their order: a line of all inputs after another would be strides, whose rhythm a processor takes up,
-// fetching inputs that are left out (int4, units of four: 17 ms a token against 12). Of inputs that stand alone all, so
-// that sums stay in registers.
-inline std::size_t group_of(const Inputs& x) { return x.together ? 2 : kChunkInputs; }
+// The same of columns of fours.
+template <int kCodes>
+struct DenseFours {
+  static constexpr int kPerByte = kCodes;
+  static constexpr bool kOnce = false;
+  static constexpr int kFetched = 4;
+  static constexpr int kQuads = 8;
+  const std::uint8_t* from;
+  std::size_t bytes;  // from one column to the next
 
-// Quads [first, last) of a segment of a line. Sums of integers wait in totals [plane][stride], of this line, until all of
+  DenseFours(const LinearView& w, std::size_t strip, std::size_t line)
+      : from(dense_strip(w, strip) + (line - strip * w.strip_lines()) * 4 * kUnitBytes), bytes(column_bytes(w, strip)) {}
+
+  void take(const std::uint32_t* place, __m512i units[4 * kPerByte]) const {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const __m512i wide = _mm512_loadu_si512(from + *place * bytes + 64 * i);
+      near(from + *place * bytes + 64 * i + 256);
+#pragma GCC unroll 4
+      for (int k = 0; k < kPerByte; ++k) units[4 * k + i] = code<kPerByte>(wide, k);
+    }
+  }
+};
+
+// Quads of a stretch with a line. Sums of integers wait in totals [plane][stride], of this line, until all of
 // the segment's quads are met; then sums [outputs of the line] += the segment.
-template <int kPerByte, int kPlanes, class Line>
-void meet_quads(const LinearView& w, const Inputs& x, std::size_t token, std::size_t line, std::size_t segment,
-                const Quads& quads, std::size_t first, std::size_t last, Ahead<Line::kFetched>& ahead, Line& weights, std::int32_t* totals,
-                std::size_t stride, float* sums) {
-  constexpr int kTiles = 4 * kPerByte;
+template <int kPlanes, class Line>
+void meet_quads(const LinearView& w, const Inputs& x, std::size_t token, std::size_t line, const Scaling& scaling,
+                const Quads& quads, const Stretch& s, Ahead<Line::kFetched>& ahead, Line& weights, std::int32_t* totals, std::size_t stride, float* sums) {
+  constexpr int kPerByte = Line::kPerByte, kTiles = 4 * kPerByte;
   // Sums of both planes do not fit into the registers beside those of 2-bit codes.
   constexpr int kAtOnce = kTiles * kPlanes <= 16 ? kPlanes : 1;
-  static_assert(kAtOnce == kPlanes || Line::kFetched == 1, "a sparse line is taken once");
-  const bool fresh = first == quads.first, whole_segment = last == quads.last;
+  static_assert(kAtOnce == kPlanes || !Line::kOnce, "a sparse line is taken once");
   __m512 whole[kTiles];
 #pragma GCC unroll 2
   for (int plane = 0; plane < kPlanes; plane += kAtOnce) {
@@ -149,11 +209,11 @@ void meet_quads(const LinearView& w, const Inputs& x, std::size_t token, std::si
     for (int p = 0; p < kAtOnce; ++p) {
       const std::int32_t* const from = totals + static_cast<std::size_t>(plane + p) * stride;
 #pragma GCC unroll 16
-      for (int i = 0; i < kTiles; ++i) total[p][i] = fresh ? _mm512_setzero_si512() : _mm512_load_si512(from + 16 * i);
+      for (int i = 0; i < kTiles; ++i) total[p][i] = s.fresh ? _mm512_setzero_si512() : _mm512_load_si512(from + 16 * i);
     }
-    for (std::size_t quad = first; quad < last; ++quad) {
+    for (std::size_t quad = s.first; quad < s.last; ++quad) {
       __m512i units[kTiles];
-      weights.take(quads.places + 4 * quad, units);
+      weights.take(quads.at(quad), units);
       if (plane == 0) ahead.step();
 #pragma GCC unroll 2
       for (int p = 0; p < kAtOnce; ++p) {
@@ -164,143 +224,191 @@ void meet_quads(const LinearView& w, const Inputs& x, std::size_t token, std::si
     }
 #pragma GCC unroll 2
     for (int p = 0; p < kAtOnce; ++p) {
-      if (!whole_segment) {
+      if (!s.whole) {
         std::int32_t* const to = totals + static_cast<std::size_t>(plane + p) * stride;
 #pragma GCC unroll 16
         for (int i = 0; i < kTiles; ++i) _mm512_store_si512(to + 16 * i, total[p][i]);
         continue;
       }
-      const std::int32_t sum = x.sums[plane + p][token * x.sum_stride + segment];
+      const std::int32_t sum = x.sums[plane + p][token * x.sum_stride + s.segment];
+      const __m512i same = _mm512_set1_epi32(-static_cast<std::int32_t>(w.zero) * sum);
 #pragma GCC unroll 16
       for (int i = 0; i < kTiles; ++i) {
-        const std::size_t tile = line * kTiles + static_cast<std::size_t>(i);
-        const std::size_t scale = (tile * w.scales_per_row() + segment / w.segments_per_scale) * kTileRows;
-        const __m512i right = _mm512_add_epi32(divided<kPerByte>(total[p][i], i / 4), correction(w, zeros_at(w, scale), sum));
-        const __m512 part = _mm512_cvtepi32_ps(right);
+        const std::size_t at = scaling.of(line * kTiles + static_cast<std::size_t>(i));
+        const __m512i off = w.zeros == nullptr ? same : correction(w, zeros_at(w, at), sum);
+        const __m512 part = _mm512_cvtepi32_ps(_mm512_add_epi32(divided<kPerByte>(total[p][i], i / 4), off));
         whole[i] = plane + p == 0 ? part : _mm512_fmadd_ps(whole[i], _mm512_set1_ps(256), part);
       }
     }
   }
-  if (!whole_segment) return;
+  if (!s.whole) return;
 #pragma GCC unroll 16
   for (int i = 0; i < kTiles; ++i) {
-    const std::size_t tile = line * kTiles + static_cast<std::size_t>(i);
-    const std::size_t scale = (tile * w.scales_per_row() + segment / w.segments_per_scale) * kTileRows;
+    const __m512 scales = scales_at(w.scales + scaling.of(line * kTiles + static_cast<std::size_t>(i)));
     float* const to = sums + i * static_cast<int>(kTileRows);
-    _mm512_store_ps(to, _mm512_fmadd_ps(whole[i], scales_at(w.scales + scale), _mm512_load_ps(to)));
+    _mm512_store_ps(to, _mm512_fmadd_ps(whole[i], scales, _mm512_load_ps(to)));
   }
 }
 
 // Segments [begin, end) of a strip for one token. `totals`: a strip's sums of integers, of all planes.
-template <int kPerByte, int kPlanes>
+template <class Line, int kPlanes>
 void multiply_dense(const LinearView& w, const Inputs& x, std::size_t token, std::size_t strip, std::size_t begin,
                     std::size_t end, float* sums, std::int32_t* totals) {
   const std::size_t outputs = w.line_tiles() * kTileRows, first = strip * w.strip_lines(), lines = w.lines_of(strip);
   const std::uint8_t* const from = dense_strip(w, strip);
   const std::size_t bytes = column_bytes(w, strip), stride = lines * outputs;
-  for (std::size_t segment = begin; segment < end; ++segment) {
-    const Quads quads(w, x, token, segment), later(w, x, token, least(segment + 1, end - 1));
-    if (segment == begin) Ahead<1>(quads, from, bytes, 0).finish();
-    Ahead<1> ahead(later, from, bytes, (quads.last - quads.first) * lines);
-    for (std::size_t quad = quads.first, step = group_of(x); quad < quads.last; quad += step) {
-      for (std::size_t i = 0; i < lines; ++i) {
-        DenseLine<kPerByte> weights(w, strip, first + i);
-        meet_quads<kPerByte, kPlanes>(w, x, token, first + i, segment, quads, quad, least(quad + step, quads.last), ahead,
-                               weights, totals + i * outputs, stride, sums + i * outputs);
-      }
+  const Quads quads(w, x, token, end);
+  const std::size_t start = quads.starts[begin];
+  Ahead<Line::kFetched>(quads, start, least(start + Line::kQuads, quads.end), from, bytes, nullptr, 0).finish();
+  stretches(quads, begin, end, Line::kQuads, [&](const Stretch& s, std::size_t later) {
+    const Scaling scaling(w, s.segment);
+    Ahead<Line::kFetched> ahead(quads, s.last, later, from, bytes, nullptr, (s.last - s.first) * lines);
+    for (std::size_t i = 0; i < lines; ++i) {
+      Line weights(w, strip, first + i);
+      meet_quads<kPlanes>(w, x, token, first + i, scaling, quads, s, ahead, weights, totals + i * outputs, stride, sums + i * outputs);
     }
     ahead.finish();
-  }
+  });
 }
 
-// Units of a sparse line at a quad: what the masks keep of two times 64 outputs, the second times 16, pruned codes
-// filled in. `next` holds where each input's codes go on.
-struct SparseLine {
-  static constexpr int kFetched = 4;  // pieces are short, and what they end in is not a whole line
-  const std::uint8_t* strip;
-  const std::uint32_t* starts;
-  std::size_t masks;        // bytes behind an input's start
-  std::uint32_t* next;
-  std::size_t first_quad;   // of `next`
-  __m512i zeros, high;
+// Columns of a sparse strip as a stretch meets them, line after line: where each column's codes go on moves along.
+struct SparseStrip {
+  const std::uint8_t* from;
+  const std::uint32_t* starts;  // of the columns
+  std::uint32_t* next;          // where codes go on, of the columns from `all` on
   const std::uint32_t* all;
 
-  // Of a segment, line after line, once per line: where codes go on moves along.
+  const std::uint8_t* masks(const std::uint32_t* place) const { return from + starts[*place]; }
+  std::uint32_t& at(const std::uint32_t* place) const { return next[place - all]; }
+};
+
+// What the masks at `bits` keep of two times 64 codes, the second times 16, pruned ones filled in; returns the bytes.
+std::uint32_t take_pair(const std::uint8_t* bits, const std::uint8_t* codes, __m512i zeros, __m512i high, __m512i& first,
+                        __m512i& second) {
+  const __m512i packed = _mm512_loadu_si512(codes);
+  const __mmask64 even = mask64(bits), odd = mask64(bits + 8);
+  first = _mm512_mask_expand_epi8(zeros, even, low_nibbles(packed));
+  second = _mm512_mask_expand_epi8(high, odd, high_nibbles(packed));
+  const auto n = _mm_popcnt_u64(even), m = _mm_popcnt_u64(odd);
+  return static_cast<std::uint32_t>(n > m ? n : m);
+}
+
+// Zero points of four tiles, as a line's bytes.
+__m512i zero_bytes(const LinearView& w, std::size_t tile, const Scaling& scaling) {
+  if (w.zeros == nullptr) return _mm512_set1_epi8(static_cast<char>(w.zero));
+  alignas(64) std::uint8_t bytes[64];
+  for (std::size_t t = 0; t < 4; ++t) {
+    std::memcpy(bytes + 16 * t, w.zeros + scaling.of(tile + t), 16);
+  }
+  const __m512i turned = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_permutexvar_epi32(turned, _mm512_load_si512(bytes));
+}
+
+// Units of a sparse line at a quad, to be taken once per line.
+struct SparseLine {
+  static constexpr int kPerByte = 2;
+  static constexpr bool kOnce = true;
+  static constexpr int kFetched = 4;  // columns are short, and what they end in is not a whole piece
+  static constexpr int kQuads = 4;
+  SparseStrip strip;
+  std::size_t masks;  // bytes behind a column's start
+  __m512i zeros, high;
+
+  SparseLine(const LinearView& w, const SparseStrip& s, std::size_t line, std::size_t within, const Scaling& scaling)
+      : strip(s), masks(within * kLineMasks), zeros(zero_bytes(w, line * 8, scaling)),
+        high(_mm512_slli_epi16(zero_bytes(w, line * 8 + 4, scaling), 4)) {}
+
   void take(const std::uint32_t* places, __m512i units[8]) const {
-    std::uint32_t* const at = next + (places - all) - 4 * first_quad;
     __m512i low_bytes[4], high_bytes[4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      const std::uint8_t* const bits = strip + starts[places[j]] + masks;
-      const __m512i packed = _mm512_loadu_si512(strip + at[j]);
-      const __mmask64 even = mask64(bits), odd = mask64(bits + 8);
-      low_bytes[j] = _mm512_mask_expand_epi8(zeros, even, low_nibbles(packed));
-      high_bytes[j] = _mm512_mask_expand_epi8(high, odd, high_nibbles(packed));
-      const auto n = _mm_popcnt_u64(even), m = _mm_popcnt_u64(odd);
-      at[j] += static_cast<std::uint32_t>(n > m ? n : m);
+      std::uint32_t& at = strip.at(places + j);
+      at += take_pair(strip.masks(places + j) + masks, strip.from + at, zeros, high, low_bytes[j], high_bytes[j]);
     }
     interleave(low_bytes[0], low_bytes[1], low_bytes[2], low_bytes[3], units);
     interleave(high_bytes[0], high_bytes[1], high_bytes[2], high_bytes[3], units + 4);
   }
 };
 
-// Zero points of four tiles, as a line's bytes.
-__m512i zero_bytes(const LinearView& w, std::size_t tile, std::size_t segment) {
-  if (w.zeros == nullptr) return _mm512_set1_epi8(static_cast<char>(w.zero));
-  alignas(64) std::uint8_t bytes[64];
-  for (std::size_t t = 0; t < 4; ++t) {
-    const std::size_t scale = ((tile + t) * w.scales_per_row() + segment / w.segments_per_scale) * kTileRows;
-    std::memcpy(bytes + 16 * t, w.zeros + scale, 16);
-  }
-  const __m512i turned = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  return _mm512_permutexvar_epi32(turned, _mm512_load_si512(bytes));
-}
+// The same of columns of fours; kOwn: tiles have zero points of their own.
+template <bool kOwn>
+struct SparseFours {
+  static constexpr int kPerByte = 2;
+  static constexpr bool kOnce = true;
+  static constexpr int kFetched = 4;
+  static constexpr int kQuads = 8;
+  SparseStrip strip;
+  std::size_t masks;
+  __m512i zeros[kOwn ? 4 : 1], high[kOwn ? 4 : 1];  // of the line's tiles
 
-template <int kPlanes>
+  SparseFours(const LinearView& w, const SparseStrip& s, std::size_t line, std::size_t within, const Scaling& scaling)
+      : strip(s), masks(within * 4 * kLineMasks) {
+    for (std::size_t t = 0; t < (kOwn ? 4 : 1); ++t) {
+      zeros[t] = zeros_at(w, scaling.of(line * 8 + t)).bytes;
+      high[t] = zeros_at(w, scaling.of(line * 8 + 4 + t)).high;
+    }
+  }
+
+  void take(const std::uint32_t* place, __m512i units[8]) const {
+    const std::uint8_t* const bits = strip.masks(place) + masks;
+    std::uint32_t at = strip.at(place);
+    near(bits + 64);
+    near(strip.from + at + 128);
+    near(strip.from + at + 192);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      at += take_pair(bits + kLineMasks * static_cast<std::size_t>(i), strip.from + at, zeros[kOwn ? i : 0], high[kOwn ? i : 0],
+                      units[i], units[4 + i]);
+    }
+    strip.at(place) = at;
+  }
+};
+
+template <class Line, int kPlanes>
 void multiply_sparse(const LinearView& w, const Inputs& x, std::size_t token, std::size_t strip, std::size_t begin,
                      std::size_t end, float* sums, std::int32_t* totals) {
   const std::size_t outputs = w.line_tiles() * kTileRows, first = strip * w.strip_lines(), lines = w.lines_of(strip);
-  const std::uint32_t masks = static_cast<std::uint32_t>(lines * kLineMasks);
+  const std::uint32_t masks = static_cast<std::uint32_t>(lines * w.line_masks());
   const std::uint8_t* const from = sparse_strip(w, strip);
   const std::uint32_t* const starts = sparse_starts(w, strip);
   const std::size_t stride = lines * outputs;
-  std::uint32_t next[kChunkInputs + 4];
-  for (std::size_t segment = begin; segment < end; ++segment) {
-    const Quads quads(w, x, token, segment), later(w, x, token, least(segment + 1, end - 1));
-    if (segment == begin) Ahead<4>(quads, from, starts, 0).finish();
-    Ahead<4> ahead(later, from, starts, (quads.last - quads.first) * lines);
-    for (std::size_t i = 4 * quads.first; i < 4 * quads.last; ++i) next[i - 4 * quads.first] = starts[quads.places[i]] + masks;
-    for (std::size_t quad = quads.first, step = group_of(x); quad < quads.last; quad += step) {
-      for (std::size_t i = 0; i < lines; ++i) {
-        const std::size_t tile = (first + i) * w.line_tiles();
-        SparseLine weights{from, starts, i * kLineMasks, next, quads.first, zero_bytes(w, tile, segment),
-                           _mm512_slli_epi16(zero_bytes(w, tile + 4, segment), 4), quads.places};
-        meet_quads<2, kPlanes>(w, x, token, first + i, segment, quads, quad, least(quad + step, quads.last), ahead,
-                               weights, totals + i * outputs, stride, sums + i * outputs);
-      }
+  std::uint32_t next[4 * Line::kQuads];
+  const Quads quads(w, x, token, end);
+  const std::size_t start = quads.starts[begin];
+  Ahead<Line::kFetched>(quads, start, least(start + Line::kQuads, quads.end), from, 0, starts, 0).finish();
+  stretches(quads, begin, end, Line::kQuads, [&](const Stretch& s, std::size_t later) {
+    const Scaling scaling(w, s.segment);
+    Ahead<Line::kFetched> ahead(quads, s.last, later, from, 0, starts, (s.last - s.first) * lines);
+    const SparseStrip columns{from, starts, next, quads.at(s.first)};
+    for (const std::uint32_t* p = columns.all; p != quads.at(s.last); ++p) columns.at(p) = starts[*p] + masks;
+    for (std::size_t i = 0; i < lines; ++i) {
+      Line weights(w, columns, first + i, i, scaling);
+      meet_quads<kPlanes>(w, x, token, first + i, scaling, quads, s, ahead, weights, totals + i * outputs, stride, sums + i * outputs);
     }
     ahead.finish();
-  }
+  });
 }
 
 template <int kPlanes>
 void multiply(const LinearView& w, const Inputs& x, std::size_t token, std::size_t strip, std::size_t begin,
               std::size_t end, float* sums, std::int32_t* totals) {
-  if (w.sparse) return multiply_sparse<kPlanes>(w, x, token, strip, begin, end, sums, totals);
+  const auto run = [&](auto multiplied) { multiplied(w, x, token, strip, begin, end, sums, totals); };
+  if (w.sparse && !w.fours) return run(multiply_sparse<SparseLine, kPlanes>);
+  if (w.sparse) return run(w.zeros ? multiply_sparse<SparseFours<true>, kPlanes> : multiply_sparse<SparseFours<false>, kPlanes>);
   switch (w.kind) {
-    case WeightKind::codes2: return multiply_dense<4, kPlanes>(w, x, token, strip, begin, end, sums, totals);
-    case WeightKind::codes4: return multiply_dense<2, kPlanes>(w, x, token, strip, begin, end, sums, totals);
-    default: return multiply_dense<1, kPlanes>(w, x, token, strip, begin, end, sums, totals);
+    case WeightKind::codes2: return run(w.fours ? multiply_dense<DenseFours<4>, kPlanes> : multiply_dense<DenseLine<4>, kPlanes>);
+    case WeightKind::codes4: return run(w.fours ? multiply_dense<DenseFours<2>, kPlanes> : multiply_dense<DenseLine<2>, kPlanes>);
+    default: return run(w.fours ? multiply_dense<DenseFours<1>, kPlanes> : multiply_dense<DenseLine<1>, kPlanes>);
   }
 }
 
 // Inputs [first, first + count) of a line as units, to[tile][unit]; count is a multiple of 4.
-template <int kPerByte>
-void expand_dense(const LinearView& w, std::size_t line, std::size_t first, std::size_t count, std::uint8_t* to) {
-  const DenseLine<kPerByte> weights(w, line / w.strip_lines(), line);
+template <class Line>
+void expand_quads(const LinearView& w, Line& weights, std::size_t first, std::size_t count, std::uint8_t* to) {
+  constexpr int kPerByte = Line::kPerByte;
   for (std::size_t i = 0; i < count; i += 4) {
     std::uint32_t places[4];
-    for (std::size_t j = 0; j < 4; ++j) places[j] = static_cast<std::uint32_t>(first + i + j);
+    for (std::size_t j = 0; j < 4; ++j) places[j] = static_cast<std::uint32_t>((first + i) / w.column_inputs() + j);
     __m512i units[4 * kPerByte];
     weights.take(places, units);
     for (std::size_t t = 0; t < 4 * kPerByte; ++t) {
@@ -310,7 +418,19 @@ void expand_dense(const LinearView& w, std::size_t line, std::size_t first, std:
   }
 }
 
-// `next`: where the codes of these inputs go on, of a strip's lines taken in order; null: they are counted.
+template <template <int> class Line>
+void expand_dense(const LinearView& w, std::size_t line, std::size_t first, std::size_t count, std::uint8_t* to) {
+  const auto run = [&](auto weights) { expand_quads(w, weights, first, count, to); };
+  const std::size_t strip = line / w.strip_lines();
+  switch (w.kind) {
+    case WeightKind::codes2: return run(Line<4>(w, strip, line));
+    case WeightKind::codes4: return run(Line<2>(w, strip, line));
+    default: return run(Line<1>(w, strip, line));
+  }
+}
+
+// `next`: where the codes of these inputs' columns go on, of a strip's lines taken in order; null: they are counted.
+template <class Line>
 void expand_sparse(const LinearView& w, std::size_t line, std::size_t first, std::size_t count, std::uint8_t* to,
                    std::uint32_t* next) {
   const std::size_t strip = line / w.strip_lines(), begin = strip * w.strip_lines();
@@ -318,19 +438,19 @@ void expand_sparse(const LinearView& w, std::size_t line, std::size_t first, std
   const std::uint32_t* const starts = sparse_starts(w, strip);
   for (std::size_t i = 0; i < count; i += 4) {
     std::uint32_t places[4], counted[4];
-    for (std::size_t j = 0; j < 4; ++j) {
-      places[j] = static_cast<std::uint32_t>(first + i + j);
+    const std::size_t columns = 4 / w.column_inputs();
+    for (std::size_t j = 0; j < columns; ++j) {
+      places[j] = static_cast<std::uint32_t>((first + i) / w.column_inputs() + j);
       if (next != nullptr) continue;
-      counted[j] = starts[places[j]] + static_cast<std::uint32_t>(w.lines_of(strip) * kLineMasks);
-      for (std::size_t before = begin; before < line; ++before) {
-        const std::uint8_t* bits = from + starts[places[j]] + (before - begin) * kLineMasks;
+      const std::uint8_t* bits = from + starts[places[j]];
+      counted[j] = starts[places[j]] + static_cast<std::uint32_t>(w.lines_of(strip) * w.line_masks());
+      for (std::size_t before = 0; before < (line - begin) * w.column_inputs(); ++before, bits += kLineMasks) {
         const auto n = _mm_popcnt_u64(mask64(bits)), m = _mm_popcnt_u64(mask64(bits + 8));
         counted[j] += static_cast<std::uint32_t>(n > m ? n : m);
       }
     }
-    const std::size_t segment = (first + i) / w.segment, tile = line * w.line_tiles();
-    SparseLine weights{from, starts, (line - begin) * kLineMasks, next != nullptr ? next + i : counted, 0,
-                       zero_bytes(w, tile, segment), _mm512_slli_epi16(zero_bytes(w, tile + 4, segment), 4), places};
+    const SparseStrip all{from, starts, next != nullptr ? next + i / w.column_inputs() : counted, places};
+    Line weights(w, all, line, line - begin, Scaling(w, (first + i) / w.segment));
     __m512i units[8];
     weights.take(places, units);
     for (std::size_t t = 0; t < 8; ++t) {
@@ -342,15 +462,12 @@ void expand_sparse(const LinearView& w, std::size_t line, std::size_t first, std
 
 void expand(const LinearView& w, std::size_t line, std::size_t first, std::size_t count, std::uint8_t* to,
             std::uint32_t* next) {
-  if (w.sparse) return expand_sparse(w, line, first, count, to, next);
-  switch (w.kind) {
-    case WeightKind::codes2: return expand_dense<4>(w, line, first, count, to);
-    case WeightKind::codes4: return expand_dense<2>(w, line, first, count, to);
-    default: return expand_dense<1>(w, line, first, count, to);
-  }
+  if (!w.sparse) return w.fours ? expand_dense<DenseFours>(w, line, first, count, to) : expand_dense<DenseLine>(w, line, first, count, to);
+  if (w.fours) return expand_sparse<SparseFours<true>>(w, line, first, count, to, next);
+  expand_sparse<SparseLine>(w, line, first, count, to, next);
 }
 
-// Chunks [begin, end) of a line for all tokens, inactive inputs as the zeros that they are. `next`: of all inputs of these
+// Chunks [begin, end) of a line for all tokens, inactive inputs as the zeros that they are. `next`: of all columns of these
 // chunks, as expand_sparse takes it.
 void multiply_all(const LinearView& w, const Inputs& x, std::size_t line, std::size_t begin, std::size_t end, float* to,
                   std::size_t stride, std::uint8_t* codes, float* sums, std::uint32_t* next) {
@@ -359,7 +476,7 @@ void multiply_all(const LinearView& w, const Inputs& x, std::size_t line, std::s
   std::memset(sums, 0, w.line_tiles() / 2 * pair * sizeof(float));
   for (std::size_t chunk = begin; chunk < end; ++chunk) {
     const std::size_t first = chunk * w.chunk_segments();
-    std::uint32_t* const of_chunk = next == nullptr ? nullptr : next + (first - begin * w.chunk_segments()) * w.segment;
+    std::uint32_t* const of_chunk = next == nullptr ? nullptr : next + (first - begin * w.chunk_segments()) * w.segment / w.column_inputs();
     expand(w, line, first * w.segment, w.segments_of(chunk) * w.segment, codes, of_chunk);
     for (std::size_t i = 0; i < w.line_tiles(); i += 2) {
       for (std::size_t s = 0; s < w.segments_of(chunk); ++s) {
@@ -389,13 +506,14 @@ void avx512_run_columns(const LinearView& w, const Inputs& x, std::size_t strip,
   if (x.tokens > kFew) {
     float* const own = reinterpret_cast<float*>(scratch + kChunkInputs * outputs);
     // What is left of the scratch holds where codes go on, if it is enough.
-    const std::size_t used = outputs * (kChunkInputs + x.tokens * sizeof(float)), start = w.first_segment(first) * w.segment;
-    const std::size_t inputs = w.first_segment(last) * w.segment - start;
+    const std::size_t used = outputs * (kChunkInputs + x.tokens * sizeof(float));
+    const std::size_t start = w.first_segment(first) * w.segment / w.column_inputs();
+    const std::size_t columns = w.first_segment(last) * w.segment / w.column_inputs() - start;
     std::uint32_t* next = nullptr;
-    if (w.sparse && used + inputs * sizeof(std::uint32_t) <= column_scratch_bytes(x.tokens)) {
+    if (w.sparse && used + columns * sizeof(std::uint32_t) <= column_scratch_bytes(x.tokens)) {
       next = reinterpret_cast<std::uint32_t*>(scratch + used);
-      const std::uint32_t masks = static_cast<std::uint32_t>(w.lines_of(strip) * kLineMasks);
-      for (std::size_t i = 0; i < inputs; ++i) next[i] = sparse_starts(w, strip)[start + i] + masks;
+      const std::uint32_t masks = static_cast<std::uint32_t>(w.lines_of(strip) * w.line_masks());
+      for (std::size_t i = 0; i < columns; ++i) next[i] = sparse_starts(w, strip)[start + i] + masks;
     }
     for (std::size_t i = 0; i < w.lines_of(strip); ++i) {
       multiply_all(w, x, strip * w.strip_lines() + i, first, last, sums + i * outputs, stride, scratch, own, next);

@@ -18,23 +18,27 @@ void expand_line(const LinearView& w, std::size_t line, std::size_t first, std::
   const std::size_t strip = line / w.strip_lines(), within = line % w.strip_lines();
   const std::size_t outputs = w.line_tiles() * kTileRows;
   for (std::size_t c = first; c < first + count; ++c, to += outputs) {
+    // A column of fours: four times as many lines, and bytes of three other inputs among them.
+    const std::size_t pieces = w.column_inputs(), column = c / pieces;
     if (!w.sparse) {
-      const std::uint8_t* from = dense_strip(w, strip) + c * column_bytes(w, strip) + within * kUnitBytes;
+      const std::uint8_t* from = dense_strip(w, strip) + column * column_bytes(w, strip) + within * w.line_bytes();
       const unsigned bits = static_cast<unsigned>(8 * kUnitBytes / outputs);
       for (std::size_t o = 0; o < outputs; ++o) {
-        to[o] = static_cast<std::uint8_t>((from[byte_of(o % 64)] >> (o / 64 * bits)) & ((1u << bits) - 1));
+        const std::size_t byte = w.fours ? o % 64 / 16 * kUnitBytes + o % 16 * 4 + c % 4 : byte_of(o % 64);
+        to[o] = static_cast<std::uint8_t>((from[byte] >> (o / 64 * bits)) & ((1u << bits) - 1));
       }
       continue;
     }
-    const std::uint8_t* masks = sparse_strip(w, strip) + sparse_starts(w, strip)[c];
-    const std::uint8_t* codes = masks + w.lines_of(strip) * kLineMasks;
-    for (std::size_t l = 0;; ++l, masks += kLineMasks) {
+    const std::uint8_t* masks = sparse_strip(w, strip) + sparse_starts(w, strip)[column];
+    const std::uint8_t* codes = masks + w.lines_of(strip) * w.line_masks();
+    for (std::size_t l = 0; l < (within + 1) * pieces; ++l, masks += kLineMasks) {
       std::size_t kept[2] = {0, 0};
       for (std::size_t half = 0; half < 2; ++half) {
         for (std::size_t byte = 0; byte < 64; ++byte) {
           const bool stored = (masks[half * 8 + byte / 8] >> (byte % 8)) & 1;
-          if (l == within) {
-            const std::size_t o = half * 64 + byte % 16 / 4 * 16 + byte / 16 * 4 + byte % 4;
+          if (l / pieces == within && (!w.fours || byte % 4 == c % 4)) {
+            const std::size_t o =
+                half * 64 + (w.fours ? l % 4 * 16 + byte / 4 : byte % 16 / 4 * 16 + byte / 16 * 4 + byte % 4);
             const std::size_t tile = line * w.line_tiles() + o / kTileRows;
             const std::size_t scale = c / (w.segment * w.segments_per_scale);
             const std::size_t at = (tile * w.scales_per_row() + scale) * kTileRows + o % kTileRows;
@@ -44,7 +48,6 @@ void expand_line(const LinearView& w, std::size_t line, std::size_t first, std::
           kept[half] += stored;
         }
       }
-      if (l == within) break;
       codes += kept[0] > kept[1] ? kept[0] : kept[1];
     }
   }

@@ -113,6 +113,42 @@ static std::size_t nonzero(const std::int8_t* high, const std::int8_t* low, std:
   return found;
 }
 
+static std::size_t nonzero_fours(const std::int8_t* high, const std::int8_t* low, std::size_t n, std::uint32_t first,
+                                 std::uint32_t* places, std::int8_t* kept_high, std::int8_t* kept_low) {
+  std::size_t found = 0, i = 0;
+#if defined(__AVX512VBMI2__)
+  __m512i numbers = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first)),
+                                     _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  for (; i < n; i += 16) {
+    const __mmask16 real = static_cast<__mmask16>(n - i < 16 ? (1u << (n - i)) - 1 : 0xffff);
+    const __m512i codes = _mm512_maskz_loadu_epi32(real, high + 4 * i);
+    const __m512i lower = low == nullptr ? codes : _mm512_maskz_loadu_epi32(real, low + 4 * i);
+    const __m512i any = _mm512_or_si512(codes, lower);
+    const __mmask16 here = _mm512_test_epi32_mask(any, any);
+    const std::size_t count = static_cast<std::size_t>(__builtin_popcount(here));
+    const __mmask16 kept = static_cast<__mmask16>((1u << count) - 1);
+    _mm512_mask_storeu_epi32(places + found, kept, _mm512_maskz_compress_epi32(here, numbers));
+    _mm512_mask_storeu_epi32(kept_high + 4 * found, kept, _mm512_maskz_compress_epi32(here, codes));
+    if (low != nullptr) {
+      _mm512_mask_storeu_epi32(kept_low + 4 * found, kept, _mm512_maskz_compress_epi32(here, lower));
+    }
+    found += count;
+    numbers = _mm512_add_epi32(numbers, _mm512_set1_epi32(16));
+  }
+#endif
+  for (; i < n; ++i) {
+    std::uint32_t four, below = 0;
+    __builtin_memcpy(&four, high + 4 * i, 4);
+    if (low != nullptr) __builtin_memcpy(&below, low + 4 * i, 4);
+    if ((four | below) == 0) continue;
+    places[found] = first + static_cast<std::uint32_t>(i);
+    __builtin_memcpy(kept_high + 4 * found, &four, 4);
+    if (low != nullptr) __builtin_memcpy(kept_low + 4 * found, &below, 4);
+    ++found;
+  }
+  return found;
+}
+
 static void absolute(const float* x, std::size_t n, float* y) {
   for (std::size_t i = 0; i < n; ++i) y[i] = __builtin_fabsf(x[i]);  // of -0.0 too
 }

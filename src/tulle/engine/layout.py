@@ -6,7 +6,8 @@ sparse linear has a bit per weight in that order, and offsets to the kept values
 fit into 512 inputs). linear.hpp says how 4-bit codes share bytes.
 
 Or by *columns*, where tokens leave most inputs out: what one input meets of 64 bytes of outputs is a *line*, all lines
-of up to 96 (2 bits: 48, sparse: 64) are a *strip*, in which inputs follow each other.
+of up to 96 (2 bits: 48) are a *strip*, in which inputs follow each other. Where inputs are kept or left out by fours, a
+column is four inputs.
 """
 
 from __future__ import annotations
@@ -25,9 +26,7 @@ SLACK = 64
 """Bytes behind the values that kernels may read."""
 BLOCK = 64
 """Tiles that are converted at once: bounds the memory."""
-COLUMN_SEGMENT = 64
-"""Inputs of a segment by columns, at most: what is fetched ahead while another is computed."""
-STRIP_LINES, SPARSE_STRIP_LINES = 96, 64
+STRIP_LINES = 96
 """Of 2-bit codes half as many."""
 LINE_OUTPUTS = {"codes2": 256, "codes4": 128, "codes8": 64}
 
@@ -65,11 +64,11 @@ class Geometry:
         return np.arange(0, self.padded, step)
 
 
-def geometry(shape: tuple[int, int], scales: int, most: int = CHUNK, line: int = TILE) -> Geometry:
-    """Cuts a row into segments of at most ``most`` inputs so that padding is least, then segments longest."""
+def geometry(shape: tuple[int, int], scales: int, line: int = TILE) -> Geometry:
+    """Cuts a row into segments of at most 512 inputs so that padding is least, then segments longest."""
     rows, columns = shape
     width = columns // scales
-    candidates = range(8, min(most, -(-width // 8) * 8) + 1, 8)
+    candidates = range(8, min(CHUNK, -(-width // 8) * 8) + 1, 8)
     segment = min(candidates, key=lambda s: (-(-width // s) * s, -s))
     return Geometry(rows, columns, segment, -(-width // segment), scales, line)
 
@@ -143,9 +142,11 @@ def arrange(kind: str, values: NDArray[Any], mask: NDArray[np.bool_] | None, cut
     }
 
 
-def _strips(values: NDArray[Any], cut: Geometry, most: int) -> Iterator[NDArray[Any]]:
+def _strips(values: NDArray[Any], cut: Geometry, most: int, inputs: int) -> Iterator[NDArray[Any]]:
     """Of ``[C_out, C_in]`` strip after strip of at most ``most`` lines: ``[padded, lines, line outputs / 64, 64]``, the
-    64 outputs in the order of a line's bytes."""
+    64 outputs in the order of a line's bytes. Of four ``inputs`` a column ``[padded / 4, 4·lines, line outputs / 64, 64]``,
+    of a line one after another 16 of every 64 outputs × 4 inputs.
+    """
     lines = cut.tiles * TILE // cut.line
     step = -(-lines // -(-lines // most)) * cut.line
     room = cut.segment * cut.segments_per_scale
@@ -154,35 +155,39 @@ def _strips(values: NDArray[Any], cut: Geometry, most: int) -> Iterator[NDArray[
         count = min(step, cut.tiles * TILE - first)
         padded = np.zeros((count, cut.scales, room), values.dtype)
         padded[: len(rows), :, : cut.columns // cut.scales] = rows.reshape(len(rows), cut.scales, -1)
+        if inputs == 4:
+            units = padded.reshape(-1, cut.line // 64, 4, TILE, cut.padded // 4, 4)
+            yield units.transpose(4, 0, 2, 1, 3, 5).reshape(cut.padded // 4, -1, cut.line // 64, 64)
+            continue
         # Output 16·t + 4·q + i of 64 is byte 16·q + 4·t + i.
         split = padded.reshape(-1, cut.line // 64, 4, 4, 4, cut.padded)
         yield split.transpose(5, 0, 1, 3, 2, 4).reshape(cut.padded, -1, cut.line // 64, 64)
 
 
 def arrange_columns(
-    kind: str, values: NDArray[np.uint8], mask: NDArray[np.bool_] | None, cut: Geometry
+    kind: str, values: NDArray[np.uint8], mask: NDArray[np.bool_] | None, cut: Geometry, inputs: int = 1
 ) -> dict[str, NDArray[Any]]:
-    """``values`` and, where there is a mask, ``offsets`` and ``starts`` of a linear by columns.
+    """``values`` and, where there is a mask, ``offsets`` and ``starts`` of a linear by columns of 1 or 4 ``inputs``.
 
     values ``[C_out, C_in]``: codes; sparse ones of 4 bits.
     """
+    most = STRIP_LINES // 2 if kind == "codes2" else STRIP_LINES
     bits = 8 * 64 // cut.line
     shifts = (np.arange(cut.line // 64) * bits).astype(np.uint8)[:, None]
     slack = np.zeros(SLACK, np.uint8)
-    most = STRIP_LINES // 2 if kind == "codes2" else STRIP_LINES
     if mask is None:
-        parts = [np.bitwise_or.reduce(codes << shifts, axis=2).reshape(-1) for codes in _strips(values, cut, most)]
+        strips = _strips(values, cut, most, inputs)
+        parts = [np.bitwise_or.reduce(codes << shifts, axis=2).reshape(-1) for codes in strips]
         return {"values": np.concatenate([*parts, slack])}
     parts, starts, ends = [], [], [0]
-    both = zip(_strips(values, cut, SPARSE_STRIP_LINES), _strips(mask, cut, SPARSE_STRIP_LINES), strict=True)
-    for codes, kept in both:
-        inputs, lines = codes.shape[:2]
+    for codes, kept in zip(_strips(values, cut, most, inputs), _strips(mask, cut, most, inputs), strict=True):
+        columns, lines = codes.shape[:2]
         widths = kept.sum(3, dtype=np.int64).max(2)  # bytes of a line's codes
         begins = np.concatenate([[0], np.cumsum(16 * lines + widths.sum(1))])
         stored = np.zeros(begins[-1], np.uint8)
         bytes_of = begins[:-1, None]
         places = bytes_of + np.arange(16 * lines)
-        stored[places] = np.packbits(kept.reshape(inputs, -1), axis=1, bitorder="little")
+        stored[places] = np.packbits(kept.reshape(columns, -1), axis=1, bitorder="little")
         firsts = bytes_of + 16 * lines + np.cumsum(widths, axis=1) - widths
         at = firsts[:, :, None, None] + np.cumsum(kept, axis=3, dtype=np.int64) - 1
         for half in range(2):
@@ -209,14 +214,15 @@ def integer_linear(
     scale: NDArray[np.uint16],
     zero_point: NDArray[np.uint8] | None,
     mask: NDArray[np.bool_] | None,
-    by_columns: bool = False,
+    column_inputs: int = 0,
 ) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    """(facts, arrays) of a linear of codes u ``[C_out, C_in]``, bfloat16 scales ``[C_out, G]`` and zero points."""
+    """(facts, arrays) of a linear of codes u ``[C_out, C_in]``, bfloat16 scales ``[C_out, G]`` and zero points; in tiles
+    (0) or by columns of 1 or 4 inputs."""
     shape = (codes.shape[0], codes.shape[1])
-    if by_columns:
+    if column_inputs:
         kind = columns_kind(bits, mask is not None)
-        cut = geometry(shape, scale.shape[1], COLUMN_SEGMENT, LINE_OUTPUTS[kind])
-        arrays = arrange_columns(kind, codes, mask, cut)
+        cut = geometry(shape, scale.shape[1], LINE_OUTPUTS[kind])
+        arrays = arrange_columns(kind, codes, mask, cut, column_inputs)
     else:
         kind = "codes4" if bits <= 4 else "codes8"
         cut = geometry(shape, scale.shape[1])
@@ -224,7 +230,7 @@ def integer_linear(
     arrays["scales"] = _per_tile(scale, cut)
     if zero_point is not None:
         arrays["zeros"] = _per_tile(zero_point, cut)
-    return _facts(kind, cut, mask) | {"zero": 0 if zero_point is not None else 1 << (bits - 1)}, arrays
+    return _facts(kind, cut, mask, column_inputs) | {"zero": 0 if zero_point is not None else 1 << (bits - 1)}, arrays
 
 
 def float_linear(
@@ -233,12 +239,12 @@ def float_linear(
     """(facts, arrays) of a linear of uint16 bits of bfloat16 or float32 weights ``[C_out, C_in]``."""
     kind = "bf16" if values.dtype == np.uint16 else "f32"
     cut = geometry((values.shape[0], values.shape[1]), 1)
-    return _facts(kind, cut, mask) | {"zero": 0}, arrange(kind, values, mask, cut)
+    return _facts(kind, cut, mask, 0) | {"zero": 0}, arrange(kind, values, mask, cut)
 
 
-def _facts(kind: str, cut: Geometry, mask: NDArray[np.bool_] | None) -> dict[str, Any]:
+def _facts(kind: str, cut: Geometry, mask: NDArray[np.bool_] | None, column_inputs: int) -> dict[str, Any]:
     return {
-        "kind": kind, "sparse": mask is not None, "by_columns": cut.line != TILE, "rows": cut.rows,
-        "columns": cut.columns, "segment": cut.segment, "segments": cut.segments,
+        "kind": kind, "sparse": mask is not None, "by_columns": column_inputs > 0, "fours": column_inputs == 4,
+        "rows": cut.rows, "columns": cut.columns, "segment": cut.segment, "segments": cut.segments,
         "segments_per_scale": cut.segments_per_scale,
     }  # fmt: skip

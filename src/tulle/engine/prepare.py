@@ -21,13 +21,13 @@ from tulle.format.pack import STORAGE, bf16_to_f32, check_tensors, f32_to_bf16, 
 from tulle.format.spec import LinearSpec, QuantizationConfig
 from tulle.models.anatomy import anatomy
 
-LAYOUT = 8
+LAYOUT = 9
 """Of the file: another number, another file."""
 HEADS = ("int8", "bf16", "as stored")
 FOLDER = ".engine"
 FACTS = {
-    "kind": str, "sparse": bool, "by_columns": bool, "rows": int, "columns": int, "segment": int, "segments": int,
-    "segments_per_scale": int, "zero": int,
+    "kind": str, "sparse": bool, "by_columns": bool, "fours": bool, "rows": int, "columns": int, "segment": int,
+    "segments": int, "segments_per_scale": int, "zero": int,
 }  # fmt: skip
 """Of a linear, with their types."""
 Progress = Callable[[str, int, int], None]
@@ -179,7 +179,7 @@ def together(source: Source, layout: str, blocks: Iterable[int] | None = None) -
 def _one(source: Source, layout: str, names: tuple[str, ...]) -> bool:
     specs = [source.packed.linears.get(name) if source.packed else None for name in names]
     first = specs[0]
-    if first is None or not _by_columns(first, layout):
+    if first is None or not _column_inputs(first, layout):
         return False
     if first.sparse and "dense" not in layout:
         return False  # longer pieces gain nothing there
@@ -197,9 +197,15 @@ def _one(source: Source, layout: str, names: tuple[str, ...]) -> bool:
     return all(source.anatomy.linear_shape(name)[0] % line == 0 for name in names[:-1])
 
 
-def _by_columns(spec: LinearSpec, layout: str) -> bool:
-    """Whether there are kernels by columns for it, and they are asked for."""
-    return "columns" in layout and spec.bits is not None and (not spec.sparse or spec.bits <= 4 or "dense" in layout)
+def _column_inputs(spec: LinearSpec, layout: str) -> int:
+    """Inputs of a column, where there are kernels by columns for it and they are asked for; else 0."""
+    if "columns" not in layout or spec.bits is None or (spec.sparse and spec.bits > 4 and "dense" not in layout):
+        return 0
+    selection = spec.input_sparsity
+    fours = selection is not None and selection.kind == "top_k" and selection.unit % 4 == 0
+    # Fours must not lie across the inputs of two scales, which are padded apart.
+    width = spec.shape[1] if spec.group_size is None else spec.group_size
+    return 4 if fours and width % 4 == 0 else 1
 
 
 def convert(
@@ -250,7 +256,7 @@ def convert_linears(
         arrays: list[Any] = [part[place] for part in parts]
         return arrays[0] if len(arrays) == 1 or arrays[0] is None else np.concatenate(arrays)
 
-    return integer_linear(spec.bits, one(0), one(1), one(2), one(3), _by_columns(spec, layout))
+    return integer_linear(spec.bits, one(0), one(1), one(2), one(3), _column_inputs(spec, layout))
 
 
 def convert_head(source: Source, head: str) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
