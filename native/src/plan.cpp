@@ -14,18 +14,18 @@ bool same_input(const Linear& a, const Linear& b) {
   return !v.is_codes() || (v.segment == w.segment && v.segments_per_scale == w.segments_per_scale);
 }
 
-// Whole strips where all threads get as many, or many, so that no sum is cut. Otherwise chunks: half of a strip's outputs
-// would be shorter pieces of memory, with another thread's between them.
+// Whole strips where all threads get as many, or many, so that no sum is cut. Otherwise segments: half of a strip's
+// outputs would be shorter pieces of memory, with another thread's between them.
 void add_columns(Plan& plan, std::size_t number, const LinearView& w, std::size_t threads) {
   const std::size_t strips = w.strips();
   const bool enough = strips >= 4 * threads;
-  const std::size_t pieces = enough ? 1 : std::min(w.chunks(), threads / std::gcd(strips, threads));
+  const std::size_t pieces = enough ? 1 : std::min(w.segments, threads / std::gcd(strips, threads));
   plan.pieces[number] = pieces;
   plan.most_pieces = std::max(plan.most_pieces, pieces);
   for (std::size_t i = 0; i < strips * pieces; ++i) {
     const std::size_t piece = i % pieces;
     plan.shares[i * threads / (strips * pieces)].parts.push_back(
-        {number, w.chunks() * piece / pieces, w.chunks() * (piece + 1) / pieces, i / pieces, piece});
+        {number, w.segments * piece / pieces, w.segments * (piece + 1) / pieces, i / pieces, piece});
   }
 }
 

@@ -12,8 +12,8 @@
 
 namespace tulle {
 
-// What a thread does of a group's linears: tiles [first, last), or where weights stand by columns chunks [first, last)
-// of a strip, whose sums are piece number `piece` of it.
+// What a thread does of a group's linears: tiles [first, last), or where weights stand by columns segments [first,
+// last) of a strip, whose sums are piece number `piece` of it.
 struct Part {
   std::size_t linear, first, last;
   std::size_t strip = 0, piece = 0;

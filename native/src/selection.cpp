@@ -30,9 +30,7 @@ void keep_largest(const OpsKernels& ops, const float* size, std::size_t n, std::
   if (unit == 1) {
     ops.drop_below(x, size, n, cut.value);
   } else {
-    for (std::size_t i = 0; i < n; ++i) {
-      if (size[i] < cut.value) std::memset(x + i * unit, 0, unit * sizeof(float));
-    }
+    ops.drop_units_below(x, size, n, unit, cut.value);
   }
   drop_surplus(size, n, cut, keep, [&](std::size_t i) { std::memset(x + i * unit, 0, unit * sizeof(float)); });
 }
@@ -60,14 +58,7 @@ float Selection::run(const OpsKernels& ops, float* x, std::size_t n, float* spar
     if (score != nullptr) ops.scale(size, score, n, size);
     const float* sizes = size;
     if (unit > 1) {
-      for (std::size_t i = 0; i < n / unit; ++i) {
-        float value = 0;
-        for (std::size_t j = 0; j < unit; ++j) {
-          const float one = size[i * unit + j];
-          value = this->norm ? value + one * one : one > value ? one : value;
-        }
-        units[i] = value;
-      }
+      ops.unit_sizes(size, n / unit, unit, this->norm, units);
       sizes = units;
     }
     for (std::size_t start = 0; start < n; start += block) {

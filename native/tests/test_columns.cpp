@@ -131,7 +131,7 @@ struct Weights {
   // Where scale and zero point of an output and an input are.
   std::size_t index(std::size_t output, std::size_t input) const {
     const std::size_t scale = input / (view.segment * view.segments_per_scale);
-    return (output / kTileRows * view.scales_per_row() + scale) * kTileRows + output % kTileRows;
+    return (scale * view.tiles() + output / kTileRows) * kTileRows + output % kTileRows;
   }
 };
 
@@ -225,12 +225,11 @@ void compare(const Case& c, std::mt19937& rng) {
   const std::size_t size = (tulle::column_scratch_bytes(c.tokens) + 63) / 64 * 64;
   auto* scratch = static_cast<std::uint8_t*>(std::aligned_alloc(64, size));
   auto* sums = static_cast<float*>(std::aligned_alloc(64, c.tokens * stride * sizeof(float)));
-  const std::size_t half = w.chunks() / 2;
+  const std::size_t half = w.segments / 2;
   for (std::size_t part = 0; part < 2; ++part) {
-    const std::size_t first = part ? half : 0, last = part ? w.chunks() : half;
+    const std::size_t first = part ? half : 0, last = part ? w.segments : half;
     if (first == last) continue;
-    const std::size_t end = (last - 1) * w.chunk_segments() + w.segments_of(last - 1);
-    const std::vector<float> wanted = expected(weights, tokens.view, first * w.chunk_segments(), end);
+    const std::vector<float> wanted = expected(weights, tokens.view, first, last);
     for (const tulle::Isa& isa : tulle::supported_isas()) {
       std::vector<float> found(c.tokens * outputs);
       for (std::size_t strip = 0; strip < w.strips(); ++strip) {

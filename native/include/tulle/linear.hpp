@@ -57,8 +57,8 @@ struct LinearView {
   const std::uint64_t* offsets;  // sparse: [tiles · chunks + 1] bytes into values where a tile's chunk begins;
                                  // by columns [strips + 1], where a strip does
   const std::uint32_t* starts;   // sparse, by columns: [strips][columns + 1] bytes into a strip where a column begins
-  const std::uint16_t* scales;   // codes: bfloat16 [tiles][scales][16]
-  const std::uint8_t* zeros;     // codes: [tiles][scales][16], or null where all are `zero`
+  const std::uint16_t* scales;   // codes: bfloat16 [tiles][scales][16], by columns [scales][tiles][16]
+  const std::uint8_t* zeros;     // codes: like scales, or null where all are `zero`
   std::uint8_t zero;
 
   bool is_codes() const { return kind <= WeightKind::codes8; }
@@ -86,10 +86,11 @@ struct LinearView {
   std::size_t chunks() const { return (segments + chunk_segments() - 1) / chunk_segments(); }
   std::size_t unit_inputs() const { return is_codes() ? 4 : kind == WeightKind::bf16 ? 2 : 1; }
   std::size_t scales_per_row() const { return segments / segments_per_scale; }
-  // First segment of a chunk, and behind the last chunk's the number of all.
-  std::size_t first_segment(std::size_t chunk) const {
-    const std::size_t first = chunk * chunk_segments();
-    return first < segments ? first : segments;
+  // Where a tile's scales (and zero points) of a segment are. By columns, of all tiles one after another: an input meets
+  // them in turn.
+  std::size_t scale_at(std::size_t tile, std::size_t of_segment) const {
+    const std::size_t scale = of_segment / segments_per_scale;
+    return (by_columns ? scale * tiles() + tile : tile * scales_per_row() + scale) * kTileRows;
   }
   // Segments of a chunk: the last one may have fewer.
   std::size_t segments_of(std::size_t chunk) const {
@@ -123,7 +124,7 @@ struct LinearKernels {
   void (*run)(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y,
               std::size_t y_stride, std::uint8_t* scratch);
   // Weights by columns: sums[token][output of the strip], 64-byte aligned like `stride` floats from one token to the
-  // next, over the segments of chunks [first, last), not yet times a token's step; outputs of whole lines, those that do
+  // next, over segments [first, last), not yet times a token's step; outputs of whole lines, those that do
   // not exist too. `scratch`: column_scratch_bytes(tokens) bytes, aligned, of this thread.
   void (*run_columns)(const LinearView& w, const Inputs& x, std::size_t strip, std::size_t first, std::size_t last,
                       float* sums, std::size_t stride, std::uint8_t* scratch);

@@ -86,6 +86,10 @@ struct OpsKernels {
   void (*absolute)(const float* x, std::size_t n, float* y);
   // x[i] ← 0 where size[i] < least
   void (*drop_below)(float* x, const float* size, std::size_t n, float least);
+  // Of n units of `unit` elements of size, all >= 0, the largest, or the sum of squares.
+  void (*unit_sizes)(const float* size, std::size_t n, std::size_t unit, bool norm, float* to);
+  // drop_below for units: x [n · unit], size [n].
+  void (*drop_units_below)(float* x, const float* size, std::size_t n, std::size_t unit, float least);
 };
 
 }  // namespace tulle

@@ -23,7 +23,7 @@ class Panel {
     for (std::size_t tile = 0; tile < 8; ++tile) {
       for (std::size_t o = 0; o < kTileRows; ++o) {
         const std::size_t all = line * w.line_tiles() + tile;
-        const std::size_t at = (all * w.scales_per_row() + segment / w.segments_per_scale) * kTileRows + o;
+        const std::size_t at = w.scale_at(all, segment) + o;
         const std::uint8_t zero = w.zeros ? w.zeros[at] : w.zero;
         if (w.fours) std::memset(zeros_[tile] + 4 * o, zero, 4);
         else zeros_[tile / 4][o / 4 * 16 + tile % 4 * 4 + o % 4] = zero;
@@ -155,7 +155,7 @@ void run_one(const LinearView& w, const Inputs& x, std::size_t strip, std::size_
     for (std::size_t p = 0; p < x.planes; ++p) in[p] = x.quad_plane[p] + at * 4;
     for (std::size_t i = 0; i < w.line_tiles(); ++i) {
       const std::size_t tile = line * w.line_tiles() + i;
-      const std::size_t scale = (tile * w.scales_per_row() + segment / w.segments_per_scale) * kTileRows;
+      const std::size_t scale = w.scale_at(tile, segment);
       // `sums` of one token stand where its tile's do.
       meet<kNibbles, 1>(w, x, scale, segment, t, scratch + i * quads * kUnitBytes, quads, in, 0,
                         sums + i * kTileRows - t * kTileRows);
@@ -201,7 +201,7 @@ void avx2_run_columns(const LinearView& w, const Inputs& x, std::size_t strip, s
                       float* sums, std::size_t stride, std::uint8_t* scratch) {
   const std::size_t count = w.lines_of(strip) * w.line_tiles() * kTileRows;
   for (std::size_t t = 0; t < x.tokens; ++t) std::memset(sums + t * stride, 0, count * sizeof(float));
-  for (std::size_t segment = w.first_segment(first); segment < w.first_segment(last); ++segment) {
+  for (std::size_t segment = first; segment < last; ++segment) {
     if (w.kind == WeightKind::codes8) run<false>(w, x, strip, segment, sums, stride, scratch);
     else run<true>(w, x, strip, segment, sums, stride, scratch);
   }

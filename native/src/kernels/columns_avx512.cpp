@@ -132,12 +132,11 @@ void near(const std::uint8_t* from) { _mm_prefetch(reinterpret_cast<const char*>
 
 // Where a segment's scales and zero points stand.
 struct Scaling {
-  std::size_t per_row, column;
+  std::size_t first;
 
-  Scaling(const LinearView& w, std::size_t segment)
-      : per_row(w.scales_per_row()), column(segment / w.segments_per_scale) {}
+  Scaling(const LinearView& w, std::size_t segment) : first(w.scale_at(0, segment)) {}
 
-  std::size_t of(std::size_t tile) const { return (tile * per_row + column) * kTileRows; }
+  std::size_t of(std::size_t tile) const { return first + tile * kTileRows; }
 };
 
 // Units of a dense line at a quad.
@@ -467,19 +466,19 @@ void expand(const LinearView& w, std::size_t line, std::size_t first, std::size_
   expand_sparse<SparseLine>(w, line, first, count, to, next);
 }
 
-// Chunks [begin, end) of a line for all tokens, inactive inputs as the zeros that they are. `next`: of all columns of these
-// chunks, as expand_sparse takes it.
+// Segments [begin, end) of a line for all tokens, a chunk at a time, inactive inputs as the zeros that they are. `next`: of all columns of these
+// segments, as expand_sparse takes it.
 void multiply_all(const LinearView& w, const Inputs& x, std::size_t line, std::size_t begin, std::size_t end, float* to,
                   std::size_t stride, std::uint8_t* codes, float* sums, std::uint32_t* next) {
   constexpr std::size_t kPanel = kChunkInputs * kTileRows;
   const std::size_t pair = x.tokens * 2 * kTileRows;  // sums of two tiles
   std::memset(sums, 0, w.line_tiles() / 2 * pair * sizeof(float));
-  for (std::size_t chunk = begin; chunk < end; ++chunk) {
-    const std::size_t first = chunk * w.chunk_segments();
-    std::uint32_t* const of_chunk = next == nullptr ? nullptr : next + (first - begin * w.chunk_segments()) * w.segment / w.column_inputs();
-    expand(w, line, first * w.segment, w.segments_of(chunk) * w.segment, codes, of_chunk);
+  for (std::size_t first = begin; first < end; first += w.chunk_segments()) {
+    const std::size_t count = least(w.chunk_segments(), end - first);
+    std::uint32_t* const of_chunk = next == nullptr ? nullptr : next + (first - begin) * w.segment / w.column_inputs();
+    expand(w, line, first * w.segment, count * w.segment, codes, of_chunk);
     for (std::size_t i = 0; i < w.line_tiles(); i += 2) {
-      for (std::size_t s = 0; s < w.segments_of(chunk); ++s) {
+      for (std::size_t s = 0; s < count; ++s) {
         const std::uint8_t* from = codes + i * kPanel + s * w.segment * kTileRows;
         const std::size_t tile = line * w.line_tiles() + i;
         if (x.planes == 1) meet_all<2, 1>(w, x, tile, first + s, from, kPanel, sums + i / 2 * pair);
@@ -507,8 +506,7 @@ void avx512_run_columns(const LinearView& w, const Inputs& x, std::size_t strip,
     float* const own = reinterpret_cast<float*>(scratch + kChunkInputs * outputs);
     // What is left of the scratch holds where codes go on, if it is enough.
     const std::size_t used = outputs * (kChunkInputs + x.tokens * sizeof(float));
-    const std::size_t start = w.first_segment(first) * w.segment / w.column_inputs();
-    const std::size_t columns = w.first_segment(last) * w.segment / w.column_inputs() - start;
+    const std::size_t start = first * w.segment / w.column_inputs(), columns = last * w.segment / w.column_inputs() - start;
     std::uint32_t* next = nullptr;
     if (w.sparse && used + columns * sizeof(std::uint32_t) <= column_scratch_bytes(x.tokens)) {
       next = reinterpret_cast<std::uint32_t*>(scratch + used);
@@ -520,12 +518,11 @@ void avx512_run_columns(const LinearView& w, const Inputs& x, std::size_t strip,
     }
     return;
   }
-  const std::size_t begin = w.first_segment(first), end = w.first_segment(last);
   for (std::size_t t = 0; t < x.tokens; ++t) {
     std::memset(sums + t * stride, 0, w.lines_of(strip) * outputs * sizeof(float));
     auto* const totals = reinterpret_cast<std::int32_t*>(scratch);
-    if (x.planes == 1) multiply<1>(w, x, t, strip, begin, end, sums + t * stride, totals);
-    else multiply<2>(w, x, t, strip, begin, end, sums + t * stride, totals);
+    if (x.planes == 1) multiply<1>(w, x, t, strip, first, last, sums + t * stride, totals);
+    else multiply<2>(w, x, t, strip, first, last, sums + t * stride, totals);
   }
 }
 

@@ -40,8 +40,7 @@ void expand_line(const LinearView& w, std::size_t line, std::size_t first, std::
             const std::size_t o =
                 half * 64 + (w.fours ? l % 4 * 16 + byte / 4 : byte % 16 / 4 * 16 + byte / 16 * 4 + byte % 4);
             const std::size_t tile = line * w.line_tiles() + o / kTileRows;
-            const std::size_t scale = c / (w.segment * w.segments_per_scale);
-            const std::size_t at = (tile * w.scales_per_row() + scale) * kTileRows + o % kTileRows;
+            const std::size_t at = w.scale_at(tile, c / w.segment) + o % kTileRows;
             const unsigned code = stored ? (codes[kept[half]] >> (4 * half)) & 15u : w.zeros ? w.zeros[at] : w.zero;
             to[o] = static_cast<std::uint8_t>(code);
           }
@@ -58,17 +57,15 @@ void expand_line(const LinearView& w, std::size_t line, std::size_t first, std::
 void scalar_run_columns(const LinearView& w, const Inputs& x, std::size_t strip, std::size_t first, std::size_t last,
                         float* sums, std::size_t stride, std::uint8_t* scratch) {
   const std::size_t outputs = w.line_tiles() * kTileRows;
-  const std::size_t begin = w.first_segment(first), end = w.first_segment(last);
   for (std::size_t t = 0; t < x.tokens; ++t) std::memset(sums + t * stride, 0, w.lines_of(strip) * outputs * sizeof(float));
   for (std::size_t within = 0; within < w.lines_of(strip); ++within) {
     const std::size_t line = strip * w.strip_lines() + within;
-    for (std::size_t segment = begin; segment < end; ++segment) {
+    for (std::size_t segment = first; segment < last; ++segment) {
       expand_line(w, line, segment * w.segment, w.segment, scratch);
       for (std::size_t t = 0; t < x.tokens; ++t) {
         for (std::size_t o = 0; o < outputs; ++o) {
           const std::size_t tile = line * w.line_tiles() + o / kTileRows;
-          const std::size_t scale = tile * w.scales_per_row() + segment / w.segments_per_scale;
-          const std::size_t at = scale * kTileRows + o % kTileRows;
+          const std::size_t at = w.scale_at(tile, segment) + o % kTileRows;
           const std::int32_t zero = w.zeros ? w.zeros[at] : w.zero;
           float whole = 0;
           for (std::size_t p = 0; p < x.planes; ++p) {

@@ -113,7 +113,7 @@ void meet(const LinearView& w, const Inputs& x, std::size_t scale, std::size_t s
 template <bool kNibbles>
 void meet_all(const LinearView& w, const Inputs& x, std::size_t tile, std::size_t segment, const std::uint8_t* codes,
               float* sums) {
-  const std::size_t scale = (tile * w.scales_per_row() + segment / w.segments_per_scale) * kTileRows;
+  const std::size_t scale = w.scale_at(tile, segment);
   const auto some = [&](auto count, std::size_t t) {
     const std::int8_t* in[2];
     for (std::size_t p = 0; p < x.planes; ++p) in[p] = x.plane[p] + t * x.stride + segment * w.segment;

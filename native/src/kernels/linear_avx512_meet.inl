@@ -25,7 +25,7 @@ void meet(const LinearView& w, const Inputs& x, std::size_t tile, std::size_t se
   std::size_t scale[kTiles];
 #pragma GCC unroll 16
   for (int i = 0; i < kTiles; ++i) {
-    scale[i] = ((tile + i) * w.scales_per_row() + segment / w.segments_per_scale) * kTileRows;
+    scale[i] = w.scale_at(tile + i, segment);
     const Zeros zeros = zeros_at(w, scale[i]);
 #pragma GCC unroll 16
     for (int t = 0; t < kTokens; ++t) {

@@ -398,7 +398,7 @@ static void attend(const CacheView& c, std::size_t rows, const float* const* que
 
 constexpr OpsKernels kernels = {
     rms_norm, add, scale, gate, range, quantise, fake, sum, rope, times, dot_bf16, dot, butterflies, remember, attend,
-    scaled, cut, nonzero, nonzero_fours, absolute, drop_below,
+    scaled, cut, nonzero, nonzero_fours, absolute, drop_below, unit_sizes, drop_units_below,
 };
 
 }  // namespace ops

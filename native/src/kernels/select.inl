@@ -156,3 +156,46 @@ static void absolute(const float* x, std::size_t n, float* y) {
 static void drop_below(float* x, const float* size, std::size_t n, float least) {
   for (std::size_t i = 0; i < n; ++i) x[i] = size[i] >= least ? x[i] : 0.0f;
 }
+
+template <bool kNorm>
+static float unit_size(const float* size, std::size_t unit) {
+  float value = 0;
+  for (std::size_t j = 0; j < unit; ++j) {
+    const float one = size[j];
+    value = kNorm ? value + one * one : one > value ? one : value;
+  }
+  return value;
+}
+
+// A constant unit is unrolled.
+static void unit_sizes(const float* size, std::size_t n, std::size_t unit, bool norm, float* to) {
+  const auto all = [&](auto of, std::size_t step) {
+    for (std::size_t i = 0; i < n; ++i) to[i] = of(size + i * step, step);
+  };
+  if (unit == 4 && norm) return all([](const float* s, std::size_t) { return unit_size<true>(s, 4); }, 4);
+  if (unit == 4) return all([](const float* s, std::size_t) { return unit_size<false>(s, 4); }, 4);
+  if (norm) return all(unit_size<true>, unit);
+  all(unit_size<false>, unit);
+}
+
+static void drop_units_below(float* x, const float* size, std::size_t n, std::size_t unit, float least) {
+  const auto drop = [&](std::size_t step) {
+    for (std::size_t i = 0; i < n; ++i) {
+      const bool kept = size[i] >= least;
+      for (std::size_t j = 0; j < step; ++j) x[i * step + j] = kept ? x[i * step + j] : 0.0f;
+    }
+  };
+#if defined(__AVX512F__)
+  if (unit == 4 && n % 4 == 0) {
+    const __m512i each = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    for (std::size_t i = 0; i < n; i += 4) {
+      const __m512 four = _mm512_permutexvar_ps(each, _mm512_castps128_ps512(_mm_loadu_ps(size + i)));
+      const __mmask16 kept = _mm512_cmp_ps_mask(four, _mm512_set1_ps(least), _CMP_GE_OQ);
+      _mm512_storeu_ps(x + 4 * i, _mm512_maskz_loadu_ps(kept, x + 4 * i));
+    }
+    return;
+  }
+#endif
+  if (unit == 4) drop(4);
+  else drop(unit);
+}

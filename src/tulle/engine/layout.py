@@ -84,11 +84,12 @@ def _units(values: NDArray[Any], cut: Geometry, inputs: int) -> Iterator[NDArray
         yield padded.reshape(tiles, TILE, -1, inputs).transpose(0, 2, 1, 3).reshape(tiles, -1)
 
 
-def _per_tile(values: NDArray[Any], cut: Geometry) -> NDArray[Any]:
-    """``[C_out, G]`` → ``[tiles, G, 16]``, flat."""
+def _per_tile(values: NDArray[Any], cut: Geometry, by_columns: bool) -> NDArray[Any]:
+    """``[C_out, G]`` → ``[tiles, G, 16]``, by columns ``[G, tiles, 16]``, flat."""
     padded = np.zeros((cut.tiles * TILE, values.shape[1]), values.dtype)
     padded[: cut.rows] = values
-    return np.ascontiguousarray(padded.reshape(cut.tiles, TILE, -1).transpose(0, 2, 1)).reshape(-1)
+    order = (2, 0, 1) if by_columns else (0, 2, 1)
+    return np.ascontiguousarray(padded.reshape(cut.tiles, TILE, -1).transpose(order)).reshape(-1)
 
 
 def _stored(kind: str, units: NDArray[Any]) -> NDArray[np.uint8]:
@@ -227,9 +228,9 @@ def integer_linear(
         kind = "codes4" if bits <= 4 else "codes8"
         cut = geometry(shape, scale.shape[1])
         arrays = arrange(kind, codes, mask, cut)
-    arrays["scales"] = _per_tile(scale, cut)
+    arrays["scales"] = _per_tile(scale, cut, column_inputs > 0)
     if zero_point is not None:
-        arrays["zeros"] = _per_tile(zero_point, cut)
+        arrays["zeros"] = _per_tile(zero_point, cut, column_inputs > 0)
     return _facts(kind, cut, mask, column_inputs) | {"zero": 0 if zero_point is not None else 1 << (bits - 1)}, arrays
 
 

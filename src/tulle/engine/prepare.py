@@ -21,7 +21,7 @@ from tulle.format.pack import STORAGE, bf16_to_f32, check_tensors, f32_to_bf16, 
 from tulle.format.spec import LinearSpec, QuantizationConfig
 from tulle.models.anatomy import anatomy
 
-LAYOUT = 9
+LAYOUT = 10
 """Of the file: another number, another file."""
 HEADS = ("int8", "bf16", "as stored")
 FOLDER = ".engine"
@@ -181,7 +181,7 @@ def _one(source: Source, layout: str, names: tuple[str, ...]) -> bool:
     first = specs[0]
     if first is None or not _column_inputs(first, layout):
         return False
-    if first.sparse and "dense" not in layout:
+    if first.sparse and "dense" not in layout and _column_inputs(first, layout) == 1:
         return False  # longer pieces gain nothing there
     if first.input_sparsity is not None and first.input_sparsity.weighted:
         return False  # scores may differ
