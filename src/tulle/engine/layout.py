@@ -145,8 +145,8 @@ def arrange(kind: str, values: NDArray[Any], mask: NDArray[np.bool_] | None, cut
 
 def _strips(values: NDArray[Any], cut: Geometry, most: int, inputs: int) -> Iterator[NDArray[Any]]:
     """Of ``[C_out, C_in]`` strip after strip of at most ``most`` lines: ``[padded, lines, line outputs / 64, 64]``, the
-    64 outputs in the order of a line's bytes. Of four ``inputs`` a column ``[padded / 4, 4·lines, line outputs / 64, 64]``,
-    of a line one after another 16 of every 64 outputs × 4 inputs.
+    64 outputs in the order of a line's bytes. Of four ``inputs`` a column ``[padded / 4, 4·lines, ...]``, of a line one after
+    another 16 of every 64 outputs × 4 inputs.
     """
     lines = cut.tiles * TILE // cut.line
     step = -(-lines // -(-lines // most)) * cut.line
@@ -217,8 +217,8 @@ def integer_linear(
     mask: NDArray[np.bool_] | None,
     column_inputs: int = 0,
 ) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    """(facts, arrays) of a linear of codes u ``[C_out, C_in]``, bfloat16 scales ``[C_out, G]`` and zero points; in tiles
-    (0) or by columns of 1 or 4 inputs."""
+    """(facts, arrays) of a linear of codes u ``[C_out, C_in]``, bfloat16 scales ``[C_out, G]`` and zero points; in
+    tiles (0) or by columns of 1 or 4 inputs."""
     shape = (codes.shape[0], codes.shape[1])
     if column_inputs:
         kind = columns_kind(bits, mask is not None)
