@@ -40,6 +40,7 @@ INPUTS: dict[str, tuple[int, float, float, int]] = {
     "int8, 50 % of inputs dropped": (8, 0.0, 0.5, 1),
     "ternary": (2, 0.0, 0.0, 1), "ternary, 40 % of inputs dropped": (2, 0.0, 0.4, 1),
     "ternary, 60 % of inputs dropped": (2, 0.0, 0.6, 1),
+    "ternary, 60 % of inputs dropped by fours": (2, 0.0, 0.6, 4),
 }  # fmt: skip
 """Bits, zeros, inputs that Top-K leaves out in front of every linear of the decoder, so many at a time;
 ternary ones with 8-bit inputs."""
@@ -69,10 +70,12 @@ class Worker:
         return float(self.process.stdout.readline())
 
 
-def sparse_inputs(folder: Path, threads: str) -> list[tuple[str, str, list[str]]]:
+def sparse_inputs(folder: Path, threads: str, only: list[str]) -> list[tuple[str, str, list[str]]]:
     """What runs of INPUTS: dense inputs in tiles, the others by columns and, to see what that is worth, in tiles."""
     wanted = []
     for name, (bits, sparsity, dropped, unit) in INPUTS.items():
+        if only and not any(part in f"tulle {name}, 8-bit inputs, filled up, in tiles" for part in only):
+            continue  # nothing of it will run
         made = folder / name.replace(" ", "").replace("%", "").replace(",", "-")
         if not (made / "config.json").exists():
             write_packed(made, "1.1b", bits, sparsity, 8 if bits == 2 else None, dropped=dropped, unit=unit)
@@ -93,7 +96,7 @@ def workers(arguments: argparse.Namespace) -> tuple[dict[str, Worker], dict[str,
     folder, threads = arguments.folder, str(arguments.threads)
     wanted: list[tuple[str, str, list[str]]] = []
     if arguments.inputs:
-        wanted += sparse_inputs(folder, threads)
+        wanted += sparse_inputs(folder, threads, arguments.only or [])
     for name, (bits, sparsity) in {} if arguments.inputs else FORMATS.items():
         if arguments.only and not any(part in f"tulle {name}, 8-bit inputs, filled up" for part in arguments.only):
             continue  # nothing of it will run

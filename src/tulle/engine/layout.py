@@ -145,8 +145,8 @@ def arrange(kind: str, values: NDArray[Any], mask: NDArray[np.bool_] | None, cut
 
 def _strips(values: NDArray[Any], cut: Geometry, most: int, inputs: int) -> Iterator[NDArray[Any]]:
     """Of ``[C_out, C_in]`` strip after strip of at most ``most`` lines: ``[padded, lines, line outputs / 64, 64]``, the
-    64 outputs in the order of a line's bytes. Of four ``inputs`` a column ``[padded / 4, 4·lines, ...]``, of a line one after
-    another 16 of every 64 outputs × 4 inputs.
+    64 outputs in the order of a line's bytes. Of four ``inputs`` a column ``[padded / 4, 4·lines, ...]``, of a line one
+    after another 16 of every 64 outputs × 4 inputs.
     """
     lines = cut.tiles * TILE // cut.line
     step = -(-lines // -(-lines // most)) * cut.line
