@@ -84,6 +84,9 @@ def sparse_inputs(folder: Path, threads: str, only: list[str]) -> list[tuple[str
             label = f"tulle {name}" + ", 8-bit inputs" * (activations == "int8")
             option = f"{activations}:{'columns' if columns else 'sparse'}"
             wanted.append((label, sys.executable, ["tulle", str(made), threads, option]))
+        if unit == 4:
+            label = f"tulle {name}, 8-bit inputs, int4 head"
+            wanted.append((label, sys.executable, ["tulle", str(made), threads, "int8:columns:int4"]))
         if dropped == 0.5 and bits == 4 and unit == 1:
             option = "int8:dense columns" if sparsity else "int8:sparse"
             label = f"tulle {name}, 8-bit inputs, {'filled up' if sparsity else 'in tiles'}"

@@ -23,8 +23,9 @@ class Tulle:
     def __init__(self, path: str, threads: int, option: str):
         from tulle.engine import Engine
 
-        activations, layout = option.split(":")
-        self.engine = Engine(path, threads, 1024, activations=activations, layout=layout)
+        activations, layout, *head = option.split(":")
+        kind = head[0] if head else "int8"
+        self.engine = Engine(path, threads, 1024, activations=activations, layout=layout, head=kind)
         self.bytes = self.engine.weight_bytes
 
     def run(self, tokens: list[int], position: int) -> None:

@@ -84,7 +84,11 @@ def packed_linear(
         spec = LinearSpec(shape, sparse=mask is not None, nonzeros=kept, values_dtype="bfloat16")
         return spec, pack_linear(spec, values, mask)
     group = None if bits == 2 else GROUP
-    chosen = InputSparsitySpec("top_k", keep=shape[1] - round(dropped * shape[1]), unit=unit) if dropped else None
+    chosen = (
+        InputSparsitySpec("top_k", keep=shape[1] - unit * round(dropped * shape[1] / unit), unit=unit)
+        if dropped
+        else None
+    )
     spec = LinearSpec(
         shape, bits, group, sparse=mask is not None, nonzeros=kept, input_bits=input_bits, values_dtype=None,
         input_sparsity=chosen,

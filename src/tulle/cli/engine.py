@@ -29,7 +29,7 @@ Activations = Annotated[
         help="Inputs of integer weights: recorded (as the recipe said, else 16 bits) or int8 (faster, rougher).",
     ),
 ]
-Head = Annotated[str, typer.Option("--head", metavar="KIND", help="Output head in int8, bf16, or 'as stored'.")]
+Head = Annotated[str, typer.Option("--head", metavar="KIND", help="Output head in int8, int4, bf16, or 'as stored'.")]
 Layout = Annotated[
     str,
     typer.Option(

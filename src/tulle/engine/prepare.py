@@ -23,7 +23,7 @@ from tulle.models.anatomy import anatomy
 
 LAYOUT = 10
 """Of the file: another number, another file."""
-HEADS = ("int8", "bf16", "as stored")
+HEADS = ("int8", "int4", "bf16", "as stored")
 FOLDER = ".engine"
 FACTS = {
     "kind": str, "sparse": bool, "by_columns": bool, "fours": bool, "rows": int, "columns": int, "segment": int,
@@ -260,7 +260,8 @@ def convert_linears(
 
 
 def convert_head(source: Source, head: str) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    """The output head: int8 with a scale per 32 inputs, or in floats."""
+    """The output head: int8 or int4 with a scale per 32 inputs, or in floats. The number of largest magnitude of 32 is
+    the lowest 4-bit code, so that all sixteen are used."""
     model = source.anatomy
     name = source.head_name()
     shape = (model.vocabulary, model.hidden)
@@ -276,10 +277,13 @@ def convert_head(source: Source, head: str) -> tuple[dict[str, Any], dict[str, N
     most = np.abs(groups).max(axis=2)
     if not np.isfinite(most).all():
         raise UserError(f"expected finite numbers in {name}, found others; the checkpoint is broken")
-    scale = f32_to_bf16(most / 127)
+    bits, least, largest = (4, -8, 7) if head == "int4" else (8, -127, 127)
+    if head == "int4":
+        most = np.take_along_axis(groups, np.abs(groups).argmax(axis=2)[:, :, None], axis=2)[:, :, 0]
+    scale = f32_to_bf16(most / (least if head == "int4" else largest))
     step = bf16_to_f32(scale)
-    whole = np.rint(groups / np.where(step > 0, step, 1)[:, :, None]).clip(-127, 127)
-    return integer_linear(8, (whole + 128).astype(np.uint8).reshape(shape), scale, None, None)
+    whole = np.rint(groups / np.where(step == 0, 1, step)[:, :, None]).clip(least, largest)
+    return integer_linear(bits, (whole + (1 << (bits - 1))).astype(np.uint8).reshape(shape), scale, None, None)
 
 
 def _engine_float(values: NDArray[Any], kind: str) -> NDArray[Any]:

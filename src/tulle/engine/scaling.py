@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tulle.engine.files import ALIGNMENT, huge
-from tulle.engine.prepare import HEADS, Checkpoint, Progress
+from tulle.engine.prepare import Checkpoint, Progress
 from tulle.engine.settings import rope
 from tulle.errors import UserError
 from tulle.format.pack import bf16_to_f32, f32_to_bf16
@@ -32,6 +32,7 @@ CODE_INPUTS = 1 << 16
 """Inputs of a row of codes, at most: beyond, sums might leave 32 bits."""
 BLOCK = 1 << 26
 """Bytes of one piece of huge pages."""
+HEADS = ("int8", "bf16", "as stored")
 PART = 1 << 22
 """Numbers that are rounded at once."""
 TYPES = {"f32": np.float32, "bf16": np.uint16, "codes8": np.uint8}
