@@ -42,3 +42,30 @@ class Cells:
             self.all[key] = make()
             self.file.write_text(json.dumps(self.content, indent=2, ensure_ascii=False) + "\n")
         return self.all[key]
+
+
+def compressed(
+    start: Path,
+    recipe: dict[str, Any],
+    out: Path,
+    data: dict[str, Any],
+    seed: int,
+    documents: int,
+    context: int,
+    work: Path,
+) -> tuple[float, dict[str, Any]]:
+    """``start`` by a recipe to ``out``, calibrated on so many training documents of ``data``: bits per byte of its
+    held-out text in windows of ``context``, and the report. The token cache lies in ``work``."""
+    from tulle.compress import compress
+    from tulle.hf import load
+    from tulle.texts import Text
+    from tulle.train.held_out import bits_per_byte
+    from tulle.train.recipe import TextData
+    from tulle.train.stages import read_vocabulary
+    from tulle.train.tokens import prepare, training_documents
+
+    source = TextData.model_validate(data)
+    texts = tuple(d.text for d in training_documents(source, seed, work)[:documents])
+    report = compress(start, recipe, out, calibration=Text(texts, False), seed=seed, resume=True)
+    corpus = prepare(source, seed, context, work / "data", read_vocabulary(start))
+    return bits_per_byte(load(out, dtype="float32"), corpus, context), report

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cells import Cells, import_methods  # noqa: E402
+from cells import Cells, compressed, import_methods  # noqa: E402
 
 SHARES = (0.25, 0.4, 0.5, 0.6)
 RESULTS = Path(__file__).parent / "results"
@@ -265,22 +265,12 @@ def continued(trainer: Trainer, tokens: int) -> None:
 
 def thresholds(trainer: Trainer, share: float, tokens: int) -> dict[str, Any]:
     """TEAL on the dense model that was trained as long, calibrated on the training text."""
-    from tulle.compress import compress
-    from tulle.hf import load
-    from tulle.texts import Text
-    from tulle.train.held_out import bits_per_byte
-    from tulle.train.recipe import TextData
-    from tulle.train.stages import read_vocabulary
-    from tulle.train.tokens import prepare, training_documents
-
     start, out = trainer.folder("continue/dense"), trainer.folder(f"continue/TEAL {share}")
     context = CONTINUED["context"]
-    data = TextData.model_validate({"sources": [{"name": name} for name in PYTHON]})
-    texts = tuple(d.text for d in training_documents(data, 0, trainer.work)[:256])
     recipe = {"steps": [{"teal": {"share": share}}], "calibration": {"samples": 32, "length": context}}
-    compress(start, recipe, out, calibration=Text(texts, False), seed=0, resume=True)
-    corpus = prepare(data, 0, context, trainer.work / "data", read_vocabulary(start))
-    return {"held_out_bits_per_byte": bits_per_byte(load(out, dtype="float32"), corpus, context), "tokens": tokens}
+    data = {"sources": [{"name": name} for name in PYTHON]}
+    bits, _ = compressed(start, recipe, out, data, 0, 256, context, trainer.work)
+    return {"held_out_bits_per_byte": bits, "tokens": tokens}
 
 
 def select() -> None:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cells import Cells, import_methods  # noqa: E402
+from cells import Cells, compressed, import_methods  # noqa: E402
 
 SHAPE = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -270,21 +270,9 @@ class Bench:
         return {name: count / statistics.median(taken) for name, taken in seconds.items()}
 
     def _packed(self, start: Path, name: str, steps: list[dict[str, Any]]) -> dict[str, Any]:
-        from tulle.compress import compress
-        from tulle.hf import load
-        from tulle.texts import Text
-        from tulle.train.held_out import bits_per_byte
-        from tulle.train.recipe import TextData
-        from tulle.train.stages import read_vocabulary
-        from tulle.train.tokens import prepare, training_documents
-
-        data = TextData.model_validate(self.tasks["narrow"])
-        texts = [d.text for d in training_documents(data, self.seed, self.work)[:1024]]
-        out = self.folder(f"road/{name}")
         recipe = {"steps": steps, "calibration": {"samples": 64, "length": 256}}
-        report = compress(start, recipe, out, calibration=Text(tuple(texts), False), seed=self.seed, resume=True)
-        corpus = prepare(data, self.seed, 256, self.work / "data", read_vocabulary(start))
-        bits = bits_per_byte(load(out, dtype="float32"), corpus, 256)
+        out = self.folder(f"road/{name}")
+        bits, report = compressed(start, recipe, out, self.tasks["narrow"], self.seed, 1024, 256, self.work)
         totals = report["totals"]
         kept = ("linear_dense_bytes", "linear_packed_bytes", "bits_per_weight", "sparsity")
         return {"held_out_bits_per_byte": bits, "seconds": report["seconds"]["total"]} | {k: totals[k] for k in kept}
