@@ -40,8 +40,11 @@ class Cells:
         """The cell, measured and written down unless it is there."""
         if key not in self.all:
             self.all[key] = make()
-            self.file.write_text(json.dumps(self.content, indent=2, ensure_ascii=False) + "\n")
+            self.write()
         return self.all[key]
+
+    def write(self) -> None:
+        self.file.write_text(json.dumps(self.content, indent=2, ensure_ascii=False) + "\n")
 
 
 def compressed(

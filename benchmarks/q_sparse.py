@@ -4,6 +4,7 @@
     python benchmarks/q_sparse.py scratch                  three sizes from scratch: dense, Top-K, ReLU, no STE, b1.58
     python benchmarks/q_sparse.py law                      sizes × sparsities, and the law fitted on them
     python benchmarks/q_sparse.py continue                 the reference model trained on, at 40, 50 and 60 %
+    python benchmarks/q_sparse.py gradients                by block of the deep models, straight through or not
     python benchmarks/q_sparse.py select                   milliseconds to find the K largest, beside a product
 
 ``free``: tinystories-656K (protocol of peer_tinystories.py) and the bundled reference model (calibrated on modules of
@@ -273,6 +274,48 @@ def thresholds(trainer: Trainer, share: float, tokens: int) -> dict[str, Any]:
     return {"held_out_bits_per_byte": bits, "tokens": tokens}
 
 
+def gradients(trainer: Trainer, out: Path) -> None:
+    """Norms of what reaches the linears of every block of the deep models, untrained and trained, straight through the
+    mask and not, and the cosine between the two. Without straight-through it is the loss's own gradient."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from tulle.train.data import held_out_text
+    from tulle.train.q_sparse import QSparse
+
+    def by_block(folder: Path, share: float, straight: bool, trained: bool) -> list[torch.Tensor]:
+        config = AutoConfig.from_pretrained(folder)
+        torch.manual_seed(0)
+        make = AutoModelForCausalLM.from_pretrained if trained else AutoModelForCausalLM.from_config
+        model = make(folder if trained else config)
+        QSparse(share=share, activation="relu2", straight_through=straight).prepare(model)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        texts = [text for text in held_out_text() if len(text) > 3000][:8]
+        ids = torch.stack([tokenizer(text, return_tensors="pt").input_ids[0][:CONTEXT] for text in texts])
+        model(ids, labels=ids).loss.backward()
+        return [
+            torch.cat([p.grad.flatten() for name, p in block.named_parameters() if "proj" in name])
+            for block in model.model.layers
+        ]
+
+    cells = Cells(out)
+    for name in ("Top-K 50 %", "Top-K 20 %"):
+        for method in (name, f"{name}, no straight-through"):
+            folder = trainer.folder(f"1M deep/{method}")
+            share = SCRATCH_METHODS[method][0]["q_sparse"]["share"]
+            for trained in (False, True):
+                through, own = (by_block(folder, share, straight, trained) for straight in (True, False))
+                cells.all[f"{method}, {'trained' if trained else 'untrained'}"] = found = {
+                    "straight through": [float(g.norm()) for g in through],
+                    "own": [float(g.norm()) for g in own],
+                    "cosine": [float(torch.cosine_similarity(a, b, dim=0)) for a, b in zip(through, own, strict=True)],
+                }
+                print(f"{method}, {'trained' if trained else 'untrained'}; blocks 0, 5, 10, 15")
+                for what, values in found.items():
+                    print(f"  {what:16} " + "  ".join(f"{v:7.3f}" for v in values[::5]), flush=True)
+    cells.write()
+
+
 def select() -> None:
     """Prints milliseconds, the best of five."""
     import torch
@@ -308,7 +351,7 @@ def select() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["free", "scratch", "law", "continue", "select"])
+    parser.add_argument("what", choices=["free", "scratch", "law", "continue", "gradients", "select"])
     parser.add_argument("--data", type=Path, help="with models/tinystories-656K and text/tinystories_10k.txt")
     parser.add_argument("--models", nargs="*", default=["tinystories", "reference"])
     parser.add_argument(
@@ -332,6 +375,8 @@ def main() -> None:
     trainer = Trainer(Cells(out, machine=machine.describe()), given.work)
     if given.what == "scratch":
         scratch(trainer, given.sizes, given.methods, given.tokens)
+    elif given.what == "gradients":
+        gradients(trainer, given.out or RESULTS / "q_sparse_gradients.json")
     elif given.what == "law":
         law(trainer, given.sizes, given.tokens, out.with_name(out.stem + "_runs.json"))
     else:
