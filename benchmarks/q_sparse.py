@@ -5,6 +5,7 @@
     python benchmarks/q_sparse.py law                      sizes × sparsities, and the law fitted on them
     python benchmarks/q_sparse.py continue                 the reference model trained on, at 40, 50 and 60 %
     python benchmarks/q_sparse.py gradients                by block of the deep models, straight through or not
+    python benchmarks/q_sparse.py picture                  loss curves of scratch
     python benchmarks/q_sparse.py select                   milliseconds to find the K largest, beside a product
 
 ``free``: tinystories-656K (protocol of peer_tinystories.py) and the bundled reference model (calibrated on modules of
@@ -123,6 +124,7 @@ SCRATCH_METHODS: dict[str, list[dict[str, Any]]] = {
     "b1.58 Top-K 70 %": [{"bitnet": {}}, q_sparse(0.3)],
     "Top-K 16 of 32": [q_sparse(0.5, block=32)],
     "Top-K 50 %": [q_sparse(0.5)],
+    "Top-K 50 % by fours": [q_sparse(0.5, unit=4)],
     "Top-K 50 %, no straight-through": [q_sparse(0.5, straight_through=False)],
     "Top-K 20 %": [q_sparse(0.8)],
     "Top-K 20 %, no straight-through": [q_sparse(0.8, straight_through=False)],
@@ -248,6 +250,7 @@ def continued(trainer: Trainer, tokens: int) -> None:
     """The reference model trained on, dense and sparse."""
     methods: dict[str, list[dict[str, Any]]] = {"dense": []}
     methods |= {f"Top-K, {share:.0%} dropped": [{"q_sparse": {"share": share}}] for share in (0.4, 0.5, 0.6)}
+    methods["Top-K by fours, 50% dropped"] = [{"q_sparse": {"share": 0.5, "unit": 4}}]
     methods["ReLUfication"] = [{"q_sparse": {"kind": "none", "activation": "relu"}}]
     methods["ReLUfication, stage 2"] = [{"q_sparse": {"kind": "relu", "activation": "relu"}}]
     methods["no straight-through, 50% dropped"] = [{"q_sparse": {"share": 0.5, "straight_through": False}}]
@@ -316,6 +319,35 @@ def gradients(trainer: Trainer, out: Path) -> None:
     cells.write()
 
 
+CURVES = {
+    "dense": "-", "Top-K 70 %": "-", "Top-K 70 %, no straight-through": "--", "ReLU": ":", "b1.58 dense": "-",
+    "b1.58 Top-K 70 %": "-",
+}  # fmt: skip
+
+
+def picture(cells: dict[str, Any], file: Path) -> None:
+    """Held-out bits per byte over tokens, a panel per size."""
+    from matplotlib.figure import Figure
+
+    sizes = [size for size in LAW_SIZES if f"{size}/dense" in cells]
+    figure = Figure(figsize=(4.2 * len(sizes), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(sizes), squeeze=False)[0]
+    for size, axes in zip(sizes, panels, strict=True):
+        for name, style in CURVES.items():
+            cell = cells.get(f"{size}/{name}") or cells.get(f"{size}/{name.removeprefix('Top-K 70 %, ')}")
+            if cell is None:
+                continue
+            rows = cell["curve"]
+            axes.plot([t / 1e6 for t, _ in rows], [bits for _, bits in rows], style, label=name, linewidth=1.4)
+        low = min(bits for key, cell in cells.items() if key.startswith(f"{size}/") for _, bits in cell["curve"][-1:])
+        axes.set(title=size, xlabel="million tokens", ylim=(0.97 * low, 1.35 * low))
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("held-out bits per byte")
+    panels[0].legend(fontsize=8, frameon=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=130)
+
+
 def select() -> None:
     """Prints milliseconds, the best of five."""
     import torch
@@ -351,7 +383,7 @@ def select() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["free", "scratch", "law", "continue", "gradients", "select"])
+    parser.add_argument("what", choices=["free", "scratch", "law", "continue", "gradients", "picture", "select"])
     parser.add_argument("--data", type=Path, help="with models/tinystories-656K and text/tinystories_10k.txt")
     parser.add_argument("--models", nargs="*", default=["tinystories", "reference"])
     parser.add_argument(
@@ -364,6 +396,10 @@ def main() -> None:
     given = parser.parse_args()
     if given.what == "free":
         free(given.data, given.models, given.methods, given.out or RESULTS / "activation_sparsity.json")
+        return
+    if given.what == "picture":
+        cells = json.loads((RESULTS / "q_sparse.json").read_text())["cells"]
+        picture(cells, given.out or RESULTS.parents[1] / "docs/pictures/q-sparse-curves.png")
         return
     if given.what == "select":
         select()

@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 from compress_large import COMMON, SHAPES  # noqa: E402
@@ -31,19 +31,31 @@ FORMATS: dict[str, tuple[int | None, float]] = {
     "bf16": (None, 0.0), "bf16 70 %": (None, 0.7), "int8": (8, 0.0), "int8 50 %": (8, 0.5), "int8 70 %": (8, 0.7),
     "int4": (4, 0.0), "int4 50 %": (4, 0.5), "int4 70 %": (4, 0.7), "int4 80 %": (4, 0.8),
 }  # fmt: skip
-INPUTS: dict[str, tuple[int, float, float, int]] = {
-    "int4": (4, 0.0, 0.0, 1), "int4, 30 % of inputs dropped": (4, 0.0, 0.3, 1),
-    "int4, 50 % of inputs dropped": (4, 0.0, 0.5, 1),
-    "int4, 50 % of inputs dropped by fours": (4, 0.0, 0.5, 4),
-    "int4 70 %, 50 % of inputs dropped by fours": (4, 0.7, 0.5, 4),
-    "int4 70 %": (4, 0.7, 0.0, 1), "int4 70 %, 50 % of inputs dropped": (4, 0.7, 0.5, 1),
-    "int8, 50 % of inputs dropped": (8, 0.0, 0.5, 1),
-    "ternary": (2, 0.0, 0.0, 1), "ternary, 40 % of inputs dropped": (2, 0.0, 0.4, 1),
-    "ternary, 60 % of inputs dropped": (2, 0.0, 0.6, 1),
-    "ternary, 60 % of inputs dropped by fours": (2, 0.0, 0.6, 4),
+
+
+class Format(NamedTuple):
+    """Bits, zeros, inputs that Top-K leaves out in front of every linear of the decoder, so many at a time, but where
+    the name holds ``spared``; ternary ones have 8-bit inputs."""
+
+    bits: int
+    zeros: float = 0.0
+    dropped: float = 0.0
+    unit: int = 1
+    spared: str = "none"
+
+
+INPUTS = {
+    "int4": Format(4), "int4, 30 % of inputs dropped": Format(4, dropped=0.3),
+    "int4, 50 % of inputs dropped": Format(4, dropped=0.5),
+    "int4, 50 % of inputs dropped, down reads all": Format(4, dropped=0.5, spared="down"),
+    "int4, 50 % of inputs dropped by fours": Format(4, dropped=0.5, unit=4),
+    "int4 70 %, 50 % of inputs dropped by fours": Format(4, 0.7, 0.5, 4),
+    "int4 70 %": Format(4, 0.7), "int4 70 %, 50 % of inputs dropped": Format(4, 0.7, 0.5),
+    "int8, 50 % of inputs dropped": Format(8, dropped=0.5),
+    "ternary": Format(2), "ternary, 40 % of inputs dropped": Format(2, dropped=0.4),
+    "ternary, 60 % of inputs dropped": Format(2, dropped=0.6),
+    "ternary, 60 % of inputs dropped by fours": Format(2, dropped=0.6, unit=4),
 }  # fmt: skip
-"""Bits, zeros, inputs that Top-K leaves out in front of every linear of the decoder, so many at a time;
-ternary ones with 8-bit inputs."""
 LLAMA = ("F32", "BF16", "Q8_0", "Q4_0")
 COUNT = {"decode": 32, "prefill": 512}
 
@@ -73,21 +85,23 @@ class Worker:
 def sparse_inputs(folder: Path, threads: str, only: list[str]) -> list[tuple[str, str, list[str]]]:
     """What runs of INPUTS: dense inputs in tiles, the others by columns and, to see what that is worth, in tiles."""
     wanted = []
-    for name, (bits, sparsity, dropped, unit) in INPUTS.items():
+    for name, (bits, sparsity, dropped, unit, spared) in INPUTS.items():
         if only and not any(part in f"tulle {name}, 8-bit inputs, filled up, in tiles" for part in only):
             continue  # nothing of it will run
         made = folder / name.replace(" ", "").replace("%", "").replace(",", "-")
         if not (made / "config.json").exists():
-            write_packed(made, "1.1b", bits, sparsity, 8 if bits == 2 else None, dropped=dropped, unit=unit)
+            write_packed(made, "1.1b", bits, sparsity, 8 if bits == 2 else None, None, dropped, unit, spared)
         columns = bool(dropped) or bits == 2
         for activations in ("int8",) if bits == 2 else ("int8", "recorded"):
             label = f"tulle {name}" + ", 8-bit inputs" * (activations == "int8")
             option = f"{activations}:{'columns' if columns else 'sparse'}"
             wanted.append((label, sys.executable, ["tulle", str(made), threads, option]))
-        if unit == 4:
-            label = f"tulle {name}, 8-bit inputs, int4 head"
-            wanted.append((label, sys.executable, ["tulle", str(made), threads, "int8:columns:int4"]))
-        if dropped == 0.5 and bits == 4 and unit == 1:
+        if unit == 4 or (not dropped and not sparsity):
+            option = f"int8:{'columns' if columns else 'sparse'}:int4"
+            wanted.append(
+                (f"tulle {name}, 8-bit inputs, int4 head", sys.executable, ["tulle", str(made), threads, option])
+            )
+        if dropped == 0.5 and bits == 4 and unit == 1 and spared == "none":
             option = "int8:dense columns" if sparsity else "int8:sparse"
             label = f"tulle {name}, 8-bit inputs, {'filled up' if sparsity else 'in tiles'}"
             wanted.append((label, sys.executable, ["tulle", str(made), threads, option]))

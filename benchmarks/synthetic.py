@@ -30,10 +30,11 @@ def write_packed(
     layers: int | None = None,
     dropped: float = 0.0,
     unit: int = 1,
+    spared: str = "none",
 ) -> None:
     """A checkpoint in bf16 (``bits`` None) or integers in groups of 128 (ternary, ``bits`` 2: a scale per row), with so
-    many zeros; Top-K leaves a share of ``dropped`` inputs out, ``unit`` at a time. Every block
-    holds the same numbers, in bytes of its own.
+    many zeros; Top-K leaves a share of ``dropped`` inputs out, ``unit`` at a time, but of linears
+    whose names hold ``spared``. Every block holds the same numbers, in bytes of its own.
     """
     config = COMMON | SHAPES[shape] | {"model_type": "llama", "rms_norm_eps": 1e-5, "hidden_act": "silu"}
     config["num_hidden_layers"] = layers or config["num_hidden_layers"]
@@ -47,7 +48,8 @@ def write_packed(
             block[name] = f32_to_bf16(np.ones(size, np.float32))
             continue
         linear = name.removesuffix(".weight")
-        spec, arrays = packed_linear(generator, (size[0], size[1]), bits, sparsity, input_bits, dropped, unit)
+        left_out = 0.0 if spared in linear else dropped
+        spec, arrays = packed_linear(generator, (size[0], size[1]), bits, sparsity, input_bits, left_out, unit)
         specs[linear] = spec
         block |= {f"{linear}.{suffix}": array for suffix, array in arrays.items()}
     for index in range(model.layers):
