@@ -1,5 +1,6 @@
-// Linears by columns by vpmaddubsw: what some inputs of a line's segment meet is brought into units in the level-1 cache,
-// and met by the tokens. Of few tokens, each brings in what it has itself; of more, all inputs are brought in once.
+// Linears by columns by vpmaddubsw. Dense lines: a stretch of a token's inputs at a time, half a line's sums in registers.
+// Pruned ones, and more tokens: what inputs of a line's segment meet is brought into units in the level-1 cache and met
+// there; of few tokens, each brings in what it has itself, of more, all inputs are brought in once.
 #include <immintrin.h>
 
 #include <cstring>
@@ -12,6 +13,17 @@ namespace {
 #include "linear_common.inl"
 #include "linear_avx2.inl"
 #include "columns_common.inl"
+#include "columns_stream.inl"
+
+// 32 bytes of the lines of four inputs → half of the units of 16 outputs × 4 inputs, of every code in a byte.
+void interleave(__m256i a, __m256i b, __m256i c, __m256i d, __m256i units[4]) {
+  const __m256i ab = _mm256_unpacklo_epi8(a, b), AB = _mm256_unpackhi_epi8(a, b);
+  const __m256i cd = _mm256_unpacklo_epi8(c, d), CD = _mm256_unpackhi_epi8(c, d);
+  units[0] = _mm256_unpacklo_epi16(ab, cd);
+  units[1] = _mm256_unpackhi_epi16(ab, cd);
+  units[2] = _mm256_unpacklo_epi16(AB, CD);
+  units[3] = _mm256_unpackhi_epi16(AB, CD);
+}
 
 // A line's inputs of a segment as units: [tile][quad][64].
 class Panel {
@@ -110,15 +122,6 @@ class Panel {
     return static_cast<std::uint32_t>(n > m ? n : m);
   }
 
-  static void interleave(__m256i a, __m256i b, __m256i c, __m256i d, __m256i units[4]) {
-    const __m256i ab = _mm256_unpacklo_epi8(a, b), AB = _mm256_unpackhi_epi8(a, b);
-    const __m256i cd = _mm256_unpacklo_epi8(c, d), CD = _mm256_unpackhi_epi8(c, d);
-    units[0] = _mm256_unpacklo_epi16(ab, cd);
-    units[1] = _mm256_unpackhi_epi16(ab, cd);
-    units[2] = _mm256_unpacklo_epi16(AB, CD);
-    units[3] = _mm256_unpackhi_epi16(AB, CD);
-  }
-
   const LinearView& w_;
   std::uint32_t* next_;
   std::size_t strip_, within_;
@@ -138,8 +141,7 @@ std::uint32_t* begin_codes(const LinearView& w, std::size_t strip, const std::ui
   return next;
 }
 
-// A segment of a strip's lines for one token.
-template <bool kNibbles>
+// A segment of a sparse strip's lines for one token.
 void run_one(const LinearView& w, const Inputs& x, std::size_t strip, std::size_t segment, std::size_t t, float* sums,
              std::uint8_t* scratch) {
   const std::uint32_t* const starts = x.quad_starts + t * (w.segments + 1) + segment;
@@ -157,7 +159,7 @@ void run_one(const LinearView& w, const Inputs& x, std::size_t strip, std::size_
       const std::size_t tile = line * w.line_tiles() + i;
       const std::size_t scale = w.scale_at(tile, segment);
       // `sums` of one token stand where its tile's do.
-      meet<kNibbles, 1>(w, x, scale, segment, t, scratch + i * quads * kUnitBytes, quads, in, 0,
+      meet<true, 1>(w, x, scale, segment, t, scratch + i * quads * kUnitBytes, quads, in, 0,
                         sums + i * kTileRows - t * kTileRows);
     }
   }
@@ -188,11 +190,123 @@ void run_all(const LinearView& w, const Inputs& x, std::size_t strip, std::size_
   }
 }
 
-template <bool kNibbles>
-void run(const LinearView& w, const Inputs& x, std::size_t strip, std::size_t segment, float* sums, std::size_t stride,
-         std::uint8_t* scratch) {
-  if (x.tokens > kFew) return run_all<kNibbles>(w, x, strip, segment, sums, stride, scratch);
-  for (std::size_t t = 0; t < x.tokens; ++t) run_one<kNibbles>(w, x, strip, segment, t, sums + t * stride, scratch);
+// Half h of the units of a dense line at a quad, of every code in a byte.
+struct DenseLine {
+  static constexpr int kFetched = 1;
+  const std::uint8_t* from;
+  std::size_t bytes;  // from one column to the next
+
+  void take(const std::uint32_t* places, std::size_t h, __m256i units[4]) const {
+    const std::uint8_t* const at = from + 32 * h;
+    interleave(load(at + places[0] * bytes), load(at + places[1] * bytes), load(at + places[2] * bytes),
+               load(at + places[3] * bytes), units);
+  }
+};
+
+struct DenseFours {
+  static constexpr int kFetched = 4;
+  const std::uint8_t* from;
+  std::size_t bytes;
+
+  void take(const std::uint32_t* place, std::size_t h, __m256i units[4]) const {
+    const std::uint8_t* const at = from + *place * bytes + 32 * h;
+    for (std::size_t i = 0; i < 4; ++i) units[i] = load(at + kUnitBytes * i);
+  }
+};
+
+// The k-th codes of bytes of kPerByte.
+template <int kPerByte>
+__m256i code(__m256i bytes, int k) {
+  if constexpr (kPerByte == 1) return bytes;
+  constexpr int kBits = 8 / kPerByte;
+  return _mm256_and_si256(_mm256_srli_epi16(bytes, kBits * k), _mm256_set1_epi8((1 << kBits) - 1));
+}
+
+constexpr std::size_t kStretch = 8;  // quads
+
+// A stretch with a line: sums of integers in totals [plane][stride], from the segment's first stretch to its last.
+template <int kPerByte, class Line>
+void meet_quads(const Inputs& x, const Quads& quads, const Stretch& s, const Line& weights, Ahead<Line::kFetched>& ahead,
+                std::int32_t* totals, std::size_t stride) {
+  constexpr int kAtOnce = kPerByte < 2 ? kPerByte : 2;  // codes of a byte whose sums fit into the registers
+  bool fetch = true;
+  for (std::size_t p = 0; p < x.planes; ++p) {
+    for (std::size_t h = 0; h < 2; ++h) {
+      for (int first = 0; first < kPerByte; first += kAtOnce) {
+        std::int32_t* const at = totals + p * stride + static_cast<std::size_t>(first) * 64 + 8 * h;
+        __m256i total[kAtOnce][4];
+        for (int k = 0; k < kAtOnce; ++k) {
+          for (int i = 0; i < 4; ++i) total[k][i] = s.fresh ? _mm256_setzero_si256() : load(at + 64 * k + 16 * i);
+        }
+        for (std::size_t quad = s.first; quad < s.last; ++quad) {
+          __m256i units[4];
+          weights.take(quads.at(quad), h, units);
+          if (fetch) ahead.step();
+          const __m256i four = broadcast4(quads.in[p] + 4 * quad);
+          for (int k = 0; k < kAtOnce; ++k) {
+            for (int i = 0; i < 4; ++i) total[k][i] = dot<(kPerByte > 1)>(total[k][i], code<kPerByte>(units[i], first + k), four);
+          }
+        }
+        fetch = false;
+        for (int k = 0; k < kAtOnce; ++k) {
+          for (int i = 0; i < 4; ++i) store(at + 64 * k + 16 * i, total[k][i]);
+        }
+      }
+    }
+  }
+}
+
+// sums [outputs of a line] += a segment whose whole totals these are.
+void add_segment(const LinearView& w, const Inputs& x, std::size_t token, const Stretch& s, const Scaling& scaling, std::size_t line,
+                 const std::int32_t* totals, std::size_t stride, float* sums) {
+  for (std::size_t i = 0; i < w.line_tiles(); ++i) {
+    const std::size_t scale = scaling.of(line * w.line_tiles() + i);
+    for (std::size_t o = 0; o < kTileRows; o += 8) {
+      const __m256i zero = w.zeros == nullptr
+          ? _mm256_set1_epi32(w.zero)
+          : _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(w.zeros + scale + o)));
+      __m256 whole = _mm256_setzero_ps();
+      for (std::size_t p = 0; p < x.planes; ++p) {
+        const __m256i sum = _mm256_set1_epi32(-x.sums[p][token * x.sum_stride + s.segment]);
+        const __m256i right = _mm256_add_epi32(load(totals + p * stride + i * kTileRows + o), _mm256_mullo_epi32(zero, sum));
+        whole = _mm256_fmadd_ps(whole, _mm256_set1_ps(256), _mm256_cvtepi32_ps(right));
+      }
+      const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.scales + scale + o));
+      const __m256 scales = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+      float* const to = sums + i * kTileRows + o;
+      _mm256_store_ps(to, _mm256_fmadd_ps(whole, scales, _mm256_load_ps(to)));
+    }
+  }
+}
+
+// Segments [begin, end) of a dense strip for one token. `totals`: a strip's sums of integers, of all planes.
+template <int kPerByte, class Line>
+void run_dense(const LinearView& w, const Inputs& x, std::size_t strip, std::size_t begin, std::size_t end, std::size_t token,
+               float* sums, std::int32_t* totals) {
+  const std::size_t outputs = w.line_tiles() * kTileRows, lines = w.lines_of(strip), stride = lines * outputs;
+  const std::uint8_t* const from = dense_strip(w, strip);
+  const std::size_t bytes = column_bytes(w, strip);
+  const Quads quads(w, x, token, end);
+  const std::size_t start = quads.starts[begin];
+  Ahead<Line::kFetched>(quads, start, fewer(start + kStretch, quads.end), from, bytes, nullptr, 0).finish();
+  stretches(quads, begin, end, kStretch, [&](const Stretch& s, std::size_t later) {
+    const Scaling scaling(w, s.segment);
+    Ahead<Line::kFetched> ahead(quads, s.last, later, from, bytes, nullptr, (s.last - s.first) * lines);
+    for (std::size_t i = 0; i < lines; ++i) {
+      const Line weights{from + i * w.line_bytes(), bytes};
+      std::int32_t* const of_line = totals + i * outputs;
+      meet_quads<kPerByte>(x, quads, s, weights, ahead, of_line, stride);
+      if (s.whole) add_segment(w, x, token, s, scaling, strip * w.strip_lines() + i, of_line, stride, sums + i * outputs);
+    }
+    ahead.finish();
+  });
+}
+
+template <int kPerByte>
+void run_dense(const LinearView& w, const Inputs& x, std::size_t strip, std::size_t begin, std::size_t end, std::size_t token,
+               float* sums, std::int32_t* totals) {
+  if (w.fours) run_dense<kPerByte, DenseFours>(w, x, strip, begin, end, token, sums, totals);
+  else run_dense<kPerByte, DenseLine>(w, x, strip, begin, end, token, sums, totals);
 }
 
 }  // namespace
@@ -201,9 +315,24 @@ void avx2_run_columns(const LinearView& w, const Inputs& x, std::size_t strip, s
                       float* sums, std::size_t stride, std::uint8_t* scratch) {
   const std::size_t count = w.lines_of(strip) * w.line_tiles() * kTileRows;
   for (std::size_t t = 0; t < x.tokens; ++t) std::memset(sums + t * stride, 0, count * sizeof(float));
+  if (!w.sparse && x.tokens <= kFew) {
+    auto* const totals = reinterpret_cast<std::int32_t*>(scratch);
+    for (std::size_t t = 0; t < x.tokens; ++t) {
+      switch (w.kind) {
+        case WeightKind::codes2: run_dense<4>(w, x, strip, first, last, t, sums + t * stride, totals); break;
+        case WeightKind::codes4: run_dense<2>(w, x, strip, first, last, t, sums + t * stride, totals); break;
+        default: run_dense<1>(w, x, strip, first, last, t, sums + t * stride, totals);
+      }
+    }
+    return;
+  }
   for (std::size_t segment = first; segment < last; ++segment) {
-    if (w.kind == WeightKind::codes8) run<false>(w, x, strip, segment, sums, stride, scratch);
-    else run<true>(w, x, strip, segment, sums, stride, scratch);
+    if (x.tokens > kFew) {
+      if (w.kind == WeightKind::codes8) run_all<false>(w, x, strip, segment, sums, stride, scratch);
+      else run_all<true>(w, x, strip, segment, sums, stride, scratch);
+      continue;
+    }
+    for (std::size_t t = 0; t < x.tokens; ++t) run_one(w, x, strip, segment, t, sums + t * stride, scratch);
   }
 }
 
