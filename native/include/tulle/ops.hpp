@@ -79,7 +79,7 @@ struct OpsKernels {
   // order; returns how many. Writes up to 16 elements beyond.
   std::size_t (*nonzero)(const std::int8_t* high, const std::int8_t* low, std::size_t n, std::uint32_t first,
                          std::uint32_t* places, std::int8_t* kept_high, std::int8_t* kept_low);
-  // The same of n fours of codes, those of which one at least is not zero; writes nothing beyond.
+  // The same of n fours of codes, those of which one at least is not zero; writes nothing beyond n fours.
   std::size_t (*nonzero_fours)(const std::int8_t* high, const std::int8_t* low, std::size_t n, std::uint32_t first,
                                std::uint32_t* places, std::int8_t* kept_high, std::int8_t* kept_low);
   // y[i] = |x[i]|

@@ -126,12 +126,16 @@ static std::size_t nonzero_fours(const std::int8_t* high, const std::int8_t* low
     const __m512i any = _mm512_or_si512(codes, lower);
     const __mmask16 here = _mm512_test_epi32_mask(any, any);
     const std::size_t count = static_cast<std::size_t>(__builtin_popcount(here));
-    const __mmask16 kept = static_cast<__mmask16>((1u << count) - 1);
-    _mm512_mask_storeu_epi32(places + found, kept, _mm512_maskz_compress_epi32(here, numbers));
-    _mm512_mask_storeu_epi32(kept_high + 4 * found, kept, _mm512_maskz_compress_epi32(here, codes));
-    if (low != nullptr) {
-      _mm512_mask_storeu_epi32(kept_low + 4 * found, kept, _mm512_maskz_compress_epi32(here, lower));
-    }
+    // As many as are left fit in any case: whole registers are stored faster.
+    const bool whole = n - i >= 16;
+    const auto store = [&](void* to, __m512i these) {
+      const __m512i kept = _mm512_maskz_compress_epi32(here, these);
+      if (whole) _mm512_storeu_si512(to, kept);
+      else _mm512_mask_storeu_epi32(to, static_cast<__mmask16>((1u << count) - 1), kept);
+    };
+    store(places + found, numbers);
+    store(kept_high + 4 * found, codes);
+    if (low != nullptr) store(kept_low + 4 * found, lower);
     found += count;
     numbers = _mm512_add_epi32(numbers, _mm512_set1_epi32(16));
   }
