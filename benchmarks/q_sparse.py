@@ -124,6 +124,7 @@ SCRATCH_METHODS: dict[str, list[dict[str, Any]]] = {
     "b1.58 Top-K 70 %": [{"bitnet": {}}, q_sparse(0.3)],
     "Top-K 16 of 32": [q_sparse(0.5, block=32)],
     "Top-K 50 %": [q_sparse(0.5)],
+    "Top-K 70 %, rescaled": [q_sparse(0.3, rescale=True)],
     "Top-K 50 % by fours": [q_sparse(0.5, unit=4)],
     "Top-K 50 %, no straight-through": [q_sparse(0.5, straight_through=False)],
     "Top-K 20 %": [q_sparse(0.8)],
@@ -198,23 +199,24 @@ class Trainer:
         }
 
 
-def scratch_recipe(size: str, methods: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
+def scratch_recipe(size: str, methods: list[dict[str, Any]], tokens: int, rate: float | None = None) -> dict[str, Any]:
     shape = SIZES[size]
     heads = shape["num_attention_heads"]
     head = {"num_key_value_heads": heads // 2, "head_dim": shape["hidden_size"] // heads}
     return {
         "model": shape | head,
         "data": {"sources": [{"name": name} for name in PYTHON], "vocab_size": VOCABULARY},
-        "training": SCRATCH | {"tokens": tokens, "learning_rate": RATES[size]},
+        "training": SCRATCH | {"tokens": tokens, "learning_rate": rate or RATES[size]},
         "methods": methods,
     }
 
 
-def scratch(trainer: Trainer, sizes: list[str], names: list[str] | None, tokens: int) -> None:
+def scratch(trainer: Trainer, sizes: list[str], names: list[str] | None, tokens: int, rate: float | None) -> None:
     for size in sizes:
         dense = None
         for method in names or SCRATCH_METHODS:
-            found = trainer.run(f"{size}/{method}", scratch_recipe(size, SCRATCH_METHODS[method], tokens))
+            key = f"{size}/{method}" + (f", rate {rate:g}" if rate else "")
+            found = trainer.run(key, scratch_recipe(size, SCRATCH_METHODS[method], tokens, rate))
             dense = dense or found["loss"]
             print(f"{'':32} {found['loss'] / dense - 1:+.2%} of the dense loss", flush=True)
 
@@ -391,6 +393,7 @@ def main() -> None:
     )
     parser.add_argument("--sizes", nargs="*", default=LAW_SIZES, choices=list(SIZES))
     parser.add_argument("--tokens", type=int, default=1_000_000, help="of each training run")
+    parser.add_argument("--rate", type=float, help="learning rate of scratch, for cells of their own")
     parser.add_argument("--work", type=Path, default=Path("build/q_sparse"), help="folder of the training runs")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -410,7 +413,7 @@ def main() -> None:
     out = given.out or RESULTS / "q_sparse.json"
     trainer = Trainer(Cells(out, machine=machine.describe()), given.work)
     if given.what == "scratch":
-        scratch(trainer, given.sizes, given.methods, given.tokens)
+        scratch(trainer, given.sizes, given.methods, given.tokens, given.rate)
     elif given.what == "gradients":
         gradients(trainer, given.out or RESULTS / "q_sparse_gradients.json")
     elif given.what == "law":

@@ -41,7 +41,7 @@ class Format(NamedTuple):
     zeros: float = 0.0
     dropped: float = 0.0
     unit: int = 1
-    spared: str = "none"
+    spared: str | None = None
 
 
 INPUTS = {
@@ -101,7 +101,7 @@ def sparse_inputs(folder: Path, threads: str, only: list[str]) -> list[tuple[str
             wanted.append(
                 (f"tulle {name}, 8-bit inputs, int4 head", sys.executable, ["tulle", str(made), threads, option])
             )
-        if dropped == 0.5 and bits == 4 and unit == 1 and spared == "none":
+        if dropped == 0.5 and bits == 4 and unit == 1 and spared is None:
             option = "int8:dense columns" if sparsity else "int8:sparse"
             label = f"tulle {name}, 8-bit inputs, {'filled up' if sparsity else 'in tiles'}"
             wanted.append((label, sys.executable, ["tulle", str(made), threads, option]))

@@ -30,7 +30,7 @@ def write_packed(
     layers: int | None = None,
     dropped: float = 0.0,
     unit: int = 1,
-    spared: str = "none",
+    spared: str | None = None,
 ) -> None:
     """A checkpoint in bf16 (``bits`` None) or integers in groups of 128 (ternary, ``bits`` 2: a scale per row), with so
     many zeros; Top-K leaves a share of ``dropped`` inputs out, ``unit`` at a time, but of linears
@@ -48,7 +48,7 @@ def write_packed(
             block[name] = f32_to_bf16(np.ones(size, np.float32))
             continue
         linear = name.removesuffix(".weight")
-        left_out = 0.0 if spared in linear else dropped
+        left_out = 0.0 if spared is not None and spared in linear else dropped
         spec, arrays = packed_linear(generator, (size[0], size[1]), bits, sparsity, input_bits, left_out, unit)
         specs[linear] = spec
         block |= {f"{linear}.{suffix}": array for suffix, array in arrays.items()}

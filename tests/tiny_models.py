@@ -62,7 +62,8 @@ def write_model(
 ) -> torch.nn.Module:
     """Writes a compressed random Llama (2 layers, d 64, GQA 4/2); returns the dense model of its weights.
 
-    ``schemes``: role ("all" for every role) → fields of LinearSpec; other linears stay dense, in ``dtype``.
+    ``schemes``: role ("all" for every role; "q_proj" and the like for one linear) → fields of LinearSpec; other linears
+    stay dense, in ``dtype``.
     The returned model computes in float32.
     """
     torch.manual_seed(0)
@@ -82,7 +83,7 @@ def write_model(
     dense = model.float()
     for number, (key, module) in enumerate(model.named_modules()):
         role = next((r for r, names in ROLES.items() if key.rpartition(".")[2] in names), None)
-        scheme = schemes.get(role, schemes.get("all")) if role else None
+        scheme = schemes.get(key.rpartition(".")[2], schemes.get(role, schemes.get("all"))) if role else None
         if scheme is None:
             continue
         spec, arrays = pack_random(state.pop(key + ".weight").float().numpy(), number, **dict(scheme))

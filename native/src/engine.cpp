@@ -1,8 +1,5 @@
 #include "tulle/engine.hpp"
 
-#include <algorithm>
-#include <cmath>
-#include <cstring>
 #include <numeric>
 
 #include "pass.hpp"
@@ -111,14 +108,14 @@ std::uint64_t Engine::work_bytes() const {
                                  &s.sines}) {
     bytes += b->bytes();
   }
-  const auto add = [&](const State::Made& made) {
-    for (const Prepared& p : made.inputs) {
+  const auto add = [&](const State::Intake& intake) {
+    for (const Prepared& p : intake.inputs) {
       bytes += p.floats.bytes() + p.steps.bytes();
       for (int i = 0; i < 2; ++i) bytes += p.plane[i].bytes() + p.sums[i].bytes() + p.quad_plane[i].bytes();
       bytes += p.quads.bytes() + p.quad_starts.bytes() + p.active.bytes();
     }
   };
-  add(s.made);
+  add(s.intake);
   for (std::size_t t = 0; t < s.threads; ++t) {
     bytes += s.vectors[t].bytes() + s.scores[t].bytes() + s.strips[t].bytes() + s.scratches[t].bytes();
     bytes += s.own_hidden[t].bytes() + s.own_wide[t].bytes();

@@ -29,7 +29,7 @@ void Engine::State::run(const std::int32_t* tokens, const std::int32_t* slots_of
 #endif
     };
     const auto multiply_all = [&](const Group& group, Plan& plan, std::size_t count, float* y, std::size_t stride) {
-      multiply(group, plan, made, count, y, stride, thread);
+      multiply(group, plan, intake, count, y, stride, thread);
       wait();
       if (plan.most_pieces == 1) return;
       collect(group, plan, count, y, stride, thread, team);
@@ -46,7 +46,7 @@ void Engine::State::run(const std::int32_t* tokens, const std::int32_t* slots_of
         float* x = hidden.data() + t * d;
         if (index > 0) ops.add(x, small.data() + t * d, d);
         ops.rms_norm(x, layer.input_norm, d, model.eps, vector);
-        prepare(layer.qkv, plan.qkv, vector, t, thread, made);
+        prepare(layer.qkv, plan.qkv, vector, t, thread, intake);
       }
       wait();
       multiply_all(layer.qkv, plan.qkv, n, wide.data(), q + 2 * kv);
@@ -60,21 +60,21 @@ void Engine::State::run(const std::int32_t* tokens, const std::int32_t* slots_of
         attend(layer, index, i / row_blocks.size(), row_blocks[i % row_blocks.size()], wide.data(), slots_of, positions, thread);
       }
       wait();
-      for (std::size_t t = from; t < to; ++t) prepare(layer.o, plan.o, attended.data() + t * q, t, thread, made);
+      for (std::size_t t = from; t < to; ++t) prepare(layer.o, plan.o, attended.data() + t * q, t, thread, intake);
       wait();
       multiply_all(layer.o, plan.o, n, small.data(), d);
       for (std::size_t t = from; t < to; ++t) {
         float* x = hidden.data() + t * d;
         ops.add(x, small.data() + t * d, d);
         ops.rms_norm(x, layer.post_norm, d, model.eps, vector);
-        prepare(layer.gate_up, plan.gate_up, vector, t, thread, made);
+        prepare(layer.gate_up, plan.gate_up, vector, t, thread, intake);
       }
       wait();
       multiply_all(layer.gate_up, plan.gate_up, n, wide.data(), 2 * model.intermediate);
       for (std::size_t t = from; t < to; ++t) {
         const float* gate = wide.data() + t * 2 * model.intermediate;
         ops.gate(model.gate, gate, gate + model.intermediate, model.intermediate, vector);
-        prepare(layer.down, plan.down, vector, t, thread, made);
+        prepare(layer.down, plan.down, vector, t, thread, intake);
       }
       wait();
       multiply_all(layer.down, plan.down, n, small.data(), d);
@@ -84,7 +84,7 @@ void Engine::State::run(const std::int32_t* tokens, const std::int32_t* slots_of
       if (!model.layers.empty()) ops.add(x, small.data() + static_cast<std::size_t>(rows[i]) * d, d);
       float* normed = small.data() + static_cast<std::size_t>(rows[i]) * d;
       ops.rms_norm(x, model.norm, d, model.eps, normed);
-      prepare(model.head, head_plan, normed, i, thread, made);
+      prepare(model.head, head_plan, normed, i, thread, intake);
     }
     wait();
     if (wanted > 0) multiply_all(model.head, head_plan, wanted, logits, model.vocabulary);
@@ -118,7 +118,7 @@ void Engine::State::step(std::int32_t token, std::int32_t slot, std::int32_t pos
 #endif
     };
     float *const x = own_hidden[thread].data(), *const vector = vectors[thread].data(), *const row = own_wide[thread].data();
-    Made& mine = own[thread];
+    Intake& mine = own[thread];
     // x, the group's input, times the group's weights, to y or to pieces.
     const auto multiplied = [&](const Group& group, Plan& plan, const float* from, float* y, Buffer<float>& pieces) {
       mine.pieced = pieces.data();

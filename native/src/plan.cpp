@@ -9,6 +9,7 @@ namespace {
 bool same_input(const Linear& a, const Linear& b) {
   const LinearView &v = a.weight, &w = b.weight;
   if (v.is_codes() != w.is_codes() || v.padded() != w.padded()) return false;
+  if (v.by_columns != w.by_columns || v.fours != w.fours) return false;  // what is listed
   if (a.input.bits != b.input.bits || a.input.symmetric != b.input.symmetric || a.input.clip != b.input.clip) return false;
   if (!(a.selection == b.selection) || a.own_grid != b.own_grid) return false;
   return !v.is_codes() || (v.segment == w.segment && v.segments_per_scale == w.segments_per_scale);

@@ -33,16 +33,16 @@ struct Engine::State {
   std::vector<Plans> plans;
   Plan head_plan;
 
-  // Inputs of linears that stand together, and sums in pieces [piece][token][output of the group].
-  struct Made {
+  // What a group's linears read, and where their sums go that come in pieces: [piece][token][output of the group].
+  struct Intake {
     std::vector<Prepared> inputs;
     float* pieced = nullptr;
   };
-  Made made;
+  Intake intake;
   Buffer<float> pieced, next_pieced;
   // Of a pass of one token, per thread: each prepares what it reads by itself, since what another core has just written
   // takes longer to come than to be computed again.
-  std::vector<Made> own;
+  std::vector<Intake> own;
   std::vector<Buffer<float>> own_hidden, own_wide;
   Buffer<float> gated;
   // Of passes of one token.
@@ -96,7 +96,7 @@ struct Engine::State {
     }
     add(model.head, head_plan);
     const auto room = [&](std::size_t tokens) {
-      Made found;
+      Intake found;
       for (std::size_t i = 0; i < inputs; ++i) {
         Prepared p;
         p.floats = Buffer<float>(tokens * float_width);
@@ -115,7 +115,7 @@ struct Engine::State {
       }
       return found;
     };
-    made = room(batch);
+    intake = room(batch);
     const std::size_t q = model.heads * model.head_dim, kv = model.kv_heads * model.head_dim;
     hidden = Buffer<float>(batch * model.hidden);
     attended = Buffer<float>(batch * q);
@@ -130,7 +130,7 @@ struct Engine::State {
     vector_floats = round_up(widest(model) + 16, 16);
     pieced = Buffer<float>(batch * pieces);
     next_pieced = Buffer<float>(pieces);
-    made.pieced = pieced.data();
+    intake.pieced = pieced.data();
     gated = Buffer<float>(model.intermediate);
     score_floats = kQueries * context;
     scratch = std::max(scratch_bytes(batch), strip > 0 ? column_scratch_bytes(kColumnTokens) : 0);
@@ -154,7 +154,7 @@ struct Engine::State {
   }
 
   // x, after the group's transforms, as input of the group's linears, for token number t.
-  void prepare(const Group& group, const Plan& plan, const float* x, std::size_t t, std::size_t thread, Made& to) {
+  void prepare(const Group& group, const Plan& plan, const float* x, std::size_t t, std::size_t thread, Intake& to) {
     float* const spare[2] = {vectors[thread].data() + vector_floats, vectors[thread].data() + 2 * vector_floats};
     float* const work = vectors[thread].data() + 3 * vector_floats;
     int next = 0;
@@ -170,7 +170,7 @@ struct Engine::State {
   }
 
   // What the token of a pass will read of the group's weights.
-  void count(const Group& group, const Plan& plan, const Made& from) {
+  void count(const Group& group, const Plan& plan, const Intake& from) {
     for (std::size_t i = 0; i < group.linears.size(); ++i) {
       const Linear& l = group.linears[i];
       double bytes = static_cast<double>(l.bytes());
@@ -183,7 +183,7 @@ struct Engine::State {
   }
 
   // A part of the group's outputs for n tokens, y [n][stride].
-  void multiply(const Group& group, const Plan& plan, const Part& p, const Made& from, std::size_t n, float* y,
+  void multiply(const Group& group, const Plan& plan, const Part& p, const Intake& from, std::size_t n, float* y,
                 std::size_t stride, std::size_t thread) {
     const Linear& l = group.linears[p.linear];
     if (l.weight.by_columns) return multiply_columns(l, plan, p, from, n, y, stride, thread);
@@ -196,7 +196,7 @@ struct Engine::State {
   }
 
   // Where there is one piece, the outputs themselves; otherwise sums to `pieced`.
-  void multiply_columns(const Linear& l, const Plan& plan, const Part& p, const Made& made_of, std::size_t n, float* y,
+  void multiply_columns(const Linear& l, const Plan& plan, const Part& p, const Intake& of, std::size_t n, float* y,
                         std::size_t stride, std::size_t thread) {
     const LinearView& w = l.weight;
     const std::size_t outputs = strip_outputs(w), first = p.strip * outputs, count = std::min(outputs, w.rows - first);
@@ -204,11 +204,11 @@ struct Engine::State {
     float* const sums = strips[thread].data();
     for (std::size_t from = 0; from < n; from += kColumnTokens) {
       const std::size_t tokens = std::min(kColumnTokens, n - from);
-      const Inputs x = made_of.inputs[plan.input_of[p.linear]].view(*plan.inputs[plan.input_of[p.linear]], from, tokens);
+      const Inputs x = of.inputs[plan.input_of[p.linear]].view(*plan.inputs[plan.input_of[p.linear]], from, tokens);
       linear.run_columns(w, x, p.strip, p.first, p.last, sums, outputs, scratches[thread].data());
       for (std::size_t t = 0; t < tokens; ++t) {
         if (plan.pieces[p.linear] > 1) {
-          float* const to = made_of.pieced + (p.piece * n + from + t) * plan.outputs + column;
+          float* const to = of.pieced + (p.piece * n + from + t) * plan.outputs + column;
           std::memcpy(to, sums + t * outputs, count * sizeof(float));
         } else {
           float* const to = y + (from + t) * stride + column;
@@ -228,18 +228,17 @@ struct Engine::State {
       const std::size_t first = l.weight.rows * thread / team, count = l.weight.rows * (thread + 1) / team - first;
       for (std::size_t t = 0; t < n; ++t) {
         float* const to = y + t * stride + plan.output[i] + first;
-        const float* const from = made.pieced + t * plan.outputs + plan.output[i] + first;
-        float* const total = strips[thread].data();
-        std::memcpy(total, from, count * sizeof(float));
-        for (std::size_t piece = 1; piece < plan.pieces[i]; ++piece) ops.add(total, from + piece * n * plan.outputs, count);
-        ops.scaled(total, made.inputs[plan.input_of[i]].steps.data()[t], count, to);
+        const float* const from = intake.pieced + t * plan.outputs + plan.output[i] + first;
+        std::memcpy(to, from, count * sizeof(float));
+        for (std::size_t piece = 1; piece < plan.pieces[i]; ++piece) ops.add(to, from + piece * n * plan.outputs, count);
+        ops.scaled(to, intake.inputs[plan.input_of[i]].steps.data()[t], count, to);
         if (l.bias != nullptr) ops.add(to, l.bias + first, count);
       }
     }
   }
 
   // One token's outputs [first, last) of a group that has been multiplied to `y`, or to pieces whose sums are collected.
-  void gather(const Group& group, const Plan& plan, const Made& from, const float* y, std::size_t first, std::size_t last,
+  void gather(const Group& group, const Plan& plan, const Intake& from, const float* y, std::size_t first, std::size_t last,
               float* to) {
     for (std::size_t i = 0; i < group.linears.size(); ++i) {
       const Linear& l = group.linears[i];
@@ -261,7 +260,7 @@ struct Engine::State {
   }
 
   // What is left of the group: this thread's own share, then the others'.
-  void multiply(const Group& group, Plan& plan, const Made& from, std::size_t n, float* y, std::size_t stride,
+  void multiply(const Group& group, Plan& plan, const Intake& from, std::size_t n, float* y, std::size_t stride,
                 std::size_t thread) {
     for (std::size_t i = 0; i < threads; ++i) {
       Share& share = plan.shares[(thread + i) % threads];

@@ -13,6 +13,7 @@ from tulle.errors import UserError
 from tulle.format.spec import InputSparsitySpec
 
 HALF = InputSparsitySpec("top_k", keep=32, weighted=True)
+FOURS = InputSparsitySpec("top_k", keep=32, unit=4)
 SCHEMES = {
     "sparse": {
         "qkv": {"bits": 4, "group_size": 32, "sparse": True, "symmetric": False, "input_bits": 8},
@@ -26,6 +27,12 @@ SCHEMES = {
         "gate_up": {"bits": 8, "input_sparsity": InputSparsitySpec("threshold", threshold=0.2)},
         "down": {"bits": 4, "group_size": 64, "sparse": True},
     },
+    "dense columns": {
+        "qkv": {"bits": 4, "group_size": 64, "input_sparsity": FOURS},
+        "o": {"bits": 4, "sparse": True, "group_size": 32, "input_sparsity": FOURS},
+        "gate_up": {"bits": 2, "input_bits": 8, "input_sparsity": FOURS},
+        "down": {"bits": 8, "input_sparsity": InputSparsitySpec("top_k", keep=48, unit=4, by="norm")},
+    },
 }
 """Of a small model, by the layout that it is read in."""
 
@@ -33,7 +40,7 @@ SCHEMES = {
 def try_model(folder: Path, layout: str = "sparse") -> str:
     """ "ran" or the one-line message; anything but a ``UserError`` is raised on."""
     try:
-        engine = Engine(folder, threads=1, layout=layout)
+        engine = Engine(folder, threads=2, layout=layout)
         logits = engine.forward([1, 2, 3])
         engine.forward([4], 0, 3)
     except UserError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corruption import SCHEMES, damaged, try_model
+from corruption import FOURS, SCHEMES, damaged, try_model
 
 from tiny_models import write_model
 from tulle.engine.files import TensorFile, TensorWriter
@@ -28,20 +28,37 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def by_columns(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return written(tmp_path_factory, "columns")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {layout: written(tmp_path_factory, layout) for layout in SCHEMES}
 
 
 @pytest.mark.parametrize("layout", SCHEMES)
 @pytest.mark.parametrize("part", range(8))
-def test_random_damage(packed: Path, by_columns: Path, layout: str, part: int, tmp_path: Path) -> None:
+def test_random_damage(models: dict[str, Path], layout: str, part: int, tmp_path: Path) -> None:
     choice = random.Random(part)
     seen = {"ran": 0, "refused": 0}
     for _ in range(25):
-        damaged(packed if layout == "sparse" else by_columns, tmp_path / "model", choice)
+        damaged(models[layout], tmp_path / "model", choice)
         seen["ran" if try_model(tmp_path / "model", layout) == "ran" else "refused"] += 1
     # Some of it hits numbers that may be anything, some of it does not.
     assert seen["refused"] > 0 and seen["ran"] > 0
+
+
+def test_facts_that_say_one_of_a_group_is_stored_otherwise(tmp_path: Path) -> None:
+    """In the engine's own file: q by single inputs, k and v by fours, all of them of the same size."""
+    schemes = SCHEMES["dense columns"] | {"qkv": {"bits": 8, "input_sparsity": FOURS}}  # 32 rows of k: no whole line
+    write_model(tmp_path / "m", schemes, dtype="bfloat16")
+    assert try_model(tmp_path / "m", "columns") == "ran"
+    (file,) = (tmp_path / "m/.engine").glob("*.safetensors")
+    whole = file.read_bytes()
+    head = int.from_bytes(whole[:8], "little")
+    parts = whole[8 : 8 + head].split(b'fours\\": true')
+    assert len(parts) > 3
+    for change in range(1, len(parts)):
+        text = b'fours\\": true'.join(parts[:change]) + b'fours\\":false' + b'fours\\": true'.join(parts[change:])
+        assert len(text) == head
+        file.write_bytes(whole[:8] + text + whole[8 + head :])
+        try_model(tmp_path / "m", "columns")  # wrong numbers or a refusal, never a read beyond an array
 
 
 def test_a_mask_that_promises_more_values(packed: Path, tmp_path: Path) -> None:

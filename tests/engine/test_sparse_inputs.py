@@ -83,13 +83,15 @@ def off(found: np.ndarray, expected: np.ndarray) -> float:
 @settings(deadline=None)
 @given(
     st.integers(1, 700),
+    st.sampled_from([1, 4, 3]),
     st.floats(0, 1),
     st.sampled_from(["normal", "whole", "equal", "wide", "zeros"]),
     st.integers(0, 2**32 - 1),
 )
-def test_top_k_is_exact(n: int, share: float, kind: str, seed: int) -> None:
-    """Against a stable sort: so many, the largest, and the lower index among equals."""
+def test_top_k_is_exact(units: int, unit: int, share: float, kind: str, seed: int) -> None:
+    """Against a stable sort: so many, the largest, and the lower index among equals; units by their largest."""
     generator = np.random.default_rng(seed)
+    n = units * unit
     x = generator.standard_normal(n).astype(np.float32)
     if kind == "whole":
         x = np.rint(3 * x)
@@ -99,12 +101,12 @@ def test_top_k_is_exact(n: int, share: float, kind: str, seed: int) -> None:
         x *= np.float32(10.0) ** generator.integers(-30, 30, n).astype(np.float32)
     elif kind == "zeros":
         x *= generator.random(n) < 0.3
-    keep = max(1, round(share * n))
-    kept = np.argsort(-np.abs(x), kind="stable")[:keep]
+    keep = max(1, round(share * units))
+    kept = np.argsort(-np.abs(x.reshape(units, unit)).max(1), kind="stable")[:keep]
     expected = np.zeros_like(x)
-    expected[kept] = x[kept]
+    expected.reshape(units, unit)[kept] = x.reshape(units, unit)[kept]
     found = x.copy()
-    native_top_k(found, keep)
+    native_top_k(found, keep * unit, unit=unit)
     assert np.array_equal(found, expected)
 
 
@@ -128,9 +130,10 @@ def test_layouts(weights: str, selection: str, layout: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("weights", ["int4", "int4 sparse", "int2", "int8", "int4 asymmetric"])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_quantised_inputs(weights: str, bits: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("selection", ["half", "units"])
+def test_quantised_inputs(weights: str, bits: int, selection: str, tmp_path: Path) -> None:
     """Rounded first, then selected: among equal whole numbers the lower index stays."""
-    write(tmp_path / "m", weights, "half", input_bits=bits)
+    write(tmp_path / "m", weights, selection, input_bits=bits)
     engine = Engine(tmp_path / "m", threads=1, cache="f32", head="as stored", layout="columns")
     assert off(logits_of(engine), wanted(tmp_path / "m")) < 1e-3
 
@@ -230,6 +233,42 @@ def test_linears_that_see_the_same_inputs_stand_together(weights: str, layout: s
     expected = wanted(tmp_path / "m")
     assert off(logits_of(engine), expected) < 1e-3
     assert off(logits_of(engine, prompt=2), expected) < 1e-3
+
+
+@pytest.mark.parametrize("selection", ["half", "units by norm"])
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_linears_of_a_group_in_different_layouts(selection: str, sparse: bool, threads: int, tmp_path: Path) -> None:
+    """The same inputs in tiles and by columns: pruned 8-bit weights have no columns."""
+    chosen = InputSparsitySpec(**SELECTIONS[selection])
+    schemes = {
+        role: {"bits": 4, "group_size": 32, "sparse": sparse, "input_sparsity": chosen} for role in ("qkv", "gate_up")
+    }
+    tiles = {"bits": 8, "group_size": 32, "sparse": True, "input_sparsity": chosen}
+    write_model(tmp_path / "m", schemes | {"q_proj": tiles, "up_proj": tiles})
+    engine = Engine(tmp_path / "m", threads=threads, cache="f32", head="as stored", layout="columns")
+    expected = wanted(tmp_path / "m")
+    assert off(logits_of(engine), expected) < 1e-3
+    assert off(logits_of(engine, prompt=2), expected) < 1e-3
+
+
+def test_fours_across_scales_stand_alone(tmp_path: Path) -> None:
+    """Groups of 6 inputs, padded apart: fours of them are not fours of the layout."""
+    scheme = {"bits": 4, "group_size": 6, "input_sparsity": InputSparsitySpec("top_k", keep=24, unit=4)}
+    write_model(tmp_path / "m", {"qkv": scheme, "gate_up": scheme}, hidden_size=48, head_dim=12)
+    engine = Engine(tmp_path / "m", threads=2, cache="f32", head="as stored", layout="columns")
+    assert off(logits_of(engine, prompt=2), wanted(tmp_path / "m")) < 1e-3
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("layout", ["sparse", "columns"])
+def test_a_token_alone_is_a_token_of_many(layout: str, threads: int, tmp_path: Path) -> None:
+    """However KV heads and threads divide each other, with several blocks of queries per KV head."""
+    scheme = WEIGHTS["int4"] | {"input_sparsity": InputSparsitySpec(**SELECTIONS["units by norm"])}
+    heads = {"num_attention_heads": 12, "num_key_value_heads": 2, "head_dim": 16, "attention_bias": True}
+    write_model(tmp_path / "m", {"qkv": scheme, "gate_up": scheme, "down": scheme}, hidden_size=96, **heads)
+    engine = Engine(tmp_path / "m", threads=threads, cache="f32", head="as stored", layout=layout)
+    assert off(logits_of(engine, prompt=1), logits_of(engine)) < 1e-5
 
 
 def test_pruned_fours_stand_together(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 // Linears by columns by vpmaddubsw. Dense lines: a stretch of a token's inputs at a time, half a line's sums in registers.
-// Pruned ones, and more tokens: what inputs of a line's segment meet is brought into units in the level-1 cache and met
-// there; of few tokens, each brings in what it has itself, of more, all inputs are brought in once.
+// Pruned ones, and more tokens: what inputs of a line's segment meet is brought into units in memory of up to 128 KiB and
+// met there; of few tokens, each brings in what it has itself, of more, all inputs are brought in once.
 #include <immintrin.h>
 
 #include <cstring>
@@ -288,7 +288,7 @@ void run_dense(const LinearView& w, const Inputs& x, std::size_t strip, std::siz
   const std::size_t bytes = column_bytes(w, strip);
   const Quads quads(w, x, token, end);
   const std::size_t start = quads.starts[begin];
-  Ahead<Line::kFetched>(quads, start, fewer(start + kStretch, quads.end), from, bytes, nullptr, 0).finish();
+  Ahead<Line::kFetched>(quads, start, least(start + kStretch, quads.end), from, bytes, nullptr, 0).finish();
   stretches(quads, begin, end, kStretch, [&](const Stretch& s, std::size_t later) {
     const Scaling scaling(w, s.segment);
     Ahead<Line::kFetched> ahead(quads, s.last, later, from, bytes, nullptr, (s.last - s.first) * lines);

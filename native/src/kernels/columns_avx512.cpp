@@ -1,6 +1,6 @@
 // Linears by columns by vpdpbusd: bytes of four inputs that a token has, interleaved, are units of 16 outputs × 4
-// inputs. One token: a line of a segment at a time, its sums in registers. Several tokens that together leave out too
-// little: a line of a chunk is brought into units in the level-2 cache once and met by all of them.
+// inputs. Few tokens, one after another: a stretch of quads with a line at a time, sums in registers. More tokens: a line
+// of a chunk is brought into units in the level-2 cache once and met by all of them.
 #include <immintrin.h>
 
 #include <cstring>
@@ -172,11 +172,11 @@ void multiply_dense(const LinearView& w, const Inputs& x, std::size_t token, std
 struct SparseStrip {
   const std::uint8_t* from;
   const std::uint32_t* starts;  // of the columns
-  std::uint32_t* next;          // where codes go on, of the columns from `all` on
-  const std::uint32_t* all;
+  std::uint32_t* next;          // where codes go on, of the columns from `first_place` on
+  const std::uint32_t* first_place;
 
   const std::uint8_t* masks(const std::uint32_t* place) const { return from + starts[*place]; }
-  std::uint32_t& at(const std::uint32_t* place) const { return next[place - all]; }
+  std::uint32_t& at(const std::uint32_t* place) const { return next[place - first_place]; }
 };
 
 // What the masks at `bits` keep of two times 64 codes, the second times 16, pruned ones filled in; returns the bytes.
@@ -277,7 +277,7 @@ void multiply_sparse(const LinearView& w, const Inputs& x, std::size_t token, st
     const Scaling scaling(w, s.segment);
     Ahead<Line::kFetched> ahead(quads, s.last, later, from, 0, starts, (s.last - s.first) * lines);
     const SparseStrip columns{from, starts, next, quads.at(s.first)};
-    for (const std::uint32_t* p = columns.all; p != quads.at(s.last); ++p) columns.at(p) = starts[*p] + masks;
+    for (const std::uint32_t* p = columns.first_place; p != quads.at(s.last); ++p) columns.at(p) = starts[*p] + masks;
     for (std::size_t i = 0; i < lines; ++i) {
       Line weights(w, columns, first + i, i, scaling);
       meet_quads<kPlanes>(w, x, token, first + i, scaling, quads, s, ahead, weights, totals + i * outputs, stride, sums + i * outputs);
@@ -299,19 +299,29 @@ void multiply(const LinearView& w, const Inputs& x, std::size_t token, std::size
   }
 }
 
+// Units of four inputs, codes divided, to[tile][unit].
+template <int kPerByte>
+void put(const __m512i units[4 * kPerByte], std::uint8_t* to) {
+  for (std::size_t t = 0; t < 4 * kPerByte; ++t) {
+    const __m512i one = _mm512_srli_epi16(units[t], static_cast<unsigned>(8 / kPerByte * (t / 4)));
+    _mm512_store_si512(to + t * kChunkInputs * kTileRows, one);
+  }
+}
+
+// Which columns four inputs from `input` on are.
+void places_of(const LinearView& w, std::size_t input, std::uint32_t places[4]) {
+  for (std::size_t j = 0; j < 4; ++j) places[j] = static_cast<std::uint32_t>(input / w.column_inputs() + j);
+}
+
 // Inputs [first, first + count) of a line as units, to[tile][unit]; count is a multiple of 4.
 template <class Line>
-void expand_quads(const LinearView& w, Line& weights, std::size_t first, std::size_t count, std::uint8_t* to) {
-  constexpr int kPerByte = Line::kPerByte;
+void expand_quads(const LinearView& w, const Line& weights, std::size_t first, std::size_t count, std::uint8_t* to) {
   for (std::size_t i = 0; i < count; i += 4) {
     std::uint32_t places[4];
-    for (std::size_t j = 0; j < 4; ++j) places[j] = static_cast<std::uint32_t>((first + i) / w.column_inputs() + j);
-    __m512i units[4 * kPerByte];
+    places_of(w, first + i, places);
+    __m512i units[4 * Line::kPerByte];
     weights.take(places, units);
-    for (std::size_t t = 0; t < 4 * kPerByte; ++t) {
-      const __m512i one = _mm512_srli_epi16(units[t], static_cast<unsigned>(8 / kPerByte * (t / 4)));
-      _mm512_store_si512(to + t * kChunkInputs * kTileRows + i * kTileRows, one);
-    }
+    put<Line::kPerByte>(units, to + i * kTileRows);
   }
 }
 
@@ -326,34 +336,19 @@ void expand_dense(const LinearView& w, std::size_t line, std::size_t first, std:
   }
 }
 
-// `next`: where the codes of these inputs' columns go on, of a strip's lines taken in order; null: they are counted.
+// `next`: where the codes of these inputs' columns go on, of a strip's lines taken in order.
 template <class Line>
 void expand_sparse(const LinearView& w, std::size_t line, std::size_t first, std::size_t count, std::uint8_t* to,
                    std::uint32_t* next) {
-  const std::size_t strip = line / w.strip_lines(), begin = strip * w.strip_lines();
-  const std::uint8_t* const from = sparse_strip(w, strip);
-  const std::uint32_t* const starts = sparse_starts(w, strip);
+  const std::size_t strip = line / w.strip_lines();
   for (std::size_t i = 0; i < count; i += 4) {
-    std::uint32_t places[4], counted[4];
-    const std::size_t columns = 4 / w.column_inputs();
-    for (std::size_t j = 0; j < columns; ++j) {
-      places[j] = static_cast<std::uint32_t>((first + i) / w.column_inputs() + j);
-      if (next != nullptr) continue;
-      const std::uint8_t* bits = from + starts[places[j]];
-      counted[j] = starts[places[j]] + static_cast<std::uint32_t>(w.lines_of(strip) * w.line_masks());
-      for (std::size_t before = 0; before < (line - begin) * w.column_inputs(); ++before, bits += kLineMasks) {
-        const auto n = _mm_popcnt_u64(mask64(bits)), m = _mm_popcnt_u64(mask64(bits + 8));
-        counted[j] += static_cast<std::uint32_t>(n > m ? n : m);
-      }
-    }
-    const SparseStrip all{from, starts, next != nullptr ? next + i / w.column_inputs() : counted, places};
-    Line weights(w, all, line, line - begin, Scaling(w, (first + i) / w.segment));
+    std::uint32_t places[4];
+    places_of(w, first + i, places);
+    const SparseStrip columns{sparse_strip(w, strip), sparse_starts(w, strip), next + i / w.column_inputs(), places};
+    const Line weights(w, columns, line, line - strip * w.strip_lines(), Scaling(w, (first + i) / w.segment));
     __m512i units[8];
     weights.take(places, units);
-    for (std::size_t t = 0; t < 8; ++t) {
-      const __m512i one = t < 4 ? units[t] : _mm512_srli_epi16(units[t], 4);
-      _mm512_store_si512(to + t * kChunkInputs * kTileRows + i * kTileRows, one);
-    }
+    put<2>(units, to + i * kTileRows);
   }
 }
 
@@ -364,17 +359,22 @@ void expand(const LinearView& w, std::size_t line, std::size_t first, std::size_
   expand_sparse<SparseLine>(w, line, first, count, to, next);
 }
 
-// Segments [begin, end) of a line for all tokens, a chunk at a time, inactive inputs as the zeros that they are. `next`: of all columns of these
-// segments, as expand_sparse takes it.
+// Segments [begin, end) of a line for all tokens, a chunk at a time, inactive inputs as the zeros that they are; added to
+// `to`. `next`: of all columns of these segments, as expand_sparse takes it.
 void multiply_all(const LinearView& w, const Inputs& x, std::size_t line, std::size_t begin, std::size_t end, float* to,
                   std::size_t stride, std::uint8_t* codes, float* sums, std::uint32_t* next) {
   constexpr std::size_t kPanel = kChunkInputs * kTileRows;
   const std::size_t pair = x.tokens * 2 * kTileRows;  // sums of two tiles
-  std::memset(sums, 0, w.line_tiles() / 2 * pair * sizeof(float));
+  // f(of a tile and token: its sums here, and there)
+  const auto each = [&](auto f) {
+    for (std::size_t i = 0; i < w.line_tiles(); ++i) {
+      for (std::size_t t = 0; t < x.tokens; ++t) f(sums + i / 2 * pair + (t * 2 + i % 2) * kTileRows, to + t * stride + i * kTileRows);
+    }
+  };
+  each([](float* here, const float* there) { _mm512_store_ps(here, _mm512_load_ps(there)); });
   for (std::size_t first = begin; first < end; first += w.chunk_segments()) {
     const std::size_t count = least(w.chunk_segments(), end - first);
-    std::uint32_t* const of_chunk = next == nullptr ? nullptr : next + (first - begin) * w.segment / w.column_inputs();
-    expand(w, line, first * w.segment, count * w.segment, codes, of_chunk);
+    expand(w, line, first * w.segment, count * w.segment, codes, next + (first - begin) * w.segment / w.column_inputs());
     for (std::size_t i = 0; i < w.line_tiles(); i += 2) {
       for (std::size_t s = 0; s < count; ++s) {
         const std::uint8_t* from = codes + i * kPanel + s * w.segment * kTileRows;
@@ -384,12 +384,7 @@ void multiply_all(const LinearView& w, const Inputs& x, std::size_t line, std::s
       }
     }
   }
-  for (std::size_t i = 0; i < w.line_tiles(); ++i) {
-    for (std::size_t t = 0; t < x.tokens; ++t) {
-      const float* const from = sums + i / 2 * pair + (t * 2 + i % 2) * kTileRows;
-      _mm512_store_ps(to + t * stride + i * kTileRows, _mm512_load_ps(from));
-    }
-  }
+  each([](const float* here, float* there) { _mm512_store_ps(there, _mm512_load_ps(here)); });
 }
 
 // Up to so many tokens, each reads its own inputs of a strip, from the caches what another has read.
@@ -400,24 +395,28 @@ constexpr std::size_t kFew = 4;
 void avx512_run_columns(const LinearView& w, const Inputs& x, std::size_t strip, std::size_t first, std::size_t last,
                         float* sums, std::size_t stride, std::uint8_t* scratch) {
   const std::size_t outputs = w.line_tiles() * kTileRows;
+  for (std::size_t t = 0; t < x.tokens; ++t) {
+    std::memset(sums + t * stride, 0, w.lines_of(strip) * outputs * sizeof(float));
+  }
   if (x.tokens > kFew) {
     float* const own = reinterpret_cast<float*>(scratch + kChunkInputs * outputs);
-    // What is left of the scratch holds where codes go on, if it is enough.
-    const std::size_t used = outputs * (kChunkInputs + x.tokens * sizeof(float));
-    const std::size_t start = first * w.segment / w.column_inputs(), columns = last * w.segment / w.column_inputs() - start;
-    std::uint32_t* next = nullptr;
-    if (w.sparse && used + columns * sizeof(std::uint32_t) <= column_scratch_bytes(x.tokens)) {
-      next = reinterpret_cast<std::uint32_t*>(scratch + used);
+    // What is left of the scratch, as much again for lines of 4-bit codes, holds where codes go on, of so many segments.
+    const std::size_t used = outputs * (kChunkInputs + x.tokens * sizeof(float)), columns = w.segment / w.column_inputs();
+    const std::size_t room = (column_scratch_bytes(x.tokens) - used) / sizeof(std::uint32_t) / columns;
+    auto* const next = reinterpret_cast<std::uint32_t*>(scratch + used);
+    for (std::size_t begin = first, end; begin < last; begin = end) {
+      end = w.sparse ? least(begin + room, last) : last;
       const std::uint32_t masks = static_cast<std::uint32_t>(w.lines_of(strip) * w.line_masks());
-      for (std::size_t i = 0; i < columns; ++i) next[i] = sparse_starts(w, strip)[start + i] + masks;
-    }
-    for (std::size_t i = 0; i < w.lines_of(strip); ++i) {
-      multiply_all(w, x, strip * w.strip_lines() + i, first, last, sums + i * outputs, stride, scratch, own, next);
+      for (std::size_t i = 0; w.sparse && i < (end - begin) * columns; ++i) {
+        next[i] = sparse_starts(w, strip)[begin * columns + i] + masks;
+      }
+      for (std::size_t i = 0; i < w.lines_of(strip); ++i) {
+        multiply_all(w, x, strip * w.strip_lines() + i, begin, end, sums + i * outputs, stride, scratch, own, next);
+      }
     }
     return;
   }
   for (std::size_t t = 0; t < x.tokens; ++t) {
-    std::memset(sums + t * stride, 0, w.lines_of(strip) * outputs * sizeof(float));
     auto* const totals = reinterpret_cast<std::int32_t*>(scratch);
     if (x.planes == 1) multiply<1>(w, x, t, strip, first, last, sums + t * stride, totals);
     else multiply<2>(w, x, t, strip, first, last, sums + t * stride, totals);

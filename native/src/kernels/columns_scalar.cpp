@@ -1,4 +1,4 @@
-// Linears by columns, the plain way: a line of a chunk is brought into units, and every input is met.
+// Linears by columns, the plain way: a line of a segment is brought into units, and every input is met.
 #include <cmath>
 #include <cstring>
 

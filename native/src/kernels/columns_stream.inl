@@ -1,8 +1,6 @@
 // Which columns a token meets when, and what is fetched meanwhile: of the kernel files on x86, each compiling it with its
 // own flags. Internal linkage only: see tables.hpp.
 
-inline std::size_t fewer(std::size_t a, std::size_t b) { return a < b ? a : b; }
-
 // A token's quads of segments [begin, end).
 struct Quads {
   const std::uint32_t* starts;  // of segments
@@ -88,8 +86,8 @@ void stretches(const Quads& quads, std::size_t begin, std::size_t end, std::size
     if (first == last) continue;
     const std::size_t pieces = (last - first + most - 1) / most, step = (last - first + pieces - 1) / pieces;
     for (std::size_t quad = first; quad < last; quad += step) {
-      const std::size_t stop = fewer(quad + step, last);
-      f(Stretch{segment, quad, stop, quad == first, stop == last}, fewer(stop + step, quads.end));
+      const std::size_t stop = least(quad + step, last);
+      f(Stretch{segment, quad, stop, quad == first, stop == last}, least(stop + step, quads.end));
     }
   }
 }

@@ -3,8 +3,6 @@
 
 #include "linear_common.inl"
 
-std::size_t least(std::size_t a, std::size_t b) { return a < b ? a : b; }
-
 __mmask64 mask64(const std::uint8_t* bits) {
   std::uint64_t word;
   std::memcpy(&word, bits, 8);

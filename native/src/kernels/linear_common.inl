@@ -7,6 +7,8 @@ static inline float from_bf16(std::uint16_t bits) {
   return value;
 }
 
+static inline std::size_t least(std::size_t a, std::size_t b) { return a < b ? a : b; }
+
 // Outputs of a tile that exist.
 static inline std::size_t rows_of(const LinearView& w, std::size_t tile) {
   const std::size_t left = w.rows - tile * kTileRows;

@@ -166,7 +166,8 @@ static float unit_size(const float* size, std::size_t unit) {
   float value = 0;
   for (std::size_t j = 0; j < unit; ++j) {
     const float one = size[j];
-    value = kNorm ? value + one * one : one > value ? one : value;
+    // Fused on every instruction set, so that the same units are kept.
+    value = kNorm ? __builtin_fmaf(one, one, value) : one > value ? one : value;
   }
   return value;
 }

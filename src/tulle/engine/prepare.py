@@ -193,7 +193,7 @@ def _one(source: Source, layout: str, names: tuple[str, ...]) -> bool:
 
     if any(spec is None or same(spec) != same(first) for spec in specs):
         return False
-    line = LINE_OUTPUTS[columns_kind(first.bits or 0, False)]
+    line = LINE_OUTPUTS[columns_kind(first.bits or 0, first.sparse and "dense" not in layout)]
     return all(source.anatomy.linear_shape(name)[0] % line == 0 for name in names[:-1])
 
 
