@@ -213,12 +213,12 @@ def scratch_recipe(size: str, methods: list[dict[str, Any]], tokens: int, rate: 
 
 def scratch(trainer: Trainer, sizes: list[str], names: list[str] | None, tokens: int, rate: float | None) -> None:
     for size in sizes:
-        dense = None
         for method in names or SCRATCH_METHODS:
             key = f"{size}/{method}" + (f", rate {rate:g}" if rate else "")
             found = trainer.run(key, scratch_recipe(size, SCRATCH_METHODS[method], tokens, rate))
-            dense = dense or found["loss"]
-            print(f"{'':32} {found['loss'] / dense - 1:+.2%} of the dense loss", flush=True)
+            dense = trainer.cells.all.get(f"{size}/dense")
+            if dense is not None:
+                print(f"{'':32} {found['loss'] / dense['loss'] - 1:+.2%} of the dense loss", flush=True)
 
 
 def law(trainer: Trainer, sizes: list[str], tokens: int, out: Path) -> None:
@@ -398,6 +398,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     if given.what == "free":
+        if given.methods and not set(given.methods) <= set(free_recipes(0.5)):
+            parser.error(f"expected methods of free: {', '.join(free_recipes(0.5))}")
         free(given.data, given.models, given.methods, given.out or RESULTS / "activation_sparsity.json")
         return
     if given.what == "picture":

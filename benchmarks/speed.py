@@ -83,28 +83,27 @@ class Worker:
 
 
 def sparse_inputs(folder: Path, threads: str, only: list[str]) -> list[tuple[str, str, list[str]]]:
-    """What runs of INPUTS: dense inputs in tiles, the others by columns and, to see what that is worth, in tiles."""
+    """What runs of INPUTS: dense inputs in tiles, the others by columns and, to see what that is worth, in tiles. A model
+    is made where one of its ways runs."""
     wanted = []
     for name, (bits, sparsity, dropped, unit, spared) in INPUTS.items():
-        if only and not any(part in f"tulle {name}, 8-bit inputs, filled up, in tiles" for part in only):
-            continue  # nothing of it will run
-        made = folder / name.replace(" ", "").replace("%", "").replace(",", "-")
-        if not (made / "config.json").exists():
-            write_packed(made, "1.1b", bits, sparsity, 8 if bits == 2 else None, None, dropped, unit, spared)
-        columns = bool(dropped) or bits == 2
-        for activations in ("int8",) if bits == 2 else ("int8", "recorded"):
-            label = f"tulle {name}" + ", 8-bit inputs" * (activations == "int8")
-            option = f"{activations}:{'columns' if columns else 'sparse'}"
-            wanted.append((label, sys.executable, ["tulle", str(made), threads, option]))
+        columns = "columns" if dropped or bits == 2 else "sparse"
+        ways = {"8-bit inputs": f"int8:{columns}"}
+        if bits != 2:
+            ways[""] = f"recorded:{columns}"
         if unit == 4 or (not dropped and not sparsity):
-            option = f"int8:{'columns' if columns else 'sparse'}:int4"
-            wanted.append(
-                (f"tulle {name}, 8-bit inputs, int4 head", sys.executable, ["tulle", str(made), threads, option])
-            )
+            ways["8-bit inputs, int4 head"] = f"int8:{columns}:int4"
         if dropped == 0.5 and bits == 4 and unit == 1 and spared is None:
-            option = "int8:dense columns" if sparsity else "int8:sparse"
-            label = f"tulle {name}, 8-bit inputs, {'filled up' if sparsity else 'in tiles'}"
-            wanted.append((label, sys.executable, ["tulle", str(made), threads, option]))
+            if sparsity:
+                ways["8-bit inputs, filled up"] = "int8:dense columns"
+            else:
+                ways["8-bit inputs, in tiles"] = "int8:sparse"
+        labels = {f"tulle {name}" + (f", {way}" if way else ""): option for way, option in ways.items()}
+        labels = {k: v for k, v in labels.items() if not only or any(part in k for part in only)}
+        made = folder / name.replace(" ", "").replace("%", "").replace(",", "-")
+        if labels and not (made / "config.json").exists():
+            write_packed(made, "1.1b", bits, sparsity, 8 if bits == 2 else None, None, dropped, unit, spared)
+        wanted += [(label, sys.executable, ["tulle", str(made), threads, option]) for label, option in labels.items()]
     return wanted
 
 
