@@ -83,8 +83,8 @@ class Worker:
 
 
 def sparse_inputs(folder: Path, threads: str, only: list[str]) -> list[tuple[str, str, list[str]]]:
-    """What runs of INPUTS: dense inputs in tiles, the others by columns and, to see what that is worth, in tiles. A model
-    is made where one of its ways runs."""
+    """What runs of INPUTS: dense inputs in tiles, the others by columns and, to see what that is worth, in tiles. A
+    model is made where one of its ways runs."""
     wanted = []
     for name, (bits, sparsity, dropped, unit, spared) in INPUTS.items():
         columns = "columns" if dropped or bits == 2 else "sparse"

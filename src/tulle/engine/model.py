@@ -80,8 +80,9 @@ class Engine:
     run at once; ``cache``: keys and values in f32, bf16 or int8 [int8 where the model quantises them anyway, else f32
     up to 256 MB, then bf16]; ``activations``: ``recorded`` (as the recipe said; 16 bits where it left the inputs of
     integer weights unquantised) or ``int8`` (8 bits per token there, faster); ``head``: the output head in int8, int4
-    (not of a Scaling Transformer), bf16, or as stored; ``layout`` of the weights: ``sparse``, ``dense`` (pruned ones filled up), ``columns``, ``dense
-    columns`` (inputs that are left out are not read) or what is faster here, which is tried once [``auto``];
+    (not of a Scaling Transformer), bf16, or as stored; ``layout`` of the weights: ``sparse``, ``dense`` (pruned ones
+    filled up), ``columns``, ``dense columns`` (inputs that are left out are not read) or what is faster here, which is
+    tried once [``auto``];
     ``weights`` of a Scaling Transformer: f32, bf16, int8 [as stored], int8 with inputs of 8 bits whatever
     ``activations`` says (see :mod:`tulle.engine.scaling`). Raises ``UserError`` for a folder that is broken or a model
     that is not supported.
