@@ -335,12 +335,19 @@ def picture(cells: dict[str, Any], file: Path) -> None:
     figure = Figure(figsize=(4.2 * len(sizes), 3.6), layout="constrained")
     panels = figure.subplots(1, len(sizes), squeeze=False)[0]
     for size, axes in zip(sizes, panels, strict=True):
-        for name, style in CURVES.items():
+        for color, (name, style) in enumerate(CURVES.items()):
             cell = cells.get(f"{size}/{name}") or cells.get(f"{size}/{name.removeprefix('Top-K 70 %, ')}")
             if cell is None:
                 continue
             rows = cell["curve"]
-            axes.plot([t / 1e6 for t, _ in rows], [bits for _, bits in rows], style, label=name, linewidth=1.4)
+            axes.plot(
+                [t / 1e6 for t, _ in rows],
+                [bits for _, bits in rows],
+                style,
+                label=name,
+                linewidth=1.4,
+                color=f"C{color}",
+            )
         low = min(bits for key, cell in cells.items() if key.startswith(f"{size}/") for _, bits in cell["curve"][-1:])
         axes.set(title=size, xlabel="million tokens", ylim=(0.97 * low, 1.35 * low))
         axes.grid(alpha=0.3)
