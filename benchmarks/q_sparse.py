@@ -101,6 +101,7 @@ RATES = {"0.3M": 2e-3, "1M": 2e-3, "2M": 1e-3, "1M deep": 2e-3}
 """Learning rates: of 1e-3, 2e-3 and 4e-3 the best for a dense model, as far as tried; 2e-3 makes 2M worse than 1M."""
 VOCABULARY = 2048
 PYTHON = ("stdlib", "numpy", "networkx", "pydantic", "rich", "click", "jinja2", "pytest")
+DATA: dict[str, Any] = {"sources": [{"name": name} for name in PYTHON]}
 CONTEXT, BATCH = 256, 4
 SCRATCH = {
     "context": CONTEXT, "batch": BATCH, "optimizer": "adamw", "schedule": "wsd",
@@ -205,7 +206,7 @@ def scratch_recipe(size: str, methods: list[dict[str, Any]], tokens: int, rate: 
     head = {"num_key_value_heads": heads // 2, "head_dim": shape["hidden_size"] // heads}
     return {
         "model": shape | head,
-        "data": {"sources": [{"name": name} for name in PYTHON], "vocab_size": VOCABULARY},
+        "data": DATA | {"vocab_size": VOCABULARY},
         "training": SCRATCH | {"tokens": tokens, "learning_rate": rate or RATES[size]},
         "methods": methods,
     }
@@ -259,7 +260,7 @@ def continued(trainer: Trainer, tokens: int) -> None:
     for method, steps in methods.items():
         recipe = {
             "start": "reference",
-            "data": {"sources": [{"name": name} for name in PYTHON]},
+            "data": DATA,
             "training": CONTINUED | {"tokens": tokens},
             "methods": steps,
         }
@@ -274,8 +275,7 @@ def thresholds(trainer: Trainer, share: float, tokens: int) -> dict[str, Any]:
     start, out = trainer.folder("continue/dense"), trainer.folder(f"continue/TEAL {share}")
     context = CONTINUED["context"]
     recipe = {"steps": [{"teal": {"share": share}}], "calibration": {"samples": 32, "length": context}}
-    data = {"sources": [{"name": name} for name in PYTHON]}
-    bits, _ = compressed(start, recipe, out, data, 0, 256, context, trainer.work)
+    bits, _ = compressed(start, recipe, out, DATA, 0, 256, context, trainer.work)
     return {"held_out_bits_per_byte": bits, "tokens": tokens}
 
 

@@ -6,6 +6,7 @@
 #include "state.hpp"
 
 namespace tulle {
+
 std::uint64_t Linear::bytes() const {
   const LinearView& w = weight;
   const std::uint64_t weights = static_cast<std::uint64_t>(w.tiles()) * kTileRows * w.padded();

@@ -1,9 +1,6 @@
 // Passes: of several tokens, and of one.
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 #include "state.hpp"
+#include "team.hpp"
 
 namespace tulle {
 
@@ -12,22 +9,9 @@ void Engine::State::run(const std::int32_t* tokens, const std::int32_t* slots_of
   const std::size_t d = model.hidden, q = model.heads * model.head_dim, kv = model.kv_heads * model.head_dim;
   const std::size_t per_row = model.heads + model.kv_heads;
   ready(slots_of, n);
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(static_cast<int>(threads))
-#endif
-  {
-    std::size_t thread = 0, team = 1;
-#if defined(_OPENMP)
-    thread = static_cast<std::size_t>(omp_get_thread_num());
-    team = static_cast<std::size_t>(omp_get_num_threads());
-#endif
+  in_team(threads, [&](std::size_t thread, std::size_t team) {
     const std::size_t from = n * thread / team, to = n * (thread + 1) / team;
     float* const vector = vectors[thread].data();
-    const auto wait = [] {
-#if defined(_OPENMP)
-#pragma omp barrier
-#endif
-    };
     const auto multiply_all = [&](const Group& group, Plan& plan, std::size_t count, float* y, std::size_t stride) {
       multiply(group, plan, intake, count, y, stride, thread);
       wait();
@@ -93,7 +77,7 @@ void Engine::State::run(const std::int32_t* tokens, const std::int32_t* slots_of
         sharpen(small.data() + static_cast<std::size_t>(rows[i]) * d, logits + i * model.vocabulary);
       }
     }
-  }
+  });
 }
 
 // Threads meet six times a layer: everything that is not a product, each does for itself, or its heads and its part of the
@@ -103,20 +87,7 @@ void Engine::State::step(std::int32_t token, std::int32_t slot, std::int32_t pos
   const std::size_t shared = model.heads / model.kv_heads, width = model.intermediate;
   ready(&slot, 1);
   ++read_tokens;
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(static_cast<int>(threads))
-#endif
-  {
-    std::size_t thread = 0, team = 1;
-#if defined(_OPENMP)
-    thread = static_cast<std::size_t>(omp_get_thread_num());
-    team = static_cast<std::size_t>(omp_get_num_threads());
-#endif
-    const auto wait = [] {
-#if defined(_OPENMP)
-#pragma omp barrier
-#endif
-    };
+  in_team(threads, [&](std::size_t thread, std::size_t team) {
     float *const x = own_hidden[thread].data(), *const vector = vectors[thread].data(), *const row = own_wide[thread].data();
     Intake& mine = own[thread];
     // x, the group's input, times the group's weights, to y or to pieces.
@@ -183,7 +154,7 @@ void Engine::State::step(std::int32_t token, std::int32_t slot, std::int32_t pos
         if (model.exact_head != nullptr) sharpen(vector, logits);
       }
     }
-  }
+  });
 }
 
 }  // namespace tulle

@@ -6,13 +6,11 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 
 #include "buffer.hpp"
 #include "pass.hpp"
 #include "sharpen.hpp"
+#include "team.hpp"
 #include "tulle/dispatch.hpp"
 
 namespace tulle {
@@ -429,22 +427,9 @@ void ScalingEngine::State::run(const std::int32_t* tokens, const std::int32_t* s
     row_blocks.push_back({t, same - t});
     t = same;
   }
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(static_cast<int>(threads))
-#endif
-  {
-    std::size_t thread = 0, team = 1;
-#if defined(_OPENMP)
-    thread = static_cast<std::size_t>(omp_get_thread_num());
-    team = static_cast<std::size_t>(omp_get_num_threads());
-#endif
+  in_team(threads, [&](std::size_t thread, std::size_t team) {
     Scratch& s = scratch[thread];
     const std::size_t from = begin_of(n, thread, team), to = begin_of(n, thread + 1, team);
-    const auto wait = [] {
-#if defined(_OPENMP)
-#pragma omp barrier
-#endif
-    };
     // This thread's modules of every token: (token, module) counted through.
     const auto each_modules = [&](const auto& act) {
       const std::size_t count = model.modules, last = begin_of(n * count, thread + 1, team);
@@ -567,7 +552,7 @@ void ScalingEngine::State::run(const std::int32_t* tokens, const std::int32_t* s
         sharpen(normed.data() + i * d, logits + i * model.vocabulary);
       }
     }
-  }
+  });
 }
 
 ScalingEngine::ScalingEngine(ScalingModel model, std::size_t slots, std::size_t context, std::size_t batch,

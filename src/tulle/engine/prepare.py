@@ -179,9 +179,11 @@ def together(source: Source, layout: str, blocks: Iterable[int] | None = None) -
 def _one(source: Source, layout: str, names: tuple[str, ...]) -> bool:
     specs = [source.packed.linears.get(name) if source.packed else None for name in names]
     first = specs[0]
-    if first is None or not _column_inputs(first, layout):
+    inputs = 0 if first is None else _column_inputs(first, layout)
+    if first is None or inputs == 0:
         return False
-    if first.sparse and "dense" not in layout and _column_inputs(first, layout) == 1:
+    stays_sparse = first.sparse and "dense" not in layout
+    if stays_sparse and inputs == 1:
         return False  # longer pieces gain nothing there
     if first.input_sparsity is not None and first.input_sparsity.weighted:
         return False  # scores may differ
@@ -193,7 +195,7 @@ def _one(source: Source, layout: str, names: tuple[str, ...]) -> bool:
 
     if any(spec is None or same(spec) != same(first) for spec in specs):
         return False
-    line = LINE_OUTPUTS[columns_kind(first.bits or 0, first.sparse and "dense" not in layout)]
+    line = LINE_OUTPUTS[columns_kind(first.bits or 0, stays_sparse)]
     return all(source.anatomy.linear_shape(name)[0] % line == 0 for name in names[:-1])
 
 
@@ -277,10 +279,13 @@ def convert_head(source: Source, head: str) -> tuple[dict[str, Any], dict[str, N
     most = np.abs(groups).max(axis=2)
     if not np.isfinite(most).all():
         raise UserError(f"expected finite numbers in {name}, found others; the checkpoint is broken")
-    bits, least, largest = (4, -8, 7) if head == "int4" else (8, -127, 127)
     if head == "int4":
-        most = np.take_along_axis(groups, np.abs(groups).argmax(axis=2)[:, :, None], axis=2)[:, :, 0]
-    scale = f32_to_bf16(most / (least if head == "int4" else largest))
+        bits, least, largest = 4, -8, 7
+        outermost = np.take_along_axis(groups, np.abs(groups).argmax(axis=2)[:, :, None], axis=2)[:, :, 0]
+        scale = f32_to_bf16(outermost / np.float32(least))
+    else:
+        bits, least, largest = 8, -127, 127
+        scale = f32_to_bf16(most / largest)
     step = bf16_to_f32(scale)
     whole = np.rint(groups / np.where(step == 0, 1, step)[:, :, None]).clip(least, largest)
     return integer_linear(bits, (whole + (1 << (bits - 1))).astype(np.uint8).reshape(shape), scale, None, None)

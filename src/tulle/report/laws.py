@@ -106,7 +106,7 @@ def loss_of_active(name: str, fit: Fit) -> str:
             curves.append(fit.law.loss_of_active(active, grid))
             if fit.replicates:
                 _band(p.axes, grid, active, fit.replicates, color)
-            p.axes.plot(grid, fit.law.loss_of_active(active, grid), color=color, linewidth=1.6, label=_count(active))
+            p.axes.plot(grid, curves[-1], color=color, linewidth=1.6, label=_count(active))
             best = fit.law.optimum
             p.axes.plot([best], [fit.law.loss_of_active(active, best)], marker="o", color=color, markersize=6)
         # Where runs were, and a little beyond: some replicate of few runs goes anywhere at 90 %.
