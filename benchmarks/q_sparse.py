@@ -48,6 +48,11 @@ def free_recipes(share: float) -> dict[str, list[dict[str, Any]]]:
         "Top-K of 32": [{"teal": top_k | {"block": 32}}],
         "units of 4": [{"teal": top_k | {"unit": 4}}],
         "units of 4, WINA": [{"wina": {"share": share, "unit": 4}}],
+        "LaRoSA": [{"larosa": {}}, {"teal": top_k}],
+        "LaRoSA, budget + TEAL": [{"larosa": {}}, budget, {"teal": {"share": share}}],
+        "LaRoSA, budget + WINA": [{"larosa": {}}, budget, {"wina": {"share": share}}],
+        "LaRoSA, units of 4, WINA": [{"larosa": {}}, {"wina": {"share": share, "unit": 4}}],
+        "LaRoSA, budget + units of 4, WINA": [{"larosa": {}}, budget, {"wina": {"share": share, "unit": 4}}],
     }
 
 
@@ -249,32 +254,53 @@ def law(trainer: Trainer, sizes: list[str], tokens: int, out: Path) -> None:
         print(f"{kind}: {found.law}, best sparsity {found.law.optimum:.1%} ({ends[0]:.1%} to {ends[1]:.1%})")
 
 
-def continued(trainer: Trainer, tokens: int) -> None:
-    """The reference model trained on, dense and sparse."""
+def continued(trainer: Trainer, tokens: int, names: list[str] | None) -> None:
+    """The reference model trained on, dense and sparse, as it is and in its principal components (LaRoSA)."""
     methods: dict[str, list[dict[str, Any]]] = {"dense": []}
     methods |= {f"Top-K, {share:.0%} dropped": [{"q_sparse": {"share": share}}] for share in (0.4, 0.5, 0.6)}
     methods["Top-K by fours, 50% dropped"] = [{"q_sparse": {"share": 0.5, "unit": 4}}]
     methods["ReLUfication"] = [{"q_sparse": {"kind": "none", "activation": "relu"}}]
     methods["ReLUfication, stage 2"] = [{"q_sparse": {"kind": "relu", "activation": "relu"}}]
     methods["no straight-through, 50% dropped"] = [{"q_sparse": {"share": 0.5, "straight_through": False}}]
+    for method in [key for key in methods if key == "dense" or key.startswith("Top-K")]:
+        methods[f"LaRoSA, {method}"] = methods[method]
     for method, steps in methods.items():
+        if names is not None and method not in names:
+            continue
         recipe = {
-            "start": "reference",
+            "start": rotated(trainer) if method.startswith("LaRoSA") else "reference",
             "data": DATA,
             "training": CONTINUED | {"tokens": tokens},
             "methods": steps,
         }
         trainer.run(f"continue/{method}", recipe)
-    for share in (0.4, 0.5, 0.6):
-        cell = trainer.cells.make(f"continue/TEAL, {share:.0%} dropped", lambda s=share: thresholds(trainer, s, tokens))
-        print(f"TEAL, {share:.0%} dropped: {cell['held_out_bits_per_byte']:.4f} bits per byte", flush=True)
+    for rotation in ("", "LaRoSA, "):
+        for share in (0.4, 0.5, 0.6):
+            method = f"{rotation}TEAL, {share:.0%} dropped"
+            if names is not None and method not in names:
+                continue
+            steps = [{"larosa": {}}] * bool(rotation) + [{"teal": {"share": share}}]
+            bits = trainer.cells.make(
+                f"continue/{method}", lambda m=method, s=steps: without_training(trainer, m, s, tokens)
+            )["held_out_bits_per_byte"]
+            print(f"{method}: {bits:.4f} bits per byte", flush=True)
 
 
-def thresholds(trainer: Trainer, share: float, tokens: int) -> dict[str, Any]:
-    """TEAL on the dense model that was trained as long, calibrated on the training text."""
-    start, out = trainer.folder("continue/dense"), trainer.folder(f"continue/TEAL {share}")
+def rotated(trainer: Trainer) -> str:
+    """The reference model with inputs in their principal components, which is what it computes and no more."""
+    from tulle.models.hub import local_folder
+
+    out = trainer.folder("reference, LaRoSA")
+    recipe = {"steps": [{"larosa": {}}], "calibration": {"samples": 32, "length": CONTINUED["context"]}}
+    compressed(local_folder("reference"), recipe, out, DATA, 0, 256, CONTINUED["context"], trainer.work)
+    return str(out)
+
+
+def without_training(trainer: Trainer, name: str, steps: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
+    """Steps on the dense model that was trained as long, calibrated on the training text."""
+    start, out = trainer.folder("continue/dense"), trainer.folder(f"continue/{name}")
     context = CONTINUED["context"]
-    recipe = {"steps": [{"teal": {"share": share}}], "calibration": {"samples": 32, "length": context}}
+    recipe = {"steps": steps, "calibration": {"samples": 32, "length": context}}
     bits, _ = compressed(start, recipe, out, DATA, 0, 256, context, trainer.work)
     return {"held_out_bits_per_byte": bits, "tokens": tokens}
 
@@ -428,7 +454,7 @@ def main() -> None:
     elif given.what == "law":
         law(trainer, given.sizes, given.tokens, out.with_name(out.stem + "_runs.json"))
     else:
-        continued(trainer, given.tokens)
+        continued(trainer, given.tokens, given.methods)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import tulle.hf
 from checkpoints import PROSE, write_checkpoint
 from tulle.activation.budget import ActivationBudget
+from tulle.activation.larosa import LaRoSA
 from tulle.activation.thresholds import TEAL
 from tulle.activation.wina import WINA
 from tulle.compress import compress
@@ -62,6 +63,8 @@ TRANSFORMS: list[Method] = [
     FlatQuant(epochs=0, start="max"),
     AffineQuant(epochs=2, block=16),
     SpinQuant(steps=3),
+    LaRoSA(),
+    LaRoSA(residual=False),
     PermuteChannels(effort=0.01),
     PermuteChannels(pattern="4:8", score="magnitude", power=1, residual=False, effort=0.01),
 ]

@@ -118,7 +118,7 @@ def compress(
         survey = take_survey(config, anatomy, source_of, chosen, batches, device, progress, seed)
         if survey.residual and any(zero_share(t) >= SPARSE_FROM for t in source_of.read_block(0).values()):
             survey.notes.append(FILLED)
-        source_of = Source(checkpoint, anatomy, survey.residual)
+        source_of = source_of.rewritten(survey.residual, survey.values)
         walker = Walker(config, anatomy, chosen, batches, folder_of_run.work, device, progress, seed)
         walker.kept, walker.kept_inputs, walker.residual = survey.kept, survey.kept_inputs, survey.residual
         walker.sparsity, walker.input_sparsity = survey.sparsity, survey.input_sparsity

@@ -45,6 +45,7 @@ METHODS: dict[str, str] = {
     "activations": "tulle.quantize.activations:Activations",
     "kv_cache": "tulle.quantize.kv_cache:KVCache",
     "smoothquant": "tulle.quantize.smoothquant:SmoothQuant",
+    "larosa": "tulle.activation.larosa:LaRoSA",
     "quarot": "tulle.quantize.quarot:QuaRot",
     "duquant": "tulle.quantize.duquant:DuQuant",
     "perq": "tulle.quantize.perq:PeRQ",

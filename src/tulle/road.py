@@ -59,11 +59,13 @@ def unpack(packed: Path, target: Path) -> None:
 
 
 def check(recipe: Any, only_prunes: bool) -> None:
-    """Raises ``UserError`` unless ``recipe`` is a compression recipe, and of pruning steps where it must be."""
+    """Raises ``UserError`` unless ``recipe`` is a compression recipe, and leaves dense weights where it must: by steps
+    that prune or rotate."""
     for step in _recipe(recipe).steps:
-        if only_prunes and not METHODS[step.name].startswith("tulle.prune."):
+        if only_prunes and not METHODS[step.name].startswith(("tulle.prune.", "tulle.activation.larosa")):
             raise UserError(
-                f"expected pruning steps in prune, found {step.name}; quantise with compress: after the training"
+                f"expected pruning steps or larosa in prune, found {step.name}; quantise with compress: after the "
+                "training"
             )
 
 

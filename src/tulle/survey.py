@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -39,24 +39,28 @@ def take_survey(
     """Runs the recipe's model steps and returns what they decided. Equal inputs give equal decisions."""
     found: dict[tuple[int, str], Tensor] = {}
     norms: dict[tuple[int, str], Tensor] = {}
-    walk = _Walk(config, model, source, batches, device, progress)
     survey = Survey(
         layers=model.layers,
         rows=lambda block, role: found[block, role],
-        block=lambda index: {name: t.float().to(device) for name, t in source.read_block(index).items()},
+        block=lambda index: walk.read_block(index),
         roles={row.role: row.linears for row in model.rows},
         norms={row.role: row.norm for row in model.rows if row.norm},
         prefix=model.block_prefix,
         hidden=model.hidden,
+        heads=(model.heads, model.kv_heads, model.head_dim),
         seed=seed,
         column_norm=lambda block, role: norms[block, role],
-        probe=walk.probe,
     )
-    steps = recipe.stage("model")
-    if any({"rows", "column_norm"} & step.method.needs for step in steps):
-        walk.watch(seed, found, norms)
-    for step in steps:
+    walk, watched = _Walk(config, model, source, batches, device, progress), False
+    for step in recipe.stage("model"):
+        survey.probe = walk.probe
+        if not watched and {"rows", "column_norm"} & step.method.needs:
+            walk.watch(seed, found, norms)
+            watched = True
+        before = survey.residual, dict(survey.values)
         step.method.plan(survey, step.targets)
+        if before != (survey.residual, survey.values):
+            walk, watched = replace(walk, source=source.rewritten(survey.residual, survey.values)), False
     return survey
 
 
@@ -70,6 +74,10 @@ class _Walk:
     batches: Sequence[Batch]
     device: str
     progress: Progress | None
+
+    def read_block(self, index: int) -> dict[str, Tensor]:
+        """Float32 tensors of a block by relative name."""
+        return {name: t.float().to(self.device) for name, t in self.source.read_block(index).items()}
 
     def watch(self, seed: int, found: dict[tuple[int, str], Tensor], norms: dict[tuple[int, str], Tensor]) -> None:
         """Fills ``found`` with the extreme rows and ``norms`` with the column norms of the inputs of every role."""
@@ -100,14 +108,14 @@ class _Walk:
         """Runs every trial (``Survey.probe``); in memory is one block, and the hidden states of each trial so far.
 
         Hessians are of other sequences than those that the divergence is measured on, where there is more than one.
+        With 0 tokens nothing is measured: ``trials`` looks, and yields none.
         """
         probed, rest = _drawn(self.batches, tokens)
         seen = batched(_drawn(batched(rest), TOKENS)[0] if rest else probed)
         measured = batched(probed)
         stream, dense = self._embedded(seen), self._embedded(measured)
         running: dict[Hashable, list[Tensor]] = {}
-        for index, stored in self._blocks("probe"):
-            tensors = {name: t.float().to(self.device) for name, t in stored.items()}
+        for index, tensors in self._blocks("probe"):
             block = Block(self.config, index, tensors, self.device)
             found: dict[str, Hessian] = {}
             for batch, hidden in zip(seen, stream, strict=True) if hessians else ():
@@ -138,7 +146,7 @@ class _Walk:
         for index in range(self.model.layers):
             if self.progress:
                 self.progress(f"{what} {index + 1}/{self.model.layers}", index, self.model.layers)
-            yield index, self.source.read_block(index)
+            yield index, self.read_block(index)
 
     def _predictor(self) -> Callable[[Tensor], Tensor]:
         """Log probabilities of the next token from the last block's outputs."""
@@ -154,10 +162,10 @@ class _Walk:
 
 
 def _drawn(batches: Sequence[Batch], tokens: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Sequences of about so many tokens, evenly over all, and the sequences left."""
+    """Sequences of about so many tokens (0: none), evenly over all, and the sequences left."""
     sequences = [row[keep] for b in batches for row, keep in zip(b.tokens, b.valid, strict=True)]
     mean = sum(map(len, sequences)) / len(sequences)
-    count = min(len(sequences), max(1, round(tokens / mean)))
+    count = min(len(sequences), max(1, round(tokens / mean))) if tokens else 0
     chosen = {int((i + 0.5) * len(sequences) / count) for i in range(count)}
     return [sequences[i] for i in sorted(chosen)], [s for i, s in enumerate(sequences) if i not in chosen]
 

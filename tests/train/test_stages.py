@@ -203,7 +203,7 @@ def test_every_method_trains_from_scratch_and_resumes_to_the_same_bytes(tmp_path
 @pytest.mark.parametrize(
     ("road", "message"),
     [
-        ([{"name": "a", "prune": {"steps": [{"gptq": {"bits": 4}}]}}], "expected pruning steps in prune, found gptq"),
+        ([{"name": "a", "prune": {"steps": [{"gptq": {"bits": 4}}]}}], "pruning steps or larosa in prune, found gptq"),
         ([{"name": "a", "methods": [{"held_mask": {}}]}], "expected a training method of held_masks"),
         ([{"name": "a", "methods": [{"sr_ste": {"lambda": 1}}]}], "unknown key 'methods.sr_ste.lambda'"),
         ([{"name": "a", "methods": [{"held_masks": {}}]}], "expected a model with pruned weights to hold"),

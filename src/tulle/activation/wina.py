@@ -5,8 +5,8 @@ input takes from the output is x_j·W_:,j, and those scores are the lengths of t
 expected squared error where the columns of W are orthogonal.
 
 Where we depart: linears that read one input (q, k, v; gate, up) share one mask, with the norms of their stacked
-columns; the weights are not rotated to make their columns orthogonal. The scores are those of the weights before they
-are pruned or quantised.
+columns; the weights are not rotated to make their columns orthogonal (``larosa`` in front rotates for the inputs'
+sake). The scores are those of the weights before they are pruned or quantised.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from tulle.core.grid import Quantised, row_chunks
 from tulle.core.hessian import Hessian
 from tulle.core.token_grid import TokenGrid
 from tulle.core.topk import Selection
-from tulle.core.transform import Diagonal, Permutation, Transform, fold, run, stored
+from tulle.core.transform import BlockMatrix, Diagonal, Permutation, Transform, fold, run, stored
 from tulle.errors import UserError
 
 Statistic = Literal["hessian", "column_norm", "absmax", "rows", "sample"]
@@ -346,8 +346,13 @@ class Survey:
     """Of a block's full names."""
     hidden: int
     seed: int = 0
+    heads: tuple[int, int, int] = (0, 0, 0)
+    """Query heads, KV heads, head_dim."""
     residual: tuple[Transform, ...] = ()
-    """Orthogonal maps of the residual stream, folded into every reader and writer."""
+    """Orthogonal maps of the residual stream, folded into every reader and writer. Steps that follow see the model
+    after it."""
+    values: dict[int, BlockMatrix] = field(default_factory=dict)
+    """Block → orthogonal map of the KV heads' values ``[kv_heads, b, b]``, folded into v and o."""
     kept: dict[str, int] = field(default_factory=dict)
     """Full linear name → bits that quantisers take instead of their own (16: none)."""
     kept_inputs: dict[str, int] = field(default_factory=dict)
@@ -365,9 +370,8 @@ class Survey:
     notes: list[str] = field(default_factory=list)
 
 
-Trials = Callable[
-    [int, dict[str, Tensor], dict[str, Hessian]], Iterable[tuple[Hashable, Mapping[str, Tensor | Selection]]]
-]
+Replacements = tuple[Hashable, Mapping[str, Tensor | Selection]]
+Trials = Callable[[int, dict[str, Tensor], dict[str, Hessian]], Iterable[Replacements]]
 """Of a block's number, its tensors by relative name and H of the input of every role: (key, replacements) of each
 trial, which is run to the model's end, all the rest being dense. A replacement is a tensor under the name of the one
 whose place it takes, or a selection of inputs under the name of a linear."""

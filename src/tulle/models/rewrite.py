@@ -7,29 +7,44 @@ head W·diag(γ)·Q. Tied embeddings come apart. Nothing of it is left at run ti
 
 A permutation commutes with the norm once its gain is permuted too: γ stays in the norm, embeddings stay tied, and no
 value changes.
+
+Values can have another basis as well: attention sums them, so that v·R in every head, R orthogonal, meets o's columns
+times R.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from tulle.core.transform import Permutation, Transform, fold, run
+from tulle.core.transform import BlockMatrix, Permutation, Transform, fold, run
 from tulle.models.anatomy import Anatomy
 from tulle.models.checkpoint import Checkpoint
 
 
 class Source:
-    """Tensors of a checkpoint, block by block, with the residual stream in the basis x·T₁·T₂·… (none: as stored).
+    """Tensors of a checkpoint, block by block, with the residual stream in the basis x·T₁·T₂·… (none: as stored) and
+    the values of block i in that of ``values[i]`` ``[kv_heads, b, b]``.
 
     Rewritten tensors are float32; ``dtypes`` is what they are stored as.
     """
 
-    def __init__(self, checkpoint: Checkpoint, model: Anatomy, residual: Sequence[Transform] = ()):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        model: Anatomy,
+        residual: Sequence[Transform] = (),
+        values: Mapping[int, BlockMatrix] | None = None,
+    ):
         self._checkpoint, self._model, self.residual = checkpoint, model, tuple(residual)
+        self._values = dict(values or {})
         self._permuted = all(isinstance(t, Permutation) for t in self.residual)
+
+    def rewritten(self, residual: Sequence[Transform], values: Mapping[int, BlockMatrix]) -> Source:
+        """The same checkpoint in other bases, which take the place of those there are."""
+        return Source(self._checkpoint, self._model, residual, values)
 
     @property
     def tied(self) -> bool:
@@ -39,9 +54,13 @@ class Source:
     def read_block(self, index: int) -> dict[str, Tensor]:
         """All tensors of a block by relative name."""
         tensors = self._checkpoint.read_block(self._model, index)
-        if not self.residual:
+        if not self.residual and index not in self._values:
             return tensors
         tensors = {name: tensor.float() for name, tensor in tensors.items()}
+        if index in self._values:
+            self._rotate_values(tensors, self._values[index])
+        if not self.residual:
+            return tensors
         for row in self._model.rows:
             gain = tensors[f"{row.norm}.weight"] if row.norm else None
             for name in row.linears:
@@ -79,6 +98,15 @@ class Source:
             head = self._read(head.float(), norm.float()).to(head.dtype)
             norm = self._gain(norm)
         return {architecture.final_norm: norm, architecture.head: head}
+
+    def _rotate_values(self, tensors: dict[str, Tensor], rotation: BlockMatrix) -> None:
+        row = self._model.row("o")
+        (value,), (o,) = row.producers, row.linears
+        tensors[f"{value}.weight"] = rotation.apply(tensors[f"{value}.weight"].T).T.contiguous()
+        if f"{value}.bias" in tensors:
+            tensors[f"{value}.bias"] = rotation.apply(tensors[f"{value}.bias"])
+        shared = self._model.heads // self._model.kv_heads
+        tensors[f"{o}.weight"] = BlockMatrix(rotation.matrix.repeat_interleave(shared, 0)).fold(tensors[f"{o}.weight"])
 
     def _read(self, weight: Tensor, gain: Tensor) -> Tensor:
         return fold(self.residual, weight if self._permuted else weight * gain)

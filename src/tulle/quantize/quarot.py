@@ -24,7 +24,7 @@ from torch import Tensor
 from tulle.core.contract import BlockState, Method, Stage, Survey
 from tulle.core.hadamard import hadamard_matrix
 from tulle.core.paley import hadamard_block
-from tulle.core.transform import Diagonal, Hadamard, Kronecker, Permutation
+from tulle.core.transform import Diagonal, Hadamard, Kronecker
 from tulle.errors import UserError
 
 
@@ -50,13 +50,13 @@ class QuaRot(Method):
     def plan(self, survey: Survey, roles: tuple[str, ...]) -> None:
         if not self.residual:
             return
-        if any(isinstance(t, Permutation) for t in survey.residual):
+        if survey.residual:
             raise UserError(
-                "expected no permute_channels before a rotation of the residual stream, found one; a rotation mixes "
-                "the channels again, so leave one of the two out (residual: false)"
+                "expected no permute_channels or other rotation before quarot's of the residual stream, found one; a "
+                "rotation mixes the channels again, so leave one of the two out (residual: false)"
             )
         signs = random_signs(survey.hidden, torch.Generator().manual_seed(survey.seed))
-        survey.residual = (*survey.residual, Diagonal(signs), Hadamard(hadamard_block(survey.hidden)))
+        survey.residual = (Diagonal(signs), Hadamard(hadamard_block(survey.hidden)))
 
     def prepare(self, block: BlockState, roles: tuple[str, ...]) -> None:
         if self.heads:
