@@ -99,10 +99,11 @@ SIZES: dict[str, dict[str, int]] = {
     "1M": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4},
     "2M": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6},
     "1M deep": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 16, "num_attention_heads": 4},
+    "2M wide": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 2, "num_attention_heads": 8},
 }
-"""Parameters with a vocabulary of 2048, embedding included. Heads of 16, 32, 32 and 16, half as many for keys."""
+"""Parameters with a vocabulary of 2048, embedding included. Heads of 16 or 32, half as many for keys."""
 LAW_SIZES = ["0.3M", "1M", "2M"]
-RATES = {"0.3M": 2e-3, "1M": 2e-3, "2M": 1e-3, "1M deep": 2e-3}
+RATES = {"0.3M": 2e-3, "1M": 2e-3, "2M": 1e-3, "1M deep": 2e-3, "2M wide": 1e-3}
 """Learning rates: of 1e-3, 2e-3 and 4e-3 the best for a dense model, as far as tried; 2e-3 makes 2M worse than 1M."""
 VOCABULARY = 2048
 PYTHON = ("stdlib", "numpy", "networkx", "pydantic", "rich", "click", "jinja2", "pytest")
@@ -254,17 +255,32 @@ def law(trainer: Trainer, sizes: list[str], tokens: int, out: Path) -> None:
         print(f"{kind}: {found.law}, best sparsity {found.law.optimum:.1%} ({ends[0]:.1%} to {ends[1]:.1%})")
 
 
-def continued(trainer: Trainer, tokens: int, names: list[str] | None) -> None:
-    """The reference model trained on, dense and sparse, as it is and in its principal components (LaRoSA)."""
+def continued_recipes() -> dict[str, list[dict[str, Any]]]:
+    """Method → training methods."""
     methods: dict[str, list[dict[str, Any]]] = {"dense": []}
     methods |= {f"Top-K, {share:.0%} dropped": [{"q_sparse": {"share": share}}] for share in (0.4, 0.5, 0.6)}
     methods["Top-K by fours, 50% dropped"] = [{"q_sparse": {"share": 0.5, "unit": 4}}]
+    methods["Top-K, rescaled, 50% dropped"] = [{"q_sparse": {"share": 0.5, "rescale": True}}]
     methods["ReLUfication"] = [{"q_sparse": {"kind": "none", "activation": "relu"}}]
     methods["ReLUfication, stage 2"] = [{"q_sparse": {"kind": "relu", "activation": "relu"}}]
     methods["no straight-through, 50% dropped"] = [{"q_sparse": {"share": 0.5, "straight_through": False}}]
     for method in [key for key in methods if key == "dense" or key.startswith("Top-K")]:
         methods[f"LaRoSA, {method}"] = methods[method]
-    for method, steps in methods.items():
+    return methods
+
+
+def untrained_recipes() -> dict[str, list[dict[str, Any]]]:
+    """Method → compression steps on the dense model that was trained as long."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for rotation, first in (("", []), ("LaRoSA, ", [{"larosa": {}}])):
+        for share in (0.4, 0.5, 0.6):
+            found[f"{rotation}TEAL, {share:.0%} dropped"] = [*first, {"teal": {"share": share}}]
+    return found
+
+
+def continued(trainer: Trainer, tokens: int, names: list[str] | None) -> None:
+    """The reference model trained on, dense and sparse, as it is and in its principal components (LaRoSA)."""
+    for method, steps in continued_recipes().items():
         if names is not None and method not in names:
             continue
         recipe = {
@@ -274,16 +290,13 @@ def continued(trainer: Trainer, tokens: int, names: list[str] | None) -> None:
             "methods": steps,
         }
         trainer.run(f"continue/{method}", recipe)
-    for rotation in ("", "LaRoSA, "):
-        for share in (0.4, 0.5, 0.6):
-            method = f"{rotation}TEAL, {share:.0%} dropped"
-            if names is not None and method not in names:
-                continue
-            steps = [{"larosa": {}}] * bool(rotation) + [{"teal": {"share": share}}]
-            bits = trainer.cells.make(
-                f"continue/{method}", lambda m=method, s=steps: without_training(trainer, m, s, tokens)
-            )["held_out_bits_per_byte"]
-            print(f"{method}: {bits:.4f} bits per byte", flush=True)
+    for method, steps in untrained_recipes().items():
+        if names is not None and method not in names:
+            continue
+        bits = trainer.cells.make(
+            f"continue/{method}", lambda m=method, s=steps: without_training(trainer, m, s, tokens)
+        )["held_out_bits_per_byte"]
+        print(f"{method}: {bits:.4f} bits per byte", flush=True)
 
 
 def rotated(trainer: Trainer) -> str:
@@ -421,9 +434,8 @@ def main() -> None:
     parser.add_argument("what", choices=["free", "scratch", "law", "continue", "gradients", "picture", "select"])
     parser.add_argument("--data", type=Path, help="with models/tinystories-656K and text/tinystories_10k.txt")
     parser.add_argument("--models", nargs="*", default=["tinystories", "reference"])
-    parser.add_argument(
-        "--methods", nargs="*", choices=[*free_recipes(0.5), *SCRATCH_METHODS], help="of free or scratch; without: all"
-    )
+    known = [*free_recipes(0.5), *SCRATCH_METHODS, *continued_recipes(), *untrained_recipes()]
+    parser.add_argument("--methods", nargs="*", choices=known, help="of free, scratch or continue; without: all")
     parser.add_argument("--sizes", nargs="*", default=LAW_SIZES, choices=list(SIZES))
     parser.add_argument("--tokens", type=int, default=1_000_000, help="of each training run")
     parser.add_argument("--rate", type=float, help="learning rate of scratch, for cells of their own")
