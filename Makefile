@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 # What an editable install copies or compiles; other Python sources are used from where they are.
 BUILT_FROM := pyproject.toml CMakeLists.txt constraints.txt $(shell find native -name '*.hpp' -o -name '*.cpp')
 
-.PHONY: demo test check bench reference sanitize fuzz
+.PHONY: demo test check bench reference sanitize amx fuzz
 
 demo: $(INSTALLED)
 	$(BIN)/tulle demo -o demo
@@ -40,6 +40,31 @@ sanitize: $(INSTALLED)
 	build/sanitize/tulle_test_linear
 	build/sanitize/tulle_test_scaling
 	build/sanitize/tulle_test_sparse_train
+
+# The linears' test on an emulated CPU with AMX: see native/tests/emulate.py. BOCHS is a folder with the source of
+# Bochs, 3.0 or newer; of the test's cases, every EVERY-th runs.
+EVERY ?= 1
+SYSTEM_FLAGS := -O2 -Wall -static -nostdlib -ffreestanding -fno-pie -fno-stack-protector -fcf-protection=none \
+	-fno-asynchronous-unwind-tables -mno-red-zone -mgeneral-regs-only \
+	-Wl,-n,-Ttext=0x8000,--section-start=.reset=0xffffff80,--build-id=none,--no-warn-rwx-segments
+amx: $(INSTALLED) build/bochs/bochs
+	$(BIN)/cmake -S . -B build/amx -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DTULLE_NATIVE_TESTS=ON \
+		-DCMAKE_EXE_LINKER_FLAGS=-static -DCMAKE_DISABLE_FIND_PACKAGE_OpenMP=ON
+	$(BIN)/cmake --build build/amx --target tulle_test_linear
+	$(CC) $(SYSTEM_FLAGS) native/tests/emulate.c -o build/amx/system
+	$(BIN)/python native/tests/emulate.py build/bochs/bochs build/amx/system build/amx/tulle_test_linear $(EVERY) amx
+
+# Two faults of Bochs are mended: its tiles take signed bytes for unsigned ones (3.0 and after), and its expanding loads
+# stop short at 31 bytes (after 3.0).
+build/bochs/bochs:
+	$(if $(BOCHS),,$(error Say where the source of Bochs lies: make amx BOCHS=FOLDER))
+	mkdir -p build/bochs
+	cp -r $(BOCHS)/. build/bochs
+	sed -i 's/Bit32s(\([xy]byte\[[0-3]\]\))/Bit32s(Bit8s(\1))/g' build/bochs/cpu/avx/amx.cc
+	sed -i 's/(1 << popcnt\([qd]\)(/(BX_CONST64(1) << popcnt\1(/' build/bochs/cpu/avx/avx512.cc
+	cd build/bochs && ./configure --enable-x86-64 --enable-avx --enable-evex --enable-amx --enable-all-optimizations \
+		--disable-docbook --with-nogui
+	$(MAKE) -C build/bochs bochs
 
 # Damaged models, made by a fuzzer, for SECONDS seconds.
 SECONDS ?= 60

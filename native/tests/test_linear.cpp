@@ -1,5 +1,9 @@
 // Every supported instruction set against the scalar linears, on exactly sized heap buffers. Codes give the same bits
 // everywhere; sums of floats may be taken in another order.
+//
+//     tulle_test_linear [EVERY [NEEDED]]
+//
+// takes only every EVERY-th case, and fails where the instruction set NEEDED is not among those compared.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -7,6 +11,7 @@
 #include <cstring>
 #include <memory>
 #include <random>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -170,7 +175,7 @@ std::vector<tulle::Isa> all_isas() {
   const auto wide = std::find_if(isas.begin(), isas.end(), [](const tulle::Isa& isa) { return std::strcmp(isa.name, "avx512") == 0; });
   if (wide != isas.end()) {
     tulle::Isa amx = *wide;
-    amx.name = "amx, emulated";
+    amx.name = "amx in loops";
     amx.linear = &tulle::amx_emulated_linear;
     isas.push_back(amx);
   }
@@ -207,12 +212,14 @@ void refused(const char* what, Change change) {
 
 }  // namespace
 
-int main() {
+int main(int count, char** arguments) {
+  const std::size_t every = count > 1 ? std::stoul(arguments[1]) : 1;
+  const std::string needed = count > 2 ? arguments[2] : "scalar";
   std::mt19937 rng(1);
   struct Shape { std::size_t rows, columns, segment, segments, per_scale; };
   const Shape shapes[] = {{16, 64, 64, 1, 1}, {1, 8, 8, 1, 1}, {40, 256, 128, 2, 1}, {33, 1024, 512, 2, 2},
                           {70, 1100, 376, 3, 3}, {17, 96, 32, 3, 1}, {64, 24, 8, 3, 1}, {50, 1536, 384, 4, 2}};
-  std::size_t cases = 0;
+  std::size_t cases = 0, compared = 0;
   for (WeightKind kind : {WeightKind::codes4, WeightKind::codes8, WeightKind::bf16, WeightKind::f32}) {
     const bool codes = kind == WeightKind::codes4 || kind == WeightKind::codes8;
     for (const Shape& s : shapes) {
@@ -220,7 +227,9 @@ int main() {
         for (std::size_t tokens : {1, 2, 3, 5, 12, 17, 29, 32, 70}) {
           if (tokens > 29 && ((density != 0.3 && density >= 0) || !codes || s.columns > 300)) continue;
           for (std::size_t planes = 1; planes <= (codes ? 2u : 1u); ++planes) {
-            for (int zeros = 0; zeros <= (codes ? 1 : 0); ++zeros, ++cases) {
+            for (int zeros = 0; zeros <= (codes ? 1 : 0); ++zeros) {
+              if (cases++ % every != 0) continue;
+              ++compared;
               compare({kind, density >= 0, zeros == 1, s.rows, s.columns, s.segment, s.segments, s.per_scale, tokens, planes, density}, rng);
             }
           }
@@ -242,6 +251,16 @@ int main() {
   refused("rows without end", [](Weights& w) { w.view.rows = ~std::size_t{0} - 7; });
   refused("scales for parts of segments", [](Weights& w) { w.view.segments_per_scale = 3; });
   refused("more columns than segments hold", [](Weights& w) { w.view.columns = 257; });
-  std::printf("linears: %zu cases on %zu instruction sets, %d failures\n", cases, all_isas().size(), failures);
+  std::string names;
+  bool found = false;
+  for (const tulle::Isa& isa : all_isas()) {
+    names += (names.empty() ? "" : ", ") + std::string(isa.name);
+    found = found || isa.name == needed;
+  }
+  if (!found) {
+    std::printf("FAILED expected the instruction set %s, found %s\n", needed.c_str(), names.c_str());
+    ++failures;
+  }
+  std::printf("linears: %zu cases on %s: %d failures\n", compared, names.c_str(), failures);
   return failures == 0 ? 0 : 1;
 }

@@ -238,7 +238,7 @@ def test_rounding_after_the_selection_is_refused(tmp_path: Path) -> None:
 def test_shipped_recipes() -> None:
     folder = Path(__file__).parents[2] / "recipes"
     found = {
-        name: [list(method) for method in load_recipe(folder / f"{name}.yaml").methods]
+        name: [list(m) for stage in load_recipe(folder / f"{name}.yaml").resolved() for m in stage.methods]
         for name in ("q-sparse", "q-sparse-b158", "q-sparse-continued", "q-sparse-sft", "relufication")
     }
     assert found == {

@@ -200,6 +200,13 @@ def test_every_method_trains_from_scratch_and_resumes_to_the_same_bytes(tmp_path
     assert share(weights(whole)) == pytest.approx(expected, abs=0.002)
 
 
+ROTATED = {"name": "a", "prune": {"steps": [{"larosa": {}}]}}
+
+
+def taught(by: str) -> list[dict]:
+    return [{"squarehead": {"teacher": by}}]
+
+
 @pytest.mark.parametrize(
     ("road", "message"),
     [
@@ -208,6 +215,14 @@ def test_every_method_trains_from_scratch_and_resumes_to_the_same_bytes(tmp_path
         ([{"name": "a", "methods": [{"sr_ste": {"lambda": 1}}]}], "unknown key 'methods.sr_ste.lambda'"),
         ([{"name": "a", "methods": [{"held_masks": {}}]}], "expected a model with pruned weights to hold"),
         ([{"name": "a", "training": {"learnin_rate": 1}}], "stage a: unknown key 'learnin_rate'; did you mean"),
+        (
+            [ROTATED | {"methods": [{"squarehead": {"teacher": "start"}}]}],
+            "a teacher for stage a whose residual stream",
+        ),
+        (
+            [{"name": "0"}, ROTATED, {"name": "b", "methods": [{"squarehead": {"teacher": "0"}}]}],
+            "a teacher for stage b",
+        ),
         ([{"name": "a"}, {"name": "a"}], "each stage needs a name of its own"),
         ([{"name": "a", "training": {"tokens": 0}}], "tokens must cover one step"),
     ],

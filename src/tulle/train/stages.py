@@ -45,8 +45,9 @@ class Tools:
 
     folder: Callable[[str, Path], Path]
     """(model, work) → the folder of a dense checkpoint; what must be unpacked for that goes into ``work``."""
-    check: Callable[[Any, bool], None]
-    """(compression recipe, whether it may only prune): raises ``UserError`` unless it is valid."""
+    check: Callable[[Any, bool], bool]
+    """(compression recipe, whether it may only prune or rotate): raises ``UserError`` unless it is valid; whether it
+    gives the residual stream another basis."""
     prune: Callable[[Path, Any, Sequence[str], Path, int], None]
     """(dense folder, recipe, calibration texts, new folder, seed): prunes into a dense float32 folder."""
     compress: Callable[[Path, Any, Sequence[str], Path, int], None]
@@ -68,9 +69,21 @@ def run(recipe: TrainRecipe, out: Path, tools: Tools, resume: bool = False, log:
     """
     processes = Processes()
     log = log if processes.main else _silent
+    # Whose basis the residual stream has, by stage.
+    bases, last = {"start": "start"}, "start"
     for stage in recipe.resolved():
-        if stage.prune is not None:
-            tools.check(stage.prune, True)
+        bases[stage.name] = bases.get(stage.start or last, stage.name)
+        last = stage.name
+        if stage.prune is not None and tools.check(stage.prune, True):
+            bases[stage.name] = stage.name
+        for method in make_methods(stage.methods):
+            teacher = getattr(method, "teacher", "")
+            if bases.get(teacher, bases[stage.name]) != bases[stage.name]:
+                raise UserError(
+                    f"expected a teacher for stage {stage.name} whose residual stream has the student's basis, found "
+                    f"{teacher}, from before it was rotated or permuted; do that in a stage of its own (tokens: 0) and "
+                    "name that one"
+                )
         if stage.compress is not None:
             tools.check(stage.compress, False)
             if any(describes(method) for method in make_methods(stage.methods)):
