@@ -49,7 +49,8 @@ def free_recipes(share: float) -> dict[str, list[dict[str, Any]]]:
         "units of 4": [{"teal": top_k | {"unit": 4}}],
         "units of 4, WINA": [{"wina": {"share": share, "unit": 4}}],
         "LaRoSA": [{"larosa": {}}, {"teal": top_k}],
-        "LaRoSA, budget + TEAL": [{"larosa": {}}, budget, {"teal": {"share": share}}],
+        "budget + Top-K": [budget, {"teal": top_k}],
+        "LaRoSA, budget + Top-K": [{"larosa": {}}, budget, {"teal": top_k}],
         "LaRoSA, budget + WINA": [{"larosa": {}}, budget, {"wina": {"share": share}}],
         "LaRoSA, units of 4, WINA": [{"larosa": {}}, {"wina": {"share": share, "unit": 4}}],
         "LaRoSA, budget + units of 4, WINA": [{"larosa": {}}, budget, {"wina": {"share": share, "unit": 4}}],
@@ -61,6 +62,7 @@ def joint_recipes() -> dict[str, list[dict[str, Any]]]:
     pruned: dict[str, Any] = {"sparsegpt": {"sparsity": 0.5}}
     w4: dict[str, Any] = {"gptq": {"bits": 4, "group_size": 64}}
     thinned: list[dict[str, Any]] = [{"activation_budget": {"share": 0.4}}, {"teal": {"share": 0.4}}]
+    rotated = [{"larosa": {}}, {"activation_budget": {"share": 0.5}}, {"teal": {"share": 0.5, "kind": "top_k"}}]
     return {
         "weights 50 %": [pruned],
         "weights 50 %, inputs 40 %": [*thinned, pruned],
@@ -68,6 +70,8 @@ def joint_recipes() -> dict[str, list[dict[str, Any]]]:
         "w4, inputs 40 %": [*thinned, w4],
         "w4, weights 50 %": [pruned, w4],
         "w4, weights 50 %, inputs 40 %": [*thinned, pruned, w4],
+        "LaRoSA, w4, inputs 50 %": [*rotated, w4],
+        "LaRoSA, w4, weights 50 %, inputs 50 %": [*rotated, pruned, w4],
     }
 
 
@@ -178,14 +182,14 @@ class Trainer:
         return {
             "loss": nats,
             "held_out_bits_per_byte": record["held_out_bits_per_byte"],
-            **self._read(out, recipe["training"]["context"]),
+            **self.read(out, recipe["training"]["context"]),
             "tokens": record["tokens_seen"],
             "seconds": seconds,
             "curve": [[row["tokens"], row["held_out_bits_per_byte"]] for row in read_metrics(out / "metrics.jsonl")],
             "zeros": read_metrics(out / "metrics.jsonl")[-1],
         }
 
-    def _read(self, out: Path, context: int) -> dict[str, Any]:
+    def read(self, out: Path, context: int) -> dict[str, Any]:
         """What a token of the held-out text reads of the decoder's weights."""
         from tulle.activity import measure_activity
         from tulle.evaluate.loading import load_model
@@ -272,9 +276,9 @@ def continued_recipes() -> dict[str, list[dict[str, Any]]]:
 def untrained_recipes() -> dict[str, list[dict[str, Any]]]:
     """Method → compression steps on the dense model that was trained as long."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for rotation, first in (("", []), ("LaRoSA, ", [{"larosa": {}}])):
-        for share in (0.4, 0.5, 0.6):
-            found[f"{rotation}TEAL, {share:.0%} dropped"] = [*first, {"teal": {"share": share}}]
+    for share in (0.4, 0.5, 0.6):
+        found[f"TEAL, {share:.0%} dropped"] = [{"teal": {"share": share}}]
+        found[f"LaRoSA, {share:.0%} dropped"] = [{"larosa": {}}, {"teal": {"share": share, "kind": "top_k"}}]
     return found
 
 
@@ -284,11 +288,13 @@ def continued(trainer: Trainer, tokens: int, names: list[str] | None) -> None:
         if names is not None and method not in names:
             continue
         recipe = {
-            "start": rotated(trainer) if method.startswith("LaRoSA") else "reference",
+            "start": "reference",
             "data": DATA,
             "training": CONTINUED | {"tokens": tokens},
             "methods": steps,
         }
+        if method.startswith("LaRoSA") and f"continue/{method}" not in trainer.cells.all:
+            recipe["start"] = rotated(trainer)
         trainer.run(f"continue/{method}", recipe)
     for method, steps in untrained_recipes().items():
         if names is not None and method not in names:
@@ -315,7 +321,7 @@ def without_training(trainer: Trainer, name: str, steps: list[dict[str, Any]], t
     context = CONTINUED["context"]
     recipe = {"steps": steps, "calibration": {"samples": 32, "length": context}}
     bits, _ = compressed(start, recipe, out, DATA, 0, 256, context, trainer.work)
-    return {"held_out_bits_per_byte": bits, "tokens": tokens}
+    return {"held_out_bits_per_byte": bits, "tokens": tokens, **trainer.read(out, context)}
 
 
 def gradients(trainer: Trainer, out: Path) -> None:

@@ -116,7 +116,8 @@ def compress(
         source_of = Source(checkpoint, anatomy)
         # Repeated by a resumed run, with the same result: what it decides is nowhere on disk.
         survey = take_survey(config, anatomy, source_of, chosen, batches, device, progress, seed)
-        if survey.residual and any(zero_share(t) >= SPARSE_FROM for t in source_of.read_block(0).values()):
+        turned = survey.residual or survey.values
+        if turned and any(zero_share(t) >= SPARSE_FROM for t in source_of.read_block(0).values()):
             survey.notes.append(FILLED)
         source_of = source_of.rewritten(survey.residual, survey.values)
         walker = Walker(config, anatomy, chosen, batches, folder_of_run.work, device, progress, seed)

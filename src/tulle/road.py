@@ -58,21 +58,17 @@ def unpack(packed: Path, target: Path) -> None:
         write_text(folder / "config.json", json.dumps(plan.config, indent=2) + "\n")
 
 
-def check(recipe: Any, only_prunes: bool) -> bool:
+def check(recipe: Any, dense: bool) -> bool:
     """Raises ``UserError`` unless ``recipe`` is a compression recipe, and leaves dense weights where it must: by steps
     that prune or rotate. Whether it changes the basis of the residual stream."""
-    for step in _recipe(recipe).steps:
-        if only_prunes and not METHODS[step.name].startswith(("tulle.prune.", "tulle.activation.larosa")):
+    steps = _recipe(recipe).steps
+    for step in steps:
+        if dense and not METHODS[step.name].startswith(("tulle.prune.", "tulle.activation.larosa")):
             raise UserError(
                 f"expected pruning steps or larosa in prune, found {step.name}; quantise with compress: after the "
                 "training"
             )
-    return any(
-        step.name in ("larosa", "permute_channels")
-        and getattr(step.method, "residual", False)
-        and bool({"qkv", "gate_up"} & set(step.targets))
-        for step in _recipe(recipe).steps
-    )
+    return any(step.method.turns_residual(step.targets) for step in steps)
 
 
 def prune(source: Path, recipe: Any, texts: Sequence[str], target: Path, seed: int) -> None:

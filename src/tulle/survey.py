@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from tulle.core.contract import Progress, Statistics, Survey, Trials
+from tulle.core.contract import Progress, See, Statistics, Survey, Trials
 from tulle.core.hessian import Hessian
 from tulle.core.rotation import Extremes
 from tulle.core.topk import Selection
+from tulle.core.transform import Permutation
+from tulle.errors import UserError
 from tulle.models.anatomy import Anatomy
 from tulle.models.rewrite import Source
 from tulle.models.skeleton import Block
@@ -53,13 +55,19 @@ def take_survey(
     )
     walk, watched = _Walk(config, model, source, batches, device, progress), False
     for step in recipe.stage("model"):
-        survey.probe = walk.probe
+        survey.probe, survey.look = walk.probe, walk.look
         if not watched and {"rows", "column_norm"} & step.method.needs:
             walk.watch(seed, found, norms)
             watched = True
         before = survey.residual, dict(survey.values)
         step.method.plan(survey, step.targets)
         if before != (survey.residual, survey.values):
+            turned = [*survey.residual, *survey.values.values()]
+            if survey.input_sparsity and not all(isinstance(t, Permutation) for t in turned):
+                raise UserError(
+                    "expected shares of dropped inputs to be measured in the basis that they are used in, found "
+                    f"{step.name} after that; put {step.name} first"
+                )
             walk, watched = replace(walk, source=source.rewritten(survey.residual, survey.values)), False
     return survey
 
@@ -104,11 +112,24 @@ class _Walk:
                 assert norm is not None
                 norms[index, role] = norm
 
+    def look(self, see: See, roles: Sequence[str]) -> None:
+        """``Survey.look``; in memory are one block and the hidden states of about ``TOKENS`` tokens."""
+        rows = [row for row in self.model.rows if row.role in roles]
+        seen = batched(_drawn(self.batches, TOKENS)[0])
+        stream = self._embedded(seen)
+        for index, tensors in self._blocks("survey"):
+            block = Block(self.config, index, tensors, self.device)
+            found = {row.role: Hessian.zeros(self.model.linear_shape(row.linears[0])[1], self.device) for row in rows}
+            for i, batch in enumerate(seen):
+                stream[i], inputs = run_watched(block, stream[i], rows)
+                for role, x in inputs.items():
+                    found[role].add(x[batch.valid.to(self.device)])
+            see(index, tensors, found)
+
     def probe(self, trials: Trials, tokens: int, hessians: bool = True) -> dict[Hashable, float]:
         """Runs every trial (``Survey.probe``); in memory is one block, and the hidden states of each trial so far.
 
         Hessians are of other sequences than those that the divergence is measured on, where there is more than one.
-        With 0 tokens nothing is measured: ``trials`` looks, and yields none.
         """
         probed, rest = _drawn(self.batches, tokens)
         seen = batched(_drawn(batched(rest), TOKENS)[0] if rest else probed)
@@ -162,10 +183,10 @@ class _Walk:
 
 
 def _drawn(batches: Sequence[Batch], tokens: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Sequences of about so many tokens (0: none), evenly over all, and the sequences left."""
+    """Sequences of about so many tokens, evenly over all, and the sequences left."""
     sequences = [row[keep] for b in batches for row, keep in zip(b.tokens, b.valid, strict=True)]
     mean = sum(map(len, sequences)) / len(sequences)
-    count = min(len(sequences), max(1, round(tokens / mean))) if tokens else 0
+    count = min(len(sequences), max(1, round(tokens / mean)))
     chosen = {int((i + 0.5) * len(sequences) / count) for i in range(count)}
     return [sequences[i] for i in sorted(chosen)], [s for i, s in enumerate(sequences) if i not in chosen]
 

@@ -8,16 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import tulle.hf
 from checkpoints import PROSE, write_checkpoint
 from tulle.activation.larosa import by_kv_head, principal_components
+from tulle.calibrate import FILLED
 from tulle.compress import compress
 from tulle.errors import UserError
 from tulle.models.anatomy import anatomy
 from tulle.road import prune, unpack
 from tulle.texts import Text, sequences
 
+PROSE_TOKENS = torch.tensor([list(PROSE.encode())[:50]])
 TEXT = Text((PROSE,), False, ("prose",))
 LAROSA: dict[str, Any] = {"larosa": {}}
 
@@ -31,15 +34,15 @@ def test_no_basis_keeps_more_in_its_first_coordinates() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(300, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
     moment = x.T @ x
-    found = principal_components(moment)
+    values, found = principal_components(moment)
     assert torch.allclose(found.T @ found, torch.eye(12, dtype=torch.float64), atol=1e-12)
     kept = (found.T @ moment.double() @ found).diagonal().cumsum(0)
     for _ in range(50):
         other = torch.linalg.qr(torch.randn(12, 12, generator=generator).double())[0]
         assert (kept >= (other.T @ moment.double() @ other).diagonal().cumsum(0) - 1e-6).all()
     # Ky Fan: the first k hold the k largest eigenvalues.
-    assert torch.allclose(kept, torch.linalg.eigvalsh(moment.double()).flip(0).cumsum(0))
-    assert torch.equal(found, principal_components(moment.clone()))
+    assert torch.allclose(kept, values.cumsum(0)) and (values.diff() <= 0).all()
+    assert torch.equal(found, principal_components(moment.clone())[1])
     assert (found.gather(0, found.abs().argmax(0, keepdim=True)) > 0).all()
 
 
@@ -65,8 +68,7 @@ def test_inputs_of_the_rotated_model_are_uncorrelated(model_type: str, tmp_path:
             model.get_submodule(name).register_forward_pre_hook(
                 lambda m, a, name=name: seen.setdefault(name, []).append(a[0].flatten(0, 1))
             )
-    tokenizer = __import__("transformers").AutoTokenizer.from_pretrained(tmp_path / "m")
-    for tokens in sequences(TEXT, tokenizer, 40, 6, 0):
+    for tokens in sequences(TEXT, AutoTokenizer.from_pretrained(tmp_path / "m"), 40, 6, 0):
         model(tokens[None])
     inputs = {name: torch.cat(parts) for name, parts in seen.items()}
     stream = sum(x.T @ x for name, x in inputs.items() if "o_proj" not in name)
@@ -99,19 +101,70 @@ def test_the_budget_is_that_of_the_rotated_model(tmp_path: Path) -> None:
     assert kept("one") == kept("two") != kept("plain")
 
 
-def test_one_basis_at_a_time(tmp_path: Path) -> None:
+BUDGET: dict[str, Any] = {"activation_budget": {"share": 0.5, "tokens": 60}}
+VALUES: dict[str, Any] = {"larosa": {"residual": False}}
+STREAM: dict[str, Any] = {"quarot": {"heads": False, "across_heads": False, "down": False}}
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([{"quarot": {}}, LAROSA], "found larosa after another"),
+        ([LAROSA, {"quarot": {}}], "found quarot after another"),
+        ([LAROSA, {"spinquant": {"steps": 1}}], "found spinquant after another"),
+        ([LAROSA, {"permute_channels": {}}], "expected permute_channels before a rotation"),
+        ([LAROSA, LAROSA], "found larosa after another"),
+        ([VALUES, LAROSA], "found larosa after another"),
+        ([{"larosa": {"targets": ["down"]}}], "leave the step out"),
+        ([{"larosa": {"residual": False, "heads": False}}], "leave the step out"),
+        ([BUDGET, LAROSA, {"teal": {}}], "found larosa after that; put larosa first"),
+        ([BUDGET, VALUES, {"teal": {}}], "put larosa first"),
+    ],
+)
+def test_steps_that_contradict_each_other(steps: Any, message: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "m", num_hidden_layers=1)
-    for number, steps in enumerate(([{"quarot": {}}, LAROSA], [LAROSA, {"quarot": {}}], [LAROSA, LAROSA])):
-        with pytest.raises(UserError, match="leave one of the"):
-            run(tmp_path / "m", tmp_path / str(number), steps)
+    with pytest.raises(UserError, match=message):
+        run(tmp_path / "m", tmp_path / "out", steps)
+    assert not (tmp_path / "out").exists()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("first", [STREAM, {"larosa": {"targets": ["qkv"]}}])
+def test_stream_and_values_may_be_turned_by_two_steps(first: dict[str, Any], tmp_path: Path) -> None:
+    dense = write_checkpoint(tmp_path / "m", num_hidden_layers=2)
+    run(tmp_path / "m", tmp_path / "out", [first, VALUES])
+    expected = dense(PROSE_TOKENS).logits
+    found = tulle.hf.load(tmp_path / "out", dtype=torch.float32)(PROSE_TOKENS).logits
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@torch.no_grad()
 def test_targets_choose_what_is_rotated(tmp_path: Path) -> None:
     before = write_checkpoint(tmp_path / "m", num_hidden_layers=1, tie_word_embeddings=True).state_dict()
-    run(tmp_path / "m", tmp_path / "o", [{"larosa": {"targets": ["o"]}}])
-    stored = tulle.hf.load(tmp_path / "o", dtype=torch.float32).state_dict()
-    changed = {name for name in stored if not torch.equal(stored[name], before[name])}
-    assert changed == {f"model.layers.0.self_attn.{x}_proj.weight" for x in "vo"}
+    for targets, changed in ((["o"], "vo"), (["qkv"], None)):
+        out = tmp_path / targets[0]
+        run(tmp_path / "m", out, [{"larosa": {"targets": targets}}])
+        stored = tulle.hf.load(out, dtype=torch.float32).state_dict()
+        found = {name for name in stored if not torch.equal(stored[name], before[name])}
+        # A rotation of the stream changes every linear, the norms and the embedding, which comes apart from the head.
+        wanted = {f"model.layers.0.self_attn.{x}_proj.weight" for x in changed} if changed else set(before)
+        assert found == wanted
+
+
+def test_activations_that_are_not_finite(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "m", num_hidden_layers=1)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight.mul_(1e38)
+    model.save_pretrained(tmp_path / "m")
+    with pytest.raises(UserError, match="expected finite calibration activations"):
+        run(tmp_path / "m", tmp_path / "out", [LAROSA])
+
+
+def test_zeros_that_a_rotation_fills_are_reported(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "m", num_hidden_layers=1)
+    prune(tmp_path / "m", {"steps": [{"magnitude": {"sparsity": 0.5}}]}, [PROSE], tmp_path / "pruned", seed=0)
+    report = run(tmp_path / "pruned", tmp_path / "out", [VALUES])
+    assert FILLED in json.dumps(report, ensure_ascii=False)
 
 
 @torch.no_grad()
@@ -122,7 +175,6 @@ def test_a_training_stage_can_start_rotated(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "rotated" / "config.json").read_text())
     assert "quantization_config" not in config
     model = type(dense).from_pretrained(tmp_path / "rotated", dtype=torch.float32)
-    tokens = torch.tensor([list(PROSE.encode())[:50]])
-    expected = dense(tokens).logits
-    assert (model(tokens).logits - expected).abs().max() < 1e-5 * expected.abs().max()
+    expected = dense(PROSE_TOKENS).logits
+    assert (model(PROSE_TOKENS).logits - expected).abs().max() < 1e-5 * expected.abs().max()
     assert not torch.equal(model.model.embed_tokens.weight, dense.model.embed_tokens.weight)

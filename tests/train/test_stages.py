@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tulle.errors import UserError
 from tulle.hf import load
 from tulle.models.anatomy import anatomy
-from tulle.road import train
+from tulle.road import TOOLS, train
 from tulle.train import loop, stages
 from tulle.train.curve import read_metrics
+from tulle.train.recipe import load_recipe
 
 SHAPE = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -216,11 +217,11 @@ def taught(by: str) -> list[dict]:
         ([{"name": "a", "methods": [{"held_masks": {}}]}], "expected a model with pruned weights to hold"),
         ([{"name": "a", "training": {"learnin_rate": 1}}], "stage a: unknown key 'learnin_rate'; did you mean"),
         (
-            [ROTATED | {"methods": [{"squarehead": {"teacher": "start"}}]}],
-            "a teacher for stage a whose residual stream",
+            [ROTATED | {"methods": taught("start")}],
+            "a teacher for stage a with its residual stream",
         ),
         (
-            [{"name": "0"}, ROTATED, {"name": "b", "methods": [{"squarehead": {"teacher": "0"}}]}],
+            [{"name": "0"}, ROTATED, {"name": "b", "methods": taught("0")}],
             "a teacher for stage b",
         ),
         ([{"name": "a"}, {"name": "a"}], "each stage needs a name of its own"),
@@ -254,3 +255,19 @@ def test_a_road_that_failed_at_once_may_be_mended_and_started_again(tmp_path):
     right = {"name": "a", "prune": pruning({"sparsity": 0.5}), "methods": [{"held_masks": {}}]}
     out = train(write(tmp_path, stages=[right]), tmp_path / "out", log=lambda line: None)
     assert share(weights(out)) == pytest.approx(0.5, abs=0.002)
+
+
+def test_teachers_and_students_of_one_basis(tmp_path):
+    """What the check of bases lets through: all shipped roads, and what nobody here turned."""
+    for path in sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")):
+        if "steps" not in yaml.safe_load(path.read_text()):
+            stages.check_bases(load_recipe(path), TOOLS)
+    branch = {"name": "b", "start": "elsewhere", "methods": taught("start")}
+    turned = ROTATED | {"prune": {"steps": [{"permute_channels": {}}]}, "training": {"tokens": 0}}
+    again = {"name": "b", "methods": taught("a")}
+    for way in ([{"name": "a"}, branch], [ROTATED | {"training": {"tokens": 0}}, again], [turned, again]):
+        stages.check_bases(load_recipe(write(tmp_path, stages=way)), TOOLS)
+    with pytest.raises(UserError, match="'elsewhere', where it was not turned as in stage a"):
+        stages.check_bases(
+            load_recipe(write(tmp_path, stages=[turned, again | {"methods": taught("elsewhere")}])), TOOLS
+        )

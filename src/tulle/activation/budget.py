@@ -75,13 +75,10 @@ class ActivationBudget(Method):
             survey.notes.append(f"block {index}: shares of dropped inputs {shares}")
 
     def _weights(self, survey: Survey, units: list[tuple[str, ...]]) -> np.ndarray:
-        """n ``[U]``, block by block."""
-        found = []
-        for index in range(survey.layers):
-            tensors = survey.block(index)
-            for unit in units:
-                found.append(sum(tensors[f"{n}.weight"].numel() for role in unit for n in survey.roles[role]))
-        return np.array(found, dtype=np.float64)
+        """n ``[U]``, block by block; all blocks are of one shape."""
+        tensors = survey.block(0)
+        sizes = [sum(tensors[f"{n}.weight"].numel() for role in unit for n in survey.roles[role]) for unit in units]
+        return np.tile(np.array(sizes, dtype=np.float64), survey.layers)
 
     def _measure(self, survey: Survey, units: list[tuple[str, ...]], levels: list[float]) -> np.ndarray:
         """c ``[U, K]``, nats per token."""

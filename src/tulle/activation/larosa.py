@@ -16,25 +16,26 @@ run time. The selecting step follows, ``teal`` (thresholds, or the paper's Top-K
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from tulle.core.contract import Method, Replacements, Stage, Survey
+from tulle.core.contract import Method, Stage, Survey
 from tulle.core.hessian import Hessian
 from tulle.core.transform import BlockMatrix
 from tulle.errors import UserError
 
 
-def principal_components(moment: Tensor) -> Tensor:
-    """Eigenvectors of second moments ``[..., d, d]`` as columns, by falling eigenvalue, float64; the largest entry of
-    each is positive, so that equal moments give equal signs."""
-    vectors = torch.linalg.eigh(moment.double()).eigenvectors.flip(-1)
+def principal_components(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, falling, ``[..., d]`` and eigenvectors as columns ``[..., d, d]`` of second moments ``[..., d, d]``,
+    float64. The largest entry of each vector is positive, so that equal moments give equal signs."""
+    values, vectors = torch.linalg.eigh(moment.double())
+    values, vectors = values.flip(-1), vectors.flip(-1)
     largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
-    return vectors * torch.where(largest < 0, -1.0, 1.0)
+    return values, vectors * torch.where(largest < 0, -1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -48,36 +49,42 @@ class LaRoSA(Method):
     heads: bool = True
     """Rotate the values, head by head, for o."""
 
+    def turns_residual(self, roles: Sequence[str]) -> bool:
+        return self.residual and bool({"qkv", "gate_up"} & set(roles))
+
     def plan(self, survey: Survey, roles: tuple[str, ...]) -> None:
-        assert survey.probe is not None
-        readers = [role for role in survey.norms if self.residual and role in roles]
-        values = self.heads and "o" in roles
-        if not readers and not values:
-            return
-        if survey.residual:
+        assert survey.look is not None
+        readers = [role for role in survey.norms if role in roles and self.residual]
+        turned = [*readers, *(["o"] if self.heads and "o" in roles else [])]
+        if not turned:
             raise UserError(
-                "expected one change of the residual stream's basis, found larosa after another; leave one of them out"
+                "expected larosa to rotate the inputs of qkv and gate_up (residual) or o (heads), found targets and "
+                "settings that leave neither; leave the step out"
+            )
+        if (readers and survey.residual) or ("o" in turned and survey.values):
+            raise UserError(
+                "expected one step that changes the basis of the residual stream or the values, found larosa after "
+                "another; leave one of them out"
             )
         stream = torch.zeros(survey.hidden, survey.hidden, dtype=torch.float64)
-        heads: dict[int, Tensor] = {}
+        values: dict[int, Tensor] = {}
 
-        def look(index: int, tensors: dict[str, Tensor], hessians: dict[str, Hessian]) -> Iterator[Replacements]:
+        def see(index: int, tensors: dict[str, Tensor], hessians: dict[str, Hessian]) -> None:
+            for hessian in hessians.values():
+                hessian.check_finite()
             for role in readers:
                 gain = tensors[f"{survey.norms[role]}.weight"]
                 gain = torch.where(gain == 0, torch.ones_like(gain), gain)
                 # Norms give out equal energy, so that all count alike.
                 stream.add_((hessians[role].matrix / gain / gain[:, None]).double().cpu())
-            if values:
-                heads[index] = by_kv_head(hessians["o"].matrix, *survey.heads)
-            yield from ()
+            if "o" in turned:
+                values[index] = by_kv_head(hessians["o"].matrix.cpu(), *survey.heads)
 
-        survey.probe(look, 0, True)
+        survey.look(see, turned)
         if readers:
-            survey.residual = (BlockMatrix(principal_components(stream).float()),)
-            survey.notes.append(f"larosa: residual stream, {_energy(stream)}")
-        for index, moment in heads.items():
-            survey.values[index] = BlockMatrix(principal_components(moment).float().cpu())
-            survey.notes.append(f"larosa: block {index}, values, {_energy(moment)}")
+            survey.residual = (_rotation(survey, "residual stream", stream),)
+        for index, moment in values.items():
+            survey.values[index] = _rotation(survey, f"block {index}, values", moment)
 
 
 def by_kv_head(moment: Tensor, heads: int, kv_heads: int, head_dim: int) -> Tensor:
@@ -87,10 +94,11 @@ def by_kv_head(moment: Tensor, heads: int, kv_heads: int, head_dim: int) -> Tens
     return blocks.reshape(kv_heads, -1, head_dim, head_dim).sum(1)
 
 
-def _energy(moment: Tensor) -> str:
-    """What half of the coordinates hold before and after, over all heads."""
+def _rotation(survey: Survey, what: str, moment: Tensor) -> BlockMatrix:
+    """To principal components; a note says what half of the coordinates hold before and after, over all heads."""
+    energy, vectors = principal_components(moment)
     half = moment.shape[-1] // 2
     before = moment.diagonal(dim1=-2, dim2=-1).sort(descending=True).values
-    after = torch.linalg.eigvalsh(moment.double()).flip(-1)
-    found = (float(e[..., :half].sum() / e.sum().clamp(min=1e-30)) for e in (before, after))
-    return "energy of the larger half of the coordinates {:.1%} → {:.1%}".format(*found)
+    old, new = (float(e[..., :half].sum() / e.sum().clamp(min=1e-30)) for e in (before, energy))
+    survey.notes.append(f"larosa: {what}, half of the coordinates hold {old:.1%} → {new:.1%} of the energy")
+    return BlockMatrix(vectors.float())

@@ -331,7 +331,8 @@ class CompressedBlock:
 
 @dataclass
 class Survey:
-    """What a method of the model stage sees: the dense model walked once, and what it may decide."""
+    """What a method of the model stage sees of the dense model, in the basis that the steps before it chose, and what
+    it may decide."""
 
     layers: int
     rows: Callable[[int, str], Tensor]
@@ -367,11 +368,16 @@ class Survey:
     """``probe(trials, tokens, hessians)``: walks the model block by block and returns, for every trial, the mean KL
     divergence (nats per token) of the next token's distribution from the dense model's, over about ``tokens`` tokens.
     Without ``hessians`` the trials are given none."""
+    look: Callable[[See, Sequence[str]], None] | None = None
+    """``look(see, roles)``: walks the model once and shows every block, with H of the inputs of ``roles`` in it."""
     notes: list[str] = field(default_factory=list)
 
 
-Replacements = tuple[Hashable, Mapping[str, Tensor | Selection]]
-Trials = Callable[[int, dict[str, Tensor], dict[str, Hessian]], Iterable[Replacements]]
+See = Callable[[int, dict[str, Tensor], dict[str, Hessian]], None]
+"""Of a block's number, its float32 tensors by relative name and H of the inputs of roles."""
+Trials = Callable[
+    [int, dict[str, Tensor], dict[str, Hessian]], Iterable[tuple[Hashable, Mapping[str, Tensor | Selection]]]
+]
 """Of a block's number, its tensors by relative name and H of the input of every role: (key, replacements) of each
 trial, which is run to the model's end, all the rest being dense. A replacement is a tensor under the name of the one
 whose place it takes, or a selection of inputs under the name of a linear."""
@@ -398,6 +404,10 @@ class Method:
     """Whether :meth:`plan` decides shares of dropped inputs, which a selecting step must follow up."""
     selects: ClassVar[bool] = False
     """Whether it selects inputs by a ``share`` of its own, in whose place another can be put."""
+
+    def turns_residual(self, roles: Sequence[str]) -> bool:
+        """Whether, with these targets, it gives the residual stream another basis."""
+        return False
 
     def plan(self, survey: Survey, roles: tuple[str, ...]) -> None:
         raise NotImplementedError

@@ -15,8 +15,8 @@ bits, the bitmask taking one per weight, and nothing below s = 1/b, where it is 
 every sparsity.
 
 One walk, every trial being carried along as hidden states of ``tokens`` tokens; a trial costs the rest of a forward
-pass on those, and there are about ten per unit. Measured in the model's own basis, before smoothing and rotations. The
-method is ours: OWL's aim, with a measurement in place of the guess.
+pass on those, and there are about ten per unit. Measured before smoothing and rotations, but those of the
+residual stream that come first. The method is ours: OWL's aim, with a measurement in place of the guess.
 """
 
 from __future__ import annotations

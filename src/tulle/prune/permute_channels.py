@@ -18,6 +18,7 @@ for p = 2 the output error that pruning alone would cause if channels were uncor
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -53,6 +54,9 @@ class PermuteChannels(Method):
         Pattern.parse(self.pattern)
         if self.power <= 0 or self.effort <= 0:
             raise UserError(f"expected power and effort above 0, found {self.power} and {self.effort}; try 2 and 1")
+
+    def turns_residual(self, roles: Sequence[str]) -> bool:
+        return self.residual and bool(set(RESIDUAL) & set(roles))
 
     @property
     def needs(self) -> frozenset[Statistic]:  # type: ignore[override]

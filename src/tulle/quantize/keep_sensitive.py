@@ -9,7 +9,7 @@ The ``count`` largest keep ``keep_bits`` (16: not quantised at all). "Enabling H
 (Agarwalla et al. 2024) leaves the 5 linears with the largest output error out of W8A8. Where a linear keeps its input's
 bits, its siblings share that input.
 
-The score is of plain rounding, before any smoothing or rotation that the recipe brings.
+The score is of plain rounding, before any smoothing or rotation but those of the residual stream that come first.
 """
 
 from __future__ import annotations

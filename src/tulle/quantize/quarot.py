@@ -15,6 +15,7 @@ The weights come from any quantiser that follows: ``round_to_nearest`` (QuaRot-R
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -47,13 +48,16 @@ class QuaRot(Method):
     down: bool = True
     """down's input, at run time."""
 
+    def turns_residual(self, roles: Sequence[str]) -> bool:
+        return self.residual
+
     def plan(self, survey: Survey, roles: tuple[str, ...]) -> None:
         if not self.residual:
             return
         if survey.residual:
             raise UserError(
-                "expected no permute_channels or other rotation before quarot's of the residual stream, found one; a "
-                "rotation mixes the channels again, so leave one of the two out (residual: false)"
+                "expected one step that changes the basis of the residual stream, found quarot after another; it would "
+                "mix the channels again, so leave one of the two out (residual: false)"
             )
         signs = random_signs(survey.hidden, torch.Generator().manual_seed(survey.seed))
         survey.residual = (Diagonal(signs), Hadamard(hadamard_block(survey.hidden)))

@@ -15,6 +15,7 @@ full precision: memory of one block, no graph through the network. v/o, down and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -64,10 +65,14 @@ class SpinQuant(Method):
         if self.steps < 0 or self.rate <= 0:
             raise UserError(f"expected steps of 0 or more and a positive rate, found {self.steps} and {self.rate}")
 
+    def turns_residual(self, roles: Sequence[str]) -> bool:
+        return True
+
     def plan(self, survey: Survey, roles: tuple[str, ...]) -> None:
         if survey.residual:
             raise UserError(
-                "expected one rotation of the residual stream, found two; leave quarot's out (residual: false)"
+                "expected one step that changes the basis of the residual stream, found spinquant after another; leave "
+                "one of the two out (quarot, larosa, permute_channels: residual: false)"
             )
         generator = torch.Generator().manual_seed(survey.seed)
         size = survey.hidden

@@ -149,7 +149,8 @@ class Stage(_Strict):
     """Where it starts instead of where the stage before it ended: an earlier stage, ``start`` (the recipe's), or a
     model."""
     prune: str | dict[str, Any] | None = None
-    """A compression recipe of pruning steps (its content, a file, or a shipped one's name), applied before training."""
+    """A compression recipe (its content, a file, or a shipped one's name) of steps that prune, or larosa, applied
+    before training."""
     training: dict[str, Any] = {}
     """Settings that differ from the recipe's ``training``; ``tokens: 0`` only prunes."""
     methods: list[dict[str, Any]] = []

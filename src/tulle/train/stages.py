@@ -46,10 +46,10 @@ class Tools:
     folder: Callable[[str, Path], Path]
     """(model, work) → the folder of a dense checkpoint; what must be unpacked for that goes into ``work``."""
     check: Callable[[Any, bool], bool]
-    """(compression recipe, whether it may only prune or rotate): raises ``UserError`` unless it is valid; whether it
+    """(compression recipe, whether it must leave dense weights): raises ``UserError`` unless it is valid; whether it
     gives the residual stream another basis."""
     prune: Callable[[Path, Any, Sequence[str], Path, int], None]
-    """(dense folder, recipe, calibration texts, new folder, seed): prunes into a dense float32 folder."""
+    """(dense folder, recipe, calibration texts, new folder, seed): prunes or rotates into a dense float32 folder."""
     compress: Callable[[Path, Any, Sequence[str], Path, int], None]
     """The same into a packed folder."""
     pack: Callable[[Path, Sequence[TrainingMethod]], bool]
@@ -69,21 +69,8 @@ def run(recipe: TrainRecipe, out: Path, tools: Tools, resume: bool = False, log:
     """
     processes = Processes()
     log = log if processes.main else _silent
-    # Whose basis the residual stream has, by stage.
-    bases, last = {"start": "start"}, "start"
+    check_bases(recipe, tools)
     for stage in recipe.resolved():
-        bases[stage.name] = bases.get(stage.start or last, stage.name)
-        last = stage.name
-        if stage.prune is not None and tools.check(stage.prune, True):
-            bases[stage.name] = stage.name
-        for method in make_methods(stage.methods):
-            teacher = getattr(method, "teacher", "")
-            if bases.get(teacher, bases[stage.name]) != bases[stage.name]:
-                raise UserError(
-                    f"expected a teacher for stage {stage.name} whose residual stream has the student's basis, found "
-                    f"{teacher}, from before it was rotated or permuted; do that in a stage of its own (tokens: 0) and "
-                    "name that one"
-                )
         if stage.compress is not None:
             tools.check(stage.compress, False)
             if any(describes(method) for method in make_methods(stage.methods)):
@@ -112,6 +99,29 @@ def run(recipe: TrainRecipe, out: Path, tools: Tools, resume: bool = False, log:
         _conclude(recipe, done, out)
     processes.wait()
     return out
+
+
+def check_bases(recipe: TrainRecipe, tools: Tools) -> None:
+    """Checks what the stages do before training; hidden states are compared only in one basis.
+
+    Raises ``UserError`` for a bad ``prune``, and for a stage whose teacher has its residual stream in another basis.
+    """
+    # By stage, the stage that turned the residual stream last; nothing for what comes from elsewhere.
+    turned: dict[str, str] = {}
+    before = ""
+    for stage in recipe.resolved():
+        turned[stage.name] = turned.get(stage.start or before, "")
+        if stage.prune is not None and tools.check(stage.prune, True):
+            turned[stage.name] = stage.name
+        before = stage.name
+        for method in make_methods(stage.methods):
+            teacher = getattr(method, "teacher", None)
+            if teacher is not None and turned.get(teacher, "") != turned[stage.name]:
+                raise UserError(
+                    f"expected a teacher for stage {stage.name} with its residual stream in the student's basis, found "
+                    f"{teacher!r}, where it was not turned as in stage {turned[stage.name] or teacher}; turn it in a "
+                    "stage of its own (tokens: 0) and name that as the teacher"
+                )
 
 
 def _silent(line: str) -> None:
