@@ -213,7 +213,7 @@ void refused(const char* what, Change change) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  const std::size_t every = count > 1 ? std::stoul(arguments[1]) : 1;
+  const std::size_t every = count > 1 ? std::max(1ul, std::stoul(arguments[1])) : 1;
   const std::string needed = count > 2 ? arguments[2] : "scalar";
   std::mt19937 rng(1);
   struct Shape { std::size_t rows, columns, segment, segments, per_scale; };
