@@ -5,7 +5,7 @@
     python benchmarks/q_sparse.py law                      sizes × sparsities, and the law fitted on them
     python benchmarks/q_sparse.py continue                 the reference model trained on, at 40, 50 and 60 %
     python benchmarks/q_sparse.py gradients                by block of the deep models, straight through or not
-    python benchmarks/q_sparse.py picture                  loss curves of scratch
+    python benchmarks/q_sparse.py picture                  loss curves of scratch, and what free found
     python benchmarks/q_sparse.py select                   milliseconds to find the K largest, beside a product
 
 ``free``: tinystories-656K (protocol of peer_tinystories.py) and the bundled reference model (calibrated on modules of
@@ -298,6 +298,31 @@ def picture(cells: dict[str, Any], file: Path) -> None:
     figure.savefig(file, dpi=130)
 
 
+def picture_of_free(cells: dict[str, Any], file: Path) -> None:
+    """What dropping inputs without training costs in perplexity, with and without LaRoSA, a panel per model."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    panels = figure.subplots(1, 2)
+    kinds = [("Top-K", "LaRoSA"), ("budget + WINA", "LaRoSA, budget + WINA")]
+    kinds += [("units of 4, WINA", "LaRoSA, units of 4, WINA")]
+    for axes, (name, title) in zip(
+        panels, (("tinystories", "tinystories-656K"), ("reference", "bundled model")), strict=True
+    ):
+        dense = cells[f"{name}/dense"]["perplexity"]
+        for color, pair in enumerate(kinds):
+            for method, style in zip(pair, ("--", "-"), strict=True):
+                found = [(s, cells.get(f"{name}/{method}/{s}")) for s in SHARES]
+                rows = [(s, cell["perplexity"] / dense - 1) for s, cell in found if cell is not None]
+                axes.plot([100 * s for s, _ in rows], [100 * y for _, y in rows], style, marker="o", markersize=3.5,
+                          linewidth=1.4, color=f"C{color}", label=method)  # fmt: skip
+        axes.set(title=title, xlabel="% of inputs dropped", yscale="log")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("% of perplexity lost")
+    panels[0].legend(fontsize=8, frameon=False)
+    figure.savefig(file, dpi=130)
+
+
 def select() -> None:
     """Prints milliseconds, the best of five."""
     import torch
@@ -355,7 +380,9 @@ def main() -> None:
         return
     if given.what == "picture":
         cells = json.loads((RESULTS / "q_sparse.json").read_text())["cells"]
-        picture(cells, given.out or RESULTS.parents[1] / "docs/pictures/q-sparse-curves.png")
+        folder = given.out or RESULTS.parents[1] / "docs/pictures"
+        picture(cells, folder / "q-sparse-curves.png")
+        picture_of_free(json.loads((RESULTS / "activation_sparsity.json").read_text())["cells"], folder / "larosa.png")
         return
     if given.what == "select":
         select()
