@@ -302,10 +302,10 @@ def picture_of_free(cells: dict[str, Any], file: Path) -> None:
     """What dropping inputs without training costs in perplexity, with and without LaRoSA, a panel per model."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    panels = figure.subplots(1, 2)
-    kinds = [("Top-K", "LaRoSA"), ("budget + WINA", "LaRoSA, budget + WINA")]
-    kinds += [("units of 4, WINA", "LaRoSA, units of 4, WINA")]
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    kinds = [("units of 4, WINA", "LaRoSA, units of 4, WINA"), ("WINA", "LaRoSA")]
+    kinds += [("budget + WINA", "LaRoSA, budget + WINA")]
     for axes, (name, title) in zip(
         panels, (("tinystories", "tinystories-656K"), ("reference", "bundled model")), strict=True
     ):
@@ -314,12 +314,14 @@ def picture_of_free(cells: dict[str, Any], file: Path) -> None:
             for method, style in zip(pair, ("--", "-"), strict=True):
                 found = [(s, cells.get(f"{name}/{method}/{s}")) for s in SHARES]
                 rows = [(s, cell["perplexity"] / dense - 1) for s, cell in found if cell is not None]
-                axes.plot([100 * s for s, _ in rows], [100 * y for _, y in rows], style, marker="o", markersize=3.5,
-                          linewidth=1.4, color=f"C{color}", label=method)  # fmt: skip
+                look = {"marker": "o", "markersize": 3.5, "linewidth": 1.4, "color": f"C{color}"}
+                label = "LaRoSA, Top-K" if method == "LaRoSA" else method
+                axes.plot([100 * s for s, _ in rows], [100 * y for _, y in rows], style, label=label, **look)
         axes.set(title=title, xlabel="% of inputs dropped", yscale="log")
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("% of perplexity lost")
-    panels[0].legend(fontsize=8, frameon=False)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    panels[0].set_ylabel("perplexity above the dense model's, %")
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside right center")
     figure.savefig(file, dpi=130)
 
 
