@@ -211,7 +211,10 @@ def taught(by: str) -> list[dict]:
 @pytest.mark.parametrize(
     ("road", "message"),
     [
-        ([{"name": "a", "prune": {"steps": [{"gptq": {"bits": 4}}]}}], "pruning steps or larosa in prune, found gptq"),
+        (
+            [{"name": "a", "prune": {"steps": [{"gptq": {"bits": 4}}]}}],
+            "expected pruning steps or larosa in prune, found gptq",
+        ),
         ([{"name": "a", "methods": [{"held_mask": {}}]}], "expected a training method of held_masks"),
         ([{"name": "a", "methods": [{"sr_ste": {"lambda": 1}}]}], "unknown key 'methods.sr_ste.lambda'"),
         ([{"name": "a", "methods": [{"held_masks": {}}]}], "expected a model with pruned weights to hold"),
