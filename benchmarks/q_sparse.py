@@ -141,12 +141,16 @@ class Trainer:
         }
 
 
-def scratch(trainer: Trainer, sizes: list[str], names: list[str] | None, tokens: int, rate: float | None) -> None:
+def scratch(
+    trainer: Trainer, sizes: list[str], names: list[str] | None, tokens: int, rate: float | None, seed: int
+) -> None:
+    end = (f", rate {rate:g}" if rate else "") + (f", seed {seed}" if seed else "")
     for size in sizes:
         for method in names or SCRATCH_METHODS:
-            key = f"{size}/{method}" + (f", rate {rate:g}" if rate else "")
-            found = trainer.run(key, scratch_recipe(size, SCRATCH_METHODS[method], tokens, rate))
-            dense = trainer.cells.all.get(f"{size}/dense")
+            found = trainer.run(
+                f"{size}/{method}{end}", scratch_recipe(size, SCRATCH_METHODS[method], tokens, rate, seed)
+            )
+            dense = trainer.cells.all.get(f"{size}/dense{end}")
             if dense is not None:
                 print(f"{'':32} {found['loss'] / dense['loss'] - 1:+.2%} of the dense loss", flush=True)
 
@@ -367,6 +371,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="*", default=LAW_SIZES, choices=list(SIZES))
     parser.add_argument("--tokens", type=int, default=1_000_000, help="of each training run")
     parser.add_argument("--rate", type=float, help="learning rate of scratch, for cells of their own")
+    parser.add_argument("--seed", type=int, default=0, help="of scratch; others than 0 have cells of their own")
     parser.add_argument("--work", type=Path, default=Path("build/q_sparse"), help="folder of the training runs")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -395,7 +400,7 @@ def main() -> None:
     out = given.out or RESULTS / "q_sparse.json"
     trainer = Trainer(Cells(out, machine=machine.describe()), given.work)
     if given.what == "scratch":
-        scratch(trainer, given.sizes, given.methods, given.tokens, given.rate)
+        scratch(trainer, given.sizes, given.methods, given.tokens, given.rate, given.seed)
     elif given.what == "gradients":
         gradients(trainer, given.out or RESULTS / "q_sparse_gradients.json")
     elif given.what == "law":

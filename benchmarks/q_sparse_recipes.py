@@ -50,10 +50,11 @@ SIZES: dict[str, dict[str, int]] = {
     "1M": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4},
     "2M": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6},
     "1M deep": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 16, "num_attention_heads": 4},
+    "2M wide": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2, "num_attention_heads": 8},
 }
-"""Parameters with a vocabulary of 2048, embedding included. Heads of 16, 32, 32 and 16, half as many for keys."""
+"""Parameters with a vocabulary of 2048, embedding included. Heads of 16 or 32, half as many for keys."""
 LAW_SIZES = ["0.3M", "1M", "2M"]
-RATES = {"0.3M": 2e-3, "1M": 2e-3, "2M": 1e-3, "1M deep": 2e-3}
+RATES = {"0.3M": 2e-3, "1M": 2e-3, "2M": 1e-3, "1M deep": 2e-3, "2M wide": 1e-3}
 """Learning rates: of 1e-3, 2e-3 and 4e-3 the best for a dense model, as far as tried; 2e-3 makes 2M worse than 1M."""
 VOCABULARY = 2048
 PYTHON = ("stdlib", "numpy", "networkx", "pydantic", "rich", "click", "jinja2", "pytest")
@@ -82,6 +83,7 @@ SCRATCH_METHODS: dict[str, list[dict[str, Any]]] = {
     "Top-K 16 of 32": [q_sparse(0.5, block=32)],
     "Top-K 50 %": [q_sparse(0.5)],
     "Top-K 70 %, rescaled": [q_sparse(0.3, rescale=True)],
+    "Top-K 70 %, grown": [q_sparse(0.3, begin=0.1, end=0.6)],
     "Top-K 50 % by fours": [q_sparse(0.5, unit=4)],
     "Top-K 50 %, no straight-through": [q_sparse(0.5, straight_through=False)],
     "Top-K 20 %": [q_sparse(0.8)],
@@ -89,7 +91,9 @@ SCRATCH_METHODS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def scratch_recipe(size: str, methods: list[dict[str, Any]], tokens: int, rate: float | None = None) -> dict[str, Any]:
+def scratch_recipe(
+    size: str, methods: list[dict[str, Any]], tokens: int, rate: float | None = None, seed: int = 0
+) -> dict[str, Any]:
     shape = SIZES[size]
     heads = shape["num_attention_heads"]
     head = {"num_key_value_heads": heads // 2, "head_dim": shape["hidden_size"] // heads}
@@ -98,6 +102,7 @@ def scratch_recipe(size: str, methods: list[dict[str, Any]], tokens: int, rate: 
         "data": DATA | {"vocab_size": VOCABULARY},
         "training": SCRATCH | {"tokens": tokens, "learning_rate": rate or RATES[size]},
         "methods": methods,
+        "seed": seed,
     }
 
 

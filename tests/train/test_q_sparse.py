@@ -21,7 +21,7 @@ from tulle.errors import UserError
 from tulle.models.checkpoint import Checkpoint
 from tulle.road import train
 from tulle.simulate import PackedLinear
-from tulle.train import tokens
+from tulle.train import loop, tokens
 from tulle.train.bitnet import BitNet, quantised, ternary, ternary_weight
 from tulle.train.held_out import bits_per_byte
 from tulle.train.masks import HeldMasks
@@ -256,11 +256,77 @@ def test_shipped_recipes() -> None:
         ({"share": 1.0}, "share of zeroed inputs"),
         ({"shares": {"head": 0.5}}, "found 'head'"),
         ({"input_bits": 1}, "2 to 8"),
+        ({"begin": 0.5, "end": 0.5}, "0 <= begin < end <= 1"),
+        ({"begin": 0.1}, "0 <= begin < end <= 1"),
+        ({"end": 0.5, "kind": "relu"}, "end only with kind top_k"),
     ],
 )
 def test_refused(settings: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         QSparse(**settings)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("block", "unit"), [(None, 1), (8, 2)])
+def test_growing(block: int | None, unit: int) -> None:
+    """From a quarter to three quarters of 64 steps, of 32 inputs 16 in the end: one in every two steps."""
+    linear = single([[1.0] * 32])
+    method = QSparse(share=0.5, begin=0.25, end=0.75, block=block, unit=unit)
+    method.prepare(nn.Sequential(linear), 64, {"0": linear})
+    seen: list[int] = []
+    linear.register_forward_pre_hook(lambda m, a: seen.append(int((a[0] == 0).sum())))
+    x = torch.arange(1.0, 33.0)[None]
+    for step in range(64):
+        linear(x)
+        method.after_step(step, [])
+    linear(x)
+    if unit == 1:
+        assert seen == [min(max(step - 16, 0) // 2, 16) for step in range(65)]
+    else:  # of each of four blocks none, one or two units of two
+        assert sorted(set(seen)) == [0, 8, 16] and seen == sorted(seen) and seen[16] == 0 and seen[48] == 16
+    assert method.selections["0"].keep == (16 if block is None else 4)
+    again = QSparse(share=0.5, begin=0.25, end=0.75)
+    again.prepare(nn.Sequential(single([[1.0] * 32])), 64, {"0": linear})
+    again.load_state(method.state())
+    assert torch.equal(again.state()["stair"], method.state()["stair"]) and not QSparse().state()
+
+
+def test_growing_needs_the_number_of_steps() -> None:
+    linear = single([[1.0] * 8])
+    with pytest.raises(UserError, match="expected the number of steps"):
+        QSparse(end=0.5).prepare(nn.Sequential(linear), linears={"0": linear})
+
+
+def test_growing_goes_on_where_it_was_cut(
+    tmp_path: Path, small_evaluation: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = recipe(tmp_path, methods=[{"q_sparse": {"share": 0.5, "end": 1.0}}])
+    whole = train(file, tmp_path / "whole", log=lambda line: None)
+    original = loop._step
+
+    def dies(step: int, *arguments: Any) -> float:
+        if step == 4:
+            raise KeyboardInterrupt
+        return original(step, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "_step", dies)
+        train(file, tmp_path / "cut", log=lambda line: None)
+    resumed = train(file, tmp_path / "cut", resume=True, log=lambda line: None)
+    assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_growing_in_a_compiled_model() -> None:
+    linear = single([[1.0] * 32])
+    method = QSparse(share=0.5, end=1.0)
+    method.prepare(nn.Sequential(linear), 32, {"0": linear})
+    made: list[Any] = []
+    compiled = torch.compile(linear, backend=lambda graph, inputs: made.append(graph) or graph.forward)
+    x = torch.arange(1.0, 33.0)[None]
+    for step in range(32):
+        assert compiled(x).item() == x[0, step // 2 :].sum()
+        method.after_step(step, [])
+    assert len(made) == 32
 
 
 TEXT = ["def f(x):\n    return x\n" * 30, "class A:\n    pass\n" * 20]

@@ -116,9 +116,12 @@ class Panel {
   // What masks keep of two times 64 codes, pruned ones filled in; returns the bytes.
   static std::uint32_t take_pair(const std::uint8_t* masks, const std::uint8_t* from, const std::uint8_t* zeros,
                                const std::uint8_t* more_zeros, std::uint8_t* first, std::uint8_t* second) {
-    std::uint8_t pair[kPairCodes + 8];
-    unpack_pair(from, pair);
-    const std::size_t n = expand_unit(pair, masks, zeros, first), m = expand_unit(pair + kUnitBytes, masks + 8, more_zeros, second);
+    __m256i zero[2] = {load(zeros), load(zeros + 32)}, codes[2];
+    const std::size_t n = expand_unit<Part::low>(from, masks, zero, codes);
+    for (int h = 0; h < 2; ++h) store(first + 32 * h, codes[h]);
+    for (int h = 0; h < 2; ++h) zero[h] = load(more_zeros + 32 * h);
+    const std::size_t m = expand_unit<Part::high>(from, masks + 8, zero, codes);
+    for (int h = 0; h < 2; ++h) store(second + 32 * h, codes[h]);
     return static_cast<std::uint32_t>(n > m ? n : m);
   }
 

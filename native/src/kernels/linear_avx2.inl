@@ -1,50 +1,83 @@
 // What the kernel files with AVX2 share. Internal linkage only: see tables.hpp.
 
-// For 8 mask bits: where each of 8 bytes comes from, 0x80 where its bit is clear.
-struct Shuffles {
-  std::uint8_t from[256][8];
-  constexpr Shuffles() : from() {
-    for (int mask = 0; mask < 256; ++mask) {
-      int next = 0;
-      for (int bit = 0; bit < 8; ++bit) {
-        from[mask][bit] = static_cast<std::uint8_t>((mask >> bit) & 1 ? next++ : 0x80);
-      }
-    }
-  }
-};
-constexpr Shuffles kShuffles;
-
 __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 void store(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 
-__m256i broadcast4(const std::int8_t* x) {
+__m256i broadcast4(const void* x) {
   std::int32_t four;
   std::memcpy(&four, x, 4);
   return _mm256_set1_epi32(four);
 }
 
-// Two units of 4-bit codes that share bytes.
-void unpack_pair(const std::uint8_t* packed, std::uint8_t* codes) {
-  const __m256i low = _mm256_set1_epi8(15);
-  for (std::size_t i = 0; i < kUnitBytes; i += 32) {
-    const __m256i pairs = load(packed + i);
-    store(codes + i, _mm256_and_si256(pairs, low));
-    store(codes + kUnitBytes + i, _mm256_and_si256(_mm256_srli_epi16(pairs, 4), low));
-  }
+// What loops call for every few weights: constants are to stay in registers.
+#if defined(_MSC_VER) && !defined(__clang__)
+#define TULLE_INLINE __forceinline
+#else
+#define TULLE_INLINE inline __attribute__((always_inline))
+#endif
+
+// Times a constant, by the instruction: compilers make five shifts and sums of this one.
+TULLE_INLINE __m256i times(__m256i x, std::uint32_t constant) {
+  __m256i y = _mm256_set1_epi32(static_cast<int>(constant));
+#if defined(__GNUC__)
+  __asm__("" : "+x"(y));
+#endif
+  return _mm256_mullo_epi32(x, y);
 }
 
-// A unit's codes of those it keeps, pruned ones at their zero point; returns how many it keeps. Reads up to 7 codes more.
-std::size_t expand_unit(const std::uint8_t* kept, const std::uint8_t* masks, const std::uint8_t* zeros,
-                        std::uint8_t* codes) {
-  const std::uint8_t* next = kept;
-  for (std::size_t i = 0; i < kUnitBytes; i += 8, ++masks) {
-    const __m128i from = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kShuffles.from[*masks]));
-    const __m128i values = _mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(next)), from);
-    const __m128i zero = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros + i));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + i), _mm_blendv_epi8(values, zero, from));
-    next += _mm_popcnt_u32(*masks);
+// For 32 mask bits: where each of 32 bytes comes from among what its half keeps, and 0xff where its bit is clear.
+struct Places {
+  __m256i from, clear;
+};
+
+TULLE_INLINE Places places(const std::uint8_t* mask) {
+  const __m256i zero = _mm256_setzero_si256();
+  const __m256i byte_of = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+  const __m256i bytes = _mm256_shuffle_epi8(broadcast4(mask), byte_of);
+  const __m256i own = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201));
+  const __m256i clear = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, own), zero);
+  const __m256i set = _mm256_add_epi8(clear, _mm256_set1_epi8(1));
+  // How many are set before: within four by a product, then those of the four and of the eight before.
+  const __m256i within = times(set, 0x01010100);
+  const long long none = static_cast<long long>(0x8080808080808080);
+  const __m256i four = _mm256_set_epi64x(0x0b0b0b0b80808080, 0x0303030380808080, 0x0b0b0b0b80808080, 0x0303030380808080);
+  const __m256i fours = _mm256_shuffle_epi8(_mm256_add_epi8(within, set), four);
+  const __m256i eights = _mm256_shuffle_epi8(_mm256_sad_epu8(set, zero), _mm256_set_epi64x(0, none, 0, none));
+  return {_mm256_add_epi8(_mm256_add_epi8(within, fours), eights), clear};
+}
+
+// What 32 mask bits keep, from `kept` on, each in its place; what stands in the others is of no meaning. Reads 16 bytes
+// from where each half begins.
+TULLE_INLINE __m256i spread(const std::uint8_t* kept, std::uint32_t mask, const Places& at) {
+  const std::uint8_t* const more = kept + _mm_popcnt_u32(mask & 0xffff);
+  const __m256i both = _mm256_inserti128_si256(
+      _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kept))),
+      _mm_loadu_si128(reinterpret_cast<const __m128i*>(more)), 1);
+  return _mm256_shuffle_epi8(both, at.from);
+}
+
+// Which of a byte's codes: all of it, the low nibble, the high one.
+enum class Part { whole, low, high };
+
+template <Part kPart>
+__m256i part_of(__m256i bytes) {
+  if constexpr (kPart == Part::whole) return bytes;
+  if constexpr (kPart == Part::high) bytes = _mm256_srli_epi16(bytes, 4);
+  return _mm256_and_si256(bytes, _mm256_set1_epi8(15));
+}
+
+// A unit's codes of those it keeps, pruned ones at their zero point (both in halves of 32); returns how many it keeps.
+template <Part kPart>
+TULLE_INLINE std::size_t expand_unit(const std::uint8_t* kept, const std::uint8_t* masks, const __m256i zeros[2], __m256i codes[2]) {
+  std::uint64_t word;
+  std::memcpy(&word, masks, 8);
+  for (int h = 0; h < 2; ++h) {
+    const auto mask = static_cast<std::uint32_t>(word >> (32 * h));
+    const Places at = places(masks + 4 * h);
+    codes[h] = _mm256_blendv_epi8(part_of<kPart>(spread(kept, mask, at)), zeros[h], at.clear);
+    if (h == 0) kept += _mm_popcnt_u32(mask);
   }
-  return static_cast<std::size_t>(next - kept);
+  return static_cast<std::size_t>(_mm_popcnt_u64(word));
 }
 
 template <int kValue>
@@ -52,19 +85,29 @@ struct Count {
   static constexpr int value = kValue;
 };
 
-// Adds Σ over the four inputs of each of 8 outputs. 16-bit sums of two products stay below 2^15: codes of 4 bits are
-// at most 15, and 8-bit ones are cut into 7 bits and the highest.
+// Adds Σ over the four inputs of each of 8 outputs. 16-bit sums of two products stay below 2^15 where codes have 4 bits;
+// those of 8 are widened, first and third apart from second and fourth.
 template <bool kNibbles>
 __m256i dot(__m256i total, __m256i codes, __m256i x) {
   if constexpr (kNibbles) {
     return _mm256_add_epi32(total, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), _mm256_set1_epi16(1)));
   } else {
-    const __m256i low = _mm256_maddubs_epi16(_mm256_and_si256(codes, _mm256_set1_epi8(127)), x);
-    const __m256i top = _mm256_and_si256(_mm256_srli_epi16(codes, 7), _mm256_set1_epi8(1));
-    const __m256i high = _mm256_maddubs_epi16(top, x);
-    total = _mm256_add_epi32(total, _mm256_madd_epi16(low, _mm256_set1_epi16(1)));
-    return _mm256_add_epi32(total, _mm256_madd_epi16(high, _mm256_set1_epi16(128)));
+    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(codes, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
+    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(codes, 8), _mm256_srai_epi16(x, 8));
+    return _mm256_add_epi32(_mm256_add_epi32(total, even), odd);
   }
+}
+
+// Zero points times −Σ x of a segment, of 8 outputs from the h-th half on.
+__m256i correction(const LinearView& w, std::size_t scale, std::size_t h, std::int32_t sum) {
+  if (w.zeros == nullptr) return _mm256_set1_epi32(-static_cast<std::int32_t>(w.zero) * sum);
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(w.zeros + scale + 8 * h));
+  return _mm256_mullo_epi32(_mm256_cvtepu8_epi32(bytes), _mm256_set1_epi32(-sum));
+}
+
+__m256 scales_at(const LinearView& w, std::size_t scale, std::size_t h) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.scales + scale + 8 * h));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 
 // kTokens tokens from `token` on with `units` units of one segment of a tile; in[plane]: the first token's inputs of
@@ -72,8 +115,6 @@ __m256i dot(__m256i total, __m256i codes, __m256i x) {
 template <bool kNibbles, int kTokens>
 void meet(const LinearView& w, const Inputs& x, std::size_t scale, std::size_t segment, std::size_t token,
           const std::uint8_t* codes, std::size_t units, const std::int8_t* const* in, std::size_t stride, float* sums) {
-  alignas(32) std::int32_t wide[kTileRows];
-  for (std::size_t i = 0; i < kTileRows; ++i) wide[i] = w.zeros ? w.zeros[scale + i] : w.zero;
   __m256 whole[2][kTokens];
   for (auto& half : whole) {
     for (auto& one : half) one = _mm256_setzero_ps();
@@ -81,8 +122,8 @@ void meet(const LinearView& w, const Inputs& x, std::size_t scale, std::size_t s
   for (std::size_t p = 0; p < x.planes; ++p) {
     __m256i total[2][kTokens];
     for (int t = 0; t < kTokens; ++t) {
-      const __m256i sum = _mm256_set1_epi32(-x.sums[p][(token + t) * x.sum_stride + segment]);
-      for (int h = 0; h < 2; ++h) total[h][t] = _mm256_mullo_epi32(load(wide + 8 * h), sum);
+      const std::int32_t sum = x.sums[p][(token + t) * x.sum_stride + segment];
+      for (std::size_t h = 0; h < 2; ++h) total[h][t] = correction(w, scale, h, sum);
     }
     for (std::size_t u = 0; u < units; ++u) {
       const __m256i lower = load(codes + u * kUnitBytes), upper = load(codes + u * kUnitBytes + 32);
@@ -99,9 +140,8 @@ void meet(const LinearView& w, const Inputs& x, std::size_t scale, std::size_t s
       }
     }
   }
-  for (int h = 0; h < 2; ++h) {
-    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.scales + scale + 8 * h));
-    const __m256 scales = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  for (std::size_t h = 0; h < 2; ++h) {
+    const __m256 scales = scales_at(w, scale, h);
     for (int t = 0; t < kTokens; ++t) {
       float* sum = sums + (token + t) * kTileRows + 8 * h;
       _mm256_store_ps(sum, _mm256_fmadd_ps(whole[h][t], scales, _mm256_load_ps(sum)));

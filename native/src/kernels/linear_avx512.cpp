@@ -120,6 +120,7 @@ class Floats {
     if constexpr (kHalf) {
       __m512i pairs;
       if constexpr (kSparse) {
+        fetch_ahead(next_, masks_);
         std::uint32_t mask;
         std::memcpy(&mask, masks_, 4);
         masks_ += 4;
@@ -140,6 +141,7 @@ class Floats {
  private:
   __m512 single() {
     if constexpr (kSparse) {
+      fetch_ahead(next_, masks_);
       std::uint16_t mask;
       std::memcpy(&mask, masks_, 2);
       masks_ += 2;

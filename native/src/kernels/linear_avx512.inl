@@ -37,6 +37,13 @@ __m512i correction(const LinearView& w, const Zeros& zeros, std::int32_t sum) {
   return _mm512_mullo_epi32(zeros.wide, _mm512_set1_epi32(-sum));
 }
 
+// Of sparse weights: masks and what they keep are two slow streams, with which the processor's own prefetchers, stopped
+// at every 4 KiB, do not keep up (bfloat16 7 to 10 % faster, 8 and 4 bits 1 to 4; half and twice as far the same).
+void fetch_ahead(const std::uint8_t* kept, const std::uint8_t* masks) {
+  _mm_prefetch(reinterpret_cast<const char*>(kept) + 2048, _MM_HINT_T0);
+  _mm_prefetch(reinterpret_cast<const char*>(masks) + 1024, _MM_HINT_T0);
+}
+
 // A tile's codes, a pair of units at a time of one chunk. Of 4-bit codes the second unit's come times 16: a mask is
 // cheaper than a shift, and a sum is divided once.
 template <bool kNibbles, bool kSparse>
@@ -55,6 +62,7 @@ class Stream {
   // `zeros`: zero points as bytes; `high`: the second unit's.
   void take(const __m512i& zeros, const __m512i& high, __m512i& first, __m512i& second) {
     if constexpr (kSparse && kNibbles) {
+      fetch_ahead(next_, masks_);
       const __m512i packed = _mm512_loadu_si512(next_);
       const __mmask64 even = mask64(masks_), odd = mask64(masks_ + 8);
       first = _mm512_mask_expand_epi8(zeros, even, low_nibbles(packed));
@@ -79,6 +87,7 @@ class Stream {
 
  private:
   __m512i expanded(const __m512i& zeros) {
+    fetch_ahead(next_, masks_);
     const __mmask64 mask = mask64(masks_);
     const __m512i codes = _mm512_mask_expand_epi8(zeros, mask, _mm512_loadu_si512(next_));
     next_ += _mm_popcnt_u64(mask);

@@ -10,7 +10,9 @@ inputs (16 of 32 in the paper). ``activation: relu2`` makes the feed-forward ReL
 weights are not read.
 
 ``rescale`` gives a token its length back after the selection (see ``core.topk``); the authors' released code has none.
-``straight_through: false`` is their ablation: the gradient then stops where M is 0.
+``straight_through: false`` is their ablation: the gradient then stops where M is 0. ``begin`` and ``end`` are not the
+paper's, which drops as much from the first step on: between these shares of the training the number of dropped inputs
+grows from none.
 
 **ReLUfication** (Mirzadeh et al. 2024, "ReLU Strikes Back"): ``activation: relu`` with ``kind: none``, that is ReLU in
 place of SiLU and no Top-K (stage 1); ``kind: relu`` puts ReLU behind the norms as well (stage 2).
@@ -18,8 +20,8 @@ place of SiLU and no Top-K (stage 1); ``kind: relu`` puts ReLU behind the norms 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -39,6 +41,8 @@ NORMED = ("qkv", "gate_up")
 """Roles behind a norm, where stage 2 of ReLUfication acts."""
 SEEN = 5
 """Zeros are counted in one of so many calls of a block."""
+STAIRS = 32
+"""The number of dropped inputs grows in so many steps: a compiled model is compiled anew at each."""
 
 
 @dataclass(eq=False)
@@ -58,6 +62,10 @@ class QSparse(TrainingMethod):
     """What of a unit is compared: its largest magnitude or its 2-norm."""
     straight_through: bool = True
     rescale: bool = False
+    begin: float = 0.0
+    """Share of the training up to which nothing is dropped."""
+    end: float = 0.0
+    """Share of the training from which on ``share`` is dropped; 0: always."""
     input_bits: int | None = None
     """Rounds inputs per token first; null: as they are (with bitnet before it in the list, they are rounded there)."""
     activation: Literal["relu", "relu2"] | None = None
@@ -70,13 +78,23 @@ class QSparse(TrainingMethod):
         unknown = [role for role in self.shares if role not in ROLES]
         if unknown:
             raise UserError(f"expected shares of {', '.join(ROLES)}, found {unknown[0]!r}; correct the recipe")
+        if not (0 <= self.begin < self.end <= 1 or self.begin == self.end == 0):
+            raise UserError(
+                f"expected 0 <= begin < end <= 1, found {self.begin} and {self.end}; they are shares of the training, and "
+                "without both as much is dropped from its first step on"
+            )
+        if self.end and self.kind != "top_k":
+            raise UserError(f"expected end only with kind top_k, found {self.end} with {self.kind}; leave it out")
         self.grid = None if self.input_bits is None else TokenGrid(self.input_bits)
         self.selections: dict[str, Selection] = {}
         """By linear."""
         self._zeros: dict[str, list[Tensor]] = {}
+        self._stair = 0 if self.end else STAIRS
 
     def prepare(self, model: nn.Module, steps: int = 0, linears: Mapping[str, nn.Linear] | None = None) -> None:
         super().prepare(model, steps, linears)
+        if self.end and steps < 1:
+            raise UserError("expected the number of steps for begin and end, found none; call prepare(model, steps)")
         if self.activation is not None:
             set_activation(model, self.activation)
         mark_selected(model)
@@ -115,7 +133,9 @@ class QSparse(TrainingMethod):
         def rule(x: Tensor) -> Tensor:
             if self.grid is not None:
                 x = StraightThrough.apply(x, self.grid.fake(x.detach()))
-            y = x if selection is None else selection.apply(x, self.straight_through)
+            y = x
+            if selection is not None:
+                y = grown(selection, x.shape[-1], self._stair).apply(x, self.straight_through)
             if not torch.compiler.is_compiling():
                 nonlocal calls
                 if calls % SEEN == 0:
@@ -124,6 +144,22 @@ class QSparse(TrainingMethod):
             return y
 
         return rule
+
+    def after_step(self, step: int, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        if not self.end:
+            return
+        passed = ((step + 1) / self.steps - self.begin) / (self.end - self.begin)
+        stair = round(STAIRS * min(max(passed, 0.0), 1.0))
+        if stair != self._stair:
+            self._stair = stair
+            torch.compiler.reset()  # or it would give up on a function that it has compiled eight times
+
+    def state(self) -> dict[str, Tensor]:
+        return {"stair": torch.tensor(self._stair)} if self.end else {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        if self.end:
+            self._stair = int(state["stair"])
 
     def metrics(self) -> dict[str, float]:
         """``zeros_ROLE``: share of inputs that are zero, on average since last asked; nothing in a compiled model."""
@@ -136,6 +172,14 @@ class QSparse(TrainingMethod):
             state = linears[name]
             state.input_selection = self.selections.get(name)
             state.input_grid = self.grid or state.input_grid
+
+
+def grown(selection: Selection, channels: int, stair: int) -> Selection:
+    """The selection that drops ``stair`` of ``STAIRS`` parts of what ``selection`` drops of ``channels`` inputs."""
+    if stair == STAIRS or selection.keep is None:
+        return selection
+    units, kept = (selection.block or channels) // selection.unit, selection.keep // selection.unit
+    return replace(selection, keep=selection.unit * (units - (units - kept) * stair // STAIRS))
 
 
 def set_activation(model: nn.Module, activation: str) -> None:
