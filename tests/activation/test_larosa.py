@@ -111,6 +111,8 @@ STREAM: dict[str, Any] = {"quarot": {"heads": False, "across_heads": False, "dow
     [
         ([{"quarot": {}}, LAROSA], "found larosa after another"),
         ([LAROSA, {"quarot": {}}], "found quarot after another"),
+        ([LAROSA, {"quarot": {"residual": False}}], "basis of the values, found quarot after another"),
+        ([{"quarot": {"residual": False}}, LAROSA], "residual stream or the values, found larosa after another"),
         ([LAROSA, {"spinquant": {"steps": 1}}], "found spinquant after another"),
         ([LAROSA, {"permute_channels": {}}], "expected permute_channels before a rotation"),
         ([LAROSA, LAROSA], "found larosa after another"),

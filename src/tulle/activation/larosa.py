@@ -61,7 +61,7 @@ class LaRoSA(Method):
                 "expected larosa to rotate the inputs of qkv and gate_up (residual) or o (heads), found targets and "
                 "settings that leave neither; leave the step out"
             )
-        if (readers and survey.residual) or ("o" in turned and survey.values):
+        if (readers and survey.residual) or ("o" in turned and (survey.values or survey.values_taken)):
             raise UserError(
                 "expected one step that changes the basis of the residual stream or the values, found larosa after "
                 "another; leave one of them out"

@@ -354,6 +354,8 @@ class Survey:
     after it."""
     values: dict[int, BlockMatrix] = field(default_factory=dict)
     """Block → orthogonal map of the KV heads' values ``[kv_heads, b, b]``, folded into v and o."""
+    values_taken: bool = False
+    """Whether a step will give the values another basis block by block."""
     kept: dict[str, int] = field(default_factory=dict)
     """Full linear name → bits that quantisers take instead of their own (16: none)."""
     kept_inputs: dict[str, int] = field(default_factory=dict)

@@ -80,8 +80,8 @@ class QSparse(TrainingMethod):
             raise UserError(f"expected shares of {', '.join(ROLES)}, found {unknown[0]!r}; correct the recipe")
         if not (0 <= self.begin < self.end <= 1 or self.begin == self.end == 0):
             raise UserError(
-                f"expected 0 <= begin < end <= 1, found {self.begin} and {self.end}; they are shares of the training, and "
-                "without both as much is dropped from its first step on"
+                f"expected 0 <= begin < end <= 1, found {self.begin} and {self.end}; both are shares of the training, "
+                "and without them as many inputs are dropped from its first step on"
             )
         if self.end and self.kind != "top_k":
             raise UserError(f"expected end only with kind top_k, found {self.end} with {self.kind}; leave it out")
