@@ -18,6 +18,10 @@ constexpr std::size_t kPanel = 16;
 // Inputs of a matrix of codes, at most: sums of 255 · 127 stay within 32 bits.
 constexpr std::size_t kCodeInputs = 65536;
 
+// Tokens before the current one that a convolution sees, and all that it sees.
+constexpr std::size_t kPast = 2;
+constexpr std::size_t kTaps = kPast + 1;
+
 // A matrix row by row, met a row at a time.
 struct Matrix {
   WeightKind kind = WeightKind::f32;  // f32, bf16, codes8
