@@ -5,6 +5,7 @@
     python benchmarks/q_sparse.py law                      sizes × sparsities, and the law fitted on them
     python benchmarks/q_sparse.py continue                 the reference model trained on, at 40, 50 and 60 %
     python benchmarks/q_sparse.py gradients                by block of the deep models, straight through or not
+    python benchmarks/q_sparse.py context                  what models of scratch have learnt to do with context
     python benchmarks/q_sparse.py picture                  loss curves of scratch, and what free found
     python benchmarks/q_sparse.py select                   milliseconds to find the K largest, beside a product
 
@@ -35,12 +36,14 @@ from q_sparse_recipes import (
     CONTINUED,
     DATA,
     LAW_SIZES,
+    ROTATED,
     SCRATCH_METHODS,
     SIZES,
     continued_recipes,
     free_recipes,
     joint_recipes,
     q_sparse,
+    rotated_recipe,
     scratch_recipe,
     untrained_recipes,
 )  # noqa: E402
@@ -108,13 +111,13 @@ class Trainer:
             (out / "data").symlink_to((self.work / "data").resolve())
         run(TrainRecipe.model_validate(recipe), out, TOOLS, resume=True, log=lambda line: None)
         seconds = time.perf_counter() - begun
-        record = json.loads((out / "run.json").read_text())
+        record = json.loads((sorted(out.glob("stages/*/run.json")) or [out / "run.json"])[-1].read_text())
         nats = record["held_out_bits_per_byte"] * math.log(2) * record["held_out_bytes"] / record["held_out_tokens"]
         return {
             "loss": nats,
             "held_out_bits_per_byte": record["held_out_bits_per_byte"],
             **self.read(out, recipe["training"]["context"]),
-            "tokens": record["tokens_seen"],
+            "tokens": read_metrics(out / "metrics.jsonl")[-1]["tokens"],
             "seconds": seconds,
             "curve": [[row["tokens"], row["held_out_bits_per_byte"]] for row in read_metrics(out / "metrics.jsonl")],
             "zeros": read_metrics(out / "metrics.jsonl")[-1],
@@ -147,9 +150,11 @@ def scratch(
     end = (f", rate {rate:g}" if rate else "") + (f", seed {seed}" if seed else "")
     for size in sizes:
         for method in names or SCRATCH_METHODS:
-            found = trainer.run(
-                f"{size}/{method}{end}", scratch_recipe(size, SCRATCH_METHODS[method], tokens, rate, seed)
-            )
+            if method in ROTATED:
+                recipe = rotated_recipe(size, tokens, ROTATED[method], seed)
+            else:
+                recipe = scratch_recipe(size, SCRATCH_METHODS[method], tokens, rate, seed)
+            found = trainer.run(f"{size}/{method}{end}", recipe)
             dense = trainer.cells.all.get(f"{size}/dense{end}")
             if dense is not None:
                 print(f"{'':32} {found['loss'] / dense['loss'] - 1:+.2%} of the dense loss", flush=True)
@@ -266,6 +271,38 @@ def gradients(trainer: Trainer, out: Path) -> None:
     cells.write()
 
 
+SPANS = {"positions 1 to 15": (1, 16), "positions 64 to 255": (64, 256)}
+
+
+def context(trainer: Trainer, source: Path, out: Path) -> None:
+    """Loss by place in the window, of windows that begin anywhere: what context is worth to each model of ``source``
+    whose folder is still there."""
+    import torch
+
+    from tulle.evaluate.loading import load_model
+    from tulle.train.data import held_out_text
+
+    cells = Cells(out)
+    torch.set_grad_enabled(False)
+    windows = torch.empty(0, CONTEXT, dtype=torch.long)
+    for key, cell in json.loads(source.read_text())["cells"].items():
+        if not (trainer.folder(key) / "run.json").is_file():
+            continue
+        model, tokenizer = load_model(trainer.folder(key))
+        if not len(windows):  # all models of the grid have one vocabulary
+            ids = torch.cat([tokenizer(text, return_tensors="pt").input_ids[0] for text in held_out_text()])
+            windows = ids[: len(ids) // CONTEXT * CONTEXT].reshape(-1, CONTEXT)[:: max(1, len(ids) // CONTEXT // 512)]
+        total = torch.zeros(CONTEXT - 1)
+        for batch in windows.split(32):
+            logits = model(batch).logits[:, :-1].transpose(1, 2)
+            total += torch.nn.functional.cross_entropy(logits, batch[:, 1:], reduction="none").sum(0)
+        loss = total / len(windows)
+        key = f"{key}, {cell['tokens'] / 1e6:.0f} M tokens"
+        cells.all[key] = found = {name: float(loss[a - 1 : b - 1].mean()) for name, (a, b) in SPANS.items()}
+        print(f"{key:48} " + "  ".join(f"{name} {value:.4f}" for name, value in found.items()), flush=True)
+    cells.write()
+
+
 CURVES = {
     "dense": "-", "Top-K 70 %": "-", "Top-K 70 %, no straight-through": "--", "ReLU": ":", "b1.58 dense": "-",
     "b1.58 Top-K 70 %": "-",
@@ -364,7 +401,9 @@ def select() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["free", "scratch", "law", "continue", "gradients", "picture", "select"])
+    parser.add_argument(
+        "what", choices=["free", "scratch", "law", "continue", "gradients", "context", "picture", "select"]
+    )
     parser.add_argument("--data", type=Path, help="with models/tinystories-656K and text/tinystories_10k.txt")
     parser.add_argument("--models", nargs="*", default=["tinystories", "reference"])
     parser.add_argument("--methods", nargs="*", help="of free, scratch or continue; without: all")
@@ -373,11 +412,12 @@ def main() -> None:
     parser.add_argument("--rate", type=float, help="learning rate of scratch, for cells of their own")
     parser.add_argument("--seed", type=int, default=0, help="of scratch; others than 0 have cells of their own")
     parser.add_argument("--work", type=Path, default=Path("build/q_sparse"), help="folder of the training runs")
+    parser.add_argument("--source", type=Path, help="JSON of scratch, of whose runs context is asked")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     known = {
         "free": free_recipes(0.5),
-        "scratch": SCRATCH_METHODS,
+        "scratch": [*SCRATCH_METHODS, *ROTATED],
         "continue": continued_recipes() | untrained_recipes(),
     }
     if given.methods and not set(given.methods) <= set(known.get(given.what, {})):
@@ -403,6 +443,8 @@ def main() -> None:
         scratch(trainer, given.sizes, given.methods, given.tokens, given.rate, given.seed)
     elif given.what == "gradients":
         gradients(trainer, given.out or RESULTS / "q_sparse_gradients.json")
+    elif given.what == "context":
+        context(trainer, given.source or RESULTS / "q_sparse_5m.json", given.out or RESULTS / "q_sparse_context.json")
     elif given.what == "law":
         law(trainer, given.sizes, given.tokens, out.with_name(out.stem + "_runs.json"))
     else:

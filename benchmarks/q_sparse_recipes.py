@@ -106,6 +106,34 @@ def scratch_recipe(
     }
 
 
+ROTATED = {"Top-K 70 %, rotated half-way": q_sparse(0.3), "ReLU² alone, rotated half-way": q_sparse(0.0, kind="none")}
+"""What the second half of a run is trained with."""
+
+
+def rotated_recipe(size: str, tokens: int, method: dict[str, Any], seed: int = 0) -> dict[str, Any]:
+    """Half of the tokens dense with ReLU², then in principal components (LaRoSA), head apart from embedding; the
+    rate falls as in one run, and rises anew for the second half."""
+    whole = scratch_recipe(size, [], tokens, seed=seed)
+    half = tokens // 2
+    fall = SCRATCH["decay_fraction"] * tokens / (tokens - half)
+    del whole["methods"]
+    return whole | {
+        "stages": [
+            {
+                "name": "dense",
+                "training": {"tokens": half, "schedule": "constant"},
+                "methods": [q_sparse(0.0, kind="none")],
+            },
+            {
+                "name": "sparse",
+                "prune": {"steps": [{"larosa": {}}], "calibration": {"samples": 64, "length": CONTEXT}},
+                "training": {"tokens": tokens - half, "decay_fraction": fall},
+                "methods": [method],
+            },
+        ]
+    }
+
+
 def continued_recipes() -> dict[str, list[dict[str, Any]]]:
     """Method → training methods."""
     methods: dict[str, list[dict[str, Any]]] = {"dense": []}

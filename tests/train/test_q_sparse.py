@@ -239,10 +239,18 @@ def test_shipped_recipes() -> None:
     folder = Path(__file__).parents[2] / "recipes"
     found = {
         name: [list(m) for stage in load_recipe(folder / f"{name}.yaml").resolved() for m in stage.methods]
-        for name in ("q-sparse", "q-sparse-b158", "q-sparse-continued", "q-sparse-sft", "relufication")
+        for name in (
+            "q-sparse",
+            "q-sparse-rotated",
+            "q-sparse-b158",
+            "q-sparse-continued",
+            "q-sparse-sft",
+            "relufication",
+        )
     }
     assert found == {
         "q-sparse": [["q_sparse"]],
+        "q-sparse-rotated": [["q_sparse"], ["q_sparse"]],
         "q-sparse-b158": [["bitnet"], ["q_sparse"]],
         "q-sparse-continued": [["q_sparse"]],
         "q-sparse-sft": [["q_sparse"], ["squarehead"]],
