@@ -116,7 +116,6 @@ def rotated_recipe(size: str, tokens: int, method: dict[str, Any], seed: int = 0
     whole = scratch_recipe(size, [], tokens, seed=seed)
     half = tokens // 2
     fall = SCRATCH["decay_fraction"] * tokens / (tokens - half)
-    del whole["methods"]
     return whole | {
         "stages": [
             {

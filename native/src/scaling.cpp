@@ -1,10 +1,7 @@
 #include "tulle/scaling.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <stdexcept>
-#include <string>
 
 #include "scaling_state.hpp"
 

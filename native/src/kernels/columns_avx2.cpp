@@ -265,19 +265,14 @@ void add_segment(const LinearView& w, const Inputs& x, std::size_t token, const 
   for (std::size_t i = 0; i < w.line_tiles(); ++i) {
     const std::size_t scale = scaling.of(line * w.line_tiles() + i);
     for (std::size_t o = 0; o < kTileRows; o += 8) {
-      const __m256i zero = w.zeros == nullptr
-          ? _mm256_set1_epi32(w.zero)
-          : _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(w.zeros + scale + o)));
       __m256 whole = _mm256_setzero_ps();
       for (std::size_t p = 0; p < x.planes; ++p) {
-        const __m256i sum = _mm256_set1_epi32(-x.sums[p][token * x.sum_stride + s.segment]);
-        const __m256i right = _mm256_add_epi32(load(totals + p * stride + i * kTileRows + o), _mm256_mullo_epi32(zero, sum));
+        const __m256i by_zero = correction(w, scale, o / 8, x.sums[p][token * x.sum_stride + s.segment]);
+        const __m256i right = _mm256_add_epi32(load(totals + p * stride + i * kTileRows + o), by_zero);
         whole = _mm256_fmadd_ps(whole, _mm256_set1_ps(256), _mm256_cvtepi32_ps(right));
       }
-      const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.scales + scale + o));
-      const __m256 scales = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
       float* const to = sums + i * kTileRows + o;
-      _mm256_store_ps(to, _mm256_fmadd_ps(whole, scales, _mm256_load_ps(to)));
+      _mm256_store_ps(to, _mm256_fmadd_ps(whole, scales_at(w, scale, o / 8), _mm256_load_ps(to)));
     }
   }
 }

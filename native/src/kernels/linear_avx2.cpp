@@ -12,6 +12,7 @@ namespace tulle {
 namespace {
 
 #include "linear_common.inl"
+#include "linear_stream.inl"
 #include "linear_avx2.inl"
 
 // Zero points of a tile's outputs, four times each, in halves of 32.
@@ -24,25 +25,11 @@ void zeros_at(const LinearView& w, std::size_t scale, __m256i zeros[2]) {
   }
 }
 
-// Of sparse weights, two slow streams: the processor's own prefetchers stop at every 4 KiB.
-void fetch_ahead(const std::uint8_t* kept, const std::uint8_t* masks) {
-  _mm_prefetch(reinterpret_cast<const char*>(kept) + 2048, _MM_HINT_T0);
-  _mm_prefetch(reinterpret_cast<const char*>(masks) + 1024, _MM_HINT_T0);
-}
-
 // A tile's codes, a pair of units at a time of one chunk.
 template <bool kNibbles, bool kSparse>
 class Stream {
  public:
-  Stream(const LinearView& w, std::size_t tile, std::size_t chunk) {
-    const std::size_t unit = (tile * w.padded() + chunk * w.chunk_segments() * w.segment) / 4;
-    if constexpr (!kSparse) {
-      next_ = w.values + unit * (kNibbles ? kUnitBytes / 2 : kUnitBytes);
-    } else {
-      masks_ = w.masks + unit * 8;
-      next_ = w.values + w.offsets[tile * w.chunks() + chunk];
-    }
-  }
+  explicit Stream(const Start& start) : next_(start.values), masks_(start.masks) {}
 
   // Two units, in halves of 32; `zeros`: zero points.
   void take(const __m256i zeros[2], __m256i first[2], __m256i second[2]) {
@@ -73,7 +60,7 @@ class Stream {
 
  private:
   const std::uint8_t* next_;
-  const std::uint8_t* masks_ = nullptr;
+  const std::uint8_t* masks_;
 };
 
 // y of a tile's rows.
@@ -91,7 +78,7 @@ void multiply(const LinearView& w, const Inputs& x, std::size_t first, std::size
     __m256 sum[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
     std::size_t segment = 0;
     for (std::size_t chunk = 0; chunk < w.chunks(); ++chunk) {
-      Stream<kNibbles, kSparse> stream(w, tile, chunk);
+      Stream<kNibbles, kSparse> stream(start_of(w, tile, chunk));
       const std::size_t end = segment + w.segments_of(chunk);
       for (; segment < end; ++segment) {
         const std::size_t scale = w.scale_at(tile, segment);
@@ -146,10 +133,9 @@ void multiply(const LinearView& w, const Inputs& x, std::size_t first, std::size
 // Codes of a tile's chunk, pruned ones at their zero point.
 template <bool kNibbles, bool kSparse>
 const std::uint8_t* expand(const LinearView& w, std::size_t tile, std::size_t chunk, std::uint8_t* codes) {
-  if (!kNibbles && !kSparse) {
-    return w.values + (tile * w.padded() + chunk * w.chunk_segments() * w.segment) * kTileRows;
-  }
-  Stream<kNibbles, kSparse> stream(w, tile, chunk);
+  const Start start = start_of(w, tile, chunk);
+  if (!kNibbles && !kSparse) return start.values;
+  Stream<kNibbles, kSparse> stream(start);
   std::uint8_t* to = codes;
   for (std::size_t s = 0; s < w.segments_of(chunk); ++s) {
     __m256i zeros[2];
@@ -213,15 +199,7 @@ constexpr Sources kSources;
 template <bool kHalf, bool kSparse>
 class Floats {
  public:
-  Floats(const LinearView& w, std::size_t tile, std::size_t chunk) {
-    const std::size_t first = tile * w.padded() + chunk * w.chunk_segments() * w.segment;
-    if constexpr (kSparse) {
-      masks_ = w.masks + first * kTileRows / 8;
-      next_ = w.values + w.offsets[tile * w.chunks() + chunk];
-    } else {
-      next_ = w.values + first * kTileRows * (kHalf ? 2 : 4);
-    }
-  }
+  explicit Floats(const Start& start) : next_(start.values), masks_(start.masks) {}
 
   // Each in halves of 8 outputs.
   void take(__m256 even[2], __m256 odd[2]) {
@@ -271,7 +249,7 @@ class Floats {
   }
 
   const std::uint8_t* next_;
-  const std::uint8_t* masks_ = nullptr;
+  const std::uint8_t* masks_;
 };
 
 // One token.
@@ -281,7 +259,7 @@ void multiply_floats(const LinearView& w, const Inputs& x, std::size_t first, st
     __m256 sum[4][2];
     for (auto& both : sum) both[0] = both[1] = _mm256_setzero_ps();
     for (std::size_t chunk = 0; chunk < w.chunks(); ++chunk) {
-      Floats<kHalf, kSparse> stream(w, tile, chunk);
+      Floats<kHalf, kSparse> stream(start_of(w, tile, chunk));
       const float* in = x.floats + chunk * w.chunk_segments() * w.segment;
       const std::size_t inputs = w.segments_of(chunk) * w.segment;
       for (std::size_t i = 0; i < inputs; i += 4) {
@@ -307,7 +285,7 @@ void multiply_floats(const LinearView& w, const Inputs& x, std::size_t first, st
 // Weights of a tile's chunk as [inputs][16].
 template <bool kHalf, bool kSparse>
 void expand_floats(const LinearView& w, std::size_t tile, std::size_t chunk, float* out) {
-  Floats<kHalf, kSparse> stream(w, tile, chunk);
+  Floats<kHalf, kSparse> stream(start_of(w, tile, chunk));
   for (std::size_t i = 0; i < w.segments_of(chunk) * w.segment; i += 2, out += 2 * kTileRows) {
     __m256 even[2], odd[2];
     stream.take(even, odd);

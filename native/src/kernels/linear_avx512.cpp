@@ -23,7 +23,7 @@ void multiply(const LinearView& w, const Inputs& x, std::size_t first, std::size
     __m512 sum = _mm512_setzero_ps();
     std::size_t segment = 0;
     for (std::size_t chunk = 0; chunk < w.chunks(); ++chunk) {
-      Stream<kNibbles, kSparse> stream(w, tile, chunk);
+      Stream<kNibbles, kSparse> stream(start_of(w, tile, chunk));
       const std::size_t end = segment + w.segments_of(chunk);
       for (; segment < end; ++segment) {
         const std::size_t scale = (tile * w.scales_per_row() + segment / w.segments_per_scale) * kTileRows;
@@ -105,15 +105,7 @@ void run_codes(const LinearView& w, const Inputs& x, std::size_t first, std::siz
 template <bool kHalf, bool kSparse>
 class Floats {
  public:
-  Floats(const LinearView& w, std::size_t tile, std::size_t chunk) {
-    const std::size_t first = tile * w.padded() + chunk * w.chunk_segments() * w.segment;
-    if constexpr (kSparse) {
-      masks_ = w.masks + first * kTileRows / 8;
-      next_ = w.values + w.offsets[tile * w.chunks() + chunk];
-    } else {
-      next_ = w.values + first * kTileRows * (kHalf ? 2 : 4);
-    }
-  }
+  explicit Floats(const Start& start) : next_(start.values), masks_(start.masks) {}
 
   // Two inputs, whatever the unit.
   void take(__m512& even, __m512& odd) {
@@ -166,7 +158,7 @@ class Floats {
   }
 
   const std::uint8_t* next_;
-  const std::uint8_t* masks_ = nullptr;
+  const std::uint8_t* masks_;
   const __m512i zero_ = hidden_zero();
 };
 
@@ -175,7 +167,7 @@ void multiply_floats(const LinearView& w, const Inputs& x, std::size_t first, st
   for (std::size_t tile = first; tile < last; ++tile) {
     __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
     for (std::size_t chunk = 0; chunk < w.chunks(); ++chunk) {
-      Floats<kHalf, kSparse> stream(w, tile, chunk);
+      Floats<kHalf, kSparse> stream(start_of(w, tile, chunk));
       const float* in = x.floats + chunk * w.chunk_segments() * w.segment;
       const std::size_t inputs = w.segments_of(chunk) * w.segment;
       for (std::size_t i = 0; i < inputs; i += 4) {
@@ -247,7 +239,7 @@ void multiply_many_floats(const LinearView& w, const Inputs& x, std::size_t firs
     for (std::size_t chunk = 0; chunk < w.chunks(); ++chunk) {
       const std::size_t inputs = w.segments_of(chunk) * w.segment;
       for (std::size_t i = 0; i < tiles; ++i) {
-        Floats<kHalf, kSparse> stream(w, tile + i, chunk);
+        Floats<kHalf, kSparse> stream(start_of(w, tile + i, chunk));
         float* out = weights + i * kPanel;
         for (std::size_t k = 0; k < inputs; k += 2, out += 2 * kTileRows) {
           __m512 even, odd;

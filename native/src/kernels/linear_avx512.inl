@@ -2,6 +2,7 @@
 // linkage only: see tables.hpp.
 
 #include "linear_common.inl"
+#include "linear_stream.inl"
 
 __mmask64 mask64(const std::uint8_t* bits) {
   std::uint64_t word;
@@ -37,27 +38,12 @@ __m512i correction(const LinearView& w, const Zeros& zeros, std::int32_t sum) {
   return _mm512_mullo_epi32(zeros.wide, _mm512_set1_epi32(-sum));
 }
 
-// Of sparse weights: masks and what they keep are two slow streams, with which the processor's own prefetchers, stopped
-// at every 4 KiB, do not keep up (bfloat16 7 to 10 % faster, 8 and 4 bits 1 to 4; half and twice as far the same).
-void fetch_ahead(const std::uint8_t* kept, const std::uint8_t* masks) {
-  _mm_prefetch(reinterpret_cast<const char*>(kept) + 2048, _MM_HINT_T0);
-  _mm_prefetch(reinterpret_cast<const char*>(masks) + 1024, _MM_HINT_T0);
-}
-
 // A tile's codes, a pair of units at a time of one chunk. Of 4-bit codes the second unit's come times 16: a mask is
 // cheaper than a shift, and a sum is divided once.
 template <bool kNibbles, bool kSparse>
 class Stream {
  public:
-  Stream(const LinearView& w, std::size_t tile, std::size_t chunk) {
-    const std::size_t unit = (tile * w.padded() + chunk * w.chunk_segments() * w.segment) / 4;
-    if constexpr (!kSparse) {
-      next_ = w.values + unit * (kNibbles ? kUnitBytes / 2 : kUnitBytes);
-    } else {
-      masks_ = w.masks + unit * 8;
-      next_ = w.values + w.offsets[tile * w.chunks() + chunk];
-    }
-  }
+  explicit Stream(const Start& start) : next_(start.values), masks_(start.masks) {}
 
   // `zeros`: zero points as bytes; `high`: the second unit's.
   void take(const __m512i& zeros, const __m512i& high, __m512i& first, __m512i& second) {
@@ -96,12 +82,12 @@ class Stream {
   }
 
   const std::uint8_t* next_;
-  const std::uint8_t* masks_ = nullptr;
+  const std::uint8_t* masks_;
 };
 
 template <bool kNibbles, bool kSparse>
 void expand(const LinearView& w, std::size_t tile, std::size_t chunk, std::uint8_t* codes) {
-  Stream<kNibbles, kSparse> stream(w, tile, chunk);
+  Stream<kNibbles, kSparse> stream(start_of(w, tile, chunk));
   for (std::size_t s = 0; s < w.segments_of(chunk); ++s) {
     const std::size_t segment = chunk * w.chunk_segments() + s;
     const std::size_t scale = (tile * w.scales_per_row() + segment / w.segments_per_scale) * kTileRows;

@@ -61,7 +61,7 @@ class LaRoSA(Method):
                 "expected larosa to rotate the inputs of qkv and gate_up (residual) or o (heads), found targets and "
                 "settings that leave neither; leave the step out"
             )
-        if (readers and survey.residual) or ("o" in turned and (survey.values or survey.values_taken)):
+        if (readers and survey.residual) or ("o" in turned and survey.values_taken):
             raise UserError(
                 "expected one step that changes the basis of the residual stream or the values, found larosa after "
                 "another; leave one of them out"
@@ -81,6 +81,7 @@ class LaRoSA(Method):
                 values[index] = by_kv_head(hessians["o"].matrix.cpu(), *survey.heads)
 
         survey.look(see, turned)
+        survey.values_taken |= "o" in turned
         if readers:
             survey.residual = (_rotation(survey, "residual stream", stream),)
         for index, moment in values.items():

@@ -355,7 +355,7 @@ class Survey:
     values: dict[int, BlockMatrix] = field(default_factory=dict)
     """Block → orthogonal map of the KV heads' values ``[kv_heads, b, b]``, folded into v and o."""
     values_taken: bool = False
-    """Whether a step will give the values another basis block by block."""
+    """Whether a step gives the values another basis, here or block by block."""
     kept: dict[str, int] = field(default_factory=dict)
     """Full linear name → bits that quantisers take instead of their own (16: none)."""
     kept_inputs: dict[str, int] = field(default_factory=dict)

@@ -53,7 +53,7 @@ class QuaRot(Method):
 
     def plan(self, survey: Survey, roles: tuple[str, ...]) -> None:
         if self.heads:
-            if survey.values or survey.values_taken:
+            if survey.values_taken:
                 raise UserError(
                     "expected one step that changes the basis of the values, found quarot after another; it would mix "
                     "them again, so leave one of the two out (heads: false)"
