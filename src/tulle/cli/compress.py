@@ -56,7 +56,7 @@ def compress(
     """
     chosen = common.parse_range(documents)
     chosen_eval = common.parse_range(eval_documents, "--eval-documents")
-    from tulle.compress import compress as run
+    from tulle.compression.job import compress as run
     from tulle.evaluate.text import Protocol, read_documents
     from tulle.models.hub import REFERENCE, local_folder
     from tulle.report.compression import write_report
@@ -67,7 +67,7 @@ def compress(
     if evaluation is not None:
         text = read_documents(evaluation, separator, chosen_eval, min_chars)
     elif model == REFERENCE:
-        from tulle.demo import evaluation_text
+        from tulle.compression.demo import evaluation_text
 
         text, protocol = evaluation_text()
     with common.progress_bars() as progress:
