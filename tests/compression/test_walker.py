@@ -1,5 +1,6 @@
 """The block walker against a plain oracle: whole models, one sequence at a time, no blocks, no batches."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints import PROSE, write_checkpoint
+from tulle.compression import block_pass, walker
 from tulle.compression.hidden_states import HiddenStates
 from tulle.compression.recipe import Recipe, parse_recipe
 from tulle.compression.walker import Walker
