@@ -95,9 +95,8 @@ def gated_decoder(
 def windows(keys: ConfigKeys, layers: int) -> list[int | None]:
     """Qwen's sliding windows: off unless ``use_sliding_window``, then from layer ``max_window_layers`` on, unless
     ``layer_types`` says otherwise."""
-    window = keys.size_or_none("sliding_window", 4096)
-    if not keys.flag("use_sliding_window", False):
-        window = None
+    window = keys.size_or_none("sliding_window", 4096) if keys.flag("use_sliding_window", False) else None
+    keys.raw("sliding_window")  # without effect, where it is not used
     first = keys.raw("max_window_layers", 28)
     if isinstance(first, bool) or not isinstance(first, int):
         raise keys.refused("max_window_layers", "a whole number", first)
@@ -145,9 +144,10 @@ def read_rotary(keys: ConfigKeys, head_dim: int, context: int) -> Rotary:
     over that inside.
     """
     old, new = keys.raw("rope_scaling"), keys.raw("rope_parameters")
+    for key, value in (("rope_scaling", old), ("rope_parameters", new)):
+        if value is not None and not isinstance(value, Mapping):
+            raise keys.refused(key, "an object", value)
     inside = old or new or {}
-    if not isinstance(inside, Mapping):
-        raise keys.refused("rope_scaling" if old else "rope_parameters", "an object", inside)
     kind = inside.get("rope_type", inside.get("type", "default"))
     if kind not in get_args(RotaryKind):
         raise keys.refused("rope_type", f"one of {', '.join(get_args(RotaryKind))}", kind)

@@ -13,7 +13,7 @@ from tulle.models.families._parts import gated_decoder, read_rotary
 def describe(config: Mapping[str, Any]) -> Decoder:
     keys = ConfigKeys(config)
     hidden, heads = keys.size("hidden_size", 4096), keys.size("num_attention_heads", 32)
-    kv_heads = keys.size("num_key_value_heads", 8, null=heads)
+    kv_heads = keys.size("num_key_value_heads", 8)
     head_dim = keys.size("head_dim", None, null=hidden // heads)
     context = keys.size("max_position_embeddings", 131072)
     keys.only("attention_bias", False)
