@@ -229,7 +229,6 @@ def test_one_forward_pass_per_path(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(DecoderBlock, "steps", steps_of)
     monkeypatch.setattr(block_pass, "run_group", run_group)
     recipe = parse_recipe({"steps": steps, "calibration": {"target": target}})
-    (tmp_path / "work").mkdir()
     walk(tmp_path / "m", tmp_path / "work", recipe)
     batches = len(batched(token_sequences(), 64))
     layers = len(Checkpoint.open(tmp_path / "m").describe().layers)
@@ -248,7 +247,6 @@ def test_parked_on_disk_is_parked_in_memory(
     for limit in (walker.PARKED_BYTES, 0):
         monkeypatch.setattr(walker, "PARKED_BYTES", limit)
         work = tmp_path / f"work-{limit}"
-        work.mkdir()
         found.append(walk(tmp_path / "m", work, recipe, dtype))
         assert not list(work.glob("parked-*"))
     assert all(torch.equal(found[0][name].weight, found[1][name].weight) for name in found[0])
