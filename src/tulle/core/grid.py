@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tulle.core import compiled
 from tulle.errors import UserError
 
 SMALLEST_STEP = 1e-30
@@ -160,14 +161,17 @@ def find_steps(
     best_step, best_zero = steps(low, high, grid)
     if search == 0:
         return best_step, best_zero
+    ratios = [1 - 0.5 * i / search for i in range(search)]
+    if norm == 2 and compiled.fits(w, importance, mask, low, high) and (importance is None or importance.ndim == 1):
+        ones = torch.ones(w.shape[1]) if importance is None else importance
+        return compiled.find_steps(w, grid, ones, torch.tensor(ratios), mask, (low, high), low.shape[1])
     g = grouped(w, grid.group_size)
     weight = torch.ones_like(w) if importance is None else importance.expand_as(w)
     if mask is not None:
         g, weight = g * grouped(mask, grid.group_size), weight * mask
     weight = grouped(weight, grid.group_size)
     best = torch.full_like(best_step, torch.inf)
-    for i in range(search):
-        ratio = 1 - 0.5 * i / search
+    for ratio in ratios:
         step, zero = steps(low * ratio, high * ratio, grid)
         q = round_to_grid(g, step[..., None], zero[..., None], grid)
         error = (weight * (g - q).abs().pow(norm)).sum(-1)
