@@ -92,16 +92,16 @@ void find_steps(Matrix<const float> weight, Vector<const float> importance, Opti
   tulle::find_steps(kernels(), search, threads);
 }
 
-void sweep_block(std::size_t start, Matrix<const float> feedback, Matrix<const float> weight, Matrix<float> value,
-                 Matrix<float> error, Optional<Vector<const std::int64_t>> group, Optional<Matrix<const float>> step,
+void sweep_block(std::size_t start, Matrix<const float> feedback, Optional<Matrix<const float>> weight,
+                 Matrix<float> value, Matrix<float> error, Optional<Vector<const std::int64_t>> group, Optional<Matrix<const float>> step,
                  Optional<Matrix<const float>> zero, float low, float high, Optional<Matrix<std::int16_t>> codes,
                  Optional<Matrix<bool>> mask, std::size_t n, std::size_t m, Optional<Vector<const float>> weighting,
                  std::size_t threads) {
-  const std::size_t columns = weight.shape(0), rows = weight.shape(1), width = value.shape(0);
+  const std::size_t columns = error.shape(0), rows = error.shape(1), width = value.shape(0);
   require("block: expected columns of the matrix", start <= columns && width <= columns - start);
   require_shape("feedback", feedback, columns, columns);
   require_shape("value", value, width, rows);
-  require_shape("error", error, columns, rows);
+  require_shape("weight", weight, columns, rows);
   require_shape("codes", codes, columns, rows);
   require_shape("mask", mask, columns, rows);
   require("grid: expected group, step, zero and codes, or none of them",
@@ -125,7 +125,7 @@ void sweep_block(std::size_t start, Matrix<const float> feedback, Matrix<const f
   }
   const std::size_t at = start * rows;
   const tulle::SweepBlock block = {
-      width, rows, feedback.data() + start * columns + start, columns, weight.data() + at, value.data(),
+      width, rows, feedback.data() + start * columns + start, columns, weight ? weight->data() + at : nullptr, value.data(),
       error.data() + at, group ? group->data() + start : nullptr, data(step), data(zero), grid,
       codes ? codes->data() + at : nullptr, mask ? mask->data() + at : nullptr, n, m,
       weighting ? weighting->data() + start : nullptr};
@@ -210,7 +210,7 @@ void define_search(nb::module_& m) {
   m.def("find_steps", &find_steps, "weight"_a.noconvert(), "importance"_a.noconvert(), "mask"_a.noconvert().none(),
         "low"_a, "high"_a, "symmetric"_a, "ratios"_a.noconvert(), "least"_a.noconvert().none(),
         "largest"_a.noconvert().none(), "step"_a.noconvert(), "zero"_a.noconvert(), "threads"_a);
-  m.def("sweep_block", &sweep_block, "start"_a, "feedback"_a.noconvert(), "weight"_a.noconvert(),
+  m.def("sweep_block", &sweep_block, "start"_a, "feedback"_a.noconvert(), "weight"_a.noconvert().none(),
         "value"_a.noconvert(), "error"_a.noconvert(), "group"_a.noconvert().none(), "step"_a.noconvert().none(),
         "zero"_a.noconvert().none(), "low"_a, "high"_a, "codes"_a.noconvert().none(), "mask"_a.noconvert().none(),
         "n"_a, "m"_a, "weighting"_a.noconvert().none(), "threads"_a);

@@ -122,7 +122,7 @@ def find_steps(
 def sweep_block(
     start: int,
     feedback: NDArray[np.float32],
-    weight: NDArray[np.float32],
+    weight: NDArray[np.float32] | None,
     value: NDArray[np.float32],
     error: NDArray[np.float32],
     group: NDArray[np.int64] | None,

@@ -32,12 +32,15 @@ struct ClipTile {
   float *step, *zero;            // [kClipRows] out
 };
 
-// One block of columns of the sweep, kSweepRows rows. With H = V·Vᵀ, V upper triangular, column j is compressed when
-// its value is x_j + Σ_{i<j} d_i·V_ij/V_jj, d_i = w_i − ŵ_i.
+// One block of columns of the sweep, kSweepRows rows. Column j is compressed when its value is
+// x_j = w_j + Σ_{i<j} d_i·feedback_ji, in one of two forms of the same sweep:
+// - by the factor of H = V·Vᵀ: d_i = w_i − ŵ_i, feedback_ji = V_ij/V_jj;
+// - by the factor of H⁻¹ = Uᵀ·U: d_i = x_i − ŵ_i, feedback_ji = −U_ij/U_ii. Here w_k with the feedback of the columns
+//   before j < k is its best value when those are fixed, which is what a mask is chosen by.
 struct SweepTile {
   std::size_t columns;
-  const float* feedback;  // [columns][columns]: row j holds V_ij/V_jj at i < j
-  const float* weight;    // w, [columns][kSweepRows]
+  const float* feedback;  // [columns][columns]: row j holds feedback_ji at i < j
+  const float* weight;    // w, [columns][kSweepRows]; null: the second form
   float* value;           // [columns][kSweepRows] in: x, with what earlier blocks fed back; out: as compressed
   float* error;           // d, [columns][kSweepRows] out
   const float *const *step, *const *zero;  // per column [kSweepRows]; null: no grid, kept weights stay
@@ -93,7 +96,7 @@ struct SweepBlock {
   std::size_t columns, rows;
   const float* feedback;  // [columns, feedback_stride], as SweepTile's
   std::size_t feedback_stride;
-  const float* weight;
+  const float* weight;    // null: the second form
   float *value, *error;
   const std::int64_t* group;  // [columns]: the row of step and zero
   const float *step, *zero;   // [groups, R]; null: no grid

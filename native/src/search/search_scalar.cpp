@@ -96,7 +96,7 @@ void sweep(const SweepTile& t) {
           kept = (t.code[at] - zero) * step;
         }
         if (t.mask != nullptr && !t.mask[at]) kept = 0.0f;
-        t.error[at] = t.weight[at] - kept;
+        t.error[at] = (t.weight == nullptr ? t.value[at] : t.weight[at]) - kept;
       }
     }
   }

@@ -46,7 +46,7 @@ void copy(const From* from, std::size_t from_stride, To* to, std::size_t to_stri
 }  // namespace
 
 void sweep_block(const SearchKernels& kernels, const SweepBlock& b, std::size_t threads) {
-  const bool rounds = b.step != nullptr, masked = b.mask != nullptr;
+  const bool rounds = b.step != nullptr, masked = b.mask != nullptr, by_weight = b.weight != nullptr;
   std::vector<float> feedback(b.columns * b.columns);
   for (std::size_t j = 0; j < b.columns; ++j) {
     std::copy_n(b.feedback + j * b.feedback_stride, j, feedback.data() + j * b.columns);
@@ -54,14 +54,14 @@ void sweep_block(const SearchKernels& kernels, const SweepBlock& b, std::size_t 
   const auto bands = static_cast<std::int64_t>((b.rows + kSweepRows - 1) / kSweepRows);
 #pragma omp parallel num_threads(static_cast<int>(threads)) if (threads > 1)
   {
-    Tile<float> weight(b.columns), value(b.columns), error(b.columns), code(rounds ? b.columns : 0);
+    Tile<float> weight(by_weight ? b.columns : 0), value(b.columns), error(b.columns), code(rounds ? b.columns : 0);
     Tile<float> grid(rounds ? 2 * b.columns : 0);
     Tile<std::uint8_t> mask(masked ? b.columns : 0);
     std::vector<const float*> step(b.columns), zero(b.columns);
 #pragma omp for schedule(dynamic, 1)
     for (std::int64_t band = 0; band < bands; ++band) {
       const std::size_t first = static_cast<std::size_t>(band) * kSweepRows, n = std::min(kSweepRows, b.rows - first);
-      copy(b.weight + first, b.rows, weight.data(), kSweepRows, b.columns, n);
+      if (by_weight) copy(b.weight + first, b.rows, weight.data(), kSweepRows, b.columns, n);
       copy(b.value + first, b.rows, value.data(), kSweepRows, b.columns, n);
       if (masked) copy(b.mask + first, b.rows, mask.data(), kSweepRows, b.columns, n);
       for (std::size_t j = 0; rounds && j < b.columns; ++j) {
@@ -76,7 +76,7 @@ void sweep_block(const SearchKernels& kernels, const SweepBlock& b, std::size_t 
         step[j] = s;
         zero[j] = z;
       }
-      kernels.sweep({b.columns, feedback.data(), weight.data(), value.data(), error.data(),
+      kernels.sweep({b.columns, feedback.data(), by_weight ? weight.data() : nullptr, value.data(), error.data(),
                      rounds ? step.data() : nullptr, rounds ? zero.data() : nullptr, b.grid, code.data(),
                      masked ? mask.data() : nullptr, b.n, b.m, b.weighting});
       copy(value.data(), kSweepRows, b.value + first, b.rows, b.columns, n);

@@ -140,7 +140,7 @@ static void sweep(const SweepTile& t) {
           kept = times(minus(code, zero), step);
         }
         if (t.mask != nullptr) kept = choose(load_mask(t.mask + at), kept, all(0.0f));
-        store(t.error + at, minus(load(t.weight + at), kept));
+        store(t.error + at, minus(t.weight == nullptr ? sums[p] : load(t.weight + at), kept));
       }
     }
   }

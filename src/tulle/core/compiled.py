@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 BLOCK = 64
 """Columns of the sweep between two products, where nothing else sets them."""
+WIDEST = 256
+"""Widest M of a pattern N:M that the sweep's kernel takes."""
 PRODUCTS = 1 << 21
 """Elements of the descent's products that are in memory at once: 8 MiB stay in the last cache."""
 
@@ -41,9 +43,9 @@ def find_steps(
     ratios: Tensor,
     mask: Tensor | None,
     ranges: tuple[Tensor, Tensor] | None,
-    groups: int,
 ) -> tuple[Tensor, Tensor]:
     """``grid.find_steps`` for W ``[C_out, C_in]``, importance ``[C_in]`` and clip ratios ``[N]``, the first 1."""
+    groups = weight.shape[1] // (grid.group_size or weight.shape[1])
     step, zero = (torch.empty(weight.shape[0], groups) for _ in range(2))
     low, high = (None, None) if ranges is None else (_array(t) for t in ranges)
     _native.find_steps(
@@ -53,48 +55,69 @@ def find_steps(
     return step, zero
 
 
-def sweep(
+def sweep_codes(weight: Tensor, factor: Factor, quantised: Quantised, mask: Tensor | None, block: int = BLOCK) -> None:
+    """Rounds W ``[C_out, C_in]`` to the steps of ``quantised``, zero outside ``mask``, and fills in its codes.
+
+    Columns are visited in the order of ``factor``. With H + λI = V·Vᵀ, V upper triangular, the sweep's U is V⁻¹ and
+    column j is rounded from w_j + Σ_{i<j} (w_i − ŵ_i)·V_ij/V_jj (GPTQ as Babai's nearest plane: Chen et al. 2025, "The
+    Geometry of LLM Quantization"). That needs no inverse, and what the done columns owe a block is one product.
+    """
+    kept = None if mask is None else _take(mask, factor.order)
+    _sweep(weight, factor.feedback, factor.order, quantised, kept, None, (0, 0), None, block, by_weight=True)
+
+
+def sweep_mask(
     weight: Tensor,
     factor: Factor,
-    quantised: Quantised | None = None,
-    mask: Tensor | None = None,
-    choose: Callable[[int, Tensor], Tensor] | None = None,
-    pattern: tuple[int, int] | None = None,
-    score: Tensor | None = None,
-    block: int = BLOCK,
-) -> tuple[Tensor, Tensor | None]:
-    """Ŵ and its mask, ``[C_out, C_in]``, for W ``[C_out, C_in]``; the columns are visited in the order of ``factor``.
+    quantised: Quantised | None,
+    allowed: Tensor | None,
+    choose: Callable[[int, Tensor], Tensor] | None,
+    pattern: tuple[int, int] | None,
+    block: int,
+    score: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Ŵ and its mask, ``[C_out, C_in]``, for W ``[C_out, C_in]``, visited in the order of ``factor``.
 
-    With ``quantised`` kept weights are rounded to its steps and its codes are filled in. What is kept:
-
-    - ``mask`` (None: everything), or
-    - with ``pattern`` (N, M), of every M columns of the sweep the N with the largest (w_j·score_j)² among those of
-      ``mask``, or
-    - what ``choose(start, W)`` says at the beginning of each block. It gets the block's first column and its weights as
-      updated so far, ``[columns, C_out]`` in the order of the sweep, and gives a mask of that shape.
-
-    With H + λI = V·Vᵀ, V upper triangular, the sweep's U is V⁻¹ and column j is compressed from
-    w_j + Σ_{i<j} (w_i − ŵ_i)·V_ij/V_jj (GPTQ as Babai's nearest plane: Chen et al. 2025, "The Geometry of LLM
-    Quantization"). That needs no inverse, and what the done columns owe a block is one product.
+    The mask is what ``choose(start, W)`` says at the beginning of each block: it gets the block's first column and its
+    weights as updated so far, ``[columns, C_out]`` in the order of the sweep, and gives a mask of that shape. Or, with
+    ``pattern`` (N, M), of every M columns of the sweep the N with the largest (w_j·score_j)² among the ``allowed`` ones
+    stay. With neither, it is ``allowed``. With ``quantised`` kept weights are rounded to its steps and its codes are
+    filled in.
     """
-    rows, columns = weight.shape
+    kept = torch.ones(weight.shape[::-1], dtype=torch.bool) if allowed is None else _take(allowed, factor.order)
+    upper = factor.upper
+    feedback = (upper * -factor.pivot[:, None]).T.contiguous()
+    compressed = _sweep(
+        weight, feedback, factor.order, quantised, kept, choose, pattern or (0, 0), score, block, by_weight=False
+    )
+    return _put(compressed, factor.order), _put(kept, factor.order)
+
+
+def _sweep(
+    weight: Tensor,
+    feedback: Tensor,
+    order: Tensor,
+    quantised: Quantised | None,
+    kept: Tensor | None,
+    choose: Callable[[int, Tensor], Tensor] | None,
+    pattern: tuple[int, int],
+    score: Tensor | None,
+    block: int,
+    by_weight: bool,
+) -> Tensor:
+    """Ŵ ``[C_in, C_out]`` in the order of the sweep; ``kept`` likewise, changed in place."""
     threads = torch.get_num_threads()
-    order, feedback = factor.order.numpy(), factor.feedback
-    source, error = torch.empty(columns, rows), torch.empty(columns, rows)
-    _native.take_columns(_array(weight), order, source.numpy(), threads)
-    kept = None
-    if mask is not None or pattern is not None or choose is not None:
-        kept = torch.ones(columns, rows, dtype=torch.bool)
-        if mask is not None and choose is None:
-            _native.take_columns(_array(mask), order, kept.numpy(), threads)
+    source = _take(weight, order)
+    columns, rows = source.shape
+    error = torch.empty(columns, rows)
     group = step = zero = codes = None
     low = high = 0
     if quantised is not None:
-        group = (factor.order // (columns // quantised.scale.shape[1])).numpy()
+        group = (order // (columns // quantised.scale.shape[1])).numpy()
         step, zero = (t.T.contiguous().numpy() for t in (quantised.scale, quantised.zero))
         codes = torch.empty(columns, rows, dtype=torch.int16)
         low, high = quantised.grid.low, quantised.grid.high
-    n, m = pattern or (0, 0)
+    weighting = None if score is None else _array(score)
     for start in range(0, columns, block):
         end = min(start + block, columns)
         value = torch.addmm(source[start:end], feedback[start:end, :start], error[:start])
@@ -102,19 +125,29 @@ def sweep(
             assert kept is not None
             kept[start:end] = choose(start, value)
         _native.sweep_block(
-            start, feedback.numpy(), source.numpy(), value.numpy(), error.numpy(), group, step, zero, low, high,
-            None if codes is None else codes.numpy(), None if kept is None else kept.numpy(), n, m,
-            None if score is None else _array(score), threads,
+            start, feedback.numpy(), source.numpy() if by_weight else None, value.numpy(), error.numpy(), group, step,
+            zero, low, high, None if codes is None else codes.numpy(), None if kept is None else kept.numpy(), *pattern,
+            weighting, threads,
         )  # fmt: skip
-    if quantised is not None:
-        assert codes is not None
-        _native.put_columns(codes.numpy(), order, quantised.codes.numpy(), threads)
-    compressed = torch.empty(rows, columns)
-    _native.put_columns(source.sub_(error).numpy(), order, compressed.numpy(), threads)
-    if kept is not None:
-        mask = torch.empty(rows, columns, dtype=torch.bool)
-        _native.put_columns(kept.numpy(), order, mask.numpy(), threads)
-    return compressed, mask
+        if not by_weight:
+            source[start:end] = value
+    if quantised is not None and codes is not None:
+        _native.put_columns(codes.numpy(), order.numpy(), quantised.codes.numpy(), threads)
+    return source.sub_(error)
+
+
+def _take(tensor: Tensor, order: Tensor) -> Tensor:
+    """``[C_in, C_out]`` of ``[C_out, C_in]``, columns in the given order."""
+    taken = torch.empty(tensor.shape[::-1], dtype=tensor.dtype)
+    _native.take_columns(_array(tensor), order.numpy(), taken.numpy(), torch.get_num_threads())
+    return taken
+
+
+def _put(taken: Tensor, order: Tensor) -> Tensor:
+    """Inverse of ``_take``."""
+    tensor = torch.empty(taken.shape[::-1], dtype=taken.dtype)
+    _native.put_columns(taken.numpy(), order.numpy(), tensor.numpy(), torch.get_num_threads())
+    return tensor
 
 
 def descend(

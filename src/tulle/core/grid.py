@@ -157,14 +157,14 @@ def find_steps(
     ``[C_in]`` is the diagonal of the Hessian (None: ones); positions outside ``mask`` do not count. ``ranges`` (low,
     high), ``[C_out, G]`` each, replaces the extremes.
     """
+    ratios = [1 - 0.5 * i / search for i in range(search)]
+    if search and norm == 2 and compiled.fits(w, mask, *(ranges or ())):
+        ones = torch.ones(w.shape[1]) if importance is None else importance
+        return compiled.find_steps(w, grid, ones, torch.tensor(ratios), mask, ranges)
     low, high = extremes(w, grid, mask) if ranges is None else ranges
     best_step, best_zero = steps(low, high, grid)
     if search == 0:
         return best_step, best_zero
-    ratios = [1 - 0.5 * i / search for i in range(search)]
-    if norm == 2 and compiled.fits(w, importance, mask, low, high) and (importance is None or importance.ndim == 1):
-        ones = torch.ones(w.shape[1]) if importance is None else importance
-        return compiled.find_steps(w, grid, ones, torch.tensor(ratios), mask, (low, high), low.shape[1])
     g = grouped(w, grid.group_size)
     weight = torch.ones_like(w) if importance is None else importance.expand_as(w)
     if mask is not None:

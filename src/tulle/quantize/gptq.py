@@ -65,7 +65,7 @@ def gptq(
     """
     quantised = Quantised(grid, torch.zeros_like(weight, dtype=torch.int16), scale, zero)
     if compiled.fits(weight, factor.feedback, scale, zero, mask):
-        compiled.sweep(weight, factor, quantised, mask, block=max(block, compiled.BLOCK))
+        compiled.sweep_codes(weight, factor, quantised, mask, max(block, compiled.BLOCK))
     else:
         sweep(weight[:, factor.order], factor.upper, _Rounder(quantised, factor.order, mask), block)
     return quantised
