@@ -16,6 +16,8 @@ from tulle.errors import UserError
 
 ESCALATIONS = 6
 """A failed factorisation is tried again with ten times the damping, this many times."""
+PANEL = 384
+"""Channels whose products are computed together: narrower panels save work, wider ones run faster."""
 PIVOT = 1e-4
 """Smallest pivot of a Cholesky factor, as a share of the largest, that counts as success: its square is near the
 rounding error of float32, where what is left of a pivot is noise.
@@ -50,7 +52,12 @@ class Hessian:
         x = x.reshape(-1, x.shape[-1]).float()
         total = self.tokens + x.shape[0]
         self.matrix.mul_(self.tokens / total)
-        self.matrix.addmm_(x.T, x, alpha=2.0 / total)
+        for start in range(0, x.shape[1], PANEL):
+            # H is symmetric: of a panel of rows, only what stands on and right of the diagonal is computed.
+            end = start + PANEL
+            panel = self.matrix[start:end]
+            panel[:, start:].addmm_(x[:, start:end].T, x[:, start:], alpha=2.0 / total)
+            self.matrix[end:, start:end] = panel[:, end:].T
         self.tokens = total
         self._factors.clear()
         self._eigen.clear()
