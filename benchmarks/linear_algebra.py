@@ -194,7 +194,10 @@ def main() -> None:
                     "cpu_seconds": round(BLOCKS * statistics.median(c.cpu[step] for c in clocks), 3),
                 }
         for step, of in steps.items():
-            print(f"{run:22} {step:20}", *(f"{way} {t['seconds']:8.2f} s ({t['cpu_seconds']:.2f})" for way, t in of.items()))
+            print(
+                f"{run:22} {step:20}",
+                *(f"{way} {t['seconds']:8.2f} s ({t['cpu_seconds']:.2f})" for way, t in of.items()),
+            )
     print(result["objective, compiled over plain"])
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
 
