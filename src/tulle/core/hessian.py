@@ -137,8 +137,7 @@ class Factor:
     @cached_property
     def upper(self) -> Tensor:
         """U = V⁻¹ ``[C_in, C_in]``, upper triangular, (H + λI)⁻¹ = UᵀU in the permuted order."""
-        identity = torch.eye(len(self.pivot), dtype=self.pivot.dtype, device=self.pivot.device)
-        return torch.linalg.solve_triangular(self.feedback.T * self.pivot, identity, upper=True)
+        return _inverse_upper(self.feedback.T * self.pivot)
 
 
 @dataclass(frozen=True)
@@ -165,6 +164,32 @@ def _factorise(hessian: Hessian, damping: float, descending: bool) -> Factor:
     pivot = feedback.diagonal().clone()
     feedback /= pivot[:, None]
     return Factor(feedback, pivot, order, share)
+
+
+LEAF = 64
+"""Widest triangle that is inverted at once."""
+
+
+def _inverse_upper(v: Tensor) -> Tensor:
+    """V⁻¹ of an upper triangular V, by halves: [[A, B], [0, D]]⁻¹ = [[A⁻¹, −A⁻¹·B·D⁻¹], [0, D⁻¹]].
+
+    Nearly all of it is products of matrices, and no zeros are multiplied but those of A⁻¹ and D⁻¹.
+    """
+    inverse = torch.zeros_like(v)
+
+    def fill(start: int, end: int) -> None:
+        if end - start <= LEAF:
+            identity = torch.eye(end - start, dtype=v.dtype, device=v.device)
+            inverse[start:end, start:end] = torch.linalg.solve_triangular(v[start:end, start:end], identity, upper=True)
+            return
+        middle = (start + end) // 2
+        fill(start, middle)
+        fill(middle, end)
+        left, right = slice(start, middle), slice(middle, end)
+        inverse[left, right] = (inverse[left, left] @ v[left, right] @ inverse[right, right]).neg_()
+
+    fill(0, len(v))
+    return inverse
 
 
 def _cholesky(hessian: Hessian, damping: float, order: Tensor | None = None) -> tuple[Tensor, float]:
