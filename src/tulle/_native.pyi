@@ -149,6 +149,15 @@ def open_levels(
     residual: NDArray[np.float32],
     threads: int,
 ) -> None: ...
+def has_outer() -> bool: ...
+def accumulate_outer(
+    total: NDArray[np.float32],
+    a: NDArray[np.int16],
+    b: NDArray[np.int16] | None,
+    alpha: float,
+    beta: float,
+    threads: int,
+) -> None: ...
 def descend(
     hessian: NDArray[np.float32],
     gradient: NDArray[np.float32],

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from tulle.compression import block_pass, walker
 from tulle.compression.hidden_states import HiddenStates
 from tulle.compression.recipe import Recipe, parse_recipe
 from tulle.compression.walker import Walker
+from tulle.core import statistics as sums
 from tulle.core.hessian import Hessian
+from tulle.core.transform import run
 from tulle.methods.contract import LinearState, Statistics
 from tulle.models import decoder
 from tulle.models.batches import batched
@@ -250,3 +253,44 @@ def test_parked_on_disk_is_parked_in_memory(
         found.append(walk(tmp_path / "m", work, recipe, dtype))
         assert not list(work.glob("parked-*"))
     assert all(torch.equal(found[0][name].weight, found[1][name].weight) for name in found[0])
+
+
+@pytest.mark.parametrize("steps", [[{"gptq": {"bits": 3}}], [{"duquant": {}}, {"gptq": {"bits": 3}}]])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_statistics_of_bfloat16_are_exact_but_for_the_rounding_of_differences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: bool, steps: list[dict[str, Any]]
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(sums, "takes_bfloat16", lambda *_: False)
+    collect, seen = Walker._collect, Counter[str]()
+
+    def checked(self: Walker, work: Any, group: LinearGroup, dense: Any, compressed: Any, fit: bool) -> Any:
+        found, cross, lag = result = collect(self, work, group, dense, compressed, fit)
+        transform = work.groups[group.role].linears[0].transform
+        x, x_dense, behind = ([] for _ in range(3))
+        for there, here, valid in zip(dense, compressed, self._masks(), strict=True):
+            x.append(work.input_of(group, here.x)[valid])
+            x_dense.append(run(transform, there.x[valid].float()))
+            behind.append(there.residual[valid].double() - here.residual[valid].double())
+        assert x[0].dtype == torch.bfloat16
+        exact_x = torch.cat(x).double()
+        assert found.tokens == found.hessian.tokens == len(exact_x)
+        rounding = (2 * len(exact_x) + 4) * 2.0**-24
+        assert is_sum(found.hessian.matrix * len(exact_x) / 2, exact_x, exact_x, rounding)
+        assert cross is not None and (lag is not None) == (group.role in ("o", "down"))
+        assert is_sum(cross, torch.cat(x_dense).double() - exact_x, exact_x, rounding + 2.0**-9)
+        if lag is not None:
+            assert is_sum(lag, torch.cat(behind), exact_x, rounding + 2.0**-9)
+        seen[group.role] += bool(cross.any())
+        return result
+
+    monkeypatch.setattr(Walker, "_collect", checked)
+    write_checkpoint(tmp_path / "m", "qwen2", seed=3)
+    recipe = parse_recipe({"calibration": {"target": "stream"}, "steps": steps})
+    walk(tmp_path / "m", tmp_path / "work", recipe, torch.bfloat16)
+    assert min(seen[role] for role in ROLES) > 0
+
+
+def is_sum(found: Tensor, a: Tensor, b: Tensor, share: float) -> bool:
+    """aᵀb up to a share of each sum's terms."""
+    return bool(((found - a.T @ b).abs() <= share * a.abs().T @ b.abs()).all())

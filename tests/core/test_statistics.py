@@ -108,7 +108,7 @@ def test_threads_do_not_change_a_bit_nor_what_memory_held_before() -> None:
         f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_statistics as t; print(t.digest())"
     )
     found = set()
-    # glibc fills what it hands out with the complement of this byte, unless it is 0: bfloat16 of 3·10³⁸, and of −2·10³⁸.
+    # glibc fills what it hands out with the complement of this byte, unless it is 0: 3·10³⁸ and −2·10³⁸ here.
     for poison in ("0", "128", "1"):
         run = subprocess.run(
             [sys.executable, "-c", code],

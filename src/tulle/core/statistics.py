@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tulle import _native
@@ -46,6 +48,7 @@ def takes_bfloat16(total: Tensor, a: Tensor, b: Tensor) -> bool:
     )
 
 
-def _bits(x: Tensor) -> object:
+def _bits(x: Tensor) -> NDArray[np.int16]:
     """int16: NumPy has no bfloat16."""
-    return x.detach().contiguous().view(torch.int16).numpy()
+    bits: NDArray[np.int16] = x.detach().contiguous().view(torch.int16).numpy()
+    return bits
