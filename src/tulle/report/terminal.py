@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from tulle.report import units
-from tulle.report.cells import reads, row_cells, scheme
+from tulle.report.cells import DEMO_COLUMNS, reads, row_cells, scheme
 
 
 def text_table(model: str, score: Mapping[str, Any]) -> Table:
@@ -157,17 +157,10 @@ def sensitivity_table(measured: Mapping[str, Any], most: int = 8) -> Table:
 
 def demo_table(found: Mapping[str, Any]) -> Table:
     """Dense and every recipe, one row each."""
-    table = _table(
-        "recipe", "size", "smaller", "bits per weight", "sparsity", "bits per byte", "perplexity", "compressed in"
-    )
+    table = _table(*(heading for heading, _ in DEMO_COLUMNS))
     for row in found["rows"]:
         cells = row_cells(row, found["rows"][0])
-        table.add_row(
-            *(
-                cells[key]
-                for key in ("name", "size", "ratio", "bits", "sparsity", "bits_per_byte", "perplexity", "seconds")
-            )
-        )
+        table.add_row(*(cells[key] for _, key in DEMO_COLUMNS))
     return table
 
 
