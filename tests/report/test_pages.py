@@ -28,8 +28,8 @@ def demo_result() -> dict:
     sizes = {"dense": (11.5, "dense"), "sparse": (7.0, "sparse"), "w4": (4.6, "low-bit")}
     rows = [
         row | {"name": name, "kind": kind, "bytes": mb * 1e6, "linear_bytes": mb * 5e5, "weight_bytes": mb * 1e6,
-               "bits_per_weight": mb, "sparsity": 0.5 * (kind == "sparse"), "bits_per_byte": 1.5 - mb / 50,
-               "decode_tokens_per_s": 11500 / mb, "speedup": 11.5 / mb,
+               "bits_per_weight": mb, "layout": "sparse", "sparsity": 0.5 * (kind == "sparse"),
+               "bits_per_byte": 1.5 - mb / 50, "decode_tokens_per_s": 11500 / mb, "speedup": 11.5 / mb,
                "compress_seconds": None if name == "dense" else 12.0}
         for name, (mb, kind) in sizes.items()
     ]  # fmt: skip
@@ -218,7 +218,7 @@ def test_the_demo_shows_size_quality_and_speed_of_every_model() -> None:
     assert page.tags.count("svg") == 2 and page.tags.index("svg") < page.tags.index("table")
     (table,) = page.tables
     assert table == [
-        ["recipe", "size", "smaller", "bits/weight", "sparsity", "bits per byte", "perplexity", "tokens/s", "× dense",
+        ["recipe", "size", "smaller", "bits/weight", "sparsity", "bits/byte", "perplexity", "tokens/s", "× dense",
          "time"],
         ["densewhat it does", "11.5 MB", "1.00×", "11.50", "0 %", "1.2700", "9.500", "1,000", "1.00×", "–"],
         ["sparsewhat it does", "7.00 MB", "1.64×", "7.00", "50 %", "1.3600", "9.500", "1,643", "1.64×", "12.0 s"],
@@ -244,6 +244,10 @@ def test_the_demo_says_what_its_speeds_are_worth() -> None:
     assert "reads 11.5 MB, which may be more than this processor's cache holds." in text
     found["machine"]["cache_bytes"] = None
     assert "which may be more than this processor's cache holds." in Page(demo_page(found)).text
+    assert "Densified" not in text
+    for row in found["rows"]:
+        row["layout"] = "dense"
+    assert "to be faster here: sparse. Their pruned weights" in Page(demo_page(found)).text  # the others are not pruned
 
 
 def test_a_demo_of_models_alike_has_a_picture() -> None:

@@ -21,16 +21,17 @@ def demo(
     Example: tulle demo -o demo
     """
     from tulle.compression.demo import run_demo
-    from tulle.report.demo import cache_note, disturbed_note
+    from tulle.report.demo import cache_note, densified_note, disturbed_note
     from tulle.report.terminal import demo_table
 
     with common.progress_bars() as progress:
         found = run_demo(output, progress, progress.line)
     if str(json_file) != "-":
         out = common.console()
-        out.print(demo_table(found))
+        out.print(demo_table(found, out.width))
         out.print(found["protocol"], style="dim")
-        out.print(cache_note(found), style="dim")
+        for note in filter(None, (cache_note(found), densified_note(found))):
+            out.print(note, style="dim")
         if note := disturbed_note(found):
             out.print(note, style="yellow")
         out.print(f"{output / 'report.html'}")

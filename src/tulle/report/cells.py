@@ -9,7 +9,7 @@ from tulle.report import units
 
 DEMO_COLUMNS = (
     ("recipe", "name"), ("size", "size"), ("smaller", "ratio"), ("bits/weight", "bits"), ("sparsity", "sparsity"),
-    ("bits per byte", "bits_per_byte"), ("perplexity", "perplexity"), ("tokens/s", "speed"),
+    ("bits/byte", "bits_per_byte"), ("perplexity", "perplexity"), ("tokens/s", "speed"),
     ("× dense", "speedup"), ("time", "seconds"),
 )  # fmt: skip
 """Of the demo's tables: heading, and the key of :func:`row_cells`."""

@@ -29,7 +29,11 @@ def demo_page(found: Mapping[str, Any]) -> str:
         picture=_speed_chart(found),
         notes=[
             {"text": text, "warning": warning}
-            for text, warning in ((cache_note(found), False), (disturbed_note(found), True))
+            for text, warning in (
+                (cache_note(found), False),
+                (densified_note(found), False),
+                (disturbed_note(found), True),
+            )
             if text
         ],
         charts=[_size_chart(rows)],
@@ -57,6 +61,19 @@ def cache_note(found: Mapping[str, Any]) -> str:
     return (
         f"{reads}, and this processor's cache holds {cache >> 20} MiB: every model here runs from the cache, where the "
         f"time goes into instructions and not into bytes. {beyond}"
+    )
+
+
+def densified_note(found: Mapping[str, Any]) -> str:
+    """Which pruned models run with their zeros filled in; "" if none does."""
+    names = [
+        row["name"] for row in found["rows"] if row["sparsity"] > 0 and row["layout"] in ("dense", "dense columns")
+    ]
+    if not names:
+        return ""
+    return (
+        f"Densified by the engine, because it measured that to be faster here: {', '.join(names)}. "
+        "Their pruned weights are stored as zeros in memory, though not in the file."
     )
 
 
