@@ -85,7 +85,7 @@ def test_disturbed_timings_are_told(tiny: Path, monkeypatch: pytest.MonkeyPatch)
     for seconds, disturbed in ([1.0] * 4 + [1.05] * 4, False), ([1.0] * 4 + [1.5] * 4, True):
         monkeypatch.setattr(demo, "time_in_turn", lambda *_, s=seconds: [[(0.5, x) for x in s]])
         row: dict[str, Any] = {"name": "dense"}
-        assert demo._time([row], [engine], 8, lambda line: None)["disturbed"] is disturbed
+        assert demo._time([row], [engine], 8, lambda done, of: None, lambda line: None)["disturbed"] is disturbed
         assert row["decode_tokens_per_s"] == pytest.approx(2 / (seconds[0] + seconds[-1]))
 
 

@@ -39,7 +39,11 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[Clocked]:
 
 
 def test_each_gets_its_own_seconds_and_they_take_turns(engines: list[Clocked]) -> None:
-    times = bench.time_in_turn(engines, prompt=5, tokens=4, rounds=3)  # type: ignore[arg-type]
+    told: list[tuple[int, int]] = []
+    times = bench.time_in_turn(  # type: ignore[arg-type]
+        engines, prompt=5, tokens=4, rounds=3, progress=lambda done, of: told.append((done, of))
+    )
+    assert told == [(number, 8) for number in range(8)]
     assert times == [[(15.0, 3.0)] * 3, [(5.0, 1.0)] * 3]
     # Four rounds, the first to warm up: a prompt and four tokens of one, then of the other.
     assert engines[0].log == (["slow"] * 5 + ["fast"] * 5) * 4

@@ -124,8 +124,10 @@ def run_demo(
         write_text(folder / name / "report.json", json.dumps(report, indent=2) + "\n")
         write_report(report, folder / name / "report.html")
 
-    progress("time decoding", total - 100, total)
-    speed = _time(rows, engines, rounds, line)
+    def told(done: int, of: int) -> None:
+        progress("time decoding", total - 100 + 100 * done // of, total)
+
+    speed = _time(rows, engines, rounds, told, line)
     rows[1:] = sorted(rows[1:], key=lambda row: (-row["bytes"], row["bits_per_byte"]))
     found = {
         "finished": True,
@@ -195,14 +197,18 @@ def _evaluate(row: dict[str, Any], folder: Path, text: Text, protocol: Protocol,
 
 
 def _time(
-    rows: Sequence[dict[str, Any]], engines: Sequence[Engine], rounds: int, line: Callable[[str], None]
+    rows: Sequence[dict[str, Any]],
+    engines: Sequence[Engine],
+    rounds: int,
+    told: Callable[[int, int], None],
+    line: Callable[[str], None],
 ) -> dict[str, Any]:
     """Adds decoding speed to every row, all models taking turns; returns how it was measured."""
     begun = time.perf_counter()
     for engine in engines:
         engine.take_bytes_per_token()
     prompt = min(TIMED_PROMPT, *(engine.context - TIMED_TOKENS for engine in engines))
-    times = time_in_turn(engines, prompt, TIMED_TOKENS, rounds)
+    times = time_in_turn(engines, prompt, TIMED_TOKENS, rounds, told)
     spreads = []
     for row, engine, own in zip(rows, engines, times, strict=True):
         decode = sorted(seconds for _, seconds in own)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypedDict
 
 from tulle import _native
@@ -59,7 +59,13 @@ def measure(engine: Engine, prompt: int = 512, tokens: int = 64, rounds: int = 5
     )
 
 
-def time_in_turn(engines: Sequence[Engine], prompt: int, tokens: int, rounds: int) -> list[list[tuple[float, float]]]:
+def time_in_turn(
+    engines: Sequence[Engine],
+    prompt: int,
+    tokens: int,
+    rounds: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[list[tuple[float, float]]]:
     """Per engine and round: seconds of a prompt of ``prompt`` tokens, and per token of ``tokens`` decoded after it.
 
     The engines take turns within a round, so that what else the machine does falls on all of them alike. A first round
@@ -74,7 +80,9 @@ def time_in_turn(engines: Sequence[Engine], prompt: int, tokens: int, rounds: in
             )
     times: list[list[tuple[float, float]]] = [[] for _ in engines]
     for number in range(rounds + 1):
-        for engine, own in zip(engines, times, strict=True):
+        for index, (engine, own) in enumerate(zip(engines, times, strict=True)):
+            if progress is not None:
+                progress(number * len(engines) + index, (rounds + 1) * len(engines))
             found = _time_once(engine, prompt, tokens)
             if number:
                 own.append(found)
