@@ -61,7 +61,7 @@ class Bench:
         }
         recipe.write_text(json.dumps(content))
         subprocess.run(["rm", "-rf", str(out), f"{out}.partial"], check=True)
-        command = [sys.executable, "-m", "tulle.cli.main", "compress", str(given.model), "-r", str(recipe)]
+        command = [str(Path(sys.executable).parent / "tulle"), "compress", str(given.model), "-r", str(recipe)]
         command += ["-o", str(out), "--calibration", str(given.data / "text/calibration-wiki.txt")]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         report = json.loads((out / "report.json").read_text())
