@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tulle.errors import UserError
-from tulle.training import checkpoint, loop, tokens
+from tulle.text import standard_library
+from tulle.training import checkpoint, loop
+from tulle.training.corpus import prepare
 from tulle.training.curve import read_metrics
 from tulle.training.held_out import bits_per_byte
 from tulle.training.launch import train
@@ -26,7 +28,7 @@ TEXT = ["def f(x):\n    return x\n" * 30, "class A:\n    pass\n" * 20]
 @pytest.fixture(autouse=True, scope="module")
 def small_evaluation():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokens, "held_out_text", lambda: TEXT)
+        patch.setattr(standard_library, "held_out_text", lambda: TEXT)
         yield
 
 
@@ -121,7 +123,7 @@ def test_checkpoint_holds_the_optimizer(tmp_path, kind):
 
     def fresh():
         torch.manual_seed(0)
-        model = loop.build_model(recipe.model, 300, 16)
+        model = recipe.model.build(300, 16)
         return model, build_optimizers(model, recipe.training)
 
     def step(model, optimizers):
@@ -209,8 +211,8 @@ def test_diverged_run_stops_with_advice(tmp_path):
 def test_bits_per_byte_of_a_model_that_knows_nothing(tmp_path):
     # All logits equal: every token costs log2(vocabulary) bits, whatever the windows.
     recipe = load_recipe(recipe_file(tmp_path))
-    corpus = tokens.prepare(recipe.data, 0, 16, tmp_path / "data")
-    model = loop.build_model(recipe.model, 300, 16)
+    corpus = prepare(recipe.data, 0, tmp_path / "data", 300)
+    model = recipe.model.build(300, 16)
     model.lm_head.weight.data.zero_()
     size = sum(len(text.encode()) for text in TEXT)
     expected = math.log2(300) * (len(corpus.held_out) - 1) / size

@@ -7,10 +7,11 @@ import pytest
 from tokenizers import Tokenizer
 
 from tulle.errors import UserError
-from tulle.training import sources, tokens
+from tulle.training import corpus, sources
+from tulle.training.corpus import prepare
 from tulle.training.recipe import Source, TextData
 from tulle.training.sources import index
-from tulle.training.tokens import Vocabulary, prepare, train_tokenizer
+from tulle.training.tokenizer import Vocabulary, train_tokenizer
 
 
 def jsonl(file, rows) -> str:
@@ -34,10 +35,10 @@ def test_text_files_whatever_the_size_of_a_read(tmp_path, monkeypatch, piece):
     (tmp_path / "a.txt").write_text(text)
     found = index(Source(path=str(tmp_path / "a.txt"), separator="---\n"), tmp_path)
     assert [d.text for d in found] == ["first é\n", "second\n\n", "third"]
-    # Without a separator: pieces at line ends, which joined are the file.
-    assert "".join(d.text for d in index(Source(path=str(tmp_path / "a.txt")), tmp_path)).replace("\n", "") == (
-        text.replace("\n", "")
-    )
+    # Without a separator: pieces that end with a line, which joined are the file.
+    pieces = [d.text for d in index(Source(path=str(tmp_path / "a.txt")), tmp_path)]
+    assert "".join(pieces) == text and len(pieces) == (3 if piece == 7 else 1)
+    assert all(part.endswith("\n") for part in pieces[:-1])
 
 
 def test_folders_are_read_in_order_and_offsets_stay_right(tmp_path):
@@ -104,19 +105,19 @@ def decode(vocabulary: Vocabulary, stream: np.ndarray) -> list[str]:
 
 
 def test_weighted_sources_are_packed_and_held_out_text_is_left_out(tmp_path, vocabulary, monkeypatch):
-    monkeypatch.setattr(tokens, "CHUNK", 3)
+    monkeypatch.setattr(corpus, "CHUNK", 3)
     first = jsonl(tmp_path / "a.jsonl", [{"text": f"a{i}"} for i in range(8)])
     second = jsonl(tmp_path / "b.jsonl", [{"text": f"b{i}"} for i in range(4)])
     held = jsonl(tmp_path / "h.jsonl", [{"text": "a3"}, {"text": "h"}])
     data = TextData(sources=[Source(path=first), Source(path=second, weight=3)], held_out=[Source(path=held)])
-    corpus = prepare(data, 0, 4, tmp_path / "cache", vocabulary)
+    made = prepare(data, 0, tmp_path / "cache", vocabulary)
     expected = [f"a{i}" for i in range(8) if i != 3] + 3 * [f"b{i}" for i in range(4)]
-    found = decode(vocabulary, corpus.train)
+    found = decode(vocabulary, made.train)
     assert sorted(found) == sorted(expected) and found != expected
-    assert decode(vocabulary, corpus.held_out) == ["a3", "h"] and corpus.held_out_bytes == 3
-    again = prepare(data, 0, 4, tmp_path / "cache", vocabulary)
-    assert (again.train == corpus.train).all()
-    other = prepare(data, 1, 4, tmp_path / "cache", vocabulary)
+    assert decode(vocabulary, made.held_out) == ["a3", "h"] and made.held_out_bytes == 3
+    again = prepare(data, 0, tmp_path / "cache", vocabulary)
+    assert (again.train == made.train).all()
+    other = prepare(data, 1, tmp_path / "cache", vocabulary)
     assert sorted(decode(vocabulary, other.train)) == sorted(expected)
     assert decode(vocabulary, other.train) != found
 

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from tulle.training.tokens import Corpus
+from tulle.training.corpus import Corpus
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -78,8 +79,10 @@ def _is_embedding(name: str) -> bool:
     return "embed_tokens" in name or "lm_head" in name
 
 
-def set_learning_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
-    """Set one learning rate everywhere."""
+def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], settings: Training, step: int) -> float:
+    """Sets the learning rate of ``step`` in all optimizers, and returns it."""
+    rate = settings.learning_rate * learning_rate_factor(step, settings)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate
+    return rate

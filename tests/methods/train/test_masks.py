@@ -80,9 +80,9 @@ def test_a_dense_model_has_nothing_to_hold():
 
 
 def test_cubic_schedule_closed_form():
-    # s_f + (s_i - s_f)(1 - t/n)^3 at quarters of the way from 20 % to 80 %.
-    found = [cubic(step, 0, 4, 0.2, 0.8) for step in range(5)]
-    assert found == pytest.approx([0.8 - 0.6 * (1 - t / 4) ** 3 for t in range(5)])
+    # s_f + (s_i - s_f)(1 - t/n)^3 at quarters of the way from 20 % to 80 %: 27, 8 and 1 of 64 parts of 60 % are left.
+    found = [cubic(step, 3, 7, 0.2, 0.8) for step in range(3, 8)]
+    assert found == pytest.approx([0.2, 0.546875, 0.725, 0.790625, 0.8])
 
 
 def test_gradual_magnitude_prunes_the_smallest_and_never_lets_back_in():

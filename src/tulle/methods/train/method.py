@@ -106,6 +106,11 @@ class TrainingMethod:
     def finish(self) -> None:
         """Leaves plain linears with the weights that the method stands for."""
 
+    @property
+    def describes(self) -> bool:
+        """Whether :meth:`describe` says anything: plain weights are not all that the method leaves."""
+        return type(self).describe is not TrainingMethod.describe
+
     def describe(self, linears: Mapping[str, LinearState]) -> None:
         """Says of its linears, after :meth:`finish`, what a plain weight cannot: that they are quantised, or that
         their inputs are rounded or left out. The model is then written in the packed format."""
