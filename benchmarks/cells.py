@@ -66,10 +66,9 @@ def compressed(
     from tulle.training.held_out import bits_per_byte
     from tulle.training.recipe import TextData
     from tulle.training.sources import held_out_texts, training_documents
-    from tulle.training.tokenizer import read_vocabulary
 
     source = TextData.model_validate(data)
     texts = tuple(d.text for d in training_documents(source, seed, work, held_out_texts(source, work))[:documents])
     report = compress(start, recipe, out, calibration=Text(texts, False), seed=seed, resume=True)
-    corpus = prepare(source, seed, work / "data", read_vocabulary(start))
+    corpus = prepare(source, seed, work / "data", Path(start))
     return bits_per_byte(load(out, dtype="float32"), corpus, context), report

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,28 @@ def test_folder_in_use(tmp_path):
     (tmp_path / "out" / "note.txt").write_text("mine")
     with pytest.raises(UserError, match="to be empty, found files; try another folder, or --resume"):
         train(recipe_file(tmp_path), tmp_path / "out")
+
+
+def test_too_little_held_out_text_is_said_before_training(tmp_path):
+    file = recipe_file(tmp_path)
+    content = yaml.safe_load(file.read_text())
+    (tmp_path / "short.txt").write_text("x\n")
+    content["data"]["held_out"] = [{"path": str(tmp_path / "short.txt")}]
+    file.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match="at least 17 held-out tokens, found 4; try more held_out text"):
+        train(file, tmp_path / "out")
+    assert not (tmp_path / "out/checkpoints").exists()
+
+
+def test_a_checkpoint_of_another_version_does_not_resume(tmp_path, whole):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    state = checkpoint.latest(out / "checkpoints") / "state.json"
+    content = json.loads(state.read_text())
+    content["recipe"]["training"]["an_old_key"] = 1
+    state.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="expected the recipe that .* was started with"):
+        train(recipe_file(tmp_path), out, resume=True)
 
 
 def test_it_learns_and_ships_what_it_says(tmp_path):

@@ -74,6 +74,8 @@ class OtherModel(BaseModel):
         """The transformers config. Raises ``UserError`` for an unknown type, unknown settings and impossible ones."""
         from transformers import CONFIG_MAPPING, AutoConfig
 
+        import tulle.hf  # noqa: F401 (registers the architectures that are ours)
+
         if self.model_type not in CONFIG_MAPPING:
             near = difflib.get_close_matches(self.model_type, CONFIG_MAPPING.keys(), n=1)
             advice = f"did you mean {near[0]!r}?" if near else "try scaling_transformer"

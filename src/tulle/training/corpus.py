@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from tulle.errors import UserError
 from tulle.training.recipe import TextData
 from tulle.training.sources import held_out_texts, training_documents
-from tulle.training.tokenizer import Vocabulary, own_vocabulary, train_tokenizer
+from tulle.training.tokenizer import Vocabulary, own_vocabulary, read_vocabulary, train_tokenizer
 
 CHUNK = 256
 """Documents in memory at a time."""
@@ -31,23 +31,34 @@ class Corpus:
     held_out_bytes: int
     """Of the held-out text in UTF-8."""
 
+    def windows(self, context: int, seed: int) -> Windows:
+        """Of the training side. Raises ``UserError`` where either side is shorter than one window."""
+        if len(self.held_out) <= context:
+            raise UserError(
+                f"expected at least {context + 1} held-out tokens, found {len(self.held_out)}; "
+                "try more held_out text or a shorter context"
+            )
+        return Windows(self.train, context, seed)
 
-def prepare(data: TextData, seed: int, folder: Path, vocabulary: Vocabulary | int) -> Corpus:
-    """The corpus of ``data``. ``vocabulary``: the start model's, or the size of one to train on the training side.
+
+def prepare(data: TextData, seed: int, folder: Path, tokenizer: Path | int) -> Corpus:
+    """The corpus of ``data``. ``tokenizer``: a model folder that has one, or the size of one to train on the documents.
 
     Tokenizer and tokens are kept in ``folder`` and found there by an equal run. Documents are read, encoded and written
     a few at a time. Raises ``UserError`` for text that is missing, unreadable or too little.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    by = f"{vocabulary.end}:{vocabulary.tokenizer.to_str()}" if isinstance(vocabulary, Vocabulary) else f"{vocabulary}"
-    key = hashlib.sha256(f"{seed}:{data.model_dump_json()}:{by}".encode()).hexdigest()[:16]
+    size = tokenizer if isinstance(tokenizer, int) else 0
+    vocabulary = None if isinstance(tokenizer, int) else read_vocabulary(tokenizer)
+    identity = str(size) if vocabulary is None else f"{vocabulary.end}:{vocabulary.tokenizer.to_str()}"
+    key = hashlib.sha256(f"{seed}:{data.model_dump_json()}:{identity}".encode()).hexdigest()[:16]
     tokens = folder / f"train-{key}.bin"
     held_out = held_out_texts(data, folder)
     documents = None if tokens.is_file() else training_documents(data, seed, folder, held_out)
-    if isinstance(vocabulary, int):
+    if vocabulary is None:
         file = folder / f"tokenizer-{key}.json"
         if documents is not None:
-            train_tokenizer((document.text for document in documents), vocabulary).save(str(file))
+            train_tokenizer((document.text for document in documents), size).save(str(file))
         vocabulary = own_vocabulary(Tokenizer.from_file(str(file)))
     if documents is not None:
         partial = tokens.with_suffix(".partial")

@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from tulle.errors import UserError
-from tulle.models.checkpoint import write_text
+from tulle.models.checkpoint import read_json, write_text
 from tulle.training import checkpoint
 from tulle.training.optim import length_matters_from
 from tulle.training.plan import make_plan
@@ -51,10 +53,10 @@ def _silent(line: str) -> None:
 
 
 def claim(recipe: TrainRecipe, out: Path, resume: bool, main: bool = True) -> Path | None:
-    """Takes ``out`` for this run; the checkpoint that a single stage goes on from, if any. The ``main`` process writes.
+    """Takes ``out`` for this run, and returns the checkpoint that a single stage continues from, if any.
 
-    A pipeline that failed before its first checkpoint leaves nothing that counts: it may be started again with another
-    recipe. Raises ``UserError`` unless ``out`` is new, or holds the run to go on with.
+    The ``main`` process writes. A pipeline that failed before its first checkpoint leaves nothing that counts: it may
+    be started again with another recipe. Raises ``UserError`` unless ``out`` is new, or holds the run to go on with.
     """
     if not main:
         return _checkpoint(recipe, out) if resume else None
@@ -67,7 +69,7 @@ def claim(recipe: TrainRecipe, out: Path, resume: bool, main: bool = True) -> Pa
         )
     if not recipe.stages:
         return _checkpoint(recipe, out) if resume else None
-    same = record.is_file() and _curve(TrainRecipe.model_validate_json(record.read_text())) == _curve(recipe)
+    same = record.is_file() and _same_curve(read_json(record, "a recipe"), recipe)
     if begun and not same:
         raise _other_recipe(out)
     if not same:
@@ -83,10 +85,9 @@ def _checkpoint(recipe: TrainRecipe, out: Path) -> Path | None:
     if found is None or recipe.stages:
         return None
     step, content = checkpoint.read_state(found)
-    old = TrainRecipe.model_validate(content)
-    if _curve(old) != _curve(recipe):
+    if not _same_curve(content, recipe):
         raise _other_recipe(out)
-    lengths = [old.training, recipe.training]
+    lengths = [TrainRecipe.model_validate(content).training, recipe.training]
     # A method's schedule depends on the length from the first step on.
     decay = 0 if recipe.methods else min(length_matters_from(t) for t in lengths)
     if lengths[0].steps != lengths[1].steps and step > decay:
@@ -101,6 +102,14 @@ def _other_recipe(out: Path) -> UserError:
     return UserError(
         f"expected the recipe that {out} was started with, found another; try that one, or another output folder"
     )
+
+
+def _same_curve(content: dict[str, Any], recipe: TrainRecipe) -> bool:
+    """Whether the recipe that a run has recorded gives the same curve as ``recipe``."""
+    try:
+        return _curve(TrainRecipe.model_validate(content)) == _curve(recipe)
+    except ValidationError:  # written by another version
+        return False
 
 
 def _curve(recipe: TrainRecipe) -> dict[str, Any]:

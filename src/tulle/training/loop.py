@@ -25,10 +25,10 @@ from tulle.errors import UserError
 from tulle.methods.train.method import TrainingMethod
 from tulle.models.checkpoint import write_text
 from tulle.training import checkpoint
-from tulle.training.corpus import Corpus, Windows
+from tulle.training.corpus import Corpus
 from tulle.training.curve import read_metrics
 from tulle.training.held_out import estimate
-from tulle.training.optim import build_optimizers, set_learning_rate
+from tulle.training.optim import build_optimizers, learning_rates
 from tulle.training.processes import Processes
 from tulle.training.recipe import Training
 
@@ -36,7 +36,10 @@ Log = Callable[[str], None]
 
 
 class Loss:
-    """Calls the model: cross-entropy in nats per token, and what the methods' own terms need of the outputs."""
+    """Calls the model: cross-entropy in nats per token, and what the methods' own terms need of the outputs.
+
+    Inputs and targets are ids ``[B, context]``, the targets one token further.
+    """
 
     def __init__(
         self, model: nn.Module, settings: Training, methods: Sequence[TrainingMethod], device: torch.device, log: Log
@@ -103,9 +106,9 @@ def fit(
 ) -> dict[str, Tensor]:
     """Trains ``model`` in place and returns its weights by name, whole and on the CPU.
 
-    ``out`` gets ``metrics.jsonl`` and ``checkpoints``. ``record`` is written into checkpoints; ``resume`` is one to go
-    on from; ``evaluate_first`` also measures the model as it comes. Raises ``UserError`` when the loss is no longer
-    finite, and for methods and optimizers that the processes cannot run.
+    ``out`` gets ``metrics.jsonl`` and ``checkpoints``. ``record`` is written into checkpoints; ``resume`` is one to
+    continue from; ``evaluate_first`` also measures the model as it comes. Raises ``UserError`` when the loss is no
+    longer finite, for too little text, and for methods and optimizers that the processes cannot run.
     """
     for method in methods:
         if processes.sharded and not method.sharded:
@@ -115,7 +118,10 @@ def fit(
             )
         method.prepare(model, settings.steps)
     wrapped, optimizers = processes.wrap(model, build_optimizers(model, settings))
+    rates = learning_rates(settings)
     start = 0 if resume is None else checkpoint.load(resume, wrapped, optimizers, methods)
+    windows = corpus.windows(settings.context, seed)
+    batches = windows.batches(start, settings.steps, settings.batch * settings.accumulation)
     if settings.compile and processes.count > 1:
         log("compile: true is for a single process; several run uncompiled")
         settings = settings.model_copy(update={"compile": False})
@@ -135,11 +141,9 @@ def fit(
         metrics.write({"step": 0, "tokens": 0, "held_out_bits_per_byte": evaluated()})
     began, tokens_since = time.perf_counter(), 0
     losses: list[float] = []
-    batches = Windows(corpus.train, settings.context, seed).batches(
-        start, settings.steps, settings.batch * settings.accumulation
-    )
     for step, rows in enumerate(batches, start):
-        rate = set_learning_rate(optimizers, settings, step)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = rates[step]
         losses.append(_step(step, wrapped, optimizers, loss_of, torch.from_numpy(rows), settings, methods, processes))
         if not math.isfinite(losses[-1]):
             raise UserError(
@@ -154,7 +158,7 @@ def fit(
                 "tokens": done * settings.step_tokens,
                 "loss": float(np.mean(losses)),
                 "held_out_bits_per_byte": evaluated(),
-                "learning_rate": rate,
+                "learning_rate": rates[step],
                 "tokens_per_s": tokens_since / seconds,
             }
             for method in methods:
@@ -199,7 +203,7 @@ def _step(
 
 
 class Metrics:
-    """The rows of ``metrics.jsonl``; those past the step that a run goes on from are dropped, to be written again."""
+    """The rows of ``metrics.jsonl``; those past the step that a run continues from are dropped, to be written again."""
 
     def __init__(self, path: Path, step: int, log: Log, main: bool):
         self._path, self._log, self._main = path, log, main

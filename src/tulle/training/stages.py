@@ -25,11 +25,10 @@ from tulle.training.outcome import conclude, save_stage
 from tulle.training.plan import START, Plan, PlannedStage
 from tulle.training.processes import Processes
 from tulle.training.prune import pack_stage, prune
-from tulle.training.tokenizer import Vocabulary, read_vocabulary
 
 
 def run_stages(plan: Plan, out: Path, resume: Path | None, processes: Processes, log: Callable[[str], None]) -> None:
-    """Runs all stages of ``plan`` into ``out``; ``resume`` is the checkpoint that a single stage goes on from.
+    """Runs all stages of ``plan`` into ``out``; ``resume`` is the checkpoint that a single stage continues from.
 
     Raises ``UserError`` for models, text and settings that do not fit together.
     """
@@ -43,8 +42,8 @@ def run_stages(plan: Plan, out: Path, resume: Path | None, processes: Processes,
         folder = out / "stages" / f"{number:02d}-{stage.name}"
         if not (folder / "run.json").is_file():
             pipeline.train(stage, folder, checkpoint.latest(folder / "checkpoints"))
+        pipeline.passed(stage, folder)
         pipeline.pack(stage, folder)
-        pipeline.passed(stage.name, folder)
         folders.append(folder)
     if processes.main:
         conclude(plan, folders, out)
@@ -52,23 +51,23 @@ def run_stages(plan: Plan, out: Path, resume: Path | None, processes: Processes,
 
 
 class _Pipeline:
-    """What stages share: the models they may start from, the vocabulary, the folder of tokens."""
+    """What stages share: the models they may start from, the tokenizer, the folder of tokens."""
 
     def __init__(self, plan: Plan, out: Path, processes: Processes, log: Callable[[str], None]):
         self.plan, self.out, self.processes, self.log = plan, out, processes, log
         self.data = out / "data"
         self.folders: dict[str, Path] = {}
         """Dense model folders by the names that a recipe calls them."""
-        self.vocabulary: Vocabulary | int = plan.vocab_size
-        """The size of one that is trained for a new model, until there is one."""
+        self.tokenizer: Path | int = plan.vocab_size
+        """The folder whose tokenizer everything is read with; before a new model has one, its size."""
         if plan.start is not None:
-            self.passed(START, self._dense(plan.start, "start"))
+            self.tokenizer = self.folders[START] = self._dense(plan.start, "start")
 
-    def passed(self, name: str, folder: Path) -> None:
-        """Later stages may start from this model, and read text as it does."""
-        self.folders[name] = folder
-        if isinstance(self.vocabulary, int):
-            self.vocabulary = read_vocabulary(folder)
+    def passed(self, stage: PlannedStage, folder: Path) -> None:
+        """Later stages may start from this one's model, and read text as it does."""
+        self.folders[stage.name] = folder
+        if isinstance(self.tokenizer, int):
+            self.tokenizer = folder
 
     def train(self, stage: PlannedStage, folder: Path, resume: Path | None) -> None:
         """One stage into its folder: a checkpoint and its records."""
@@ -77,7 +76,7 @@ class _Pipeline:
         source = None if stage.source is None else self._folder(stage.source)
         methods = self._methods(stage)
         with processes.main_first():
-            corpus = prepare(stage.data, plan.seed, self.data, self.vocabulary)
+            corpus = prepare(stage.data, plan.seed, self.data, self.tokenizer)
         self.log(
             f"{len(corpus.train):,} training tokens, {len(corpus.held_out):,} held-out tokens "
             f"of {corpus.held_out_bytes:,} bytes"

@@ -107,7 +107,7 @@ def test_gradual_magnitude_prunes_the_smallest_and_never_lets_back_in():
             assert int(mask.sum()) == 200 - round(expected * 200)
             assert float(layer.weight.detach()[mask].abs().min()) == float(largest[int(mask.sum()) - 1])
             assert all((state[~mask] == 0).all() for state in optimizer_state(layer.weight, [optimizer]).values())
-        shares.append(method.pruned_share())
+        shares.append(method.pruned_fraction())
         previous = mask
     assert shares[3] == 0 and shares[4] == 0.0  # the first pruning is to s_i = 0
     assert shares[13] < shares[18] < 0.75 == shares[31] == shares[-1]  # the goal by the last step of the first 80 %

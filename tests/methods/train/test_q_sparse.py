@@ -301,7 +301,7 @@ def test_growing(block: int | None, unit: int) -> None:
     again = QSparse(share=0.5, begin=0.25, end=0.75)
     again.prepare(nn.Sequential(single([[1.0] * 32])), 64, {"0": linear})
     again.load_state(method.state())
-    assert torch.equal(again.state()["stair"], method.state()["stair"]) and not QSparse().state()
+    assert torch.equal(again.state()["ramp"], method.state()["ramp"]) and not QSparse().state()
 
 
 def test_growing_needs_the_number_of_steps() -> None:

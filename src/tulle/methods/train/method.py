@@ -23,7 +23,7 @@ In anyone's own loop::
     masks.finish()
 
 ``callback.MethodCallback`` does the same inside transformers' ``Trainer``. A method is a dataclass of settings, so that
-a recipe can name it (``METHODS``); what it remembers while training are plain attributes.
+a recipe can name it (``METHODS``); its state while training are plain attributes.
 """
 
 from __future__ import annotations
@@ -78,12 +78,16 @@ class TrainingMethod:
         """Takes hold of the linears. ``steps``: optimizer steps of the whole training, for methods with a schedule.
 
         ``linears`` by name, for a model that :mod:`tulle.models.anatomy` does not know; otherwise the ``targets``.
+        Raises ``UserError`` for an unknown architecture, and for a model that the method cannot train.
         """
         self.steps = steps
         self.linears = dict(linears) if linears is not None else target_linears(model, self.targets)
 
     def loss_terms(self, inputs: Mapping[str, Tensor], outputs: Any) -> dict[str, Tensor]:
-        """Scalars to add to the loss of a micro-batch, by name. ``inputs`` are the model's keyword arguments."""
+        """Scalars to add to the loss of a micro-batch (nats per token), by name.
+
+        ``inputs`` are the model's keyword arguments (``input_ids`` ``[B, T]``), ``outputs`` what it returned for them.
+        """
         return {}
 
     def after_backward(self, step: int) -> None:
@@ -101,7 +105,7 @@ class TrainingMethod:
         return {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Puts :meth:`state` back, after :meth:`prepare`."""
+        """Puts :meth:`state` back, after :meth:`prepare` on an equal model."""
 
     def finish(self) -> None:
         """Leaves plain linears with the weights that the method stands for."""
@@ -143,7 +147,7 @@ def target_linears(model: nn.Module, targets: Sequence[str] = ROLES) -> dict[str
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor that FSDP2 may have sharded."""
+    """This process's part of a tensor that FSDP2 may have sharded, along the first dimension."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
