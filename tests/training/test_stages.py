@@ -227,6 +227,7 @@ def taught(by: str) -> list[dict]:
             [{"name": "0"}, ROTATED, {"name": "b", "methods": taught("0")}],
             "a teacher for stage b",
         ),
+        ([{"name": "a", "methods": taught("")}], "a teacher for stage a, found none; name a folder"),
         ([{"name": "a"}, {"name": "a"}], "each stage needs a name of its own"),
         ([{"name": "a", "training": {"tokens": 0}}], "tokens of stage a to cover one step"),
     ],

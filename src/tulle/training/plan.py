@@ -70,7 +70,7 @@ def make_plan(recipe: TrainRecipe) -> Plan:
     for stage in recipe.stages or [Stage(name="train", methods=recipe.methods)]:
         stages.append(_planned(stage, before, recipe))
         before = stage.name
-    _require_one_basis(stages)
+    _check_teachers(stages)
     return Plan(
         seed=recipe.seed,
         start=recipe.start,
@@ -144,9 +144,9 @@ def _method(entry: Mapping[str, Any]) -> TrainingMethod:
         ) from None
 
 
-def _require_one_basis(stages: Sequence[PlannedStage]) -> None:
-    """Hidden states are compared only in one basis. Raises ``UserError`` for a stage whose teacher has its residual
-    stream in another."""
+def _check_teachers(stages: Sequence[PlannedStage]) -> None:
+    """Hidden states are compared only in one basis. Raises ``UserError`` for a stage without the teacher that a method
+    needs, and for one whose teacher has its residual stream in another basis."""
     # By stage, the stage that last gave the residual stream a new basis; nothing for what comes from elsewhere.
     rotated: dict[str, str] = {}
     for stage in stages:
@@ -155,6 +155,10 @@ def _require_one_basis(stages: Sequence[PlannedStage]) -> None:
             rotated[stage.name] = stage.name
         for method in stage.methods:
             teacher = getattr(method, "teacher", None)
+            if teacher == "":
+                raise UserError(
+                    f"expected a teacher for stage {stage.name}, found none; name a folder, 'start' or an earlier stage"
+                )
             if teacher is not None and rotated.get(teacher, "") != rotated[stage.name]:
                 raise UserError(
                     f"expected a teacher for stage {stage.name} with its residual stream in the student's basis, found "

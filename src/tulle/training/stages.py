@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from tulle.errors import UserError
 from tulle.methods.train.method import TrainingMethod
 from tulle.methods.train.squarehead import SquareHead
 from tulle.training import checkpoint
@@ -107,10 +106,6 @@ class _Pipeline:
         methods = [replace(method) for method in stage.methods]
         for method in methods:
             if isinstance(method, SquareHead):
-                if not method.teacher:
-                    raise UserError(
-                        "expected a teacher for squarehead, found none; name a folder, 'start' or an earlier stage"
-                    )
                 folder = self._folder(method.teacher)
                 teacher = load_dense(folder)
                 method.teach(teacher)
