@@ -61,6 +61,7 @@ def test_window_order_depends_on_position_alone():
     stream = np.arange(1001, dtype=np.uint16)
     whole = Windows(stream, context=10, seed=3).batch(0, 150)
     parts = Windows(stream, context=10, seed=3)
+    assert (np.concatenate([*Windows(stream, context=10, seed=3).batches(2, 5, size=30)]) == whole[60:150]).all()
     # Out of order, as after a resume.
     assert (parts.batch(90, 60) == whole[90:]).all()
     assert (parts.batch(0, 90) == whole[:90]).all()

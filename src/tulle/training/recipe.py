@@ -52,7 +52,7 @@ class Source(_Strict):
     split: str = "train"
     """Of the data set."""
     documents: int | None = Field(default=None, gt=0)
-    """So many from the first on; None: all."""
+    """The first so many; None: all."""
     separator: str | None = None
     """Cuts text files into documents."""
     template: str | None = None
@@ -101,11 +101,17 @@ class Training(_Strict):
     """
 
     tokens: int = Field(ge=0)
+    """Of the whole stage."""
     context: int = Field(gt=1)
+    """Tokens of a window."""
     batch: int = Field(gt=0)
+    """Windows of a micro-batch, of all processes together."""
     accumulation: int = Field(default=1, gt=0)
+    """Micro-batches of an optimizer step."""
     optimizer: Literal["adamw", "muon"] = "adamw"
+    """``muon``: for the hidden matrices, with AdamW for the rest."""
     learning_rate: float = Field(gt=0)
+    """After the warm-up."""
     schedule: Literal["wsd", "linear", "cosine", "constant"] = "wsd"
     """After the warm-up: ``wsd`` stays and falls by 1 − √t over ``decay_fraction`` of the steps; ``linear`` and
     ``cosine`` fall to 0 from there on."""
@@ -113,12 +119,19 @@ class Training(_Strict):
     decay_fraction: float = Field(default=0.0, ge=0, le=1)
     weight_decay: float = Field(default=0.1, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
+    """Of AdamW."""
     clip: float = Field(default=1.0, gt=0)
+    """The largest 2-norm of the gradient."""
     precision: Literal["bf16", "fp32"] = "bf16"
+    """``bf16``: autocast over float32 weights."""
     compile: bool = True
+    """By ``torch.compile``; one process only."""
     evaluate_every: int = Field(default=250, gt=0)
+    """Optimizer steps between two rows of ``metrics.jsonl``."""
     evaluate_windows: int = Field(default=128, gt=0)
+    """About so many held-out windows give the estimate of a row."""
     checkpoint_every: int = Field(default=250, gt=0)
+    """Optimizer steps between two checkpoints."""
 
     @property
     def step_tokens(self) -> int:
