@@ -1,9 +1,11 @@
 """The loop on a toy model in eager fp32, where every statement about curves can be exact."""
 
+import itertools
 import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -224,6 +226,14 @@ def test_no_compiler_is_said_and_survived(tmp_path, monkeypatch):
     train(recipe_file(tmp_path, compile=True), tmp_path / "out", log=lines.append)
     assert any("uncompiled and slower: no compiler at all" in line for line in lines)
     assert len(curve(tmp_path / "out")) == 6
+
+
+def test_rows_count_tokens_and_seconds_since_the_row_before(tmp_path, monkeypatch):
+    clock = itertools.count()  # a second passes with every look at it
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    rows = read_metrics(train(recipe_file(tmp_path, evaluate_every=5), tmp_path / "out") / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [5, 10, 12] and [row["tokens"] for row in rows] == [320, 640, 768]
+    assert [row["tokens_per_s"] for row in rows] == [320.0, 320.0, 128.0]
 
 
 def test_diverged_run_stops_with_advice(tmp_path):
