@@ -232,7 +232,7 @@ class PackedLinear(nn.Module):
         return input_selection(self.spec, self._buffers.get("input_score"))
 
     def selected(self, x: Tensor) -> Tensor:
-        """What is multiplied with the weights of x ``[..., C_in]``: transformed, rounded, and zero where it is not kept."""
+        """What the weights read of x ``[..., C_in]``: transformed, rounded, and zero where it is not kept."""
         x, selection = self.transformed(x), self.selection
         if self.grid is not None:
             x = self.grid.fake(x)

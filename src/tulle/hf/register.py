@@ -141,8 +141,8 @@ def use_sparse_tensor_cores(model: PreTrainedModel) -> list[str]:
 
 
 def fits_two_of_four(linear: PackedLinear) -> bool:
-    """Whether float inputs are multiplied with a weight of at most two kept entries in every four input channels, in a shape that
-    the kernels take (multiples of 64)."""
+    """Whether inputs are floats and the weight has at most two kept entries in every four input channels, in a shape
+    that the kernels take (multiples of 64)."""
     rows, columns = linear.spec.shape
     if linear.grid is not None or not linear.spec.sparse or rows % 64 or columns % 64:
         return False
