@@ -33,7 +33,9 @@ def draw(axes: Any, run: dict[str, Any], title: str, bound: bool) -> None:
     rows = sorted(run["results"].items(), key=lambda row: row[1]["tokens_per_s"])
     places = range(len(rows))
     rates = [found["tokens_per_s"] for _, found in rows]
-    axes.barh(places, rates, color=[OURS if name.lower().startswith("tulle") else PEER for name, _ in rows], height=0.72)
+    axes.barh(
+        places, rates, color=[OURS if name.lower().startswith("tulle") else PEER for name, _ in rows], height=0.72
+    )
     for place, rate in zip(places, rates, strict=True):
         axes.text(rate, place, f" {rate:.0f}" if rate >= 10 else f" {rate:.1f}", va="center", fontsize=8,
                   bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4})  # fmt: skip
