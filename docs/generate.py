@@ -1,4 +1,4 @@
-"""Writes the parts of docs/reference that come from the code, between ``<!-- generated: NAME -->`` and ``<!-- end -->``.
+"""Writes what docs/reference takes from the code, between ``<!-- generated: NAME -->`` and ``<!-- end -->``.
 
     python docs/generate.py            # writes
     python docs/generate.py --check    # exits with 1 where a page is not as it would be written

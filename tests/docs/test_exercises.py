@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from checkpoints import PROSE, write_checkpoint
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import tulle
+from checkpoints import PROSE, write_checkpoint
 from tulle.compression import recipe as recipes
 from tulle.errors import UserError
 from tulle.models import description

@@ -53,6 +53,15 @@ def test_links(page: Path) -> None:
             assert fragment in markdown.anchors(target), f"{markdown.name(page)} links to {link}: no such heading"
 
 
+def test_documents_named_in_the_code_exist() -> None:
+    """Comments, docstrings and recipes name pages of the documentation by their path."""
+    for folder in ("src", "native", "recipes", "tests", "benchmarks", "fuzz"):
+        for file in (markdown.ROOT / folder).rglob("*"):
+            if file.suffix in (".py", ".hpp", ".cpp", ".inl", ".c", ".yaml", ".md") and file != Path(__file__):
+                for page in re.findall(r"(?<![\w/.])docs/[\w/-]+\.md", file.read_text("utf-8", errors="replace")):
+                    assert (markdown.ROOT / page).exists(), f"{markdown.name(file)} names {page}, which does not exist"
+
+
 def test_every_page_is_reached() -> None:
     """From the README and the site's first page, by links."""
     reached, todo = set(), [markdown.ROOT / "README.md", markdown.ROOT / "docs" / "index.md"]
