@@ -2,9 +2,9 @@
 
 W has a mask that is held, so of Y = X·Wᵀ, dX = dY·W and dW = dYᵀ·X only the kept entries count; the native kernels of
 ``tulle.native.SparsePattern`` compute no others (docs/results/training-kernels.md). ``SparseLinear`` keeps
-nothing else either: its parameter holds the kept values, so that the gradient and the optimizer's state are as small as they are. Every
-elementwise optimizer (SGD, Adam, AdamW with decay, clipping by norm) takes the same steps as on a dense weight with the
-mask held; Muon, whose update is a matrix function, does not.
+nothing else either: its parameter holds the kept values, so that the gradient and the optimizer's state are as small as
+they are. Every elementwise optimizer (SGD, Adam, AdamW with decay, clipping by norm) takes the same steps as on a dense
+weight with the mask held; Muon, whose update is a matrix function, does not.
 
 float32 on the CPU. Under autocast the product is still taken in float32.
 """
