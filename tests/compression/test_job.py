@@ -19,8 +19,8 @@ from tulle.core.token_grid import TokenGrid
 from tulle.errors import UserError
 from tulle.format.pack import unpack_linear
 from tulle.format.spec import QuantizationConfig
-from tulle.models.anatomy import ARCHITECTURES
 from tulle.models.checkpoint import Checkpoint
+from tulle.models.description import families
 from tulle.text.reading import Text
 
 TEXT = Text((PROSE,), False, ("prose",))
@@ -101,7 +101,7 @@ def test_two_runs_write_the_same_bytes(model: Path, finished: Path, tmp_path: Pa
     assert digest(tmp_path / "other") != digest(finished)
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", families())
 @torch.no_grad()
 def test_transformers_computes_what_was_propagated(model_type: str, tmp_path: Path) -> None:
     """The loaded artefact is the dense model with the unpacked weights, and loses what the report says."""

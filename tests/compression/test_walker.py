@@ -1,5 +1,6 @@
 """The block walker against a plain oracle: whole models, one sequence at a time, no blocks, no batches."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -7,13 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints import PROSE, write_checkpoint
+from tulle.compression import block_pass, walker
+from tulle.compression.hidden_states import HiddenStates
 from tulle.compression.recipe import Recipe, parse_recipe
-from tulle.compression.walker import HiddenStates, Walker, batched
+from tulle.compression.walker import Walker
 from tulle.core.hessian import Hessian
 from tulle.methods.contract import LinearState, Statistics
-from tulle.models.anatomy import ROLES
+from tulle.models import decoder
+from tulle.models.batches import batched
 from tulle.models.checkpoint import Checkpoint
-from tulle.models.skeleton import load_config
+from tulle.models.decoder import DecoderBlock
+from tulle.models.description import ROLES, Decoder, LinearGroup, describe
 
 LENGTHS = (40, 7, 31, 40, 12, 25, 3, 38)
 
@@ -23,15 +28,15 @@ def token_sequences() -> list[Tensor]:
     return [torch.tensor(data[100 * i : 100 * i + n]) for i, n in enumerate(LENGTHS)]
 
 
-def walk(folder: Path, work: Path, recipe: Recipe) -> dict[str, LinearState]:
+def walk(folder: Path, work: Path, recipe: Recipe, dtype: torch.dtype = torch.float32) -> dict[str, LinearState]:
     checkpoint = Checkpoint.open(folder)
-    anatomy = checkpoint.anatomy()
+    model = checkpoint.describe()
     work.mkdir()
-    walker = Walker(load_config(folder), anatomy, recipe, batched(token_sequences(), 64), work)
-    walker.begin(checkpoint.read(checkpoint.embedding_name(anatomy)).float())
+    found_by = Walker(model, recipe, batched(token_sequences(), 64), work, dtype=dtype)
+    found_by.begin(checkpoint.read(model.embedding_name(checkpoint)).float())
     found = {}
-    for i in range(anatomy.layers):
-        found |= {state.name: state for state in walker.block(i, checkpoint.read_block(anatomy, i)).linears}
+    for layer in model.layers:
+        found |= {state.name: state for state in found_by.block(layer.index, checkpoint.read_layer(layer)).linears}
     return found
 
 
@@ -39,18 +44,18 @@ def walk(folder: Path, work: Path, recipe: Recipe) -> dict[str, LinearState]:
 def oracle(model: nn.Module, dense: nn.Module, recipe: Recipe) -> None:
     """Compresses ``model`` in place; every row sees all that was compressed before it."""
     sequences = token_sequences()
-    rows = [row for row in _anatomy(model).rows if recipe.steps_for(row.role)]
+    rows = [group for group in _describe(model).layers[0].groups if recipe.steps_for(group.role)]
     for layer, dense_layer in zip(model.model.layers, dense.model.layers, strict=True):
         for row in rows:
-            x = _inputs(model, layer.get_submodule(row.linears[0]), sequences)
-            dense_x = _inputs(dense, dense_layer.get_submodule(row.linears[0]), sequences)
+            x = _inputs(model, layer.get_submodule(row.names[0]), sequences)
+            dense_x = _inputs(dense, dense_layer.get_submodule(row.names[0]), sequences)
             hessian = Hessian(2 * x.T @ x / len(x), len(x))
             statistics = Statistics(len(x), hessian, x.norm(dim=0), x.abs().amax(0))
             lag = 0
             if recipe.calibration.target == "stream" and row.residual:
                 lag = _inputs(dense, dense_layer.get_submodule(row.residual), sequences)
                 lag = lag - _inputs(model, layer.get_submodule(row.residual), sequences)
-            for name in row.linears:
+            for name in row.names:
                 linear, reference = layer.get_submodule(name), dense_layer.get_submodule(name)
                 weight = linear.weight.clone()
                 needs = set().union(*(step.method.needs for step in recipe.steps_for(row.role)))
@@ -79,10 +84,8 @@ def _inputs(model: nn.Module, module: nn.Module, sequences: list[Tensor]) -> Ten
     return torch.cat(seen)
 
 
-def _anatomy(model: nn.Module):  # noqa: ANN202
-    from tulle.models.anatomy import anatomy
-
-    return anatomy(model.config.to_dict())
+def _describe(model: nn.Module) -> Decoder:
+    return describe(model.config.to_dict())
 
 
 STEPS = {
@@ -142,25 +145,25 @@ def test_not_sequential_sees_the_dense_block(tmp_path: Path) -> None:
 
 def test_output_errors_are_those_of_the_models(tmp_path: Path) -> None:
     dense = write_checkpoint(tmp_path / "m", seed=2)
-    model = write_checkpoint(tmp_path / "copy", seed=2)
+    copy = write_checkpoint(tmp_path / "copy", seed=2)
     recipe = parse_recipe({"steps": [{"magnitude": {"sparsity": 0.4}}], "calibration": {"target": "layer"}})
     checkpoint = Checkpoint.open(tmp_path / "m")
-    anatomy = checkpoint.anatomy()
+    model = checkpoint.describe()
     (tmp_path / "work").mkdir()
-    walker = Walker(load_config(tmp_path / "m"), anatomy, recipe, batched(token_sequences(), 64), tmp_path / "work")
-    walker.begin(checkpoint.read("model.embed_tokens.weight"))
-    results = [walker.block(i, checkpoint.read_block(anatomy, i)) for i in range(anatomy.layers)]
+    found_by = Walker(model, recipe, batched(token_sequences(), 64), tmp_path / "work")
+    found_by.begin(checkpoint.read("model.embed_tokens.weight"))
+    results = [found_by.block(layer.index, checkpoint.read_layer(layer)) for layer in model.layers]
     with torch.no_grad():
         for result in results:
             for state in result.linears:
-                model.get_submodule(state.name).weight.copy_(state.weight)
+                copy.get_submodule(state.name).weight.copy_(state.weight)
         for result in results:
             for name, error in result.output_errors.items():
-                y, reference = (_outputs(m, m.get_submodule(name)) for m in (model, dense))
+                y, reference = (_outputs(m, m.get_submodule(name)) for m in (copy, dense))
                 assert error == pytest.approx(
                     float((y - reference).square().sum() / reference.square().sum()), rel=1e-4
                 )
-            y, reference = (_outputs(m, m.model.layers[result.index]) for m in (model, dense))
+            y, reference = (_outputs(m, m.model.layers[result.index]) for m in (copy, dense))
             expected = float((y - reference).square().sum() / reference.square().sum())
             assert result.block_error == pytest.approx(expected, rel=1e-4)
 
@@ -191,3 +194,59 @@ def test_hidden_states_round_trip(tmp_path: Path) -> None:
         states.write(i, tensors[i])
     assert states.is_whole()
     assert all(torch.equal(states.read(i), t) for i, t in enumerate(tensors))
+
+
+STEPS_OF_MANY_KINDS = [
+    [{"magnitude": {"sparsity": 0.5, "targets": ["down"]}}],
+    [{"gptq": {"bits": 8}}],
+    [
+        {"sparsegpt": {"sparsity": 0.5}},
+        {"gptq": {"bits": 4, "targets": ["qkv", "o"]}},
+        {"round_to_nearest": {"bits": 8, "targets": ["down"]}},
+    ],
+    [{"kv_cache": {"bits": 8}}, {"activations": {"bits": 8}}, {"gptq": {"bits": 4}}],
+]
+
+
+@pytest.mark.parametrize("target", ["layer", "stream"])
+@pytest.mark.parametrize("steps", STEPS_OF_MANY_KINDS)
+def test_one_forward_pass_per_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list, target: str) -> None:
+    """Each batch enters each block once on the dense and once on the compressed path, and every linear of it runs once,
+    whatever the recipe's linear steps."""
+    write_checkpoint(tmp_path / "m", "llama", seed=3)
+    begun: list[int] = []
+    groups: list[tuple[int, str]] = []
+    start, run = DecoderBlock.steps, decoder.run_group
+
+    def steps_of(block: DecoderBlock, *arguments: object) -> decoder.Steps:
+        begun.append(block.layer.index)
+        return start(block, *arguments)
+
+    def run_group(block: DecoderBlock, group: LinearGroup, x: Tensor) -> tuple[Tensor, ...]:
+        groups.append((block.layer.index, group.role))
+        return run(block, group, x)
+
+    monkeypatch.setattr(DecoderBlock, "steps", steps_of)
+    monkeypatch.setattr(block_pass, "run_group", run_group)
+    recipe = parse_recipe({"steps": steps, "calibration": {"target": target}})
+    walk(tmp_path / "m", tmp_path / "work", recipe)
+    batches = len(batched(token_sequences(), 64))
+    layers = len(Checkpoint.open(tmp_path / "m").describe().layers)
+    assert batches > 1 and layers > 1
+    assert Counter(begun) == {index: 2 * batches for index in range(layers)}
+    assert Counter(groups) == {(index, role): 2 * batches for index in range(layers) for role in ROLES}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parked_on_disk_is_parked_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    write_checkpoint(tmp_path / "m", "qwen2", seed=3)
+    recipe = parse_recipe({"steps": [{"gptq": {"bits": 4}}]})
+    found = []
+    for limit in (walker.PARKED_BYTES, 0):
+        monkeypatch.setattr(walker, "PARKED_BYTES", limit)
+        work = tmp_path / f"work-{limit}"
+        found.append(walk(tmp_path / "m", work, recipe, dtype))
+        assert not list(work.glob("parked-*"))
+    assert all(torch.equal(found[0][name].weight, found[1][name].weight) for name in found[0])

@@ -31,7 +31,7 @@ from tulle.inspect.outliers import (
 )
 from tulle.inspect.sensitivity import measure_sensitivity, spearman
 from tulle.methods.quantize.keep_sensitive import output_error
-from tulle.models.anatomy import anatomy
+from tulle.models.description import describe
 
 CLEAN = 0.05
 """Spread of random weights small enough that no gate makes an outlier of its own."""
@@ -195,11 +195,11 @@ def test_every_stage_shows_the_same_tokens() -> None:
 
 
 def test_smoothing_is_that_of_the_recipe_step() -> None:
-    model = anatomy(SIZES | {"model_type": "llama", "head_dim": 8})
+    mixer = describe(SIZES | {"model_type": "llama", "head_dim": 8}).layers[0].mixer
     x, w = torch.rand(50, 32) + 0.1, torch.rand(8, 32) + 0.1
-    s = smoothing_of(x, [w, 3 * w], "down", model)
+    s = smoothing_of(x, [w, 3 * w], "down", mixer)
     torch.testing.assert_close(s, x.amax(0) ** 0.6 / (3 * w.amax(0)) ** 0.4)
-    heads = smoothing_of(x, [w], "o", model).reshape(2, 2, 8)
+    heads = smoothing_of(x, [w], "o", mixer).reshape(2, 2, 8)
     assert torch.equal(heads[:, 0], heads[:, 1])  # one s for the query heads of a KV head
 
 

@@ -41,7 +41,7 @@ from tulle.methods.quantize.perq import PeRQ
 from tulle.methods.quantize.quarot import QuaRot
 from tulle.methods.quantize.smoothquant import SmoothQuant
 from tulle.methods.quantize.spinquant import SpinQuant
-from tulle.models.anatomy import ARCHITECTURES
+from tulle.models.description import families
 from tulle.text.reading import Text
 
 TEXT = Text((PROSE,), False, ("prose",))
@@ -116,7 +116,7 @@ def assert_same_function(folder: Path, dense: torch.nn.Module, tolerance: float 
     assert (model(prose()).logits - expected).abs().max() < tolerance * expected.abs().max()
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", families())
 @pytest.mark.parametrize("method", TRANSFORMS, ids=str)
 def test_function_is_preserved(method: Method, model_type: str, tmp_path: Path) -> None:
     tied = {"tie_word_embeddings": True} if model_type in ("llama", "qwen3") else {}

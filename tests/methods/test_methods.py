@@ -63,7 +63,7 @@ def run(method: Method, mask: torch.Tensor | None = None, columns: int = COLUMNS
     linear = state(w if mask is None else w * mask)
     linear.mask = mask
     method.validate(linear.name, (ROWS, columns))
-    group = GroupState("qkv", [linear], only_needed(method, statistics(x)), torch.nn.Identity())
+    group = GroupState("qkv", [linear], only_needed(method, statistics(x)))
     method.apply(group)
     return linear
 
@@ -174,14 +174,14 @@ class TestMixedPrecision:
         w, x = layer(ROWS, COLUMNS)
         linear = state(w)
         linear.kept_bits = 6
-        method.apply(GroupState("qkv", [linear], only_needed(method, statistics(x)), torch.nn.Identity()))
+        method.apply(GroupState("qkv", [linear], only_needed(method, statistics(x))))
         assert linear.quantised is not None and linear.quantised.grid.bits == 6
 
     def test_sixteen_bits_leave_it_alone(self, method: Method) -> None:
         w, x = layer(ROWS, COLUMNS)
         linear = state(w)
         linear.kept_bits = 16
-        method.apply(GroupState("qkv", [linear], only_needed(method, statistics(x)), torch.nn.Identity()))
+        method.apply(GroupState("qkv", [linear], only_needed(method, statistics(x))))
         assert linear.quantised is None and torch.equal(linear.weight, w)
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tulle.errors import UserError
 from tulle.hf import load
-from tulle.models.anatomy import anatomy
+from tulle.models.description import describe
 from tulle.training import loop, stages
 from tulle.training.curve import read_metrics
 from tulle.training.launch import TOOLS, train
@@ -105,9 +105,9 @@ def test_masks_are_held_and_tightened_on_the_way(walked):
 def test_the_packed_model_has_the_same_zeros(walked):
     packed = load(walked / "stages/03-most/packed", dtype=torch.float32)
     trained = weights(walked / "stages/03-most")
-    shape = anatomy(packed.config.to_dict())
-    for block in range(shape.layers):
-        for name in shape.linears(block):
+    shape = describe(packed.config.to_dict())
+    for layer in shape.layers:
+        for name in shape.linear_names(layer.index):
             # A kept weight may round to zero; a pruned one never comes back.
             kept = packed.get_submodule(name).dequantise() != 0
             assert not (kept & (trained[f"{name}.weight"] == 0)).any()

@@ -92,12 +92,15 @@ def inspect(
 def _sequences(
     folder: Path, text: str | None, separator: str | None, samples: int, length: int, dense: bool
 ) -> list[Any]:
-    from tulle.compression.job import calibration_sequences
+    from tulle.compression.calibration import calibration_sequences, calibration_text
     from tulle.inspect.outliers import require_dense
+    from tulle.models.checkpoint import Checkpoint
+    from tulle.models.description import describe
 
     if dense or not _sparse_inputs(folder):
         require_dense(folder)
-    return calibration_sequences(folder, text, separator=separator, samples=samples, length=length)[0]
+    model = describe(Checkpoint.open(folder).config)
+    return calibration_sequences(model, folder, calibration_text(text, separator), samples, length)
 
 
 def _measured(

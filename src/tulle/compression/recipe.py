@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 import tulle
 from tulle.errors import UserError
 from tulle.methods.contract import Method, Stage
-from tulle.models.anatomy import ROLES
+from tulle.models.description import ROLES
 
 METHODS: dict[str, str] = {
     "magnitude": "tulle.methods.prune.magnitude:Magnitude",
@@ -81,9 +81,9 @@ class Calibration(BaseModel):
     o and down also correct the error of the residual stream they are added to."""
     target_damping: float = Field(0.01, gt=0)
     """Ridge of that correction, as a share of the mean diagonal of the Hessian."""
-    compute: Literal["float32", "bfloat16"] = "float32"
-    """What the blocks compute in. bfloat16 is two to three times faster where the CPU has it; statistics and weights
-    stay in float32."""
+    compute: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the blocks compute in; statistics and weights stay in float32. ``auto``: bfloat16 for a checkpoint that is
+    stored so, where the machine is fast in it (AVX512-BF16, AMX, a GPU); float32 elsewhere."""
     sequential: bool = True
     """True: the rows of a block are compressed one after the other, each seeing the outputs of those before it.
     False: all rows of a block see the block's dense weights, for fewer forward passes."""

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
 from tulle.compression.recipe import Recipe
 from tulle.core.hessian import Hessian
 from tulle.core.rotation import Extremes
-from tulle.core.topk import Selection
 from tulle.core.transform import Permutation
 from tulle.errors import UserError
 from tulle.methods.contract import Progress, See, Statistics, Survey, Trials
-from tulle.models.anatomy import Anatomy
 from tulle.models.batches import Batch, batched
-from tulle.models.hooks import hooked, run_watched, select_inputs
+from tulle.models.decoder import DecoderBlock, embed, final_norm, logits
+from tulle.models.description import Decoder
 from tulle.models.rewrite import Source
-from tulle.models.skeleton import Block
+from tulle.models.watch import run_replaced, run_watched
 
 TOKENS = 8192
 """Calibration tokens of the walk; its hidden states are in memory."""
@@ -29,8 +27,7 @@ TOKENS = 8192
 
 @torch.no_grad()
 def take_survey(
-    config: PretrainedConfig,
-    model: Anatomy,
+    model: Decoder,
     source: Source,
     recipe: Recipe,
     batches: Sequence[Batch],
@@ -41,19 +38,20 @@ def take_survey(
     """Runs the recipe's model steps and returns what they decided. Equal inputs give equal decisions."""
     found: dict[tuple[int, str], Tensor] = {}
     norms: dict[tuple[int, str], Tensor] = {}
+    first = model.layers[0]
     survey = Survey(
-        layers=model.layers,
+        layers=len(model.layers),
         rows=lambda block, role: found[block, role],
         block=lambda index: walk.read_block(index),
-        roles={row.role: row.linears for row in model.rows},
-        norms={row.role: row.norm for row in model.rows if row.norm},
-        prefix=model.block_prefix,
+        roles={group.role: group.names for group in first.groups},
+        norms={group.role: group.norm for group in first.groups if group.norm},
+        prefix=lambda index: model.layers[index].prefix,
         hidden=model.hidden,
-        heads=(model.heads, model.kv_heads, model.head_dim),
+        heads=(first.mixer.heads, first.mixer.kv_heads, first.mixer.head_dim),
         seed=seed,
         column_norm=lambda block, role: norms[block, role],
     )
-    walk, watched = _Walk(config, model, source, batches, device, progress), False
+    walk, watched = _Walk(model, source, batches, device, progress), False
     for step in recipe.stage("model"):
         survey.probe, survey.look = walk.probe, walk.look
         if not watched and {"rows", "column_norm"} & step.method.needs:
@@ -76,8 +74,7 @@ def take_survey(
 class _Walk:
     """The dense model, block by block, on the calibration text."""
 
-    config: PretrainedConfig
-    model: Anatomy
+    model: Decoder
     source: Source
     batches: Sequence[Batch]
     device: str
@@ -96,11 +93,11 @@ class _Walk:
             taken.append(batch)
         hidden = self._embedded(taken)
         for index, tensors in self._blocks("survey"):
-            block = Block(self.config, index, tensors, self.device)
+            block = DecoderBlock(self.model, index, tensors, self.device)
             samplers: dict[str, Extremes] = {}
             seen: dict[str, Statistics] = defaultdict(Statistics)
             for i, batch in enumerate(taken):
-                hidden[i], inputs = run_watched(block, hidden[i], self.model.rows)
+                hidden[i], inputs = run_watched(block, hidden[i])
                 for role, x in inputs.items():
                     sampler = samplers.setdefault(role, Extremes(x.shape[-1], per_segment=4, random=128, seed=seed))
                     x = x[batch.valid.to(self.device)]
@@ -114,16 +111,16 @@ class _Walk:
 
     def look(self, see: See, roles: Sequence[str]) -> None:
         """``Survey.look``; in memory are one block and the hidden states of about ``TOKENS`` tokens."""
-        rows = [row for row in self.model.rows if row.role in roles]
+        groups = [group for group in self.model.layers[0].groups if group.role in roles]
         seen = batched(_drawn(self.batches, TOKENS)[0])
         stream = self._embedded(seen)
         for index, tensors in self._blocks("survey"):
-            block = Block(self.config, index, tensors, self.device)
-            found = {row.role: Hessian.zeros(self.model.linear_shape(row.linears[0])[1], self.device) for row in rows}
+            block = DecoderBlock(self.model, index, tensors, self.device)
+            found = {group.role: Hessian.zeros(group.inputs, self.device) for group in groups}
             for i, batch in enumerate(seen):
-                stream[i], inputs = run_watched(block, stream[i], rows)
-                for role, x in inputs.items():
-                    found[role].add(x[batch.valid.to(self.device)])
+                stream[i], inputs = run_watched(block, stream[i])
+                for role, hessian in found.items():
+                    hessian.add(inputs[role][batch.valid.to(self.device)])
             see(index, tensors, found)
 
     def probe(self, trials: Trials, tokens: int, hessians: bool = True) -> dict[Hashable, float]:
@@ -137,18 +134,18 @@ class _Walk:
         stream, dense = self._embedded(seen), self._embedded(measured)
         running: dict[Hashable, list[Tensor]] = {}
         for index, tensors in self._blocks("probe"):
-            block = Block(self.config, index, tensors, self.device)
+            block = DecoderBlock(self.model, index, tensors, self.device)
             found: dict[str, Hessian] = {}
             for batch, hidden in zip(seen, stream, strict=True) if hessians else ():
-                for role, x in run_watched(block, hidden, self.model.rows)[1].items():
+                for role, x in run_watched(block, hidden)[1].items():
                     if role not in found:
                         found[role] = Hessian.zeros(x.shape[-1], self.device)
                     found[role].add(x[batch.valid.to(self.device)])
-            running = {key: _run(block, {}, states) for key, states in running.items()}
+            running = {key: [block(h) for h in states] for key, states in running.items()}
             for key, replaced in trials(index, tensors, found):
-                running[key] = _run(block, replaced, dense)
-            stream = _run(block, {}, stream) if hessians else stream
-            dense = _run(block, {}, dense)
+                running[key] = [run_replaced(block, h, replaced) for h in dense]
+            stream = [block(h) for h in stream] if hessians else stream
+            dense = [block(h) for h in dense]
         total: dict[Hashable, float] = dict.fromkeys(running, 0.0)
         predict = self._predictor()
         for i, batch in enumerate(measured):
@@ -161,12 +158,12 @@ class _Walk:
 
     def _embedded(self, batches: Sequence[Batch]) -> list[Tensor]:
         embedding = self.source.embedding().float()
-        return [nn.functional.embedding(b.tokens, embedding).to(self.device) for b in batches]
+        return [embed(self.model, b.tokens, embedding).to(self.device) for b in batches]
 
     def _blocks(self, what: str) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        for index in range(self.model.layers):
+        for index in range(len(self.model.layers)):
             if self.progress:
-                self.progress(f"{what} {index + 1}/{self.model.layers}", index, self.model.layers)
+                self.progress(f"{what} {index + 1}/{len(self.model.layers)}", index, len(self.model.layers))
             yield index, self.read_block(index)
 
     def _predictor(self) -> Callable[[Tensor], Tensor]:
@@ -176,8 +173,7 @@ class _Walk:
         head = closing[1] if len(closing) > 1 else self.source.embedding().float().to(self.device)
 
         def predict(hidden: Tensor) -> Tensor:
-            h = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + self.config.rms_norm_eps)
-            return ((h * gain) @ head.T).log_softmax(-1)
+            return logits(self.model, final_norm(self.model, hidden, gain), head).log_softmax(-1)
 
         return predict
 
@@ -189,19 +185,3 @@ def _drawn(batches: Sequence[Batch], tokens: int) -> tuple[list[Tensor], list[Te
     count = min(len(sequences), max(1, round(tokens / mean)))
     chosen = {int((i + 0.5) * len(sequences) / count) for i in range(count)}
     return [sequences[i] for i in sorted(chosen)], [s for i, s in enumerate(sequences) if i not in chosen]
-
-
-def _run(block: Block, replaced: Mapping[str, Tensor | Selection], hidden: Sequence[Tensor]) -> list[Tensor]:
-    """The block's outputs with some of its weights replaced, or some inputs selected."""
-    weights = {name: t for name, t in replaced.items() if isinstance(t, Tensor)}
-    selections = [(name, select_inputs(s)) for name, s in replaced.items() if isinstance(s, Selection)]
-    modules = {name: block.module.get_submodule(name.removesuffix(".weight")) for name in weights}
-    own = {name: module.weight for name, module in modules.items()}
-    try:
-        for name, module in modules.items():
-            module.weight = nn.Parameter(weights[name], requires_grad=False)
-        with hooked(block.module, selections):
-            return [block(h) for h in hidden]
-    finally:
-        for name, module in modules.items():
-            module.weight = own[name]

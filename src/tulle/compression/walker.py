@@ -1,76 +1,74 @@
 """The block walker: the only code that runs calibration activations through a model.
 
-Block by block: load, collect the statistics that the recipe's steps ask for, apply the steps row by row (qkv, o,
-gate_up, down), run the *compressed* block to get the next block's inputs, free. Two streams of hidden states are
-carried, the dense model's and the compressed model's; both live in files, so that memory is one block (dense and
-compressed), one batch of activations and the statistics, and a killed run continues from the files.
+Block by block: prepare (load, block steps), compress the groups of linears one after the other (qkv, o, gate_up, down:
+statistics of the group's input, then the recipe's linear steps), propagate (the outputs of the *compressed* block are
+the next block's inputs), free. Two streams of hidden states are carried, the dense model's and the compressed model's;
+both lie in files between blocks, so that a killed run continues from there. Inside a block every batch is parked at the
+group that is compressed (:mod:`tulle.compression.block_pass`): each stream costs one forward pass per block.
 
-**Fitting to the dense model.** A row sees inputs X of the compressed model, while the dense model would have given its
-linears X̃. With ``target: dense`` the wanted output is T = X̃·Wᵀ; for ``stream``, o and down also take over the error
+**Fitting to the dense model.** A group sees inputs X of the compressed model, while the dense model would have given
+its linears X̃. With ``target: dense`` the wanted output is T = X̃·Wᵀ; for ``stream``, o and down also take over the error
 (H̃ − H) of the residual stream. The least-squares weight for that,
 
-    W* = argmin ‖T − X·W*ᵀ‖² = W + R·(XᵀX + λI)⁻¹,   R = (T − X·Wᵀ)ᵀ·X,
+    W* = argmin ‖T − X·W*ᵀ‖² = W + R·(XᵀX + λI)⁻¹,   R = (T − X·Wᵀ)ᵀ·X = W·(X̃ − X)ᵀX + (H̃ − H)ᵀX,
 
 replaces W before the steps run, and min ‖T − X·Ŵᵀ‖² is then min tr((W* − Ŵ)·H·(W* − Ŵ)ᵀ), which is what GPTQ and
 SparseGPT already solve: no method needs to know. (The same aim as GPTAQ, Li et al. 2025, "asymmetric calibration".)
 
 **Transforms and quantised activations.** The recipe's block steps run first, on the whole block: what they fold into
-neighbours changes the dense block too (the same function), what runs on activations (transforms, quantisers of inputs,
+neighbours changes the dense block too (the same function); what runs on activations (transforms, quantisers of inputs,
 of keys and values) stands in front of the compressed block's linears while their statistics are taken. X above is then
-the transformed and rounded input, and W starts from W·T⁻ᵀ.
+the transformed and rounded input, X̃ the transformed one, and W is W·T⁻ᵀ.
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
+from tulle.compression.block_pass import Gap, ParkedBatches, advance
+from tulle.compression.hidden_states import HiddenStates, Parking
 from tulle.compression.recipe import Recipe, Step
+from tulle.core.activity import Counter, columns_of
 from tulle.core.grid import all_finite
-from tulle.core.hessian import Hessian
+from tulle.core.head_grids import HeadGrids
 from tulle.core.masks import PATTERNS, Pattern, follows, zero_share
+from tulle.core.quantised_input import QuantisedInput
 from tulle.core.rotation import Extremes
 from tulle.core.sample import Reservoir
 from tulle.core.token_grid import TokenGrid
 from tulle.core.topk import Selection
-from tulle.core.transform import Transform
+from tulle.core.transform import run
 from tulle.errors import UserError
-from tulle.hf.attention import IMPLEMENTATION, attach
-from tulle.inspect.activity import Counter, columns_of, counting
 from tulle.methods.contract import (
     BlockState,
     CompressedBlock,
+    Decisions,
     GroupState,
-    HeadGrids,
     LinearState,
     Progress,
-    Stage,
     Statistic,
     Statistics,
 )
-from tulle.models.anatomy import Anatomy, Row
-from tulle.models.batches import Batch, HiddenStates, batched
-from tulle.models.hooks import Gap, QuantisedInput, capture, run_compared, run_with_stream
-from tulle.models.skeleton import Block
+from tulle.models.batches import Batch
+from tulle.models.decoder import DecoderBlock, GroupInput
+from tulle.models.description import Decoder, Layer, LinearGroup
+from tulle.models.watch import run_with_stream
 
 SPARSE_FROM = 0.01
 """Share of exact zeros from which on a linear of a checkpoint counts as pruned."""
-FILLED = "the checkpoint's zeros are filled by a rotation or another map of its inputs; leave it out to keep them"
-
-__all__ = ["Batch", "BlockResult", "HiddenStates", "Walker", "batched"]
-
-
+DENSIFIED = "a rotation or another map of its inputs densified the checkpoint's zeros; leave it out to keep them"
 SAMPLE = 2048
-"""Tokens of an unbiased sample of a row's input."""
+"""Tokens of an unbiased sample of a group's input."""
+PARKED_BYTES = 2 << 30
+"""Activations of parked sequences up to here are kept in memory; more of them go to files."""
 
 
 @dataclass
@@ -94,51 +92,86 @@ class BlockResult:
     permutations: list[dict[str, Any]] = field(default_factory=list)
     """What channel permutations retained, per role."""
     activity: list[dict[str, Any]] = field(default_factory=list)
-    """What the tokens read, per role, in a block whose inputs are selected (:mod:`tulle.inspect.activity`)."""
+    """What the tokens read, per role, in a block whose inputs are selected (:mod:`tulle.core.activity`)."""
+
+
+@dataclass
+class _Work:
+    """A block while it is compressed."""
+
+    layer: Layer
+    dtypes: Mapping[str, torch.dtype]
+    """What tensors (relative names) are stored as if nothing quantises them."""
+    dense: DecoderBlock
+    compressed: DecoderBlock
+    """Shares every tensor with ``dense`` but those of linears that were compressed."""
+    groups: dict[str, GroupState]
+    """By role, in the order in which they run; those that the recipe has anything to do with."""
+    linear_roles: tuple[str, ...]
+    """Roles that linear steps target."""
+    changed: dict[str, Tensor]
+    """Tensors by relative name that block steps changed."""
+    attention: HeadGrids | None
+    notes: list[str]
+    permutations: list[dict[str, Any]]
+    inputs: dict[str, QuantisedInput] = field(default_factory=dict)
+    """In front of the compressed block's linears, by relative name."""
+    hooks: dict[str, Any] = field(default_factory=dict)
+    linear_seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def relative(self, linear: LinearState) -> str:
+        return linear.name.removeprefix(self.layer.prefix)
+
+    def input_of(self, group: LinearGroup, x: Tensor) -> Tensor:
+        """What meets the weights of the group's first linear in the compressed block."""
+        quantised = self.inputs.get(group.names[0])
+        return x if quantised is None else quantised(x)
+
+
+Found = tuple[Statistics, Tensor | None, Tensor | None]
+"""Of one group's input: statistics, (X̃ − X)ᵀX ``[C_in, C_in]`` and (H̃ − H)ᵀX ``[d, C_in]`` where they are wanted."""
 
 
 class Walker:
-    """Walks the blocks of one model. ``block(i)`` needs the hidden states that ``begin`` or ``block(i − 1)`` left."""
+    """Walks the blocks of one model. ``block(i)`` needs the hidden states that ``begin`` or ``block(i − 1)`` left.
+
+    ``decisions``: what the recipe's model steps decided; None: nothing. ``dtype``: what the blocks compute in;
+    statistics and weights are float32.
+    """
 
     def __init__(
         self,
-        config: PretrainedConfig,
-        model: Anatomy,
+        model: Decoder,
         recipe: Recipe,
         batches: Sequence[Batch],
         folder: Path,
+        decisions: Decisions | None = None,
         device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
         progress: Progress | None = None,
         seed: int = 0,
     ):
-        self._config, self._model, self._recipe, self._batches = config, model, recipe, batches
-        self._folder, self._device, self._progress, self._seed = folder, device, progress, seed
-        self._dtype = getattr(torch, recipe.calibration.compute)
+        self._model, self._recipe, self._batches, self._folder = model, recipe, batches, folder
+        self._decisions = decisions or Decisions()
+        self._device, self._dtype, self._progress, self._seed = device, dtype, progress, seed
+        self._valid = [batch.valid.to(device) for batch in batches]
+        tokens = sum(batch.tokens.numel() for batch in batches)
+        widest = max(group.inputs for group in model.layers[0].groups)
+        parked = 2 * tokens * (model.hidden + widest) * dtype.itemsize
+        self._parking = Parking(folder, on_disk=parked > PARKED_BYTES)
         self._seconds: dict[str, float] = {}
-        self.kept: dict[str, int] = {}
-        """Mixed precision: full linear name → bits."""
-        self.kept_inputs: dict[str, int] = {}
-        self.sparsity: dict[str, float] = {}
-        """Allocation: full linear name → share to prune."""
-        self.input_sparsity: dict[str, float] = {}
-        """Allocation: full linear name → share of inputs to drop."""
-        self.residual: tuple[Transform, ...] = ()
-        """Maps of the residual stream that the tensors given to :meth:`block` already have."""
 
     def states(self, path: str, block: int) -> HiddenStates:
         """Inputs of ``block`` on the ``dense`` or the ``compressed`` path; the same file for block 0."""
-        return HiddenStates(
-            self._folder / f"{path if block else 'dense'}-{block}.bin", self._batches, self._model.hidden
-        )
-
-    def _hidden(self, path: str, block: int, batch: int) -> Tensor:
-        return self.states(path, block).read(batch).to(self._device)
+        file = self._folder / f"{path if block else 'dense'}-{block}.bin"
+        return HiddenStates(file, self._batches, self._model.hidden)
 
     def begin(self, embedding: Tensor) -> None:
         """Looks the tokens up in the embedding ``[V, d]``."""
         states = self.states("dense", 0)
         for i, batch in enumerate(self._batches):
-            states.write(i, nn.functional.embedding(batch.tokens, embedding))
+            hidden = nn.functional.embedding(batch.tokens, embedding).float()
+            states.write(i, hidden * self._model.embedding_scale)
 
     @torch.no_grad()
     def block(
@@ -148,375 +181,354 @@ class Walker:
 
         ``dtypes``: what each tensor is stored as if nothing quantises it; None: its own.
         """
-        dtypes = dtypes or {name: tensor.dtype for name, tensor in tensors.items()}
         self._seconds = defaultdict(float)
+        work = self._prepare(index, tensors, dtypes or {name: t.dtype for name, t in tensors.items()})
+        phases = self._recipe.phases()
+        fitted: set[str] = set()
+        for steps, refining in phases[:-1]:
+            self._compress(work, steps, fitted)
+            for step in refining:
+                self._refine(work, step)
+        steps, refining = phases[-1]
+        if refining or (steps and not self._recipe.calibration.sequential):
+            self._compress(work, steps, fitted)
+            for step in refining:
+                self._refine(work, step)
+            steps = []
+        # The last pass over the block also leaves the next one's inputs.
+        gap, counters = self._compress(work, steps, fitted, propagate=True)
+        linears = [linear for group in work.groups.values() for linear in group.linears]
+        names = [linear.name for linear in work.layer.linears()]
+        return BlockResult(
+            index=index,
+            linears=linears,
+            tensors={n: t for n, t in work.changed.items() if n.removesuffix(".weight") not in names},
+            output_errors={work.layer.prefix + name: gap.share(name) for name in names},
+            block_error=gap.share(""),
+            seconds=dict(self._seconds),
+            linear_seconds={linear.name: work.linear_seconds[linear.name] for linear in linears},
+            attention=work.attention,
+            notes=work.notes,
+            permutations=work.permutations,
+            activity=[{"role": role} | counter.result() for role, counter in counters.items()],
+        )
+
+    # Prepare
+
+    def _prepare(self, index: int, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> _Work:
+        """The block in both forms, block steps applied, every linear's state at the start of the linear steps."""
+        layer = self._model.layers[index]
         weights = {name: t.float().to(self._device) for name, t in tensors.items()}
-        names = {name: self._model.block_prefix(index) + name for row in self._model.rows for name in row.linears}
-        block_steps = self._recipe.stage("block")
-        attention, notes, permutations = None, [], []
-        if block_steps:
-            state = self._prepare(index, tensors, weights, block_steps)
-            attention, notes, permutations = state.attention, state.notes, state.permutations
-            groups = state.groups
-            changed = self._rewritten(state, weights)
+        linear_roles = tuple(g.role for g in layer.groups if self._recipe.steps_for(g.role, "linear"))
+        attention, notes, permutations, changed = None, [], [], {}
+        if self._recipe.stage("block"):
+            state = self._run_block_steps(layer, weights)
+            attention, notes, permutations, groups = state.attention, state.notes, state.permutations, state.groups
+            changed = rewritten(layer, state, weights)
             weights |= changed
         else:
-            groups = {}
-            for row in self._model.rows:
-                if self._recipe.steps_for(row.role, "linear") or self._recipe.stage("model"):
-                    groups[row.role] = self._group(row, index, weights, Statistics(), None)
-            changed = {}
+            planned = bool(self._recipe.stage("model"))
+            touched = [group for group in layer.groups if planned or group.role in linear_roles]
+            groups = {group.role: group_state(layer, group, weights, Statistics()) for group in touched}
         # Both share every tensor; a compressed linear gets a new one.
         cast = {name: tensor.to(self._dtype) for name, tensor in weights.items()}
         dense, compressed = (
-            self._block(index, cast, implementation)
-            for implementation in ("sdpa", IMPLEMENTATION if attention else "sdpa")
+            DecoderBlock(self._model, index, cast, self._device, self._dtype) for _ in ("dense", "compressed")
         )
-        self._attach(compressed, attention)
-        linear_seconds: dict[str, float] = {}
-        dtype = {name: dtypes[f"{name}.weight"] for name in names}
-        untouched = [r for r in groups if not self._recipe.steps_for(r, "linear")]
-        for role, group in groups.items():
-            group.block = compressed.module
+        work = _Work(
+            layer, dtypes, dense, compressed, groups, linear_roles, changed, attention, notes, permutations
+        )  # fmt: skip
+        for group in groups.values():
             group.statistics = Statistics()
             for linear in group.linears:
-                linear.kept_bits = self.kept.get(linear.name)
-                linear.allotted = self.sparsity.get(linear.name)
+                linear.kept_bits = self._decisions.kept.get(linear.name)
+                linear.allotted = self._decisions.sparsity.get(linear.name)
                 linear.weight = linear.folded() if linear.transform else linear.dense
                 hold_zeros(linear)
-                self._install(compressed.module.get_submodule(self._relative(linear)), linear)
-            self._share_inputs(compressed.module, group)
-            if role in untouched:
-                for linear in group.linears:
-                    self._finish(compressed.module, linear, dtype[self._relative(linear)])
-        rows = [row for row in self._model.rows if row.role in groups and row.role not in untouched]
-        fitted: set[str] = set()
-        for steps, refining in self._recipe.phases():
-            phase = [row for row in rows if any(row.role in step.targets for step in steps)]
-            fit = {row.role for row in phase} - fitted
-            statistics = None
-            if not self._recipe.calibration.sequential:
-                statistics = self._collect(dense, compressed, phase, groups, index, fit=fit)
-            for row in phase:
-                self._report(index, rows.index(row), row.role)
-                found = statistics or self._collect(dense, compressed, [row], groups, index, fit=fit)
-                group = groups[row.role]
-                group.statistics, cross = found.pop(row.role)
-                self._fit(group, cross)
-                begun = time.perf_counter()
-                for step in steps:
-                    if row.role in step.targets:
-                        with self._timed(step.name):
-                            step.method.apply(group)
-                for linear in group.linears:
-                    self._finish(compressed.module, linear, dtype[self._relative(linear)])
-                    spent = (time.perf_counter() - begun) / len(group.linears)
-                    linear_seconds[linear.name] = linear_seconds.get(linear.name, 0.0) + spent
-                group.statistics = Statistics()
-            fitted |= {row.role for row in phase}
-            for step in refining:
-                self._report(index, len(rows), step.name)
-                with self._timed(step.name):
-                    self._refine(step, dense, compressed, groups, index, dtype, notes)
-        self._report(index, len(rows), "propagate")
-        sparse = any(linear.input_selection for group in groups.values() for linear in group.linears)
-        counters = self._counters(compressed) if sparse else {}
-        with self._timed("forward"):
-            errors, block_error = self._propagate(dense, compressed, index, counters)
-        linears = [linear for row in self._model.rows if row.role in groups for linear in groups[row.role].linears]
-        for linear in linears:
-            linear_seconds.setdefault(linear.name, 0.0)
-        kept = {name: tensor for name, tensor in changed.items() if name.removesuffix(".weight") not in names}
-        return BlockResult(
-            index, linears, kept, errors, block_error, dict(self._seconds), linear_seconds, attention, notes,
-            permutations, [{"role": role} | counter.result() for role, counter in counters.items()],
-        )  # fmt: skip
+                self._install(work, linear)
+            self._put_inputs_in_front(work, group)
+            if group.role not in linear_roles:
+                self._finish(work, group)
+        return work
 
-    def _prepare(
-        self, index: int, tensors: Mapping[str, Tensor], weights: dict[str, Tensor], steps: Sequence[Step]
-    ) -> BlockState:
-        """Runs the recipe's block steps on the block, its inputs seen once, before any of them."""
-        block = self._block(index, tensors)
-        rows = {row.role: row for row in self._model.rows}
-        needs = {role: self._needs(role, "block") for role in rows}
-        found = self._collect(block, block, [row for row in rows.values() if needs[row.role]], {}, index, "block")
+    def _run_block_steps(self, layer: Layer, weights: Mapping[str, Tensor]) -> BlockState:
+        """Runs the recipe's block steps; the block's inputs are seen once, before any of them."""
+        needs = {group.role: self._needs(group.role, "block") for group in layer.groups}
+        found: dict[str, Statistics] = {}
+        if any(needs.values()):
+            found = self._statistics_of_dense(layer, weights, needs)
         groups = {
-            role: self._group(row, index, weights, found[role][0] if role in found else Statistics(), block.module)
-            for role, row in rows.items()
+            group.role: group_state(layer, group, weights, found.get(group.role, Statistics()))
+            for group in layer.groups
         }
-        prefix = self._model.block_prefix(index)
         by_name = {linear.name: linear for group in groups.values() for linear in group.linears}
-        for group in groups.values():
-            for linear in group.linears:
-                linear.allotted_inputs = self.input_sparsity.get(linear.name)
+        for linear in by_name.values():
+            linear.allotted_inputs = self._decisions.input_sparsity.get(linear.name)
+        mixer = layer.mixer
         state = BlockState(
-            index=index,
+            index=layer.index,
             groups=groups,
-            gains={role: weights[f"{row.norm}.weight"] for role, row in rows.items() if row.norm},
-            biases={
-                n: weights[f"{n.removeprefix(prefix)}.bias"]
-                for n in by_name
-                if f"{n.removeprefix(prefix)}.bias" in weights
-            },
-            producers={role: tuple(by_name[prefix + n] for n in row.producers) for role, row in rows.items()},
-            heads=self._model.heads,
-            kv_heads=self._model.kv_heads,
-            head_dim=self._model.head_dim,
+            gains={group.role: weights[f"{group.norm}.weight"] for group in layer.groups if group.norm},
+            biases={layer.prefix + x.name: weights[f"{x.name}.bias"] for x in layer.linears() if x.bias},
+            producers={g.role: tuple(by_name[layer.prefix + name] for name in g.producers) for g in layer.groups},
+            heads=mixer.heads,
+            kv_heads=mixer.kv_heads,
+            head_dim=mixer.head_dim,
             seed=self._seed,
-            residual=self.residual,
+            residual=self._decisions.residual,
         )
         outputs: list[Tensor] = []
-        for step in steps:
-            self._report(index, 0, step.name)
+        for step in self._recipe.stage("block"):
+            self._report(layer.index, 0, step.name)
             with self._timed(step.name):
                 if step.method.learns:
-                    outputs = outputs or self._dense_outputs(index, weights)
-                    current = Block(
-                        self._config,
-                        index,
-                        weights | self._rewritten(state, weights),
-                        self._device,
-                        IMPLEMENTATION if state.attention else "sdpa",
-                    )
-                    self._attach(current, state.attention)
-                    state.module, state.forward = current.module, current.__call__
-                    state.batches = partial(self._learning_batches, index, outputs)
+                    outputs = outputs or self._dense_outputs(layer.index, weights)
+                    self._lend_block(state, layer, weights, outputs)
                 step.method.prepare(state, step.targets)
-        for group in groups.values():
-            for linear in group.linears:
-                bits = self.kept_inputs.get(linear.name)
-                if bits is not None and linear.input_grid is not None:
-                    linear.input_grid = None if bits >= 16 else replace(linear.input_grid, bits=bits)
+        for linear in by_name.values():
+            bits = self._decisions.kept_inputs.get(linear.name)
+            if bits is not None and linear.input_grid is not None:
+                linear.input_grid = None if bits >= 16 else replace(linear.input_grid, bits=bits)
         return state
 
-    def _refine(
-        self,
-        step: Step,
-        dense: Block,
-        compressed: Block,
-        groups: Mapping[str, GroupState],
-        index: int,
-        dtype: Mapping[str, torch.dtype],
-        notes: list[str],
+    def _statistics_of_dense(
+        self, layer: Layer, weights: Mapping[str, Tensor], needs: Mapping[str, frozenset[Statistic]]
+    ) -> dict[str, Statistics]:
+        """Of the inputs of the block's groups as they are before any step, on the compressed model's hidden states."""
+        block = DecoderBlock(self._model, layer.index, weights, self._device, self._dtype)
+        with self._timed("forward"):
+            path = ParkedBatches(block, self._hidden("compressed", layer.index), self._parking)
+        found: dict[str, Statistics] = {}
+        last = [group.role for group in layer.groups if needs[group.role]][-1]
+        for group in layer.groups:
+            if needs[group.role]:
+                with self._timed("statistics"):
+                    found[group.role] = self._statistics(path.given, needs[group.role], lambda x: x)
+            if group.role == last:
+                return found
+            with self._timed("forward"):
+                for i in range(len(self._batches)):
+                    path.send(i, path.outputs(i))
+        return found
+
+    def _lend_block(
+        self, state: BlockState, layer: Layer, weights: Mapping[str, Tensor], outputs: Sequence[Tensor]
     ) -> None:
+        """Gives a learned method the block as the steps so far left it, float32, and the batches to train on."""
+        current = dict(weights) | rewritten(layer, state, weights)
+        block, attention = DecoderBlock(self._model, layer.index, current, self._device), state.attention
+
+        def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+            yield from zip(self._hidden("compressed", layer.index), outputs, self._valid, strict=True)
+
+        state.module, state.forward = block, lambda hidden: block(hidden, attention)
+        state.batches = batches
+
+    def _dense_outputs(self, index: int, weights: Mapping[str, Tensor]) -> list[Tensor]:
+        block = DecoderBlock(self._model, index, weights, self._device, self._dtype)
+        return [block(hidden).float() for hidden in self._hidden("dense", index)]
+
+    # Compress the groups, and propagate
+
+    def _compress(
+        self, work: _Work, steps: Sequence[Step], fitted: set[str], propagate: bool = False
+    ) -> tuple[Gap, dict[str, Counter]]:
+        """One pass over the block, in which ``steps`` compress the groups they target; roles that it fits to the
+        dense model join ``fitted``. With ``propagate`` it leaves the next block's inputs.
+
+        Returns how far the outputs of linears and block are from the dense model's, and what the tokens read of
+        selected inputs.
+        """
+        index = work.layer.index
+        targeted = [role for role in work.linear_roles if any(role in step.targets for step in steps)]
+        sequential = self._recipe.calibration.sequential
+        gap, counters = Gap(), self._counters(work) if propagate else {}
+        with self._timed("forward"):
+            dense = ParkedBatches(work.dense, self._hidden("dense", index), self._parking)
+            compressed = ParkedBatches(
+                work.compressed, self._hidden("compressed", index), self._parking, work.attention
+            )
+        seen: list[tuple[GroupState, Found]] = []
+        for group in work.layer.groups:
+            if group.role in targeted:
+                self._report(index, work.linear_roles.index(group.role), group.role)
+                fit = group.role not in fitted and self._recipe.calibration.target != "layer"
+                found = self._collect(work, group, dense.given, compressed.given, fit)
+                fitted.add(group.role)
+                if sequential:
+                    self._apply(work, work.groups[group.role], steps, found)
+                else:
+                    seen.append((work.groups[group.role], found))
+            if counter := counters.get(group.role):
+                for given, valid in zip(compressed.given, self._valid, strict=True):
+                    counter.see(work.input_of(group, given.x), valid)
+            if not propagate and group.role == targeted[-1]:
+                break
+            with self._timed("forward"):
+                ends = advance(dense, compressed, group, self._valid, gap)
+        for state, found in seen:
+            self._apply(work, state, steps, found)
+        if propagate:
+            self._report(index, len(work.linear_roles), "propagate")
+            for i, (wanted, left) in enumerate(ends):
+                gap.add("", wanted, left, self._valid[i])
+                self.states("dense", index + 1).write(i, wanted)
+                self.states("compressed", index + 1).write(i, left)
+        for quantised in work.inputs.values():
+            quantised.forget()
+        return gap, counters
+
+    def _collect(
+        self, work: _Work, group: LinearGroup, dense: Sequence[GroupInput], compressed: Sequence[GroupInput], fit: bool
+    ) -> Found:
+        """Statistics of the group's input in the compressed block, and what fitting to the dense model needs."""
+        needs = self._needs(group.role, "linear")
+        with self._timed("statistics"):
+            if not fit or "hessian" not in needs:
+                return self._statistics(compressed, needs, lambda x: work.input_of(group, x)), None, None
+            transform = work.groups[group.role].linears[0].transform
+            cross = torch.zeros(group.inputs, group.inputs, device=self._device)
+            lag = None
+            if self._recipe.calibration.target == "stream" and compressed[0].adds:
+                lag = torch.zeros(self._model.hidden, group.inputs, device=self._device)
+
+            def compare(i: int, x: Tensor) -> None:
+                there, here, valid = dense[i], compressed[i], self._valid[i]
+                cross.addmm_((run(transform, there.x[valid].float()) - x).T, x)
+                if lag is not None:
+                    lag.addmm_((there.residual[valid].float() - here.residual[valid].float()).T, x)
+
+            return self._statistics(compressed, needs, lambda x: work.input_of(group, x), compare), cross, lag
+
+    def _statistics(
+        self,
+        given: Sequence[GroupInput],
+        needs: frozenset[Statistic],
+        prepare: Callable[[Tensor], Tensor],
+        see: Callable[[int, Tensor], None] | None = None,
+    ) -> Statistics:
+        """What a step wants to know of the inputs of a group, after ``prepare``; ``see`` is shown the real tokens
+        ``[T, C_in]`` of every batch."""
+        found = Statistics()
+        extremes, reservoir = None, None
+        for i, (batch, valid) in enumerate(zip(given, self._valid, strict=True)):
+            x = prepare(batch.x)[valid].float()
+            found.add(x, needs)
+            if see is not None:
+                see(i, x)
+            if "rows" in needs:
+                extremes = extremes or Extremes(x.shape[-1], seed=self._seed)
+                extremes.add(x)
+            if "sample" in needs:
+                reservoir = reservoir or Reservoir(SAMPLE, self._seed)
+                reservoir.add(x)
+        found.rows = None if extremes is None else extremes.rows
+        found.sample = None if reservoir is None else reservoir.rows
+        return found
+
+    def _apply(self, work: _Work, group: GroupState, steps: Sequence[Step], found: Found) -> None:
+        """Fits a group's weights to the dense model where that is wanted, and runs the steps on it."""
+        group.statistics, cross, lag = found
+        if cross is not None:
+            with self._timed("statistics"):
+                fit_to_dense(group, cross, lag, self._recipe.calibration.target_damping)
+        begun = time.perf_counter()
+        for step in steps:
+            if group.role in step.targets:
+                with self._timed(step.name):
+                    step.method.apply(group)
+        self._finish(work, group)
+        for linear in group.linears:
+            work.linear_seconds[linear.name] += (time.perf_counter() - begun) / len(group.linears)
+        group.statistics = Statistics()
+
+    def _finish(self, work: _Work, group: GroupState) -> None:
+        """Puts the effective weights, as they will be stored, into the compressed block."""
+        for linear in group.linears:
+            if linear.quantised is None:
+                linear.weight = linear.weight.to(work.dtypes[f"{work.relative(linear)}.weight"]).float()
+            if not all_finite(linear.weight):
+                raise UserError(
+                    f"expected finite weights after the recipe's steps, found NaN or Inf in {linear.name}; raise the "
+                    "damping"
+                )
+            self._install(work, linear)
+        self._put_inputs_in_front(work, group)
+
+    def _install(self, work: _Work, linear: LinearState) -> None:
+        module = work.compressed.get_submodule(work.relative(linear))
+        module.weight = nn.Parameter(linear.weight.to(work.compressed.dtype), requires_grad=False)
+
+    def _put_inputs_in_front(self, work: _Work, group: GroupState) -> None:
+        """Transforms, quantisers and selections in front of a group's linears; siblings see one result."""
+        shared: dict[tuple[TokenGrid | None, Selection | None], QuantisedInput] = {}
+        for linear in group.linears:
+            name, found = work.relative(linear), (linear.input_grid, linear.input_selection)
+            if hook := work.hooks.pop(name, None):
+                hook.remove()
+                del work.inputs[name]
+            if linear.transform or any(part is not None for part in found):
+                quantised = shared.setdefault(found, QuantisedInput(linear.transform, *found))
+                module = work.compressed.get_submodule(name)
+                work.inputs[name], work.hooks[name] = quantised, module.register_forward_pre_hook(quantised.pre_hook)
+
+    # Refine
+
+    def _refine(self, work: _Work, step: Step) -> None:
         """Runs a refine step on the compressed block, in float32, and puts its linears back as they will be stored."""
-        middle = self._model.row("down").residual
-        assert middle is not None
-        wanted = [run_with_stream(dense, self._hidden("dense", index, i), middle) for i in range(len(self._batches))]
+        index = work.layer.index
+        self._report(index, len(work.linear_roles), step.name)
+        with self._timed(step.name):
+            wanted = [run_with_stream(work.dense, hidden) for hidden in self._hidden("dense", index)]
 
-        def batches() -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-            for i, batch in enumerate(self._batches):
-                yield self._hidden("compressed", index, i), *wanted[i], batch.valid.to(self._device)
+            def batches() -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+                for i, hidden in enumerate(self._hidden("compressed", index)):
+                    yield hidden, *wanted[i], self._valid[i]
 
-        compressed.to(torch.float32)
-        touched = {role: group for role, group in groups.items() if role in step.targets}
-        modules: dict[str, nn.Linear] = {}
-        for group in touched.values():
-            for linear in group.linears:
-                module = compressed.module.get_submodule(self._relative(linear))
+            work.compressed.to(torch.float32)
+            touched = {role: group for role, group in work.groups.items() if role in step.targets}
+            modules: dict[str, nn.Linear] = {}
+            for linear in (linear for group in touched.values() for linear in group.linears):
+                module = work.compressed.get_submodule(work.relative(linear))
                 assert isinstance(module, nn.Linear)
                 modules[linear.name] = module
 
-        def forward(hidden: Tensor) -> tuple[Tensor, Tensor]:
-            return run_with_stream(compressed, hidden, middle)
+            def forward(hidden: Tensor) -> tuple[Tensor, Tensor]:
+                return run_with_stream(work.compressed, hidden, work.attention)
 
-        state = CompressedBlock(index, touched, compressed.module, modules, forward, batches)
-        step.method.refine(state, step.targets)
-        notes += state.notes
-        compressed.to(self._dtype)
-        for group in touched.values():
-            for linear in group.linears:
-                self._finish(compressed.module, linear, dtype[self._relative(linear)])
+            state = CompressedBlock(index, touched, work.compressed, modules, forward, batches)
+            step.method.refine(state, step.targets)
+            work.notes += state.notes
+            work.compressed.to(self._dtype)
+            for group in touched.values():
+                self._finish(work, group)
 
-    def _dense_outputs(self, index: int, weights: Mapping[str, Tensor]) -> list[Tensor]:
-        block = self._block(index, weights)
-        return [block(self._hidden("dense", index, i)) for i in range(len(self._batches))]
+    # Small things
 
-    def _learning_batches(self, index: int, outputs: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for i, batch in enumerate(self._batches):
-            yield self._hidden("compressed", index, i), outputs[i], batch.valid.to(self._device)
+    def _hidden(self, path: str, block: int) -> Iterator[Tensor]:
+        states = self.states(path, block)
+        return (states.read(i).to(self._device) for i in range(len(self._batches)))
 
-    def _rewritten(self, state: BlockState, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The block's tensors that block steps changed, by relative name."""
-        prefix = self._model.block_prefix(state.index)
-        tensors = {f"{n.removeprefix(prefix)}.bias": bias for n, bias in state.biases.items()}
-        for row in self._model.rows:
-            if row.norm:
-                tensors[f"{row.norm}.weight"] = state.gains[row.role]
-            for linear in state.groups[row.role].linears:
-                tensors[f"{self._relative(linear)}.weight"] = linear.dense
-        return {name: tensor for name, tensor in tensors.items() if tensor is not weights[name]}
+    def _needs(self, role: str, stage: str) -> frozenset[Statistic]:
+        return frozenset().union(*(step.method.needs for step in self._recipe.steps_for(role, stage)))  # type: ignore[arg-type]
 
-    def _block(self, index: int, weights: Mapping[str, Tensor], attention: str = "sdpa") -> Block:
-        return Block(self._config, index, weights, self._device, attention, self._dtype)
-
-    def _attach(self, block: Block, attention: HeadGrids | None) -> None:
-        if attention is not None:
-            attach(block.module.get_submodule(self._model.attention), attention)
-
-    def _collect(
-        self,
-        dense: Block,
-        compressed: Block,
-        rows: Sequence[Row],
-        groups: Mapping[str, GroupState],
-        index: int,
-        stage: Stage = "linear",
-        fit: Set[str] = frozenset(),
-    ) -> dict[str, tuple[Statistics, dict[str, Tensor]]]:
-        """Per role: the statistics of the row's input and, for roles to ``fit`` to the dense model, R ``[C_out, C_in]``
-        of each linear (see above)."""
-        needs = {row.role: self._needs(row.role, stage) for row in rows}
-        target = self._recipe.calibration.target
-        fits = {role: role in fit and "hessian" in n and target != "layer" for role, n in needs.items()}
-        found: dict[str, tuple[Statistics, dict[str, Tensor]]] = {row.role: (Statistics(), {}) for row in rows}
-        samplers: dict[str, Extremes] = {}
-        drawn: dict[str, Reservoir] = {}
-        rows = [row for row in rows if needs[row.role]]
-        if not rows:
-            return found
-        for i, batch in enumerate(self._batches):
-            valid = batch.valid.to(self._device)
-            with self._timed("forward"):
-                inputs = capture(compressed, self._hidden("compressed", index, i), rows)
-                wanted = [row for row in rows if fits[row.role]]
-                dense_inputs = {} if not wanted else capture(dense, self._hidden("dense", index, i), wanted)
-            with self._timed("statistics"):
-                for row in rows:
-                    x, stream = inputs.pop(row.role)
-                    statistics, cross = found[row.role]
-                    x = x[valid].float()
-                    statistics.add(x, needs[row.role])
-                    if "rows" in needs[row.role]:
-                        samplers.setdefault(row.role, Extremes(x.shape[-1], seed=self._seed)).add(x)
-                    if "sample" in needs[row.role]:
-                        drawn.setdefault(row.role, Reservoir(SAMPLE, self._seed)).add(x)
-                    if not fits[row.role]:
-                        continue
-                    dense_x, dense_stream = dense_inputs.pop(row.role)
-                    lag = None
-                    if target == "stream" and stream is not None and dense_stream is not None:
-                        lag = (dense_stream - stream)[valid].float()
-                    dense_x = dense_x[valid].float()
-                    for name, linear in zip(row.linears, groups[row.role].linears, strict=True):
-                        # The biases cancel.
-                        if linear.transform:
-                            gap = nn.functional.linear(dense_x, linear.dense)
-                            gap -= nn.functional.linear(x, linear.weight)
-                        else:
-                            gap = nn.functional.linear(dense_x - x, linear.dense)
-                        gap = gap if lag is None else gap + lag
-                        if name not in cross:
-                            cross[name] = torch.zeros(gap.shape[1], x.shape[-1], device=gap.device)
-                        cross[name].addmm_(gap.T, x)
-        for role, sampler in samplers.items():
-            found[role][0].rows = sampler.rows
-        for role, reservoir in drawn.items():
-            found[role][0].sample = reservoir.rows
-        return found
-
-    def _needs(self, role: str, stage: Stage) -> frozenset[Statistic]:
-        return frozenset().union(*(step.method.needs for step in self._recipe.steps_for(role, stage)))
-
-    def _group(
-        self, row: Row, index: int, weights: Mapping[str, Tensor], statistics: Statistics, block: nn.Module | None
-    ) -> GroupState:
-        prefix = self._model.block_prefix(index)
-        linears = []
-        for name in row.linears:
-            weight = weights[f"{name}.weight"]
-            linears.append(LinearState(name=prefix + name, weight=weight, dense=weight, role=row.role))
-        return GroupState(row.role, linears, statistics, block if block is not None else nn.Identity())
-
-    def _relative(self, linear: LinearState) -> str:
-        """Name within the block."""
-        for row in self._model.rows:
-            for name in row.linears:
-                if linear.name.endswith("." + name):
-                    return name
-        raise KeyError(linear.name)
-
-    def _fit(self, group: GroupState, cross: dict[str, Tensor]) -> None:
-        """Gives each linear W* for W where the recipe fits to the dense model."""
-        hessian = group.statistics.hessian
-        for linear in group.linears:
-            gap = cross.pop(self._relative(linear), None)
-            if gap is not None and hessian is not None:
-                with self._timed("statistics"):
-                    fit = _least_squares(gap, hessian, self._recipe.calibration.target_damping)
-                    linear.weight = linear.weight + fit
-
-    def _install(self, module: nn.Module, linear: LinearState) -> None:
-        module.weight = nn.Parameter(linear.weight.to(self._dtype), requires_grad=False)
-
-    def _share_inputs(self, block: nn.Module, group: GroupState) -> None:
-        """Transforms and quantisers in front of a group's linears; siblings see one result."""
-        hooks: dict[tuple[TokenGrid | None, Selection | None], QuantisedInput] = {}
-        for linear in group.linears:
-            if linear.transform or linear.input_grid or linear.input_selection:
-                found = (linear.input_grid, linear.input_selection)
-                hook = hooks.setdefault(found, QuantisedInput(linear.transform, *found))
-                block.get_submodule(self._relative(linear)).register_forward_pre_hook(hook)
-
-    def _finish(self, block: nn.Module, state: LinearState, dtype: torch.dtype) -> None:
-        """Puts the effective weight, as it will be stored, into the compressed block."""
-        module = block.get_submodule(self._relative(state))
-        if state.quantised is None:
-            state.weight = state.weight.to(dtype).float()
-        if not all_finite(state.weight):
-            raise UserError(
-                f"expected finite weights after the recipe's steps, found NaN or Inf in {state.name}; raise the damping"
-            )
-        self._install(module, state)
-        found = {key: hook for key, hook in module._forward_pre_hooks.items() if isinstance(hook, QuantisedInput)}
-        if state.input_grid is not None and all(hook.grid is None for hook in found.values()):
-            # A linear step brought its own quantiser.
-            for key in found:
-                del module._forward_pre_hooks[key]
-            module.register_forward_pre_hook(QuantisedInput(state.transform, state.input_grid, state.input_selection))
-
-    def _counters(self, block: Block) -> dict[str, Counter]:
-        """One per role, to count what the tokens read of the block as it will be stored."""
+    def _counters(self, work: _Work) -> dict[str, Counter]:
+        """One per role, to count what the tokens read of the block as it will be stored; none without selections."""
+        if not any(linear.input_selection for group in work.groups.values() for linear in group.linears):
+            return {}
         found = {}
-        for row in self._model.rows:
-            weights = [block.module.get_submodule(name).weight for name in row.linears]
-            found[row.role] = Counter(columns_of(weights))  # type: ignore[arg-type]
+        for group in work.layer.groups:
+            weights = [work.compressed.get_submodule(name).weight for name in group.names]
+            found[group.role] = Counter(columns_of(weights))  # type: ignore[arg-type]
         return found
-
-    def _propagate(
-        self, dense: Block, compressed: Block, index: int, counters: Mapping[str, Counter]
-    ) -> tuple[dict[str, float], float]:
-        """Runs both blocks, leaves their outputs as the next block's inputs, and compares every linear's output.
-
-        Counts what the tokens read of the roles in ``counters``.
-        """
-        names = [name for row in self._model.rows for name in row.linears]
-        gap = Gap()
-        for i, batch in enumerate(self._batches):
-            gap.valid = batch.valid.to(self._device)
-            hidden = self._hidden("dense", index, i)
-            reference = run_compared(dense, hidden, names, gap.keep)
-            hidden = self._hidden("compressed", index, i)
-            with counting(compressed.module, self._model.rows, counters, gap.valid):
-                hidden = run_compared(compressed, hidden, names, gap.compare)
-            gap.keep("", reference)
-            gap.compare("", hidden)
-            self.states("dense", index + 1).write(i, reference)
-            self.states("compressed", index + 1).write(i, hidden)
-        prefix = self._model.block_prefix(index)
-        return {prefix + name: gap.share(name) for name in names}, gap.share("")
 
     def _timed(self, stage: str) -> _Timer:
         return _Timer(self._seconds, stage)
 
     def _report(self, index: int, number: int, what: str) -> None:
         if self._progress:
-            per_block = len(self._model.rows) + 1
-            self._progress(
-                f"block {index + 1}/{self._model.layers} {what}",
-                index * per_block + number,
-                self._model.layers * per_block,
-            )
+            per_block, layers = len(self._model.layers[index].groups) + 1, len(self._model.layers)
+            self._progress(f"block {index + 1}/{layers} {what}", index * per_block + number, layers * per_block)
 
 
 @dataclass
@@ -532,20 +544,58 @@ class _Timer:
         self.seconds[self.stage] += time.perf_counter() - self.begun
 
 
+def group_state(layer: Layer, group: LinearGroup, weights: Mapping[str, Tensor], statistics: Statistics) -> GroupState:
+    """A group's linears before any step."""
+    linears = []
+    for name in group.names:
+        weight = weights[f"{name}.weight"]
+        linears.append(LinearState(name=layer.prefix + name, weight=weight, dense=weight, role=group.role))
+    return GroupState(group.role, linears, statistics)
+
+
+def rewritten(layer: Layer, state: BlockState, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The block's tensors that block steps changed, by relative name."""
+    tensors = {f"{name.removeprefix(layer.prefix)}.bias": bias for name, bias in state.biases.items()}
+    for group in layer.groups:
+        if group.norm:
+            tensors[f"{group.norm}.weight"] = state.gains[group.role]
+        for linear in state.groups[group.role].linears:
+            tensors[f"{linear.name.removeprefix(layer.prefix)}.weight"] = linear.dense
+    return {name: tensor for name, tensor in tensors.items() if tensor is not weights[name]}
+
+
+def fit_to_dense(group: GroupState, cross: Tensor, lag: Tensor | None, damping: float) -> None:
+    """Gives each linear W* for W (see above), from (X̃ − X)ᵀX ``[C_in, C_in]`` and (H̃ − H)ᵀX ``[d, C_in]``."""
+    hessian = group.statistics.hessian
+    assert hessian is not None
+    right = torch.cat([linear.weight @ cross for linear in group.linears])
+    if lag is not None:
+        right += lag
+    # H is 2·XᵀX/T.
+    fits = hessian.solve(right * (2.0 / hessian.tokens), damping)
+    for linear, fit in zip(group.linears, fits.split([len(x.weight) for x in group.linears]), strict=True):
+        linear.weight = linear.weight + fit
+
+
 def hold_zeros(linear: LinearState) -> None:
     """Takes the zeros of a checkpoint that was pruned before for the linear's mask, which every method keeps.
 
-    A transform that mixes channels has filled them by now; the report says so.
+    A transform that mixes channels has densified them by now; the report says so.
     """
     if linear.mask is not None or zero_share(linear.dense) < SPARSE_FROM:
         return
     if zero_share(linear.weight) < SPARSE_FROM:
-        linear.notes.append(FILLED)
+        linear.notes.append(DENSIFIED)
         return
     linear.mask = linear.weight != 0
     linear.pattern = next((text for text in PATTERNS if follows(linear.mask, Pattern.parse(text))), None)
 
 
-def _least_squares(cross: Tensor, hessian: Hessian, damping: float) -> Tensor:
-    """R·(XᵀX + λI)⁻¹ ``[C_out, C_in]``, from R = Σ gap·xᵀ and H = 2·XᵀX/T."""
-    return hessian.solve(cross * (2.0 / hessian.tokens), damping)
+def compute_dtype(setting: str, stored: torch.dtype, device: str = "cpu") -> torch.dtype:
+    """What the blocks compute in: ``float32``, ``bfloat16``, or for ``auto`` bfloat16 if that is how the checkpoint is
+    stored and the device is fast in it."""
+    if setting != "auto":
+        found: torch.dtype = getattr(torch, setting)
+        return found
+    fast = device != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if stored == torch.bfloat16 and fast else torch.float32

@@ -7,6 +7,7 @@ the upper Cholesky factor of H⁻¹.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -115,12 +116,22 @@ class Hessian:
 
 @dataclass(frozen=True)
 class Factor:
-    upper: Tensor
-    """U ``[C_in, C_in]``, upper triangular, (H + λI)⁻¹ = UᵀU in the permuted order."""
+    """H + λI = V·Vᵀ with V ``[C_in, C_in]`` upper triangular, channels in the permuted order."""
+
+    feedback: Tensor
+    """``[C_in, C_in]``, lower triangular with ones on the diagonal: V_ij/V_jj at row j, column i."""
+    pivot: Tensor
+    """V_jj ``[C_in]``."""
     order: Tensor
     """``[C_in]``: position i of the sweep is channel ``order[i]``."""
     damping: float
     """The damping, as a share of the mean diagonal, that made the factorisation succeed."""
+
+    @cached_property
+    def upper(self) -> Tensor:
+        """U = V⁻¹ ``[C_in, C_in]``, upper triangular, (H + λI)⁻¹ = UᵀU in the permuted order."""
+        identity = torch.eye(len(self.pivot), dtype=self.pivot.dtype, device=self.pivot.device)
+        return torch.linalg.solve_triangular(self.feedback.T * self.pivot, identity, upper=True)
 
 
 @dataclass(frozen=True)
@@ -136,17 +147,17 @@ class Eigen:
 
 
 def _factorise(hessian: Hessian, damping: float, descending: bool) -> Factor:
-    """U from one factorisation: with rows and columns reversed, H = M·Mᵀ, M lower; turned back, H = V·Vᵀ with V upper,
-    so that U = V⁻¹ is upper triangular and UᵀU = H⁻¹, which itself is never formed.
+    """V from one factorisation: with rows and columns reversed, H = M·Mᵀ, M lower; turned back, H = V·Vᵀ with V upper.
+    Neither H⁻¹ nor U = V⁻¹ is formed.
     """
     order = torch.arange(hessian.matrix.shape[0], device=hessian.matrix.device)
     if descending:
         order = torch.argsort(hessian.matrix.diagonal(), descending=True, stable=True)
     lower, share = _cholesky(hessian, damping, order.flip(0))
-    v = lower.flip(0, 1)
-    del lower  # matrices of a wide layer are large; no more of them than needed are held at once
-    identity = torch.eye(v.shape[0], dtype=v.dtype, device=v.device)
-    return Factor(torch.linalg.solve_triangular(v, identity, upper=True), order, share)
+    feedback = lower.T.flip(0, 1)  # row j holds V_ij
+    pivot = feedback.diagonal().clone()
+    feedback /= pivot[:, None]
+    return Factor(feedback, pivot, order, share)
 
 
 def _cholesky(hessian: Hessian, damping: float, order: Tensor | None = None) -> tuple[Tensor, float]:

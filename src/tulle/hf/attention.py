@@ -14,11 +14,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from tulle.core.hadamard import hadamard_transform
-from tulle.core.paley import hadamard_block
+from tulle.core.head_grids import HeadGrids
 from tulle.core.token_grid import TokenGrid
 from tulle.format.spec import AttentionSpec, HeadSpec
-from tulle.methods.contract import HeadGrids
 
 IMPLEMENTATION = "tulle"
 """The name for ``attn_implementation``."""
@@ -37,18 +35,6 @@ def grids_of(spec: AttentionSpec | None) -> HeadGrids | None:
     return HeadGrids(query, key, value, spec.hadamard)
 
 
-def quantise_heads(grids: HeadGrids, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rounded queries, keys and values ``[..., head_dim]``."""
-    if grids.hadamard:
-        block = hadamard_block(query.shape[-1])
-        query, key = (hadamard_transform(x, block) for x in (query, key))
-    query, key, value = (
-        x if grid is None else grid.fake(x)
-        for x, grid in ((query, grids.query), (key, grids.key), (value, grids.value))
-    )
-    return query, key, value
-
-
 def _grid(head: HeadSpec | None) -> TokenGrid | None:
     return None if head is None else TokenGrid(head.bits, head.symmetric, head.clip)
 
@@ -58,7 +44,7 @@ def _forward(
 ) -> tuple[Tensor, None]:
     grids = getattr(module, "tulle_head_grids", None)
     if grids is not None:
-        query, key, value = quantise_heads(grids, query, key, value)
+        query, key, value = grids(query, key, value)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
 
 

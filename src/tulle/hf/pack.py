@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tulle.core.head_grids import HeadGrids
 from tulle.core.topk import Selection
 from tulle.core.transform import BlockMatrix, Hadamard, Kronecker, Transform
 from tulle.format.pack import f32_to_bf16, pack_linear
 from tulle.format.spec import AttentionSpec, HeadSpec, InputSparsitySpec, LinearSpec, TransformSpec
-from tulle.methods.contract import HeadGrids, LinearState
+from tulle.methods.contract import LinearState
 
 
 def transform_spec(transform: Transform) -> TransformSpec:

@@ -27,8 +27,8 @@ from tulle.errors import UserError
 from tulle.format.spec import QUANT_METHOD, LinearSpec, QuantizationConfig
 from tulle.hf.attention import IMPLEMENTATION, attach, grids_of
 from tulle.hf.packed_linear import DTYPES, PackedLinear
-from tulle.models.anatomy import anatomy
 from tulle.models.checkpoint import Checkpoint
+from tulle.models.description import describe
 
 MISMATCH = "config.json and weights are not of one model"
 
@@ -76,9 +76,8 @@ class TulleQuantizer(HfQuantizer):
                 _packed(model, name).share_transform(_packed(model, spec.transform_of))
         grids = grids_of(self.quantization_config.packed.attention)
         if grids is not None:
-            shape = anatomy(model.config.to_dict())
-            for index in range(shape.layers):
-                attach(model.get_submodule(_inner(model, shape.block_prefix(index) + shape.attention)), grids)
+            for layer in describe(model.config.to_dict()).layers:
+                attach(model.get_submodule(_inner(model, layer.prefix + layer.mixer.name)), grids)
             model.set_attn_implementation(IMPLEMENTATION)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:

@@ -10,57 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tulle.core.activity import Counter, columns_of
 from tulle.hf.packed_linear import PackedLinear
-from tulle.models.anatomy import Row, anatomy
 from tulle.models.batches import batched
-
-
-@dataclass
-class Counter:
-    """Counts of one input, over all tokens that were seen."""
-
-    columns: Tensor
-    """Stored weights behind each input channel ``[C]``, of all linears that read it."""
-    tokens: int = 0
-    active: Tensor = field(default_factory=lambda: torch.zeros(()))
-    """Of each channel, in how many tokens ``[C]``."""
-    pairs: int = 0
-    shared: float = 0.0
-    """Σ over neighbouring tokens of |A_t ∩ A_{t−1}|/|A_t|."""
-
-    def see(self, x: Tensor, valid: Tensor) -> None:
-        """Takes inputs x ``[B, T, C]`` of the tokens that are ``valid``, bool ``[B, T]``."""
-        active = (x != 0) & valid[..., None]
-        self.tokens += int(valid.sum())
-        self.active = self.active + active.sum((0, 1)).float()
-        later, both = active[:, 1:], active[:, 1:] & active[:, :-1]
-        real = valid[:, 1:] & valid[:, :-1]
-        shares = both.sum(-1) / later.sum(-1).clamp(min=1)
-        self.pairs += int(real.sum())
-        self.shared += float(shares[real].sum())
-
-    def result(self) -> dict[str, Any]:
-        """``weights`` behind the input, ``active`` ones per token, share of zero inputs (``sparsity``), ``overlap`` of
-        neighbours and what chance would give for it."""
-        share = self.active / max(self.tokens, 1)
-        return {
-            "weights": int(self.columns.sum()),
-            "active": float((self.columns.double() * share.double()).sum()),
-            "sparsity": 1 - float(share.mean()),
-            "overlap": self.shared / max(self.pairs, 1),
-            "chance": float(share.square().sum() / share.sum().clamp(min=1e-12)),
-        }
-
-
-def columns_of(weights: Sequence[Tensor]) -> Tensor:
-    """Non-zero weights in each column ``[C]`` of all ``[C_out, C]``."""
-    return torch.stack([(weight != 0).sum(0) for weight in weights]).sum(0)
+from tulle.models.description import LinearGroup, describe
 
 
 def total(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -75,12 +33,15 @@ def measure_activity(
 ) -> dict[str, Any]:
     """``{"tokens", "rows": [{"block", "role", …}], "total", "parameters", "active_parameters"}`` of a transformers
     model, dense or loaded from a packed folder, over token ``sequences``. The rows are of :class:`Counter`."""
-    shape = anatomy(model.config.to_dict())
+    shape = describe(model.config.to_dict())
     device = next(model.parameters()).device
-    blocks = [model.get_submodule(shape.block_prefix(index).removesuffix(".")) for index in range(shape.layers)]
+    blocks = [model.get_submodule(layer.prefix.removesuffix(".")) for layer in shape.layers]
     counters = [
-        {row.role: Counter(columns_of([weight_of(b.get_submodule(n)) for n in row.linears])) for row in shape.rows}
-        for b in blocks
+        {
+            group.role: Counter(columns_of([weight_of(block.get_submodule(name)) for name in group.names]))
+            for group in layer.groups
+        }
+        for block, layer in zip(blocks, shape.layers, strict=True)
     ]
     model.eval()
     batches = batched(sequences)
@@ -88,8 +49,8 @@ def measure_activity(
         if progress:
             progress("activity", number, len(batches))
         with ExitStack() as stack:
-            for block, own in zip(blocks, counters, strict=True):
-                stack.enter_context(counting(block, shape.rows, own, batch.valid.to(device)))
+            for block, layer, own in zip(blocks, shape.layers, counters, strict=True):
+                stack.enter_context(counting(block, layer.groups, own, batch.valid.to(device)))
             model(input_ids=batch.tokens.to(device), use_cache=False)
     rows = [
         {"block": index, "role": role} | counter.result()
@@ -115,8 +76,10 @@ def weight_of(linear: nn.Module) -> Tensor:
 
 
 @contextmanager
-def counting(block: nn.Module, rows: Sequence[Row], counters: Mapping[str, Counter], valid: Tensor) -> Iterator[None]:
-    """While the block runs, the counters by role see the inputs of the rows' linears; ``valid``: bool ``[B, T]``."""
+def counting(
+    block: nn.Module, groups: Sequence[LinearGroup], counters: Mapping[str, Counter], valid: Tensor
+) -> Iterator[None]:
+    """While the block runs, the counters by role see the inputs of the groups' linears; ``valid``: bool ``[B, T]``."""
 
     def keep(counter: Counter) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -127,9 +90,9 @@ def counting(block: nn.Module, rows: Sequence[Row], counters: Mapping[str, Count
 
     handles = [
         # Last of the hooks: it sees what those in front of it leave.
-        block.get_submodule(row.linears[0]).register_forward_pre_hook(keep(counters[row.role]))
-        for row in rows
-        if row.role in counters
+        block.get_submodule(group.names[0]).register_forward_pre_hook(keep(counters[group.role]))
+        for group in groups
+        if group.role in counters
     ]
     try:
         yield

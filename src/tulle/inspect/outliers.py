@@ -26,15 +26,16 @@ from tulle.core.rotation import greedy_rotation, zigzag
 from tulle.core.token_grid import TokenGrid
 from tulle.core.transform import BlockMatrix, Diagonal, Hadamard, Permutation, Transform, fold, run
 from tulle.errors import UserError
+from tulle.machine import require_device
 from tulle.methods.contract import BlockState, GroupState, LinearState, Statistics
 from tulle.methods.quantize.duquant import block_size
 from tulle.methods.smoothing import group_smoothing
-from tulle.models.anatomy import Anatomy, Row
 from tulle.models.batches import batched
 from tulle.models.checkpoint import Checkpoint
-from tulle.models.hooks import run_watched
+from tulle.models.decoder import DecoderBlock, embed
+from tulle.models.description import Attention, LinearGroup
 from tulle.models.rewrite import Source
-from tulle.models.skeleton import Block, load_config, require_device
+from tulle.models.watch import run_watched
 
 NORMAL, MASSIVE, FEW, OWN = 8.0, 100.0, 5.0, 20.0
 MOST_LISTED = 8
@@ -54,7 +55,7 @@ class Input:
     """A group's input X ``[T, C]`` over all tokens, and what was found in it."""
 
     block: int
-    row: Row
+    group: LinearGroup
     x: Tensor
     facts: dict[str, Any]
 
@@ -93,56 +94,56 @@ def inspect_activations(
     require_dense(folder)
     require_device(device)
     checkpoint = Checkpoint.open(folder)
-    model = checkpoint.anatomy()
-    config = load_config(Path(folder))
+    model = checkpoint.describe()
     source = Source(checkpoint, model)
     batches = batched(sequences)
     embedding = source.embedding().float()
-    hidden = [nn.functional.embedding(b.tokens, embedding).to(device) for b in batches]
+    hidden = [embed(model, b.tokens, embedding).to(device) for b in batches]
     # Tokens in the order of the batches: longest sequence first.
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True)
     places = [(i, position) for i in order for position in range(len(sequences[i]))]
     inputs: list[dict[str, Any]] = []
     extreme: dict[str, Input] = {}
-    for index in range(model.layers):
+    count = len(model.layers)
+    for index, layer in enumerate(model.layers):
         if progress:
-            progress(f"activations {index + 1}/{model.layers}", index, model.layers)
-        block = Block(config, index, source.read_block(index), device)
-        seen: dict[str, list[Tensor]] = {row.role: [] for row in model.rows}
+            progress(f"activations {index + 1}/{count}", index, count)
+        block = DecoderBlock(model, index, source.read_block(index), device)
+        seen: dict[str, list[Tensor]] = {group.role: [] for group in layer.groups}
         for i, batch in enumerate(batches):
-            hidden[i], watched = run_watched(block, hidden[i], model.rows)
+            hidden[i], watched = run_watched(block, hidden[i])
             for role, x in watched.items():
                 seen[role].append(x[batch.valid.to(device)].float())
-        for row in model.rows:
-            x = torch.cat(seen.pop(row.role))
-            facts: dict[str, Any] = {"block": index, "role": row.role}
-            facts |= {"readers": [model.block_prefix(index) + name for name in row.linears]} | outliers_of(x)
+        for group in layer.groups:
+            x = torch.cat(seen.pop(group.role))
+            facts: dict[str, Any] = {"block": index, "role": group.role}
+            facts |= {"readers": [layer.prefix + name for name in group.names]} | outliers_of(x)
             for value in facts["massive"]:
                 value["sequence"], value["position"] = places[value["token"]]
                 value["id"] = int(sequences[value["sequence"]][value["position"]])
                 if decode:
                     value["text"] = decode(value["id"])
             inputs.append(facts)
-            _keep_extreme(extreme, Input(index, row, x, facts))
+            _keep_extreme(extreme, Input(index, group, x, facts))
     landscapes = []
     chosen = _chosen(extreme)
     for number, found in enumerate(chosen):
         if progress:
             progress(f"landscape {number + 1}/{len(chosen)}", number, len(chosen))
         tensors = source.read_block(found.block)
-        weights = [tensors[f"{name}.weight"].float().to(device) for name in found.row.linears]
-        size = found.x.abs()
+        weights = [tensors[f"{name}.weight"].float().to(device) for name in found.group.names]
+        size, mixer = found.x.abs(), model.layers[found.block].mixer
         landscapes.append(
-            {"kinds": found.kinds, "block": found.block, "role": found.row.role, "readers": found.facts["readers"],
+            {"kinds": found.kinds, "block": found.block, "role": found.group.role, "readers": found.facts["readers"],
              "channel_absmax": size.amax(0).tolist(), "channel_median": size.median(0).values.tolist(),
-             "stages": landscape(found.x, weights, smoothing_of(found.x, weights, found.row.role, model))}
+             "stages": landscape(found.x, weights, smoothing_of(found.x, weights, found.group.role, mixer))}
         )  # fmt: skip
     return {"tokens": sum(map(len, sequences)), "inputs": inputs, "landscapes": landscapes}
 
 
 def _keep_extreme(extreme: dict[str, Input], found: Input) -> None:
     """The input with the largest outliers of each kind, and the most uneven one of each role."""
-    scores = [(kind, f"{kind}_ratio") for kind in found.kinds] + [(found.row.role, "channel_ratio")]
+    scores = [(kind, f"{kind}_ratio") for kind in found.kinds] + [(found.group.role, "channel_ratio")]
     for key, score in scores:
         if key not in extreme or found.facts[score] > extreme[key].facts[score]:
             extreme[key] = found
@@ -151,7 +152,7 @@ def _keep_extreme(extreme: dict[str, Input], found: Input) -> None:
 def _chosen(extreme: dict[str, Input]) -> list[Input]:
     """The largest outliers of each kind, then the most uneven input of every role that has none of these."""
     chosen = [extreme[kind] for kind in ("normal", "massive") if kind in extreme]
-    roles = {found.row.role for found in chosen}
+    roles = {found.group.role for found in chosen}
     rest = [found for key, found in extreme.items() if key not in ("normal", "massive") and key not in roles]
     return list({id(found): found for found in (*chosen, *rest)}.values())
 
@@ -208,11 +209,11 @@ def rounding_error(x: Tensor) -> float:
     return float((GRID.fake(x) - x).square().sum() / x.square().sum().clamp(min=1e-30))
 
 
-def smoothing_of(x: Tensor, weights: Sequence[Tensor], role: str, model: Anatomy) -> Tensor:
+def smoothing_of(x: Tensor, weights: Sequence[Tensor], role: str, mixer: Attention) -> Tensor:
     """SmoothQuant's s ``[C]`` as the recipe step finds it: for o, one value for the query heads of a KV head."""
     linears = [LinearState(name=str(i), weight=w, dense=w, role=role) for i, w in enumerate(weights)]
-    group = GroupState(role, linears, Statistics(absmax=x.abs().amax(0)), nn.Identity())
-    block = BlockState(0, {role: group}, {}, {}, {}, model.heads, model.kv_heads, model.head_dim)
+    group = GroupState(role, linears, Statistics(absmax=x.abs().amax(0)))
+    block = BlockState(0, {role: group}, {}, {}, {}, mixer.heads, mixer.kv_heads, mixer.head_dim)
     return group_smoothing(block, role, ALPHA)
 
 

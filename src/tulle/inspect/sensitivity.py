@@ -20,7 +20,7 @@ from tulle.core.grid import Grid
 from tulle.core.token_grid import TokenGrid
 from tulle.methods.quantize.keep_sensitive import output_error
 from tulle.methods.quantize.round_to_nearest import round_to_nearest
-from tulle.models.anatomy import anatomy
+from tulle.models.description import describe
 
 
 @torch.no_grad()
@@ -35,16 +35,16 @@ def measure_sensitivity(
 
     ``model``: a dense transformers model in float32; ``sequences``: int64 ``[T]`` each. Grids are asymmetric.
     """
-    shape = anatomy(model.config.to_dict())
+    shape = describe(model.config.to_dict())
     reference = [_logits(model, ids) for ids in sequences]
     tokens = sum(map(len, sequences))
     loss = sum(_loss(y, ids) for y, ids in zip(reference, sequences, strict=True))
     scored = max(tokens - len(sequences), 1)
-    names = [(block, name) for block in range(shape.layers) for name in shape.linears(block)]
+    names = [(layer.index, name) for layer in shape.layers for name in shape.linear_names(layer.index)]
     found: list[dict[str, Any]] = []
     for number, (block, name) in enumerate(names):
         if progress:
-            progress(f"sensitivity {bits} bits, block {block + 1}/{shape.layers}", number, len(names))
+            progress(f"sensitivity {bits} bits, block {block + 1}/{len(shape.layers)}", number, len(names))
         linear, grid = model.get_submodule(name), TokenGrid(bits, symmetric=False)
         dense = linear.weight
         inputs: list[Tensor] = []

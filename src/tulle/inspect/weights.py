@@ -14,8 +14,8 @@ from torch import Tensor
 from tulle.core.grid import Grid, find_steps, grouped, round_to_grid
 from tulle.format.spec import QUANT_METHOD, LinearSpec, QuantizationConfig
 from tulle.hf.packed_linear import dequantise
-from tulle.models.anatomy import Anatomy, anatomy
 from tulle.models.checkpoint import Checkpoint
+from tulle.models.description import Decoder, describe
 
 OUTLIER = 4.0
 """An input channel is an outlier if its largest |w| is this many times the median channel's."""
@@ -29,10 +29,10 @@ def inspect_model(folder: str | Path, progress: Callable[[str, int, int], None] 
     for a broken checkpoint or one of an architecture outside the table.
     """
     checkpoint = Checkpoint.open(folder)
-    model = anatomy(checkpoint.config)
+    model = describe(checkpoint.config)
     settings = checkpoint.config.get("quantization_config") or {}
     specs = QuantizationConfig.from_json(settings).linears if settings.get("quant_method") == QUANT_METHOD else {}
-    names = [(block, name) for block in range(model.layers) for name in model.linears(block)]
+    names = [(layer.index, name) for layer in model.layers for name in model.linear_names(layer.index)]
     linears: list[dict[str, Any]] = []
     seen: set[str] = set()
     extreme: dict[str, Any] | None = None
@@ -126,15 +126,16 @@ def _scheme(spec: LinearSpec | None) -> dict[str, Any]:
     }
 
 
-def _architecture(model: Anatomy) -> dict[str, Any]:
+def _architecture(model: Decoder) -> dict[str, Any]:
+    first = model.layers[0]
     return {
         "type": model.model_type,
-        "blocks": model.layers,
+        "blocks": len(model.layers),
         "hidden": model.hidden,
-        "intermediate": model.intermediate,
-        "heads": model.heads,
-        "kv_heads": model.kv_heads,
-        "head_dim": model.head_dim,
+        "intermediate": first.feed_forward.intermediate,
+        "heads": first.mixer.heads,
+        "kv_heads": first.mixer.kv_heads,
+        "head_dim": first.mixer.head_dim,
         "vocabulary": model.vocabulary,
         "tied": model.tied,
     }

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from tulle.core.grid import Quantised, row_chunks
+from tulle.core.head_grids import HeadGrids
 from tulle.core.hessian import Hessian
 from tulle.core.token_grid import TokenGrid
 from tulle.core.topk import Selection
@@ -143,13 +144,11 @@ class LinearState:
 
 @dataclass
 class GroupState:
-    """A row of the anatomy: the linears that share one input."""
+    """The linears of one block that share one input."""
 
     role: str
     linears: list[LinearState]
     statistics: Statistics
-    block: nn.Module
-    """The decoder block the group belongs to."""
 
     def add_transform(self, transform: Transform) -> None:
         """Puts one more map in front of the group's linears, with the values that the file will hold."""
@@ -167,17 +166,6 @@ def require_no_selection(group: GroupState) -> None:
             f"expected steps that change {group.role}'s inputs before the one that selects among them, found one "
             "after it; put teal or wina last of the steps on blocks"
         )
-
-
-@dataclass(frozen=True)
-class HeadGrids:
-    """Quantisers of queries and keys after RoPE and of values, per token and head (over head_dim); None: none."""
-
-    query: TokenGrid | None = None
-    key: TokenGrid | None = None
-    value: TokenGrid | None = None
-    hadamard: bool = False
-    """Queries and keys are multiplied by H/√head_dim first, which their products do not see."""
 
 
 @dataclass
@@ -345,7 +333,30 @@ class CompressedBlock:
 
 
 @dataclass
-class Survey:
+class Decisions:
+    """What the steps of the model stage decided, for the walk that follows."""
+
+    residual: tuple[Transform, ...] = ()
+    """Orthogonal maps of the residual stream, folded into every reader and writer. Steps that follow see the model
+    after it."""
+    values: dict[int, BlockMatrix] = field(default_factory=dict)
+    """Block → orthogonal map of the KV heads' values ``[kv_heads, b, b]``, folded into v and o."""
+    values_taken: bool = False
+    """Whether a step gives the values another basis, here or block by block."""
+    kept: dict[str, int] = field(default_factory=dict)
+    """Full linear name → bits that quantisers take instead of their own (16: none)."""
+    kept_inputs: dict[str, int] = field(default_factory=dict)
+    """The same for the quantiser of a linear's input."""
+    sparsity: dict[str, float] = field(default_factory=dict)
+    """Full linear name → share of pruned weights that pruning steps take instead of their own."""
+    input_sparsity: dict[str, float] = field(default_factory=dict)
+    """Full linear name → share of inputs that selecting steps drop instead of their own."""
+    notes: list[str] = field(default_factory=list)
+    """Lines for the report."""
+
+
+@dataclass(kw_only=True)
+class Survey(Decisions):
     """What a method of the model stage sees of the dense model, in the basis that the steps before it chose, and what
     it may decide."""
 
@@ -364,21 +375,6 @@ class Survey:
     seed: int = 0
     heads: tuple[int, int, int] = (0, 0, 0)
     """Query heads, KV heads, head_dim."""
-    residual: tuple[Transform, ...] = ()
-    """Orthogonal maps of the residual stream, folded into every reader and writer. Steps that follow see the model
-    after it."""
-    values: dict[int, BlockMatrix] = field(default_factory=dict)
-    """Block → orthogonal map of the KV heads' values ``[kv_heads, b, b]``, folded into v and o."""
-    values_taken: bool = False
-    """Whether a step gives the values another basis, here or block by block."""
-    kept: dict[str, int] = field(default_factory=dict)
-    """Full linear name → bits that quantisers take instead of their own (16: none)."""
-    kept_inputs: dict[str, int] = field(default_factory=dict)
-    """The same for the quantiser of a linear's input."""
-    sparsity: dict[str, float] = field(default_factory=dict)
-    """Full linear name → share of pruned weights that pruning steps take instead of their own."""
-    input_sparsity: dict[str, float] = field(default_factory=dict)
-    """Full linear name → share of inputs that selecting steps drop instead of their own."""
     column_norm: Callable[[int, str], Tensor] | None = None
     """‖X_j‖₂ ``[C_in]`` of a role of a block over the tokens of the walk; for methods that need ``column_norm``."""
     probe: Callable[[Trials, int, bool], dict[Hashable, float]] | None = None
@@ -387,7 +383,6 @@ class Survey:
     Without ``hessians`` the trials are given none."""
     look: Callable[[See, Sequence[str]], None] | None = None
     """``look(see, roles)``: walks the model once and shows every block, with H of the inputs of ``roles`` in it."""
-    notes: list[str] = field(default_factory=list)
 
 
 See = Callable[[int, dict[str, Tensor], dict[str, Hessian]], None]

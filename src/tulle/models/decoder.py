@@ -43,8 +43,8 @@ class GroupInput:
     """What a block yields at a group of linears, and takes back.
 
     The parked generator holds no large tensor but through this object. So both tensors can be moved away while it is
-    parked: ``del given.x, given.residual``, and set ``residual`` again before the next ``send`` (``x`` is not needed any
-    more).
+    parked: ``del given.x, given.residual``, and set ``residual`` again before the next ``send`` (``x`` is not needed
+    any more).
     """
 
     group: LinearGroup

@@ -37,10 +37,10 @@ def pack(folder: Path, methods: Sequence[TrainingMethod]) -> bool:
     files = {checkpoint.info(name).file for name in checkpoint.names()}
     if len(files) > 1:
         raise UserError(f"expected one file of weights in {folder.name}, found {len(files)}; save it unsharded")
-    model = checkpoint.anatomy()
+    model = checkpoint.describe()
     stored = {name: checkpoint.read(name) for name in checkpoint.names()}
     states = {}
-    for name in (name for block in range(model.layers) for name in model.linears(block)):
+    for name in (name for layer in model.layers for name in model.linear_names(layer.index)):
         weight = stored[f"{name}.weight"].float()
         states[name] = LinearState(name, weight, weight, model.role_of(name) or "")
     for method in methods:

@@ -13,10 +13,10 @@ from transformers import AutoTokenizer
 import tulle.hf
 from checkpoints import PROSE, write_checkpoint
 from tulle.compression.job import compress
-from tulle.compression.walker import FILLED
+from tulle.compression.walker import DENSIFIED
 from tulle.errors import UserError
 from tulle.methods.activation.larosa import by_kv_head, principal_components
-from tulle.models.anatomy import anatomy
+from tulle.models.description import describe
 from tulle.text.reading import Text, sequences
 from tulle.training.launch import prune, unpack
 
@@ -60,11 +60,11 @@ def test_inputs_of_the_rotated_model_are_uncorrelated(model_type: str, tmp_path:
     write_checkpoint(tmp_path / "m", model_type, num_hidden_layers=2)
     run(tmp_path / "m", tmp_path / "out", [LAROSA])
     model = tulle.hf.load(tmp_path / "out", dtype=torch.float32)
-    shape = anatomy(model.config.to_dict())
+    shape = describe(model.config.to_dict())
     seen: dict[str, list[torch.Tensor]] = {}
     for index in range(2):
         for role in ("qkv", "o", "gate_up"):
-            name = shape.block_prefix(index) + shape.row(role).linears[0]
+            name = shape.layers[index].prefix + shape.layers[index].group(role).names[0]
             model.get_submodule(name).register_forward_pre_hook(
                 lambda m, a, name=name: seen.setdefault(name, []).append(a[0].flatten(0, 1))
             )
@@ -166,7 +166,7 @@ def test_zeros_that_a_rotation_fills_are_reported(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "m", num_hidden_layers=1)
     prune(tmp_path / "m", {"steps": [{"magnitude": {"sparsity": 0.5}}]}, [PROSE], tmp_path / "pruned", seed=0)
     report = run(tmp_path / "pruned", tmp_path / "out", [VALUES])
-    assert FILLED in json.dumps(report, ensure_ascii=False)
+    assert DENSIFIED in json.dumps(report, ensure_ascii=False)
 
 
 @torch.no_grad()

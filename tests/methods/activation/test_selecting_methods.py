@@ -22,7 +22,7 @@ from tulle.errors import UserError
 from tulle.hf.packed_linear import PackedLinear
 from tulle.methods.activation.thresholds import TEAL, threshold_for
 from tulle.methods.activation.wina import column_scores
-from tulle.models.anatomy import anatomy
+from tulle.models.description import describe
 from tulle.text.reading import Text
 
 TEXT = Text((PROSE,), False, ("prose",))
@@ -113,9 +113,9 @@ def test_the_loaded_model_drops_what_was_asked_for(model_type: str, tmp_path: Pa
     model(prose())
     for name, x in seen.items():
         assert ((x == 0).sum(-1) == x.shape[-1] // 2).all(), name
-    rows = anatomy(model.config.to_dict()).rows
-    for row in rows:
-        inputs = [seen[f"model.layers.1.{n}"] for n in row.linears]
+    groups = describe(model.config.to_dict()).layers[0].groups
+    for group in groups:
+        inputs = [seen[f"model.layers.1.{n}"] for n in group.names]
         assert all(torch.equal(inputs[0], x) for x in inputs)
 
 

@@ -48,7 +48,7 @@ def a_block(x: dict[str, Tensor], seed: int = 0, heads: int = 4, kv_heads: int =
             states.append(LinearState(name, weight, weight, role))
         rows = x.get(role)
         absmax = None if rows is None else rows.abs().amax(0)
-        groups[role] = GroupState(role, states, Statistics(0, absmax=absmax, rows=rows), nn.Identity())
+        groups[role] = GroupState(role, states, Statistics(0, absmax=absmax, rows=rows))
     by_name = {linear.name: linear for group in groups.values() for linear in group.linears}
     return BlockState(
         index=0,
@@ -320,7 +320,7 @@ class TestLearnedClipping:
         module[0].weight.data = weight
         state = LinearState("0", weight, weight, "o")
         block = BlockState(
-            index=0, groups={"o": GroupState("o", [state], Statistics(), module)}, gains={}, biases={}, producers={},
+            index=0, groups={"o": GroupState("o", [state], Statistics())}, gains={}, biases={}, producers={},
             heads=1, kv_heads=1, head_dim=8, module=module, forward=lambda hidden: module(hidden),
             batches=lambda: iter([(x, x @ weight.T, torch.ones(4, 25, dtype=torch.bool))]),
         )  # fmt: skip
@@ -337,7 +337,7 @@ class TestLearnedClipping:
         module = nn.Sequential(nn.Linear(32, 8, bias=False))
         state = LinearState("0", weight, weight, "o")
         block = BlockState(
-            index=0, groups={"o": GroupState("o", [state], Statistics(), module)}, gains={}, biases={}, producers={},
+            index=0, groups={"o": GroupState("o", [state], Statistics())}, gains={}, biases={}, producers={},
             heads=1, kv_heads=1, head_dim=8, module=module, forward=lambda hidden: module(hidden),
             batches=lambda: iter([(x, x @ weight.T, torch.ones(2, 20, dtype=torch.bool))]),
         )  # fmt: skip

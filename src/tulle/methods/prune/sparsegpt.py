@@ -24,8 +24,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tulle.core import compiled
 from tulle.core.descent import descend
 from tulle.core.grid import Grid, Quantised, code, find_steps
+from tulle.core.hessian import Factor
 from tulle.core.masks import Pattern, check_sparsity, keep, keep_pattern, largest, within
 from tulle.core.swaps import check_swaps
 from tulle.core.sweep import sweep
@@ -91,7 +93,7 @@ class _Pruner:
 
 def sparsegpt(
     weight: Tensor,
-    upper: Tensor,
+    factor: Factor,
     *,
     sparsity: float | None = None,
     pattern: Pattern | None = None,
@@ -100,19 +102,29 @@ def sparsegpt(
     quantised: Quantised | None = None,
     block: int = 128,
 ) -> tuple[Tensor, Tensor]:
-    """Ŵ and its mask, ``[C_out, C_in]``, for W ``[C_out, C_in]`` and U ``[C_in, C_in]`` with H⁻¹ = UᵀU.
+    """Ŵ and its mask, ``[C_out, C_in]``, for W ``[C_out, C_in]``, channels in their own order.
 
     Entries outside ``allowed`` are pruned in any case. ``dead`` ``[C_in]`` marks channels to prune first.
     ``quantised`` holds the grid's steps; its codes are filled in.
     """
-    diagonal = upper.diagonal().clone()
+    diagonal = 1 / factor.pivot
     if dead is not None:
         diagonal[dead] = torch.inf
     pruner = _Pruner(weight.shape, diagonal, sparsity, pattern, allowed, quantised)
     if pattern is not None:
         block = max(block // pattern.m, 1) * pattern.m  # a stripe must not straddle two blocks
-    compressed = sweep(weight, upper, pruner, block)
-    return compressed, pruner.mask.T.contiguous()
+    if not compiled.fits(weight, factor.feedback, allowed) or (pattern is not None and pattern.m > compiled.WIDEST):
+        compressed = sweep(weight, factor.upper, pruner, block)
+        return compressed, pruner.mask.T.contiguous()
+
+    def choose(start: int, value: Tensor) -> Tensor:
+        pruner.open_block(start, value)
+        return pruner.mask[start : start + len(value)]
+
+    return compiled.sweep_mask(
+        weight, factor, quantised, allowed, None if sparsity is None else choose,
+        None if pattern is None else (pattern.n, pattern.m), block, 1 / diagonal,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -156,12 +168,12 @@ class SparseGPT(Pruner):
         linear.notes += hessian.remarks(self.damping, factor.damping)
         target, quantised = linear.weight, None
         if grid is not None:
-            score = within(sparsegpt_score(target, factor.upper.diagonal()), linear.mask)
+            score = within(sparsegpt_score(target, 1 / factor.pivot), linear.mask)
             likely = within(keep(score, self.sparsity, pattern, "layer"), linear.mask)
             scale, zero = find_steps(target, grid, hessian.matrix.diagonal(), self.clip_search, likely)
             quantised = Quantised(grid, torch.zeros_like(target, dtype=torch.int16), scale, zero)
         weight, mask = sparsegpt(
-            target, factor.upper, sparsity=self.sparsity, pattern=pattern, allowed=linear.mask,
+            target, factor, sparsity=self.sparsity, pattern=pattern, allowed=linear.mask,
             dead=hessian.dead, quantised=quantised, block=self.block,
         )  # fmt: skip
         if quantised is None:

@@ -22,6 +22,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from tulle.core import compiled
 from tulle.core.descent import descend
 from tulle.core.grid import Grid, Quantised, code, find_steps
 from tulle.core.hessian import Factor, check_damping
@@ -63,7 +64,10 @@ def gptq(
     ``factor``.
     """
     quantised = Quantised(grid, torch.zeros_like(weight, dtype=torch.int16), scale, zero)
-    sweep(weight[:, factor.order], factor.upper, _Rounder(quantised, factor.order, mask), block)
+    if compiled.fits(weight, factor.feedback, scale, zero, mask):
+        compiled.sweep_codes(weight, factor, quantised, mask, max(block, compiled.BLOCK))
+    else:
+        sweep(weight[:, factor.order], factor.upper, _Rounder(quantised, factor.order, mask), block)
     return quantised
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tulle.core.head_grids import HeadGrids
 from tulle.core.token_grid import TokenGrid
-from tulle.methods.contract import BlockState, HeadGrids, Method, Stage
+from tulle.methods.contract import BlockState, Method, Stage
 
 
 @dataclass(frozen=True)
