@@ -23,7 +23,7 @@ check: $(INSTALLED)
 
 # The documentation's site, in build/site; what comes from the code must be up to date, and links must lead somewhere.
 docs: $(INSTALLED)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,export,data,docs]'
+	$(BIN)/python -m pip install -q -c constraints.txt mkdocs-material  # the extra "docs"
 	$(BIN)/python docs/generate.py --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
