@@ -91,6 +91,16 @@ def test_paths(page: Path) -> None:
             assert any(place.exists() for place in places), f"{markdown.name(page)} names {code}, in neither place"
 
 
+def test_every_benchmark_is_listed() -> None:
+    """Scripts in benchmarks/README.md are there, and those that one can run are listed."""
+    folder = markdown.ROOT / "benchmarks"
+    listed = set(re.findall(r"`(\w+\.py)`", (folder / "README.md").read_text("utf-8")))
+    scripts = {file.name for file in folder.glob("*.py")}
+    run = {name for name in scripts if "ArgumentParser(" in (folder / name).read_text("utf-8")}
+    assert listed <= scripts
+    assert run - listed <= {"speed_worker.py", "synthetic.py", "gguf_model.py"}  # parts of others
+
+
 def every_command() -> list[tuple[str, str]]:
     found = []
     for page in PAGES:
