@@ -7,9 +7,9 @@ from pathlib import Path
 
 import docs_pages as markdown
 import pytest
-from checkpoints import PROSE, write_checkpoint
 
 import tulle
+from checkpoints import PROSE, write_checkpoint
 from tulle.engine import Generation
 from tulle.engine.bench import Speed
 from tulle.evaluate.perplexity import TextScore
