@@ -131,9 +131,10 @@ def training_methods() -> str:
 def training_keys() -> str:
     from tulle.training import recipe
 
+    known = [cls for cls in vars(recipe).values() if hasattr(cls, "model_fields")]
     sections = {
         "The recipe": recipe.TrainRecipe,
-        "`model`": recipe.Model,
+        "`model`": next(cls for cls in known if "num_key_value_heads" in cls.model_fields),
         "`data`": recipe.Data,
         "A source": recipe.Source,
         "`training`": recipe.Training,
