@@ -1,6 +1,6 @@
 """Torch modules that compute exactly what the packed numbers mean.
 
-:class:`PackedLinear` holds the tensors of ``docs/format.md`` as buffers and stands where the linear stood.
+:class:`PackedLinear` holds the tensors of ``docs/reference/format.md`` as buffers and stands where the linear stood.
 
 - Weights only (``input_bits`` is None): y = x·Wᵀ + b with W = Δ·(u − z), dequantised in float32, rounded
   once to the dtype of x, and cached. In a float32 model W is exact.

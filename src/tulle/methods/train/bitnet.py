@@ -5,9 +5,9 @@
 
 Both gradients pass straight through: ∂L/∂W := ∂L/∂Ŵ, ∂L/∂x := ∂L/∂x̂.
 
-Where we depart: α is rounded to bfloat16, and γ/127 is used without ε, as the file has them (``docs/format.md``, 2 bits
-symmetric and ``input_bits`` 8), so that training, evaluation and the packed model are one; −128 is no code. There is no
-extra norm in front of the linears.
+Where we depart: α is rounded to bfloat16, and γ/127 is used without ε, as the file has them
+(``docs/reference/format.md``, 2 bits symmetric and ``input_bits`` 8), so that
+training, evaluation and the packed model are one; −128 is no code. There is no extra norm in front of the linears.
 """
 
 from __future__ import annotations
