@@ -14,7 +14,7 @@ import yaml
 
 from tulle.compression.recipe import METHODS, parse_recipe, recipes_folder
 from tulle.methods.train.method import METHODS as TRAINING_METHODS
-from tulle.training.recipe import make_methods
+from tulle.training.plan import planned_method
 
 PAGES = markdown.pages()
 LINK = re.compile(r"\]\(([^)\s]+)\)|^\[[^]]+\]: (\S+)$", re.MULTILINE)
@@ -173,7 +173,7 @@ def test_steps_of_the_methods_page_parse() -> None:
             after = [needs[match[1]]] if match[1] in needs else []
             parse_recipe({"steps": [*map(yaml.safe_load, before), content, *map(yaml.safe_load, after)]})
         elif match[1] in TRAINING_METHODS:
-            make_methods([content])
+            planned_method(content)
     missing = (set(METHODS) | set(TRAINING_METHODS)) - shown
     assert not missing, f"docs/methods.md shows no step for {sorted(missing)}"
 

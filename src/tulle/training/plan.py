@@ -119,7 +119,7 @@ def _compression(recipe: str | dict[str, Any]) -> compression.Recipe:
     return compression.parse_recipe(recipe) if isinstance(recipe, dict) else compression.load_recipe(recipe)
 
 
-def _method(entry: Mapping[str, Any]) -> TrainingMethod:
+def planned_method(entry: Mapping[str, Any]) -> TrainingMethod:
     """The method of an entry such as ``{"squarehead": {"kl": 1.0}}``."""
     if len(entry) != 1:
         raise UserError(
