@@ -97,7 +97,7 @@ def _planned(stage: Stage, before: str | None, recipe: TrainRecipe) -> PlannedSt
         source=stage.start or before,
         prune=None if stage.prune is None else _compression(stage.prune),
         training=training,
-        methods=tuple(map(_method, stage.methods)),
+        methods=tuple(map(planned_method, stage.methods)),
         data=stage.data or recipe.data,
         compress=None if stage.compress is None else _compression(stage.compress),
     )
