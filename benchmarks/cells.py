@@ -10,8 +10,8 @@ from typing import Any
 
 def import_methods() -> None:
     """Imports every method now: a long run must not meet a source file that was edited meanwhile."""
-    from tulle.recipe import METHODS, method_class
-    from tulle.train import method as training
+    from tulle.compression.recipe import METHODS, method_class
+    from tulle.methods.train import method as training
 
     for name in METHODS:
         method_class(name)
@@ -59,13 +59,13 @@ def compressed(
 ) -> tuple[float, dict[str, Any]]:
     """``start`` by a recipe to ``out``, calibrated on so many training documents of ``data``: bits per byte of its
     held-out text in windows of ``context``, and the report. The token cache lies in ``work``."""
-    from tulle.compress import compress
+    from tulle.compression.job import compress
     from tulle.hf import load
-    from tulle.texts import Text
-    from tulle.train.held_out import bits_per_byte
-    from tulle.train.recipe import TextData
-    from tulle.train.stages import read_vocabulary
-    from tulle.train.tokens import prepare, training_documents
+    from tulle.text.reading import Text
+    from tulle.training.held_out import bits_per_byte
+    from tulle.training.recipe import TextData
+    from tulle.training.stages import read_vocabulary
+    from tulle.training.tokens import prepare, training_documents
 
     source = TextData.model_validate(data)
     texts = tuple(d.text for d in training_documents(source, seed, work)[:documents])

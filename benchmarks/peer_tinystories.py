@@ -108,7 +108,7 @@ class Bench:
     def __init__(self, data: Path, peer_python: Path, threads: int, folder: Path) -> None:
         from transformers import AutoTokenizer
 
-        from tulle.texts import read_text, sequences
+        from tulle.text.reading import read_text, sequences
 
         self.model, self.peer_python, self.threads, self.folder = (
             data / "models/tinystories-656K",
@@ -138,7 +138,7 @@ class Bench:
         return evaluate_text(model, tokenizer, self.evaluation, Protocol(length=LENGTH))["perplexity"]
 
     def ours(self, step: dict[str, Any], target: str) -> dict[str, float]:
-        from tulle.compress import compress
+        from tulle.compression.job import compress
 
         calibration = {"samples": len(self.sequences), "length": LENGTH, "target": target}
         with tempfile.TemporaryDirectory(dir=self.folder) as parent:

@@ -90,10 +90,10 @@ class Bench:
         return found
 
     def _train(self, key: str, content: dict[str, Any]) -> dict[str, Any]:
-        from tulle.road import TOOLS
-        from tulle.train.curve import read_metrics
-        from tulle.train.recipe import TrainRecipe
-        from tulle.train.stages import run
+        from tulle.training.curve import read_metrics
+        from tulle.training.launch import TOOLS
+        from tulle.training.recipe import TrainRecipe
+        from tulle.training.stages import run
 
         begun, out = time.perf_counter(), self.folder(key)
         # Tokens are the same for many cells: one cache for all.

@@ -8,6 +8,8 @@ import resource
 import sys
 from pathlib import Path
 
+from tulle.errors import UserError
+
 
 def describe() -> dict[str, str | int]:
     """CPU model, usable cores, instruction set the native module chose, versions."""
@@ -37,3 +39,15 @@ def _cpu() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def require_device(device: str) -> None:
+    """Raises ``UserError`` for a device that torch does not have here."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"expected a device that torch has here, found {device!r} ({str(error).splitlines()[0]}); try cpu"
+        ) from None

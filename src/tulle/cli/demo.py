@@ -18,7 +18,7 @@ def demo(
 
     Example: tulle demo -o demo
     """
-    from tulle.demo import run_demo
+    from tulle.compression.demo import run_demo
     from tulle.report.terminal import demo_table
 
     with common.progress_bars() as progress:

@@ -19,6 +19,6 @@ def train(
 
     Example: tulle train recipes/reference.yaml -o build/reference
     """
-    from tulle.road import train as run
+    from tulle.training.launch import train as run
 
     run(recipe, out, resume, log=lambda line: print(line, flush=True))

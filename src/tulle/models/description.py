@@ -19,6 +19,8 @@ from typing import Any, Literal
 from tulle.errors import UserError
 
 NormKind = Literal["rms", "layer"]
+ROLES = ("qkv", "o", "gate_up", "down")
+"""Roles of linear groups that a recipe's steps can target, in the order in which they run."""
 RotaryKind = Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional"]
 
 ACTIVATIONS = {

@@ -13,7 +13,7 @@ from tulle.report.page import chart, tile
 from tulle.report.plots import MARKERS, block_axis
 
 Rows = Sequence[Mapping[str, Any]]
-"""Of ``tulle.activity``: block, role, weights, active, sparsity, overlap, chance."""
+"""Of ``tulle.inspect.activity``: block, role, weights, active, sparsity, overlap, chance."""
 
 
 def activity_tile(rows: Rows) -> dict[str, str]:

@@ -13,7 +13,7 @@ from tulle.report.page import chart, render, tile, write_page
 
 
 def write_demo(found: Mapping[str, Any], file: str | Path) -> None:
-    """Writes the page for the result of :func:`tulle.demo.run_demo`."""
+    """Writes the page for the result of :func:`tulle.compression.demo.run_demo`."""
     write_page(Path(file), demo_page(found))
 
 
