@@ -134,6 +134,7 @@ def test_weights_at_one_input_are_exact_to_second_order() -> None:
     assert exact == 15
 
 
+@torch.no_grad()
 def test_padding_counts_for_nothing() -> None:
     model, batches = small_model(), texts(8, 12)
     other = [Texts(torch.where(b.valid, b.tokens, 3), b.valid) for b in batches]

@@ -92,7 +92,8 @@ def divergences(
         if progress:
             progress(f"sensitivity {layers - index}/{layers}", layers - 1 - index, layers)
         found |= _backward(model, index, batches, states, weights, inputs)
-        states.finish_block(index, found, (f"hidden-{index + 1}", f"gradient-{index + 1}"))
+        spent = [f"hidden-{index + 1}", f"gradient-{index + 1}", *([] if index else ["hidden-0"])]
+        states.finish_block(index, found, spent)
     return found
 
 
@@ -125,8 +126,8 @@ def _label_gradients(
             part = part.detach().requires_grad_()
             with torch.enable_grad():
                 log_p = model.predict(part).float().log_softmax(-1)
-            labels = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
-            parts.append(torch.autograd.grad(log_p.gather(-1, labels).sum(), part)[0])
+                labels = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
+                parts.append(torch.autograd.grad(log_p.gather(-1, labels).sum(), part)[0])
         gradient[real] = torch.cat(parts)
         found.append(gradient)
     return found
@@ -163,7 +164,8 @@ def _backward(
         for key, chosen in thinned:
             product = sum(_thinned(seen.x[role], seen.of_inputs[role], s) for role, s in chosen.items())
             lost[key] += float(torch.as_tensor(product)[real].double().square().sum())
-    states.write(f"gradient-{index}", before)
+    if index:
+        states.write(f"gradient-{index}", before)
     found = {key: value / (2 * tokens) for key, value in lost.items()}
     if weights is not None:
         roles = {name: role for role, group in groups.items() for name in group.names}
