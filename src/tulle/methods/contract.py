@@ -16,9 +16,9 @@ Notation as in the papers: X ``[T, C_in]`` tokens, W ``[C_out, C_in]``, Y = X·W
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -377,22 +377,31 @@ class Survey(Decisions):
     """Query heads, KV heads, head_dim."""
     column_norm: Callable[[int, str], Tensor] | None = None
     """‖X_j‖₂ ``[C_in]`` of a role of a block over the tokens of the walk; for methods that need ``column_norm``."""
-    probe: Callable[[Trials, int, bool], dict[Hashable, float]] | None = None
-    """``probe(trials, tokens, hessians)``: walks the model block by block and returns, for every trial, the mean KL
-    divergence (nats per token) of the next token's distribution from the dense model's, over about ``tokens`` tokens.
-    Without ``hessians`` the trials are given none."""
+    costs: Costs | None = None
+    """``costs(tokens, weights, inputs)``: for every trial the mean KL divergence (nats per token) of the next token's
+    distribution from the dense model's, all the rest being dense, estimated on about ``tokens`` tokens
+    (:mod:`tulle.models.fisher`): two passes forward and one backward, however many trials there are."""
     look: Callable[[See, Sequence[str]], None] | None = None
     """``look(see, roles)``: walks the model once and shows every block, with H of the inputs of ``roles`` in it."""
 
 
 See = Callable[[int, dict[str, Tensor], dict[str, Hessian]], None]
 """Of a block's number, its float32 tensors by relative name and H of the inputs of roles."""
-Trials = Callable[
-    [int, dict[str, Tensor], dict[str, Hessian]], Iterable[tuple[Hashable, Mapping[str, Tensor | Selection]]]
-]
-"""Of a block's number, its tensors by relative name and H of the input of every role: (key, replacements) of each
-trial, which is run to the model's end, all the rest being dense. A replacement is a tensor under the name of the one
-whose place it takes, or a selection of inputs under the name of a linear."""
+Key = tuple[int | float | str, ...]
+"""Name of a trial."""
+WeightTrials = Callable[[int, Mapping[str, Tensor], Mapping[str, Hessian]], Iterable[tuple[Key, Mapping[str, Tensor]]]]
+"""Of a block's number, its tensors by relative name and H of the input of every role: (key, tensors under the names of
+those whose place they take) of each trial."""
+InputTrials = Callable[[int, Mapping[str, Tensor]], Iterable[tuple[Key, Mapping[str, Selection]]]]
+"""Of a block's number and its tensors: (key, selection of inputs by role) of each trial."""
+
+
+class Costs(Protocol):
+    """:attr:`Survey.costs`."""
+
+    def __call__(
+        self, tokens: int, weights: WeightTrials | None = None, inputs: InputTrials | None = None
+    ) -> dict[Key, float]: ...
 
 
 class Method:
