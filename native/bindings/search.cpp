@@ -204,9 +204,30 @@ void descend(Matrix<const float> hessian, Matrix<float> gradient, Array<float, 3
                  threads);
 }
 
+bool has_outer() { return kernels().outer != nullptr; }
+
+// a and b: bfloat16, by its bits.
+void accumulate_outer(Matrix<float> total, Matrix<const std::int16_t> a, Optional<Matrix<const std::int16_t>> b,
+                      float alpha, float beta, std::size_t threads) {
+  const std::size_t tokens = a.shape(0), rows = a.shape(1), columns = b ? b->shape(1) : rows;
+  require("accumulate_outer: expected a CPU with AVX-512 BF16", has_outer());
+  require("tokens of b", tokens, b ? b->shape(0) : tokens);
+  require_shape("total", total, rows, columns);
+  checked(threads);
+  const auto bits = [](const std::int16_t* from) { return reinterpret_cast<const std::uint16_t*>(from); };
+  nb::gil_scoped_release release;
+  tulle::accumulate_outer(kernels(),
+                          {tokens, rows, columns, bits(a.data()), b ? bits(b->data()) : nullptr, total.data(), alpha,
+                           beta},
+                          threads);
+}
+
 }  // namespace
 
 void define_search(nb::module_& m) {
+  m.def("has_outer", &has_outer);
+  m.def("accumulate_outer", &accumulate_outer, "total"_a.noconvert(), "a"_a.noconvert(), "b"_a.noconvert().none(),
+        "alpha"_a, "beta"_a, "threads"_a);
   m.def("find_steps", &find_steps, "weight"_a.noconvert(), "importance"_a.noconvert(), "mask"_a.noconvert().none(),
         "low"_a, "high"_a, "symmetric"_a, "ratios"_a.noconvert(), "least"_a.noconvert().none(),
         "largest"_a.noconvert().none(), "step"_a.noconvert(), "zero"_a.noconvert(), "threads"_a);

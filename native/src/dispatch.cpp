@@ -23,6 +23,16 @@ namespace {
   return kernels;
 }
 
+#if defined(TULLE_HAVE_AVX512)
+// Of the CPUs that have the AVX-512 set, some also multiply bfloat16.
+SearchKernels with_outer(SearchKernels kernels, [[maybe_unused]] const CpuFeatures& cpu) {
+#if defined(TULLE_HAVE_AVX512BF16)
+  if (cpu.avx512bf16) kernels.outer = avx512bf16_outer;
+#endif
+  return kernels;
+}
+#endif
+
 #if defined(TULLE_HAVE_AMX)
 // Linux lends tiles to a process that asks (Documentation/arch/x86/xstate.rst).
 bool ask_for_tiles() {
@@ -50,8 +60,9 @@ std::vector<Isa> probe() {
   // Ice Lake and Zen 4 onwards; Skylake-X lacks VBMI and VNNI and runs the AVX2 set.
   if (has_avx2 && cpu.avx512f && cpu.avx512bw && cpu.avx512vl && cpu.avx512vbmi && cpu.avx512vbmi2 &&
       cpu.avx512vnni) {
+    static const SearchKernels search = with_outer(avx512_search, cpu);
     isas.push_back({"avx512", &avx512_packing, &avx512_permutation, &avx512_linear, &avx512_ops, &avx512_sparse_train,
-                    &avx512_scaling, &avx512_search});
+                    &avx512_scaling, &search});
 #if defined(TULLE_HAVE_AMX)
     if (cpu.amx_tile && cpu.amx_int8 && ask_for_tiles() && amx_multiplies()) {
       Isa amx = isas.back();

@@ -13,6 +13,8 @@ namespace tulle {
 
 // Rows that a kernel treats together, one per lane, 64-byte aligned.
 constexpr std::size_t kClipRows = 16, kSweepRows = 64;
+// Channels of A and of B in one tile of accumulate_outer.
+constexpr std::size_t kOuterChannels = 48;
 
 // Codes of a grid: low..high, weight = step·(code − zero).
 struct GridLevels {
@@ -69,10 +71,22 @@ struct DescentRow {
   bool steps_first;  // all steps of a sweep before its codes; else group by group
 };
 
+// One tile of accumulate_outer: total = beta·total + alpha·Σ over pairs of tokens. A word holds a channel's bfloat16 of
+// a pair's first token in its lower half, of the second in its upper half.
+struct OuterTile {
+  std::size_t pairs;
+  const std::uint32_t *a, *b;  // [pairs][kOuterChannels], 64-byte aligned; zeros beyond rows and columns
+  float* total;                // [rows][columns], `stride` floats from row to row, not aligned
+  std::size_t stride, rows, columns;  // <= kOuterChannels of each
+  float alpha, beta;
+};
+typedef void (*OuterKernel)(const OuterTile& tile);
+
 struct SearchKernels {
   void (*clip)(const ClipTile& tile);
   void (*sweep)(const SweepTile& tile);
   void (*descend)(const DescentRow& row);
+  OuterKernel outer;  // null: the instruction set has no products of bfloat16
 };
 
 // What follows works on whole matrices, row-major, and cuts them into tiles.
@@ -141,5 +155,16 @@ struct Descent {
   bool steps_first;  // see DescentRow
 };
 void descend(const SearchKernels& kernels, const Descent& descent, std::size_t threads);
+
+// total [M, N] = beta·total + alpha·Aᵀ·B, the statistics that a Hessian is made of: A [T, M] and B [T, N] in bfloat16,
+// sums and total in float32. Products are exact; 384 tokens are added up from 0, then to the total. Denormal numbers of
+// A and B count as zero. Needs kernels.outer. The result does not depend on the number of threads.
+struct Outer {
+  std::size_t tokens, rows, columns;  // T, M, N
+  const std::uint16_t *a, *b;  // b null: B = A; the upper triangle is computed and mirrored, the lower is not read
+  float* total;
+  float alpha, beta;
+};
+void accumulate_outer(const SearchKernels& kernels, const Outer& outer, std::size_t threads);
 
 }  // namespace tulle

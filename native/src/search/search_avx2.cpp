@@ -101,6 +101,6 @@ static inline float tree(Vec x) {
 
 }  // namespace
 
-const SearchKernels avx2_search = {clip, sweep, descend};
+const SearchKernels avx2_search = {clip, sweep, descend, nullptr};
 
 }  // namespace tulle

@@ -65,6 +65,6 @@ static inline float tree(Vec x) {
 
 }  // namespace
 
-const SearchKernels avx512_search = {clip, sweep, descend};
+const SearchKernels avx512_search = {clip, sweep, descend, nullptr};
 
 }  // namespace tulle

@@ -165,6 +165,6 @@ void descend(const DescentRow& d) {
 
 }  // namespace
 
-const SearchKernels scalar_search = {clip, sweep, descend};
+const SearchKernels scalar_search = {clip, sweep, descend, nullptr};
 
 }  // namespace tulle

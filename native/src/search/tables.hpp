@@ -8,5 +8,6 @@ namespace tulle {
 extern const SearchKernels scalar_search;
 extern const SearchKernels avx2_search;
 extern const SearchKernels avx512_search;
+extern const OuterKernel avx512bf16_outer;
 
 }  // namespace tulle

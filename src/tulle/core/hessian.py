@@ -12,12 +12,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from tulle.core.statistics import accumulate_outer
 from tulle.errors import UserError
 
 ESCALATIONS = 6
 """A failed factorisation is tried again with ten times the damping, this many times."""
-PANEL = 384
-"""Channels whose products are computed together: narrower panels save work, wider ones run faster."""
 PIVOT = 1e-4
 """Smallest pivot of a Cholesky factor, as a share of the largest, that counts as success: its square is near the
 rounding error of float32, where what is left of a pivot is noise.
@@ -48,16 +47,10 @@ class Hessian:
         return cls(torch.zeros(channels, channels, device=device))
 
     def add(self, x: Tensor) -> None:
-        """Adds the tokens X ``[T, C_in]`` to the running mean."""
-        x = x.reshape(-1, x.shape[-1]).float()
+        """Adds the tokens X ``[T, C_in]`` to the running mean. X is bfloat16 or float32; bfloat16 is faster."""
+        x = x.reshape(-1, x.shape[-1])
         total = self.tokens + x.shape[0]
-        self.matrix.mul_(self.tokens / total)
-        for start in range(0, x.shape[1], PANEL):
-            # H is symmetric: of a panel of rows, only what stands on and right of the diagonal is computed.
-            end = start + PANEL
-            panel = self.matrix[start:end]
-            panel[:, start:].addmm_(x[:, start:end].T, x[:, start:], alpha=2.0 / total)
-            self.matrix[end:, start:end] = panel[:, end:].T
+        accumulate_outer(self.matrix, x, x, alpha=2.0 / total, beta=self.tokens / total)
         self.tokens = total
         self._factors.clear()
         self._eigen.clear()

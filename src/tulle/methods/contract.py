@@ -56,18 +56,19 @@ class Statistics:
     """Whole tokens ``[K, C_in]``, each as likely as any other (:class:`tulle.core.sample.Reservoir`)."""
 
     def add(self, x: Tensor, needs: frozenset[Statistic]) -> None:
-        """Takes tokens X ``[T, C_in]`` into those of H, column norms and maxima that are needed."""
+        """Takes tokens X ``[T, C_in]``, float32 or bfloat16, into those of H, column norms and maxima that are needed,
+        all float32."""
         self.tokens += x.shape[0]
         if "hessian" in needs:
             if self.hessian is None:
                 self.hessian = Hessian.zeros(x.shape[1], x.device)
             self.hessian.add(x)
         if "column_norm" in needs:
-            squares = x.square().sum(0)
+            squares = x.float().square().sum(0)
             old = self.column_norm
             self.column_norm = squares.sqrt() if old is None else (old.square() + squares).sqrt()
         if "absmax" in needs:
-            peak = x.abs().amax(0)
+            peak = x.abs().amax(0).float()
             self.absmax = peak if self.absmax is None else torch.maximum(self.absmax, peak)
 
     def transformed(self, transform: Transform) -> None:
