@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 # What an editable install copies or compiles; other Python sources are used from where they are.
 BUILT_FROM := pyproject.toml CMakeLists.txt constraints.txt $(shell find native -name '*.hpp' -o -name '*.cpp')
 
-.PHONY: demo test check bench reference sanitize amx fuzz
+.PHONY: demo test check docs bench reference sanitize amx fuzz
 
 demo: $(INSTALLED)
 	$(BIN)/tulle demo -o demo
@@ -20,6 +20,12 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The documentation's site, in build/site; what comes from the code must be up to date, and links must lead somewhere.
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install -q -c constraints.txt mkdocs-material  # the extra "docs"
+	$(BIN)/python docs/generate.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # See benchmarks/README.md for DATA and PEER_PYTHON.
 bench: $(INSTALLED)

@@ -62,13 +62,13 @@ def compressed(
     from tulle.compression.job import compress
     from tulle.hf import load
     from tulle.text.reading import Text
+    from tulle.training.corpus import prepare
     from tulle.training.held_out import bits_per_byte
     from tulle.training.recipe import TextData
-    from tulle.training.stages import read_vocabulary
-    from tulle.training.tokens import prepare, training_documents
+    from tulle.training.sources import held_out_texts, training_documents
 
     source = TextData.model_validate(data)
-    texts = tuple(d.text for d in training_documents(source, seed, work)[:documents])
+    texts = tuple(d.text for d in training_documents(source, seed, work, held_out_texts(source, work))[:documents])
     report = compress(start, recipe, out, calibration=Text(texts, False), seed=seed, resume=True)
-    corpus = prepare(source, seed, context, work / "data", read_vocabulary(start))
+    corpus = prepare(source, seed, work / "data", Path(start))
     return bits_per_byte(load(out, dtype="float32"), corpus, context), report

@@ -99,16 +99,14 @@ class Trainer:
 
     def _train(self, key: str, recipe: dict[str, Any]) -> dict[str, Any]:
         from tulle.training.curve import read_metrics
-        from tulle.training.launch import TOOLS
-        from tulle.training.recipe import TrainRecipe
-        from tulle.training.stages import run
+        from tulle.training.launch import train
 
         begun, out = time.perf_counter(), self.folder(key)
         (self.work / "data").mkdir(parents=True, exist_ok=True)
         out.mkdir(exist_ok=True)
         if not (out / "data").exists():
             (out / "data").symlink_to((self.work / "data").resolve())
-        run(TrainRecipe.model_validate(recipe), out, TOOLS, resume=True, log=lambda line: None)
+        train(recipe, out, resume=True, log=lambda line: None)
         seconds = time.perf_counter() - begun
         record = json.loads((sorted(out.glob("stages/*/run.json")) or [out / "run.json"])[-1].read_text())
         nats = record["held_out_bits_per_byte"] * math.log(2) * record["held_out_bytes"] / record["held_out_tokens"]

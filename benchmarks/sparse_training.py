@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--out", type=Path, default=HERE / "results/sparse_training.json")
-    parser.add_argument("--picture", type=Path, default=HERE.parent / "docs/sparse_training.png")
+    parser.add_argument("--picture", type=Path, default=HERE.parent / "docs/pictures/sparse_training.png")
     arguments = parser.parse_args()
 
     from rich.console import Console

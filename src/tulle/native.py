@@ -4,7 +4,7 @@ The kernels are compiled for several instruction sets; the widest that this CPU 
 time. `TULLE_ISA=scalar|avx2|avx512` forces one. All sets give the same bytes.
 
 Arrays of codes and values are C-contiguous; other layouts are copied first. Bit and nibble order are those of
-docs/format.md: little-endian within a byte.
+docs/reference/format.md: little-endian within a byte.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The reader that docs/format.md prints reads what pack.py writes."""
+"""The reader that docs/reference/format.md prints reads what pack.py writes."""
 
 import itertools
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 from tulle.format import pack
 from tulle.format.spec import LinearSpec
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "format.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "format.md"
 
 
 def printed_reader() -> dict:

@@ -45,7 +45,7 @@ def random_linear(
 
 
 def meaning(spec: LinearSpec, arrays: Arrays) -> NDArray[np.float64]:
-    """The weights by the definition in docs/format.md, one at a time, in double precision."""
+    """The weights by the definition in docs/reference/format.md, one at a time, in double precision."""
     c_out, c_in = spec.shape
     weight = np.zeros((c_out, c_in))
     for i in range(c_out):
@@ -120,7 +120,7 @@ def test_bytes_do_not_depend_on_pruned_values() -> None:
 
 
 def test_layout_by_hand() -> None:
-    """Low nibble first, little bit order, bit planes from the least significant: as docs/format.md says."""
+    """Low nibble first, little bit order, bit planes from the least significant: as docs/reference/format.md says."""
     codes = np.array([[1, 2, 3], [15, 0, 7]], np.uint8)
     assert pack.pack_codes(codes, 4).tolist() == [[0x21, 0x03], [0x0F, 0x07]]
     assert pack.pack_codes(codes[:, :], 8).tolist() == codes.tolist()

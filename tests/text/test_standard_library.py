@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tulle.errors import UserError
 from tulle.text import standard_library as data
 from tulle.training.recipe import Data, Source
-from tulle.training.tokens import training_texts
+from tulle.training.sources import training_documents
 
 
 def test_a_module_is_named_by_its_last_component():
@@ -52,6 +53,11 @@ def test_stdlib_sides_are_disjoint_and_of_use():
     assert not set(held_out) & set(calibration)
     assert sum(map(len, held_out)) > 100_000
     assert sum(map(len, calibration)) > 10 * sum(map(len, held_out))
+
+
+def training_texts(settings, seed):
+    """Of sources for which nothing must be fetched."""
+    return [document.text for document in training_documents(settings, seed, Path(), data.held_out_text())]
 
 
 def test_no_held_out_text_in_the_training_documents_and_weights_repeat_them():

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 import tulle.hf  # noqa: F401 (registers the model)
 from tulle.errors import UserError
 from tulle.models.scaling_transformer import ScalingTransformerForCausalLM, parameter_count
-from tulle.training import launch as road
-from tulle.training import loop, tokens
+from tulle.text import standard_library
+from tulle.training import loop
 from tulle.training.architecture import OtherModel
 from tulle.training.curve import read_metrics
-from tulle.training.loop import build_model
+from tulle.training.launch import train
 from tulle.training.optim import build_optimizers
 from tulle.training.recipe import TrainRecipe, load_recipe
 
@@ -49,7 +49,7 @@ def recipe_file(folder: Path, **model: Any) -> Path:
 
 def test_a_scaling_transformer_is_trained_by_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It learns, is evaluated without noise, and is loaded by transformers."""
-    monkeypatch.setattr(tokens, "held_out_text", lambda: ["def f(x):\n    return x\n" * 30])
+    monkeypatch.setattr(standard_library, "held_out_text", lambda: ["def f(x):\n    return x\n" * 30])
     training: list[bool] = []
 
     def estimate(loss_of: Any, *arguments: Any) -> float:
@@ -58,7 +58,7 @@ def test_a_scaling_transformer_is_trained_by_a_recipe(tmp_path: Path, monkeypatc
 
     original = loop.estimate
     monkeypatch.setattr(loop, "estimate", estimate)
-    out = road.train(recipe_file(tmp_path), tmp_path / "out", log=lambda line: None)
+    out = train(recipe_file(tmp_path), tmp_path / "out", log=lambda line: None)
     rows = read_metrics(out / "metrics.jsonl")
     assert training == [False] * 4
     assert len(rows) == 4 and rows[-1]["loss"] < rows[0]["loss"] - 0.5
@@ -69,9 +69,9 @@ def test_a_scaling_transformer_is_trained_by_a_recipe(tmp_path: Path, monkeypatc
 
 def test_a_resumed_run_draws_the_same_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gumbel noise and the draws between hard and soft go on where the run was cut."""
-    monkeypatch.setattr(tokens, "held_out_text", lambda: ["def f(x):\n    return x\n" * 30])
+    monkeypatch.setattr(standard_library, "held_out_text", lambda: ["def f(x):\n    return x\n" * 30])
     recipe = recipe_file(tmp_path)
-    whole = road.train(recipe, tmp_path / "whole", log=lambda line: None)
+    whole = train(recipe, tmp_path / "whole", log=lambda line: None)
     original = loop._step
 
     def dies(step: int, *arguments: Any) -> float:
@@ -81,8 +81,8 @@ def test_a_resumed_run_draws_the_same_noise(tmp_path: Path, monkeypatch: pytest.
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(loop, "_step", dies)
-        road.train(recipe, tmp_path / "cut", log=lambda line: None)
-    resumed = road.train(recipe, tmp_path / "cut", resume=True, log=lambda line: None)
+        train(recipe, tmp_path / "cut", log=lambda line: None)
+    resumed = train(recipe, tmp_path / "cut", resume=True, log=lambda line: None)
     assert curve(resumed) == curve(whole)
     assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
@@ -96,7 +96,7 @@ def test_every_parameter_is_in_one_optimizer(tmp_path: Path, kind: str) -> None:
     """Kernels of convolutions have four dimensions."""
     recipe = load_recipe(recipe_file(tmp_path))
     assert recipe.model is not None
-    model = build_model(recipe.model, 300, 16)
+    model = recipe.model.build(300, 16)
     assert model.dtype == torch.float32
     optimizers = build_optimizers(model, recipe.training.model_copy(update={"optimizer": kind}))
     listed = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]

@@ -29,7 +29,7 @@ def rows() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 40, (STEPS * 2, 12), generator=generator)]
 
 
-def by_trainer(folder, trained: LlamaForCausalLM, *methods: TrainingMethod, **settings) -> None:
+def by_trainer(folder, trained: LlamaForCausalLM, *methods: TrainingMethod, resume=None, **settings) -> None:
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=2, learning_rate=0.01, weight_decay=0.1,
         lr_scheduler_type="constant", max_grad_norm=0, report_to=[], use_cpu=True, optim="adamw_torch",
@@ -37,7 +37,7 @@ def by_trainer(folder, trained: LlamaForCausalLM, *methods: TrainingMethod, **se
     )  # fmt: skip
     trainer = Trainer(model=trained, args=arguments, train_dataset=rows(), callbacks=[MethodCallback(*methods)])
     trainer._get_train_sampler = lambda *_: None  # in order, as the loop below
-    trainer.train()
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
 
 
 def by_hand(trained: LlamaForCausalLM, *methods: TrainingMethod) -> None:
@@ -84,6 +84,28 @@ def test_trainer_equals_a_loop_written_by_hand(tmp_path, kind):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
     if kind != "top_kast":
         assert all((linear.weight[zeros[name]] == 0).all() for name, linear in target_linears(first).items())
+
+
+class Counter(TrainingMethod):
+    """Counts its steps."""
+
+    steps_seen = 0
+
+    def after_step(self, step, optimizers):
+        self.steps_seen += 1
+
+    def state(self):
+        return {"seen": torch.tensor(self.steps_seen)}
+
+    def load_state(self, state):
+        self.steps_seen = int(state["seen"])
+
+
+def test_a_resumed_trainer_puts_the_state_of_each_method_back(tmp_path):
+    by_trainer(tmp_path, model(), HeldMasks(), Counter(), save_strategy="steps", save_steps=3)
+    resumed = Counter()
+    by_trainer(tmp_path, model(), HeldMasks(), resumed, resume=tmp_path / "checkpoint-3")
+    assert resumed.steps_seen == STEPS
 
 
 def test_state_travels_with_the_checkpoints_of_the_trainer(tmp_path):

@@ -1,8 +1,11 @@
 """The loop on a toy model in eager fp32, where every statement about curves can be exact."""
 
+import itertools
 import json
 import math
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tulle.errors import UserError
-from tulle.training import checkpoint, loop, tokens
+from tulle.text import standard_library
+from tulle.training import checkpoint, loop
+from tulle.training.corpus import prepare
 from tulle.training.curve import read_metrics
 from tulle.training.held_out import bits_per_byte
 from tulle.training.launch import train
@@ -26,7 +31,7 @@ TEXT = ["def f(x):\n    return x\n" * 30, "class A:\n    pass\n" * 20]
 @pytest.fixture(autouse=True, scope="module")
 def small_evaluation():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokens, "held_out_text", lambda: TEXT)
+        patch.setattr(standard_library, "held_out_text", lambda: TEXT)
         yield
 
 
@@ -121,7 +126,7 @@ def test_checkpoint_holds_the_optimizer(tmp_path, kind):
 
     def fresh():
         torch.manual_seed(0)
-        model = loop.build_model(recipe.model, 300, 16)
+        model = recipe.model.build(300, 16)
         return model, build_optimizers(model, recipe.training)
 
     def step(model, optimizers):
@@ -165,6 +170,28 @@ def test_folder_in_use(tmp_path):
         train(recipe_file(tmp_path), tmp_path / "out")
 
 
+def test_too_little_held_out_text_is_said_before_training(tmp_path):
+    file = recipe_file(tmp_path)
+    content = yaml.safe_load(file.read_text())
+    (tmp_path / "short.txt").write_text("x\n")
+    content["data"]["held_out"] = [{"path": str(tmp_path / "short.txt")}]
+    file.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match="at least 17 held-out tokens, found 4; try more held_out text"):
+        train(file, tmp_path / "out")
+    assert not (tmp_path / "out/checkpoints").exists()
+
+
+def test_a_checkpoint_of_another_version_does_not_resume(tmp_path, whole):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    state = checkpoint.latest(out / "checkpoints") / "state.json"
+    content = json.loads(state.read_text())
+    content["recipe"]["training"]["an_old_key"] = 1
+    state.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="expected the recipe that .* was started with"):
+        train(recipe_file(tmp_path), out, resume=True)
+
+
 def test_it_learns_and_ships_what_it_says(tmp_path):
     out = train(recipe_file(tmp_path, tokens=60 * 64), tmp_path / "out")
     rows = read_metrics(out / "metrics.jsonl")
@@ -201,6 +228,14 @@ def test_no_compiler_is_said_and_survived(tmp_path, monkeypatch):
     assert len(curve(tmp_path / "out")) == 6
 
 
+def test_rows_count_tokens_and_seconds_since_the_row_before(tmp_path, monkeypatch):
+    clock = itertools.count()  # a second passes with every look at it
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    rows = read_metrics(train(recipe_file(tmp_path, evaluate_every=5), tmp_path / "out") / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [5, 10, 12] and [row["tokens"] for row in rows] == [320, 640, 768]
+    assert [row["tokens_per_s"] for row in rows] == [320.0, 320.0, 128.0]
+
+
 def test_diverged_run_stops_with_advice(tmp_path):
     with pytest.raises(UserError, match="finite training loss.*try a lower learning_rate"):
         train(recipe_file(tmp_path, optimizer="adamw", learning_rate=1e30), tmp_path / "out")
@@ -209,8 +244,8 @@ def test_diverged_run_stops_with_advice(tmp_path):
 def test_bits_per_byte_of_a_model_that_knows_nothing(tmp_path):
     # All logits equal: every token costs log2(vocabulary) bits, whatever the windows.
     recipe = load_recipe(recipe_file(tmp_path))
-    corpus = tokens.prepare(recipe.data, 0, 16, tmp_path / "data")
-    model = loop.build_model(recipe.model, 300, 16)
+    corpus = prepare(recipe.data, 0, tmp_path / "data", 300)
+    model = recipe.model.build(300, 16)
     model.lm_head.weight.data.zero_()
     size = sum(len(text.encode()) for text in TEXT)
     expected = math.log2(300) * (len(corpus.held_out) - 1) / size

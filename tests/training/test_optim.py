@@ -5,11 +5,17 @@ import math
 import pytest
 import torch
 
-from tulle.training.loop import build_model
-from tulle.training.optim import build_optimizers, first_decay_step, warmup_stable_decay
-from tulle.training.recipe import Model, Training
+from tulle.training.architecture import Llama
+from tulle.training.optim import (
+    build_optimizers,
+    first_decay_step,
+    learning_rates,
+    length_matters_from,
+    warmup_stable_decay,
+)
+from tulle.training.recipe import Training
 
-SHAPE = Model(
+SHAPE = Llama(
     hidden_size=16,
     intermediate_size=24,
     num_hidden_layers=2,
@@ -44,13 +50,31 @@ def test_before_the_decay_the_length_does_not_matter():
         assert short == long
 
 
+@pytest.mark.parametrize(
+    ("schedule", "rates", "length_matters"),
+    [
+        ("linear", [1 / 3, 2 / 3, 1, 3 / 4, 1 / 2, 1 / 4], 2),
+        ("cosine", [1 / 3, 2 / 3, 1, (1 + 0.5**0.5) / 2, 1 / 2, (1 - 0.5**0.5) / 2], 2),
+        ("constant", [1 / 3, 2 / 3, 1, 1, 1, 1], 6),
+        ("wsd", [1 / 3, 2 / 3, 1, 1 - (1 / 4) ** 0.5, 1 - (2 / 4) ** 0.5, 1 - (3 / 4) ** 0.5], 3),
+    ],
+)
+def test_schedules_by_hand(schedule, rates, length_matters):
+    """Six steps, two of them warm-up; the decay of wsd is the last half."""
+    made = settings("adamw").model_copy(
+        update={"schedule": schedule, "tokens": 6 * 16, "warmup_steps": 2, "decay_fraction": 0.5, "learning_rate": 0.5}
+    )
+    assert learning_rates(made) == pytest.approx([rate / 2 for rate in rates])
+    assert length_matters_from(made) == length_matters
+
+
 def test_no_decay():
     assert warmup_stable_decay(9, 10, 0, 0.0) == 1.0
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_every_parameter_once_and_decay_on_matrices_only(kind):
-    model = build_model(SHAPE, vocab_size=300, context=8)
+    model = SHAPE.build(vocab_size=300, context=8)
     groups = [g for optimizer in build_optimizers(model, settings(kind)) for g in optimizer.param_groups]
     given = [p for group in groups for p in group["params"]]
     assert {id(p) for p in given} == {id(p) for p in model.parameters()}
@@ -60,7 +84,7 @@ def test_every_parameter_once_and_decay_on_matrices_only(kind):
 
 
 def test_muon_gets_the_hidden_matrices_and_not_the_embedding():
-    model = build_model(SHAPE, vocab_size=300, context=8)
+    model = SHAPE.build(vocab_size=300, context=8)
     muon = build_optimizers(model, settings("muon"))[1]
     assert isinstance(muon, torch.optim.Muon)
     shapes = [tuple(p.shape) for group in muon.param_groups for p in group["params"]]

@@ -1,16 +1,17 @@
 """Files and data sets as sources: what is read, what is left out, and what fails in one line."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
 
 from tulle.errors import UserError
-from tulle.training import sources, tokens
+from tulle.training import corpus, sources
+from tulle.training.corpus import Corpus, prepare
 from tulle.training.recipe import Source, TextData
 from tulle.training.sources import index
-from tulle.training.tokens import Vocabulary, prepare, train_tokenizer
+from tulle.training.tokenizer import save_tokenizer, train_tokenizer
 
 
 def jsonl(file, rows) -> str:
@@ -34,10 +35,10 @@ def test_text_files_whatever_the_size_of_a_read(tmp_path, monkeypatch, piece):
     (tmp_path / "a.txt").write_text(text)
     found = index(Source(path=str(tmp_path / "a.txt"), separator="---\n"), tmp_path)
     assert [d.text for d in found] == ["first é\n", "second\n\n", "third"]
-    # Without a separator: pieces at line ends, which joined are the file.
-    assert "".join(d.text for d in index(Source(path=str(tmp_path / "a.txt")), tmp_path)).replace("\n", "") == (
-        text.replace("\n", "")
-    )
+    # Without a separator: pieces that end with a line, which joined are the file.
+    pieces = [d.text for d in index(Source(path=str(tmp_path / "a.txt")), tmp_path)]
+    assert "".join(pieces) == text and len(pieces) == (3 if piece == 7 else 1)
+    assert all(part.endswith("\n") for part in pieces[:-1])
 
 
 def test_folders_are_read_in_order_and_offsets_stay_right(tmp_path):
@@ -91,34 +92,36 @@ def test_a_data_set_is_streamed_once_and_then_read_from_disk(tmp_path, monkeypat
 
 
 @pytest.fixture(scope="module")
-def vocabulary() -> Vocabulary:
-    tokenizer = train_tokenizer(["abc " * 50], 257 + 3)
-    return Vocabulary(tokenizer, 0)
+def tokenizer(tmp_path_factory) -> Path:
+    """A model folder's tokenizer."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(train_tokenizer(["abc " * 50], 257 + 3), folder, context=16)
+    return folder
 
 
-def decode(vocabulary: Vocabulary, stream: np.ndarray) -> list[str]:
+def decode(made: Corpus, stream: np.ndarray) -> list[str]:
     """The documents of a packed stream."""
-    cuts = [i for i, token in enumerate(stream) if token == vocabulary.end]
-    tokenizer: Tokenizer = vocabulary.tokenizer
-    return [tokenizer.decode(stream[a + 1 : b].tolist()) for a, b in zip(cuts, cuts[1:], strict=False)]
+    cuts = [i for i, token in enumerate(stream) if token == made.vocabulary.end]
+    decoder = made.vocabulary.tokenizer
+    return [decoder.decode(stream[a + 1 : b].tolist()) for a, b in zip(cuts, cuts[1:], strict=False)]
 
 
-def test_weighted_sources_are_packed_and_held_out_text_is_left_out(tmp_path, vocabulary, monkeypatch):
-    monkeypatch.setattr(tokens, "CHUNK", 3)
+@pytest.mark.parametrize("own", [True, False], ids=["trained on the documents", "a model's tokenizer"])
+def test_weighted_sources_are_packed_and_held_out_text_is_left_out(tmp_path, tokenizer, monkeypatch, own):
+    monkeypatch.setattr(corpus, "CHUNK", 3)
     first = jsonl(tmp_path / "a.jsonl", [{"text": f"a{i}"} for i in range(8)])
     second = jsonl(tmp_path / "b.jsonl", [{"text": f"b{i}"} for i in range(4)])
     held = jsonl(tmp_path / "h.jsonl", [{"text": "a3"}, {"text": "h"}])
     data = TextData(sources=[Source(path=first), Source(path=second, weight=3)], held_out=[Source(path=held)])
-    corpus = prepare(data, 0, 4, tmp_path / "cache", vocabulary)
+    made, again, other = (prepare(data, seed, tmp_path / "cache", 257 if own else tokenizer) for seed in (0, 0, 1))
     expected = [f"a{i}" for i in range(8) if i != 3] + 3 * [f"b{i}" for i in range(4)]
-    found = decode(vocabulary, corpus.train)
+    found = decode(made, made.train)
     assert sorted(found) == sorted(expected) and found != expected
-    assert decode(vocabulary, corpus.held_out) == ["a3", "h"] and corpus.held_out_bytes == 3
-    again = prepare(data, 0, 4, tmp_path / "cache", vocabulary)
-    assert (again.train == corpus.train).all()
-    other = prepare(data, 1, 4, tmp_path / "cache", vocabulary)
-    assert sorted(decode(vocabulary, other.train)) == sorted(expected)
-    assert decode(vocabulary, other.train) != found
+    assert decode(made, made.held_out) == ["a3", "h"] and made.held_out_bytes == 3
+    assert made.vocabulary.tokenizer.get_vocab_size() == (257 if own else 260)
+    assert (again.train == made.train).all()
+    assert sorted(decode(other, other.train)) == sorted(expected)
+    assert decode(other, other.train) != found
 
 
 @pytest.mark.parametrize("given", [{}, {"name": "a", "path": "b"}])

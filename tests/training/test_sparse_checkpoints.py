@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from checkpoints import PROSE, write_checkpoint
 from tulle.compression.job import compress
 from tulle.compression.recipe import METHODS
+from tulle.compression.walker import DENSIFIED
 from tulle.hf import load
 from tulle.text.reading import Text
 
@@ -84,9 +85,13 @@ def test_zeros_stay(tmp_path, pruned, name):
 
 @pytest.mark.parametrize("name", FILLING)
 def test_transforms_that_fill_zeros_say_so(tmp_path, pruned, name):
-    report = compressed(pruned, tmp_path / "out", FILLING[name])
-    notes = [note for linear in report["linears"] for note in linear["notes"]] + report["notes"]
-    assert any("zeros" in note for note in notes)
+    def notes(model: Path, out: Path) -> list[str]:
+        report = compressed(model, out, FILLING[name])
+        return [note for linear in report["linears"] for note in linear["notes"]] + report["notes"]
+
+    assert DENSIFIED in notes(pruned, tmp_path / "out")
+    write_checkpoint(tmp_path / "dense", num_hidden_layers=1)
+    assert DENSIFIED not in notes(tmp_path / "dense", tmp_path / "of dense")
 
 
 def test_every_method_is_tried():

@@ -1,4 +1,4 @@
-"""The road in one recipe: masks are kept at every mark, a killed run ends where an undisturbed one does."""
+"""A pipeline in one recipe: masks are held from stage to stage, a killed run ends where an undisturbed one does."""
 
 import json
 from pathlib import Path
@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tulle.errors import UserError
 from tulle.hf import load
 from tulle.models.description import describe
-from tulle.training import loop, stages
+from tulle.training import loop, outcome
 from tulle.training.curve import read_metrics
-from tulle.training.launch import TOOLS, train
+from tulle.training.launch import train
+from tulle.training.plan import make_plan
 from tulle.training.recipe import load_recipe
 
 SHAPE = {
@@ -31,7 +32,7 @@ def pruning(share) -> dict:
     return {"steps": [{"sparsegpt": share}], "calibration": {"samples": 8, "length": 16}}
 
 
-def road() -> list[dict]:
+def pipeline() -> list[dict]:
     held = {"held_masks": {}}
     return [
         {"name": "dense"},
@@ -70,14 +71,14 @@ def no_pictures():
     """Pages and curves are most of the time of a tiny run, and have tests of their own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tulle.compression.job.write_report", lambda report, file: file.write_text("page"))
-        patch.setattr(stages, "draw_curve", lambda rows, file, *_: file.write_text(f"{len(rows)} rows"))
+        patch.setattr(outcome, "draw_curve", lambda rows, file, *_: file.write_text(f"{len(rows)} rows"))
         yield
 
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory, no_pictures) -> Path:
-    folder = tmp_path_factory.mktemp("road")
-    return train(write(folder, stages=road()), folder / "out", log=lambda line: None)
+    folder = tmp_path_factory.mktemp("pipeline")
+    return train(write(folder, stages=pipeline()), folder / "out", log=lambda line: None)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -88,7 +89,7 @@ def share(tensors: dict[str, torch.Tensor]) -> float:
     return sum(int((t == 0).sum()) for t in tensors.values()) / sum(t.numel() for t in tensors.values())
 
 
-def test_masks_are_held_and_tightened_on_the_way(walked):
+def test_masks_are_held_and_tightened_from_stage_to_stage(walked):
     dense, half, most = (weights(f) for f in sorted((walked / "stages").iterdir()))
     assert share(dense) == 0
     # Counts of pruned weights are exact per matrix, rounded to whole entries.
@@ -97,7 +98,7 @@ def test_masks_are_held_and_tightened_on_the_way(walked):
     for name, tensor in half.items():
         assert torch.equal(tensor == 0, pruned[name] == 0)
         assert not torch.equal(tensor, pruned[name])  # and trained
-        assert (most[name][tensor == 0] == 0).all()  # what is pruned stays pruned at the next mark
+        assert (most[name][tensor == 0] == 0).all()  # what is pruned stays pruned at the next stage
     final = weights(walked)
     assert all(torch.equal(final[name] == 0, tensor == 0) for name, tensor in most.items())
 
@@ -133,8 +134,8 @@ class Stopped(Exception):
 
 
 @pytest.mark.parametrize("moment", [1, 11], ids=["in the first stage", "near the end"])
-def test_a_killed_road_ends_where_an_undisturbed_one_does(tmp_path, monkeypatch, walked, moment):
-    recipe = write(tmp_path, stages=road())
+def test_a_killed_pipeline_ends_where_an_undisturbed_one_does(tmp_path, monkeypatch, walked, moment):
+    recipe = write(tmp_path, stages=pipeline())
     original, calls = loop._step, iter(range(1000))
 
     def dies(*arguments):
@@ -156,9 +157,9 @@ def test_a_killed_road_ends_where_an_undisturbed_one_does(tmp_path, monkeypatch,
     assert [[row.get(k) for k in keys] for row in rows[0]] == [[row.get(k) for k in keys] for row in rows[1]]
 
 
-def test_another_road_does_not_resume(tmp_path, walked):
+def test_another_pipeline_does_not_resume(tmp_path, walked):
     with pytest.raises(UserError, match="expected the recipe that .* was started with"):
-        train(write(tmp_path, stages=road()[:2]), walked, resume=True)
+        train(write(tmp_path, stages=pipeline()[:2]), walked, resume=True)
 
 
 def test_training_goes_on_from_a_packed_model(tmp_path, walked):
@@ -208,7 +209,7 @@ def taught(by: str) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    ("road", "message"),
+    ("given", "message"),
     [
         (
             [{"name": "a", "prune": {"steps": [{"gptq": {"bits": 4}}]}}],
@@ -226,13 +227,14 @@ def taught(by: str) -> list[dict]:
             [{"name": "0"}, ROTATED, {"name": "b", "methods": taught("0")}],
             "a teacher for stage b",
         ),
+        ([{"name": "a", "methods": taught("")}], "a teacher for stage a, found none; name a folder"),
         ([{"name": "a"}, {"name": "a"}], "each stage needs a name of its own"),
-        ([{"name": "a", "training": {"tokens": 0}}], "tokens must cover one step"),
+        ([{"name": "a", "training": {"tokens": 0}}], "tokens of stage a to cover one step"),
     ],
 )
-def test_bad_roads_fail_in_one_line(tmp_path, road, message):
+def test_bad_pipelines_fail_in_one_line(tmp_path, given, message):
     with pytest.raises(UserError, match=message) as error:
-        train(write(tmp_path, stages=road), tmp_path / "out", log=lambda line: None)
+        train(write(tmp_path, stages=given), tmp_path / "out", log=lambda line: None)
     assert "\n" not in str(error.value)
 
 
@@ -250,7 +252,7 @@ def test_an_unknown_start_fails_in_one_line(tmp_path):
         train(write(tmp_path, stages=[{"name": "a", "start": "nowhere"}]), tmp_path / "out", log=lambda line: None)
 
 
-def test_a_road_that_failed_at_once_may_be_mended_and_started_again(tmp_path):
+def test_a_pipeline_that_failed_at_once_may_be_mended_and_started_again(tmp_path):
     wrong = {"name": "a", "prune": {"steps": [{"sparsegpt": {"sparsity": 0.5}}], "calibration": {"samples": 10**6}}}
     with pytest.raises(UserError, match="calibration text"):
         train(write(tmp_path, stages=[wrong]), tmp_path / "out", log=lambda line: None)
@@ -260,16 +262,25 @@ def test_a_road_that_failed_at_once_may_be_mended_and_started_again(tmp_path):
 
 
 def test_teachers_and_students_of_one_basis(tmp_path):
-    """What the check of bases lets through: all shipped roads, and what nobody here turned."""
-    for path in sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")):
-        if "steps" not in yaml.safe_load(path.read_text()):
-            stages.check_bases(load_recipe(path), TOOLS)
+    """What the check of bases lets through, and that it knows where a residual stream was rotated."""
     branch = {"name": "b", "start": "elsewhere", "methods": taught("start")}
-    turned = ROTATED | {"prune": {"steps": [{"permute_channels": {}}]}, "training": {"tokens": 0}}
+    permuted = ROTATED | {"prune": {"steps": [{"permute_channels": {}}]}, "training": {"tokens": 0}}
     again = {"name": "b", "methods": taught("a")}
-    for way in ([{"name": "a"}, branch], [ROTATED | {"training": {"tokens": 0}}, again], [turned, again]):
-        stages.check_bases(load_recipe(write(tmp_path, stages=way)), TOOLS)
-    with pytest.raises(UserError, match="'elsewhere', where it was not turned as in stage a"):
-        stages.check_bases(
-            load_recipe(write(tmp_path, stages=[turned, again | {"methods": taught("elsewhere")}])), TOOLS
-        )
+    for way in ([{"name": "a"}, branch], [ROTATED | {"training": {"tokens": 0}}, again], [permuted, again]):
+        make_plan(load_recipe(write(tmp_path, stages=way)))
+    with pytest.raises(UserError, match="'elsewhere', not rotated or permuted as in stage a"):
+        make_plan(load_recipe(write(tmp_path, stages=[permuted, again | {"methods": taught("elsewhere")}])))
+
+
+def test_a_first_stage_of_a_new_model_may_have_a_corpus_of_its_own(tmp_path):
+    write(tmp_path / "other")
+    own = {
+        "sources": [{"path": str(tmp_path / "other/train.jsonl")}],
+        "held_out": [{"path": str(tmp_path / "other/test.jsonl")}],
+    }
+    out = train(write(tmp_path, stages=[{"name": "a", "data": own}]), tmp_path / "out", log=lambda line: None)
+    record = json.loads((out / "stages/01-a/run.json").read_text())
+    size = sum(
+        len(json.loads(row)["text"].encode()) for row in (tmp_path / "other/test.jsonl").read_text().splitlines()
+    )
+    assert record["held_out_bytes"] == size

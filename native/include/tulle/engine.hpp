@@ -12,7 +12,7 @@
 
 namespace tulle {
 
-// x ↦ x·T of docs/format.md, "Transforms", in front of linears that share an input.
+// x ↦ x·T of docs/reference/format.md, "Transforms", in front of linears that share an input.
 struct Transform {
   enum class Kind : std::uint8_t { diagonal, permutation, hadamard, block_matrix, kronecker } kind;
   std::size_t channels = 0;

@@ -1,4 +1,4 @@
-// The engine's linears: y = W·x with weights in the kernel layout of docs/engine.md.
+// The engine's linears: y = W·x with weights in the kernel layout of docs/guide/run.md.
 //
 // Rows (outputs) come in tiles of 16. Of a tile, a *unit* is what one instruction meets: 4 inputs × 16 outputs of
 // 8-bit codes (output major, inputs within), 2 × 16 of bfloat16, 1 × 16 of float32. Inputs come in *segments*, padded

@@ -23,7 +23,7 @@ struct CacheView {
   float* scales;  // u8: [capacity][4], key step, key zero point, value step, value zero point: x = step · (u − zero)
 };
 
-// A quantiser of one vector (docs/format.md, "Quantised inputs").
+// A quantiser of one vector (docs/reference/format.md, "Quantised inputs").
 struct Grid {
   int bits;  // 0: none
   bool symmetric;

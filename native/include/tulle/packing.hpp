@@ -1,4 +1,4 @@
-// Nibble packing and bitmask compression: the byte layouts of docs/format.md, sections "Codes" and "Sparse".
+// Nibble packing and bitmask compression: the byte layouts of docs/reference/format.md, sections "Codes" and "Sparse".
 #pragma once
 
 #include <cstddef>

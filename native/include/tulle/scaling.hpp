@@ -1,4 +1,4 @@
-// A Scaling Transformer (Jaszczur et al. 2021, docs/scaling-transformers.md): tokens in, logits out. Each part of it is
+// A Scaling Transformer (docs/guide/scaling-transformers.md): tokens in, logits out. Each part of it is
 // dense or sparse; of a sparse feed-forward, one token reads the controller and the rows of the chosen units alone.
 #pragma once
 

@@ -1,4 +1,4 @@
-// Which of its inputs a linear sees (docs/format.md, "Sparse inputs").
+// Which of its inputs a linear sees (docs/reference/format.md, "Sparse inputs").
 #pragma once
 
 #include <cstddef>

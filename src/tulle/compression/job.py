@@ -99,7 +99,10 @@ def compress(
         activations = 4 * sum(b.tokens.numel() for b in batches) * description.hidden * 4
         run.require_space(checkpoint.bytes + activations)
         source = Source(checkpoint, description)
-        decisions = take_survey(description, source, chosen, batches, device, progress, seed)
+        with disk_errors(Path(output)):
+            # The state is not on disk yet, so that the folder's name must tell other runs apart.
+            kept = run.work / f"survey-{fingerprint[:16]}"
+            decisions = take_survey(description, source, chosen, batches, device, progress, seed, kept)
         basis = decisions.residual or decisions.values
         if basis and any(zero_share(t) >= SPARSE_FROM for t in source.read_block(0).values()):
             decisions.notes.append(DENSIFIED)

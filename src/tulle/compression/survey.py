@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tulle.compression.recipe import Recipe
 from tulle.core.hessian import Hessian
 from tulle.core.rotation import Extremes
 from tulle.core.transform import Permutation
 from tulle.errors import UserError
-from tulle.methods.contract import Progress, See, Statistics, Survey, Trials
+from tulle.methods.contract import InputTrials, Key, Progress, See, Statistics, Survey, WeightTrials
 from tulle.models.batches import Batch, batched
-from tulle.models.decoder import DecoderBlock, embed, final_norm, logits
+from tulle.models.decoder import DecoderBlock, PlainDecoder, embed
 from tulle.models.description import Decoder
+from tulle.models.fisher import divergences
 from tulle.models.rewrite import Source
-from tulle.models.watch import run_replaced, run_watched
+from tulle.models.watch import run_watched
 
 TOKENS = 8192
 """Calibration tokens of the walk; its hidden states are in memory."""
@@ -34,8 +37,13 @@ def take_survey(
     device: str = "cpu",
     progress: Progress | None = None,
     seed: int = 0,
+    folder: Path | None = None,
 ) -> Survey:
-    """Runs the recipe's model steps and returns what they decided. Equal inputs give equal decisions."""
+    """Runs the recipe's model steps and returns what they decided. Equal inputs give equal decisions.
+
+    Every step costs a fixed number of passes over the calibration tokens. With ``folder``, of one run alone, a killed
+    survey goes on at the block where it stopped, and what a finished one found is not computed again.
+    """
     found: dict[tuple[int, str], Tensor] = {}
     norms: dict[tuple[int, str], Tensor] = {}
     first = model.layers[0]
@@ -51,9 +59,9 @@ def take_survey(
         seed=seed,
         column_norm=lambda block, role: norms[block, role],
     )
-    walk, watched = _Walk(model, source, batches, device, progress), False
+    walk, watched = _Walk(model, source, batches, device, progress, seed, folder), False
     for step in recipe.stage("model"):
-        survey.probe, survey.look = walk.probe, walk.look
+        survey.costs, survey.look = walk.costs, walk.look
         if not watched and {"rows", "column_norm"} & step.method.needs:
             walk.watch(seed, found, norms)
             watched = True
@@ -79,6 +87,10 @@ class _Walk:
     batches: Sequence[Batch]
     device: str
     progress: Progress | None
+    seed: int = 0
+    folder: Path | None = None
+    calls: Iterator[int] = field(default_factory=count)
+    """Numbers of the calls of ``costs``."""
 
     def read_block(self, index: int) -> dict[str, Tensor]:
         """Float32 tensors of a block by relative name."""
@@ -123,38 +135,17 @@ class _Walk:
                     hessian.add(inputs[role][batch.valid.to(self.device)])
             see(index, tensors, found)
 
-    def probe(self, trials: Trials, tokens: int, hessians: bool = True) -> dict[Hashable, float]:
-        """Runs every trial (``Survey.probe``); in memory is one block, and the hidden states of each trial so far.
-
-        Hessians are of other sequences than those that the divergence is measured on, where there is more than one.
-        """
-        probed, rest = _drawn(self.batches, tokens)
-        seen = batched(_drawn(batched(rest), TOKENS)[0] if rest else probed)
-        measured = batched(probed)
-        stream, dense = self._embedded(seen), self._embedded(measured)
-        running: dict[Hashable, list[Tensor]] = {}
-        for index, tensors in self._blocks("probe"):
-            block = DecoderBlock(self.model, index, tensors, self.device)
-            found: dict[str, Hessian] = {}
-            for batch, hidden in zip(seen, stream, strict=True) if hessians else ():
-                for role, x in run_watched(block, hidden)[1].items():
-                    if role not in found:
-                        found[role] = Hessian.zeros(x.shape[-1], self.device)
-                    found[role].add(x[batch.valid.to(self.device)])
-            running = {key: [block(h) for h in states] for key, states in running.items()}
-            for key, replaced in trials(index, tensors, found):
-                running[key] = [run_replaced(block, h, replaced) for h in dense]
-            stream = [block(h) for h in stream] if hessians else stream
-            dense = [block(h) for h in dense]
-        total: dict[Hashable, float] = dict.fromkeys(running, 0.0)
-        predict = self._predictor()
-        for i, batch in enumerate(measured):
-            valid = batch.valid.to(self.device)
-            wanted = predict(dense[i][valid])
-            for key, states in running.items():
-                given = predict(states[i][valid])
-                total[key] += float(nn.functional.kl_div(given, wanted, log_target=True, reduction="sum"))
-        return {key: value / sum(map(len, probed)) for key, value in total.items()}
+    def costs(
+        self, tokens: int, weights: WeightTrials | None = None, inputs: InputTrials | None = None
+    ) -> dict[Key, float]:
+        """``Survey.costs``. A killed run goes on from what is in the folder."""
+        outer = {self.model.embedding: self.source.embedding(), **self.source.closing()}
+        model = PlainDecoder(replace(self.model, tied=self.source.tied), self.read_block, outer, self.device)
+        folder = None if self.folder is None else self.folder / f"costs-{next(self.calls)}"
+        chosen = batched(_drawn(self.batches, tokens)[0])
+        return divergences(
+            model, chosen, weights=weights, inputs=inputs, seed=self.seed, folder=folder, progress=self.progress
+        )
 
     def _embedded(self, batches: Sequence[Batch]) -> list[Tensor]:
         embedding = self.source.embedding().float()
@@ -165,17 +156,6 @@ class _Walk:
             if self.progress:
                 self.progress(f"{what} {index + 1}/{len(self.model.layers)}", index, len(self.model.layers))
             yield index, self.read_block(index)
-
-    def _predictor(self) -> Callable[[Tensor], Tensor]:
-        """Log probabilities of the next token from the last block's outputs."""
-        closing = [t.float().to(self.device) for t in self.source.closing().values()]
-        gain = closing[0]
-        head = closing[1] if len(closing) > 1 else self.source.embedding().float().to(self.device)
-
-        def predict(hidden: Tensor) -> Tensor:
-            return logits(self.model, final_norm(self.model, hidden, gain), head).log_softmax(-1)
-
-        return predict
 
 
 def _drawn(batches: Sequence[Batch], tokens: int) -> tuple[list[Tensor], list[Tensor]]:

@@ -124,7 +124,7 @@ class _Work:
         return linear.name.removeprefix(self.layer.prefix)
 
     def input_of(self, group: LinearGroup, x: Tensor) -> Tensor:
-        """What meets the weights of the group's first linear in the compressed block."""
+        """What the group's first linear multiplies with its weights in the compressed block."""
         quantised = self.inputs.get(group.names[0])
         return x if quantised is None else quantised(x)
 

@@ -146,8 +146,8 @@ class Eigen:
 
 
 def _factorise(hessian: Hessian, damping: float, descending: bool) -> Factor:
-    """V from one factorisation: with rows and columns reversed, H = M·Mᵀ, M lower; turned back, H = V·Vᵀ with V upper.
-    Neither H⁻¹ nor U = V⁻¹ is formed.
+    """V from one factorisation: with rows and columns reversed, H = M·Mᵀ, M lower; reversed again, H = V·Vᵀ with V
+    upper. Neither H⁻¹ nor U = V⁻¹ is formed.
     """
     order = torch.arange(hessian.matrix.shape[0], device=hessian.matrix.device)
     if descending:

@@ -1,4 +1,4 @@
-"""A Scaling Transformer (docs/scaling-transformers.md) as the native engine takes it.
+"""A Scaling Transformer (docs/guide/scaling-transformers.md) as the native engine takes it.
 
 Weights that a token meets row by row stay as they are, row by row: of W₁ and W₂ of a sparse feed-forward one row is
 what one unit needs. Where outputs or inputs are few (the controller's second matrix, E of the multiplicative layer, the

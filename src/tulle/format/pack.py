@@ -1,6 +1,6 @@
 """Bytes of a compressed linear: arrays -> the tensors that `LinearSpec.tensors` lists, and back.
 
-docs/format.md, section "Tensors of a linear", is the specification. NumPy has no bfloat16, so bfloat16
+docs/reference/format.md, section "Tensors of a linear", is the specification. NumPy has no bfloat16, so bfloat16
 arrays are uint16 arrays of their bits here.
 """
 

@@ -1,6 +1,6 @@
 """Which tensors a compressed linear is stored as, and the `quantization_config` that says so.
 
-docs/format.md, sections "config.json" and "Tensors of a linear", is the specification.
+docs/reference/format.md, sections "config.json" and "Tensors of a linear", is the specification.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TRANSFORMS = ("diagonal", "permutation", "hadamard", "block_matrix", "kronecker"
 class TransformSpec:
     """One linear map on the input x `[C_in]` of a linear. Raises UserError if fields contradict each other.
 
-    docs/format.md, section "Transforms", says what each kind computes.
+    docs/reference/format.md, section "Transforms", says what each kind computes.
     """
 
     kind: str
@@ -89,7 +89,9 @@ class TransformSpec:
 
 @dataclass(frozen=True)
 class InputSparsitySpec:
-    """Which inputs of a linear a token keeps. docs/format.md, section "Sparse inputs", says what each kind computes."""
+    """Which inputs of a linear a token keeps.
+
+    docs/reference/format.md, section "Sparse inputs", says what each kind computes."""
 
     kind: str
     keep: int | None = None

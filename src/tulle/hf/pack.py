@@ -1,4 +1,4 @@
-"""From a linear's state to the tensors that stand for it in the file (``docs/format.md``)."""
+"""From a linear's state to the tensors that stand for it in the file (``docs/reference/format.md``)."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def spec_of(linear: LinearState, dtype: torch.dtype, holder: str | None = None) 
 
 
 def packed_tensors(linear: LinearState, spec: LinearSpec, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of ``docs/format.md`` for one linear, by suffix."""
+    """The tensors of ``docs/reference/format.md`` for one linear, by suffix."""
     mask = linear.mask.cpu().numpy() if spec.sparse and linear.mask is not None else None
     q = linear.quantised
     if q is None:

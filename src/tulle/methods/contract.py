@@ -16,9 +16,9 @@ Notation as in the papers: X ``[T, C_in]`` tokens, W ``[C_out, C_in]``, Y = X·W
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +112,7 @@ class LinearState:
     """``"N:M"`` when the mask has that structure along the input channels."""
     quantised: Quantised | None = None
     transform: tuple[Transform, ...] = ()
-    """Maps that run on the input; the weight that meets x·T is W·T⁻ᵀ. Siblings share one tuple."""
+    """Maps that run on the input; the weight that belongs to x·T is W·T⁻ᵀ. Siblings share one tuple."""
     input_grid: TokenGrid | None = None
     """Per-token dynamic quantiser of the (transformed) input; None = unquantised input."""
     input_selection: Selection | None = None
@@ -308,7 +308,7 @@ class BlockState:
         producer.dense = producer.dense * scale[:, None]
         if producer.ranges is not None:
             ends = [end * scale[:, None] for end in producer.ranges]
-            producer.ranges = (torch.minimum(*ends), torch.maximum(*ends))  # a negative factor turns them over
+            producer.ranges = (torch.minimum(*ends), torch.maximum(*ends))  # a negative factor swaps them
         if producer.name in self.biases:
             self.biases[producer.name] = self.biases[producer.name] * scale
 
@@ -378,22 +378,31 @@ class Survey(Decisions):
     """Query heads, KV heads, head_dim."""
     column_norm: Callable[[int, str], Tensor] | None = None
     """‖X_j‖₂ ``[C_in]`` of a role of a block over the tokens of the walk; for methods that need ``column_norm``."""
-    probe: Callable[[Trials, int, bool], dict[Hashable, float]] | None = None
-    """``probe(trials, tokens, hessians)``: walks the model block by block and returns, for every trial, the mean KL
-    divergence (nats per token) of the next token's distribution from the dense model's, over about ``tokens`` tokens.
-    Without ``hessians`` the trials are given none."""
+    costs: Costs | None = None
+    """``costs(tokens, weights, inputs)``: for every trial the mean KL divergence (nats per token) of the next token's
+    distribution from the dense model's, all the rest being dense, estimated on about ``tokens`` tokens
+    (:mod:`tulle.models.fisher`): two passes forward and one backward, however many trials there are."""
     look: Callable[[See, Sequence[str]], None] | None = None
     """``look(see, roles)``: walks the model once and shows every block, with H of the inputs of ``roles`` in it."""
 
 
 See = Callable[[int, dict[str, Tensor], dict[str, Hessian]], None]
 """Of a block's number, its float32 tensors by relative name and H of the inputs of roles."""
-Trials = Callable[
-    [int, dict[str, Tensor], dict[str, Hessian]], Iterable[tuple[Hashable, Mapping[str, Tensor | Selection]]]
-]
-"""Of a block's number, its tensors by relative name and H of the input of every role: (key, replacements) of each
-trial, which is run to the model's end, all the rest being dense. A replacement is a tensor under the name of the one
-whose place it takes, or a selection of inputs under the name of a linear."""
+Key = tuple[int | float | str, ...]
+"""Name of a trial."""
+WeightTrials = Callable[[int, Mapping[str, Tensor], Mapping[str, Hessian]], Iterable[tuple[Key, Mapping[str, Tensor]]]]
+"""Of a block's number, its tensors by relative name and H of the input of every role: (key, tensors under the names of
+those whose place they take) of each trial."""
+InputTrials = Callable[[int, Mapping[str, Tensor]], Iterable[tuple[Key, Mapping[str, Selection]]]]
+"""Of a block's number and its tensors: (key, selection of inputs by role) of each trial."""
+
+
+class Costs(Protocol):
+    """:attr:`Survey.costs`."""
+
+    def __call__(
+        self, tokens: int, weights: WeightTrials | None = None, inputs: InputTrials | None = None
+    ) -> dict[Key, float]: ...
 
 
 class Method:
@@ -418,7 +427,7 @@ class Method:
     selects: ClassVar[bool] = False
     """Whether it selects inputs by a ``share`` of its own, in whose place another can be put."""
 
-    def turns_residual(self, roles: Sequence[str]) -> bool:
+    def changes_residual_basis(self, roles: Sequence[str]) -> bool:
         """Whether, with these targets, it gives the residual stream another basis."""
         return False
 
@@ -441,7 +450,7 @@ class Method:
         """This method with the sparsity that an allocation and the bits that mixed precision give the linear; None
         where those leave it unquantised."""
         own: dict[str, Any] = {}
-        if linear.allotted is not None and self.heeds_allocation:
+        if linear.allotted is not None and self.respects_allocation:
             own["sparsity"] = linear.allotted
         if linear.kept_bits is not None and hasattr(self, "bits"):
             if linear.kept_bits >= 16:
@@ -450,7 +459,7 @@ class Method:
         return replace(self, **own) if own else self  # type: ignore[type-var]
 
     @property
-    def heeds_allocation(self) -> bool:
+    def respects_allocation(self) -> bool:
         """Whether it prunes to a sparsity of its own, in whose place another can be put (N:M cannot)."""
         return "linear" in self.stages and getattr(self, "sparsity", None) is not None
 

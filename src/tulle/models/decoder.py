@@ -254,11 +254,11 @@ class PlainDecoder:
         dtype: torch.dtype = torch.float32,
     ):
         self.decoder = decoder
-        self._read_block, self._device, self._dtype = read_block, device, dtype
+        self._read_block, self.device, self._dtype = read_block, device, dtype
         self._outer = {name: t.to(device, dtype) for name, t in outer.items()}
 
     def block(self, index: int) -> DecoderBlock:
-        return DecoderBlock(self.decoder, index, self._read_block(index), self._device, self._dtype)
+        return DecoderBlock(self.decoder, index, self._read_block(index), self.device, self._dtype)
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
@@ -270,7 +270,7 @@ class PlainDecoder:
 
     def embed(self, tokens: Tensor) -> Tensor:
         table = self._outer[self.decoder.embedding_name(self._outer)]
-        return embed(self.decoder, tokens.to(self._device), table)
+        return embed(self.decoder, tokens.to(self.device), table)
 
     def predict(self, hidden: Tensor) -> Tensor:
         """Logits of the last block's output."""

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import Tensor
-from torch.nn import functional
 
-from tulle.core.topk import Selection
 from tulle.models.decoder import DecoderBlock, GroupInput, Heads, drive, run_group
 
 
@@ -34,19 +30,3 @@ def run_with_stream(block: DecoderBlock, hidden: Tensor, heads: Heads | None = N
 
     out = drive(block.steps(hidden, heads), answer).to(hidden.dtype)
     return between[0], out
-
-
-def run_replaced(block: DecoderBlock, hidden: Tensor, replaced: Mapping[str, Tensor | Selection]) -> Tensor:
-    """The block's output with some of its weights (by tensor name) replaced, or some inputs (by linear) selected."""
-
-    def answer(given: GroupInput) -> tuple[Tensor, ...]:
-        outputs = []
-        for name in given.group.names:
-            linear, selection = block.get_submodule(name), replaced.get(name)
-            x = selection.apply(given.x) if isinstance(selection, Selection) else given.x
-            weight = replaced.get(f"{name}.weight", linear.weight)
-            assert isinstance(weight, Tensor)
-            outputs.append(functional.linear(x, weight, linear.bias))  # type: ignore[arg-type]
-        return tuple(outputs)
-
-    return drive(block.steps(hidden), answer)

@@ -4,7 +4,7 @@ A checkpoint is a folder ``step-000250`` with ``model.safetensors`` (fp32), ``op
 state tensor, and torch's generator state), ``methods.safetensors`` (what training methods remember) and ``state.json``.
 It holds whole tensors, whatever shards them, so that a run may go on with another number of processes. It is written
 under another name and renamed when it is complete, so that a folder of that name is always whole. The data position is
-the step itself (see ``tokens.Windows``).
+the step itself (see ``corpus.Windows``).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tulle.methods.train.method import TrainingMethod, local, whole
-from tulle.training.processes import placed_like
 
 _GENERATOR = "generator"
 
@@ -96,11 +96,11 @@ def load(
     model: nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
     methods: Sequence[TrainingMethod] = (),
-) -> None:
-    """Put a checkpoint's weights, optimizer states, methods and generator state back."""
+) -> int:
+    """Puts a checkpoint's weights, optimizer states, methods and generator state back; returns its step."""
     named = parameters(model)
     for name, tensor in load_file(checkpoint / "model.safetensors").items():
-        local(named[name]).copy_(local(placed_like(tensor, named[name])))
+        local(named[name]).copy_(local(_placed_like(tensor, named[name])))
     tensors = load_file(checkpoint / "optimizer.safetensors")
     torch.set_rng_state(tensors.pop(_GENERATOR))
     for key, value in tensors.items():
@@ -109,7 +109,7 @@ def load(
         parameter = named[owner]
         # A count of steps stays on the CPU unless the optimizer is fused.
         optimizer = optimizers[int(index)]
-        placed = value if value.ndim == 0 and not _fused(optimizer) else placed_like(value, parameter)
+        placed = value if value.ndim == 0 and not _fused(optimizer) else _placed_like(value, parameter)
         optimizer.state[parameter][name] = placed
     remembered = load_file(checkpoint / "methods.safetensors")
     for number, method in enumerate(methods):
@@ -117,14 +117,14 @@ def load(
             key.partition(".")[2]: value for key, value in remembered.items() if key.partition(".")[0] == str(number)
         }
         method.load_state(own)
+    return read_state(checkpoint)[0]
 
 
-def write_text(file: Path, text: str) -> None:
-    """Writes a file that is whole or not there, whenever the run is killed."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    _sync(partial)
-    os.replace(partial, file)
+def _placed_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor of a parameter's shape, sharded as the parameter is."""
+    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+        return value.to(parameter.device)
+    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
 def _fused(optimizer: torch.optim.Optimizer) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from tulle.training.tokens import Corpus
+from tulle.training.corpus import Corpus
 
 
 @torch.no_grad()
@@ -28,10 +28,10 @@ def estimate(
     windows: int,
     device: torch.device | str = "cpu",
 ) -> float:
-    """Bits per byte on about ``windows`` evenly spaced windows, in batches of one fixed shape (compiled
-    code).
+    """Bits per byte on about ``windows`` evenly spaced windows of ``context`` tokens.
 
-    The bytes that the windows stand for are taken as their share of all held-out tokens.
+    ``loss_of`` gives the mean nats per token of inputs ``[batch, context]`` and targets of the same shape. All batches
+    have that shape, for compiled code. A window's bytes are taken as their fraction of all held-out tokens.
     """
     count = (len(corpus.held_out) - 1) // context
     chosen = np.linspace(0, count - 1, max(1, windows // batch) * batch).astype(int)  # repeats on a short text
@@ -46,7 +46,10 @@ def estimate(
 
 @torch.no_grad()
 def bits_per_byte(model: PreTrainedModel, corpus: Corpus, context: int, batch: int = 16) -> float:
-    """Bits per byte over the whole held-out stream, the last, shorter window included; ``model`` in fp32."""
+    """Bits per byte over the whole held-out stream in windows of ``context`` tokens, the last, shorter one included.
+
+    ``model`` is in float32; ``batch`` windows are computed at a time.
+    """
     model.eval()
     last = (len(corpus.held_out) - 1) // context * context
     starts = np.arange(0, last, context)

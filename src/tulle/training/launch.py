@@ -1,99 +1,122 @@
-"""The whole road of a training recipe: training (:mod:`tulle.train`) with pruning at its marks and packing at its ends,
-which is what the compression recipes do, and with models that are packed or on the hub as its starting points.
-"""
+"""The entry of ``tulle train``: reads the recipe, plans the run, claims its folder, and runs the stages."""
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel
+from pydantic import ValidationError
 
-from tulle.compression.job import compress
-from tulle.compression.recipe import METHODS, Recipe, load_recipe, parse_recipe
 from tulle.errors import UserError
-from tulle.export import dense
-from tulle.export.folder import whole_folder, write_entries
-from tulle.hf import load, packed_linears, require_packed_tensors
-from tulle.models.checkpoint import Checkpoint, companions, write_text
-from tulle.models.hub import local_folder
-from tulle.text.reading import Text
-from tulle.training import recipe as training
-from tulle.training.pack import pack
-from tulle.training.stages import Tools, run
+from tulle.models.checkpoint import read_json, write_text
+from tulle.training import checkpoint
+from tulle.training.optim import length_matters_from
+from tulle.training.plan import make_plan
+from tulle.training.processes import Processes
+from tulle.training.recipe import TrainRecipe, load_recipe
+from tulle.training.stages import run_stages
+
+RECORDS = {"evaluate_every", "evaluate_windows", "checkpoint_every", "compile"}
+"""Settings that change what is written down, not the curve."""
 
 
-def train(recipe: str | Path, out: str | Path, resume: bool = False, log: Any = print) -> Path:
-    """Trains by the recipe in a YAML file into the folder ``out``, which transformers loads (see ``train.stages``).
+def train(
+    recipe: str | Path | Mapping[str, Any],
+    out: str | Path,
+    resume: bool = False,
+    log: Callable[[str], None] = print,
+) -> Path:
+    """Trains by a recipe (a YAML file, a shipped one's name, or its content) into the folder ``out``, and returns that.
 
-    Raises ``UserError`` for a bad recipe, missing text or models, or a folder in use.
+    ``AutoModelForCausalLM.from_pretrained`` loads ``out``, or :func:`tulle.load` where the methods quantise or select
+    inputs. It also holds ``metrics.jsonl``, ``curve.png``, ``run.json`` and the newest training checkpoint; with
+    stages, each has a folder of its own under ``stages``. With ``resume`` a stopped run goes on from there, on the
+    same curve; the number of tokens of a single stage may change as long as the learning rate does not depend on it
+    yet.
+
+    Raises ``UserError`` for a bad recipe, missing text or models, a folder in use, or a recipe that differs from the
+    run to be resumed.
     """
-    return run(training.load_recipe(Path(recipe)), Path(out), TOOLS, resume, log)
+    read, out = load_recipe(recipe), Path(out)
+    plan = make_plan(read)
+    processes = Processes()
+    with processes.main_first():
+        found = claim(read, out, resume, processes.main)
+    run_stages(plan, out, found, processes, log if processes.main else _silent)
+    return out
 
 
-def dense_folder(model: str, work: Path) -> Path:
-    """The folder of a model, unpacked into ``work`` if it is a packed one."""
-    folder = local_folder(model)
-    if "quantization_config" not in Checkpoint.open(folder).config:
-        return folder
-    if not work.exists():
-        unpack(folder, work)
-    return work
+def _silent(line: str) -> None:
+    """Only the main process speaks."""
 
 
-def unpack(packed: Path, target: Path) -> None:
-    """Writes a packed folder as a dense float32 checkpoint; what was pruned is exactly zero."""
-    checkpoint = Checkpoint.open(packed)
-    linears = packed_linears(checkpoint)
-    require_packed_tensors(checkpoint, linears)
-    plan = dense.plan(checkpoint, linears, torch.float32)
-    with whole_folder(target) as folder:
-        write_entries(folder, plan.entries, lambda done, total: None)
-        for file in companions(packed):
-            shutil.copyfile(file, folder / file.name)
-        write_text(folder / "config.json", json.dumps(plan.config, indent=2) + "\n")
+def claim(recipe: TrainRecipe, out: Path, resume: bool, main: bool = True) -> Path | None:
+    """Takes ``out`` for this run, and returns the checkpoint that a single stage continues from, if any.
 
-
-def check(recipe: Any, dense: bool) -> bool:
-    """Raises ``UserError`` unless ``recipe`` is a compression recipe, and leaves dense weights where it must: by steps
-    that prune or rotate. Whether it changes the basis of the residual stream."""
-    steps = _recipe(recipe).steps
-    for step in steps:
-        if dense and not METHODS[step.name].startswith(("tulle.methods.prune.", "tulle.methods.activation.larosa")):
-            raise UserError(
-                f"expected pruning steps or larosa in prune, found {step.name}; quantise with compress: after the "
-                "training"
-            )
-    return any(step.method.turns_residual(step.targets) for step in steps)
-
-
-def prune(source: Path, recipe: Any, texts: Sequence[str], target: Path, seed: int) -> None:
-    """Prunes a dense folder into a dense float32 one, calibrated on ``texts``; the report of the pruning lies beside
-    the weights.
+    The ``main`` process writes. A pipeline that failed before its first checkpoint leaves nothing that counts: it may
+    be started again with another recipe. Raises ``UserError`` unless ``out`` is new, or holds the run to go on with.
     """
-    packed = target.with_name(target.name + "-packed")
-    _compress(source, recipe, texts, packed, seed)
-    unpack(packed, target)
-    for report in packed.glob("report.*"):
-        shutil.copyfile(report, target / report.name)
-    shutil.rmtree(packed)
+    if not main:
+        return _checkpoint(recipe, out) if resume else None
+    record, stages = out / "recipe.json", out / "stages"
+    begun = any(stages.glob("*/run.json")) or any(stages.glob("*/checkpoints/step-*"))
+    ignored = {"data"} if begun else {"data", "recipe.json", "recipe.json.tmp", "stages", "start"}
+    if not resume and out.exists() and any(entry.name not in ignored for entry in out.iterdir()):
+        raise UserError(
+            f"expected {out} to be empty, found files; try another folder, or --resume to go on with its run"
+        )
+    if not recipe.stages:
+        return _checkpoint(recipe, out) if resume else None
+    same = record.is_file() and _same_curve(read_json(record, "a recipe"), recipe)
+    if begun and not same:
+        raise _other_recipe(out)
+    if not same:
+        shutil.rmtree(stages, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(record, recipe.model_dump_json(indent=1) + "\n")
+    return None
 
 
-def _compress(source: Path, recipe: Any, texts: Sequence[str], target: Path, seed: int) -> None:
-    text = Text(tuple(texts), False, ("training text of the stage",))
-    compress(source, _recipe(recipe), target, calibration=text, seed=seed, resume=True)
+def _checkpoint(recipe: TrainRecipe, out: Path) -> Path | None:
+    """The newest checkpoint of a single stage. Raises ``UserError`` if ``recipe`` would leave the curve it is on."""
+    found = checkpoint.latest(out / "checkpoints")
+    if found is None or recipe.stages:
+        return None
+    step, content = checkpoint.read_state(found)
+    if not _same_curve(content, recipe):
+        raise _other_recipe(out)
+    lengths = [TrainRecipe.model_validate(content).training, recipe.training]
+    # A method's schedule depends on the length from the first step on.
+    decay = 0 if recipe.methods else min(length_matters_from(t) for t in lengths)
+    if lengths[0].steps != lengths[1].steps and step > decay:
+        raise UserError(
+            f"expected the number of tokens to stay {lengths[0].tokens} once the decay has begun, "
+            f"found {lengths[1].tokens} at step {step}; try the old number"
+        )
+    return found
 
 
-def _recipe(recipe: Any) -> Recipe:
-    return parse_recipe(recipe) if isinstance(recipe, dict) else load_recipe(recipe)
+def _other_recipe(out: Path) -> UserError:
+    return UserError(
+        f"expected the recipe that {out} was started with, found another; try that one, or another output folder"
+    )
 
 
-def _load(folder: Path) -> PreTrainedModel:
-    return load(folder, dtype=torch.float32)
+def _same_curve(content: dict[str, Any], recipe: TrainRecipe) -> bool:
+    """Whether the recipe that a run has recorded gives the same curve as ``recipe``."""
+    try:
+        return _curve(TrainRecipe.model_validate(content)) == _curve(recipe)
+    except ValidationError:  # written by another version
+        return False
 
 
-TOOLS = Tools(folder=dense_folder, check=check, prune=prune, compress=_compress, pack=pack, load=_load)
+def _curve(recipe: TrainRecipe) -> dict[str, Any]:
+    """What a resumed run must share: all but the length of a single stage, checked apart, and what only changes the
+    records.
+    """
+    content = recipe.model_dump(exclude={"training": RECORDS | (set() if recipe.stages else {"tokens"})})
+    for stage in content["stages"]:
+        stage["training"] = {k: v for k, v in stage["training"].items() if k not in RECORDS}
+    return content

@@ -20,46 +20,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tulle.errors import UserError
 from tulle.methods.train.method import TrainingMethod
+from tulle.models.checkpoint import write_text
 from tulle.training import checkpoint
-from tulle.training.architecture import OtherModel
+from tulle.training.corpus import Corpus
 from tulle.training.curve import read_metrics
 from tulle.training.held_out import estimate
-from tulle.training.optim import build_optimizers, learning_rate_factor, set_learning_rate
+from tulle.training.optim import build_optimizers, learning_rates
 from tulle.training.processes import Processes
-from tulle.training.recipe import Model, Training
-from tulle.training.tokens import Corpus, Windows
+from tulle.training.recipe import Training
 
 Log = Callable[[str], None]
 
 
-def build_model(shape: Model | OtherModel, vocab_size: int, context: int) -> PreTrainedModel:
-    """A freshly initialised model of the recipe's shape, fp32, by transformers' own initialisation."""
-    if isinstance(shape, OtherModel):
-        return AutoModelForCausalLM.from_config(shape.make_config(vocab_size, context), dtype=torch.float32)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_hidden_layers,
-        num_attention_heads=shape.num_attention_heads,
-        num_key_value_heads=shape.num_key_value_heads,
-        head_dim=shape.head_dim,
-        tie_word_embeddings=shape.tie_word_embeddings,
-        max_position_embeddings=context,
-        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-        bos_token_id=0,  # <|endoftext|> is the first entry of our vocabularies
-        eos_token_id=0,
-        pad_token_id=None,
-    )
-    return LlamaForCausalLM(config)
-
-
 class Loss:
-    """Calls the model: cross-entropy in nats per token, and what the methods' own terms need of the outputs."""
+    """Calls the model: cross-entropy in nats per token, and what the methods' own terms need of the outputs.
+
+    Inputs and targets are ids ``[B, context]``, the targets one token further.
+    """
 
     def __init__(
         self, model: nn.Module, settings: Training, methods: Sequence[TrainingMethod], device: torch.device, log: Log
@@ -123,11 +103,12 @@ def fit(
     log: Log,
     resume: Path | None = None,
     evaluate_first: bool = False,
-) -> nn.Module:
-    """Trains ``model`` in place and returns it wrapped; ``out`` gets ``metrics.jsonl`` and ``checkpoints``.
+) -> dict[str, Tensor]:
+    """Trains ``model`` in place and returns its weights by name, whole and on the CPU.
 
-    ``record`` is written into checkpoints; ``resume`` is one to go on from; ``evaluate_first`` also measures the model
-    as it comes. Raises ``UserError`` when the loss is no longer finite.
+    ``out`` gets ``metrics.jsonl`` and ``checkpoints``. ``record`` is written into checkpoints; ``resume`` is one to
+    continue from; ``evaluate_first`` also measures the model as it comes. Raises ``UserError`` when the loss is no
+    longer finite, for too little text, and for methods and optimizers that the processes cannot run.
     """
     for method in methods:
         if processes.sharded and not method.sharded:
@@ -137,16 +118,14 @@ def fit(
             )
         method.prepare(model, settings.steps)
     wrapped, optimizers = processes.wrap(model, build_optimizers(model, settings))
-    start = 0
-    if resume is not None:
-        start, _ = checkpoint.read_state(resume)
-        checkpoint.load(resume, wrapped, optimizers, methods)
+    rates = learning_rates(settings)
+    start = 0 if resume is None else checkpoint.load(resume, wrapped, optimizers, methods)
+    windows = corpus.windows(settings.context, seed)
+    batches = windows.batches(start, settings.steps, settings.batch * settings.accumulation)
     if settings.compile and processes.count > 1:
         log("compile: true is for a single process; several run uncompiled")
         settings = settings.model_copy(update={"compile": False})
     loss_of = Loss(wrapped, settings, methods, processes.device, log)
-    windows = Windows(corpus.train, settings.context, seed)
-    per_step = settings.batch * settings.accumulation
     metrics = Metrics(out / "metrics.jsonl", start, log, processes.main)
     count = sum(p.numel() for p in model.parameters())
     log(f"{count:,} parameters, steps {start} to {settings.steps} of {settings.step_tokens:,} tokens")
@@ -162,11 +141,10 @@ def fit(
         metrics.write({"step": 0, "tokens": 0, "held_out_bits_per_byte": evaluated()})
     began, tokens_since = time.perf_counter(), 0
     losses: list[float] = []
-    for step in range(start, settings.steps):
-        factor = learning_rate_factor(step, settings)
-        set_learning_rate(optimizers, settings.learning_rate * factor)
-        rows = torch.from_numpy(windows.batch(step * per_step, per_step))
-        losses.append(_step(step, wrapped, optimizers, loss_of, rows, settings, methods, processes))
+    for step, rows in enumerate(batches, start):
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = rates[step]
+        losses.append(_step(step, wrapped, optimizers, loss_of, torch.from_numpy(rows), settings, methods, processes))
         if not math.isfinite(losses[-1]):
             raise UserError(
                 f"expected a finite training loss, found {losses[-1]} at step {step}; try a lower learning_rate"
@@ -180,7 +158,7 @@ def fit(
                 "tokens": done * settings.step_tokens,
                 "loss": float(np.mean(losses)),
                 "held_out_bits_per_byte": evaluated(),
-                "learning_rate": settings.learning_rate * factor,
+                "learning_rate": rates[step],
                 "tokens_per_s": tokens_since / seconds,
             }
             for method in methods:
@@ -191,7 +169,7 @@ def fit(
             checkpoint.save(out / "checkpoints", done, record, wrapped, optimizers, methods, processes.main)
     for method in methods:
         method.finish()
-    return wrapped
+    return checkpoint.weights(wrapped)
 
 
 def _step(
@@ -204,17 +182,13 @@ def _step(
     methods: Sequence[TrainingMethod],
     processes: Processes,
 ) -> float:
-    """One optimizer step on ``rows`` (batch * accumulation, context + 1); returns the mean cross-entropy in nats per
-    token.
+    """One optimizer step on ``rows`` ``[batch * accumulation, context + 1]``; returns the mean cross-entropy in nats
+    per token.
     """
     total = 0.0
-    parts = rows.split(settings.batch)
-    for number, part in enumerate(parts, 1):
-        own = processes.share(part)
-        last = number == len(parts)
-        with contextlib.nullcontext() if last else processes.no_sync(model):
-            loss, entropy = loss_of.with_terms(own[:, :-1].contiguous(), own[:, 1:].contiguous())
-            (loss / settings.accumulation).backward()
+    for own in processes.micro_batches(model, rows, settings.batch):
+        loss, entropy = loss_of.with_terms(own[:, :-1].contiguous(), own[:, 1:].contiguous())
+        (loss / settings.accumulation).backward()
         total += entropy.item() / settings.accumulation
     for method in methods:
         method.after_backward(step)
@@ -229,13 +203,13 @@ def _step(
 
 
 class Metrics:
-    """The rows of ``metrics.jsonl``; those past the step that a run goes on from are dropped, to be written again."""
+    """The rows of ``metrics.jsonl``; those past the step that a run continues from are dropped, to be written again."""
 
     def __init__(self, path: Path, step: int, log: Log, main: bool):
         self._path, self._log, self._main = path, log, main
         if main and path.is_file():
             rows = [row for row in read_metrics(path) if row["step"] <= step] if step else []
-            checkpoint.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+            write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def write(self, row: dict[str, Any]) -> None:
         if not self._main:

@@ -24,8 +24,12 @@ def warmup_stable_decay(step: int, steps: int, warmup_steps: int, decay_fraction
     return min(1.0, (step + 1) / (warmup_steps + 1))
 
 
-def learning_rate_factor(step: int, settings: Training) -> float:
-    """The factor on the peak learning rate at ``step`` by the recipe's schedule."""
+def learning_rates(settings: Training) -> list[float]:
+    """The learning rate of every step, by the recipe's schedule."""
+    return [settings.learning_rate * _factor(step, settings) for step in range(settings.steps)]
+
+
+def _factor(step: int, settings: Training) -> float:
     if settings.schedule == "wsd":
         return warmup_stable_decay(step, settings.steps, settings.warmup_steps, settings.decay_fraction)
     if step < settings.warmup_steps or settings.schedule == "constant":
@@ -76,10 +80,3 @@ def build_optimizers(model: nn.Module, settings: Training) -> list[torch.optim.O
 
 def _is_embedding(name: str) -> bool:
     return "embed_tokens" in name or "lm_head" in name
-
-
-def set_learning_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
-    """Set one learning rate everywhere."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate

@@ -19,10 +19,9 @@ from tulle.hf.pack import input_tensors, packed_tensors, spec_of
 from tulle.methods.contract import LinearState
 from tulle.methods.train.method import TrainingMethod
 from tulle.models.checkpoint import Checkpoint, write_shard, write_text
-from tulle.training.stages import describes
 
-SPARSE_FROM = 0.1
-"""Share of zeros from which a weight that training left so is stored with a mask."""
+MASKED_FROM = 0.1
+"""Fraction of zeros from which a weight that training left so is stored with a mask."""
 
 
 def pack(folder: Path, methods: Sequence[TrainingMethod]) -> bool:
@@ -30,7 +29,7 @@ def pack(folder: Path, methods: Sequence[TrainingMethod]) -> bool:
 
     Weights are taken in the dtype in which they are stored. Raises ``UserError`` for a folder of several shards.
     """
-    methods = [method for method in methods if describes(method)]
+    methods = [method for method in methods if method.describes]
     if not methods:
         return False
     checkpoint = Checkpoint.open(folder)
@@ -68,7 +67,7 @@ def _says_more(state: LinearState) -> bool:
 
 def _packed(state: LinearState, dtype: torch.dtype) -> tuple[LinearSpec, Mapping[str, Tensor]]:
     zeros = state.weight == 0
-    if state.quantised is None and float(zeros.float().mean()) >= SPARSE_FROM:
+    if state.quantised is None and float(zeros.float().mean()) >= MASKED_FROM:
         state.mask = ~zeros
     spec = spec_of(state, dtype)
     return spec, packed_tensors(state, spec, dtype) | input_tensors(state)

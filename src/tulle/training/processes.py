@@ -1,6 +1,6 @@
 """The processes that train together, by accelerate: one, DDP or FSDP2, as ``accelerate launch`` says.
 
-A recipe gives the same curve on any number of processes (up to the order of additions): each takes its share of every
+A recipe gives the same curve on any number of processes, up to the order of additions: each takes its rows of every
 micro-batch.
 """
 
@@ -12,7 +12,6 @@ from collections.abc import Iterator
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from tulle.errors import UserError
 
@@ -58,7 +57,10 @@ class Processes:
     def wrap(
         self, model: nn.Module, optimizers: list[torch.optim.Optimizer]
     ) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
-        """The model to call, and torch's own optimizers of its (possibly sharded) parameters."""
+        """The model to call, and torch's own optimizers of its (possibly sharded) parameters.
+
+        Raises ``UserError`` for Muon on sharded weights.
+        """
         if self.sharded and any(isinstance(o, torch.optim.Muon) for o in optimizers):
             raise UserError(
                 "expected optimizer: adamw under FSDP2, found muon, which needs whole matrices; launch with DDP instead"
@@ -76,8 +78,19 @@ class Processes:
         assert isinstance(found, Tensor)
         return float(found)
 
-    def share(self, rows: Tensor) -> Tensor:
-        """This process's rows of a micro-batch, on its device."""
+    def micro_batches(self, model: nn.Module, rows: Tensor, size: int) -> Iterator[Tensor]:
+        """This process's rows ``[size / count, T]`` of each micro-batch of ``rows`` ``[batch * accumulation, T]``.
+
+        Gradients are exchanged with the last one only. Raises ``UserError`` for a batch that the processes cannot
+        share evenly.
+        """
+        *parts, last = rows.split(size)
+        for part in parts:
+            with self._without_exchange(model):
+                yield self._local(part)
+        yield self._local(last)
+
+    def _local(self, rows: Tensor) -> Tensor:
         if len(rows) % self.count:
             raise UserError(
                 f"expected a batch that {self.count} processes can share, found {len(rows)} sequences; "
@@ -85,8 +98,7 @@ class Processes:
             )
         return rows[self.rank :: self.count].to(self.device)
 
-    def no_sync(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
-        """Gradients of this micro-batch stay with this process for now."""
+    def _without_exchange(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         if self.count == 1:
             return contextlib.nullcontext()
         return self._accelerator.no_sync(model)
@@ -95,12 +107,3 @@ class Processes:
 def _accelerator() -> Accelerator:
     # Precision is the recipe's: autocast in the loop, whatever the launcher's configuration says.
     return Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
-
-
-def placed_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor of a parameter's shape, sharded as the parameter is."""
-    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
-        return value.to(parameter.device)
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)

@@ -1,6 +1,6 @@
 """The training recipe: typed YAML, unknown keys rejected with the nearest valid name.
 
-One run, or a road of stages::
+One run, or a pipeline of stages::
 
     start: reference              # or model: {hidden_size: …} for a new one
     data: {sources: [{name: stdlib}]}
@@ -10,42 +10,32 @@ One run, or a road of stages::
       - {name: sparse70, prune: {steps: [sparsegpt: {sparsity: 0.7}]}, methods: [held_masks: {}]}
       - {name: task, data: {sources: [{path: task.jsonl}]}, methods: [held_masks: {}, squarehead: {teacher: start}]}
 
-Each stage starts from the model that the one before it left (or where it says), prunes it if told to, trains with its
-methods, and takes what it does not say itself from the recipe.
+Each stage starts from the model that the one before it left, or where it says. It prunes that model if told to, and
+trains it with its methods. What a stage does not say itself is the recipe's.
+
+Here stands what may be written; :mod:`tulle.training.plan` works out what it means.
 """
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from tulle.compression.recipe import recipes_folder
 from tulle.errors import UserError
-from tulle.methods.train.method import TrainingMethod, method_class
-from tulle.training.architecture import OtherModel, kind
+from tulle.training.architecture import TAGS, AnyModel, Llama, OtherModel
+
+RENAMED = {"train-sparse-road": "train-sparse-pipeline"}
+"""Shipped recipes by their old names."""
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Model(_Strict):
-    """A Llama: the names are transformers' ``LlamaConfig``'s."""
-
-    hidden_size: int = Field(gt=0)
-    intermediate_size: int = Field(gt=0)
-    num_hidden_layers: int = Field(gt=0)
-    num_attention_heads: int = Field(gt=0)
-    num_key_value_heads: int = Field(gt=0)
-    head_dim: int = Field(gt=0)
-    rope_theta: float = Field(default=10_000.0, gt=0)
-    tie_word_embeddings: bool = True
-
-
-AnyModel = Annotated[Annotated[Model, Tag("llama")] | Annotated[OtherModel, Tag("other")], Discriminator(kind)]
 
 
 class Source(_Strict):
@@ -62,7 +52,7 @@ class Source(_Strict):
     split: str = "train"
     """Of the data set."""
     documents: int | None = Field(default=None, gt=0)
-    """So many from the first on; None: all."""
+    """The first so many; None: all."""
     separator: str | None = None
     """Cuts text files into documents."""
     template: str | None = None
@@ -111,11 +101,17 @@ class Training(_Strict):
     """
 
     tokens: int = Field(ge=0)
+    """Of the whole stage."""
     context: int = Field(gt=1)
+    """Tokens of a window."""
     batch: int = Field(gt=0)
+    """Windows of a micro-batch, of all processes together."""
     accumulation: int = Field(default=1, gt=0)
+    """Micro-batches of an optimizer step."""
     optimizer: Literal["adamw", "muon"] = "adamw"
+    """``muon``: for the hidden matrices, with AdamW for the rest."""
     learning_rate: float = Field(gt=0)
+    """After the warm-up."""
     schedule: Literal["wsd", "linear", "cosine", "constant"] = "wsd"
     """After the warm-up: ``wsd`` stays and falls by 1 − √t over ``decay_fraction`` of the steps; ``linear`` and
     ``cosine`` fall to 0 from there on."""
@@ -123,12 +119,19 @@ class Training(_Strict):
     decay_fraction: float = Field(default=0.0, ge=0, le=1)
     weight_decay: float = Field(default=0.1, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
+    """Of AdamW."""
     clip: float = Field(default=1.0, gt=0)
+    """The largest 2-norm of the gradient."""
     precision: Literal["bf16", "fp32"] = "bf16"
+    """``bf16``: autocast over float32 weights."""
     compile: bool = True
+    """By ``torch.compile``; one process only."""
     evaluate_every: int = Field(default=250, gt=0)
+    """Optimizer steps between two rows of ``metrics.jsonl``."""
     evaluate_windows: int = Field(default=128, gt=0)
+    """About so many held-out windows give the estimate of a row."""
     checkpoint_every: int = Field(default=250, gt=0)
+    """Optimizer steps between two checkpoints."""
 
     @property
     def step_tokens(self) -> int:
@@ -142,7 +145,7 @@ class Training(_Strict):
 
 
 class Stage(_Strict):
-    """One stretch of the road. What it does not say is the recipe's."""
+    """One stage of a pipeline. What it does not say is the recipe's."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
     start: str | None = None
@@ -176,8 +179,6 @@ class TrainRecipe(_Strict):
     def _consistent(self) -> TrainRecipe:
         if (self.start is None) == (self.model is None):
             raise ValueError("give either model, for a new one, or start, a model to go on from")
-        if isinstance(self.model, Model) and self.model.num_attention_heads % self.model.num_key_value_heads:
-            raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
         if self.model is not None and self.data.vocab_size is None:
             raise ValueError("data.vocab_size is needed for a new model")
         if isinstance(self.model, OtherModel) and self.data.vocab_size is not None:
@@ -189,88 +190,19 @@ class TrainRecipe(_Strict):
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError("each stage needs a name of its own")
-        for stage in self.resolved():
-            make_methods(stage.methods)
-            if not stage.training.steps and (stage.training.tokens or not (stage.prune or stage.compress)):
-                raise ValueError(f"tokens must cover one step of {stage.training.step_tokens} tokens")
         return self
 
-    def resolved(self) -> list[ResolvedStage]:
-        """The stages with everything said."""
-        if not self.stages:
-            return [ResolvedStage(name="train", training=self.training, methods=self.methods, data=self.data)]
-        return [
-            ResolvedStage(
-                name=stage.name,
-                start=stage.start,
-                prune=stage.prune,
-                training=_merged(stage, self.training),
-                methods=stage.methods,
-                data=stage.data or self.data,
-                compress=stage.compress,
-            )
-            for stage in self.stages
-        ]
 
+def load_recipe(recipe: str | Path | Mapping[str, Any]) -> TrainRecipe:
+    """A recipe from a YAML path, the name of a shipped one, or its content.
 
-class ResolvedStage(_Strict):
-    """A stage with everything said."""
-
-    name: str
-    start: str | None = None
-    prune: str | dict[str, Any] | None = None
-    training: Training
-    methods: list[dict[str, Any]]
-    data: TextData
-    compress: str | dict[str, Any] | None = None
-
-
-def _merged(stage: Stage, training: Training) -> Training:
-    try:
-        return Training.model_validate(training.model_dump() | stage.training)
-    except ValidationError as error:
-        raise UserError(f"stage {stage.name}: {_one_line(error, Training)}") from None
-
-
-def make_methods(settings: list[dict[str, Any]]) -> list[TrainingMethod]:
-    """The methods of a list such as ``[{"held_masks": {}}, {"squarehead": {"kl": 1.0}}]``.
-
-    Raises ``UserError`` for unknown names and settings.
+    Raises ``UserError`` with one line that names the key at fault.
     """
-    made = []
-    for entry in settings:
-        if len(entry) != 1:
-            raise UserError(
-                f"expected one method per entry of methods, found {', '.join(entry) or 'none'}; start each with '- '"
-            )
-        ((name, given),) = entry.items()
-        cls = method_class(name)
-        given = given or {}
-        valid = sorted(TypeAdapter(cls).json_schema()["properties"])
-        for key in given:
-            if key not in valid:
-                near = difflib.get_close_matches(key, valid, n=1, cutoff=0.4)
-                advice = f"did you mean '{near[0]}'?" if near else f"valid keys: {', '.join(valid)}"
-                raise UserError(f"unknown key 'methods.{name}.{key}'; {advice}")
-        try:
-            made.append(TypeAdapter(cls).validate_python(given))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise UserError(
-                f"expected 'methods.{name}.{where}' to be valid, found: {first['msg']} (got {first.get('input')!r})"
-            ) from None
-    return made
-
-
-def load_recipe(path: Path) -> TrainRecipe:
-    """Read and check a recipe. Raises ``UserError`` with one line that names the key at fault."""
+    if isinstance(recipe, Mapping):
+        return _parsed(recipe, "the recipe")
+    path = _path(recipe)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"expected a training recipe at {path}, found no such file; try recipes/reference.yaml"
-        ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
@@ -280,23 +212,51 @@ def load_recipe(path: Path) -> TrainRecipe:
         raise UserError(
             f"expected {path} to map keys to values, found {type(content).__name__}; see recipes/reference.yaml"
         )
-    try:
-        return TrainRecipe.model_validate(content)
-    except ValidationError as error:
-        raise UserError(f"{path}: {_one_line(error)}") from None
+    return _parsed(content, path)
 
 
-def _one_line(error: ValidationError, top: type[BaseModel] = TrainRecipe) -> str:
+def shipped() -> list[str]:
+    """Names of the shipped training recipes."""
+    files = sorted(recipes_folder().glob("*.yaml"))
+    return [file.stem for file in files if "training" in yaml.safe_load(file.read_text(encoding="utf-8"))]
+
+
+def explain(error: ValidationError, section: type[BaseModel] = TrainRecipe) -> str:
+    """One line on the first fault of a ``section`` of a recipe: the key, and the nearest valid one if it is unknown."""
     first = error.errors()[0]
-    location = tuple(part for part in first["loc"] if part not in ("llama", "other"))  # tags of AnyModel
+    location = tuple(part for part in first["loc"] if part not in TAGS)
     where = ".".join(map(str, location)) or "recipe"
     if first["type"] != "extra_forbidden":
         message = " ".join(first["msg"].split())
         return f"expected '{where}' to be valid, found: {message} (got {_short(first.get('input'))})"
-    valid = _valid_keys(location[:-1], top)
+    valid = _valid_keys(location[:-1], section)
     near = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.4)
     advice = f"did you mean '{near[0]}'?" if near else f"valid keys: {', '.join(valid)}"
     return f"unknown key '{where}'; {advice}"
+
+
+def _path(recipe: str | Path) -> Path:
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    if str(recipe) in shipped():
+        return recipes_folder() / f"{recipe}.yaml"
+    if path.stem in RENAMED:
+        raise UserError(
+            f"expected a training recipe by its present name, found {path.stem}; it is {RENAMED[path.stem]} now"
+        )
+    if path.exists():
+        raise UserError(f"expected a training recipe at {path}, found no file; name a YAML file")
+    raise UserError(
+        f"expected a training recipe at {path}, found no such file; shipped recipes: {', '.join(shipped())}"
+    )
+
+
+def _parsed(content: Mapping[str, Any], where: str | Path) -> TrainRecipe:
+    try:
+        return TrainRecipe.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{where}: {explain(error)}") from None
 
 
 def _short(value: Any) -> str:
@@ -307,7 +267,7 @@ def _short(value: Any) -> str:
 def _valid_keys(location: tuple[int | str, ...], top: type[BaseModel]) -> list[str]:
     section = top
     children: dict[str, type[BaseModel]] = {
-        "model": Model,
+        "model": Llama,
         "data": TextData if "stages" in location else Data,
         "training": Training,
         "sources": Source,

@@ -1,7 +1,9 @@
-"""Text from files and data sets, as an index of documents: what stays in memory is where each one lies, not its text.
+"""The documents that a recipe's sources name, held out or to train on.
 
-A text file is cut at ``separator``, or without one into pieces of about ``PIECE`` bytes at line ends; a row of a JSONL
-file is a document. A data set of the hub is streamed once into a JSONL file, and read from there.
+Python source comes from :mod:`tulle.text.standard_library`. Files and data sets become an index of documents: what
+stays in memory is where each one lies, not its text. A text file is cut at ``separator``, or without one into pieces of
+about ``PIECE`` bytes at line ends; a row of a JSONL file is a document. A data set of the hub is streamed once into a
+JSONL file, and read from there.
 """
 
 from __future__ import annotations
@@ -9,18 +11,83 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tulle.errors import UserError
 from tulle.network import require_hub
-from tulle.training.recipe import Source
+from tulle.text import standard_library
+from tulle.text.standard_library import STDLIB, Document, order_key
+from tulle.training.recipe import Source, TextData
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".raw")
 TEXT_KEYS = ("text", "content")
 PIECE = 1 << 20
+
+
+class Readable(Protocol):
+    """A document, wherever its text lies."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def text(self) -> str: ...
+
+
+def held_out_texts(data: TextData, cache: Path) -> list[str]:
+    """The evaluation text that ``data`` names; ``cache`` is a folder for what must be fetched.
+
+    Raises ``UserError`` for text that is missing or unreadable.
+    """
+    if not data.held_out:
+        return standard_library.held_out_text()
+    found: list[str] = []
+    for source in data.held_out:
+        if source.name is None:
+            found += [document.text for document in index(source, cache)]
+        elif source.name == STDLIB:
+            found += standard_library.held_out_text()
+        else:
+            found += [document.text for document in _python_source([source.name])[1]]
+    return found
+
+
+def training_documents(data: TextData, seed: int, cache: Path, held_out: Sequence[str]) -> list[Readable]:
+    """The documents of one epoch in seeded order, none of them ``held_out``; ``cache`` as above.
+
+    Raises ``UserError`` for text that is missing or unreadable.
+    """
+    train, _ = _python_source([source.name for source in data.sources if source.name is not None])
+    evaluated = set(held_out)
+    digests = {hashlib.sha256(text.encode()).digest() for text in evaluated}
+    chosen: list[tuple[bytes, Readable]] = []
+    for source in data.sources:
+        if source.name is not None:
+            own = [d for d in train if d.name.startswith(f"{source.name}:") and d.text not in evaluated]
+            chosen += weighted(own, source.weight, seed)
+        else:
+            files = [d for d in index(source, cache) if d.digest not in digests]
+            chosen += weighted(files, source.weight, seed)
+    return [document for _, document in sorted(chosen, key=lambda item: item[0])]
+
+
+def _python_source(names: Sequence[str]) -> tuple[list[Document], list[Document]]:
+    """(train, held out) of distributions, split together so that copies of a file fall on one side."""
+    return standard_library.split(document for name in names for document in standard_library.read_source(name))
+
+
+def weighted(documents: Sequence[Readable], weight: float, seed: int) -> list[tuple[bytes, Readable]]:
+    """Each document ``floor(weight)`` times, and a seeded fraction of them once more; with the key that orders them."""
+    whole, part = divmod(weight, 1)
+    chosen = []
+    for document in documents:
+        lot = int.from_bytes(order_key(f"lot:{document.name}", seed)[:8], "big")
+        for copy in range(int(whole) + (lot < part * 2**64)):
+            chosen.append((order_key(f"{copy}:{document.name}", seed), document))
+    return chosen
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from tulle.errors import UserError
 from tulle.methods.activation.larosa import by_kv_head, principal_components
 from tulle.models.description import describe
 from tulle.text.reading import Text, sequences
-from tulle.training.launch import prune, unpack
+from tulle.training.model_folder import unpack
 
 PROSE_TOKENS = torch.tensor([list(PROSE.encode())[:50]])
 TEXT = Text((PROSE,), False, ("prose",))
@@ -164,7 +164,8 @@ def test_activations_that_are_not_finite(tmp_path: Path) -> None:
 
 def test_zeros_that_a_rotation_fills_are_reported(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "m", num_hidden_layers=1)
-    prune(tmp_path / "m", {"steps": [{"magnitude": {"sparsity": 0.5}}]}, [PROSE], tmp_path / "pruned", seed=0)
+    run(tmp_path / "m", tmp_path / "packed", [{"magnitude": {"sparsity": 0.5}}])
+    unpack(tmp_path / "packed", tmp_path / "pruned")
     report = run(tmp_path / "pruned", tmp_path / "out", [VALUES])
     assert DENSIFIED in json.dumps(report, ensure_ascii=False)
 
@@ -173,7 +174,8 @@ def test_zeros_that_a_rotation_fills_are_reported(tmp_path: Path) -> None:
 def test_a_training_stage_can_start_rotated(tmp_path: Path) -> None:
     """As ``prune: {steps: [larosa: {}]}``: a dense model of the same function to train on."""
     dense = write_checkpoint(tmp_path / "m", num_hidden_layers=2)
-    prune(tmp_path / "m", {"steps": [LAROSA]}, [PROSE], tmp_path / "rotated", seed=0)
+    run(tmp_path / "m", tmp_path / "packed", [LAROSA])
+    unpack(tmp_path / "packed", tmp_path / "rotated")
     config = json.loads((tmp_path / "rotated" / "config.json").read_text())
     assert "quantization_config" not in config
     model = type(dense).from_pretrained(tmp_path / "rotated", dtype=torch.float32)

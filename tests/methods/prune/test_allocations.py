@@ -15,6 +15,7 @@ import tulle.hf
 from checkpoints import write_checkpoint
 from tulle.compression.job import compress
 from tulle.compression.recipe import parse_recipe
+from tulle.compression.survey import take_survey
 from tulle.compression.walker import Walker
 from tulle.core.hessian import Hessian
 from tulle.errors import UserError
@@ -25,6 +26,11 @@ from tulle.methods.prune.magnitude import Magnitude
 from tulle.methods.prune.owl import OWL, outlier_share, owl
 from tulle.methods.prune.sparsegpt import SparseGPT
 from tulle.methods.prune.wanda import Wanda
+from tulle.models.batches import Batch
+from tulle.models.checkpoint import Checkpoint
+from tulle.models.decoder import DecoderBlock
+from tulle.models.description import describe
+from tulle.models.rewrite import Source
 
 SPARSE: dict[str, Any] = {"sparsegpt": {"sparsity": 0.6}}
 
@@ -128,15 +134,15 @@ class TestAllocate:
 
     @pytest.mark.parametrize("per", ["linear", "role", "block"])
     def test_costs_decide(self, per: str) -> None:
-        """Two blocks whose probes are made up: the second costs four times the first, c = s² and 4·s²."""
+        """Two blocks whose costs are made up: the second costs four times the first, c = s² and 4·s²."""
         seen: list[int] = []
 
-        def probe(trials: Any, tokens: int, hessians: bool) -> dict[Any, float]:
+        def made_up(tokens: int, weights: Any = None, inputs: Any = None) -> dict[Any, float]:
             costs = {}
             for index in range(2):
                 hessian = Hessian.zeros(4)
                 hessian.add(torch.eye(4))
-                for key, replaced in trials(index, {"w.weight": torch.rand(4, 4) + 1}, {"o": hessian}):
+                for key, replaced in weights(index, {"w.weight": torch.rand(4, 4) + 1}, {"o": hessian}):
                     share = float((replaced["w.weight"] == 0).float().mean())
                     assert share == pytest.approx(key[2], abs=1 / 32)
                     costs[key] = (1, 4)[index] * key[2] ** 2
@@ -144,7 +150,7 @@ class TestAllocate:
             return costs
 
         survey = a_survey([torch.ones(4, 4), torch.ones(4, 4)])
-        survey.probe = probe
+        survey.costs = made_up
         Allocate(0.5, per=per, tokens=99).plan(survey, ("o",))  # type: ignore[arg-type]
         # 2·s₁ = 8·s₂ and s₁ + s₂ = 1
         assert survey.sparsity == pytest.approx({"0.w": 0.8, "1.w": 0.2}, abs=0.04)
@@ -236,39 +242,83 @@ def test_bytes_count_what_linears_keep(model: Path, tmp_path: Path) -> None:
     assert divided["bytes"]["totals"]["sparsity"] != pytest.approx(0.6, abs=1e-3)
 
 
-@torch.no_grad()
-def test_probe_is_the_divergence_of_the_whole_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every trial against transformers' own forward pass with the same weights replaced."""
-    dense = write_checkpoint(tmp_path / "m", num_hidden_layers=2)
-    taken: dict[str, Any] = {}
+class Passes:
+    """Counts tokens that go through a block, a way back counting twice."""
 
-    def plan(self: OWL, survey: Survey, roles: tuple[str, ...]) -> None:
-        def trials(index: int, tensors: dict[str, Tensor], hessians: dict[str, Hessian]) -> Any:
-            name = "mlp.down_proj.weight"
-            assert hessians["down"].matrix.shape == (64, 64) and hessians["down"].tokens > 100
-            return [((index, f), {name: f * tensors[name]}) for f in (0.0, 1.0, 1.5)]
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.tokens = 0
+        steps, grad = DecoderBlock.steps, torch.autograd.grad
 
-        assert survey.probe is not None
-        taken.update({"found": survey.probe(trials, 96)})
+        def counted_steps(block: DecoderBlock, hidden: Tensor, *more: Any) -> Any:
+            self.tokens += hidden.shape[0] * hidden.shape[1]
+            return steps(block, hidden, *more)
 
-    monkeypatch.setattr(OWL, "plan", plan)
-    run(tmp_path / "m", tmp_path / "o", [{"owl": {"sparsity": 0.5}}, SPARSE])
-    from transformers import AutoTokenizer
+        def counted_grad(out: Tensor, *more: Any) -> Any:
+            if out.ndim == 3:  # of a block, not of the labels
+                self.tokens += 2 * out.shape[0] * out.shape[1]
+            return grad(out, *more)
 
-    from tulle.compression.survey import _drawn
-    from tulle.models.batches import batched
-    from tulle.text.reading import sequences
+        monkeypatch.setattr(DecoderBlock, "steps", counted_steps)
+        monkeypatch.setattr(torch.autograd, "grad", counted_grad)
 
-    tokens = sequences(TEXT, AutoTokenizer.from_pretrained(tmp_path / "m"), 48, 6, 0)
-    chosen, rest = _drawn(batched(tokens), 96)
-    assert len(chosen) == 2 and len(rest) == 4
-    for (index, factor), found in taken["found"].items():
-        wanted = torch.stack([dense(ids[None]).logits[0] for ids in chosen]).log_softmax(-1)
-        weight = dense.model.layers[index].mlp.down_proj.weight
-        own = weight.clone()
-        weight.mul_(factor)
-        other = torch.stack([dense(ids[None]).logits[0] for ids in chosen]).log_softmax(-1)
-        weight.copy_(own)
-        expected = (wanted.exp() * (wanted - other)).sum(-1).mean()
-        assert found == pytest.approx(float(expected), rel=1e-3, abs=1e-6)
-        assert (found < 1e-6) == (factor == 1)
+
+SURVEYS: dict[str, list[dict[str, Any]]] = {
+    "allocate": [{"allocate": {"sparsity": 0.6}}, SPARSE],
+    "allocate per block": [{"allocate": {"sparsity": 0.6, "per": "block"}}, SPARSE],
+    "owl": [{"owl": {"sparsity": 0.6}}, SPARSE],
+    "keep_sensitive, allocate": [
+        {"keep_sensitive": {"count": 4, "bits": 4}},
+        {"allocate": {"sparsity": 0.6, "budget": "bytes", "bits": 4}},
+        SPARSE,
+        {"gptq": {"bits": 4}},
+    ],
+    "activation_budget": [{"activation_budget": {"share": 0.4}}, {"teal": {"share": 0.4}}],
+    "larosa, activation_budget": [{"larosa": {}}, {"activation_budget": {"share": 0.4}}, {"teal": {"kind": "top_k"}}],
+}
+
+
+@pytest.mark.parametrize("steps", SURVEYS.values(), ids=list(SURVEYS))
+def test_a_survey_is_a_fixed_number_of_passes(
+    steps: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most eight forward passes' worth over the calibration tokens, for two layers and for six."""
+    worth = {}
+    for layers in (2, 6):
+        write_checkpoint(tmp_path / f"{layers}", num_hidden_layers=layers)
+        survey, found = _survey(tmp_path / f"{layers}", steps, monkeypatch)
+        assert survey.sparsity or survey.input_sparsity
+        worth[layers] = found.tokens / (layers * CALIBRATION.numel())
+    assert 0 < worth[2] == worth[6] <= 8
+
+
+def test_a_killed_survey_goes_on_and_a_finished_one_is_not_repeated(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in front of the second block from the end: two of three are left, and no forward pass."""
+    run(model, tmp_path / "whole", SURVEYS["allocate"])
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "sensitivity 2/3":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model, tmp_path / "o", SURVEYS["allocate"], progress=stop)
+    said: list[str] = []
+    run(model, tmp_path / "o", SURVEYS["allocate"], resume=True, progress=lambda stage, *_: said.append(stage))
+    assert [s for s in said if s.startswith(("survey", "sensitivity"))] == ["sensitivity 2/3", "sensitivity 3/3"]
+    for file in sorted((tmp_path / "whole").glob("*.safetensors")):
+        assert file.read_bytes() == (tmp_path / "o" / file.name).read_bytes()
+
+
+CALIBRATION = torch.randint(0, 128, (3, 16, 48), generator=torch.Generator().manual_seed(0))
+
+
+def _survey(folder: Path, steps: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> tuple[Survey, Passes]:
+    checkpoint = Checkpoint.open(folder)
+    description = describe(checkpoint.config)
+    recipe = parse_recipe({"name": "test", "steps": steps})
+    batches = [Batch(t, torch.ones_like(t, dtype=torch.bool)) for t in CALIBRATION]
+    passes = Passes(monkeypatch)
+    found = take_survey(description, Source(checkpoint, description), recipe, batches)
+    monkeypatch.undo()
+    return found, passes

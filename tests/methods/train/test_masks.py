@@ -80,9 +80,9 @@ def test_a_dense_model_has_nothing_to_hold():
 
 
 def test_cubic_schedule_closed_form():
-    # s_f + (s_i - s_f)(1 - t/n)^3 at quarters of the way from 20 % to 80 %.
-    found = [cubic(step, 0, 4, 0.2, 0.8) for step in range(5)]
-    assert found == pytest.approx([0.8 - 0.6 * (1 - t / 4) ** 3 for t in range(5)])
+    # s_f + (s_i - s_f)(1 - t/n)^3 at quarters of the way from 20 % to 80 %: 27, 8 and 1 of 64 parts of 60 % are left.
+    found = [cubic(step, 3, 7, 0.2, 0.8) for step in range(3, 8)]
+    assert found == pytest.approx([0.2, 0.546875, 0.725, 0.790625, 0.8])
 
 
 def test_gradual_magnitude_prunes_the_smallest_and_never_lets_back_in():
@@ -107,9 +107,10 @@ def test_gradual_magnitude_prunes_the_smallest_and_never_lets_back_in():
             assert int(mask.sum()) == 200 - round(expected * 200)
             assert float(layer.weight.detach()[mask].abs().min()) == float(largest[int(mask.sum()) - 1])
             assert all((state[~mask] == 0).all() for state in optimizer_state(layer.weight, [optimizer]).values())
-        shares.append(method.pruned_share())
+        shares.append(method.pruned_fraction())
         previous = mask
-    assert shares[3] == 0 and shares[4] == 0.0  # the first pruning is to s_i = 0
+    # The first pruning, after a tenth of the steps, is to s_i = 0; the next five steps later.
+    assert shares[8] == 0.0 < shares[9]
     assert shares[13] < shares[18] < 0.75 == shares[31] == shares[-1]  # the goal by the last step of the first 80 %
 
 

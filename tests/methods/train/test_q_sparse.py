@@ -24,12 +24,14 @@ from tulle.methods.train.masks import HeldMasks
 from tulle.methods.train.method import TrainingMethod
 from tulle.methods.train.q_sparse import QSparse
 from tulle.models.checkpoint import Checkpoint
-from tulle.training import loop, tokens
+from tulle.text import standard_library
+from tulle.training import loop
+from tulle.training.corpus import prepare
 from tulle.training.held_out import bits_per_byte
 from tulle.training.launch import train
 from tulle.training.pack import pack
+from tulle.training.plan import make_plan
 from tulle.training.recipe import TrainRecipe, load_recipe
-from tulle.training.tokens import prepare
 
 BF16_ALPHA = 0.98046875
 """bfloat16 of 0.98."""
@@ -238,7 +240,10 @@ def test_rounding_after_the_selection_is_refused(tmp_path: Path) -> None:
 def test_shipped_recipes() -> None:
     folder = Path(__file__).parents[3] / "recipes"
     found = {
-        name: [list(m) for stage in load_recipe(folder / f"{name}.yaml").resolved() for m in stage.methods]
+        name: [
+            [type(method).__name__ for method in stage.methods]
+            for stage in make_plan(load_recipe(folder / f"{name}.yaml")).stages
+        ]
         for name in (
             "q-sparse",
             "q-sparse-rotated",
@@ -249,12 +254,12 @@ def test_shipped_recipes() -> None:
         )
     }
     assert found == {
-        "q-sparse": [["q_sparse"]],
-        "q-sparse-rotated": [["q_sparse"], ["q_sparse"]],
-        "q-sparse-b158": [["bitnet"], ["q_sparse"]],
-        "q-sparse-continued": [["q_sparse"]],
-        "q-sparse-sft": [["q_sparse"], ["squarehead"]],
-        "relufication": [["q_sparse"]],
+        "q-sparse": [["QSparse"]],
+        "q-sparse-rotated": [["QSparse"], ["QSparse"]],
+        "q-sparse-b158": [["BitNet", "QSparse"]],
+        "q-sparse-continued": [["QSparse"]],
+        "q-sparse-sft": [[], ["QSparse", "SquareHead"]],
+        "relufication": [["QSparse"]],
     }
 
 
@@ -296,7 +301,7 @@ def test_growing(block: int | None, unit: int) -> None:
     again = QSparse(share=0.5, begin=0.25, end=0.75)
     again.prepare(nn.Sequential(single([[1.0] * 32])), 64, {"0": linear})
     again.load_state(method.state())
-    assert torch.equal(again.state()["stair"], method.state()["stair"]) and not QSparse().state()
+    assert torch.equal(again.state()["ramp"], method.state()["ramp"]) and not QSparse().state()
 
 
 def test_growing_needs_the_number_of_steps() -> None:
@@ -342,7 +347,7 @@ TEXT = ["def f(x):\n    return x\n" * 30, "class A:\n    pass\n" * 20]
 
 @pytest.fixture
 def small_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "held_out_text", lambda: TEXT)
+    monkeypatch.setattr(standard_library, "held_out_text", lambda: TEXT)
 
 
 def recipe(folder: Path, **content: Any) -> Path:
@@ -363,7 +368,7 @@ def recipe(folder: Path, **content: Any) -> Path:
 METHODS_OF_A_RECIPE = [{"bitnet": {}}, {"q_sparse": {"share": 0.25, "activation": "relu2"}}]
 
 
-def test_road_from_scratch(tmp_path: Path, small_evaluation: None) -> None:
+def test_training_from_scratch(tmp_path: Path, small_evaluation: None) -> None:
     out = train(recipe(tmp_path, methods=METHODS_OF_A_RECIPE), tmp_path / "out", log=lambda line: None)
     config = Checkpoint.open(out).config
     linears = config["quantization_config"]["linears"]
@@ -374,7 +379,7 @@ def test_road_from_scratch(tmp_path: Path, small_evaluation: None) -> None:
     model = tulle.hf.load(out, dtype=torch.float32)
     content = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
     made = TrainRecipe.model_validate(content)
-    corpus = prepare(made.data, made.seed, 16, tmp_path / "again")
+    corpus = prepare(made.data, made.seed, tmp_path / "again", 300)
     assert bits_per_byte(model, corpus, 16) == pytest.approx(record["held_out_bits_per_byte"], rel=1e-6)
     # The last estimate of the loop, of the same model in training: another share of the text, the same number of bits.
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -382,7 +387,7 @@ def test_road_from_scratch(tmp_path: Path, small_evaluation: None) -> None:
     assert rows[-1]["zeros_down"] >= 0.25 and 0.1 < rows[-1]["ternary_zeros"] < 0.6
 
 
-def test_road_of_a_dense_model_in_stages(tmp_path: Path, small_evaluation: None) -> None:
+def test_a_dense_model_in_stages(tmp_path: Path, small_evaluation: None) -> None:
     first = train(recipe(tmp_path), tmp_path / "dense", log=lambda line: None)
     shutil.move(first, tmp_path / "start")
     stages = [
@@ -408,7 +413,7 @@ def test_road_of_a_dense_model_in_stages(tmp_path: Path, small_evaluation: None)
     train(file, tmp_path / "again" / "out", log=lambda line: None)
 
 
-def test_road_of_fine_tuning(tmp_path: Path, small_evaluation: None) -> None:
+def test_fine_tuning(tmp_path: Path, small_evaluation: None) -> None:
     train(recipe(tmp_path), tmp_path / "start", log=lambda line: None)
     for name, first in (("task", 0), ("held", 500)):
         rows = [{"question": f"{i} + {i}", "answer": str(2 * i)} for i in range(first, first + 100)]

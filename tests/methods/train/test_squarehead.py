@@ -47,6 +47,16 @@ def test_terms_written_out():
     assert float(found["kl"]) == pytest.approx(2.0 * 9 * kl, rel=1e-4)
 
 
+def test_metrics_are_means_since_last_asked():
+    (hs, zs), (ht, zt) = states(0), states(1)
+    method = SquareHead(kl=1.0).teach(Fixed(ht, zt))
+    inputs = {"input_ids": torch.zeros(2, 3, dtype=torch.int64)}
+    first = method.loss_terms(inputs, SimpleNamespace(hidden_states=hs, logits=zs))
+    method.loss_terms(inputs, SimpleNamespace(hidden_states=ht, logits=zt))  # a student like its teacher: 0
+    assert method.metrics() == pytest.approx({name: float(term) / 2 for name, term in first.items()}, abs=1e-6)
+    assert method.metrics() == {}
+
+
 def test_padding_does_not_count():
     (hs, zs), (ht, zt) = states(2), states(3)
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()

@@ -76,6 +76,16 @@ def test_sad_counts_changed_bits():
     assert method.metrics() == {"sad": 0.0}
 
 
+@pytest.mark.parametrize("kind", [STE, SRSTE, SSTE, STEP])
+def test_a_resumed_method_compares_with_the_masks_of_the_loaded_weights(kind):
+    method = kind()
+    layer = prepared(method, steps=4)
+    with torch.no_grad():
+        layer.weight.copy_(-WEIGHT.flip(1))  # as a checkpoint does
+    method.load_state(method.state())
+    assert torch.equal(method.masks["layer"], KEPT.flip(1))
+
+
 def test_finish_leaves_a_plain_masked_linear():
     method = STE()
     layer = prepared(method)

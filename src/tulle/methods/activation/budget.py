@@ -1,10 +1,11 @@
-"""Shares of dropped inputs from measured costs.
+"""Shares of dropped inputs by cost.
 
 For a unit u (a role in one block, or a block) and a share p, c_u(p) is the mean KL divergence of the next token's
-distribution from the dense model's when u's inputs alone are thinned out to 1 − p per token by Top-K, on ``tokens``
-tokens of the calibration text. Σ_u c_u(p_u) is minimised under Σ_u n_u·p_u = S·Σ_u n_u, n_u being the weights that read
-the inputs: a dropped input is a column that is not read, so that (1 − S)·Σ n_u weights are active per token. The
-division is the greedy one by marginal cost, exact on the lower hull of the curves (core.allocation).
+distribution from the dense model's when u's inputs alone are thinned out to 1 − p per token by Top-K, estimated to
+second order (:mod:`tulle.models.fisher`) on ``tokens`` tokens of the calibration text. Σ_u c_u(p_u) is minimised under
+Σ_u n_u·p_u = S·Σ_u n_u, n_u being the weights that read the inputs: a dropped input is a column that is not read, so
+that (1 − S)·Σ n_u weights are active per token. The division is the greedy one by marginal cost, exact on the lower
+hull of the curves (core.allocation).
 
 TEAL's own search (its algorithm 1) is greedy within each block, on that block's output error; this one is over the
 whole model, on its predictions.
@@ -12,7 +13,7 @@ whole model, on its predictions.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -20,10 +21,9 @@ import numpy as np
 from torch import Tensor
 
 from tulle.core.allocation import divide
-from tulle.core.hessian import Hessian
 from tulle.core.topk import Selection, check_share, top_k
 from tulle.errors import UserError
-from tulle.methods.contract import Method, Stage, Survey
+from tulle.methods.contract import Key, Method, Stage, Survey
 
 DENSITIES = (0.3, 0.5, 0.75, 1.0, 1.25, 1.5)
 """Kept shares that are tried, as multiples of 1 − S."""
@@ -31,7 +31,7 @@ DENSITIES = (0.3, 0.5, 0.75, 1.0, 1.25, 1.5)
 
 @dataclass(frozen=True)
 class ActivationBudget(Method):
-    """Divides a budget of dropped inputs by what they cost the model; the selecting step that follows heeds it."""
+    """Divides a budget of dropped inputs by what they cost the model; the selecting step that follows respects it."""
 
     stages: ClassVar[tuple[Stage, ...]] = ("model",)
     allocates_inputs: ClassVar[bool] = True
@@ -42,8 +42,8 @@ class ActivationBudget(Method):
     """What shares one share: the linears of a block that read one input, or all of the block."""
     lowest: float = 0.0
     highest: float = 0.9
-    tokens: int = 512
-    """Calibration tokens that a trial is measured on."""
+    tokens: int = 8192
+    """Calibration tokens that costs are estimated on."""
 
     def __post_init__(self) -> None:
         check_share(self.share)
@@ -53,7 +53,7 @@ class ActivationBudget(Method):
                 "the defaults are 0 and 0.9"
             )
         if self.tokens < 2:
-            raise UserError(f"expected tokens of 2 or more, found {self.tokens}; the default is 512")
+            raise UserError(f"expected tokens of 2 or more, found {self.tokens}; the default is 8192")
 
     def levels(self) -> list[float]:
         """Shares that are tried, rising."""
@@ -64,7 +64,7 @@ class ActivationBudget(Method):
         units: list[tuple[str, ...]] = [roles] if self.per == "block" else [(role,) for role in roles]
         levels = self.levels()
         weights = self._weights(survey, units)
-        costs = self._measure(survey, units, levels)
+        costs = self._costs(survey, units, levels)
         found = divide(np.array(levels), costs, weights, self.share)
         for index in range(survey.layers):
             own = found[index * len(units) : (index + 1) * len(units)].tolist()
@@ -80,19 +80,15 @@ class ActivationBudget(Method):
         sizes = [sum(tensors[f"{n}.weight"].numel() for role in unit for n in survey.roles[role]) for unit in units]
         return np.tile(np.array(sizes, dtype=np.float64), survey.layers)
 
-    def _measure(self, survey: Survey, units: list[tuple[str, ...]], levels: list[float]) -> np.ndarray:
+    def _costs(self, survey: Survey, units: list[tuple[str, ...]], levels: list[float]) -> np.ndarray:
         """c ``[U, K]``, nats per token."""
-        assert survey.probe is not None
+        assert survey.costs is not None
 
-        def trials(
-            index: int, tensors: dict[str, Tensor], hessians: dict[str, Hessian]
-        ) -> Iterator[tuple[Hashable, dict[str, Tensor | Selection]]]:
+        def trials(index: int, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Key, dict[str, Selection]]]:
             for number, unit in enumerate(units):
+                widths = {role: tensors[f"{survey.roles[role][0]}.weight"].shape[1] for role in unit}
                 for level in levels:
-                    replaced: dict[str, Tensor | Selection] = {}
-                    for name in (name for role in unit for name in survey.roles[role]):
-                        replaced[name] = top_k(level, tensors[f"{name}.weight"].shape[1])
-                    yield (index, number, level), replaced
+                    yield (index, number, level), {role: top_k(level, width) for role, width in widths.items()}
 
-        found = survey.probe(trials, self.tokens, False)
+        found = survey.costs(self.tokens, inputs=trials)
         return np.array([[found[i, u, s] for s in levels] for i in range(survey.layers) for u in range(len(units))])

@@ -1,10 +1,10 @@
-"""Sparsities from measured costs: every linear is pruned at several sparsities, and the model says what that costs.
+"""Sparsities by cost: every linear is pruned at several sparsities, and the model's gradients say what that costs.
 
 For a unit u (a linear, the linears of a role in one block, or a block) and a sparsity s, c_u(s) is the mean KL
-divergence of the next token's distribution from the dense model's when u alone is pruned to s, on ``tokens`` tokens of
-the calibration text. The pruner is the cheap one of optimal brain surgery: scores w²/[H⁻¹]_jj over the whole matrix,
-and the kept weights fitted by a few steps of conjugate gradients. Then Σ_u c_u(s_u) is minimised under a budget
-(core.allocation).
+divergence of the next token's distribution from the dense model's when u alone is pruned to s, estimated to second
+order (:mod:`tulle.models.fisher`) on ``tokens`` tokens of the calibration text. The pruner is the cheap one of optimal
+brain surgery: scores w²/[H⁻¹]_jj over the whole matrix, and the kept weights fitted by a few steps of conjugate
+gradients. Then Σ_u c_u(s_u) is minimised under a budget (core.allocation).
 
 Everything else stays dense in a trial, although all is pruned in the end. Costs measured in a model that the same cheap
 pruner has pruned everywhere divided the budget worse at 70 % (docs/log.md).
@@ -14,14 +14,13 @@ for each kept weight, or those that keep_sensitive gave the linear (its step com
 bits, the bitmask taking one per weight, and nothing below s = 1/b, where it is stored dense; scales cost the same at
 every sparsity.
 
-One walk, every trial being carried along as hidden states of ``tokens`` tokens; a trial costs the rest of a forward
-pass on those, and there are about ten per unit. Measured before smoothing and rotations, but those of the
-residual stream that come first. The method is ours: OWL's aim, with a measurement in place of the guess.
+Two passes forward and one backward, however many units there are. Before smoothing and rotations, but those of the
+residual stream that come first. The method is ours: OWL's aim, with the model's own answer in place of the guess.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -33,12 +32,10 @@ from tulle.core.hessian import Hessian, check_damping
 from tulle.core.least_squares import refit_iterative
 from tulle.core.masks import check_sparsity, keep_share
 from tulle.errors import UserError
-from tulle.methods.contract import Method, Stage, Survey
+from tulle.methods.contract import Key, Method, Stage, Survey
 
 DENSITIES = (0.4, 0.6, 0.8, 1.0, 1.25, 1.6, 2.0, 2.8)
 """Kept shares that are tried, as multiples of 1 − S."""
-MOST_STATES = 1 << 30
-"""Elements of the hidden states of all trials."""
 GRID = 0.01
 """Sparsities between them are interpolated, this far apart."""
 
@@ -59,7 +56,7 @@ class Surgeon:
 
 @dataclass(frozen=True)
 class Allocate(Method):
-    """Divides a budget of pruned weights by what they cost the model; the pruning step that follows heeds it."""
+    """Divides a budget of pruned weights by what they cost the model; the pruning step that follows respects it."""
 
     stages: ClassVar[tuple[Stage, ...]] = ("model",)
     allocates: ClassVar[bool] = True
@@ -73,9 +70,8 @@ class Allocate(Method):
     """What shares one sparsity: nothing, the linears that read one input, or all of a block."""
     lowest: float = 0.0
     highest: float = 0.95
-    tokens: int = 512
-    """Calibration tokens that a trial is measured on; fewer where the hidden states of all trials would take more than
-    4 GiB. Four times as many divided the budget no better (docs/log.md)."""
+    tokens: int = 8192
+    """Calibration tokens that costs are estimated on."""
     damping: float = 0.01
     steps: int = 10
     """Of conjugate gradients per fit."""
@@ -93,7 +89,7 @@ class Allocate(Method):
         if self.tokens < 2 or self.steps < 0:
             raise UserError(
                 f"expected tokens of 2 and steps of 0 or more, found {self.tokens} and {self.steps}; the defaults are "
-                "512 and 10"
+                "8192 and 10"
             )
 
     def levels(self) -> list[float]:
@@ -113,7 +109,7 @@ class Allocate(Method):
     def plan(self, survey: Survey, roles: tuple[str, ...]) -> None:
         units, levels = self.units(survey, roles), self.levels()
         weights, bits = self._sizes(survey, units)
-        costs = self._measure(survey, units, levels)
+        costs = self._costs(survey, units, levels)
         if self.budget == "zeros":
             found = divide(np.array(levels), costs, weights, self.sparsity, GRID)
         else:
@@ -141,13 +137,13 @@ class Allocate(Method):
                 bits.append(sum(n * b for n, b in zip(count, each, strict=True)))
         return np.array(weights, dtype=np.float64), np.array(bits, dtype=np.float64)
 
-    def _measure(self, survey: Survey, units: list[tuple[tuple[str, str], ...]], levels: list[float]) -> np.ndarray:
+    def _costs(self, survey: Survey, units: list[tuple[tuple[str, str], ...]], levels: list[float]) -> np.ndarray:
         """c ``[U, K]``, nats per token."""
-        assert survey.probe is not None
+        assert survey.costs is not None
 
         def trials(
-            index: int, tensors: dict[str, Tensor], hessians: dict[str, Hessian]
-        ) -> Iterator[tuple[Hashable, dict[str, Tensor]]]:
+            index: int, tensors: Mapping[str, Tensor], hessians: Mapping[str, Hessian]
+        ) -> Iterator[tuple[Key, dict[str, Tensor]]]:
             for number, unit in enumerate(units):
                 surgeons = {
                     f"{name}.weight": Surgeon(tensors[f"{name}.weight"], hessians[role], self.damping, self.steps)
@@ -156,8 +152,5 @@ class Allocate(Method):
                 for level in levels:
                     yield (index, number, level), {name: surgeon.prune(level) for name, surgeon in surgeons.items()}
 
-        tokens = max(2, min(self.tokens, MOST_STATES // (survey.layers * len(units) * len(levels) * survey.hidden)))
-        if tokens < self.tokens:
-            survey.notes.append(f"allocate: measured on {tokens} tokens in place of {self.tokens}, to save memory")
-        found = survey.probe(trials, tokens, True)
+        found = survey.costs(self.tokens, weights=trials)
         return np.array([[found[i, u, s] for s in levels] for i in range(survey.layers) for u in range(len(units))])

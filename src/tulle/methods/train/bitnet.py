@@ -5,9 +5,9 @@
 
 Both gradients pass straight through: ∂L/∂W := ∂L/∂Ŵ, ∂L/∂x := ∂L/∂x̂.
 
-Where we depart: α is rounded to bfloat16, and γ/127 is used without ε, as the file has them (``docs/format.md``, 2 bits
-symmetric and ``input_bits`` 8), so that training, evaluation and the packed model are one; −128 is no code. There is no
-extra norm in front of the linears.
+Where we depart: α is rounded to bfloat16, and γ/127 is used without ε, as the file has them
+(``docs/reference/format.md``, 2 bits symmetric and ``input_bits`` 8), so that
+training, evaluation and the packed model are one; −128 is no code. There is no extra norm in front of the linears.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tulle.core.grid import Grid, Quantised
 from tulle.core.token_grid import TokenGrid
 from tulle.methods.contract import LinearState
 from tulle.methods.train.effective import StraightThrough, install, remove
-from tulle.methods.train.inputs import in_front, in_front_of, require_unselected
+from tulle.methods.train.inputs import require_unselected, transform_input, transform_inputs
 from tulle.methods.train.method import TrainingMethod, local
 
 TINY = 1e-5
@@ -39,7 +39,7 @@ def ternary(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("tulle::ternary_weight", mutates_args=())
 def ternary_weight(weight: Tensor) -> Tensor:
-    """Ŵ ``[C_out, C_in]`` in the dtype of W.
+    """Ŵ ``[C_out, C_in]`` (equation 1) in the dtype of W.
 
     One opaque operator: a compiler that fuses it leaves out the rounding of α to bfloat16.
     """
@@ -53,7 +53,7 @@ def _(weight: Tensor) -> Tensor:
 
 
 def quantised(weight: Tensor) -> Quantised:
-    """The grid of a ternary Ŵ ``[C_out, C_in]``: its codes, and its one scale for every row."""
+    """The 2-bit grid of a ternary Ŵ ``[C_out, C_in]``: codes ``[C_out, C_in]``, and the one scale as ``[C_out, 1]``."""
     scale = weight.abs().max().clamp(min=torch.finfo(torch.bfloat16).tiny).expand(weight.shape[0], 1).clone()
     codes = (weight / scale).round().to(torch.int16)
     return Quantised(Grid(bits=2), codes, scale, torch.zeros_like(scale))
@@ -61,11 +61,12 @@ def quantised(weight: Tensor) -> Quantised:
 
 @dataclass(eq=False)
 class BitNet(TrainingMethod):
-    """Trains with ternary weights; ``input_bits`` null leaves the inputs alone."""
+    """Trains with ternary weights and rounded inputs. Settings as in the equations above."""
 
     sharded: ClassVar[bool] = False  # α is a mean over the whole matrix
 
     input_bits: int | None = 8
+    """Of Q(x); null leaves the inputs as they are."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,10 +79,10 @@ class BitNet(TrainingMethod):
         if self.grid is not None:
             require_unselected(model, "bitnet")
             if linears is None:
-                in_front(model, dict.fromkeys(self.targets, self._round))
+                transform_inputs(model, dict.fromkeys(self.targets, self._round))
             else:
                 for linear in linears.values():
-                    in_front_of(linear, self._round)
+                    transform_input(linear, self._round)
 
     def _round(self, x: Tensor) -> Tensor:
         assert self.grid is not None
@@ -90,7 +91,7 @@ class BitNet(TrainingMethod):
 
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
-        """``ternary_zeros``: share of weights that are zero."""
+        """``ternary_zeros``: fraction of weights that are zero."""
         zeros = sum(int((ternary(local(linear.weight))[0] == 0).sum()) for linear in self.linears.values())
         return {"ternary_zeros": zeros / max(sum(local(x.weight).numel() for x in self.linears.values()), 1)}
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 Rule = Callable[[Tensor], Tensor]
+"""W ``[C_out, C_in]`` to f(W), of the same shape."""
 
 
 class EffectiveLinear(nn.Linear):

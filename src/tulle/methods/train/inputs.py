@@ -1,7 +1,7 @@
-"""Functions in front of linears: what training puts between an input and the linears that read it.
+"""Functions of linears' inputs: what training puts between an activation and the linears that read it.
 
 Hooks, not wrappers: parameters keep their names and identity, and whatever else a method does to the linear
-(``effective``) goes on. Linears that read the output of one norm share one result, made behind that norm; elsewhere
+(``effective``) goes on. Linears that read the output of one norm share one result, computed after that norm. Elsewhere
 each linear has its own.
 """
 
@@ -14,44 +14,47 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tulle.errors import UserError
-from tulle.models.anatomy import anatomy
+from tulle.models.description import describe
 
 Rule = Callable[[Tensor], Tensor]
+"""x ``[..., C_in]`` to what the linears read instead, of the same shape."""
 
 
-def in_front(model: nn.Module, rules: Mapping[str, Rule]) -> list[RemovableHandle]:
-    """Puts ``rules[role]`` in front of the role's linears, in every block of a transformers ``model``."""
+def transform_inputs(model: nn.Module, rules: Mapping[str, Rule]) -> list[RemovableHandle]:
+    """Applies ``rules[role]`` to the inputs of the role's linears, in every block of a transformers ``model``.
+
+    Raises ``UserError`` for an architecture that is not known.
+    """
     config: Any = model.config
-    shape = anatomy(config.to_dict())
     handles = []
-    for index in range(shape.layers):
-        for row in shape.rows:
-            if row.role not in rules:
+    for layer in describe(config.to_dict()).layers:
+        for group in layer.groups:
+            if group.role not in rules:
                 continue
-            prefix = shape.block_prefix(index)
-            if row.norm is not None:
-                handles.append(model.get_submodule(prefix + row.norm).register_forward_hook(_after(rules[row.role])))
+            if group.norm is not None:
+                norm = model.get_submodule(layer.prefix + group.norm)
+                handles.append(norm.register_forward_hook(_after(rules[group.role])))
             else:
-                for name in row.linears:
-                    handles.append(in_front_of(model.get_submodule(prefix + name), rules[row.role]))
+                for name in group.names:
+                    handles.append(transform_input(model.get_submodule(layer.prefix + name), rules[group.role]))
     return handles
 
 
 def mark_selected(model: nn.Module) -> None:
-    """Remembers that inputs have been selected: nothing that changes them may come after that."""
+    """Notes that the model's inputs are selected: nothing that changes them may be added after that."""
     model.tulle_inputs_selected = True  # type: ignore[assignment]
 
 
 def require_unselected(model: nn.Module, name: str) -> None:
-    """Raises ``UserError`` where inputs have been selected, which method ``name`` is about to change."""
+    """Raises ``UserError`` if inputs are selected already, which method ``name`` is about to change."""
     if getattr(model, "tulle_inputs_selected", False):
         raise UserError(
             f"expected {name} before q_sparse, which selects among rounded inputs, found it after; swap them"
         )
 
 
-def in_front_of(linear: nn.Module, rule: Rule) -> RemovableHandle:
-    """Puts a rule in front of one linear."""
+def transform_input(linear: nn.Module, rule: Rule) -> RemovableHandle:
+    """Applies a rule to the input of one linear."""
     return linear.register_forward_pre_hook(lambda module, arguments: (rule(arguments[0]), *arguments[1:]))
 
 

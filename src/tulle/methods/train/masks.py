@@ -26,7 +26,10 @@ from tulle.methods.train.sparse_linear import densify, sparsify
 
 @dataclass(eq=False)
 class HeldMasks(TrainingMethod):
-    """Holds the zeros that the targeted linears have when training begins."""
+    """Holds the zeros that the targeted linears have when training begins.
+
+    ``prepare`` raises ``UserError`` for a model without any.
+    """
 
     native: bool = False
     """Compute with the kept entries only (``sparse_linear``: float32 on the CPU, one parameter vector per linear, which
@@ -40,7 +43,7 @@ class HeldMasks(TrainingMethod):
         super().prepare(model, steps, linears)
         self.masks = {name: linear.weight.detach() != 0 for name, linear in self.linears.items()}
         """bool ``[C_out, C_in]``, True = kept; whole, also under FSDP2."""
-        self._parts: dict[str, Tensor] = {}
+        self._shards: dict[str, Tensor] = {}
         self._require_zeros()
         self._model = (model,)
         if self.native:
@@ -49,34 +52,34 @@ class HeldMasks(TrainingMethod):
                 del self.linears[name]
 
     def _require_zeros(self) -> None:
-        if self.pruned_share() == 0:
+        if self.pruned_fraction() == 0:
             raise UserError(
                 "expected a model with pruned weights to hold, found none; prune first (a stage with prune:) or take "
                 "gradual_magnitude"
             )
 
-    def pruned_share(self) -> float:
-        """Share of pruned weights in the targeted linears."""
+    def pruned_fraction(self) -> float:
+        """Fraction of pruned weights in the targeted linears."""
         total = sum(mask.numel() for mask in self.masks.values())
         return 1 - sum(int(mask.sum()) for mask in self.masks.values()) / max(total, 1)
 
-    def part(self, name: str) -> Tensor:
-        """This process's part of a mask."""
-        if name not in self._parts:
+    def shard(self, name: str) -> Tensor:
+        """This process's part of a mask, bool; all of it ``[C_out, C_in]`` unless FSDP2 shards."""
+        if name not in self._shards:
             weight = self.linears[name].weight
-            self._parts[name] = local_like(self.masks[name].to(weight.device), weight)
-        return self._parts[name]
+            self._shards[name] = local_like(self.masks[name].to(weight.device), weight)
+        return self._shards[name]
 
     @torch.no_grad()
     def after_backward(self, step: int) -> None:
         for name, linear in self.linears.items():
             if linear.weight.grad is not None:
-                local(linear.weight.grad).mul_(self.part(name))
+                local(linear.weight.grad).mul_(self.shard(name))
 
     @torch.no_grad()
     def after_step(self, step: int, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         for name, linear in self.linears.items():
-            local(linear.weight).mul_(self.part(name))
+            local(linear.weight).mul_(self.shard(name))
 
     @torch.no_grad()
     def tighten(self, masks: Mapping[str, Tensor], optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -84,37 +87,40 @@ class HeldMasks(TrainingMethod):
         for name, mask in masks.items():
             weight = self.linears[name].weight
             self.masks[name] = mask & self.masks[name].to(mask.device)
-            self._parts.pop(name, None)
-            part = self.part(name)
-            local(weight).mul_(part)
+            self._shards.pop(name, None)
+            shard = self.shard(name)
+            local(weight).mul_(shard)
             for value in optimizer_state(weight, optimizers).values():
-                value.mul_(part)
+                value.mul_(shard)
 
     def finish(self) -> None:
         if self.native:
             densify(self._model[0])
 
     def metrics(self) -> dict[str, float]:
-        return {"sparsity": self.pruned_share()}
+        return {"sparsity": self.pruned_fraction()}
 
     def state(self) -> dict[str, Tensor]:
         return dict(self.masks)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         self.masks = {name: state[name].to(mask.device) for name, mask in self.masks.items()}
-        self._parts.clear()
+        self._shards.clear()
 
 
 @dataclass(eq=False)
 class GradualMagnitude(HeldMasks):
-    """Prunes the smallest weights step by step while training, and holds what is pruned."""
+    """Prunes the smallest weights step by step while training, and holds what is pruned.
+
+    Raises ``UserError`` for settings outside their range, and where ``prepare`` is not told the number of steps.
+    """
 
     sparsity: float = 0.5
-    """s_f: share of pruned weights at the end, in every layer."""
+    """s_f: fraction of pruned weights at the end, in every layer."""
     begin: float = 0.0
-    """Share of the training at which pruning begins."""
+    """Fraction of the training at which pruning begins."""
     end: float = 0.7
-    """Share of the training at which the goal is reached."""
+    """Fraction of the training at which s_f is reached."""
     every: int = 50
     """Δt, optimizer steps between two prunings."""
     scope: Scope = "layer"
@@ -131,7 +137,7 @@ class GradualMagnitude(HeldMasks):
         if not 0 <= self.begin < self.end <= 1 or self.every < 1:
             raise UserError(
                 f"expected 0 <= begin < end <= 1 and every >= 1, found {self.begin}, {self.end}, {self.every}; "
-                "begin and end are shares of the training"
+                "begin and end are fractions of the training"
             )
 
     def prepare(self, model: nn.Module, steps: int = 0, linears: Mapping[str, nn.Linear] | None = None) -> None:
@@ -140,7 +146,7 @@ class GradualMagnitude(HeldMasks):
                 "expected the number of steps for gradual_magnitude, found none; call prepare(model, steps)"
             )
         super().prepare(model, steps, linears)
-        self.initial = self.pruned_share()
+        self.initial = self.pruned_fraction()
 
     def _require_zeros(self) -> None:
         """A dense model is fine here."""

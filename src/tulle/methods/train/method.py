@@ -23,7 +23,7 @@ In anyone's own loop::
     masks.finish()
 
 ``callback.MethodCallback`` does the same inside transformers' ``Trainer``. A method is a dataclass of settings, so that
-a recipe can name it (``METHODS``); what it remembers while training are plain attributes.
+a recipe can name it (``METHODS``); its state while training are plain attributes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tulle.errors import UserError
 from tulle.methods.contract import LinearState
-from tulle.models.anatomy import ROLES, anatomy
+from tulle.models.description import ROLES, describe
 
 METHODS: dict[str, str] = {
     "held_masks": "tulle.methods.train.masks:HeldMasks",
@@ -77,13 +77,17 @@ class TrainingMethod:
     def prepare(self, model: nn.Module, steps: int = 0, linears: Mapping[str, nn.Linear] | None = None) -> None:
         """Takes hold of the linears. ``steps``: optimizer steps of the whole training, for methods with a schedule.
 
-        ``linears`` by name, for a model that :mod:`tulle.models.anatomy` does not know; otherwise the ``targets``.
+        ``linears`` by name, for a model that ``tulle.models.families`` does not know; otherwise the ``targets``.
+        Raises ``UserError`` for an unknown architecture, and for a model that the method cannot train.
         """
         self.steps = steps
         self.linears = dict(linears) if linears is not None else target_linears(model, self.targets)
 
     def loss_terms(self, inputs: Mapping[str, Tensor], outputs: Any) -> dict[str, Tensor]:
-        """Scalars to add to the loss of a micro-batch, by name. ``inputs`` are the model's keyword arguments."""
+        """Scalars to add to the loss of a micro-batch (nats per token), by name.
+
+        ``inputs`` are the model's keyword arguments (``input_ids`` ``[B, T]``), ``outputs`` what it returned for them.
+        """
         return {}
 
     def after_backward(self, step: int) -> None:
@@ -101,10 +105,15 @@ class TrainingMethod:
         return {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Puts :meth:`state` back, after :meth:`prepare`."""
+        """Puts :meth:`state` back, after :meth:`prepare` on an equal model."""
 
     def finish(self) -> None:
         """Leaves plain linears with the weights that the method stands for."""
+
+    @property
+    def describes(self) -> bool:
+        """Whether :meth:`describe` says anything: plain weights are not all that the method leaves."""
+        return type(self).describe is not TrainingMethod.describe
 
     def describe(self, linears: Mapping[str, LinearState]) -> None:
         """Says of its linears, after :meth:`finish`, what a plain weight cannot: that they are quantised, or that
@@ -125,20 +134,18 @@ def target_linears(model: nn.Module, targets: Sequence[str] = ROLES) -> dict[str
     config: Any = getattr(model, "config", None)
     if config is None:
         raise UserError("expected a transformers model, found one without a config; pass linears={name: module}")
-    shape = anatomy(config.to_dict())
     found: dict[str, nn.Linear] = {}
-    for block in range(shape.layers):
-        for name in shape.linears(block):
-            if shape.role_of(name) in targets:
-                module = model.get_submodule(name)
-                if not isinstance(module, nn.Linear):
-                    raise UserError(f"expected a linear at {name}, found {type(module).__name__}; load the dense model")
-                found[name] = module
+    for layer in describe(config.to_dict()).layers:
+        for name in (layer.prefix + name for group in layer.groups if group.role in targets for name in group.names):
+            module = model.get_submodule(name)
+            if not isinstance(module, nn.Linear):
+                raise UserError(f"expected a linear at {name}, found {type(module).__name__}; load the dense model")
+            found[name] = module
     return found
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor that FSDP2 may have sharded."""
+    """This process's part of a tensor that FSDP2 may have sharded, along the first dimension."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

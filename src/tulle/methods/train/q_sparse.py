@@ -15,7 +15,7 @@ paper's, which drops as much from the first step on: between these shares of the
 grows from none.
 
 **ReLUfication** (Mirzadeh et al. 2024, "ReLU Strikes Back"): ``activation: relu`` with ``kind: none``, that is ReLU in
-place of SiLU and no Top-K (stage 1); ``kind: relu`` puts ReLU behind the norms as well (stage 2).
+place of SiLU and no Top-K (stage 1); ``kind: relu`` puts ReLU after the norms as well (stage 2).
 """
 
 from __future__ import annotations
@@ -33,26 +33,29 @@ from tulle.core.topk import Selection, UnitScore, check_share, top_k
 from tulle.errors import UserError
 from tulle.methods.contract import LinearState
 from tulle.methods.train.effective import StraightThrough
-from tulle.methods.train.inputs import Rule, in_front, in_front_of, mark_selected
+from tulle.methods.train.inputs import Rule, mark_selected, transform_input, transform_inputs
 from tulle.methods.train.method import TrainingMethod
-from tulle.models.anatomy import ROLES, anatomy
+from tulle.models.description import ROLES, describe
 
-NORMED = ("qkv", "gate_up")
-"""Roles behind a norm, where stage 2 of ReLUfication acts."""
-SEEN = 5
+AFTER_NORMS = ("qkv", "gate_up")
+"""Roles that read a norm's output, where stage 2 of ReLUfication acts."""
+COUNT_EVERY = 5
 """Zeros are counted in one of so many calls of a block."""
-STAIRS = 32
+RAMP_STEPS = 32
 """The number of dropped inputs grows in so many steps: a compiled model is compiled anew at each."""
 
 
 @dataclass(eq=False)
 class QSparse(TrainingMethod):
-    """Trains with sparse inputs."""
+    """Trains with sparse inputs.
+
+    Raises ``UserError`` for fractions outside their range, roles that do not exist, and ``end`` without Top-K.
+    """
 
     share: float = 0.3
-    """Of the inputs that are dropped, in every token."""
+    """Fraction of the inputs that is dropped, in every token."""
     shares: dict[str, float] = field(default_factory=dict)
-    """Role → its own share."""
+    """Role → its own fraction."""
     kind: Literal["top_k", "relu", "none"] = "top_k"
     block: int | None = None
     """Channels that compete with each other; None: all of the token."""
@@ -61,11 +64,13 @@ class QSparse(TrainingMethod):
     by: UnitScore = "max"
     """What of a unit is compared: its largest magnitude or its 2-norm."""
     straight_through: bool = True
+    """The gradient reaches dropped inputs too (equation 8)."""
     rescale: bool = False
+    """Scales what is kept to the length that the token had."""
     begin: float = 0.0
-    """Share of the training up to which nothing is dropped."""
+    """Fraction of the training up to which nothing is dropped."""
     end: float = 0.0
-    """Share of the training from which on ``share`` is dropped; 0: always."""
+    """Fraction of the training from which on ``share`` is dropped; 0: always."""
     input_bits: int | None = None
     """Rounds inputs per token first; null: as they are (with bitnet before it in the list, they are rounded there)."""
     activation: Literal["relu", "relu2"] | None = None
@@ -89,7 +94,7 @@ class QSparse(TrainingMethod):
         self.selections: dict[str, Selection] = {}
         """By linear."""
         self._zeros: dict[str, list[Tensor]] = {}
-        self._stair = 0 if self.end else STAIRS
+        self._ramp = 0 if self.end else RAMP_STEPS
 
     def prepare(self, model: nn.Module, steps: int = 0, linears: Mapping[str, nn.Linear] | None = None) -> None:
         super().prepare(model, steps, linears)
@@ -101,18 +106,18 @@ class QSparse(TrainingMethod):
         if linears is not None:
             for name, linear in linears.items():
                 self._choose(name, self.selection("", linear.in_features))
-                in_front_of(linear, self._rule("", self.selections.get(name)))
+                transform_input(linear, self._rule("", self.selections.get(name)))
             return
         config: Any = model.config
-        shape = anatomy(config.to_dict())
+        shape = describe(config.to_dict())
         rules: dict[str, Rule] = {}
         for role in self.targets:
-            selection = self.selection(role, shape.linear_shape(shape.row(role).linears[0])[1])
+            selection = self.selection(role, shape.layers[0].group(role).inputs)
             rules[role] = self._rule(role, selection)
             for name in self.linears:
                 if shape.role_of(name) == role:
                     self._choose(name, selection)
-        in_front(model, rules)
+        transform_inputs(model, rules)
 
     def _choose(self, name: str, selection: Selection | None) -> None:
         if selection is not None:
@@ -120,7 +125,7 @@ class QSparse(TrainingMethod):
 
     def selection(self, role: str, channels: int) -> Selection | None:
         """What a role's linears of ``channels`` inputs see; None: everything."""
-        if self.kind == "none" or (self.kind == "relu" and role not in NORMED):
+        if self.kind == "none" or (self.kind == "relu" and role not in AFTER_NORMS):
             return None
         if self.kind == "relu":
             return Selection("relu")
@@ -135,10 +140,10 @@ class QSparse(TrainingMethod):
                 x = StraightThrough.apply(x, self.grid.fake(x.detach()))
             y = x
             if selection is not None:
-                y = grown(selection, x.shape[-1], self._stair).apply(x, self.straight_through)
+                y = ramped(selection, x.shape[-1], self._ramp).apply(x, self.straight_through)
             if not torch.compiler.is_compiling():
                 nonlocal calls
-                if calls % SEEN == 0:
+                if calls % COUNT_EVERY == 0:
                     self._zeros.setdefault(role, []).append((y.detach() == 0).float().mean())
                 calls += 1
             return y
@@ -149,20 +154,20 @@ class QSparse(TrainingMethod):
         if not self.end:
             return
         passed = ((step + 1) / self.steps - self.begin) / (self.end - self.begin)
-        stair = round(STAIRS * min(max(passed, 0.0), 1.0))
-        if stair != self._stair:
-            self._stair = stair
+        ramp = round(RAMP_STEPS * min(max(passed, 0.0), 1.0))
+        if ramp != self._ramp:
+            self._ramp = ramp
             torch.compiler.reset()  # or it would give up on a function that it has compiled eight times
 
     def state(self) -> dict[str, Tensor]:
-        return {"stair": torch.tensor(self._stair)} if self.end else {}
+        return {"ramp": torch.tensor(self._ramp)} if self.end else {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         if self.end:
-            self._stair = int(state["stair"])
+            self._ramp = int(state["ramp"])
 
     def metrics(self) -> dict[str, float]:
-        """``zeros_ROLE``: share of inputs that are zero, on average since last asked; nothing in a compiled model."""
+        """``zeros_ROLE``: fraction of inputs that are zero, the mean since last asked; nothing in a compiled model."""
         found = {f"zeros_{role}": float(torch.stack(shares).mean()) for role, shares in self._zeros.items() if shares}
         self._zeros.clear()
         return found
@@ -174,16 +179,19 @@ class QSparse(TrainingMethod):
             state.input_grid = self.grid or state.input_grid
 
 
-def grown(selection: Selection, channels: int, stair: int) -> Selection:
-    """The selection that drops ``stair`` of ``STAIRS`` parts of what ``selection`` drops of ``channels`` inputs."""
-    if stair == STAIRS or selection.keep is None:
+def ramped(selection: Selection, channels: int, ramp: int) -> Selection:
+    """The selection that drops ``ramp`` of ``RAMP_STEPS`` parts of what ``selection`` drops of ``channels`` inputs."""
+    if ramp == RAMP_STEPS or selection.keep is None:
         return selection
     units, kept = (selection.block or channels) // selection.unit, selection.keep // selection.unit
-    return replace(selection, keep=selection.unit * (units - (units - kept) * stair // STAIRS))
+    return replace(selection, keep=selection.unit * (units - (units - kept) * ramp // RAMP_STEPS))
 
 
 def set_activation(model: nn.Module, activation: str) -> None:
-    """Exchanges the activation of a transformers model's gated feed-forwards, in its config too."""
+    """Exchanges the activation of a transformers model's gated feed-forwards, in its config too.
+
+    Raises ``UserError`` for a model without any.
+    """
     config: Any = model.config
     config.hidden_act = activation
     found = [module for module in model.modules() if hasattr(module, "act_fn") and hasattr(module, "gate_proj")]

@@ -1,10 +1,10 @@
 """Linears that train on their kept entries only: faster because they are sparse.
 
 W has a mask that is held, so of Y = X·Wᵀ, dX = dY·W and dW = dYᵀ·X only the kept entries count; the native kernels of
-``tulle.native.SparsePattern`` compute no others (docs/training-kernels.md). ``SparseLinear`` keeps nothing else either:
-its parameter holds the kept values, so that the gradient and the optimizer's state are as small as they are. Every
-elementwise optimizer (SGD, Adam, AdamW with decay, clipping by norm) takes the same steps as on a dense weight with the
-mask held; Muon, whose update is a matrix function, does not.
+``tulle.native.SparsePattern`` compute no others (docs/results/training-kernels.md). ``SparseLinear`` keeps
+nothing else either: its parameter holds the kept values, so that the gradient and the optimizer's state are as small as
+they are. Every elementwise optimizer (SGD, Adam, AdamW with decay, clipping by norm) takes the same steps as on a dense
+weight with the mask held; Muon, whose update is a matrix function, does not.
 
 float32 on the CPU. Under autocast the product is still taken in float32.
 """

@@ -26,8 +26,8 @@ from tulle.methods.train.method import TrainingMethod
 def normalised_error(student: Tensor, teacher: Tensor, real: Tensor, epsilon: float) -> Tensor:
     """MSE(h_s, h_t)/(mean(h_t²) + ε) for states ``[B, T, d]`` over the tokens that are ``real``, bool ``[B, T]``.
 
-    With several processes both means are over the micro-batch of all of them: each returns its share, and the mean of
-    the shares is the term.
+    With several processes both means are over the micro-batch of all of them: each returns its part, and the mean of
+    the parts is the term.
     """
     s, t = student[real].float(), teacher[real].float()
     sums = torch.stack([t.square().sum().detach(), torch.tensor(float(t.numel()), device=t.device)])
@@ -48,7 +48,10 @@ def divergence(student: Tensor, teacher: Tensor, real: Tensor, temperature: floa
 
 @dataclass(eq=False)
 class SquareHead(TrainingMethod):
-    """Adds the teacher's terms to the loss."""
+    """Adds the teacher's terms to the loss.
+
+    Raises ``UserError`` for weights outside their range, without a teacher, and for one of another depth.
+    """
 
     hidden_states: ClassVar[bool] = True
 
@@ -74,7 +77,7 @@ class SquareHead(TrainingMethod):
         self._count = 0
 
     def teach(self, model: nn.Module) -> SquareHead:
-        """Makes ``model`` the teacher: frozen, in bf16."""
+        """Makes ``model`` the teacher: frozen, in bf16 (in place)."""
         self._teacher = (model.to(torch.bfloat16).requires_grad_(False).eval(),)
         return self
 
@@ -93,12 +96,12 @@ class SquareHead(TrainingMethod):
         if device != ids.device:
             teacher.to(ids.device)
         with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
-            taught = teacher(**given, use_cache=False, output_hidden_states=True)
+            wanted = teacher(**given, use_cache=False, output_hidden_states=True)
         found: dict[str, Tensor] = {}
         if self.weight:
-            found["squarehead"] = self.weight * self._layers(outputs.hidden_states, taught.hidden_states, real)
+            found["squarehead"] = self.weight * self._layers(outputs.hidden_states, wanted.hidden_states, real)
         if self.kl:
-            found["kl"] = self.kl * divergence(outputs.logits, taught.logits, real, self.temperature)
+            found["kl"] = self.kl * divergence(outputs.logits, wanted.logits, real, self.temperature)
         for name, value in found.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())
         self._count += 1

@@ -9,12 +9,12 @@ adds a decay of the pruned weights *to the gradient*, so that the optimizer scal
     g = ∂L/∂W̃ + λ·(1 − E) ⊙ W,   λ = 2e-4.
 
 It is added once per optimizer step, after micro-batches are summed and processes averaged, and before clipping.
-Metric: SAD, the share of mask bits that change from one step to the next.
+Metric: SAD, the fraction of mask bits that change from one step to the next.
 
 **S-STE** (Hu et al. 2024): instead of a hard mask, soft thresholding by the (N+1)-th magnitude t of the group,
 S(w) = sign(w)·max(|w| − t, 0), rescaled by β = ⟨W, S(W)⟩/‖S(W)‖² per matrix, which is taken once, before training.
 
-**STEP** (Lu et al. 2023): trains densely for a share of the steps, then learns masks with Adam's variance frozen.
+**STEP** (Lu et al. 2023): trains densely for a fraction of the steps, then learns masks with Adam's variance frozen.
 Departure: the variance is put back after each step, so that a step still sees its own g² with weight 1 − β₂.
 """
 
@@ -35,7 +35,7 @@ from tulle.methods.train.method import TrainingMethod, local, optimizer_state
 
 
 def hard(weight: Tensor, pattern: Pattern) -> Tensor:
-    """W ⊙ E ``[C_out, C_in]``."""
+    """W ⊙ E ``[C_out, C_in]``, with E the N largest |w| of every M input channels."""
     return weight * keep_pattern(weight.abs(), pattern)
 
 
@@ -49,13 +49,16 @@ def soft(weight: Tensor, pattern: Pattern) -> Tensor:
 
 
 def scale_of(weight: Tensor, effective: Tensor) -> float:
-    """β = ⟨W, S(W)⟩/‖S(W)‖², which makes ‖W − β·S(W)‖ least."""
+    """β = ⟨W, S(W)⟩/‖S(W)‖², the least squares scale of S(W) to W; both ``[C_out, C_in]``."""
     return float((weight * effective).sum() / effective.square().sum().clamp_min(torch.finfo(weight.dtype).tiny))
 
 
 @dataclass(eq=False)
 class STE(TrainingMethod):
-    """Trains with N:M masks that follow the weights."""
+    """Trains with N:M masks that follow the weights.
+
+    ``prepare`` raises ``UserError`` for linears whose input channels are no multiple of M.
+    """
 
     pattern: str = "2:4"
     """N kept in every M consecutive input channels."""
@@ -73,7 +76,7 @@ class STE(TrainingMethod):
         for name, linear in self.linears.items():
             self.parsed.check(name, linear.in_features)
             install(linear, partial(self._forward, name))
-        self._remember()
+        self._update_masks()
 
     def effective(self, name: str, weight: Tensor) -> Tensor:
         """f(W) ``[C_out, C_in]`` of the named linear."""
@@ -95,25 +98,25 @@ class STE(TrainingMethod):
     @torch.no_grad()
     def after_step(self, step: int, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         previous = dict(self.masks)
-        self._remember()
+        self._update_masks()
         for name, mask in self.masks.items():
             self._changed += int((mask != previous[name]).sum())
             self._counted += mask.numel()
 
     @torch.no_grad()
-    def _remember(self) -> None:
+    def _update_masks(self) -> None:
         self.masks = {
             name: keep_pattern(local(linear.weight).abs(), self.parsed) for name, linear in self.linears.items()
         }
 
     def metrics(self) -> dict[str, float]:
-        """``sad``: share of mask bits that changed per step, on average since last asked (of this process's part)."""
+        """``sad``: fraction of mask bits that changed per step, the mean since last asked (of this process's part)."""
         found = {"sad": self._changed / max(self._counted, 1)}
         self._changed = self._counted = 0
         return found
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        self._remember()
+        self._update_masks()
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -161,12 +164,12 @@ class STEP(SRSTE):
     sharded: ClassVar[bool] = False
 
     dense: float = 0.2
-    """Share of the steps before masks are learned (the paper finds the moment by watching the variance)."""
+    """Fraction of the steps before masks are learned (the paper finds the moment by watching the variance)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.dense < 1:
-            raise UserError(f"expected dense as a share of the steps in [0, 1), found {self.dense}; try 0.2")
+            raise UserError(f"expected dense as a fraction of the steps in [0, 1), found {self.dense}; try 0.2")
         self.frozen: dict[str, Tensor] = {}
         self.step = 0
 

@@ -6,8 +6,8 @@ worth it:
 
     λ·( |θ_A|² + |θ_{B∖A}|² / D ),   D the forward *density*.
 
-Masks are chosen anew every ``refresh`` steps (appendix: every 100 is as good as every step). After a share ``explore``
-of the training A stays as it is and only A is trained, until the end.
+Masks are chosen anew every ``refresh`` steps (appendix: every 100 is as good as every step). After a fraction
+``explore`` of the training A stays as it is and only A is trained, until the end.
 
 No gradient outside B is ever stored: the trainable parameter of a layer is the vector of B's values ``[|B|]``, whose
 gradient and optimizer states are of that size. The rest of θ is a buffer. What is dense and passes is one layer's
@@ -73,7 +73,10 @@ def penalty(values: Tensor, used: Tensor, density: float) -> Tensor:
 
 @dataclass(eq=False)
 class TopKAST(TrainingMethod):
-    """Top-KAST on every targeted linear. To be used with AdamW; weight decay does not reach the values of B."""
+    """Top-KAST on every targeted linear. To be used with AdamW; weight decay does not reach the values of B.
+
+    Raises ``UserError`` for fractions outside their range.
+    """
 
     sharded: ClassVar[bool] = False
 
@@ -86,7 +89,7 @@ class TopKAST(TrainingMethod):
     refresh: int = 100
     """Optimizer steps between two choices of the masks."""
     explore: float = 0.5
-    """Share of the training after which A stays and only A is trained."""
+    """Fraction of the training after which A stays and only A is trained."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -176,7 +179,7 @@ class TopKAST(TrainingMethod):
             state.copy_(dense[layer.index])
 
     def metrics(self) -> dict[str, float]:
-        """``mask_change``: share of A that the last refresh replaced; ``mask_change_total``: of A since the start."""
+        """``mask_change``: fraction of A that the last refresh replaced; ``mask_change_total``: since the start."""
         gone = sum(int((first & ~self.mask(name)).sum()) for name, first in self._first.items())
         found = {"mask_change_total": gone / max(sum(int(first.sum()) for first in self._first.values()), 1)}
         if self._changed is not None:

@@ -1,0 +1,223 @@
+"""Writes what docs/reference takes from the code, between ``<!-- generated: NAME -->`` and ``<!-- end -->``.
+
+    python docs/generate.py            # writes
+    python docs/generate.py --check    # exits with 1 where a page is not as it would be written
+
+Settings, types, defaults and explanations are those of the dataclasses and pydantic models themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic_core import PydanticUndefined
+
+REFERENCE = Path(__file__).parent / "reference"
+MARKED = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
+
+
+def plain(text: str) -> str:
+    """Docstring markup as Markdown, in one line that fits into a table's cell."""
+    text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text).replace("``", "`")
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def field_notes(cls: type) -> dict[str, str]:
+    """The string below each field of a class and its bases, by field name."""
+    notes: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        try:
+            body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        except (OSError, TypeError):
+            continue
+        statements = body.body if isinstance(body, ast.ClassDef) else []
+        for before, after in zip(statements, statements[1:], strict=False):
+            named = isinstance(before, ast.AnnAssign) and isinstance(before.target, ast.Name)
+            if named and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                notes[before.target.id] = plain(str(after.value.value))
+    return notes
+
+
+def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def shown(value: Any) -> str:
+    """A default as it stands in YAML."""
+    if value is dataclasses.MISSING or value is PydanticUndefined:
+        return "required"
+    value = list(value) if isinstance(value, tuple) else value
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+    return f"`{text}`"
+
+
+def type_name(annotation: Any) -> str:
+    text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+    if not isinstance(annotation, str) and "[" in str(annotation) or " | " in str(annotation):
+        text = str(annotation)
+    text = re.sub(r"\b(typing|tulle(\.\w+)*)\.", "", text)
+    text = re.sub(r"Literal\[(.*?)\]", lambda m: m[1].replace("'", "").replace('"', "").replace(", ", " or "), text)
+    return text.replace(" | None", " or null").replace("None", "null").replace("|", "or")
+
+
+def pydantic_rows(cls: Any) -> Iterable[tuple[str, ...]]:
+    notes = field_notes(cls)
+    for name, field in cls.model_fields.items():
+        default = [] if field.default_factory else field.default
+        yield f"`{name}`", type_name(cls.__annotations__.get(name, "")), shown(default), notes.get(name, "")
+
+
+def dataclass_rows(cls: Any, left_out: tuple[str, ...] = ()) -> Iterable[tuple[str, ...]]:
+    notes = field_notes(cls)
+    for field in dataclasses.fields(cls):
+        if field.init and field.name not in left_out:
+            yield f"`{field.name}`", type_name(field.type), shown(field.default), notes.get(field.name, "")
+
+
+KEYS = ("key", "type", "default", "meaning")
+
+
+def calibration() -> str:
+    from tulle.compression.recipe import Calibration
+
+    return table(KEYS, pydantic_rows(Calibration))
+
+
+def where(cls: type) -> str:
+    return "src/" + cls.__module__.replace(".", "/") + ".py"
+
+
+def method_sections(methods: dict[str, Any], left_out: tuple[str, ...] = ()) -> str:
+    """A section per method: the first sentence of its file, where it is, its settings."""
+    parts = []
+    for name, cls in methods.items():
+        summary = plain(inspect.getdoc(cls) or "").split(". ")[0].rstrip(".")
+        paper = plain((sys.modules[cls.__module__].__doc__ or "").split("\n\n")[0])
+        rows = list(dataclass_rows(cls, left_out))
+        lines = [f"### `{name}`\n\n", textwrap.fill(f"{summary}.", 99) + "\n\n", textwrap.fill(paper, 99) + "\n\n"]
+        lines += [f"File: `{where(cls)}`\n\n", table(KEYS, rows) if rows else "No settings.\n"]
+        parts.append("".join(lines))
+    return "\n".join(parts)
+
+
+def steps() -> str:
+    from tulle.compression.recipe import METHODS, STAGES, method_class
+
+    classes = {name: method_class(name) for name in METHODS}
+    stages = {name: cls.stages[0] for name, cls in classes.items()}
+    ordered = sorted(classes, key=lambda name: STAGES.index(stages[name]))
+    rows = [(f"[`{name}`](#{name})", " and ".join(classes[name].stages)) for name in ordered]
+    listed = table(("step", "acts on"), rows)
+    return f"{listed}\n{method_sections({name: classes[name] for name in ordered})}"
+
+
+def training_methods() -> str:
+    from tulle.methods.train.method import METHODS, method_class
+
+    return method_sections({name: method_class(name) for name in METHODS}, ("targets",))
+
+
+def training_keys() -> str:
+    from tulle.training import recipe
+
+    known = [cls for cls in vars(recipe).values() if hasattr(cls, "model_fields")]
+    sections = {
+        "The recipe": recipe.TrainRecipe,
+        "`model`": next(cls for cls in known if "num_key_value_heads" in cls.model_fields),
+        "`data`": recipe.Data,
+        "A source": recipe.Source,
+        "`training`": recipe.Training,
+        "A stage": recipe.Stage,
+    }
+    return "\n".join(f"### {title}\n\n{table(KEYS, pydantic_rows(cls))}" for title, cls in sections.items())
+
+
+def shipped() -> str:
+    from tulle.compression.recipe import recipes_folder
+    from tulle.compression.recipe import shipped as names
+
+    parts = []
+    for name in names():
+        content = yaml.safe_load((recipes_folder() / f"{name}.yaml").read_text(encoding="utf-8"))
+        text = (recipes_folder() / f"{name}.yaml").read_text(encoding="utf-8")
+        steps = text[text.index("steps:") :].strip()
+        parts.append(f"### `{name}`\n\n{textwrap.fill(content['description'], 99)}\n\n```yaml\n{steps}\n```\n")
+    return "\n".join(parts)
+
+
+def commands() -> str:
+    import typer
+
+    from tulle.cli.main import app
+
+    return "\n".join(command_sections(typer.main.get_command(app), "tulle"))
+
+
+def command_sections(group: Any, path: str) -> Iterable[str]:
+    for name, command in group.commands.items():
+        full = f"{path} {name}"
+        if hasattr(command, "commands"):
+            yield from command_sections(command, full)
+            continue
+        text, _, example = inspect.cleandoc(command.help or "").partition("Example:")
+        paragraphs = [textwrap.fill(plain(part), 99) for part in text.strip().split("\n\n")]
+        arguments = [p.metavar or p.name.upper() for p in command.params if p.param_type_name == "argument"]
+        usage = " ".join([full, *arguments, "[OPTIONS]"])
+        lines = [f"## {full}\n", *(f"{p}\n" for p in paragraphs), f"```\n{example.strip()}\n```\n"]
+        rows = []
+        for parameter in command.params:
+            if parameter.param_type_name == "argument" or parameter.name == "help":
+                continue
+            names = ", ".join(f"`{n}`" for n in (*parameter.opts, *parameter.secondary_opts))
+            default = parameter.default
+            default = default() if callable(default) else default
+            flag = getattr(parameter, "is_flag", False)
+            worth = not flag and default not in (None, "", [], ()) and "Sentinel" not in repr(default)
+            rows.append((names, f"`{default}`" if worth else "", plain(parameter.help or "")))
+        yield "\n".join([lines[0], f"Usage: `{usage}`\n", *lines[1:], table(("option", "default", "meaning"), rows)])
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "calibration": calibration,
+    "steps": steps,
+    "shipped": shipped,
+    "training-keys": training_keys,
+    "training-methods": training_methods,
+    "commands": commands,
+}
+
+
+def generated(text: str) -> str:
+    """A page with its generated parts as the code says now."""
+    return MARKED.sub(lambda found: f"{found[1]}\n{PARTS[found[2]]()}\n{found[3]}", text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = []
+    for page in sorted(REFERENCE.glob("*.md")):
+        before = page.read_text(encoding="utf-8")
+        after = generated(before)
+        if after != before:
+            stale.append(page.name)
+            if not check:
+                page.write_text(after, encoding="utf-8")
+    print(f"stale: {', '.join(stale)}" if stale else "nothing to do")
+    sys.exit(1 if check and stale else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""What changes of single linears cost the whole model: a second-order estimate from one pass forward and one backward.
+
+With a small change of a linear's output, δy_t at token t, the mean KL divergence of the next token's distribution from
+the dense model's is, to second order,
+
+    KL ≈ 1/(2T)·E[(Σ_t g_tᵀδy_t)²],   g_t = ∂ log p(ŷ)/∂y_t,
+
+where the labels ŷ of all tokens are drawn from the dense model's own distribution (its Fisher information; Amari 1998,
+for pruning Hassibi & Stork 1993, Singh & Alistarh 2020). Tokens are taken to be independent, so that only squares of
+single tokens remain. Then
+
+- for pruned or rounded weights, δy = ΔW·x, and with g and x taken to be independent as well (K-FAC; Martens & Grosse
+  2015) KL ≈ ½·tr(G·ΔW·M·ΔWᵀ), G = E[g·gᵀ] ``[C_out, C_out]``, M = E[x·xᵀ] ``[C_in, C_in]``: any number of Ŵ costs no
+  further pass. Of several linears the costs are added;
+- for selected inputs, δx = x⊙M − x, KL ≈ ½·E[(g_xᵀδx)²] with g_x the gradient at the group's input: the product is
+  taken token by token, and of several groups added up before it is squared.
+
+A trial's cost was measured before by running the rest of the model for every linear and setting, which grows with the
+square of the depth. Here every block is run twice and differentiated once, whatever the number of blocks and trials:
+four forward passes' worth. Sums over 8 or 64 tokens before squaring, whole sequences (the exact second order), G's
+diagonal and its mean were tried as well, and are no better (docs/log.md).
+
+Hidden states between blocks are kept, in memory or in ``folder``, from where a killed run goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tulle.core.hessian import Hessian
+from tulle.core.topk import Selection
+from tulle.models.decoder import DecoderBlock, GroupInput, PlainDecoder, drive, run_group
+
+Key = tuple[int | float | str, ...]
+"""Name of a trial."""
+WeightTrials = Callable[[int, Mapping[str, Tensor], Mapping[str, Hessian]], Iterable[tuple[Key, Mapping[str, Tensor]]]]
+"""Of a block's number, its tensors by relative name and H of the input of every role: (key, Ŵ by relative name, as
+``self_attn.q_proj.weight``) of each trial."""
+InputTrials = Callable[[int, Mapping[str, Tensor]], Iterable[tuple[Key, Mapping[str, Selection]]]]
+"""Of a block's number and its tensors: (key, selection by role) of each trial."""
+Progress = Callable[[str, int, int], None]
+
+LOGITS = 1 << 25
+"""Logits that are in memory at once."""
+
+
+class Sequences(Protocol):
+    """Right-padded sequences."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """int64 ``[B, T]``."""
+
+    @property
+    def valid(self) -> Tensor:
+        """bool ``[B, T]``."""
+
+
+def divergences(
+    model: PlainDecoder,
+    batches: Sequence[Sequences],
+    *,
+    weights: WeightTrials | None = None,
+    inputs: InputTrials | None = None,
+    seed: int = 0,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[Key, float]:
+    """The estimated KL divergence from the dense model, nats per token, of every trial by key.
+
+    Trials are asked for block by block, from the last to the first. In memory are one block, its G and H, and the
+    hidden states of all batches, or of one block's with ``folder``. A call with the same arguments and folder goes on
+    where a killed one stopped; the caller removes the folder. Equal seeds give equal results.
+    """
+    states = _States(folder, len(batches), model.device)
+    layers = len(model.decoder.layers)
+    found, next_block = states.results()
+    if next_block is None:
+        _forward(model, batches, states, progress)
+        states.write(f"gradient-{layers}", _label_gradients(model, batches, states.read(f"hidden-{layers}"), seed))
+        next_block = layers - 1
+        states.finish_block(layers, found, ())
+    for index in range(next_block, -1, -1):
+        if progress:
+            progress(f"sensitivity {layers - index}/{layers}", layers - 1 - index, layers)
+        found |= _backward(model, index, batches, states, weights, inputs)
+        spent = [f"hidden-{index + 1}", f"gradient-{index + 1}", *([] if index else ["hidden-0"])]
+        states.finish_block(index, found, spent)
+    return found
+
+
+@torch.no_grad()
+def _forward(model: PlainDecoder, batches: Sequence[Sequences], states: _States, progress: Progress | None) -> None:
+    """Leaves the hidden states in front of every block and behind the last."""
+    layers = len(model.decoder.layers)
+    first = states.last("hidden", layers)
+    if first is None:
+        states.write("hidden-0", [model.embed(batch.tokens) for batch in batches])
+        first = 0
+    for index in range(first, layers):
+        if progress:
+            progress(f"survey {index + 1}/{layers}", index, layers)
+        block = model.block(index)
+        states.write(f"hidden-{index + 1}", [block(hidden) for hidden in states.read(f"hidden-{index}")])
+
+
+def _label_gradients(
+    model: PlainDecoder, batches: Sequence[Sequences], hidden: Iterable[Tensor], seed: int
+) -> list[Tensor]:
+    """∂ log p(ŷ)/∂h ``[B, T, d]`` of the last block's outputs h, one label per real token, drawn from p."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for batch, states in zip(batches, hidden, strict=True):
+        gradient = torch.zeros_like(states)
+        real = batch.valid.to(states.device)
+        parts = []
+        for part in states[real].split(max(1, LOGITS // model.decoder.vocabulary)):
+            part = part.detach().requires_grad_()
+            with torch.enable_grad():
+                log_p = model.predict(part).float().log_softmax(-1)
+                labels = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
+                parts.append(torch.autograd.grad(log_p.gather(-1, labels).sum(), part)[0])
+        gradient[real] = torch.cat(parts)
+        found.append(gradient)
+    return found
+
+
+def _backward(
+    model: PlainDecoder,
+    index: int,
+    batches: Sequence[Sequences],
+    states: _States,
+    weights: WeightTrials | None,
+    inputs: InputTrials | None,
+) -> dict[Key, float]:
+    """Costs of a block's trials. Leaves the gradient of the block's inputs."""
+    block = model.block(index)
+    groups = {group.role: group for group in block.layer.groups}
+    tensors = {name: t.detach() for name, t in block.state_dict().items()}
+    thinned = [] if inputs is None else [(key, dict(chosen)) for key, chosen in inputs(index, tensors)]
+    lost = {key: 0.0 for key, _ in thinned}
+    device = next(iter(tensors.values())).device
+    h = {role: Hessian.zeros(group.inputs, device) for role, group in groups.items()} if weights else {}
+    g = {linear.name: Hessian.zeros(linear.shape[0], device) for linear in block.layer.linears()} if weights else {}
+    tokens, before = 0, []
+    stored = zip(batches, states.read(f"hidden-{index}"), states.read(f"gradient-{index + 1}"), strict=True)
+    for batch, hidden, gradient in stored:
+        real = batch.valid.to(hidden.device)
+        tokens += int(real.sum())
+        seen = _Differentiated(block, hidden, gradient, of_inputs=bool(thinned), of_outputs=bool(weights))
+        before.append(seen.before)
+        for role, hessian in h.items():
+            hessian.add(seen.x[role][real])
+        for name, fisher in g.items():
+            fisher.add(seen.of_outputs[name][real])
+        for key, chosen in thinned:
+            product = sum(_thinned(seen.x[role], seen.of_inputs[role], s) for role, s in chosen.items())
+            lost[key] += float(torch.as_tensor(product)[real].double().square().sum())
+    if index:
+        states.write(f"gradient-{index}", before)
+    found = {key: value / (2 * tokens) for key, value in lost.items()}
+    if weights is not None:
+        roles = {name: role for role, group in groups.items() for name in group.names}
+        for key, replaced in weights(index, tensors, h):
+            found[key] = 0.0
+            for name, weight in replaced.items():
+                linear = name.removesuffix(".weight")
+                change = weight.float() - tensors[name].float()
+                found[key] += kronecker_cost(change, g[linear], h[roles[linear]])
+    return found
+
+
+def kronecker_cost(change: Tensor, g: Hessian, h: Hessian) -> float:
+    """½·tr(G·ΔW·M·ΔWᵀ) of ΔW ``[C_out, C_in]``; a :class:`Hessian` holds twice its second moment."""
+    return float(((g.matrix @ change) * (change @ h.matrix)).double().sum()) / 8
+
+
+def _thinned(x: Tensor, gradient: Tensor, selection: Selection) -> Tensor:
+    """g_xᵀ(x⊙M − x) ``[B, T]``."""
+    return (gradient * (selection.apply(x) - x)).sum(-1)
+
+
+class _Differentiated:
+    """One batch's way through a block, and the gradients of ``gradient``·output."""
+
+    def __init__(self, block: DecoderBlock, hidden: Tensor, gradient: Tensor, of_inputs: bool, of_outputs: bool):
+        hidden = hidden.to(block.dtype).detach().requires_grad_()
+        x: dict[str, Tensor] = {}
+        y: dict[str, Tensor] = {}
+
+        def answer(given: GroupInput) -> tuple[Tensor, ...]:
+            x[given.role] = given.x
+            outputs = run_group(block, given.group, given.x)
+            y.update(zip(given.group.names, outputs, strict=True))
+            return outputs
+
+        with torch.enable_grad():
+            out = drive(block.steps(hidden), answer)
+        wanted = [hidden, *(x.values() if of_inputs else ()), *(y.values() if of_outputs else ())]
+        found = iter(torch.autograd.grad(out, wanted, gradient.to(out.dtype)))
+        self.before = next(found)
+        """Of the block's input ``[B, T, d]``."""
+        self.of_inputs = {role: next(found).detach() for role in x} if of_inputs else {}
+        """Of every group's input, by role."""
+        self.of_outputs = {name: next(found) for name in y} if of_outputs else {}
+        """Of every linear's output, by relative name."""
+        self.x = {role: value.detach() for role, value in x.items()}
+
+
+class _States:
+    """Lists of tensors by name, in memory or in files of a folder, and the results so far."""
+
+    def __init__(self, folder: Path | None, batches: int, device: str | torch.device):
+        self._folder, self._batches, self._device = folder, batches, str(device)
+        self._memory: dict[str, list[Tensor]] = {}
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, name: str, tensors: list[Tensor]) -> None:
+        if self._folder is None:
+            self._memory[name] = tensors
+            return
+        part = self._folder / f"{name}.part"
+        save_file({str(i): t.detach().cpu().contiguous() for i, t in enumerate(tensors)}, part)
+        os.replace(part, self._file(name))
+
+    def read(self, name: str) -> Iterator[Tensor]:
+        if self._folder is None:
+            yield from self._memory[name]
+            return
+        stored = load_file(self._file(name), self._device)
+        yield from (stored[str(i)] for i in range(self._batches))
+
+    def last(self, what: str, most: int) -> int | None:
+        """The largest number under which there is something."""
+        return next((i for i in range(most, -1, -1) if self._folder and self._file(f"{what}-{i}").exists()), None)
+
+    def results(self) -> tuple[dict[Key, float], int | None]:
+        """Costs so far, and the block that comes next; None: the forward pass is not through."""
+        file = None if self._folder is None else self._folder / "costs.json"
+        if file is None or not file.exists():
+            return {}, None
+        stored = json.loads(file.read_text())
+        return {tuple(key): value for key, value in stored["costs"]}, stored["done"] - 1
+
+    def finish_block(self, index: int, costs: Mapping[Key, float], spent: Sequence[str]) -> None:
+        """Commits the costs of all blocks from ``index`` on, then drops what no block needs any more."""
+        if self._folder is not None:
+            part = self._folder / "costs.part"
+            part.write_text(json.dumps({"done": index, "costs": [[list(key), v] for key, v in costs.items()]}))
+            os.replace(part, self._folder / "costs.json")
+        for name in spent:
+            self._memory.pop(name, None)
+            if self._folder is not None:
+                self._file(name).unlink(missing_ok=True)
+
+    def _file(self, name: str) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{name}.safetensors"

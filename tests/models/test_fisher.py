@@ -1,0 +1,287 @@
+"""The second-order estimate of what changes cost: against measured divergences, counted passes, resuming."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import spearmanr
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from random_decoders import plain_model, random_config, reference_model
+from tulle.core.hessian import Hessian
+from tulle.core.topk import Selection, top_k
+from tulle.models.checkpoint import Checkpoint
+from tulle.models.decoder import DecoderBlock, PlainDecoder
+from tulle.models.description import describe
+from tulle.models.fisher import Key, divergences, kronecker_cost
+from tulle.models.hub import local_folder
+
+
+@dataclass(frozen=True)
+class Texts:
+    tokens: Tensor
+    valid: Tensor
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small are slower with more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def small_model(layers: int = 3) -> PlainDecoder:
+    config = random_config("llama", 0) | {"num_hidden_layers": layers, "hidden_act": "silu", "rms_norm_eps": 1e-5}
+    return plain_model(config, reference_model(config, 5, scale=0.5))
+
+
+def texts(count: int, length: int, seed: int = 0) -> list[Texts]:
+    tokens = torch.randint(0, 40, (count, length), generator=torch.Generator().manual_seed(seed))
+    valid = torch.ones(count, length, dtype=torch.bool)
+    if length > 4:
+        valid[::2, length - 3 :] = False
+    half = count // 2
+    return [Texts(tokens[:half], valid[:half]), Texts(tokens[half:], valid[half:])]
+
+
+def changed_weights(model: PlainDecoder, size: float) -> Callable[[int], dict[Key, dict[str, Tensor]]]:
+    """Of a block's number: every linear with noise of ``size`` times its own standard deviation."""
+
+    def replaced(index: int) -> dict[Key, dict[str, Tensor]]:
+        found: dict[Key, dict[str, Tensor]] = {}
+        for number, (name, weight) in enumerate(model.block(index).state_dict().items()):
+            if weight.ndim == 2:
+                generator = torch.Generator().manual_seed(100 * index + number)
+                noise = torch.randn(weight.shape, generator=generator)
+                found[index, name] = {name: weight + size * weight.std() * noise}
+        return found
+
+    return replaced
+
+
+def measured(model: PlainDecoder, batches: Sequence[Texts], index: int, change: Callable[[DecoderBlock], Any]) -> float:
+    """Mean KL divergence of the model with a block changed, nats per token."""
+
+    class Changed(PlainDecoder):
+        def block(self, at: int) -> DecoderBlock:
+            block = super().block(at)
+            if at == index:
+                change(block)
+            return block
+
+    other = Changed(model.decoder, model._read_block, model._outer)
+    total, tokens = 0.0, 0
+    for batch in batches:
+        wanted, found = (m(batch.tokens)[batch.valid].double().log_softmax(-1) for m in (model, other))
+        total += float(nn.functional.kl_div(found, wanted, log_target=True, reduction="sum"))
+        tokens += len(wanted)
+    return total / tokens
+
+
+def with_weights(replaced: Mapping[str, Tensor]) -> Callable[[DecoderBlock], Any]:
+    return lambda block: block.load_state_dict(dict(replaced), strict=False, assign=True)
+
+
+def with_selection(role: str, selection: Selection) -> Callable[[DecoderBlock], None]:
+    def change(block: DecoderBlock) -> None:
+        for name in block.layer.group(role).names:
+            block.get_submodule(name).register_forward_pre_hook(lambda m, x: (selection.apply(x[0]),))
+
+    return change
+
+
+def test_selected_inputs_of_lone_tokens_are_exact_to_second_order() -> None:
+    """Without neighbours nothing is left out but third orders and the luck of 20,000 labels."""
+    model, batches = small_model(), texts(20000, 1)
+    widths = {group.role: group.inputs for group in model.decoder.layers[0].groups}
+    chosen = {(i, role): top_k(0.1, width) for i in range(3) for role, width in widths.items()}
+    found = divergences(
+        model, batches, inputs=lambda i, tensors: [((i, role), {role: chosen[i, role]}) for role in widths]
+    )
+    few = texts(2000, 1)
+    for (index, role), selection in chosen.items():
+        wanted = measured(model, few, index, with_selection(role, selection))
+        assert wanted < 0.05
+        assert found[index, role] == pytest.approx(wanted, rel=0.1), (index, role)
+
+
+def test_weights_at_one_input_are_exact_to_second_order() -> None:
+    """All tokens alike: gradients and inputs are independent, and the rest is the luck of labels."""
+    model = small_model()
+    batches = [Texts(torch.full((10000, 1), 7), torch.ones(10000, 1, dtype=torch.bool))]
+    replaced = changed_weights(model, 0.02)
+    found = divergences(model, batches, weights=lambda i, tensors, h: replaced(i).items())
+    one = [Texts(torch.full((1, 1), 7), torch.ones(1, 1, dtype=torch.bool))]
+    exact = 0
+    for index in range(3):
+        for key, change in replaced(index).items():
+            if "q_proj" in str(key[1]) or "k_proj" in str(key[1]):
+                assert found[key] == pytest.approx(0, abs=1e-10)  # a lone token attends to itself, whatever they say
+                continue
+            wanted = measured(model, one, index, with_weights(change))
+            assert found[key] == pytest.approx(wanted, rel=0.05), key
+            exact += 1
+    assert exact == 15
+
+
+@torch.no_grad()
+def test_padding_counts_for_nothing() -> None:
+    model, batches = small_model(), texts(8, 12)
+    other = [Texts(torch.where(b.valid, b.tokens, 3), b.valid) for b in batches]
+    replaced = changed_weights(model, 0.1)
+    first, second = (divergences(model, b, weights=lambda i, t, h: replaced(i).items()) for b in (batches, other))
+    assert first == pytest.approx(second, rel=1e-4)
+
+
+def test_several_groups_of_one_trial_are_added_before_squaring() -> None:
+    """(a + b)² is neither a² + b² nor more than twice that."""
+    model, batches = small_model(1), texts(8, 12)
+    down, up = top_k(0.3, model.decoder.layers[0].group("down").inputs), top_k(0.3, model.decoder.hidden)
+    trials = [(("down",), {"down": down}), (("up",), {"gate_up": up}), (("both",), {"down": down, "gate_up": up})]
+    found = divergences(model, batches, inputs=lambda i, tensors: trials)
+    assert found["both",] > 0
+    assert found["both",] != pytest.approx(found["down",] + found["up",], rel=1e-3)
+    assert found["both",] <= 2 * (found["down",] + found["up",]) * (1 + 1e-6)
+
+
+def test_kronecker_cost_is_its_formula() -> None:
+    generator = torch.Generator().manual_seed(0)
+    g, x = torch.randn(50, 4, generator=generator), torch.randn(50, 6, generator=generator)
+    change = torch.randn(4, 6, generator=generator)
+    of_g, of_x = Hessian.zeros(4), Hessian.zeros(6)
+    of_g.add(g)
+    of_x.add(x)
+    wanted = 0.5 * torch.trace((g.T @ g / 50) @ change @ (x.T @ x / 50) @ change.T)
+    assert kronecker_cost(change, of_g, of_x) == pytest.approx(float(wanted), rel=1e-5)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 7])
+def test_four_forward_passes_worth_whatever_the_depth(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every batch runs through every block twice and back once; a way back counts twice."""
+    forward, backward = 0, 0
+    steps, grad = DecoderBlock.steps, torch.autograd.grad
+
+    def counted_steps(*arguments: Any, **settings: Any) -> Any:
+        nonlocal forward
+        forward += 1
+        return steps(*arguments, **settings)
+
+    def counted_grad(*arguments: Any, **settings: Any) -> Any:
+        nonlocal backward
+        backward += 1
+        return grad(*arguments, **settings)
+
+    monkeypatch.setattr(DecoderBlock, "steps", counted_steps)
+    monkeypatch.setattr(torch.autograd, "grad", counted_grad)
+    model, batches = small_model(layers), texts(8, 12)
+    replaced = changed_weights(model, 0.1)
+    widths = {group.role: group.inputs for group in model.decoder.layers[0].groups}
+    found = divergences(
+        model,
+        batches,
+        weights=lambda i, tensors, h: replaced(i).items(),
+        inputs=lambda i, tensors: [((i, role), {role: top_k(0.5, width)}) for role, width in widths.items()],
+    )
+    assert len(found) == layers * (7 + 4)
+    assert forward == 2 * layers * len(batches)
+    assert backward == (layers + 1) * len(batches)  # one more for head and labels
+    assert (forward + 2 * backward) / (layers * len(batches)) <= 8
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("when", ["survey 2/3", "sensitivity 1/3", "sensitivity 2/3", "sensitivity 3/3"])
+def test_a_killed_survey_goes_on_where_it_stopped(when: str, tmp_path: Path) -> None:
+    model, batches = small_model(), texts(8, 12)
+    replaced = changed_weights(model, 0.1)
+    asked: list[int] = []
+
+    def weights(index: int, tensors: Mapping[str, Tensor], hessians: Mapping[str, Hessian]) -> Any:
+        asked.append(index)
+        return replaced(index).items()
+
+    def progress(stage: str, done: int, total: int) -> None:
+        said.append(stage)
+        if stage == when:
+            raise Killed
+
+    said: list[str] = []
+    wanted = divergences(model, batches, weights=weights, seed=3)
+    asked.clear()
+    with pytest.raises(Killed):
+        divergences(model, batches, weights=weights, seed=3, folder=tmp_path, progress=progress)
+    before = len(said)
+    when = "never"
+    found = divergences(model, batches, weights=weights, seed=3, folder=tmp_path, progress=progress)
+    assert found == wanted
+    assert said[before] == said[before - 1]  # with the block at which it was killed
+    assert sorted(asked) == [0, 1, 2]
+    again = divergences(model, batches, weights=weights, seed=3, folder=tmp_path, progress=progress)
+    assert again == wanted and sorted(asked) == [0, 1, 2]
+    assert json.loads((tmp_path / "costs.json").read_text())["done"] == 0
+
+
+def test_equal_seeds_give_equal_results_and_others_do_not() -> None:
+    model, batches = small_model(), texts(8, 12)
+    replaced = changed_weights(model, 0.1)
+    first, second, third = (
+        divergences(model, batches, weights=lambda i, t, h: replaced(i).items(), seed=seed) for seed in (0, 0, 1)
+    )
+    assert first == second != third
+
+
+def test_costs_of_the_reference_model_rank_as_measured() -> None:
+    """Inputs dropped at 40 % in every role of every block, the smallest 30 % of the weights pruned in every linear."""
+    folder = local_folder("reference")
+    checkpoint = Checkpoint.open(folder)
+    state = {name: checkpoint.read(name).float() for name in checkpoint.names()}
+    decoder = describe(checkpoint.config)
+
+    def read(index: int) -> dict[str, Tensor]:
+        prefix = decoder.layers[index].prefix
+        return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+
+    model = PlainDecoder(decoder, read, {name: state[name] for name in decoder.outer_tensors()})
+    text = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(inspect.getsource(json.decoder)).ids
+    tokens = torch.tensor(text[: 4 * 96]).reshape(4, 96)
+    batches = [Texts(tokens, torch.ones_like(tokens, dtype=torch.bool))]
+    roles = {group.role: group.inputs for group in decoder.layers[0].groups}
+    selections = {role: top_k(0.4, width) for role, width in roles.items()}
+
+    def pruned(index: int) -> dict[Key, dict[str, Tensor]]:
+        found: dict[Key, dict[str, Tensor]] = {}
+        for linear in decoder.layers[index].linears():
+            weight = read(index)[f"{linear.name}.weight"]
+            found[index, linear.name] = {f"{linear.name}.weight": weight * (weight.abs() > weight.abs().quantile(0.3))}
+        return found
+
+    found = divergences(
+        model,
+        batches,
+        weights=lambda i, tensors, h: pruned(i).items(),
+        inputs=lambda i, tensors: [((i, role), {role: s}) for role, s in selections.items()],
+    )
+    of_inputs = {
+        (i, role): measured(model, batches, i, with_selection(role, selections[role])) for i in (0, 4) for role in roles
+    }
+    of_weights = {
+        key: measured(model, batches, i, with_weights(change)) for i in (0, 4) for key, change in pruned(i).items()
+    }
+    for wanted in (of_inputs, of_weights):
+        rank = spearmanr([found[key] for key in wanted], list(wanted.values())).statistic
+        assert rank > 0.85
+        ratio = torch.tensor([found[key] / value for key, value in wanted.items()])
+        assert 0.7 < float(ratio.median()) < 1.4
+        assert 0.25 < float(ratio.min()) and float(ratio.max()) < 4
