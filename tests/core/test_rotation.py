@@ -132,7 +132,9 @@ def test_zigzag_evens_the_blocks_out(channels: int, block: int) -> None:
 
 
 def test_random_permutation() -> None:
-    assert sorted(random_permutation(10, generator()).tolist()) == list(range(10))
+    first, again, other = (random_permutation(40, generator(seed)).tolist() for seed in (0, 0, 1))
+    assert sorted(first) == list(range(40))
+    assert first == again != other and first != sorted(first)
 
 
 class TestExtremes:
