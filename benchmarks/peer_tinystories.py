@@ -65,14 +65,14 @@ def peer_worker(job_file: Path) -> None:
 
     job = json.loads(job_file.read_text())
     torch.set_num_threads(job["threads"])
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job.get("dtype", "float32")))
     rows = Dataset.from_list([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in job["sequences"]])
     begun = time.perf_counter()
     oneshot(
         model=model,
         dataset=rows,
         recipe=[_modifier(job["peer"])],
-        max_seq_length=LENGTH,
+        max_seq_length=job.get("length", LENGTH),
         num_calibration_samples=len(rows),
         shuffle_calibration_samples=False,
     )

@@ -214,7 +214,7 @@ def two_of_four(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_of_four_is_recognised(two_of_four: Path) -> None:
     model = tulle.hf.load(two_of_four, dtype=torch.float32)
     found = [n for n, m in model.named_modules() if isinstance(m, PackedLinear) and tulle.hf.fits_two_of_four(m)]
-    assert [name.rpartition(".")[2] for name in found] == ["q_proj", "k_proj", "v_proj", "down_proj"]
+    assert [name.rpartition(".")[2] for name in found] == ["q_proj", "down_proj"]  # k and v have 32 rows
 
 
 def test_sparse_tensor_cores_need_a_gpu(two_of_four: Path) -> None:

@@ -11,10 +11,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from tulle.compression.hidden_states import Parking
 from tulle.core.head_grids import HeadGrids
+from tulle.models.batches import real_tokens
 from tulle.models.decoder import DecoderBlock, GroupInput, Steps, run_group
 from tulle.models.description import LinearGroup
 
@@ -60,19 +62,23 @@ class Gap:
         self._lost: dict[str, float] = defaultdict(float)
         self._total: dict[str, float] = defaultdict(float)
 
-    def add(self, name: str, reference: Tensor, found: Tensor, valid: Tensor) -> None:
-        """Takes outputs ``[B, T, C]`` of both paths; ``valid``: bool ``[B, T]``."""
-        wanted = reference[valid].float()
-        self._lost[name] += float((found[valid].float() - wanted).square().sum())
-        self._total[name] += float(wanted.square().sum())
+    def add(self, name: str, reference: Tensor, found: Tensor, valid: Tensor | None) -> None:
+        """Takes outputs ``[B, T, C]`` of both paths; ``valid``: bool ``[B, T]``, None: all are real."""
+        wanted, seen = real_tokens(reference, valid), real_tokens(found, valid)
+        self._lost[name] += _square_sum(seen - wanted)
+        self._total[name] += _square_sum(wanted)
 
     def share(self, name: str) -> float:
         """Σ|ŷ − y|²/Σ|y|²."""
         return self._lost[name] / max(self._total[name], 1e-30)
 
 
+def _square_sum(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.float32)) ** 2
+
+
 def advance(
-    dense: ParkedBatches, compressed: ParkedBatches, group: LinearGroup, valid: Sequence[Tensor], gap: Gap
+    dense: ParkedBatches, compressed: ParkedBatches, group: LinearGroup, valid: Sequence[Tensor | None], gap: Gap
 ) -> list[tuple[Tensor, Tensor]]:
     """Lets every batch go on behind ``group``, comparing its linears' outputs; the outputs of both blocks, dense
     first, when it was the last group."""

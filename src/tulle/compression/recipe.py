@@ -187,7 +187,7 @@ def parse_recipe(content: Any, default_name: str = "recipe") -> Recipe:
         raise UserError(
             f"expected a step that compresses weights before {first.name}, found none; put one in front of it"
         )
-    _heeded(parsed)
+    _require_respected(parsed)
     return Recipe(
         name=str(content.get("name", default_name)),
         description=" ".join(str(content.get("description", "")).split()),
@@ -210,21 +210,21 @@ def _one_each(steps: tuple[Step, ...], flag: str, does: str) -> dict[str, str]:
     return found
 
 
-def _heeded(steps: tuple[Step, ...]) -> None:
+def _require_respected(steps: tuple[Step, ...]) -> None:
     """Raises ``UserError`` for a role whose sparsities are decided twice, or by a step that no pruning step follows."""
     selecting = _one_each(steps, "selects", "selects inputs")
     for step in steps:
         for role in step.targets if step.method.allocates_inputs else ():
             if role not in selecting:
                 raise UserError(
-                    f"expected a step that selects inputs of {role}, found none that could heed {step.name}; add one, "
+                    f"expected a step that selects inputs of {role}, found none that respects {step.name}; add one, "
                     "such as teal: {share: 0.5}, or narrow the targets"
                 )
     decided = _one_each(steps, "allocates", "decides sparsities")
     for role, name in decided.items():
-        if not any(role in step.targets and step.method.heeds_allocation for step in steps):
+        if not any(role in step.targets and step.method.respects_allocation for step in steps):
             raise UserError(
-                f"expected a pruning step with a sparsity on {role}, found none that could heed {name}; add one, such "
+                f"expected a pruning step with a sparsity on {role}, found none that respects {name}; add one, such "
                 "as sparsegpt: {sparsity: 0.5} (a pattern N:M cannot vary)"
             )
 

@@ -154,7 +154,7 @@ class RunFolder:
 
 @contextmanager
 def disk_errors(output: Path) -> Iterator[None]:
-    """Turns a full disk into a ``UserError``; the run can be resumed."""
+    """Raises a full disk as a ``UserError``; the run can be resumed."""
     try:
         yield
     except OSError as error:

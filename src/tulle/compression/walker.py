@@ -57,7 +57,7 @@ from tulle.methods.contract import (
     Statistic,
     Statistics,
 )
-from tulle.models.batches import Batch
+from tulle.models.batches import Batch, real_tokens
 from tulle.models.decoder import DecoderBlock, GroupInput
 from tulle.models.description import Decoder, Layer, LinearGroup
 from tulle.models.watch import run_with_stream
@@ -123,7 +123,7 @@ class _Work:
         return linear.name.removeprefix(self.layer.prefix)
 
     def input_of(self, group: LinearGroup, x: Tensor) -> Tensor:
-        """What meets the weights of the group's first linear in the compressed block."""
+        """What the group's first linear multiplies with its weights in the compressed block."""
         quantised = self.inputs.get(group.names[0])
         return x if quantised is None else quantised(x)
 
@@ -154,7 +154,7 @@ class Walker:
         self._model, self._recipe, self._batches, self._folder = model, recipe, batches, folder
         self._decisions = decisions or Decisions()
         self._device, self._dtype, self._progress, self._seed = device, dtype, progress, seed
-        self._valid = [batch.valid.to(device) for batch in batches]
+        self._valid = [None if bool(batch.valid.all()) else batch.valid.to(device) for batch in batches]
         tokens = sum(batch.tokens.numel() for batch in batches)
         widest = max(group.inputs for group in model.layers[0].groups)
         parked = 2 * tokens * (model.hidden + widest) * dtype.itemsize
@@ -319,7 +319,7 @@ class Walker:
         block, attention = DecoderBlock(self._model, layer.index, current, self._device), state.attention
 
         def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-            yield from zip(self._hidden("compressed", layer.index), outputs, self._valid, strict=True)
+            yield from zip(self._hidden("compressed", layer.index), outputs, self._masks(), strict=True)
 
         state.module, state.forward = block, lambda hidden: block(hidden, attention)
         state.batches = batches
@@ -361,8 +361,7 @@ class Walker:
                     seen.append((work.groups[group.role], found))
             if counts:  # now that the group's weights are those that will be stored
                 counter = counters[group.role] = self._counter(work, group)
-                for given, valid in zip(compressed.given, self._valid, strict=True):
-                    counter.see(work.input_of(group, given.x), valid)
+                for given, mask in zip(compressed.given, self._masks(), strict=True):
             if not propagate and group.role == targeted[-1]:
                 break
             with self._timed("forward"):
@@ -395,9 +394,10 @@ class Walker:
 
             def compare(i: int, x: Tensor) -> None:
                 there, here, valid = dense[i], compressed[i], self._valid[i]
-                cross.addmm_((run(transform, there.x[valid].float()) - x).T, x)
+                cross.addmm_((run(transform, real_tokens(there.x, valid).float()) - x).T, x)
                 if lag is not None:
-                    lag.addmm_((there.residual[valid].float() - here.residual[valid].float()).T, x)
+                    behind = real_tokens(there.residual, valid).float() - real_tokens(here.residual, valid).float()
+                    lag.addmm_(behind.T, x)
 
             return self._statistics(compressed, needs, lambda x: work.input_of(group, x), compare), cross, lag
 
@@ -413,7 +413,7 @@ class Walker:
         found = Statistics()
         extremes, reservoir = None, None
         for i, (batch, valid) in enumerate(zip(given, self._valid, strict=True)):
-            x = prepare(batch.x)[valid].float()
+            x = real_tokens(prepare(batch.x), valid).float()
             found.add(x, needs)
             if see is not None:
                 see(i, x)
@@ -481,10 +481,11 @@ class Walker:
         self._report(index, len(work.linear_roles), step.name)
         with self._timed(step.name):
             wanted = [run_with_stream(work.dense, hidden) for hidden in self._hidden("dense", index)]
+            masks = self._masks()
 
             def batches() -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
                 for i, hidden in enumerate(self._hidden("compressed", index)):
-                    yield hidden, *wanted[i], self._valid[i]
+                    yield hidden, *wanted[i], masks[i]
 
             work.compressed.to(torch.float32)
             touched = {role: group for role, group in work.groups.items() if role in step.targets}
@@ -509,6 +510,10 @@ class Walker:
     def _hidden(self, path: str, block: int) -> Iterator[Tensor]:
         states = self.states(path, block)
         return (states.read(i).to(self._device) for i in range(len(self._batches)))
+
+    def _masks(self) -> list[Tensor]:
+        """Which tokens are real, bool ``[B, T]`` per batch."""
+        return [batch.valid.to(self._device) for batch in self._batches]
 
     def _needs(self, role: str, stage: str) -> frozenset[Statistic]:
         return frozenset().union(*(step.method.needs for step in self._recipe.steps_for(role, stage)))  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """Counting what tokens read of a linear's inputs: which are not zero, and how much of that neighbours share.
 
-An input is *active* if it is not zero where it meets the weights. The *overlap* of a token with the one before it is
+An input is *active* if it is not zero where the weights read it. The *overlap* of a token with the one before it is
 the share of its active inputs that were active there too. If tokens chose independently, each channel at its own rate
 p_j, it would be Σp_j²/Σp_j.
 """

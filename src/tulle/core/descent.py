@@ -98,8 +98,10 @@ def _sweep_block(
     """One pass over the codes (and steps) of some columns; updates ``q`` and ``gradient`` in place."""
     width = q.codes.shape[1] // q.scale.shape[1]
     h = hessian[start:end, start:end]
-    # Columns first, so that a column is contiguous.
-    codes, kept, slope = (t[:, start:end].T.contiguous() for t in (q.codes, keep, gradient))
+    # Columns first, so that a column is contiguous. A copy in any case: one row is contiguous as it stands.
+    codes, kept, slope = (
+        t[:, start:end].T.clone(memory_format=torch.contiguous_format) for t in (q.codes, keep, gradient)
+    )
     group = torch.arange(start, end, device=codes.device) // width
     steps, zeros = q.scale.T[group].contiguous(), q.zero.T[group].contiguous()
     before = (codes - zeros) * steps * kept

@@ -232,14 +232,14 @@ class PackedLinear(nn.Module):
         return input_selection(self.spec, self._buffers.get("input_score"))
 
     def selected(self, x: Tensor) -> Tensor:
-        """What meets the weights of x ``[..., C_in]``: transformed, rounded, and zero where it is not kept."""
+        """What is multiplied with the weights of x ``[..., C_in]``: transformed, rounded, and zero where it is not kept."""
         x, selection = self.transformed(x), self.selection
         if self.grid is not None:
             x = self.grid.fake(x)
         return x if selection is None else selection.apply(x)
 
     def effective(self) -> Tensor:
-        """The float32 weight ``[C_out, C_in]`` that the input before its transforms meets."""
+        """The float32 weight ``[C_out, C_in]`` that belongs to the input before its transforms."""
         holder = self._holder()
         return self.dequantise() if holder is None else unfold(holder.maps(), self.dequantise())
 

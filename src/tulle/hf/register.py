@@ -6,7 +6,7 @@ for: that is the dtype of everything else (embeddings, norms, biases, activation
 writes the packed form back.
 
 ``AutoConfig`` and ``AutoModelForCausalLM`` also know ``tulle.models.scaling_transformer`` then, from transformers 5.23
-on, whose caches hold what convolutions remember.
+on, whose caches hold the states of convolutions.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def use_sparse_tensor_cores(model: PreTrainedModel) -> list[str]:
 
 
 def fits_two_of_four(linear: PackedLinear) -> bool:
-    """Whether float inputs meet a weight with at most two kept entries in every four input channels, in a shape that
+    """Whether float inputs are multiplied with a weight of at most two kept entries in every four input channels, in a shape that
     the kernels take (multiples of 64)."""
     rows, columns = linear.spec.shape
     if linear.grid is not None or not linear.spec.sparse or rows % 64 or columns % 64:

@@ -1,6 +1,6 @@
 """What of a model a token reads: inputs that are not zero, weights behind them, and how much of that neighbours share.
 
-An input of a linear is *active* if it is not zero where it meets the weights (after transforms, rounding and the
+An input of a linear is *active* if it is not zero where the weights read it (after transforms, rounding and the
 selection). A weight is active if it is stored (not zero) and its input is active; the head and one row of the embedding
 are read by every token. The *overlap* of a token with the one before it is the share of its active inputs that were
 active there too. If tokens chose independently, each channel at its own rate p_j, it would be Σp_j²/Σp_j.

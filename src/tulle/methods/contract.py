@@ -111,7 +111,7 @@ class LinearState:
     """``"N:M"`` when the mask has that structure along the input channels."""
     quantised: Quantised | None = None
     transform: tuple[Transform, ...] = ()
-    """Maps that run on the input; the weight that meets x·T is W·T⁻ᵀ. Siblings share one tuple."""
+    """Maps that run on the input; the weight that belongs to x·T is W·T⁻ᵀ. Siblings share one tuple."""
     input_grid: TokenGrid | None = None
     """Per-token dynamic quantiser of the (transformed) input; None = unquantised input."""
     input_selection: Selection | None = None
@@ -307,7 +307,7 @@ class BlockState:
         producer.dense = producer.dense * scale[:, None]
         if producer.ranges is not None:
             ends = [end * scale[:, None] for end in producer.ranges]
-            producer.ranges = (torch.minimum(*ends), torch.maximum(*ends))  # a negative factor turns them over
+            producer.ranges = (torch.minimum(*ends), torch.maximum(*ends))  # a negative factor swaps them
         if producer.name in self.biases:
             self.biases[producer.name] = self.biases[producer.name] * scale
 
@@ -417,7 +417,7 @@ class Method:
     selects: ClassVar[bool] = False
     """Whether it selects inputs by a ``share`` of its own, in whose place another can be put."""
 
-    def turns_residual(self, roles: Sequence[str]) -> bool:
+    def changes_residual_basis(self, roles: Sequence[str]) -> bool:
         """Whether, with these targets, it gives the residual stream another basis."""
         return False
 
@@ -440,7 +440,7 @@ class Method:
         """This method with the sparsity that an allocation and the bits that mixed precision give the linear; None
         where those leave it unquantised."""
         own: dict[str, Any] = {}
-        if linear.allotted is not None and self.heeds_allocation:
+        if linear.allotted is not None and self.respects_allocation:
             own["sparsity"] = linear.allotted
         if linear.kept_bits is not None and hasattr(self, "bits"):
             if linear.kept_bits >= 16:
@@ -449,7 +449,7 @@ class Method:
         return replace(self, **own) if own else self  # type: ignore[type-var]
 
     @property
-    def heeds_allocation(self) -> bool:
+    def respects_allocation(self) -> bool:
         """Whether it prunes to a sparsity of its own, in whose place another can be put (N:M cannot)."""
         return "linear" in self.stages and getattr(self, "sparsity", None) is not None
 

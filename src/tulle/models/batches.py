@@ -22,6 +22,11 @@ class Batch:
     """bool ``[B, T]``."""
 
 
+def real_tokens(x: Tensor, valid: Tensor | None) -> Tensor:
+    """The real tokens ``[N, C]`` of x ``[B, T, C]``; ``valid`` None: all of them, and no copy is made."""
+    return x.flatten(0, 1) if valid is None else x[valid]
+
+
 def batched(sequences: Sequence[Tensor], budget: int = BATCH_TOKENS) -> list[Batch]:
     """Sequences, longest first, in batches of at most ``budget`` tokens including padding."""
     ordered = sorted(sequences, key=len, reverse=True)

@@ -8,8 +8,8 @@ head W·diag(γ)·Q. Tied embeddings come apart. Nothing of it is left at run ti
 A permutation commutes with the norm once its gain is permuted too: γ stays in the norm, embeddings stay tied, and no
 value changes.
 
-Values can have another basis as well: attention sums them, so that v·R in every head, R orthogonal, meets o's columns
-times R.
+Values can have another basis as well: attention sums them, so that v·R in every head, R orthogonal, is
+multiplied with o's columns times R.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def check(recipe: Any, dense: bool) -> bool:
                 f"expected pruning steps or larosa in prune, found {step.name}; quantise with compress: after the "
                 "training"
             )
-    return any(step.method.turns_residual(step.targets) for step in steps)
+    return any(step.method.changes_residual_basis(step.targets) for step in steps)
 
 
 def prune(source: Path, recipe: Any, texts: Sequence[str], target: Path, seed: int) -> None:

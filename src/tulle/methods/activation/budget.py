@@ -31,7 +31,7 @@ DENSITIES = (0.3, 0.5, 0.75, 1.0, 1.25, 1.5)
 
 @dataclass(frozen=True)
 class ActivationBudget(Method):
-    """Divides a budget of dropped inputs by what they cost the model; the selecting step that follows heeds it."""
+    """Divides a budget of dropped inputs by what they cost the model; the selecting step that follows respects it."""
 
     stages: ClassVar[tuple[Stage, ...]] = ("model",)
     allocates_inputs: ClassVar[bool] = True

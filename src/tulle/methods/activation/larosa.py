@@ -2,7 +2,7 @@
 
 Dropping inputs costs least where few of them carry most of the energy. For inputs X with second moment C = XᵀX/T, the
 basis of C's eigenvectors Q, by falling eigenvalue, is the one whose first k coordinates keep the most of it for every k
-(principal components). x·Q meets W·Q, so that the function stays, and Top-K is taken of x·Q.
+(principal components). x·Q is multiplied with W·Q, so that the function stays, and Top-K is taken of x·Q.
 
 - Residual stream (``qkv``, ``gate_up``): Q of C = Σ C_l over all norms' outputs, their gains taken out. It is folded
   into embeddings, readers, writers and head (:mod:`tulle.models.rewrite`).
@@ -40,7 +40,7 @@ def principal_components(moment: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class LaRoSA(Method):
-    """Turns inputs into their principal components before others select among them; targets say which."""
+    """Rotates inputs to their principal components before others select among them; targets say which."""
 
     stages: ClassVar[tuple[Stage, ...]] = ("model",)
 
@@ -49,19 +49,19 @@ class LaRoSA(Method):
     heads: bool = True
     """Rotate the values, head by head, for o."""
 
-    def turns_residual(self, roles: Sequence[str]) -> bool:
+    def changes_residual_basis(self, roles: Sequence[str]) -> bool:
         return self.residual and bool({"qkv", "gate_up"} & set(roles))
 
     def plan(self, survey: Survey, roles: tuple[str, ...]) -> None:
         assert survey.look is not None
         readers = [role for role in survey.norms if role in roles and self.residual]
-        turned = [*readers, *(["o"] if self.heads and "o" in roles else [])]
-        if not turned:
+        rotated = [*readers, *(["o"] if self.heads and "o" in roles else [])]
+        if not rotated:
             raise UserError(
                 "expected larosa to rotate the inputs of qkv and gate_up (residual) or o (heads), found targets and "
                 "settings that leave neither; leave the step out"
             )
-        if (readers and survey.residual) or ("o" in turned and survey.values_taken):
+        if (readers and survey.residual) or ("o" in rotated and survey.values_taken):
             raise UserError(
                 "expected one step that changes the basis of the residual stream or the values, found larosa after "
                 "another; leave one of them out"
@@ -77,11 +77,11 @@ class LaRoSA(Method):
                 gain = torch.where(gain == 0, torch.ones_like(gain), gain)
                 # Norms give out equal energy, so that all count alike.
                 stream.add_((hessians[role].matrix / gain / gain[:, None]).double().cpu())
-            if "o" in turned:
+            if "o" in rotated:
                 values[index] = by_kv_head(hessians["o"].matrix.cpu(), *survey.heads)
 
-        survey.look(see, turned)
-        survey.values_taken |= "o" in turned
+        survey.look(see, rotated)
+        survey.values_taken |= "o" in rotated
         if readers:
             survey.residual = (_rotation(survey, "residual stream", stream),)
         for index, moment in values.items():

@@ -66,7 +66,7 @@ class TEAL(Method):
                 raise UserError(f"{name}: {error}") from None
 
     def selection(self, share: float, x: Tensor) -> Selection:
-        """The selection that drops a ``share`` of X ``[T, C]``, as it meets the weights."""
+        """The selection that drops a ``share`` of X ``[T, C]``, as the weights read it."""
         if self.kind == "top_k":
             return top_k(share, x.shape[1], self.block, self.unit, self.by, self.rescale)
         # As the file holds it.

@@ -1,4 +1,4 @@
-"""WINA: inputs are weighed by the columns that they meet (Chen et al. 2025, "WINA: Weight Informed Neuron Activation").
+"""WINA: inputs are weighted by the norms of their columns (Chen et al. 2025, "WINA: Weight Informed Neuron Activation").
 
 Of the input x of W ``[C_out, C_in]`` the K largest |x_j|·‖W_:,j‖₂ of every token are kept (section 2.2): what a dropped
 input takes from the output is x_j·W_:,j, and those scores are the lengths of that. Dropping the rest has the least

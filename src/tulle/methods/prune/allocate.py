@@ -59,7 +59,7 @@ class Surgeon:
 
 @dataclass(frozen=True)
 class Allocate(Method):
-    """Divides a budget of pruned weights by what they cost the model; the pruning step that follows heeds it."""
+    """Divides a budget of pruned weights by what they cost the model; the pruning step that follows respects it."""
 
     stages: ClassVar[tuple[Stage, ...]] = ("model",)
     allocates: ClassVar[bool] = True

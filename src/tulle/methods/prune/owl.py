@@ -8,7 +8,7 @@ D_l over a width of 2λ, and the mean of S_l is S. Every linear of a block takes
 As in the authors' code the mean, not the middle, of S_l stands at S, so that a lone block may lie up to 2λ from it.
 
 Departure: the mean is weighted by the number of weights (which in models of equal blocks is no difference). The pruning
-step that follows heeds S_l; one with an N:M pattern cannot.
+step that follows respects S_l; one with an N:M pattern cannot.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def owl(shares: Tensor, sizes: Tensor, sparsity: float, spread: float = 0.08) ->
 
 @dataclass(frozen=True)
 class OWL(Method):
-    """Gives blocks with more outliers a lower sparsity; the pruning step that follows heeds it."""
+    """Gives blocks with more outliers a lower sparsity; the pruning step that follows respects it."""
 
     stages: ClassVar[tuple[Stage, ...]] = ("model",)
     needs: ClassVar[frozenset[Statistic]] = frozenset({"column_norm"})

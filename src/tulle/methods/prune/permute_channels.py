@@ -55,7 +55,7 @@ class PermuteChannels(Method):
         if self.power <= 0 or self.effort <= 0:
             raise UserError(f"expected power and effort above 0, found {self.power} and {self.effort}; try 2 and 1")
 
-    def turns_residual(self, roles: Sequence[str]) -> bool:
+    def changes_residual_basis(self, roles: Sequence[str]) -> bool:
         return self.residual and bool(set(RESIDUAL) & set(roles))
 
     @property

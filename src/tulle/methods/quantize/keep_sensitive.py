@@ -38,7 +38,7 @@ def output_error(weight: Tensor, x: Tensor, grid: Grid, tokens: TokenGrid | None
 
 @dataclass(frozen=True)
 class KeepSensitive(Method):
-    """Chooses linears that keep ``keep_bits``; the quantisers that follow heed it."""
+    """Chooses linears that keep ``keep_bits``; the quantisers that follow respect it."""
 
     stages: ClassVar[tuple[Stage, ...]] = ("model",)
     needs: ClassVar[frozenset[Statistic]] = frozenset({"rows"})

@@ -48,7 +48,7 @@ class QuaRot(Method):
     down: bool = True
     """down's input, at run time."""
 
-    def turns_residual(self, roles: Sequence[str]) -> bool:
+    def changes_residual_basis(self, roles: Sequence[str]) -> bool:
         return self.residual
 
     def plan(self, survey: Survey, roles: tuple[str, ...]) -> None:

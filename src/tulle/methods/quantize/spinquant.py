@@ -65,7 +65,7 @@ class SpinQuant(Method):
         if self.steps < 0 or self.rate <= 0:
             raise UserError(f"expected steps of 0 or more and a positive rate, found {self.steps} and {self.rate}")
 
-    def turns_residual(self, roles: Sequence[str]) -> bool:
+    def changes_residual_basis(self, roles: Sequence[str]) -> bool:
         return True
 
     def plan(self, survey: Survey, roles: tuple[str, ...]) -> None:
