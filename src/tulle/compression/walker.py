@@ -362,6 +362,7 @@ class Walker:
             if counts:  # now that the group's weights are those that will be stored
                 counter = counters[group.role] = self._counter(work, group)
                 for given, mask in zip(compressed.given, self._masks(), strict=True):
+                    counter.see(work.input_of(group, given.x), mask)
             if not propagate and group.role == targeted[-1]:
                 break
             with self._timed("forward"):
