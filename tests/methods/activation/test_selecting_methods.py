@@ -75,6 +75,10 @@ def test_reservoir_is_uniform_and_does_not_see_batches() -> None:
     for part in x.split(37):
         parts.add(part)
     assert torch.equal(whole.rows, parts.rows) and len(whole.rows.unique()) == 100
+    plain, zero = Reservoir(100), Reservoir(100, seed=0)
+    plain.add(x)
+    zero.add(x)
+    assert torch.equal(plain.rows, zero.rows) and not torch.equal(plain.rows, whole.rows)
     # The mean of 100 of 1000 uniform numbers has a standard deviation of 27.
     means = []
     for seed in range(20):
