@@ -224,7 +224,7 @@ def test_budget_finds_the_role_that_does_not_matter(tmp_path: Path) -> None:
         ([{"teal": {"share": 1.0}}], r"share of zeroed inputs in \[0, 1\)"),
         ([{"teal": {"block": 32}}], "only with kind: top_k"),
         ([{"teal": {}}, {"wina": {}}], "expected one step that selects inputs of qkv, found teal and wina"),
-        ([{"activation_budget": {}}, {"gptq": {}}], "found none that could respect activation_budget"),
+        ([{"activation_budget": {}}, {"gptq": {}}], "found none that respects activation_budget"),
         ([{"activation_budget": {"share": 0.95}}, {"teal": {}}], "lowest <= share <= highest"),
     ],
 )

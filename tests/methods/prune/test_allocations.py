@@ -52,10 +52,10 @@ class TestRespecting:
         ("steps", "message"),
         [
             ([{"owl": {"sparsity": 0.5}}, {"gptq": {}}], "pruning step with a sparsity on qkv, found none"),
-            ([{"owl": {"sparsity": 0.5}}, {"wanda": {"pattern": "2:4"}}], "respect owl"),
+            ([{"owl": {"sparsity": 0.5}}, {"wanda": {"pattern": "2:4"}}], "respects owl"),
             (
                 [{"allocate": {"sparsity": 0.5}}, {"wanda": {"sparsity": 0.5, "targets": ["qkv", "o", "down"]}}],
-                "on gate_up, found none that could respect allocate",
+                "on gate_up, found none that respects allocate",
             ),
             (
                 [{"owl": {"sparsity": 0.5}}, {"allocate": {"sparsity": 0.5, "targets": ["o"]}}, SPARSE],
