@@ -154,6 +154,17 @@ class TestExtremes:
             for token in norms.topk(2).indices:
                 assert any(torch.equal(row, x[token]) for row in rows)
 
+    def test_what_is_kept_unless_said_otherwise(self) -> None:
+        x = torch.randn(2000, 300, generator=generator())
+        plain, spelt = Extremes(300), Extremes(300, segment=128, per_segment=16, random=64, seed=0)
+        for sampler in (plain, spelt):
+            sampler.add(x)
+        assert torch.equal(plain.rows, spelt.rows) and 64 < len(plain.rows) <= 3 * 16 + 64
+        # 129 channels to a segment would rank other tokens first.
+        sampler = Extremes(300, segment=129)
+        sampler.add(x)
+        assert not torch.equal(plain.rows, sampler.rows)
+
     def test_all_of_a_few(self) -> None:
         x = torch.randn(5, 16, generator=generator())
         sampler = Extremes(16)
