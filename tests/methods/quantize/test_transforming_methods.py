@@ -22,7 +22,7 @@ from tulle.methods.contract import BlockState, GroupState, LinearState, Statisti
 from tulle.methods.learning import LearnedGroup, Schedule, fake_linears, learn_block
 from tulle.methods.quantize.affinequant import gradual_mask
 from tulle.methods.quantize.duquant import DuQuant, block_size
-from tulle.methods.quantize.flatquant import factors
+from tulle.methods.quantize.flatquant import factors, start
 from tulle.methods.quantize.keep_sensitive import KeepSensitive, output_error
 from tulle.methods.quantize.learned_clipping import LearnedClipping
 from tulle.methods.quantize.perq import PeRQ, zigzag_within_heads
@@ -217,9 +217,7 @@ class TestPeRQ:
             moved = given[places] if axis == 1 else given[:, places]
             assert sorted(places.tolist()) == list(range(len(places))) and torch.equal(found.abs(), moved.abs())
             changed = (found == -moved).all(axis)
-            assert torch.equal(
-                found == moved, ~changed[:, None].expand_as(found) if axis else ~changed.expand_as(found)
-            )
+            assert torch.equal((found == moved).all(axis), ~changed)
             assert 0.25 < float(changed.float().mean()) < 0.75
 
     def test_nothing_but_the_rotation_is_left_online(self) -> None:
@@ -407,3 +405,11 @@ def test_gradual_mask_by_hand() -> None:
 
 def test_kronecker_factors() -> None:
     assert [factors(c) for c in (4096, 11008, 128, 384, 7)] == [(64, 64), (86, 128), (8, 16), (16, 24), (1, 7)]
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 12, 86])
+def test_kronecker_maps_start_orthogonal(size: int) -> None:
+    found = start(size, torch.Generator().manual_seed(0)).double()
+    torch.testing.assert_close(found @ found.T, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-6)
+    flat = torch.full((size, size), size**-0.5, dtype=torch.float64)
+    assert torch.allclose(found.abs(), flat) == (size in (1, 8, 12))  # a Hadamard matrix where there is one
