@@ -44,7 +44,7 @@ def pruned(report: dict[str, Any]) -> dict[str, int]:
     return {x["name"]: round(x["sparsity"] * x["shape"][0] * x["shape"][1]) for x in report["linears"]}
 
 
-class TestHeeding:
+class TestRespecting:
     def test_a_sparsity_is_replaced_and_a_pattern_is_not(self) -> None:
         linear = LinearState("0.q", torch.zeros(2, 4), torch.zeros(2, 4), allotted=0.25)
         assert Wanda(sparsity=0.5).at(linear) == Wanda(sparsity=0.25)
@@ -58,10 +58,10 @@ class TestHeeding:
         ("steps", "message"),
         [
             ([{"owl": {"sparsity": 0.5}}, {"gptq": {}}], "pruning step with a sparsity on qkv, found none"),
-            ([{"owl": {"sparsity": 0.5}}, {"wanda": {"pattern": "2:4"}}], "heed owl"),
+            ([{"owl": {"sparsity": 0.5}}, {"wanda": {"pattern": "2:4"}}], "respects owl"),
             (
                 [{"allocate": {"sparsity": 0.5}}, {"wanda": {"sparsity": 0.5, "targets": ["qkv", "o", "down"]}}],
-                "on gate_up, found none that could heed allocate",
+                "on gate_up, found none that respects allocate",
             ),
             (
                 [{"owl": {"sparsity": 0.5}}, {"allocate": {"sparsity": 0.5, "targets": ["o"]}}, SPARSE],
