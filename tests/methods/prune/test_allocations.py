@@ -27,10 +27,8 @@ from tulle.methods.prune.owl import OWL, outlier_share, owl
 from tulle.methods.prune.sparsegpt import SparseGPT
 from tulle.methods.prune.wanda import Wanda
 from tulle.models.batches import Batch
-from tulle.models.checkpoint import Checkpoint
 from tulle.models.decoder import DecoderBlock
-from tulle.models.description import describe
-from tulle.models.rewrite import Source
+from tulle.models.rewrite import DenseModel
 
 SPARSE: dict[str, Any] = {"sparsegpt": {"sparsity": 0.6}}
 
@@ -314,11 +312,9 @@ CALIBRATION = torch.randint(0, 128, (3, 16, 48), generator=torch.Generator().man
 
 
 def _survey(folder: Path, steps: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> tuple[Survey, Passes]:
-    checkpoint = Checkpoint.open(folder)
-    description = describe(checkpoint.config)
     recipe = parse_recipe({"name": "test", "steps": steps})
     batches = [Batch(t, torch.ones_like(t, dtype=torch.bool)) for t in CALIBRATION]
     passes = Passes(monkeypatch)
-    found = take_survey(description, Source(checkpoint, description), recipe, batches)
+    found = take_survey(DenseModel.open(folder), recipe, batches)
     monkeypatch.undo()
     return found, passes
