@@ -18,7 +18,7 @@
 #include "support.hpp"
 #include "tulle/check.hpp"
 #include "tulle/dispatch.hpp"
-#include "../src/kernels/linear_amx.hpp"
+#include "linear/amx.hpp"
 
 namespace {
 

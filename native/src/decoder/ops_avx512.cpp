@@ -1,0 +1,16 @@
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "cpu/tables.hpp"
+
+namespace tulle {
+namespace {
+
+#include "decoder/ops.inl"
+
+}  // namespace
+
+const OpsKernels avx512_ops = ops::kernels;
+
+}  // namespace tulle

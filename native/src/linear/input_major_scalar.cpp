@@ -1,0 +1,87 @@
+// Linears by columns, the plain way: a line of a segment is brought into units, and every input is met.
+#include <cmath>
+#include <cstring>
+
+#include "cpu/tables.hpp"
+
+namespace tulle {
+namespace {
+
+#include "linear/common.inl"
+#include "linear/input_major_common.inl"
+
+// Place of an output among its 64 in a line's bytes.
+std::size_t byte_of(std::size_t output) { return output % 16 / 4 * 16 + output / 16 * 4 + output % 4; }
+
+// Codes of a line's inputs [first, first + count), to[input][output of the line].
+void expand_line(const LinearView& w, std::size_t line, std::size_t first, std::size_t count, std::uint8_t* to) {
+  const std::size_t strip = line / w.strip_lines(), within = line % w.strip_lines();
+  const std::size_t outputs = w.line_tiles() * kTileRows;
+  for (std::size_t c = first; c < first + count; ++c, to += outputs) {
+    // A column of fours: four times as many lines, and bytes of three other inputs among them.
+    const std::size_t pieces = w.column_inputs(), column = c / pieces;
+    if (!w.sparse) {
+      const std::uint8_t* from = dense_strip(w, strip) + column * column_bytes(w, strip) + within * w.line_bytes();
+      const unsigned bits = static_cast<unsigned>(8 * kUnitBytes / outputs);
+      for (std::size_t o = 0; o < outputs; ++o) {
+        const std::size_t byte = w.fours ? o % 64 / 16 * kUnitBytes + o % 16 * 4 + c % 4 : byte_of(o % 64);
+        to[o] = static_cast<std::uint8_t>((from[byte] >> (o / 64 * bits)) & ((1u << bits) - 1));
+      }
+      continue;
+    }
+    const std::uint8_t* masks = sparse_strip(w, strip) + sparse_starts(w, strip)[column];
+    const std::uint8_t* codes = masks + w.lines_of(strip) * w.line_masks();
+    for (std::size_t l = 0; l < (within + 1) * pieces; ++l, masks += kLineMasks) {
+      std::size_t kept[2] = {0, 0};
+      for (std::size_t half = 0; half < 2; ++half) {
+        for (std::size_t byte = 0; byte < 64; ++byte) {
+          const bool stored = (masks[half * 8 + byte / 8] >> (byte % 8)) & 1;
+          if (l / pieces == within && (!w.fours || byte % 4 == c % 4)) {
+            const std::size_t o =
+                half * 64 + (w.fours ? l % 4 * 16 + byte / 4 : byte % 16 / 4 * 16 + byte / 16 * 4 + byte % 4);
+            const std::size_t tile = line * w.line_tiles() + o / kTileRows;
+            const std::size_t at = w.scale_at(tile, c / w.segment) + o % kTileRows;
+            const unsigned code = stored ? (codes[kept[half]] >> (4 * half)) & 15u : w.zeros ? w.zeros[at] : w.zero;
+            to[o] = static_cast<std::uint8_t>(code);
+          }
+          kept[half] += stored;
+        }
+      }
+      codes += kept[0] > kept[1] ? kept[0] : kept[1];
+    }
+  }
+}
+
+}  // namespace
+
+void scalar_run_columns(const LinearView& w, const Inputs& x, std::size_t strip, std::size_t first, std::size_t last,
+                        float* sums, std::size_t stride, std::uint8_t* scratch) {
+  const std::size_t outputs = w.line_tiles() * kTileRows;
+  for (std::size_t t = 0; t < x.tokens; ++t) std::memset(sums + t * stride, 0, w.lines_of(strip) * outputs * sizeof(float));
+  for (std::size_t within = 0; within < w.lines_of(strip); ++within) {
+    const std::size_t line = strip * w.strip_lines() + within;
+    for (std::size_t segment = first; segment < last; ++segment) {
+      expand_line(w, line, segment * w.segment, w.segment, scratch);
+      for (std::size_t t = 0; t < x.tokens; ++t) {
+        for (std::size_t o = 0; o < outputs; ++o) {
+          const std::size_t tile = line * w.line_tiles() + o / kTileRows;
+          const std::size_t at = w.scale_at(tile, segment) + o % kTileRows;
+          const std::int32_t zero = w.zeros ? w.zeros[at] : w.zero;
+          float whole = 0;
+          for (std::size_t p = 0; p < x.planes; ++p) {
+            const std::int8_t* in = x.plane[p] + t * x.stride + segment * w.segment;
+            std::int32_t total = -zero * x.sums[p][t * x.sum_stride + segment];
+            for (std::size_t i = 0; i < w.segment; ++i) {
+              total += static_cast<std::int32_t>(scratch[i * outputs + o]) * in[i];
+            }
+            whole = whole * 256 + static_cast<float>(total);
+          }
+          float& sum = sums[t * stride + within * outputs + o];
+          sum = std::fma(whole, from_bf16(w.scales[at]), sum);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace tulle

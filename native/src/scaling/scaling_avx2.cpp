@@ -1,0 +1,16 @@
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "cpu/tables.hpp"
+
+namespace tulle {
+namespace {
+
+#include "scaling/scaling_vector.inl"
+
+}  // namespace
+
+const ScalingKernels avx2_scaling = scaling::kernels;
+
+}  // namespace tulle
