@@ -77,6 +77,7 @@ struct LinearView {
     const std::size_t left = lines() - strip * strip_lines();
     return left < strip_lines() ? left : strip_lines();
   }
+  std::size_t panel_outputs() const { return strip_lines() * line_tiles() * kTileRows; }  // of whole lines
   std::size_t padded() const { return segment * segments; }  // inputs
   std::size_t column_inputs() const { return fours ? 4 : 1; }
   std::size_t all_columns() const { return padded() / column_inputs(); }

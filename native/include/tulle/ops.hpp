@@ -52,7 +52,7 @@ struct OpsKernels {
   // clip(round(x / step)); with a low plane: whole = 256 · high + low.
   void (*quantise)(const float* x, std::size_t n, GridRange range, std::int8_t* high, std::int8_t* low);
   // x ← step · clip(round(x / step))
-  void (*fake)(float* x, std::size_t n, GridRange range);
+  void (*fake_quantise)(float* x, std::size_t n, GridRange range);
   std::int32_t (*sum)(const std::int8_t* x, std::size_t n);
   // Rotates pairs (x[i], x[i + n/2]) by angles with the given cosines and sines [n/2].
   void (*rope)(float* x, const float* cosine, const float* sine, std::size_t n);
@@ -64,7 +64,7 @@ struct OpsKernels {
   // Sylvester butterflies over runs of n = 2^k, `count` runs in a row, times `factor`.
   void (*butterflies)(float* x, std::size_t n, std::size_t count, float factor);
   // Key and value of the token at `position` into the cache; ranges are of u8 caches.
-  void (*remember)(const CacheView& cache, std::size_t position, const float* key, const float* value,
+  void (*append_to_cache)(const CacheView& cache, std::size_t position, const float* key, const float* value,
                    GridRange key_range, GridRange value_range);
   // out[r][head_dim] for up to kQueries rows: row r attends to positions [begin[r], end[r]). `scores`: kQueries times
   // the greatest end, rounded up to kKeyBlock.

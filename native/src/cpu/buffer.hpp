@@ -9,8 +9,6 @@
 #include <string>
 #include <utility>
 
-#include "tulle/ops.hpp"
-
 namespace tulle {
 
 constexpr std::size_t kAlignment = 64;
@@ -57,7 +55,5 @@ inline void require(bool ok, const char* what, std::size_t expected, std::size_t
 inline void require_equal(const char* what, std::size_t expected, std::size_t found) {
   require(expected == found, what, expected, found);
 }
-
-inline std::size_t item_bytes(CacheKind kind) { return kind == CacheKind::f32 ? 4 : kind == CacheKind::bf16 ? 2 : 1; }
 
 }  // namespace tulle

@@ -121,7 +121,7 @@ static void quantise(const float* x, std::size_t n, GridRange r, std::int8_t* hi
   }
 }
 
-static void fake(float* x, std::size_t n, GridRange r) {
+static void fake_quantise(float* x, std::size_t n, GridRange r) {
   for (std::size_t i = 0; i < n; ++i) x[i] = limited(nearest(x[i] / r.step), r.low, r.high) * r.step;
 }
 
@@ -210,7 +210,7 @@ static inline std::uint16_t to_bf16(float x) {
   return static_cast<std::uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-static void remember(const CacheView& c, std::size_t position, const float* key, const float* value, GridRange kr,
+static void append_to_cache(const CacheView& c, std::size_t position, const float* key, const float* value, GridRange kr,
                      GridRange vr) {
   const std::size_t d = c.head_dim;
   const std::size_t at = position / kKeyBlock * kKeyBlock * d + position % kKeyBlock;
@@ -397,7 +397,7 @@ static void attend(const CacheView& c, std::size_t rows, const float* const* que
 #include "decoder/top_k.inl"
 
 constexpr OpsKernels kernels = {
-    rms_norm, add, scale, gate, range, quantise, fake, sum, rope, times, dot_bf16, dot, butterflies, remember, attend,
+    rms_norm, add, scale, gate, range, quantise, fake_quantise, sum, rope, times, dot_bf16, dot, butterflies, append_to_cache, attend,
     scaled, cut, nonzero, nonzero_fours, absolute, drop_below, unit_sizes, drop_units_below,
 };
 

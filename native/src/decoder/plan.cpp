@@ -9,24 +9,24 @@ namespace {
 bool same_input(const Linear& a, const Linear& b) {
   const LinearView &v = a.weight, &w = b.weight;
   if (v.is_codes() != w.is_codes() || v.padded() != w.padded()) return false;
-  if (v.by_columns != w.by_columns || v.fours != w.fours) return false;  // what is listed
+  if (v.by_columns != w.by_columns || v.fours != w.fours) return false;  // what is listed of the active inputs
   if (a.input.bits != b.input.bits || a.input.symmetric != b.input.symmetric || a.input.clip != b.input.clip) return false;
   if (!(a.selection == b.selection) || a.own_grid != b.own_grid) return false;
   return !v.is_codes() || (v.segment == w.segment && v.segments_per_scale == w.segments_per_scale);
 }
 
-// Whole strips where all threads get as many, or many, so that no sum is cut. Otherwise segments: half of a strip's
-// outputs would be shorter pieces of memory, with another thread's between them.
-void add_columns(Plan& plan, std::size_t number, const LinearView& w, std::size_t threads) {
-  const std::size_t strips = w.strips();
-  const bool enough = strips >= 4 * threads;
-  const std::size_t pieces = enough ? 1 : std::min(w.segments, threads / std::gcd(strips, threads));
-  plan.pieces[number] = pieces;
-  plan.most_pieces = std::max(plan.most_pieces, pieces);
-  for (std::size_t i = 0; i < strips * pieces; ++i) {
-    const std::size_t piece = i % pieces;
-    plan.shares[i * threads / (strips * pieces)].parts.push_back(
-        {number, w.segments * piece / pieces, w.segments * (piece + 1) / pieces, i / pieces, piece});
+// Whole panels where all threads get as many, or many, so that no sum is cut. Otherwise segments: half of a panel's
+// outputs would be shorter runs of memory, with another thread's between them.
+void add_input_major(Plan& plan, std::size_t number, const LinearView& w, std::size_t threads) {
+  const std::size_t panels = w.strips();
+  const bool enough = panels >= 4 * threads;
+  const std::size_t parts = enough ? 1 : std::min(w.segments, threads / std::gcd(panels, threads));
+  plan.parts[number] = parts;
+  plan.most_parts = std::max(plan.most_parts, parts);
+  for (std::size_t i = 0; i < panels * parts; ++i) {
+    const std::size_t part = i % parts;
+    plan.queues[i * threads / (panels * parts)].items.push_back(
+        {number, w.segments * part / parts, w.segments * (part + 1) / parts, i / parts, part});
   }
 }
 
@@ -45,17 +45,17 @@ Plan plan_of(const Group& group, std::size_t threads) {
     total += linear.bytes();
   }
   // By bytes: a tile costs what it weighs. Whole pairs, which kernels for several tokens take at once.
-  plan.shares.resize(threads);
-  plan.pieces.assign(group.linears.size(), 1);
+  plan.queues.resize(threads);
+  plan.parts.assign(group.linears.size(), 1);
   std::uint64_t before = 0;
   for (std::size_t i = 0; i < group.linears.size(); ++i) {
     const LinearView& w = group.linears[i].weight;
+    const std::uint64_t bytes = group.linears[i].bytes();
     if (w.by_columns) {
-      add_columns(plan, i, w, threads);
-      before += group.linears[i].bytes();
+      add_input_major(plan, i, w, threads);
+      before += bytes;
       continue;
     }
-    const std::uint64_t bytes = group.linears[i].bytes();
     std::size_t first = 0;
     for (std::size_t t = 0; t < threads && first < w.tiles(); ++t) {
       const std::uint64_t end = total * (t + 1) / threads;
@@ -64,8 +64,8 @@ Plan plan_of(const Group& group, std::size_t threads) {
         if (end <= before) continue;
         last = std::min(w.tiles(), round_up((end - before) * w.tiles() / bytes, 2));
       }
-      const std::size_t step = round_up(kPartBytes * w.tiles() / bytes + 1, 2);
-      for (; first < last; first += step) plan.shares[t].parts.push_back({i, first, std::min(first + step, last)});
+      const std::size_t step = round_up(kItemBytes * w.tiles() / bytes + 1, 2);
+      for (; first < last; first += step) plan.queues[t].items.push_back({i, first, std::min(first + step, last)});
       first = last;
     }
     before += bytes;

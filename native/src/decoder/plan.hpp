@@ -12,43 +12,45 @@
 
 namespace tulle {
 
-// What a thread does of a group's linears: tiles [first, last), or where weights stand by columns segments [first,
-// last) of a strip, whose sums are piece number `piece` of it.
-struct Part {
+// What a thread takes at once: of a linear in tiles the tiles [first, last); of an input-major one the segments [first,
+// last) of a panel, whose sums are partial sum number `part` of it.
+struct WorkItem {
   std::size_t linear, first, last;
-  std::size_t strip = 0, piece = 0;
+  std::size_t panel = 0, part = 0;
 };
 
-// A thread's own parts in order, and how many of them have been taken, by itself or by a thread that was done sooner.
-struct Share {
-  std::vector<Part> parts;
+// A thread's items in order, and how many of them have been taken, by itself or by a thread that was done sooner.
+struct WorkQueue {
+  std::vector<WorkItem> items;
   alignas(kAlignment) std::atomic<std::size_t> taken{0};
 
-  Share() = default;
-  Share(Share&& other) noexcept : parts(std::move(other.parts)) {}
+  WorkQueue() = default;
+  WorkQueue(WorkQueue&& other) noexcept : items(std::move(other.items)) {}
 };
 
-// Bytes of a part, at least: small enough for a thread that lost its core for a while to be helped, large enough for
+// Bytes of an item, at least: small enough for a thread that lost its core for a while to be helped, large enough for
 // the count to cost nothing.
-constexpr std::uint64_t kPartBytes = 128 * 1024;
+constexpr std::uint64_t kItemBytes = 128 * 1024;
 
-// Tokens that weights by columns meet at once: bounds the room for their sums.
+// Tokens that input-major weights multiply at once: bounds the memory of their sums.
 constexpr std::size_t kColumnTokens = 64;
 
 struct Plan {
-  std::vector<std::size_t> input_of;       // per linear: which of the prepared inputs it reads
-  std::vector<const Linear*> inputs;       // a linear that shows how to prepare each
-  std::vector<Share> shares;               // per thread
-  std::vector<std::size_t> output;         // per linear: its first output among the group's
+  std::vector<std::size_t> input_of;   // per linear: which of the group's inputs it reads
+  std::vector<const Linear*> inputs;   // per input: a linear that shows how to quantise it
+  std::vector<std::size_t> output;     // per linear: its first output among the group's
   std::size_t outputs = 0;
-  // By columns: in how many pieces a linear's inputs are cut where it has fewer strips than there are threads.
-  std::vector<std::size_t> pieces;
-  std::size_t most_pieces = 1;
+  std::vector<WorkQueue> queues;       // per thread
+  // Per input-major linear: into how many parts its inputs are cut, where it has fewer panels than there are threads.
+  // Each part gives partial sums.
+  std::vector<std::size_t> parts;
+  std::size_t most_parts = 1;
+
+  void restart() {
+    for (WorkQueue& queue : queues) queue.taken.store(0, std::memory_order_relaxed);
+  }
 };
 
 Plan plan_of(const Group& group, std::size_t threads);
-
-// Outputs of a strip, of whole lines.
-inline std::size_t strip_outputs(const LinearView& w) { return w.strip_lines() * w.line_tiles() * kTileRows; }
 
 }  // namespace tulle

@@ -1,4 +1,4 @@
-// The largest logits, computed again from an exact head.
+// The largest logits, recomputed with the head as it was stored.
 #pragma once
 
 #include <algorithm>
@@ -10,8 +10,8 @@ namespace tulle {
 
 // logits[i] ← exact(i) for the kExactLogits largest of them.
 template <typename Exact>
-void sharpen(float* logits, std::size_t vocabulary, const Exact& exact) {
-  std::size_t largest[kExactLogits];
+void recompute_top_logits(float* logits, std::size_t vocabulary, const Exact& exact) {
+  std::size_t largest[kExactLogits];  // a heap, the least of them first
   std::size_t count = 0;
   const auto above = [logits](std::size_t a, std::size_t b) { return logits[a] > logits[b]; };
   for (std::size_t i = 0; i < vocabulary; ++i) {
