@@ -34,9 +34,12 @@ tulle::LinearView linear_view(const nb::dict& from, Kept& kept) {
   tulle::LinearView w{};
   tulle::LinearSizes sizes{};
   w.kind = weight_kind(get<std::string>(from, "kind"));
-  w.sparse = get<bool>(from, "sparse");
-  w.by_columns = get<bool>(from, "by_columns");
-  w.fours = get<bool>(from, "fours");
+  const bool sparse = get<bool>(from, "sparse"), major = get<bool>(from, "by_columns"), four = get<bool>(from, "fours");
+  using tulle::Layout;
+  w.layout = four     ? (sparse ? Layout::sparse_input_major_blocks4 : Layout::input_major_blocks4)
+             : major  ? (sparse ? Layout::sparse_input_major : Layout::input_major)
+             : sparse ? Layout::sparse_tiles
+                      : Layout::tiles;
   w.rows = get<std::size_t>(from, "rows");
   w.columns = get<std::size_t>(from, "columns");
   w.segment = get<std::size_t>(from, "segment");
@@ -78,7 +81,7 @@ tulle::Linear linear(const nb::dict& from, Kept& kept) {
   l.bias = array_of<float>(from, "bias", l.weight.rows, kept);
   const auto input = get<nb::dict>(from, "input");
   l.input = grid(input);
-  l.own_grid = get<bool>(input, "own");
+  l.engine_grid = get<bool>(input, "own");
   l.selection = selection(item(from, "selection"), l.weight.columns, kept);
   return l;
 }
@@ -101,7 +104,8 @@ tulle::Transform transform(const nb::dict& from) {
                                   ", found " + std::to_string(part));
     }
   };
-  if (t.channels == 0 || t.channels > (std::size_t{1} << 24)) throw std::invalid_argument("channels: expected 1 to 2^24");
+  if (t.channels == 0 || t.channels > (std::size_t{1} << 24))
+    throw std::invalid_argument("channels: expected 1 to 2^24");
   if (kind == "diagonal") {
     t.kind = tulle::Transform::Kind::diagonal;
     copy("scale", t.channels);

@@ -1,4 +1,4 @@
-// Linears by columns on every supported instruction set: the same bits as sums written out over the weights that were
+// Input-major linears on every supported instruction set: the same bits as sums written out over the weights that were
 // packed. Buffers are exactly sized heap memory.
 #include <algorithm>
 #include <cmath>
@@ -18,15 +18,21 @@ namespace {
 
 using tulle::Inputs;
 using tulle::kTileRows;
+using tulle::Layout;
 using tulle::LinearView;
 using tulle::WeightKind;
 
 struct Case {
   WeightKind kind;
-  bool sparse, zeros, fours;
+  bool sparse, zeros, blocks4;
   std::size_t rows, segment, segments, segments_per_scale, tokens, planes;
   double density, active;
 };
+
+Layout layout_of(bool sparse, bool blocks4) {
+  if (blocks4) return sparse ? Layout::sparse_input_major_blocks4 : Layout::input_major_blocks4;
+  return sparse ? Layout::sparse_input_major : Layout::input_major;
+}
 
 int bits_of(WeightKind kind) { return kind == WeightKind::codes2 ? 2 : kind == WeightKind::codes4 ? 4 : 8; }
 
@@ -44,9 +50,7 @@ struct Weights {
 
   Weights(const Case& c, std::mt19937& rng) {
     view.kind = c.kind;
-    view.sparse = c.sparse;
-    view.by_columns = true;
-    view.fours = c.fours;
+    view.layout = layout_of(c.sparse, c.blocks4);
     view.rows = c.rows;
     view.columns = c.segment * c.segments;
     view.segment = c.segment;
@@ -78,28 +82,29 @@ struct Weights {
     }
     std::vector<std::uint8_t> bytes;
     std::vector<std::uint64_t> begins = {0};
-    std::vector<std::uint32_t> places;
+    std::vector<std::uint32_t> indices;
     const std::size_t line_outputs = view.line_tiles() * kTileRows;
-    for (std::size_t strip = 0; strip < view.strips(); ++strip) {
-      const std::size_t inputs = c.fours ? 4 : 1;
+    for (std::size_t panel = 0; panel < view.panels(); ++panel) {
+      const std::size_t inputs = c.blocks4 ? 4 : 1;
       for (std::size_t column = 0; column < padded / inputs; ++column) {
-        places.push_back(static_cast<std::uint32_t>(bytes.size() - begins.back()));
-        const std::size_t masks = bytes.size(), lines = view.lines_of(strip) * inputs;
-        if (c.sparse) bytes.resize(masks + lines * tulle::kLineMasks);
+        indices.push_back(static_cast<std::uint32_t>(bytes.size() - begins.back()));
+        const std::size_t masks = bytes.size(), lines = view.lines_of(panel) * inputs;
+        if (c.sparse) bytes.resize(masks + lines * tulle::kLineMaskBytes);
         for (std::size_t l = 0; l < lines; ++l) {
-          const std::size_t first = (strip * view.strip_lines() + l / inputs) * line_outputs;
+          const std::size_t first = (panel * view.panel_lines() + l / inputs) * line_outputs;
           std::vector<std::uint8_t> line(64, 0), packed;
           std::size_t lengths[2] = {0, 0};
           for (std::size_t half = 0; half < line_outputs / 64; ++half) {
             for (std::size_t byte = 0; byte < 64; ++byte) {
-              // Of fours, a line is 64 codes of one tile after those of another.
-              std::size_t o = c.fours ? l % 4 * 16 + byte / 4 : 0;
-              const std::size_t i = c.fours ? column * 4 + byte % 4 : column;
-              while (!c.fours && byte_of(o) != byte) ++o;
+              // In blocks of 4, a line is 64 codes of one tile after those of another.
+              std::size_t o = c.blocks4 ? l % 4 * 16 + byte / 4 : 0;
+              const std::size_t i = c.blocks4 ? column * 4 + byte % 4 : column;
+              while (!c.blocks4 && byte_of(o) != byte) ++o;
               const std::size_t at = (first + half * 64 + o) * padded + i;
               line[byte] = static_cast<std::uint8_t>(line[byte] | codes[at] << (static_cast<int>(half) * bits));
               if (!c.sparse || !kept[at]) continue;
-              bytes[masks + l * tulle::kLineMasks + half * 8 + byte / 8] |= static_cast<std::uint8_t>(1 << (byte % 8));
+              bytes[masks + l * tulle::kLineMaskBytes + half * 8 + byte / 8] |=
+                  static_cast<std::uint8_t>(1 << (byte % 8));
               if (lengths[half] == packed.size()) packed.push_back(0);
               std::uint8_t& to = packed[lengths[half]++];
               to = static_cast<std::uint8_t>(to | codes[at] << (4 * half));
@@ -109,7 +114,7 @@ struct Weights {
           bytes.insert(bytes.end(), stored.begin(), stored.end());
         }
       }
-      places.push_back(static_cast<std::uint32_t>(bytes.size() - begins.back()));
+      indices.push_back(static_cast<std::uint32_t>(bytes.size() - begins.back()));
       begins.push_back(bytes.size());
     }
     bytes.resize(bytes.size() + tulle::kSlack, 0xee);
@@ -117,9 +122,9 @@ struct Weights {
     sizes.values = bytes.size();
     if (c.sparse) {
       offsets = exact(begins);
-      starts = exact(places);
+      starts = exact(indices);
       sizes.offsets = begins.size();
-      sizes.starts = places.size();
+      sizes.starts = indices.size();
     }
     view.values = values.get();
     view.offsets = offsets.get();
@@ -148,7 +153,7 @@ struct Tokens {
     steps = exact(s);
     std::vector<std::int8_t> x[2], quad_x[2];
     std::vector<std::int32_t> totals[2];
-    std::vector<std::uint32_t> places(c.tokens * stride * 4, 0), begins;
+    std::vector<std::uint32_t> indices(c.tokens * stride * 4, 0), begins;
     std::bernoulli_distribution active(c.active);
     for (int p = 0; p < 2; ++p) {
       x[p].assign(c.tokens * padded, 0);
@@ -161,7 +166,7 @@ struct Tokens {
         begins.push_back(static_cast<std::uint32_t>(next / 4));
         bool kept = false;
         for (std::size_t i = segment * w.segment; i < (segment + 1) * w.segment; ++i) {
-          if (!c.fours || i % 4 == 0) kept = active(rng);
+          if (!c.blocks4 || i % 4 == 0) kept = active(rng);
           if (!kept) continue;
           for (int p = 0; p < 2; ++p) {
             // The extremes of 8 bits occur, so that narrow sums would overflow.
@@ -169,11 +174,11 @@ struct Tokens {
             x[p][t * padded + i] = quad_x[p][t * stride * 4 + next] = value;
             totals[p][t * w.segments + segment] += value;
           }
-          if (c.fours) places[t * stride + next / 4] = static_cast<std::uint32_t>(i / 4);
-          else places[t * stride * 4 + next] = static_cast<std::uint32_t>(i);
+          if (c.blocks4) indices[t * stride + next / 4] = static_cast<std::uint32_t>(i / 4);
+          else indices[t * stride * 4 + next] = static_cast<std::uint32_t>(i);
           ++next;
         }
-        for (; next % 4 != 0; ++next) places[t * stride * 4 + next] = static_cast<std::uint32_t>(padded - 1);
+        for (; next % 4 != 0; ++next) indices[t * stride * 4 + next] = static_cast<std::uint32_t>(padded - 1);
       }
       begins.push_back(static_cast<std::uint32_t>(next / 4));
     }
@@ -182,10 +187,20 @@ struct Tokens {
       quad_plane[p] = exact(quad_x[p]);
       sums[p] = exact(totals[p]);
     }
-    quads = exact(places);
+    quads = exact(indices);
     quad_starts = exact(begins);
-    view = {c.tokens, padded, nullptr, c.planes, {plane[0].get(), plane[1].get()}, {sums[0].get(), sums[1].get()},
-            w.segments, steps.get(), quads.get(), {quad_plane[0].get(), quad_plane[1].get()}, quad_starts.get(), stride};
+    view = {c.tokens,
+            padded,
+            nullptr,
+            c.planes,
+            {plane[0].get(), plane[1].get()},
+            {sums[0].get(), sums[1].get()},
+            w.segments,
+            steps.get(),
+            quads.get(),
+            {quad_plane[0].get(), quad_plane[1].get()},
+            quad_starts.get(),
+            stride};
   }
 };
 
@@ -221,8 +236,8 @@ void compare(const Case& c, std::mt19937& rng) {
   const LinearView& w = weights.view;
   tulle::check(w, weights.sizes);
   Tokens tokens(c, w, rng);
-  const std::size_t outputs = w.tiles() * kTileRows, stride = (w.strip_lines() * w.line_tiles()) * kTileRows + 16;
-  const std::size_t size = (tulle::column_scratch_bytes(c.tokens) + 63) / 64 * 64;
+  const std::size_t outputs = w.tiles() * kTileRows, stride = (w.panel_lines() * w.line_tiles()) * kTileRows + 16;
+  const std::size_t size = (tulle::input_major_scratch_bytes(c.tokens) + 63) / 64 * 64;
   auto* scratch = static_cast<std::uint8_t*>(std::aligned_alloc(64, size));
   auto* sums = static_cast<float*>(std::aligned_alloc(64, c.tokens * stride * sizeof(float)));
   const std::size_t half = w.segments / 2;
@@ -232,16 +247,19 @@ void compare(const Case& c, std::mt19937& rng) {
     const std::vector<float> wanted = expected(weights, tokens.view, first, last);
     for (const tulle::Isa& isa : tulle::supported_isas()) {
       std::vector<float> found(c.tokens * outputs);
-      for (std::size_t strip = 0; strip < w.strips(); ++strip) {
+      for (std::size_t panel = 0; panel < w.panels(); ++panel) {
         std::fill_n(sums, c.tokens * stride, -12345.0f);
-        isa.linear->run_columns(w, tokens.view, strip, first, last, sums, stride, scratch);
-        const std::size_t n = w.lines_of(strip) * w.line_tiles() * kTileRows;
-        const std::size_t at = strip * w.strip_lines() * w.line_tiles() * kTileRows;
+        isa.linear->run_input_major(w, tokens.view, panel, first, last, sums, stride, scratch);
+        const std::size_t n = w.lines_of(panel) * w.line_tiles() * kTileRows;
+        const std::size_t at = panel * w.panel_lines() * w.line_tiles() * kTileRows;
         for (std::size_t t = 0; t < c.tokens; ++t) std::copy_n(sums + t * stride, n, found.data() + t * outputs + at);
       }
       if (std::memcmp(found.data(), wanted.data(), found.size() * sizeof(float)) == 0) continue;
-      std::printf("FAILED %s bits=%d sparse=%d fours=%d zeros=%d rows=%zu segment=%zu segments=%zu tokens=%zu planes=%zu density=%g active=%g\n",
-                  isa.name, bits_of(c.kind), c.sparse, c.fours, c.zeros, c.rows, c.segment, c.segments, c.tokens, c.planes, c.density, c.active);
+      std::printf(
+          "FAILED %s bits=%d sparse=%d blocks4=%d zeros=%d rows=%zu segment=%zu segments=%zu tokens=%zu planes=%zu "
+          "density=%g active=%g\n",
+          isa.name, bits_of(c.kind), c.sparse, c.blocks4, c.zeros, c.rows, c.segment, c.segments, c.tokens, c.planes,
+          c.density, c.active);
       ++failures;
     }
   }
@@ -252,8 +270,8 @@ void compare(const Case& c, std::mt19937& rng) {
 template <typename Change>
 void refused(const char* what, Change change, const char* line = "") {
   std::mt19937 rng(5);
-  for (const bool fours : {false, true}) {
-    Weights w({WeightKind::codes4, true, false, fours, 256, 64, 4, 1, 1, 1, 0.3, 1.0}, rng);
+  for (const bool blocks4 : {false, true}) {
+    Weights w({WeightKind::codes4, true, false, blocks4, 256, 64, 4, 1, 1, 1, 0.3, 1.0}, rng);
     refused_of(std::move(w), what, change, line);
   }
 }
@@ -265,26 +283,29 @@ void lists() {
     for (int percent : {0, 40, 100}) {
       for (const bool two : {false, true}) {
         std::vector<std::int8_t> high(4 * n, 0), low(4 * n, 0);
-        std::vector<std::uint32_t> places;
+        std::vector<std::uint32_t> indices;
         std::vector<std::int8_t> kept_high, kept_low;
         for (std::size_t i = 0; i < n; ++i) {
           const bool here = static_cast<int>(rng() % 100) < percent;
           // One of the four alone, in one plane alone, is enough.
           if (here) (two && rng() % 2 ? low : high)[4 * i + rng() % 4] = static_cast<std::int8_t>(1 + rng() % 127);
           if (!here) continue;
-          places.push_back(static_cast<std::uint32_t>(100 + i));
-          kept_high.insert(kept_high.end(), high.begin() + static_cast<long>(4 * i), high.begin() + static_cast<long>(4 * i + 4));
-          kept_low.insert(kept_low.end(), low.begin() + static_cast<long>(4 * i), low.begin() + static_cast<long>(4 * i + 4));
+          indices.push_back(static_cast<std::uint32_t>(100 + i));
+          kept_high.insert(kept_high.end(), high.begin() + static_cast<long>(4 * i),
+                           high.begin() + static_cast<long>(4 * i + 4));
+          kept_low.insert(kept_low.end(), low.begin() + static_cast<long>(4 * i),
+                          low.begin() + static_cast<long>(4 * i + 4));
         }
         std::vector<float> size(4 * n), x(4 * n);
         for (std::size_t i = 0; i < 4 * n; ++i) x[i] = static_cast<float>(size[i] = static_cast<float>(rng() % 8));
         for (const tulle::Isa& isa : tulle::supported_isas()) {
           const auto h = exact(high), l = exact(low);
           const auto at = exact(std::vector<std::uint32_t>(n, 9));
-          const auto of_high = exact(std::vector<std::int8_t>(4 * n, 9)), of_low = exact(std::vector<std::int8_t>(4 * n, 9));
-          const std::size_t found = isa.ops->nonzero_fours(h.get(), two ? l.get() : nullptr, n, 100, at.get(), of_high.get(),
-                                                           two ? of_low.get() : nullptr);
-          bool right = found == places.size() && std::equal(places.begin(), places.end(), at.get()) &&
+          const auto of_high = exact(std::vector<std::int8_t>(4 * n, 9)),
+                     of_low = exact(std::vector<std::int8_t>(4 * n, 9));
+          const std::size_t found = isa.ops->nonzero_blocks4(h.get(), two ? l.get() : nullptr, n, 100, at.get(),
+                                                             of_high.get(), two ? of_low.get() : nullptr);
+          bool right = found == indices.size() && std::equal(indices.begin(), indices.end(), at.get()) &&
                        std::equal(kept_high.begin(), kept_high.end(), of_high.get()) &&
                        (!two || std::equal(kept_low.begin(), kept_low.end(), of_low.get()));
           for (std::size_t unit : {1, 3, 4}) {
@@ -303,7 +324,7 @@ void lists() {
             }
           }
           if (right) continue;
-          std::printf("FAILED %s lists of %zu fours, %d %%, planes %d\n", isa.name, n, percent, 1 + two);
+          std::printf("FAILED %s lists of %zu blocks of 4, %d %%, planes %d\n", isa.name, n, percent, 1 + two);
           ++failures;
         }
       }
@@ -316,9 +337,10 @@ void lists() {
 int main() {
   std::mt19937 rng(1);
   struct Shape { std::size_t rows, segment, segments, per_scale; };
-  // The last but one has several strips, its own chunk boundaries and inputs of one scale in parts; the last so many inputs
-  // that scratch has no room for where all columns' codes go on at once.
-  const Shape shapes[] = {{1, 8, 1, 1}, {64, 16, 3, 1}, {129, 64, 2, 2}, {300, 512, 3, 1}, {520, 24, 25, 5}, {12500, 8, 3, 3}, {130, 512, 70, 1}};
+  // The last but one has several panels, its own chunk boundaries and inputs of one scale in parts; the last so many
+  // inputs that scratch has no room for where all columns' codes go on at once.
+  const Shape shapes[] = {{1, 8, 1, 1},     {64, 16, 3, 1},   {129, 64, 2, 2},  {300, 512, 3, 1},
+                          {520, 24, 25, 5}, {12500, 8, 3, 3}, {130, 512, 70, 1}};
   std::size_t cases = 0;
   for (WeightKind kind : {WeightKind::codes2, WeightKind::codes4, WeightKind::codes8}) {
     for (const Shape& s : shapes) {
@@ -330,7 +352,9 @@ int main() {
             if (s.segments > 30 && (tokens != 5 || density != 0.3 || active != 0.5)) continue;
             for (std::size_t variant = 0; variant < 4; ++variant, ++cases) {
               const std::size_t planes = 1 + variant % 2;
-              compare({kind, density >= 0, cases / 4 % 2 == 0, variant >= 2, s.rows, s.segment, s.segments, s.per_scale, tokens, planes, density, active}, rng);
+              compare({kind, density >= 0, cases / 4 % 2 == 0, variant >= 2, s.rows, s.segment, s.segments, s.per_scale,
+                       tokens, planes, density, active},
+                      rng);
             }
           }
         }
@@ -352,13 +376,10 @@ int main() {
   refused("floats", [](Weights& w) { w.view.kind = WeightKind::bf16; }, "expected codes");
   refused("2 bits in tiles", [](Weights& w) {
     w.view.kind = WeightKind::codes2;
-    w.view.by_columns = w.view.fours = w.view.sparse = false;
+    w.view.layout = Layout::tiles;
   }, "found tiles");
-  refused("fours in tiles", [](Weights& w) {
-    w.view.by_columns = w.view.sparse = false;
-    w.view.fours = true;
-  }, "columns of fours");
   lists();
-  std::printf("linears by columns: %zu cases on %zu instruction sets, %d failures\n", cases, tulle::supported_isas().size(), failures);
+  std::printf("input-major linears: %zu cases on %zu instruction sets, %d failures\n", cases,
+              tulle::supported_isas().size(), failures);
   return failures == 0 ? 0 : 1;
 }

@@ -56,7 +56,8 @@ struct RowInputs {
 
 struct ScalingKernels {
   // y[t · y_stride + r] = W[r]·x[t] for rows [first, last).
-  void (*rows)(const Matrix& w, std::size_t first, std::size_t last, const RowInputs& x, float* y, std::size_t y_stride);
+  void (*rows)(const Matrix& w, std::size_t first, std::size_t last, const RowInputs& x, float* y,
+               std::size_t y_stride);
   // y[i] = W[chosen[i]]·x[token]
   void (*chosen)(const Matrix& w, const std::int32_t* chosen, std::size_t count, const RowInputs& x, std::size_t token,
                  float* y);

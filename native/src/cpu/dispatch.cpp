@@ -41,7 +41,8 @@ std::vector<Isa> probe() {
 #if defined(TULLE_HAVE_AVX2)
   static const PackingKernels avx2 = with_scalar_masks(avx2_packing);
   const bool has_avx2 = cpu.popcnt && cpu.avx2 && cpu.fma && cpu.f16c;
-  if (has_avx2) isas.push_back({"avx2", &avx2, &avx2_permutation, &avx2_linear, &avx2_ops, &avx2_sparse_train, &avx2_scaling});
+  if (has_avx2)
+    isas.push_back({"avx2", &avx2, &avx2_permutation, &avx2_linear, &avx2_ops, &avx2_sparse_train, &avx2_scaling});
 #if defined(TULLE_HAVE_AVX512)
   // Ice Lake and Zen 4 onwards; Skylake-X lacks VBMI and VNNI and runs the AVX2 set.
   if (has_avx2 && cpu.avx512f && cpu.avx512bw && cpu.avx512vl && cpu.avx512vbmi && cpu.avx512vbmi2 &&
@@ -71,8 +72,9 @@ const Isa& choose() {
     if (std::string(isa.name) == wanted) return isa;
     names += (names.empty() ? "" : ", ") + std::string(isa.name);
   }
-  throw std::invalid_argument("expected TULLE_ISA to be one of " + names + " (what this build and CPU support), found '" +
-                              wanted + "'; unset it to use " + isas.back().name);
+  throw std::invalid_argument("expected TULLE_ISA to be one of " + names +
+                              " (what this build and CPU support), found '" + wanted + "'; unset it to use " +
+                              isas.back().name);
 }
 
 }  // namespace

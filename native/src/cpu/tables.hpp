@@ -27,9 +27,9 @@ extern const LinearKernels avx2_linear;
 extern const LinearKernels avx512_linear;
 
 // Where weights stand by columns; part of the tables above.
-using RunColumns = void(const LinearView& w, const Inputs& x, std::size_t strip, std::size_t first, std::size_t last,
+using RunInputMajor = void(const LinearView& w, const Inputs& x, std::size_t panel, std::size_t first, std::size_t last,
                         float* sums, std::size_t stride, std::uint8_t* scratch);
-RunColumns scalar_run_columns, avx2_run_columns, avx512_run_columns;
+RunInputMajor scalar_run_input_major, avx2_run_input_major, avx512_run_input_major;
 
 extern const OpsKernels scalar_ops;
 extern const OpsKernels avx2_ops;

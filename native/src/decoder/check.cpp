@@ -16,7 +16,7 @@ void check(const Model& m) {
   require(m.embedding != nullptr && m.norm != nullptr, "embedding and norm", 1, 0);
   require_equal("linears of the head", 1, m.head.linears.size());
   const auto fits = [](const Group& group, std::size_t inputs, std::initializer_list<std::size_t> outputs) {
-    // Those that stand by columns may be one, its outputs one linear's behind another's.
+    // Input-major ones may be fused to one, its outputs one linear's behind another's.
     std::vector<std::size_t> wanted(outputs);
     if (group.linears.size() == 1) wanted = {std::accumulate(outputs.begin(), outputs.end(), std::size_t{0})};
     require_equal("linears of a group", wanted.size(), group.linears.size());

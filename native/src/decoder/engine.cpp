@@ -12,18 +12,21 @@ std::uint64_t Linear::bytes() const {
   const std::uint64_t weights = static_cast<std::uint64_t>(w.tiles()) * kTileRows * w.padded();
   std::uint64_t bytes = 0;
   if (w.is_codes()) bytes += static_cast<std::uint64_t>(w.tiles()) * kTileRows * w.scales_per_row() * (w.zeros ? 3 : 2);
-  if (w.by_columns) return bytes + static_cast<std::uint64_t>(column_bytes() * static_cast<double>(w.padded()));
-  if (w.sparse) return bytes + weights / 8 + w.offsets[w.tiles() * w.chunks()];
-  const unsigned bits = w.kind == WeightKind::codes4 ? 4 : w.kind == WeightKind::codes8 ? 8 : w.kind == WeightKind::bf16 ? 16 : 32;
+  if (w.input_major()) return bytes + static_cast<std::uint64_t>(bytes_per_input() * static_cast<double>(w.padded()));
+  if (w.sparse()) return bytes + weights / 8 + w.offsets[w.tiles() * w.chunks()];
+  const unsigned bits = w.kind == WeightKind::codes4   ? 4
+                        : w.kind == WeightKind::codes8 ? 8
+                        : w.kind == WeightKind::bf16   ? 16
+                                                       : 32;
   return bytes + weights * bits / 8;
 }
 
-double Linear::column_bytes() const {
+double Linear::bytes_per_input() const {
   const LinearView& w = weight;
-  if (!w.by_columns) return 0;
-  if (!w.sparse) return static_cast<double>(w.lines() * kUnitBytes);
-  const double starts = 4.0 * static_cast<double>(w.strips()) / static_cast<double>(w.column_inputs());
-  return static_cast<double>(w.offsets[w.strips()]) / static_cast<double>(w.padded()) + starts;
+  if (!w.input_major()) return 0;
+  if (!w.sparse()) return static_cast<double>(w.lines() * kUnitBytes);
+  const double starts = 4.0 * static_cast<double>(w.panels()) / static_cast<double>(w.block_inputs());
+  return static_cast<double>(w.offsets[w.panels()]) / static_cast<double>(w.padded()) + starts;
 }
 
 Engine::Engine(Model model, std::size_t slots, std::size_t context, std::size_t batch, CacheKind cache,

@@ -1,5 +1,5 @@
-// A pass: tokens in, logits out. One routine for one token, for prompts and for several sequences; Pass (state.hpp) says
-// what differs. `multiply` ends with all threads waiting for each other.
+// A pass: tokens in, logits out. One routine for one token, for prompts and for several sequences; Pass (state.hpp)
+// says what differs. `multiply` ends with all threads waiting for each other.
 //
 //   residual stream ─ norm ─ qkv ─ rotary, append to the cache, attend ─ o ─(+)─ norm ─ gate, up ─ act ─ down ─(+)─ …
 #include <algorithm>
@@ -112,7 +112,8 @@ void Engine::State::attend(const Pass& pass, std::size_t index) {
     }
   } else {
     const std::size_t heads = model.heads + model.kv_heads;
-    for (std::size_t i = pass.thread; i < pass.n * heads; i += pass.team) append_head(pass, index, i % heads, i / heads);
+    for (std::size_t i = pass.thread; i < pass.n * heads; i += pass.team)
+      append_head(pass, index, i % heads, i / heads);
     wait();
     for (std::size_t i = pass.thread; i < blocks * model.kv_heads; i += pass.team) {
       run(i / blocks, attention.blocks()[i % blocks]);

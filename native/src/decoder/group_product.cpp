@@ -44,7 +44,7 @@ void Engine::State::multiply(const Pass& pass, const Group& group, Plan& plan, B
 void Engine::State::multiply_item(const Pass& pass, const Group& group, const Plan& plan, const WorkItem& item,
                                   float* sums, std::size_t n, float* y) {
   const Linear& l = group.linears[item.linear];
-  if (l.weight.by_columns) return multiply_input_major(pass, l, plan, item, sums, n, y);
+  if (l.weight.input_major()) return multiply_input_major(pass, l, plan, item, sums, n, y);
   float* const out = y + plan.output[item.linear];
   const std::size_t input = plan.input_of[item.linear];
   linear.run(l.weight, (*pass.inputs)[input].view(*plan.inputs[input], 0, n), item.first, item.last, out, plan.outputs,
@@ -58,14 +58,15 @@ void Engine::State::multiply_item(const Pass& pass, const Group& group, const Pl
 void Engine::State::multiply_input_major(const Pass& pass, const Linear& l, const Plan& plan, const WorkItem& item,
                                          float* sums, std::size_t n, float* y) {
   const LinearView& w = l.weight;
-  const std::size_t outputs = w.panel_outputs(), first = item.panel * outputs, count = std::min(outputs, w.rows - first);
+  const std::size_t outputs = w.panel_outputs(), first = item.panel * outputs,
+                    count = std::min(outputs, w.rows - first);
   const std::size_t column = plan.output[item.linear] + first, input = plan.input_of[item.linear];
   const ThreadMemory& memory = of_thread[pass.thread];
   float* const found = memory.panel_sums.data();
-  for (std::size_t from = 0; from < n; from += kColumnTokens) {
-    const std::size_t tokens = std::min(kColumnTokens, n - from);
+  for (std::size_t from = 0; from < n; from += kInputMajorTokens) {
+    const std::size_t tokens = std::min(kInputMajorTokens, n - from);
     const Inputs x = (*pass.inputs)[input].view(*plan.inputs[input], from, tokens);
-    linear.run_columns(w, x, item.panel, item.first, item.last, found, outputs, memory.kernel_scratch.data());
+    linear.run_input_major(w, x, item.panel, item.first, item.last, found, outputs, memory.kernel_scratch.data());
     for (std::size_t t = 0; t < tokens; ++t) {
       if (plan.parts[item.linear] > 1) {
         float* const to = sums + (item.part * n + from + t) * plan.outputs + column;
@@ -109,9 +110,10 @@ void Engine::State::count_reads(const Group& group, const Plan& plan, const Grou
   for (std::size_t i = 0; i < group.linears.size(); ++i) {
     const Linear& l = group.linears[i];
     double bytes = static_cast<double>(l.bytes());
-    if (l.weight.by_columns) {
-      const double inactive = static_cast<double>(l.weight.padded()) - static_cast<double>(of[plan.input_of[i]].active(0));
-      bytes -= inactive * l.column_bytes();
+    if (l.weight.input_major()) {
+      const double inactive =
+          static_cast<double>(l.weight.padded()) - static_cast<double>(of[plan.input_of[i]].active(0));
+      bytes -= inactive * l.bytes_per_input();
     }
     reads.bytes += bytes;
   }

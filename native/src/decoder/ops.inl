@@ -1,5 +1,10 @@
-// The engine's vector loops, for every kernel file to compile with its own flags. Internal linkage only: see
-// tables.hpp. Written so that the compiler turns the inner loops into vector instructions.
+// The decoder's vector loops, for every kernel file to compile with its own flags. Internal linkage only: see
+// cpu/tables.hpp. Written so that the compiler turns the inner loops into vector instructions.
+//
+//   sums over a vector   parts[j] += x[16·i + j], j < 16: sixteen lanes, added up at the end in one order, so that
+//                        every instruction set gives the same bits
+//   attention, scores    sums[row] += query[row][i] · keys[block][i][0 … 15]      16 scores of a query in a register
+//   attention, values    sums[row][k] += p[row][t] · value[t][16·k … 16·k + 15]   rows share every load of a value
 
 namespace ops {
 
@@ -140,7 +145,7 @@ static void rope(float* x, const float* cosine, const float* sine, std::size_t n
   }
 }
 
-static void times(const float* x, const float* m, std::size_t rows, std::size_t columns, float* y) {
+static void vector_matrix(const float* x, const float* m, std::size_t rows, std::size_t columns, float* y) {
   for (std::size_t r = 0; r < rows; ++r) {
     const float value = x[r];
     const float* row = m + r * columns;
@@ -210,8 +215,8 @@ static inline std::uint16_t to_bf16(float x) {
   return static_cast<std::uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-static void append_to_cache(const CacheView& c, std::size_t position, const float* key, const float* value, GridRange kr,
-                     GridRange vr) {
+static void append_to_cache(const CacheView& c, std::size_t position, const float* key, const float* value,
+                            GridRange kr, GridRange vr) {
   const std::size_t d = c.head_dim;
   const std::size_t at = position / kKeyBlock * kKeyBlock * d + position % kKeyBlock;
   switch (c.kind) {
@@ -269,7 +274,7 @@ static inline Lanes lanes(const std::uint8_t* from) {
 
 // Products of kRows queries with the kKeyBlock keys at `keys`, [d][kKeyBlock].
 template <std::size_t kRows, typename T>
-static inline void meet_keys(const T* keys, std::size_t d, const float* const* queries, float* const* to) {
+static inline void query_key_products(const T* keys, std::size_t d, const float* const* queries, float* const* to) {
   Lanes sums[kRows] = {};
   for (std::size_t i = 0; i < d; ++i) {
     const Lanes column = lanes(keys + i * kKeyBlock);
@@ -280,7 +285,7 @@ static inline void meet_keys(const T* keys, std::size_t d, const float* const* q
 
 // out[r][...] = Σ_t p[r][t] · value t / totals[r] for kWide · kKeyBlock channels from `at` on.
 template <std::size_t kRows, std::size_t kWide, typename T>
-static inline void meet_values(const CacheView& c, std::size_t first, std::size_t last, std::size_t at,
+static inline void weighted_values(const CacheView& c, std::size_t first, std::size_t last, std::size_t at,
                                const float* scores, std::size_t width, const float* totals, float* const* out) {
   Lanes sums[kRows][kWide] = {};
   for (std::size_t t = first; t < last; ++t) {
@@ -304,7 +309,7 @@ static inline void meet_values(const CacheView& c, std::size_t first, std::size_
 }
 
 // e^(score − the largest) in place; returns their sum. `width`: whole blocks, scores that are masked far below.
-static inline float soften(float* scores, std::size_t width) {
+static inline float exponentials(float* scores, std::size_t width) {
   float most = scores[0];
   for (std::size_t i = 1; i < width; ++i) most = scores[i] > most ? scores[i] : most;
   float parts[kKeyBlock] = {};
@@ -339,7 +344,7 @@ static void attend_rows(const CacheView& c, const float* const* queries, const s
     const std::size_t start = first + b;
     float* rows[kRows];
     for (std::size_t r = 0; r < kRows; ++r) rows[r] = scores + r * width + b;
-    meet_keys<kRows>(static_cast<const T*>(c.keys) + start * d, d, queries, rows);
+    query_key_products<kRows>(static_cast<const T*>(c.keys) + start * d, d, queries, rows);
     for (std::size_t r = 0; r < kRows; ++r) {
       for (std::size_t j = 0; j < kKeyBlock; ++j) {
         const std::size_t position = start + j;
@@ -352,13 +357,13 @@ static void attend_rows(const CacheView& c, const float* const* queries, const s
     }
   }
   float totals[kRows];
-  for (std::size_t r = 0; r < kRows; ++r) totals[r] = soften(scores + r * width, width);
+  for (std::size_t r = 0; r < kRows; ++r) totals[r] = exponentials(scores + r * width, width);
   std::size_t at = 0;
   for (; at + 2 * kKeyBlock <= d; at += 2 * kKeyBlock) {
-    meet_values<kRows, 2, T>(c, first, last, at, scores, width, totals, out);
+    weighted_values<kRows, 2, T>(c, first, last, at, scores, width, totals, out);
   }
   for (; at + kKeyBlock <= d; at += kKeyBlock) {
-    meet_values<kRows, 1, T>(c, first, last, at, scores, width, totals, out);
+    weighted_values<kRows, 1, T>(c, first, last, at, scores, width, totals, out);
   }
   for (; at < d; ++at) {
     for (std::size_t r = 0; r < kRows; ++r) {
@@ -397,8 +402,29 @@ static void attend(const CacheView& c, std::size_t rows, const float* const* que
 #include "decoder/top_k.inl"
 
 constexpr OpsKernels kernels = {
-    rms_norm, add, scale, gate, range, quantise, fake_quantise, sum, rope, times, dot_bf16, dot, butterflies, append_to_cache, attend,
-    scaled, cut, nonzero, nonzero_fours, absolute, drop_below, unit_sizes, drop_units_below,
+    rms_norm,
+    add,
+    scale,
+    gate,
+    range,
+    quantise,
+    fake_quantise,
+    sum,
+    rope,
+    vector_matrix,
+    dot_bf16,
+    dot,
+    butterflies,
+    append_to_cache,
+    attend,
+    scaled,
+    top_k_threshold,
+    nonzero,
+    nonzero_blocks4,
+    absolute,
+    drop_below,
+    unit_sizes,
+    drop_units_below,
 };
 
 }  // namespace ops

@@ -1,3 +1,4 @@
+// The decoder's vector loops (see ops.inl) for AVX2: 8 floats in a register.
 #include <cstring>
 
 #include "cpu/tables.hpp"

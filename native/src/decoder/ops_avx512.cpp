@@ -1,3 +1,4 @@
+// The decoder's vector loops (see ops.inl) for AVX-512: 16 floats in a register.
 #include <immintrin.h>
 
 #include <cstring>

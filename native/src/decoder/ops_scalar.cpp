@@ -1,3 +1,4 @@
+// The decoder's vector loops (see ops.inl) for the baseline of the architecture.
 #include <cstring>
 
 #include "cpu/tables.hpp"

@@ -27,8 +27,8 @@ inline void check_pass(const Limits& limits, const std::int32_t* tokens, const s
   }
   for (std::size_t i = 0; i < wanted; ++i) {
     inside("rows below", rows[i], n);
-    require(i == 0 || rows[i] > rows[i - 1], "rising rows; more than", i == 0 ? 0 : static_cast<std::size_t>(rows[i - 1]),
-            static_cast<std::size_t>(rows[i]));
+    require(i == 0 || rows[i] > rows[i - 1], "rising rows; more than",
+            i == 0 ? 0 : static_cast<std::size_t>(rows[i - 1]), static_cast<std::size_t>(rows[i]));
   }
 }
 

@@ -9,16 +9,18 @@ namespace {
 bool same_input(const Linear& a, const Linear& b) {
   const LinearView &v = a.weight, &w = b.weight;
   if (v.is_codes() != w.is_codes() || v.padded() != w.padded()) return false;
-  if (v.by_columns != w.by_columns || v.fours != w.fours) return false;  // what is listed of the active inputs
-  if (a.input.bits != b.input.bits || a.input.symmetric != b.input.symmetric || a.input.clip != b.input.clip) return false;
-  if (!(a.selection == b.selection) || a.own_grid != b.own_grid) return false;
+  if (v.input_major() != w.input_major() || v.blocks4() != w.blocks4())
+    return false;  // what is listed of the active inputs
+  if (a.input.bits != b.input.bits || a.input.symmetric != b.input.symmetric || a.input.clip != b.input.clip)
+    return false;
+  if (!(a.selection == b.selection) || a.engine_grid != b.engine_grid) return false;
   return !v.is_codes() || (v.segment == w.segment && v.segments_per_scale == w.segments_per_scale);
 }
 
 // Whole panels where all threads get as many, or many, so that no sum is cut. Otherwise segments: half of a panel's
 // outputs would be shorter runs of memory, with another thread's between them.
 void add_input_major(Plan& plan, std::size_t number, const LinearView& w, std::size_t threads) {
-  const std::size_t panels = w.strips();
+  const std::size_t panels = w.panels();
   const bool enough = panels >= 4 * threads;
   const std::size_t parts = enough ? 1 : std::min(w.segments, threads / std::gcd(panels, threads));
   plan.parts[number] = parts;
@@ -51,7 +53,7 @@ Plan plan_of(const Group& group, std::size_t threads) {
   for (std::size_t i = 0; i < group.linears.size(); ++i) {
     const LinearView& w = group.linears[i].weight;
     const std::uint64_t bytes = group.linears[i].bytes();
-    if (w.by_columns) {
+    if (w.input_major()) {
       add_input_major(plan, i, w, threads);
       before += bytes;
       continue;

@@ -33,7 +33,7 @@ struct WorkQueue {
 constexpr std::uint64_t kItemBytes = 128 * 1024;
 
 // Tokens that input-major weights multiply at once: bounds the memory of their sums.
-constexpr std::size_t kColumnTokens = 64;
+constexpr std::size_t kInputMajorTokens = 64;
 
 struct Plan {
   std::vector<std::size_t> input_of;   // per linear: which of the group's inputs it reads

@@ -20,7 +20,7 @@ void InputSizes::add(const Linear& linear) {
   codes = std::max(codes, w.padded());
   segments = std::max(segments, w.segments);
   planes = std::max(planes, planes_of(linear.input));
-  if (w.by_columns) active = std::max(active, 4 * quad_stride(w));
+  if (w.input_major()) active = std::max(active, 4 * quad_stride(w));
 }
 
 QuantisedInputs::QuantisedInputs(const InputSizes& sizes, std::size_t tokens)
@@ -51,7 +51,7 @@ Inputs QuantisedInputs::view(const Linear& linear, std::size_t first, std::size_
     x.sums[p] = sums_[p].data() + first * x.sum_stride;
     x.quad_plane[p] = quad_plane_[p].data() + first * x.quad_stride * 4;
   }
-  x.quads = quads_.data() + first * x.quad_stride * (w.fours ? 1 : 4);
+  x.quads = quads_.data() + first * x.quad_stride * (w.blocks4() ? 1 : 4);
   x.quad_starts = quad_starts_.data() + first * (w.segments + 1);
   return x;
 }
@@ -67,12 +67,12 @@ void QuantisedInputs::set(const OpsKernels& ops, const Linear& l, const float* x
     range = ops.range(x, w.columns, l.input);
   } else {
     std::memcpy(copy, x, w.columns * sizeof(float));
-    if (!l.own_grid) {
+    if (!l.engine_grid) {
       range = ops.range(x, w.columns, l.input);
       ops.fake_quantise(copy, w.columns, range);
     }
     ratio = l.selection.run(ops, copy, w.columns, spare);
-    if (l.own_grid) range = ops.range(copy, w.columns, l.input);
+    if (l.engine_grid) range = ops.range(copy, w.columns, l.input);
     x = copy;
   }
   steps_.data()[t] = range.step * ratio;
@@ -91,7 +91,7 @@ void QuantisedInputs::set(const OpsKernels& ops, const Linear& l, const float* x
     sums_[0].data()[t * w.segments + s] = ops.sum(high + s * w.segment, w.segment);
     if (two) sums_[1].data()[t * w.segments + s] = ops.sum(low + s * w.segment, w.segment);
   }
-  if (w.by_columns) list_active(ops, w, high, low, t);
+  if (w.input_major()) list_active(ops, w, high, low, t);
 }
 
 void QuantisedInputs::set_floats(const OpsKernels& ops, const Linear& l, const float* x, std::size_t t, float* spare) {
@@ -109,7 +109,7 @@ void QuantisedInputs::set_floats(const OpsKernels& ops, const Linear& l, const f
 void QuantisedInputs::list_active(const OpsKernels& ops, const LinearView& w, const std::int8_t* high,
                                   const std::int8_t* low, std::size_t t) {
   const std::size_t at = t * quad_stride(w) * 4;
-  std::uint32_t* const indices = quads_.data() + (w.fours ? at / 4 : at);
+  std::uint32_t* const indices = quads_.data() + (w.blocks4() ? at / 4 : at);
   std::int8_t* const kept_high = quad_plane_[0].data() + at;
   std::int8_t* const kept_low = low ? quad_plane_[1].data() + at : nullptr;
   std::uint32_t* const starts = quad_starts_.data() + t * (w.segments + 1);
@@ -117,8 +117,8 @@ void QuantisedInputs::list_active(const OpsKernels& ops, const LinearView& w, co
   for (std::size_t s = 0; s < w.segments; ++s) {
     starts[s] = static_cast<std::uint32_t>(next / 4);
     const std::size_t first = s * w.segment;
-    if (w.fours) {
-      next += 4 * ops.nonzero_fours(high + first, low ? low + first : nullptr, w.segment / 4,
+    if (w.blocks4()) {
+      next += 4 * ops.nonzero_blocks4(high + first, low ? low + first : nullptr, w.segment / 4,
                                     static_cast<std::uint32_t>(first / 4), indices + next / 4, kept_high + next,
                                     kept_low ? kept_low + next : nullptr);
       total = next;

@@ -13,7 +13,7 @@ namespace {
 
 // drop(i) of those at the cut that are too many: of equal ones the last.
 template <typename Drop>
-void drop_surplus(const float* size, std::size_t n, const Cut& cut, std::size_t keep, Drop drop) {
+void drop_surplus(const float* size, std::size_t n, const TopKThreshold& cut, std::size_t keep, Drop drop) {
   std::size_t surplus = cut.count - keep;
   for (std::size_t i = n; surplus > 0 && i-- > 0;) {
     if (size[i] != cut.value) continue;
@@ -26,7 +26,7 @@ void drop_surplus(const float* size, std::size_t n, const Cut& cut, std::size_t 
 void keep_largest(const OpsKernels& ops, const float* size, std::size_t n, std::size_t keep, std::size_t unit, float* x,
                   float* spare) {
   if (keep >= n) return;
-  const Cut cut = ops.cut(size, n, keep, spare);
+  const TopKThreshold cut = ops.top_k_threshold(size, n, keep, spare);
   if (unit == 1) {
     ops.drop_below(x, size, n, cut.value);
   } else {
@@ -82,7 +82,8 @@ void keep_largest_mask(const OpsKernels& ops, const float* size, std::size_t row
   for (std::size_t row = 0; row < rows; ++row) {
     const float* from = size + row * n;
     bool* to = mask + row * n;
-    const Cut cut = ops.cut(from, n, keep, spare.data() + static_cast<std::size_t>(omp_get_thread_num()) * (n + 16));
+    const TopKThreshold cut =
+        ops.top_k_threshold(from, n, keep, spare.data() + static_cast<std::size_t>(omp_get_thread_num()) * (n + 16));
     for (std::size_t i = 0; i < n; ++i) to[i] = from[i] >= cut.value;
     drop_surplus(from, n, cut, keep, [&](std::size_t i) { to[i] = false; });
   }

@@ -36,7 +36,7 @@ Engine::State::State(Model m, std::size_t slots_, std::size_t context_, std::siz
     input_kinds = std::max(input_kinds, plan.inputs.size());
     if (plan.most_parts > 1) partial = std::max(partial, plan.most_parts * plan.outputs);
     for (const Linear& l : group.linears) {
-      if (l.weight.by_columns) panel = std::max(panel, l.weight.panel_outputs());
+      if (l.weight.input_major()) panel = std::max(panel, l.weight.panel_outputs());
     }
     for (const Linear* l : plan.inputs) sizes.add(*l);
   };
@@ -64,9 +64,9 @@ Engine::State::State(Model m, std::size_t slots_, std::size_t context_, std::siz
     ThreadMemory memory;
     memory.vectors = Buffer<float>(kVectors * vector_floats);
     memory.scores = Buffer<float>(kQueries * context);
-    memory.panel_sums = Buffer<float>(std::min(batch, kColumnTokens) * panel);
-    memory.kernel_scratch =
-        Buffer<std::uint8_t>(std::max(scratch_bytes(batch), panel > 0 ? column_scratch_bytes(kColumnTokens) : 0));
+    memory.panel_sums = Buffer<float>(std::min(batch, kInputMajorTokens) * panel);
+    memory.kernel_scratch = Buffer<std::uint8_t>(
+        std::max(scratch_bytes(batch), panel > 0 ? input_major_scratch_bytes(kInputMajorTokens) : 0));
     memory.inputs = group_inputs(input_kinds, sizes, 1);
     memory.hidden = Buffer<float>(model.hidden);
     memory.outputs = Buffer<float>(std::max(outputs, model.hidden));
@@ -76,7 +76,8 @@ Engine::State::State(Model m, std::size_t slots_, std::size_t context_, std::siz
 
 std::uint64_t Engine::State::work_bytes() const {
   std::uint64_t bytes = rotary.bytes();
-  for (const Buffer<float>* b : {&partial_sums.attention_in, &partial_sums.back, &hidden, &attended, &back, &wide, &gated}) {
+  for (const Buffer<float>* b :
+       {&partial_sums.attention_in, &partial_sums.back, &hidden, &attended, &back, &wide, &gated}) {
     bytes += b->bytes();
   }
   for (const QuantisedInputs& one : inputs) bytes += one.bytes();

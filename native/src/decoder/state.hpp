@@ -34,7 +34,7 @@ struct PartialSums {
 struct ThreadMemory {
   Buffer<float> vectors;      // of `vector_floats` each; see Engine::State::vector
   Buffer<float> scores;       // attention: [kQueries][context]
-  Buffer<float> panel_sums;   // input-major linears: [kColumnTokens][output of a panel]
+  Buffer<float> panel_sums;   // input-major linears: [kInputMajorTokens][output of a panel]
   Buffer<std::uint8_t> kernel_scratch;
   // Of passes of one token, where every thread computes for itself what is no product: what another core has just
   // written takes longer to come than to be computed again.

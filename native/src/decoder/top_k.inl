@@ -1,4 +1,7 @@
-// What a token keeps of its inputs: the cut of Top-K, and the list of what is not zero. Part of ops.inl.
+// What a token keeps of its inputs: the threshold of Top-K, and the list of active inputs. Part of ops.inl.
+//
+//   threshold   bisection over the bits of |x| (floats >= 0 have the order of their bits): count those >= the middle
+//   list        16 codes: vptestmb ─► mask ─► vpcompressd of their indices, vpcompressb of the codes
 
 // Bits of floats >= 0 have their order.
 static inline std::uint32_t bits_of(float x) {
@@ -17,7 +20,8 @@ static inline std::size_t count_from(const float* size, std::size_t n, std::uint
 static std::size_t between(const float* size, std::size_t n, std::uint32_t low, std::uint32_t high, float* to) {
   std::size_t found = 0, i = 0;
 #if defined(__AVX512F__)
-  const __m512i from = _mm512_set1_epi32(static_cast<int>(low)), width = _mm512_set1_epi32(static_cast<int>(high - low));
+  const __m512i from = _mm512_set1_epi32(static_cast<int>(low)),
+                width = _mm512_set1_epi32(static_cast<int>(high - low));
   for (; i + 16 <= n; i += 16) {
     const __m512i bits = _mm512_loadu_si512(size + i);
     const __mmask16 inside = _mm512_cmplt_epu32_mask(_mm512_sub_epi32(bits, from), width);
@@ -35,7 +39,7 @@ static std::size_t between(const float* size, std::size_t n, std::uint32_t low, 
 }
 
 // By bisection over the bits; where few are left between the bounds, over those alone.
-static Cut cut(const float* size, std::size_t n, std::size_t keep, float* spare) {
+static TopKThreshold top_k_threshold(const float* size, std::size_t n, std::size_t keep, float* spare) {
   constexpr std::size_t kFew = 64;
   std::uint32_t low = 0, most = 0;
   for (std::size_t i = 0; i < n; ++i) most = bits_of(size[i]) > most ? bits_of(size[i]) : most;
@@ -81,7 +85,7 @@ static Cut cut(const float* size, std::size_t n, std::size_t keep, float* spare)
 }
 
 static std::size_t nonzero(const std::int8_t* high, const std::int8_t* low, std::size_t n, std::uint32_t first,
-                           std::uint32_t* places, std::int8_t* kept_high, std::int8_t* kept_low) {
+                           std::uint32_t* indices, std::int8_t* kept_high, std::int8_t* kept_low) {
   std::size_t found = 0, i = 0;
 #if defined(__AVX512VBMI2__)
   __m512i numbers = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first)),
@@ -95,7 +99,7 @@ static std::size_t nonzero(const std::int8_t* high, const std::int8_t* low, std:
       any = _mm_or_si128(codes, lower);
     }
     const __mmask16 here = _mm_test_epi8_mask(any, any);
-    _mm512_storeu_si512(places + found, _mm512_maskz_compress_epi32(here, numbers));
+    _mm512_storeu_si512(indices + found, _mm512_maskz_compress_epi32(here, numbers));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(kept_high + found), _mm_maskz_compress_epi8(here, codes));
     if (low != nullptr) {
       _mm_storeu_si128(reinterpret_cast<__m128i*>(kept_low + found), _mm_maskz_compress_epi8(here, lower));
@@ -105,7 +109,7 @@ static std::size_t nonzero(const std::int8_t* high, const std::int8_t* low, std:
   }
 #endif
   for (; i < n; ++i) {
-    places[found] = first + static_cast<std::uint32_t>(i);
+    indices[found] = first + static_cast<std::uint32_t>(i);
     kept_high[found] = high[i];
     if (low != nullptr) kept_low[found] = low[i];
     found += high[i] != 0 || (low != nullptr && low[i] != 0);
@@ -113,8 +117,8 @@ static std::size_t nonzero(const std::int8_t* high, const std::int8_t* low, std:
   return found;
 }
 
-static std::size_t nonzero_fours(const std::int8_t* high, const std::int8_t* low, std::size_t n, std::uint32_t first,
-                                 std::uint32_t* places, std::int8_t* kept_high, std::int8_t* kept_low) {
+static std::size_t nonzero_blocks4(const std::int8_t* high, const std::int8_t* low, std::size_t n, std::uint32_t first,
+                                 std::uint32_t* indices, std::int8_t* kept_high, std::int8_t* kept_low) {
   std::size_t found = 0, i = 0;
 #if defined(__AVX512VBMI2__)
   __m512i numbers = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first)),
@@ -133,7 +137,7 @@ static std::size_t nonzero_fours(const std::int8_t* high, const std::int8_t* low
       if (whole) _mm512_storeu_si512(to, kept);
       else _mm512_mask_storeu_epi32(to, static_cast<__mmask16>((1u << count) - 1), kept);
     };
-    store(places + found, numbers);
+    store(indices + found, numbers);
     store(kept_high + 4 * found, codes);
     if (low != nullptr) store(kept_low + 4 * found, lower);
     found += count;
@@ -145,7 +149,7 @@ static std::size_t nonzero_fours(const std::int8_t* high, const std::int8_t* low
     __builtin_memcpy(&four, high + 4 * i, 4);
     if (low != nullptr) __builtin_memcpy(&below, low + 4 * i, 4);
     if ((four | below) == 0) continue;
-    places[found] = first + static_cast<std::uint32_t>(i);
+    indices[found] = first + static_cast<std::uint32_t>(i);
     __builtin_memcpy(kept_high + 4 * found, &four, 4);
     if (low != nullptr) __builtin_memcpy(kept_low + 4 * found, &below, 4);
     ++found;

@@ -20,7 +20,7 @@ void Transform::run(const OpsKernels& ops, const float* x, float* y, float* work
       std::memset(y, 0, channels * sizeof(float));
       for (std::size_t start = 0; start < channels; start += block) {
         for (std::size_t i = 0; i < base; ++i) {
-          ops.times(numbers.data() + i * base, work + start, base, run, y + start + i * run);
+          ops.vector_matrix(numbers.data() + i * base, work + start, base, run, y + start + i * run);
         }
       }
       return;
@@ -28,15 +28,17 @@ void Transform::run(const OpsKernels& ops, const float* x, float* y, float* work
     case Kind::block_matrix:
       std::memset(y, 0, channels * sizeof(float));
       for (std::size_t start = 0; start < channels; start += block) {
-        ops.times(x + start, numbers.data() + (shared ? 0 : start * block), block, block, y + start);
+        ops.vector_matrix(x + start, numbers.data() + (shared ? 0 : start * block), block, block, y + start);
       }
       return;
     case Kind::kronecker: {
       const float* right_matrix = numbers.data() + left * left;
       std::memset(work, 0, channels * sizeof(float));
       std::memset(y, 0, channels * sizeof(float));
-      for (std::size_t i = 0; i < left; ++i) ops.times(x + i * right, right_matrix, right, right, work + i * right);
-      for (std::size_t i = 0; i < left; ++i) ops.times(numbers.data() + i * left, work, left, right, y + i * right);
+      for (std::size_t i = 0; i < left; ++i)
+        ops.vector_matrix(x + i * right, right_matrix, right, right, work + i * right);
+      for (std::size_t i = 0; i < left; ++i)
+        ops.vector_matrix(numbers.data() + i * left, work, left, right, y + i * right);
     }
   }
 }

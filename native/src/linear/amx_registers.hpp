@@ -1,5 +1,7 @@
-// AMX tiles, as instructions and as plain loops that do the same, so that a kernel can be tested where there is no AMX.
-// Internal linkage only: see tables.hpp.
+// AMX tile registers, as instructions and as plain loops that do the same, so that a kernel can be tested where there
+// is no AMX. Internal linkage only: see cpu/tables.hpp.
+//
+//   multiply<C, A, B>:   C [m][n] += Σ_k Σ_i A [m][4k + i] · B [k][4n + i]      A signed, B unsigned bytes, C 32 bits
 #pragma once
 
 #include <cstddef>
@@ -71,7 +73,8 @@ struct EmulatedTiles {
   template <int kTile>
   static void store(void* to, std::size_t stride) {
     const Tile& t = tiles[kTile];
-    for (std::size_t r = 0; r < t.rows; ++r) std::memcpy(static_cast<std::uint8_t*>(to) + r * stride, t.data[r], t.bytes);
+    for (std::size_t r = 0; r < t.rows; ++r)
+      std::memcpy(static_cast<std::uint8_t*>(to) + r * stride, t.data[r], t.bytes);
   }
   template <int kTo, int kSigned, int kUnsigned>
   static void multiply() {

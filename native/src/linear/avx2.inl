@@ -1,4 +1,9 @@
-// What the kernel files with AVX2 share. Internal linkage only: see tables.hpp.
+// What the kernel files with AVX2 share. Internal linkage only: see cpu/tables.hpp.
+//
+//   Expanding 32 codes by their mask, without vpexpandb:
+//     bits    each mask bit as a byte         1 0 1 1 | 0 1 …
+//     before  set bits before it, of its 16   0 1 1 2 | 3 3 …     within 4 by a product, then of the 4 and the 8 before
+//     codes   vpshufb(kept bytes, before)     zero points blended in where the bit is clear
 
 __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 void store(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
@@ -17,7 +22,7 @@ __m256i broadcast4(const void* x) {
 #endif
 
 // Times a constant, by the instruction: compilers make five shifts and sums of this one.
-TULLE_INLINE __m256i times(__m256i x, std::uint32_t constant) {
+TULLE_INLINE __m256i multiply_constant(__m256i x, std::uint32_t constant) {
   __m256i y = _mm256_set1_epi32(static_cast<int>(constant));
 #if defined(__GNUC__)
   __asm__("" : "+x"(y));
@@ -26,11 +31,11 @@ TULLE_INLINE __m256i times(__m256i x, std::uint32_t constant) {
 }
 
 // For 32 mask bits: where each of 32 bytes comes from among what its half keeps, and 0xff where its bit is clear.
-struct Places {
+struct ExpandIndices {
   __m256i from, clear;
 };
 
-TULLE_INLINE Places places(const std::uint8_t* mask) {
+TULLE_INLINE ExpandIndices expand_indices(const std::uint8_t* mask) {
   const __m256i zero = _mm256_setzero_si256();
   const __m256i byte_of = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
   const __m256i bytes = _mm256_shuffle_epi8(broadcast4(mask), byte_of);
@@ -38,9 +43,10 @@ TULLE_INLINE Places places(const std::uint8_t* mask) {
   const __m256i clear = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, own), zero);
   const __m256i set = _mm256_add_epi8(clear, _mm256_set1_epi8(1));
   // How many are set before: within four by a product, then those of the four and of the eight before.
-  const __m256i within = times(set, 0x01010100);
+  const __m256i within = multiply_constant(set, 0x01010100);
   const long long none = static_cast<long long>(0x8080808080808080);
-  const __m256i four = _mm256_set_epi64x(0x0b0b0b0b80808080, 0x0303030380808080, 0x0b0b0b0b80808080, 0x0303030380808080);
+  const __m256i four =
+      _mm256_set_epi64x(0x0b0b0b0b80808080, 0x0303030380808080, 0x0b0b0b0b80808080, 0x0303030380808080);
   const __m256i fours = _mm256_shuffle_epi8(_mm256_add_epi8(within, set), four);
   const __m256i eights = _mm256_shuffle_epi8(_mm256_sad_epu8(set, zero), _mm256_set_epi64x(0, none, 0, none));
   return {_mm256_add_epi8(_mm256_add_epi8(within, fours), eights), clear};
@@ -48,7 +54,7 @@ TULLE_INLINE Places places(const std::uint8_t* mask) {
 
 // What 32 mask bits keep, from `kept` on, each in its place; what stands in the others is of no meaning. Reads 16 bytes
 // from where each half begins.
-TULLE_INLINE __m256i spread(const std::uint8_t* kept, std::uint32_t mask, const Places& at) {
+TULLE_INLINE __m256i spread(const std::uint8_t* kept, std::uint32_t mask, const ExpandIndices& at) {
   const std::uint8_t* const more = kept + _mm_popcnt_u32(mask & 0xffff);
   const __m256i both = _mm256_inserti128_si256(
       _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kept))),
@@ -68,12 +74,13 @@ __m256i part_of(__m256i bytes) {
 
 // A unit's codes of those it keeps, pruned ones at their zero point (both in halves of 32); returns how many it keeps.
 template <Part kPart>
-TULLE_INLINE std::size_t expand_unit(const std::uint8_t* kept, const std::uint8_t* masks, const __m256i zeros[2], __m256i codes[2]) {
+TULLE_INLINE std::size_t expand_unit(const std::uint8_t* kept, const std::uint8_t* masks, const __m256i zeros[2],
+                                     __m256i codes[2]) {
   std::uint64_t word;
   std::memcpy(&word, masks, 8);
   for (int h = 0; h < 2; ++h) {
     const auto mask = static_cast<std::uint32_t>(word >> (32 * h));
-    const Places at = places(masks + 4 * h);
+    const ExpandIndices at = expand_indices(masks + 4 * h);
     codes[h] = _mm256_blendv_epi8(part_of<kPart>(spread(kept, mask, at)), zeros[h], at.clear);
     if (h == 0) kept += _mm_popcnt_u32(mask);
   }
@@ -85,14 +92,15 @@ struct Count {
   static constexpr int value = kValue;
 };
 
-// Adds Σ over the four inputs of each of 8 outputs. 16-bit sums of two products stay below 2^15 where codes have 4 bits;
-// those of 8 are widened, first and third apart from second and fourth.
+// Adds Σ over the four inputs of each of 8 outputs. 16-bit sums of two products stay below 2^15 where codes have 4
+// bits; those of 8 are widened, first and third apart from second and fourth.
 template <bool kNibbles>
 __m256i dot(__m256i total, __m256i codes, __m256i x) {
   if constexpr (kNibbles) {
     return _mm256_add_epi32(total, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), _mm256_set1_epi16(1)));
   } else {
-    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(codes, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
+    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(codes, _mm256_set1_epi16(255)),
+                                           _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
     const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(codes, 8), _mm256_srai_epi16(x, 8));
     return _mm256_add_epi32(_mm256_add_epi32(total, even), odd);
   }
@@ -113,8 +121,9 @@ __m256 scales_at(const LinearView& w, std::size_t scale, std::size_t h) {
 // kTokens tokens from `token` on with `units` units of one segment of a tile; in[plane]: the first token's inputs of
 // these, `stride` bytes from one token to the next; sums [tokens][16].
 template <bool kNibbles, int kTokens>
-void meet(const LinearView& w, const Inputs& x, std::size_t scale, std::size_t segment, std::size_t token,
-          const std::uint8_t* codes, std::size_t units, const std::int8_t* const* in, std::size_t stride, float* sums) {
+void multiply_accumulate(const LinearView& w, const Inputs& x, std::size_t scale, std::size_t segment,
+                         std::size_t token, const std::uint8_t* codes, std::size_t units, const std::int8_t* const* in,
+                         std::size_t stride, float* sums) {
   __m256 whole[2][kTokens];
   for (auto& half : whole) {
     for (auto& one : half) one = _mm256_setzero_ps();
@@ -151,13 +160,14 @@ void meet(const LinearView& w, const Inputs& x, std::size_t scale, std::size_t s
 
 // All tokens with one segment of a tile; sums [tokens][16].
 template <bool kNibbles>
-void meet_all(const LinearView& w, const Inputs& x, std::size_t tile, std::size_t segment, const std::uint8_t* codes,
-              float* sums) {
+void multiply_accumulate_all(const LinearView& w, const Inputs& x, std::size_t tile, std::size_t segment,
+                             const std::uint8_t* codes, float* sums) {
   const std::size_t scale = w.scale_at(tile, segment);
   const auto some = [&](auto count, std::size_t t) {
     const std::int8_t* in[2];
     for (std::size_t p = 0; p < x.planes; ++p) in[p] = x.plane[p] + t * x.stride + segment * w.segment;
-    meet<kNibbles, decltype(count)::value>(w, x, scale, segment, t, codes, w.segment / 4, in, x.stride, sums);
+    multiply_accumulate<kNibbles, decltype(count)::value>(w, x, scale, segment, t, codes, w.segment / 4, in, x.stride,
+                                                          sums);
   };
   std::size_t t = 0;
   for (; t + 4 <= x.tokens; t += 4) some(Count<4>(), t);

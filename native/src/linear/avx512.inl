@@ -1,5 +1,11 @@
 // What the kernel files with AVX-512 share: codes out of the stream, as registers or into the level-1 cache. Internal
-// linkage only: see tables.hpp.
+// linkage only: see cpu/tables.hpp.
+//
+//   take() of a pair of units, 4 bits, sparse:
+//     packed  = next 64 bytes             [l0|h0][l1|h1][l2|h2] …      l: codes of the first unit, h: the second's
+//     first   = vpexpandb(packed & 0x0f, mask bits  0– 63)                  zero points where a bit is clear
+//     second  = vpexpandb(packed & 0xf0, mask bits 64–127)                  times 16
+//     next   += max(popcount of either)
 
 #include "linear/common.inl"
 #include "linear/tiles_stream.inl"
@@ -48,7 +54,7 @@ class Stream {
   // `zeros`: zero points as bytes; `high`: the second unit's.
   void take(const __m512i& zeros, const __m512i& high, __m512i& first, __m512i& second) {
     if constexpr (kSparse && kNibbles) {
-      fetch_ahead(next_, masks_);
+      prefetch_streams(next_, masks_);
       const __m512i packed = _mm512_loadu_si512(next_);
       const __mmask64 even = mask64(masks_), odd = mask64(masks_ + 8);
       first = _mm512_mask_expand_epi8(zeros, even, low_nibbles(packed));
@@ -73,7 +79,7 @@ class Stream {
 
  private:
   __m512i expanded(const __m512i& zeros) {
-    fetch_ahead(next_, masks_);
+    prefetch_streams(next_, masks_);
     const __mmask64 mask = mask64(masks_);
     const __m512i codes = _mm512_mask_expand_epi8(zeros, mask, _mm512_loadu_si512(next_));
     next_ += _mm_popcnt_u64(mask);
@@ -103,8 +109,8 @@ void expand(const LinearView& w, std::size_t tile, std::size_t chunk, std::uint8
 }
 
 // The outputs of `tiles` tiles from `tile` on: sums [tokens][2][16] times each token's step.
-[[maybe_unused]] void write_scaled(const LinearView& w, const Inputs& x, std::size_t tile, std::size_t tiles, const float* sums, float* y,
-                  std::size_t y_stride) {
+[[maybe_unused]] void write_scaled(const LinearView& w, const Inputs& x, std::size_t tile, std::size_t tiles,
+                                   const float* sums, float* y, std::size_t y_stride) {
   for (std::size_t t = 0; t < x.tokens; ++t) {
     const __m512 step = _mm512_set1_ps(x.steps[t]);
     for (std::size_t i = 0; i < tiles; ++i) {

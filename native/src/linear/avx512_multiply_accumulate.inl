@@ -1,4 +1,10 @@
-// Expanded codes of a tile or two meet tokens. Internal linkage only: see tables.hpp.
+// Expanded codes of one or two tiles times several tokens. Internal linkage only: see cpu/tables.hpp.
+//
+//   zmm  total[tile][token][plane]   16 sums each; two tiles × twelve tokens × one plane = 24 accumulators
+//        unit[tile]                  64 codes: 16 outputs × 4 inputs
+//        four                        x[4u … 4u+3] of one token, broadcast
+//
+//   step u: load unit[0], unit[1]; per token and plane: broadcast four, vpdpbusd into total[0] and total[1]
 
 // total += the sums of four products of unsigned codes and signed x. In place: where there are many
 // accumulators, GCC 12 copies them around the intrinsic and spills them (with few it does better than this).
@@ -18,7 +24,7 @@ __m512i broadcast4(const std::int8_t* x) {
 
 // One segment of kTiles tiles, whose codes lie `tile_stride` bytes apart, with kTokens tokens.
 template <int kTiles, int kTokens, int kPlanes>
-void meet(const LinearView& w, const Inputs& x, std::size_t tile, std::size_t segment, std::size_t token,
+void multiply_accumulate(const LinearView& w, const Inputs& x, std::size_t tile, std::size_t segment, std::size_t token,
           const std::uint8_t* codes, std::size_t tile_stride, float* sums) {
   const std::size_t units = w.segment / 4;
   __m512i total[kTiles][kTokens][kPlanes];
@@ -69,18 +75,19 @@ void meet(const LinearView& w, const Inputs& x, std::size_t tile, std::size_t se
 }
 
 template <int kTiles, int kPlanes>
-void meet_all(const LinearView& w, const Inputs& x, std::size_t tile, std::size_t segment, const std::uint8_t* codes,
-              std::size_t tile_stride, float* sums) {
+void multiply_accumulate_all(const LinearView& w, const Inputs& x, std::size_t tile, std::size_t segment,
+                             const std::uint8_t* codes, std::size_t tile_stride, float* sums) {
   constexpr int kMost = kPlanes == 1 ? 12 : 6;
   std::size_t t = 0;
   for (; t + kMost <= x.tokens; t += kMost) {
-    meet<kTiles, kMost, kPlanes>(w, x, tile, segment, t, codes, tile_stride, sums);
+    multiply_accumulate<kTiles, kMost, kPlanes>(w, x, tile, segment, t, codes, tile_stride, sums);
   }
-  for (; t + 4 <= x.tokens; t += 4) meet<kTiles, 4, kPlanes>(w, x, tile, segment, t, codes, tile_stride, sums);
+  for (; t + 4 <= x.tokens; t += 4)
+    multiply_accumulate<kTiles, 4, kPlanes>(w, x, tile, segment, t, codes, tile_stride, sums);
   switch (x.tokens - t) {
-    case 1: return meet<kTiles, 1, kPlanes>(w, x, tile, segment, t, codes, tile_stride, sums);
-    case 2: return meet<kTiles, 2, kPlanes>(w, x, tile, segment, t, codes, tile_stride, sums);
-    case 3: return meet<kTiles, 3, kPlanes>(w, x, tile, segment, t, codes, tile_stride, sums);
+    case 1: return multiply_accumulate<kTiles, 1, kPlanes>(w, x, tile, segment, t, codes, tile_stride, sums);
+    case 2: return multiply_accumulate<kTiles, 2, kPlanes>(w, x, tile, segment, t, codes, tile_stride, sums);
+    case 3: return multiply_accumulate<kTiles, 3, kPlanes>(w, x, tile, segment, t, codes, tile_stride, sums);
     default: return;
   }
 }

@@ -39,21 +39,21 @@ std::uint64_t kept_bytes(const PackingKernels& kernels, WeightKind kind, const s
   return bytes;
 }
 
-// Sparse weights by columns: masks and codes of every input lie where its start says, one behind the other.
-void check_columns(const LinearView& w, const LinearSizes& sizes) {
-  require("offsets", w.strips() + 1, sizes.offsets);
-  require("starts", w.strips() * (static_cast<std::uint64_t>(w.all_columns()) + 1), sizes.starts);
+// Sparse input-major weights: masks and codes of every block lie where its start says, one behind the other.
+void check_input_major(const LinearView& w, const LinearSizes& sizes) {
+  require("offsets", w.panels() + 1, sizes.offsets);
+  require("starts", w.panels() * (static_cast<std::uint64_t>(w.input_blocks()) + 1), sizes.starts);
   require("first offset", 0, w.offsets[0]);
   if (sizes.values < kSlack) refuse("bytes of the values, at least", kSlack, sizes.values);
   const std::uint64_t end = sizes.values - kSlack;
-  require("last offset", end, w.offsets[w.strips()]);
+  require("last offset", end, w.offsets[w.panels()]);
   const PackingKernels& kernels = *active_isa().packing;
-  for (std::size_t strip = 0; strip < w.strips(); ++strip) {
-    const std::uint32_t* const starts = w.starts + strip * (w.all_columns() + 1);
-    const std::uint64_t first = w.offsets[strip], masks = w.lines_of(strip) * w.line_masks();
+  for (std::size_t panel = 0; panel < w.panels(); ++panel) {
+    const std::uint32_t* const starts = w.starts + panel * (w.input_blocks() + 1);
+    const std::uint64_t first = w.offsets[panel], masks = w.lines_of(panel) * w.line_mask_bytes();
     if (first > end) refuse("an offset, at most", end, first);
-    require("first start of a strip", 0, starts[0]);
-    for (std::size_t c = 0; c < w.all_columns(); ++c) {
+    require("first start of a panel", 0, starts[0]);
+    for (std::size_t c = 0; c < w.input_blocks(); ++c) {
       const std::uint64_t at = first + starts[c];
       if (at + masks > end) refuse("bytes behind a start, at least", masks, at < end ? end - at : 0);
       const std::uint64_t bytes = masks + kept_bytes(kernels, w.kind, w.values + at, 8 * masks);
@@ -62,7 +62,7 @@ void check_columns(const LinearView& w, const LinearSizes& sizes) {
       }
       if (at + bytes > end) refuse("bytes behind a start, at least", bytes, end - at);
     }
-    require("bytes of a strip", w.offsets[strip + 1] - first, starts[w.all_columns()]);
+    require("bytes of a panel", w.offsets[panel + 1] - first, starts[w.input_blocks()]);
   }
 }
 
@@ -72,7 +72,7 @@ std::size_t scratch_bytes(std::size_t tokens) {
   return 2 * kChunkInputs * kTileRows * sizeof(float) + tokens * 2 * kTileRows * sizeof(float);
 }
 
-std::size_t column_scratch_bytes(std::size_t tokens) {
+std::size_t input_major_scratch_bytes(std::size_t tokens) {
   constexpr std::size_t kMostTiles = 16;  // of a line
   return kMostTiles * kTileRows * (kChunkInputs + tokens * sizeof(float));
 }
@@ -80,7 +80,8 @@ std::size_t column_scratch_bytes(std::size_t tokens) {
 void check(const LinearView& w, const LinearSizes& sizes) {
   constexpr std::size_t kMost = std::size_t{1} << 31;  // of rows and columns, so that no product below overflows
   if (w.rows < 1 || w.rows > kMost || w.columns < 1 || w.columns > kMost) refuse("rows or columns", 1, w.rows);
-  if (w.segment < 8 || w.segment > kChunkInputs || w.segment % 8 != 0) refuse("inputs of a segment", kChunkInputs, w.segment);
+  if (w.segment < 8 || w.segment > kChunkInputs || w.segment % 8 != 0)
+    refuse("inputs of a segment", kChunkInputs, w.segment);
   if (w.segments < 1 || w.segments > kMost || w.segments_per_scale < 1) refuse("segments", 1, w.segments);
   require("segments that share scales evenly", 0, w.segments % w.segments_per_scale);
   if (w.padded() < w.columns) refuse("inputs of all segments", w.columns, w.padded());
@@ -90,18 +91,17 @@ void check(const LinearView& w, const LinearSizes& sizes) {
     require("scales", scales, sizes.scales);
     if (w.zeros != nullptr) require("zero points", scales, sizes.zeros);
   }
-  if (w.fours && !w.by_columns) throw std::invalid_argument("columns of fours: expected weights by columns, found tiles");
-  if (w.by_columns && (!w.is_codes() || (w.sparse && w.kind != WeightKind::codes4))) {
-    throw std::invalid_argument("weights by columns: expected codes, sparse ones of 4 bits, found others");
+  if (w.input_major() && (!w.is_codes() || (w.sparse() && w.kind != WeightKind::codes4))) {
+    throw std::invalid_argument("input-major weights: expected codes, sparse ones of 4 bits, found others");
   }
-  if (w.kind == WeightKind::codes2 && !w.by_columns) {
-    throw std::invalid_argument("codes of 2 bits: expected them by columns, found tiles");
+  if (w.kind == WeightKind::codes2 && !w.input_major()) {
+    throw std::invalid_argument("codes of 2 bits: expected them input-major, found tiles");
   }
-  if (!w.sparse) {
+  if (!w.sparse()) {
     require("bytes of the weights", value_bytes(w.kind, weights) + kSlack, sizes.values);
     return;
   }
-  if (w.by_columns) return check_columns(w, sizes);
+  if (w.input_major()) return check_input_major(w, sizes);
   require("bytes of the masks", weights / 8, sizes.masks);
   const std::uint64_t chunks = static_cast<std::uint64_t>(w.tiles()) * w.chunks();
   require("offsets", chunks + 1, sizes.offsets);
@@ -115,7 +115,8 @@ void check(const LinearView& w, const LinearSizes& sizes) {
       const std::size_t count = w.segments_of(chunk) * w.segment * kTileRows;
       const std::uint64_t bytes = kept_bytes(kernels, w.kind, mask, count);
       // Offsets begin at 0, so that none of them can lie beyond the last where every step is right.
-      if (w.offsets[i + 1] - w.offsets[i] != bytes) refuse("bytes between two offsets", bytes, w.offsets[i + 1] - w.offsets[i]);
+      if (w.offsets[i + 1] - w.offsets[i] != bytes)
+        refuse("bytes between two offsets", bytes, w.offsets[i + 1] - w.offsets[i]);
       mask += count / 8;
     }
   }

@@ -1,4 +1,5 @@
-// What the kernel files of linears share, each compiling it with its own flags. Internal linkage only: see tables.hpp.
+// What the kernel files of linears share, each compiling it with its own flags. Internal linkage only: see
+// cpu/tables.hpp.
 
 static inline float from_bf16(std::uint16_t bits) {
   const std::uint32_t wide = static_cast<std::uint32_t>(bits) << 16;

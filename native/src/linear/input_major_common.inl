@@ -1,18 +1,18 @@
-// Where the kernels for weights by columns find them. Internal linkage only: see tables.hpp.
+// Where the kernels for input-major weights find them. Internal linkage only: see cpu/tables.hpp.
 
-// Bytes of a dense column of a strip.
-static inline std::size_t column_bytes(const LinearView& w, std::size_t strip) {
-  return w.lines_of(strip) * w.line_bytes();
+// Bytes of a dense input (or block of 4) of a panel.
+static inline std::size_t block_bytes(const LinearView& w, std::size_t panel) {
+  return w.lines_of(panel) * w.line_bytes();
 }
 
-static inline const std::uint8_t* dense_strip(const LinearView& w, std::size_t strip) {
-  return w.values + strip * w.strip_lines() * kUnitBytes * w.padded();
+static inline const std::uint8_t* dense_panel(const LinearView& w, std::size_t panel) {
+  return w.values + panel * w.panel_lines() * kUnitBytes * w.padded();
 }
 
-// Of a sparse strip: where each column's masks and codes begin, in bytes behind the strip's first.
-static inline const std::uint8_t* sparse_strip(const LinearView& w, std::size_t strip) {
-  return w.values + w.offsets[strip];
+// Of a sparse panel: where each block's masks and codes begin, in bytes behind the panel's first.
+static inline const std::uint8_t* sparse_panel(const LinearView& w, std::size_t panel) {
+  return w.values + w.offsets[panel];
 }
-static inline const std::uint32_t* sparse_starts(const LinearView& w, std::size_t strip) {
-  return w.starts + strip * (w.all_columns() + 1);
+static inline const std::uint32_t* sparse_starts(const LinearView& w, std::size_t panel) {
+  return w.starts + panel * (w.input_blocks() + 1);
 }

@@ -1,4 +1,7 @@
-// AVX2 has no expand or compress instruction: dispatch.cpp fills the mask kernels in from the scalar table.
+// Packing by AVX2, which has no expand or compress instruction: dispatch.cpp fills the mask kernels in from the scalar
+// table.
+//
+//   ymm  lanes of 16 bits  [lo | hi << 8]  or'ed with itself >> 4  ─►  [lo | hi << 4 | …], the low bytes packed
 #include <immintrin.h>
 
 #include <cstring>

@@ -1,8 +1,12 @@
-// AVX-512 with VBMI2 (vpexpandb, vpcompressb and their 16-bit forms).
+// Packing by AVX-512 with VBMI2 (vpexpandb, vpcompressb and their 16-bit forms).
 //
-// Expand and compress go through registers, never straight to or from memory: the memory forms are microcoded,
-// and slow, on Zen 4. Masked loads and stores do not touch the bytes whose mask bit is clear, so tails neither
-// read nor write past the end.
+//   zmm  next    values from here on           a b c d e …
+//        k       64 mask bits                  1 0 1 1 0 …
+//        expand  vpexpandb(next, k)            a 0 b c 0 …      compress is the way back
+//
+// Expand and compress go through registers, never straight to or from memory: the memory forms are microcoded, and
+// slow, on Zen 4. Masked loads and stores do not touch the bytes whose mask bit is clear, so tails neither read nor
+// write past the end.
 #include <immintrin.h>
 
 #include <cstring>

@@ -1,4 +1,7 @@
-// Plain loops: the definition that the other files must equal bit for bit.
+// Packing of codes and masks, plain loops: the definition that the other files must equal bit for bit.
+//
+//   nibbles    codes c0 c1 c2 …   ─►  bytes  c0 | c1 << 4,  c2 | c3 << 4, …
+//   masks      dense  a 0 b c 0   ─►  bits   1 0 1 1 0      values  a b c
 #include "cpu/tables.hpp"
 
 namespace tulle {

@@ -1,6 +1,16 @@
-// Linears of several tokens by AMX tiles: a chunk of two tiles of outputs is expanded into the level-1 cache once, 16
-// consecutive units are a tile of 64 inputs × 16 outputs as they lie, and meet 32 tokens at a time. What does not fit
-// (one token, few tokens, weights that are no codes, odd segments) goes to the AVX-512 kernels.
+// Linears in tiles by AMX, for several tokens: 16 consecutive units are, as they lie, a tile register of 64 inputs ×
+// 16 outputs. Chunks of two tiles of outputs are expanded into the level-1 cache, then multiplied with 32 tokens at a
+// time.
+//
+//                          tmm6  codes of tile 0      tmm7  codes of tile 1       [16 units][16 outputs · 4 inputs]
+//   tmm4  tokens  0–15     tmm0  sums                 tmm1  sums                  [16 tokens][16 outputs], 32 bits
+//   tmm5  tokens 16–31     tmm2  sums                 tmm3  sums
+//         [16][64 inputs]
+//
+//   step (64 inputs): load 4, 6, 7, 5; tdpbsud 0 += 4·6, 1 += 4·7, 2 += 5·6, 3 += 5·7. After a segment: store the sums,
+//   add zero points and scales by AVX-512.
+//
+// What does not fit (one token, few tokens, weights that are no codes, odd segments) goes to the AVX-512 kernels.
 #include "linear/amx.hpp"
 
 #include <immintrin.h>
@@ -18,10 +28,10 @@ namespace {
 constexpr std::size_t kTokens = 16;       // of a tile
 constexpr std::size_t kFewest = 4;        // tokens; below, most of a tile would be idle
 constexpr std::size_t kStepInputs = 64;   // of a tile
-constexpr std::size_t kPanel = kChunkInputs * kTileRows;
+constexpr std::size_t kChunkCodes = kChunkInputs * kTileRows;
 // Scratch: two panels of codes, four tiles of sums per plane, a chunk of the last tokens' inputs per plane, and where
 // scratch_bytes() has room for them the sums of all tokens.
-constexpr std::size_t kWholes = 2 * kPanel;
+constexpr std::size_t kWholes = 2 * kChunkCodes;
 constexpr std::size_t kSums4 = 4 * kTokens * kTileRows * sizeof(std::int32_t);
 constexpr std::size_t kRest = kWholes + 2 * kSums4;
 constexpr std::size_t kRestBytes = kTokens * kChunkInputs;
@@ -52,7 +62,7 @@ void sum_segment(std::size_t segment, std::size_t step, const std::uint8_t* code
     Tiles::template load<6>(codes + i * kTileRows, kUnitBytes);
     Tiles::template multiply<0, 4, 6>();
     if constexpr (kTwoTiles) {
-      Tiles::template load<7>(codes + kPanel + i * kTileRows, kUnitBytes);
+      Tiles::template load<7>(codes + kChunkCodes + i * kTileRows, kUnitBytes);
       Tiles::template multiply<1, 4, 7>();
     }
     if (second == nullptr) continue;
@@ -106,7 +116,7 @@ void multiply(const LinearView& w, const Inputs& x, std::size_t first, std::size
     const std::size_t tiles = least(2, last - tile);
     std::memset(sums, 0, x.tokens * 2 * kTileRows * sizeof(float));
     for (std::size_t chunk = 0; chunk < w.chunks(); ++chunk) {
-      for (std::size_t i = 0; i < tiles; ++i) expand<kNibbles, kSparse>(w, tile + i, chunk, scratch + i * kPanel);
+      for (std::size_t i = 0; i < tiles; ++i) expand<kNibbles, kSparse>(w, tile + i, chunk, scratch + i * kChunkCodes);
       const std::size_t start = chunk * w.chunk_segments(), inputs = w.segments_of(chunk) * w.segment;
       // The last tokens, fewer than a tile has rows: with zeros behind them.
       if (whole_tokens < x.tokens) {
@@ -148,10 +158,10 @@ void run(const LinearView& w, const Inputs& x, std::size_t first, std::size_t la
     return avx512_linear.run(w, x, first, last, y, y_stride, scratch);
   }
   if (w.kind == WeightKind::codes4) {
-    if (w.sparse) return multiply<Tiles, true, true>(w, x, first, last, y, y_stride, scratch);
+    if (w.sparse()) return multiply<Tiles, true, true>(w, x, first, last, y, y_stride, scratch);
     return multiply<Tiles, true, false>(w, x, first, last, y, y_stride, scratch);
   }
-  if (w.sparse) return multiply<Tiles, false, true>(w, x, first, last, y, y_stride, scratch);
+  if (w.sparse()) return multiply<Tiles, false, true>(w, x, first, last, y, y_stride, scratch);
   return multiply<Tiles, false, false>(w, x, first, last, y, y_stride, scratch);
 }
 
@@ -183,7 +193,7 @@ bool amx_multiplies() {
   return std::memcmp(found, expected, sizeof found) == 0;
 }
 
-const LinearKernels amx_linear = {run<HardwareTiles>, avx512_run_columns};
-const LinearKernels amx_emulated_linear = {run<EmulatedTiles>, avx512_run_columns};
+const LinearKernels amx_linear = {run<HardwareTiles>, avx512_run_input_major};
+const LinearKernels amx_emulated_linear = {run<EmulatedTiles>, avx512_run_input_major};
 
 }  // namespace tulle

@@ -1,7 +1,17 @@
-// Linears by vpmaddubsw, pruned codes put in their places by vpshufb.
+// Linears in tiles by AVX2: a unit is two registers of 32 codes, 8 outputs × 4 inputs each.
 //
-// One token: a tile's codes go from the stream into the accumulators without a stop. Several tokens: a chunk of a tile is
-// expanded into the level-1 cache and met by four at a time.
+//   ymm  a[0]  = unit u,     outputs 0–7   [o0: i0 i1 i2 i3][o1: …] … [o7: …]
+//        a[1]  = unit u,     outputs 8–15
+//        b[0], b[1] = unit u + 1
+//        even, odd  = x[4u … 4u+3], x[4u+4 … 4u+7], broadcast to every 32-bit lane
+//        total[h]   = 8 sums of 32 bits, outputs 8h … 8h+7
+//
+//   4 bits: vpmaddubsw(a, even) → 16-bit sums of two products; 8 units are added before vpmaddwd widens them
+//   8 bits: codes and x widened to 16 bits, even and odd bytes apart, vpmaddwd
+//
+// Pruned codes: AVX2 has no vpexpandb. avx2.inl counts the set bits before each byte and shuffles. One token: from the
+// stream of weights into the accumulators without a stop. Several tokens: a chunk of a tile is expanded into the
+// level-1 cache and multiplied with four tokens at a time.
 #include <immintrin.h>
 
 #include <cstring>
@@ -34,7 +44,7 @@ class Stream {
   // Two units, in halves of 32; `zeros`: zero points.
   void take(const __m256i zeros[2], __m256i first[2], __m256i second[2]) {
     if constexpr (kSparse) {
-      fetch_ahead(next_, masks_);
+      prefetch_streams(next_, masks_);
       if constexpr (kNibbles) {
         const std::size_t n = expand_unit<Part::low>(next_, masks_, zeros, first);
         const std::size_t m = expand_unit<Part::high>(next_, masks_ + 8, zeros, second);
@@ -71,7 +81,8 @@ void write(const LinearView& w, std::size_t tile, const float* sums, float step,
 // One token.
 template <bool kNibbles, bool kSparse, int kPlanes>
 void multiply(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y) {
-  // Sums of two products of 4-bit codes are added in 16 bits, 8 of them, before they are widened: 8 · 2 · 15 · 128 < 2^15.
+  // Sums of two products of 4-bit codes are added in 16 bits, 8 of them, before they are widened: 8 · 2 · 15 · 128 <
+  // 2^15.
   constexpr std::size_t kNarrow = 8;
   const std::size_t units = w.segment / 4;
   for (std::size_t tile = first; tile < last; ++tile) {
@@ -119,7 +130,8 @@ void multiply(const LinearView& w, const Inputs& x, std::size_t first, std::size
         }
         for (std::size_t h = 0; h < 2; ++h) {
           __m256 whole = _mm256_cvtepi32_ps(total[0][h]);
-          if constexpr (kPlanes == 2) whole = _mm256_fmadd_ps(whole, _mm256_set1_ps(256), _mm256_cvtepi32_ps(total[1][h]));
+          if constexpr (kPlanes == 2)
+            whole = _mm256_fmadd_ps(whole, _mm256_set1_ps(256), _mm256_cvtepi32_ps(total[1][h]));
           sum[h] = _mm256_fmadd_ps(whole, scales_at(w, scale, h), sum[h]);
         }
       }
@@ -153,15 +165,15 @@ const std::uint8_t* expand(const LinearView& w, std::size_t tile, std::size_t ch
 }
 
 template <bool kNibbles, bool kSparse>
-void multiply_many(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y, std::size_t y_stride,
-                   std::uint8_t* scratch) {
+void multiply_many(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y,
+                   std::size_t y_stride, std::uint8_t* scratch) {
   float* const sums = reinterpret_cast<float*>(scratch + kChunkInputs * kTileRows * sizeof(float));
   for (std::size_t tile = first; tile < last; ++tile) {
     std::memset(sums, 0, x.tokens * kTileRows * sizeof(float));
     for (std::size_t chunk = 0; chunk < w.chunks(); ++chunk) {
       const std::uint8_t* codes = expand<kNibbles, kSparse>(w, tile, chunk, scratch);
       for (std::size_t s = 0; s < w.segments_of(chunk); ++s, codes += w.segment * kTileRows) {
-        meet_all<kNibbles>(w, x, tile, chunk * w.chunk_segments() + s, codes, sums);
+        multiply_accumulate_all<kNibbles>(w, x, tile, chunk * w.chunk_segments() + s, codes, sums);
       }
     }
     for (std::size_t t = 0; t < x.tokens; ++t) write(w, tile, sums + t * kTileRows, x.steps[t], y + t * y_stride);
@@ -169,8 +181,8 @@ void multiply_many(const LinearView& w, const Inputs& x, std::size_t first, std:
 }
 
 template <bool kNibbles, bool kSparse>
-void run_codes(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y, std::size_t y_stride,
-               std::uint8_t* scratch) {
+void run_codes(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y,
+               std::size_t y_stride, std::uint8_t* scratch) {
   if (x.tokens > 1) return multiply_many<kNibbles, kSparse>(w, x, first, last, y, y_stride, scratch);
   if (x.planes == 1) return multiply<kNibbles, kSparse, 1>(w, x, first, last, y);
   multiply<kNibbles, kSparse, 2>(w, x, first, last, y);
@@ -203,7 +215,7 @@ class Floats {
 
   // Each in halves of 8 outputs.
   void take(__m256 even[2], __m256 odd[2]) {
-    if constexpr (kSparse) fetch_ahead(next_, masks_);
+    if constexpr (kSparse) prefetch_streams(next_, masks_);
     if constexpr (kHalf) {
       for (int h = 0; h < 2; ++h) {
         const __m256i pairs = halves();
@@ -226,7 +238,8 @@ class Floats {
       return load(next_ - 32);
     } else {
       const int first = _mm_popcnt_u32(masks_[0]), second = _mm_popcnt_u32(masks_[1]);
-      const __m256i values = _mm256_inserti128_si256(_mm256_castsi128_si256(load_half(next_)), load_half(next_ + 2 * first), 1);
+      const __m256i values =
+          _mm256_inserti128_si256(_mm256_castsi128_si256(load_half(next_)), load_half(next_ + 2 * first), 1);
       const __m256i from = _mm256_inserti128_si256(_mm256_castsi128_si256(load_half(kSources.halves[masks_[0]])),
                                                    load_half(kSources.halves[masks_[1]]), 1);
       next_ += 2 * (first + second);
@@ -242,7 +255,8 @@ class Floats {
       next_ += 32;
       return values;
     } else {
-      const __m256i from = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSources.singles[*masks_])));
+      const __m256i from =
+          _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSources.singles[*masks_])));
       next_ += 4 * _mm_popcnt_u32(*masks_++);
       return _mm256_blendv_ps(_mm256_permutevar8x32_ps(values, from), _mm256_setzero_ps(), _mm256_castsi256_ps(from));
     }
@@ -297,7 +311,8 @@ void expand_floats(const LinearView& w, std::size_t tile, std::size_t chunk, flo
 }
 
 template <int kTokens>
-void meet_floats(const float* weights, const float* in, std::size_t stride, std::size_t inputs, float* sums) {
+void multiply_accumulate_floats(const float* weights, const float* in, std::size_t stride, std::size_t inputs,
+                                float* sums) {
   __m256 sum[2][kTokens];
   for (int t = 0; t < kTokens; ++t) {
     for (int h = 0; h < 2; ++h) sum[h][t] = _mm256_load_ps(sums + t * kTileRows + 8 * h);
@@ -316,8 +331,8 @@ void meet_floats(const float* weights, const float* in, std::size_t stride, std:
 }
 
 template <bool kHalf, bool kSparse>
-void run_floats(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y, std::size_t y_stride,
-                std::uint8_t* scratch) {
+void run_floats(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y,
+                std::size_t y_stride, std::uint8_t* scratch) {
   if (x.tokens == 1) return multiply_floats<kHalf, kSparse>(w, x, first, last, y);
   float* const weights = reinterpret_cast<float*>(scratch);
   float* const sums = weights + kChunkInputs * kTileRows;
@@ -328,8 +343,10 @@ void run_floats(const LinearView& w, const Inputs& x, std::size_t first, std::si
       const std::size_t inputs = w.segments_of(chunk) * w.segment;
       const float* in = x.floats + chunk * w.chunk_segments() * w.segment;
       std::size_t t = 0;
-      for (; t + 4 <= x.tokens; t += 4) meet_floats<4>(weights, in + t * x.stride, x.stride, inputs, sums + t * kTileRows);
-      for (; t < x.tokens; ++t) meet_floats<1>(weights, in + t * x.stride, x.stride, inputs, sums + t * kTileRows);
+      for (; t + 4 <= x.tokens; t += 4)
+        multiply_accumulate_floats<4>(weights, in + t * x.stride, x.stride, inputs, sums + t * kTileRows);
+      for (; t < x.tokens; ++t)
+        multiply_accumulate_floats<1>(weights, in + t * x.stride, x.stride, inputs, sums + t * kTileRows);
     }
     for (std::size_t t = 0; t < x.tokens; ++t) write(w, tile, sums + t * kTileRows, 1.0f, y + t * y_stride);
   }
@@ -337,9 +354,11 @@ void run_floats(const LinearView& w, const Inputs& x, std::size_t first, std::si
 
 void run(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y, std::size_t y_stride,
          std::uint8_t* scratch) {
-  const auto go = [&](auto dense, auto sparse) { (w.sparse ? sparse : dense)(w, x, first, last, y, y_stride, scratch); };
+  const auto go = [&](auto dense, auto sparse) {
+    (w.sparse() ? sparse : dense)(w, x, first, last, y, y_stride, scratch);
+  };
   switch (w.kind) {
-    case WeightKind::codes2: return;  // by columns only
+    case WeightKind::codes2: return;  // input-major only
     case WeightKind::codes4: return go(run_codes<true, false>, run_codes<true, true>);
     case WeightKind::codes8: return go(run_codes<false, false>, run_codes<false, true>);
     case WeightKind::bf16: return go(run_floats<true, false>, run_floats<true, true>);
@@ -349,6 +368,6 @@ void run(const LinearView& w, const Inputs& x, std::size_t first, std::size_t la
 
 }  // namespace
 
-const LinearKernels avx2_linear = {run, avx2_run_columns};
+const LinearKernels avx2_linear = {run, avx2_run_input_major};
 
 }  // namespace tulle

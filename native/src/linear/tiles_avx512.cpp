@@ -1,7 +1,15 @@
-// Linears by vpdpbusd: 64 codes (16 outputs × 4 inputs) per instruction, pruned ones filled in by vpexpandb.
+// Linears in tiles by AVX-512 VNNI: a unit is one register, one vpdpbusd multiplies it.
 //
-// One token: a tile's codes go from the stream into the accumulators without a stop. Several tokens: a chunk of two
-// tiles is expanded into the level-1 cache once and met by up to 12 tokens at a time.
+//   zmm  a, b   = units u, u + 1:  [o0: i0 i1 i2 i3][o1: i0 i1 i2 i3] … [o15: …]       64 codes each
+//        x      = x[4u … 4u+3], broadcast to every 32-bit lane
+//        total  = 16 sums of 32 bits, one per output;  total += Σ₄ codes · x            vpdpbusd
+//        sum    = 16 floats;  after a segment  sum = fma(float(total − zero·Σx), scales, sum)
+//
+//   4 bits: 64 bytes hold both units, a = low nibbles, b = high ones, left times 16 (its sums are divided once)
+//   sparse: vpexpandb spreads the next kept bytes over the set bits of a 64-bit mask, zero points elsewhere
+//
+// One token: from the stream of weights into four accumulators. Several tokens: chunks of two tiles are expanded into
+// the level-1 cache and multiplied with up to twelve tokens at a time (avx512_multiply_accumulate.inl).
 #include <immintrin.h>
 
 #include <cstring>
@@ -70,20 +78,20 @@ void multiply(const LinearView& w, const Inputs& x, std::size_t first, std::size
 template <bool kNibbles, bool kSparse, int kPlanes>
 void multiply_many(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y,
                    std::size_t y_stride, std::uint8_t* scratch) {
-  constexpr std::size_t kPanel = kChunkInputs * kTileRows;
-  float* const sums = reinterpret_cast<float*>(scratch + 2 * kPanel);
+  constexpr std::size_t kChunkCodes = kChunkInputs * kTileRows;
+  float* const sums = reinterpret_cast<float*>(scratch + 2 * kChunkCodes);
   for (std::size_t tile = first; tile < last; tile += 2) {
     const std::size_t tiles = least(2, last - tile);
     std::memset(sums, 0, x.tokens * 2 * kTileRows * sizeof(float));
     for (std::size_t chunk = 0; chunk < w.chunks(); ++chunk) {
       for (std::size_t i = 0; i < tiles; ++i) {
-        expand<kNibbles, kSparse>(w, tile + i, chunk, scratch + i * kPanel);
+        expand<kNibbles, kSparse>(w, tile + i, chunk, scratch + i * kChunkCodes);
       }
       for (std::size_t s = 0; s < w.segments_of(chunk); ++s) {
         const std::size_t segment = chunk * w.chunk_segments() + s;
         const std::uint8_t* codes = scratch + s * w.segment * kTileRows;
-        if (tiles == 2) meet_all<2, kPlanes>(w, x, tile, segment, codes, kPanel, sums);
-        else meet_all<1, kPlanes>(w, x, tile, segment, codes, kPanel, sums);
+        if (tiles == 2) multiply_accumulate_all<2, kPlanes>(w, x, tile, segment, codes, kChunkCodes, sums);
+        else multiply_accumulate_all<1, kPlanes>(w, x, tile, segment, codes, kChunkCodes, sums);
       }
     }
     write_scaled(w, x, tile, tiles, sums, y, y_stride);
@@ -112,7 +120,7 @@ class Floats {
     if constexpr (kHalf) {
       __m512i pairs;
       if constexpr (kSparse) {
-        fetch_ahead(next_, masks_);
+        prefetch_streams(next_, masks_);
         std::uint32_t mask;
         std::memcpy(&mask, masks_, 4);
         masks_ += 4;
@@ -133,7 +141,7 @@ class Floats {
  private:
   __m512 single() {
     if constexpr (kSparse) {
-      fetch_ahead(next_, masks_);
+      prefetch_streams(next_, masks_);
       std::uint16_t mask;
       std::memcpy(&mask, masks_, 2);
       masks_ += 2;
@@ -187,7 +195,8 @@ void multiply_floats(const LinearView& w, const Inputs& x, std::size_t first, st
 
 // `inputs` inputs of two tiles, expanded to [inputs][16] and kChunkInputs · 16 floats apart, with kTokens tokens.
 template <int kTiles, int kTokens>
-void meet_floats(const float* weights, const float* in, std::size_t stride, std::size_t inputs, float* sums) {
+void multiply_accumulate_floats(const float* weights, const float* in, std::size_t stride, std::size_t inputs,
+                                float* sums) {
   __m512 sum[kTiles][kTokens];
 #pragma GCC unroll 16
   for (int i = 0; i < kTiles; ++i) {
@@ -213,26 +222,26 @@ void meet_floats(const float* weights, const float* in, std::size_t stride, std:
 }
 
 template <int kTiles>
-void meet_all_floats(const float* weights, const float* in, std::size_t stride, std::size_t inputs,
+void multiply_accumulate_all_floats(const float* weights, const float* in, std::size_t stride, std::size_t inputs,
                      std::size_t tokens, float* sums) {
   std::size_t t = 0;
   for (; t + 12 <= tokens; t += 12) {
-    meet_floats<kTiles, 12>(weights, in + t * stride, stride, inputs, sums + t * 2 * kTileRows);
+    multiply_accumulate_floats<kTiles, 12>(weights, in + t * stride, stride, inputs, sums + t * 2 * kTileRows);
   }
   for (; t + 4 <= tokens; t += 4) {
-    meet_floats<kTiles, 4>(weights, in + t * stride, stride, inputs, sums + t * 2 * kTileRows);
+    multiply_accumulate_floats<kTiles, 4>(weights, in + t * stride, stride, inputs, sums + t * 2 * kTileRows);
   }
   for (; t < tokens; ++t) {
-    meet_floats<kTiles, 1>(weights, in + t * stride, stride, inputs, sums + t * 2 * kTileRows);
+    multiply_accumulate_floats<kTiles, 1>(weights, in + t * stride, stride, inputs, sums + t * 2 * kTileRows);
   }
 }
 
 template <bool kHalf, bool kSparse>
 void multiply_many_floats(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y,
                           std::size_t y_stride, std::uint8_t* scratch) {
-  constexpr std::size_t kPanel = kChunkInputs * kTileRows;
+  constexpr std::size_t kChunkCodes = kChunkInputs * kTileRows;
   float* const weights = reinterpret_cast<float*>(scratch);
-  float* const sums = weights + 2 * kPanel;
+  float* const sums = weights + 2 * kChunkCodes;
   for (std::size_t tile = first; tile < last; tile += 2) {
     const std::size_t tiles = least(2, last - tile);
     std::memset(sums, 0, x.tokens * 2 * kTileRows * sizeof(float));
@@ -240,7 +249,7 @@ void multiply_many_floats(const LinearView& w, const Inputs& x, std::size_t firs
       const std::size_t inputs = w.segments_of(chunk) * w.segment;
       for (std::size_t i = 0; i < tiles; ++i) {
         Floats<kHalf, kSparse> stream(start_of(w, tile + i, chunk));
-        float* out = weights + i * kPanel;
+        float* out = weights + i * kChunkCodes;
         for (std::size_t k = 0; k < inputs; k += 2, out += 2 * kTileRows) {
           __m512 even, odd;
           stream.take(even, odd);
@@ -249,8 +258,8 @@ void multiply_many_floats(const LinearView& w, const Inputs& x, std::size_t firs
         }
       }
       const float* in = x.floats + chunk * w.chunk_segments() * w.segment;
-      if (tiles == 2) meet_all_floats<2>(weights, in, x.stride, inputs, x.tokens, sums);
-      else meet_all_floats<1>(weights, in, x.stride, inputs, x.tokens, sums);
+      if (tiles == 2) multiply_accumulate_all_floats<2>(weights, in, x.stride, inputs, x.tokens, sums);
+      else multiply_accumulate_all_floats<1>(weights, in, x.stride, inputs, x.tokens, sums);
     }
     for (std::size_t t = 0; t < x.tokens; ++t) {
       for (std::size_t i = 0; i < tiles; ++i) {
@@ -272,24 +281,24 @@ void run_floats(const LinearView& w, const Inputs& x, std::size_t first, std::si
 void run(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y, std::size_t y_stride,
          std::uint8_t* scratch) {
   switch (w.kind) {
-    case WeightKind::codes2: return;  // by columns only
+    case WeightKind::codes2: return;  // input-major only
     case WeightKind::codes4:
-      if (w.sparse) return run_codes<true, true>(w, x, first, last, y, y_stride, scratch);
+      if (w.sparse()) return run_codes<true, true>(w, x, first, last, y, y_stride, scratch);
       return run_codes<true, false>(w, x, first, last, y, y_stride, scratch);
     case WeightKind::codes8:
-      if (w.sparse) return run_codes<false, true>(w, x, first, last, y, y_stride, scratch);
+      if (w.sparse()) return run_codes<false, true>(w, x, first, last, y, y_stride, scratch);
       return run_codes<false, false>(w, x, first, last, y, y_stride, scratch);
     case WeightKind::bf16:
-      if (w.sparse) return run_floats<true, true>(w, x, first, last, y, y_stride, scratch);
+      if (w.sparse()) return run_floats<true, true>(w, x, first, last, y, y_stride, scratch);
       return run_floats<true, false>(w, x, first, last, y, y_stride, scratch);
     case WeightKind::f32:
-      if (w.sparse) return run_floats<false, true>(w, x, first, last, y, y_stride, scratch);
+      if (w.sparse()) return run_floats<false, true>(w, x, first, last, y, y_stride, scratch);
       return run_floats<false, false>(w, x, first, last, y, y_stride, scratch);
   }
 }
 
 }  // namespace
 
-const LinearKernels avx512_linear = {run, avx512_run_columns};
+const LinearKernels avx512_linear = {run, avx512_run_input_major};
 
 }  // namespace tulle

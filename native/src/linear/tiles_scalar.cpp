@@ -1,4 +1,10 @@
-// Plain loops: the definition of the linears, which the other files must equal: bit for bit where weights are codes.
+// Linears in tiles, plain loops: the definition that the other files must equal, bit for bit where weights are codes.
+//
+//   chunk of a tile, expanded (pruned codes at their zero point)      inputs of token t
+//   unit u: [o0: i0 i1 i2 i3][o1: i0 i1 i2 i3] … [o15: …]             x[4u … 4u+3]
+//
+//   per segment and output: total = −zero·Σx + Σ code·x  (32 bits)    sum = fma(float(total), scale, sum)
+//   y = sum · step of the token
 #include <cmath>
 #include <cstring>
 
@@ -43,10 +49,10 @@ void expand_codes(const LinearView& w, std::size_t tile, std::size_t chunk, std:
   const std::size_t first = (tile * w.padded() + chunk * w.chunk_segments() * w.segment) * kTileRows;
   const std::size_t per_segment = w.segment * kTileRows, count = w.segments_of(chunk) * per_segment;
   const std::size_t dense = w.kind == WeightKind::codes4 ? first / 2 : first;
-  Codes stored(w.kind, w.values + (w.sparse ? w.offsets[tile * w.chunks() + chunk] : dense));
+  Codes stored(w.kind, w.values + (w.sparse() ? w.offsets[tile * w.chunks() + chunk] : dense));
   for (std::size_t i = 0; i < count; ++i) {
     stored.at(i);
-    if (w.sparse && !kept(w, first + i)) {
+    if (w.sparse() && !kept(w, first + i)) {
       const std::size_t scale = (chunk * w.chunk_segments() + i / per_segment) / w.segments_per_scale;
       codes[i] = w.zeros ? w.zeros[(tile * w.scales_per_row() + scale) * kTileRows + i / 4 % kTileRows] : w.zero;
       continue;
@@ -60,10 +66,10 @@ void expand_floats(const LinearView& w, std::size_t tile, std::size_t chunk, flo
   const std::size_t pair = w.unit_inputs(), size = w.kind == WeightKind::bf16 ? 2 : 4;
   const std::size_t first = (tile * w.padded() + chunk * w.chunk_segments() * w.segment) * kTileRows;
   const std::size_t count = w.segments_of(chunk) * w.segment * kTileRows;
-  const std::uint8_t* values = w.values + (w.sparse ? w.offsets[tile * w.chunks() + chunk] : first * size);
+  const std::uint8_t* values = w.values + (w.sparse() ? w.offsets[tile * w.chunks() + chunk] : first * size);
   for (std::size_t i = 0; i < count; ++i) {
     float value = 0;
-    if (!w.sparse || kept(w, first + i)) {
+    if (!w.sparse() || kept(w, first + i)) {
       if (size == 2) {
         std::uint16_t bits;
         std::memcpy(&bits, values, 2);
@@ -138,6 +144,6 @@ void run(const LinearView& w, const Inputs& x, std::size_t first, std::size_t la
 
 }  // namespace
 
-const LinearKernels scalar_linear = {run, scalar_run_columns};
+const LinearKernels scalar_linear = {run, scalar_run_input_major};
 
 }  // namespace tulle

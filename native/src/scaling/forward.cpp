@@ -159,7 +159,8 @@ void ScalingEngine::State::head(const ScalingPass& pass, const std::int32_t* row
     if (wanted > 0) project(pass, {model.head, nullptr}, normed.data(), wanted, logits);
   } else {
     const std::size_t size = model.vocabulary / model.loss_modules, panels = model.loss.e.panels();
-    const std::size_t first = begin_of(panels, pass.thread, pass.team), last = begin_of(panels, pass.thread + 1, pass.team);
+    const std::size_t first = begin_of(panels, pass.thread, pass.team),
+                      last = begin_of(panels, pass.thread + 1, pass.team);
     const std::size_t stride = (last - first) * kPanel, real = std::min(stride, size - std::min(size, first * kPanel));
     for (std::size_t i = 0; i < wanted && first < last; ++i) {
       float* const modules = pass.scratch.modules.data();

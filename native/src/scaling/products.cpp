@@ -1,5 +1,5 @@
-// The products of a Scaling Transformer (docs/scaling-transformers.md). Threads share outputs: rows of a matrix, modules
-// of a multiplicative layer and of convolutions, blocks of units.
+// The products of a Scaling Transformer (docs/scaling-transformers.md). Threads share outputs: rows of a matrix,
+// modules of a multiplicative layer and of convolutions, blocks of units.
 #include <cstring>
 
 #include "scaling/state.hpp"

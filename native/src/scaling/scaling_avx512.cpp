@@ -1,3 +1,4 @@
+// The Scaling Transformer's kernels (see scaling_vector.inl) with 16 floats in a register.
 #include <immintrin.h>
 
 #include <cstring>

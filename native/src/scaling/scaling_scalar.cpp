@@ -1,5 +1,8 @@
-// Plain loops: the definition of the Scaling Transformer's kernels, which the vectorised ones must equal: bit for bit
+// The Scaling Transformer's kernels, plain loops: the definition that the vectorised ones must equal, bit for bit
 // where weights are codes, up to the order of sums elsewhere.
+//
+//   rows, chosen   y[r] = W[r]·x            a matrix row by row
+//   panels         c[j] += a[k]·B[k][j]     j within 16 outputs side by side
 #include <cstring>
 
 #include "cpu/tables.hpp"
@@ -62,7 +65,8 @@ void panels(const Panels& b, std::size_t first, std::size_t last, std::size_t fr
       float* out = c + r * c_stride + (panel - first) * kPanel;
       for (std::size_t k = from; k < to; ++k) {
         const std::size_t at = (panel * b.inputs + k) * kPanel;
-        for (std::size_t j = 0; j < kPanel; ++j) out[j] += a[r * a_stride + k - from] * number(b.kind, b.values, at + j);
+        for (std::size_t j = 0; j < kPanel; ++j)
+          out[j] += a[r * a_stride + k - from] * number(b.kind, b.values, at + j);
       }
     }
   }

@@ -1,4 +1,13 @@
-// The Scaling Transformer's kernels in vectors of 16 (AVX-512) or 8 (AVX2). Internal linkage only: see tables.hpp.
+// The Scaling Transformer's kernels in vectors of L = 16 floats (AVX-512) or 8 (AVX2). Internal linkage only: see
+// cpu/tables.hpp.
+//
+//   rows, several tokens    sums[token][row]: 4 × 4 (AVX2 2 × 4) accumulators over L inputs; step: load 4 rows, per
+//                           token load L inputs, 4 fused multiply-adds; a sum's lanes are added at the end
+//   rows, one token; chosen 4 accumulators of one row; the row that comes kPrefetchBytes later is prefetched
+//   codes                   vpdpbusd of 64 codes and inputs; Σ (code − 128)·x = Σ code·x − 128·Σx
+//   panels                  sums[row][panel]: B [input][16 outputs] is loaded once for up to 4 rows of a; no sum runs
+//                           across lanes
+//   add_rows                y += factor·row, 4 rows in one pass over y
 
 namespace scaling {
 
@@ -9,7 +18,7 @@ static inline Vector all(float x) { return _mm512_set1_ps(x); }
 static inline Vector load(const float* from) { return _mm512_loadu_ps(from); }
 static inline void store(float* to, Vector x) { _mm512_storeu_ps(to, x); }
 static inline Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
-static inline Vector times(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
+static inline Vector multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
 static inline Vector fused(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
 static inline Vector greater(Vector a, Vector b) { return _mm512_max_ps(a, b); }
 static inline float sum(Vector x) { return _mm512_reduce_add_ps(x); }
@@ -30,7 +39,7 @@ static inline Vector all(float x) { return _mm256_set1_ps(x); }
 static inline Vector load(const float* from) { return _mm256_loadu_ps(from); }
 static inline void store(float* to, Vector x) { _mm256_storeu_ps(to, x); }
 static inline Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
-static inline Vector times(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
+static inline Vector multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
 static inline Vector fused(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
 static inline Vector greater(Vector a, Vector b) { return _mm256_max_ps(a, b); }
 static inline float sum(Vector x) {
@@ -63,9 +72,9 @@ constexpr std::size_t kRows = 4;
 // Rows that are added in one pass over y.
 constexpr std::size_t kAdded = 4;
 // Bytes of a token's inputs from which on rows share their loads: they leave the level-1 cache to the weights then.
-constexpr std::size_t kNear = 16384;
-// Bytes that a chosen row is fetched ahead of its turn: what memory gives within its latency, and some more.
-constexpr std::size_t kAhead = 4096;
+constexpr std::size_t kSharedInputBytes = 16384;
+// Bytes that a chosen row is prefetched before its turn: what memory gives within its latency, and some more.
+constexpr std::size_t kPrefetchBytes = 4096;
 
 static inline float one(const float* from) { return *from; }
 static inline float one(const std::uint16_t* from) {
@@ -76,17 +85,18 @@ static inline float one(const std::uint16_t* from) {
 }
 static inline float one(const std::uint8_t* from) { return static_cast<float>(*from) - 128.0f; }
 
-static inline void fetch(const void* from) { _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T0); }
+static inline void prefetch(const void* from) { _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T0); }
 
-// w·x, and the bytes at `ahead` fetched meanwhile, unless it is null.
+// w·x, and the bytes at `upcoming` prefetched meanwhile, unless it is null.
 template <bool kFetch, typename T>
-static inline float dot(const T* w, const float* x, std::size_t n, const T* ahead) {
+static inline float dot(const T* w, const float* x, std::size_t n, const T* upcoming) {
   constexpr std::size_t kStep = 4 * kLanes;
   Vector sums[4] = {zero(), zero(), zero(), zero()};
   std::size_t i = 0;
   for (; i + kStep <= n; i += kStep) {
     if (kFetch) {
-      for (std::size_t b = 0; b < kStep * sizeof(T); b += kLine) fetch(reinterpret_cast<const char*>(ahead + i) + b);
+      for (std::size_t b = 0; b < kStep * sizeof(T); b += kLine)
+        prefetch(reinterpret_cast<const char*>(upcoming + i) + b);
     }
     for (std::size_t j = 0; j < 4; ++j) sums[j] = fused(load(w + i + j * kLanes), load(x + i + j * kLanes), sums[j]);
   }
@@ -99,14 +109,14 @@ static inline float dot(const T* w, const float* x, std::size_t n, const T* ahea
 // Σ (code − 128)·x; Σ x is `whole`.
 template <bool kFetch>
 static inline std::int32_t dot_codes(const std::uint8_t* w, const std::int8_t* x, std::size_t n, std::int32_t whole,
-                                     const std::uint8_t* ahead) {
+                                     const std::uint8_t* upcoming) {
 #if defined(__AVX512VNNI__)
   __m512i sums[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
   std::size_t i = 0;
   for (; i + 128 <= n; i += 128) {
     if (kFetch) {
-      fetch(ahead + i);
-      fetch(ahead + i + kLine);
+      prefetch(upcoming + i);
+      prefetch(upcoming + i + kLine);
     }
     sums[0] = _mm512_dpbusd_epi32(sums[0], _mm512_loadu_si512(w + i), _mm512_loadu_si512(x + i));
     sums[1] = _mm512_dpbusd_epi32(sums[1], _mm512_loadu_si512(w + i + 64), _mm512_loadu_si512(x + i + 64));
@@ -121,7 +131,7 @@ static inline std::int32_t dot_codes(const std::uint8_t* w, const std::int8_t* x
   __m256i sums = _mm256_setzero_si256();
   std::size_t i = 0;
   for (; i + 16 <= n; i += 16) {
-    if (kFetch && i % kLine == 0) fetch(ahead + i);
+    if (kFetch && i % kLine == 0) prefetch(upcoming + i);
     const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w + i));
     const __m256i wide = _mm256_cvtepi8_epi16(_mm_xor_si128(codes, _mm_set1_epi8(-128)));
     const __m256i in = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i)));
@@ -175,7 +185,7 @@ static void float_rows(const Matrix& w, std::size_t first, std::size_t last, con
   constexpr std::size_t kTokens = kLanes == 16 ? 4 : 2;
   const T* values = static_cast<const T*>(w.values);
   std::size_t row = first;
-  const bool shared = x.tokens > 1 || w.columns * sizeof(float) > kNear;
+  const bool shared = x.tokens > 1 || w.columns * sizeof(float) > kSharedInputBytes;
   for (; shared && row + kRows <= last; row += kRows) {
     std::size_t t = 0;
     for (; t + kTokens <= x.tokens; t += kTokens) row_tile<kTokens, T>(w, row, x, t, y, y_stride);
@@ -202,9 +212,9 @@ static void rows(const Matrix& w, std::size_t first, std::size_t last, const Row
   }
 }
 
-// Which of a list's rows is fetched while row i is met: so many rows later that it is kAhead bytes.
-static inline std::size_t later(std::size_t row_bytes, std::size_t i, std::size_t count) {
-  const std::size_t next = i + 1 + kAhead / (row_bytes + 1);
+// Which of a list's rows is prefetched while row i is multiplied: the one that begins kPrefetchBytes later.
+static inline std::size_t upcoming_row(std::size_t row_bytes, std::size_t i, std::size_t count) {
+  const std::size_t next = i + 1 + kPrefetchBytes / (row_bytes + 1);
   return next < count ? next : i;
 }
 
@@ -213,8 +223,9 @@ static void float_chosen(const Matrix& w, const std::int32_t* list, std::size_t 
   const T* values = static_cast<const T*>(w.values);
   for (std::size_t i = 0; i < count; ++i) {
     const T* row = values + static_cast<std::size_t>(list[i]) * w.columns;
-    const T* ahead = values + static_cast<std::size_t>(list[later(w.columns * sizeof(T), i, count)]) * w.columns;
-    y[i] = dot<true, T>(row, x, w.columns, ahead);
+    const T* upcoming =
+        values + static_cast<std::size_t>(list[upcoming_row(w.columns * sizeof(T), i, count)]) * w.columns;
+    y[i] = dot<true, T>(row, x, w.columns, upcoming);
   }
 }
 
@@ -226,21 +237,22 @@ static void chosen(const Matrix& w, const std::int32_t* list, std::size_t count,
   const std::uint8_t* values = static_cast<const std::uint8_t*>(w.values);
   for (std::size_t i = 0; i < count; ++i) {
     const std::size_t row = static_cast<std::size_t>(list[i]);
-    const std::uint8_t* ahead = values + static_cast<std::size_t>(list[later(w.columns, i, count)]) * w.columns;
+    const std::uint8_t* upcoming =
+        values + static_cast<std::size_t>(list[upcoming_row(w.columns, i, count)]) * w.columns;
     const std::int32_t total =
-        dot_codes<true>(values + row * w.columns, x.codes + token * x.stride, w.columns, x.sums[token], ahead);
+        dot_codes<true>(values + row * w.columns, x.codes + token * x.stride, w.columns, x.sums[token], upcoming);
     y[i] = finished(w, row, x, token, total);
   }
 }
 
-// y += Σ factors[r]·rows[r], the rows `ahead` fetched meanwhile.
+// y += Σ factors[r]·rows[r], the rows `upcoming` prefetched meanwhile.
 template <std::size_t kCount, typename T>
-static inline void add_group(const T* const* from, const T* const* ahead, const float* factors, std::size_t n,
+static inline void add_group(const T* const* from, const T* const* upcoming, const float* factors, std::size_t n,
                              float* y) {
   constexpr std::size_t kStep = kLine / sizeof(T) > kLanes ? kLine / sizeof(T) : kLanes;
   std::size_t i = 0;
   for (; i + kStep <= n; i += kStep) {
-    for (std::size_t r = 0; r < kCount; ++r) fetch(ahead[r] + i);
+    for (std::size_t r = 0; r < kCount; ++r) prefetch(upcoming[r] + i);
     for (std::size_t j = i; j < i + kStep; j += kLanes) {
       Vector total = load(y + j);
       for (std::size_t r = 0; r < kCount; ++r) total = fused(all(factors[r]), load(from[r] + j), total);
@@ -262,14 +274,14 @@ static void add_kind(const Matrix& w, const std::int32_t* list, const float* fac
   std::size_t i = 0;
   for (; i + kAdded <= count; i += kAdded) {
     const T* from[kAdded];
-    const T* ahead[kAdded];
+    const T* upcoming[kAdded];
     float by[kAdded];
     for (std::size_t r = 0; r < kAdded; ++r) {
       from[r] = row(i + r);
-      ahead[r] = row(i + kAdded + r < count ? i + kAdded + r : i + r);
+      upcoming[r] = row(i + kAdded + r < count ? i + kAdded + r : i + r);
       by[r] = factor(i + r);
     }
-    add_group<kAdded, T>(from, ahead, by, w.columns, y);
+    add_group<kAdded, T>(from, upcoming, by, w.columns, y);
   }
   for (; i < count; ++i) {
     const T* from = row(i);
@@ -352,7 +364,7 @@ static void panels(const Panels& b, std::size_t first, std::size_t last, std::si
 template <typename T>
 static void scaled_kind(const T* w, const float* x, std::size_t n, float* y) {
   std::size_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(y + i, times(load(w + i), load(x + i)));
+  for (; i + kLanes <= n; i += kLanes) store(y + i, multiply(load(w + i), load(x + i)));
   for (; i < n; ++i) y[i] = one(w + i) * x[i];
 }
 

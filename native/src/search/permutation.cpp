@@ -51,7 +51,7 @@ class Search {
   Search(const ScoreKernels<T>& kernels, const T* scores, std::size_t columns, std::size_t stride,
          std::vector<std::int64_t> index, const Annealing& settings)
       : kernels_(kernels), scores_(scores), stride_(stride), index_(std::move(index)), settings_(settings),
-        own_(columns), storage_(columns * stride + kRowBlock) {
+        own_excess_(columns), storage_(columns * stride + kRowBlock) {
     std::size_t space = storage_.size() * sizeof(T);
     void* start = storage_.data();
     limits_ = static_cast<T*>(std::align(64, columns * stride * sizeof(T), start, space));
@@ -109,7 +109,7 @@ class Search {
     }
     kernels_.limits(columns, settings_.m, settings_.kept, stride_, limits);
     for (std::size_t i = 0; i < settings_.m; ++i) {
-      own_[static_cast<std::size_t>(members[i])] =
+      own_excess_[static_cast<std::size_t>(members[i])] =
           static_cast<std::int64_t>(kernels_.excess(columns[i], limits[i], stride_));
     }
   }
@@ -117,7 +117,7 @@ class Search {
   std::int64_t gain(std::int64_t p, std::int64_t q) {
     return static_cast<std::int64_t>(kernels_.excess(column(q), limit(p), stride_)) +
            static_cast<std::int64_t>(kernels_.excess(column(p), limit(q), stride_)) -
-           own_[static_cast<std::size_t>(p)] - own_[static_cast<std::size_t>(q)];
+           own_excess_[static_cast<std::size_t>(p)] - own_excess_[static_cast<std::size_t>(q)];
   }
 
   double typical_gain() {
@@ -161,7 +161,7 @@ class Search {
   std::size_t stride_;
   std::vector<std::int64_t> index_;
   Annealing settings_;
-  std::vector<std::int64_t> own_;
+  std::vector<std::int64_t> own_excess_;
   std::vector<T> storage_;
   T* limits_;
 };

@@ -1,3 +1,7 @@
+// Scores of swaps by AVX2.
+//
+//    8 bits   vpsubusb(value, limit): max(0, ·) of 32 rows; vpsadbw adds 8 of them into each of four 64-bit sums
+//   16 bits   vpsubusw of 16 rows; vpmaddwd with ones adds pairs into 32 bits
 #include <immintrin.h>
 
 #include "cpu/tables.hpp"

@@ -1,3 +1,7 @@
+// Scores of swaps by AVX-512.
+//
+//    8 bits   vpsubusb(value, limit): max(0, ·) of 64 rows; vpsadbw adds 8 of them into each of eight 64-bit sums
+//   16 bits   vpsubusw of 32 rows; vpmaddwd with ones adds pairs into 32 bits
 #include <immintrin.h>
 
 #include "cpu/tables.hpp"

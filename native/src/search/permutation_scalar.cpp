@@ -1,4 +1,6 @@
-// Plain loops: the definition that the other files must equal bit for bit.
+// Scores of swaps, plain loops: the definition that the other files must equal bit for bit.
+//
+//   excess = Σ over rows of max(0, value − limit)
 #include "cpu/tables.hpp"
 
 namespace tulle {
@@ -9,7 +11,8 @@ namespace {
 template <typename T>
 std::uint64_t excess(const T* values, const T* limits, std::size_t n) {
   std::uint64_t sum = 0;
-  for (std::size_t i = 0; i < n; ++i) sum += values[i] > limits[i] ? static_cast<std::uint64_t>(values[i] - limits[i]) : 0;
+  for (std::size_t i = 0; i < n; ++i)
+    sum += values[i] > limits[i] ? static_cast<std::uint64_t>(values[i] - limits[i]) : 0;
   return sum;
 }
 

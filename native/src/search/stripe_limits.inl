@@ -1,5 +1,8 @@
 // Limits of a stripe's columns, for every kernel file to compile with its own flags. Internal linkage only: see
-// tables.hpp. The loops over a block of rows are what the compiler turns into vector instructions.
+// cpu/tables.hpp. The loops over a block of rows are what the compiler turns into vector instructions.
+//
+//   top[0 … kept][row]   the kept + 1 largest of each row, falling; a column bubbles through them, 64 rows at a time
+//   limit[row]           of a retained column top[kept], of another top[kept − 1]
 
 template <typename T>
 static void stripe_limits(const T* const* columns, std::size_t m, std::size_t kept, std::size_t n, T* const* limits) {

@@ -48,7 +48,8 @@ class Workspace {
       own.memory_.emplace_back(new float[kPanel + kSums + kLine]);
       void* start = own.memory_.back().get();
       std::size_t space = (kPanel + kSums + kLine) * sizeof(float);
-      auto* aligned = static_cast<float*>(std::align(kLine * sizeof(float), (kPanel + kSums) * sizeof(float), start, space));
+      auto* aligned =
+          static_cast<float*>(std::align(kLine * sizeof(float), (kPanel + kSums) * sizeof(float), start, space));
       // Rows behind a part's last one are read, never used.
       std::fill_n(aligned, kPanel + kSums, 0.0f);
       own.scratch_.push_back({aligned, aligned + kPanel});
@@ -94,7 +95,9 @@ void in_parallel(std::size_t count, std::size_t threads, const Work& work) {
 
 }  // namespace
 
-std::size_t SparsePattern::Side::part_rows(std::size_t part) const { return std::min(kPartRows, rows - part * kPartRows); }
+std::size_t SparsePattern::Side::part_rows(std::size_t part) const {
+  return std::min(kPartRows, rows - part * kPartRows);
+}
 
 std::size_t SparsePattern::Side::block_columns(std::size_t block) const {
   return std::min(width, columns - block * width);
@@ -109,7 +112,7 @@ SparsePattern::Side SparsePattern::build(const std::uint8_t* mask, std::size_t r
   side.width = 8 * kept < rows * columns ? kWideWidth : kWidth;
   side.parts = parts_of(rows, kPartRows);
   side.blocks = parts_of(columns, side.width);
-  side.places.reserve(kept + kSlackPlaces);
+  side.offsets.reserve(kept + kSlackOffsets);
   side.first_run.push_back(0);
   side.first_entry.push_back(0);
   std::vector<std::uint32_t> counts, order;
@@ -135,15 +138,15 @@ SparsePattern::Side SparsePattern::build(const std::uint8_t* mask, std::size_t r
         const std::uint8_t* row = mask + (first + r) * row_step + left * column_step;
         for (std::size_t c = 0; c < width; ++c) {
           if (row[c * column_step] == 0) continue;
-          position[(first + r) * row_step + (left + c) * column_step] = static_cast<std::uint32_t>(side.places.size());
-          side.places.push_back(static_cast<std::uint16_t>(c * kPanelTokens));
+          position[(first + r) * row_step + (left + c) * column_step] = static_cast<std::uint32_t>(side.offsets.size());
+          side.offsets.push_back(static_cast<std::uint16_t>(c * kPanelTokens));
         }
       }
       side.first_run.push_back(side.runs.size());
-      side.first_entry.push_back(side.places.size());
+      side.first_entry.push_back(side.offsets.size());
     }
   }
-  side.places.resize(side.places.size() + kSlackPlaces);
+  side.offsets.resize(side.offsets.size() + kSlackOffsets);
   return side;
 }
 
@@ -155,7 +158,8 @@ SparsePattern::SparsePattern(const std::uint8_t* mask, std::size_t rows, std::si
   }
   std::size_t kept = 0;
   for (std::size_t i = 0; i < rows * columns; ++i) kept += mask[i] != 0;
-  if (kept >> 32 != 0) throw std::invalid_argument("mask: expected less than 2^32 kept entries, found " + std::to_string(kept));
+  if (kept >> 32 != 0)
+    throw std::invalid_argument("mask: expected less than 2^32 kept entries, found " + std::to_string(kept));
   std::vector<std::uint32_t> from(rows * columns), to(rows * columns);
   forward_ = build(mask, rows, columns, columns, 1, kept, from.data());
   backward_ = build(mask, columns, rows, 1, columns, kept, to.data());
@@ -185,7 +189,7 @@ SparsePattern::SparsePattern(const std::uint8_t* mask, std::size_t rows, std::si
 std::size_t SparsePattern::bytes() const {
   std::size_t total = sources_.size() * sizeof(Run) + targets_.size() * sizeof(std::uint32_t);
   for (const Side* side : {&forward_, &backward_}) {
-    total += side->runs.size() * sizeof(std::uint32_t) + side->places.size() * sizeof(std::uint16_t) +
+    total += side->runs.size() * sizeof(std::uint32_t) + side->offsets.size() * sizeof(std::uint16_t) +
              2 * side->first_run.size() * sizeof(std::uint64_t);
   }
   return total;
@@ -195,11 +199,11 @@ void SparsePattern::entries(std::int64_t* entries) const {
   for (std::size_t part = 0, index = 0; part < forward_.parts; ++part) {
     for (std::size_t b = 0; b < forward_.blocks; ++b, ++index) {
       const SparseBlock block = forward_.block(index);
-      const std::uint16_t* place = block.places;
+      const std::uint16_t* offset = block.offsets;
       for (std::size_t i = 0; i < block.run_count; ++i) {
         const std::size_t row = part * kPartRows + (block.runs[i] >> 8);
         for (std::size_t n = block.runs[i] & 255; n > 0; --n) {
-          *entries++ = static_cast<std::int64_t>(row * columns_ + b * forward_.width + *place++ / kPanelTokens);
+          *entries++ = static_cast<std::int64_t>(row * columns_ + b * forward_.width + *offset++ / kPanelTokens);
         }
       }
     }
@@ -277,8 +281,8 @@ void SparsePattern::weight_gradient(const float* x, const float* dy, std::size_t
         if (b + 1 < right) fetch(from + side.width, side.columns, count, side.block_columns(b + 1));
         for (std::size_t p = part; p < end; ++p) {
           const std::size_t index = p * side.blocks + b;
-          kernels.correlate(side.block(index), scratch.panel, scratch.sums + (p - part) * kPartRows * kPanelTokens, count,
-                            first > 0, dvalues + side.first_entry[index]);
+          kernels.correlate(side.block(index), scratch.panel, scratch.sums + (p - part) * kPartRows * kPanelTokens,
+                            count, first > 0, dvalues + side.first_entry[index]);
         }
       }
     }

@@ -1,4 +1,8 @@
-// Products with held masks: eight vectors of 8 tokens in registers, weights and places four at a time.
+// Products with held masks by AVX2.
+//
+//   ymm  sums[0 … 7]   a row's sums of 64 tokens, 8 each
+//        weights       four values, loaded at once;  one broadcast per entry
+//   step (one entry): sums[h] = fma(weight, panel[column][8h … 8h + 7], sums[h])
 #include <immintrin.h>
 
 #include <cstring>
@@ -16,22 +20,22 @@ __m128i lanes(std::size_t n) {
 }
 
 template <int kIndex, int kHalves>
-void add(__m256 (&sums)[kHalves], __m256 weights, const float* panel, std::uint64_t places) {
+void add(__m256 (&sums)[kHalves], __m256 weights, const float* panel, std::uint64_t offsets) {
   const __m256 weight = _mm256_permute_ps(weights, kIndex * 0x55);
-  const float* x = column<kIndex>(panel, places);
+  const float* x = column<kIndex>(panel, offsets);
   for (int h = 0; h < kHalves; ++h) sums[h] = _mm256_fmadd_ps(weight, _mm256_loadu_ps(x + 8 * h), sums[h]);
 }
 
 template <int kVectors>
 void multiply_vectors(const SparseBlock& block, const float* values, const float* panel, float* all) {
-  const std::uint16_t* places = block.places;
+  const std::uint16_t* offsets = block.offsets;
   for (std::size_t i = 0; i < block.run_count; ++i) {
     float* const row = all + (block.runs[i] >> 8) * kPanelTokens;
     __m256 sums[2 * kVectors];
     for (int h = 0; h < 2 * kVectors; ++h) sums[h] = _mm256_loadu_ps(row + 8 * h);
     std::size_t left = block.runs[i] & 255;
-    for (; left >= 4; left -= 4, places += 4, values += 4) {
-      const std::uint64_t four = load4(places);
+    for (; left >= 4; left -= 4, offsets += 4, values += 4) {
+      const std::uint64_t four = load4(offsets);
       const __m128 loaded = _mm_loadu_ps(values);
       const __m256 weights = _mm256_set_m128(loaded, loaded);
       add<0>(sums, weights, panel, four);
@@ -40,13 +44,13 @@ void multiply_vectors(const SparseBlock& block, const float* values, const float
       add<3>(sums, weights, panel, four);
     }
     if (left > 0) {
-      const std::uint64_t four = load4(places);
+      const std::uint64_t four = load4(offsets);
       const __m128 loaded = _mm_maskload_ps(values, lanes(left));
       const __m256 weights = _mm256_set_m128(loaded, loaded);
       add<0>(sums, weights, panel, four);
       if (left > 1) add<1>(sums, weights, panel, four);
       if (left > 2) add<2>(sums, weights, panel, four);
-      places += left;
+      offsets += left;
       values += left;
     }
     for (int h = 0; h < 2 * kVectors; ++h) _mm256_storeu_ps(row + 8 * h, sums[h]);
@@ -63,8 +67,8 @@ struct Lanes {
 };
 
 template <int kIndex, int kHalves>
-Lanes dot(const __m256 (&row)[kHalves], const float* panel, std::uint64_t places) {
-  const float* x = column<kIndex>(panel, places);
+Lanes dot(const __m256 (&row)[kHalves], const float* panel, std::uint64_t offsets) {
+  const float* x = column<kIndex>(panel, offsets);
   Lanes sum;
   for (int h = 0; h < 2; ++h) {
     sum.half[h] = _mm256_mul_ps(row[h], _mm256_loadu_ps(x + 8 * h));

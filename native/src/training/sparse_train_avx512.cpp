@@ -1,4 +1,8 @@
-// Products with held masks: four vectors of 16 tokens in registers, weights and places four at a time.
+// Products with held masks by AVX-512.
+//
+//   zmm  sums[0 … 3]   a row's sums of 64 tokens, 16 each
+//        weights       four values, loaded at once;  one broadcast per entry
+//   step (one entry): sums[v] = fma(weight, panel[column][16v … 16v + 15], sums[v])
 #include <immintrin.h>
 
 #include <cstring>
@@ -11,22 +15,22 @@ namespace {
 #include "training/sparse_train_pack.inl"
 
 template <int kIndex, int kVectors>
-void add(__m512 (&sums)[kVectors], __m512 weights, const float* panel, std::uint64_t places) {
+void add(__m512 (&sums)[kVectors], __m512 weights, const float* panel, std::uint64_t offsets) {
   const __m512 weight = _mm512_permute_ps(weights, kIndex * 0x55);
-  const float* x = column<kIndex>(panel, places);
+  const float* x = column<kIndex>(panel, offsets);
   for (int v = 0; v < kVectors; ++v) sums[v] = _mm512_fmadd_ps(weight, _mm512_loadu_ps(x + 16 * v), sums[v]);
 }
 
 template <int kVectors>
 void multiply_vectors(const SparseBlock& block, const float* values, const float* panel, float* all) {
-  const std::uint16_t* places = block.places;
+  const std::uint16_t* offsets = block.offsets;
   for (std::size_t i = 0; i < block.run_count; ++i) {
     float* const row = all + (block.runs[i] >> 8) * kPanelTokens;
     __m512 sums[kVectors];
     for (int v = 0; v < kVectors; ++v) sums[v] = _mm512_loadu_ps(row + 16 * v);
     std::size_t left = block.runs[i] & 255;
-    for (; left >= 4; left -= 4, places += 4, values += 4) {
-      const std::uint64_t four = load4(places);
+    for (; left >= 4; left -= 4, offsets += 4, values += 4) {
+      const std::uint64_t four = load4(offsets);
       const __m512 weights = _mm512_broadcast_f32x4(_mm_loadu_ps(values));
       add<0>(sums, weights, panel, four);
       add<1>(sums, weights, panel, four);
@@ -34,13 +38,13 @@ void multiply_vectors(const SparseBlock& block, const float* values, const float
       add<3>(sums, weights, panel, four);
     }
     if (left > 0) {
-      const std::uint64_t four = load4(places);
+      const std::uint64_t four = load4(offsets);
       const auto mask = static_cast<__mmask8>((1u << left) - 1);
       const __m512 weights = _mm512_broadcast_f32x4(_mm_maskz_loadu_ps(mask, values));
       add<0>(sums, weights, panel, four);
       if (left > 1) add<1>(sums, weights, panel, four);
       if (left > 2) add<2>(sums, weights, panel, four);
-      places += left;
+      offsets += left;
       values += left;
     }
     for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(row + 16 * v, sums[v]);
@@ -52,8 +56,8 @@ void multiply(const SparseBlock& block, const float* values, const float* panel,
 }
 
 template <int kIndex, int kVectors>
-__m512 dot(const __m512 (&row)[kVectors], const float* panel, std::uint64_t places) {
-  const float* x = column<kIndex>(panel, places);
+__m512 dot(const __m512 (&row)[kVectors], const float* panel, std::uint64_t offsets) {
+  const float* x = column<kIndex>(panel, offsets);
   __m512 sum = _mm512_mul_ps(row[0], _mm512_loadu_ps(x));
   for (int v = 1; v < kVectors; ++v) sum = _mm512_fmadd_ps(row[v], _mm512_loadu_ps(x + 16 * v), sum);
   return sum;

@@ -1,4 +1,6 @@
 // Transposition by 8 × 8 blocks, for the kernel files of held masks on x86, each compiling it with its own flags.
+//
+//   x [token][column], 8 registers of 8 columns ─ unpack, shuffle, permute ─► [column][token], 8 registers of 8 tokens
 
 static inline void transpose8(__m256 (&r)[8]) {
   __m256 a[8], b[8];
@@ -72,14 +74,14 @@ static void unpack(const float* sums, std::size_t tokens, std::size_t rows, floa
     default: return f<4>(__VA_ARGS__);               \
   }
 
-// Four places at once, and where the column of one of them begins.
-static inline std::uint64_t load4(const std::uint16_t* places) {
+// Four offsets at once, and where the column of one of them begins.
+static inline std::uint64_t load4(const std::uint16_t* offsets) {
   std::uint64_t four;
-  std::memcpy(&four, places, sizeof four);
+  std::memcpy(&four, offsets, sizeof four);
   return four;
 }
 
 template <int kIndex>
-static inline const float* column(const float* panel, std::uint64_t places) {
-  return panel + static_cast<std::uint16_t>(places >> (16 * kIndex));
+static inline const float* column(const float* panel, std::uint64_t offsets) {
+  return panel + static_cast<std::uint16_t>(offsets >> (16 * kIndex));
 }
