@@ -33,7 +33,7 @@ Head = Annotated[str, typer.Option("--head", metavar="KIND", help="Output head i
 Layout = Annotated[
     str,
     typer.Option(
-        "--layout", metavar="KIND", help="sparse, dense (filled up), columns, dense columns, or the fastest here."
+        "--layout", metavar="KIND", help="sparse, dense, input-major, dense input-major, or auto: the fastest here."
     ),
 ]
 Weights = Annotated[

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from tulle import _native
 from tulle.engine import scaling
-from tulle.engine.choose import LAYOUTS, choose_layout, layouts_for
-from tulle.engine.prepare import FOLDER, Checkpoint, Progress, Source, prepared, read_config
+from tulle.engine.checkpoint import Checkpoint, Source, read_config
+from tulle.engine.choose import check_layout, choose_layout, layouts_for
+from tulle.engine.prepare import FOLDER, Progress, prepared
 from tulle.engine.sampling import Sampler, Sampling
 from tulle.engine.settings import settings_of
 from tulle.engine.text import Stream, Text
@@ -81,8 +82,8 @@ class Engine:
     up to 256 MB, then bf16]; ``activations``: ``recorded`` (as the recipe said; 16 bits where it left the inputs of
     integer weights unquantised) or ``int8`` (8 bits per token there, faster); ``head``: the output head in int8, int4
     (not of a Scaling Transformer), bf16, or as stored; ``layout`` of the weights: ``sparse``, ``dense`` (pruned ones
-    filled up), ``columns``, ``dense columns`` (inputs that are left out are not read) or what is faster here, which is
-    tried once [``auto``];
+    densified), ``input-major``, ``dense input-major`` (inputs that are left out are not read) or what is faster here,
+    which is tried once [``auto``];
     ``weights`` of a Scaling Transformer: f32, bf16, int8 [as stored], int8 with inputs of 8 bits whatever
     ``activations`` says (see :mod:`tulle.engine.scaling`). Raises ``UserError`` for a folder that is broken or a model
     that is not supported.
@@ -135,9 +136,9 @@ class Engine:
                 "tulle compress makes others"
             )
         source, bits = Source(self.folder), 16 if activations == "recorded" else 8
-        self.layouts = layouts_for(source)
-        self.layout = choose_layout(source, layout, head, bits, self.threads)
-        file, facts = prepared(source, head, self.layout, progress)
+        chosen = choose_layout(source, layout, head, bits, self.threads)
+        self.layouts, self.layout = [str(name) for name in layouts_for(source)], str(chosen)
+        file, facts = prepared(source, head, chosen, progress)
         model = source.anatomy
         if cache == "auto":
             # Codes of quantised keys and values are what they are in a cache of bytes.
@@ -150,8 +151,7 @@ class Engine:
         self._native = _native.Engine(settings, self.sequences, self.context, BATCH, cache, self.threads)
 
     def _open_scaling(self, cache: str, weights: str, head: str, layout: str, progress: Progress | None) -> None:
-        if layout not in LAYOUTS:
-            raise UserError(f"expected a layout of {', '.join(LAYOUTS)}, found {layout!r}")
+        check_layout(layout)
         shape, settings = scaling.settings_of(Checkpoint(self.folder), weights, head, progress)
         self.layouts, self.layout, self.vocabulary = ["dense"], "dense", shape.vocabulary
         if cache == "auto":
@@ -176,7 +176,7 @@ class Engine:
 
     def take_bytes_per_token(self) -> float:
         """Bytes of weights that a token read, on average over the passes of one token since the last call (0 without
-        any): less than ``weight_bytes`` where weights stand by columns and tokens leave inputs out, or where chosen
+        any): less than ``weight_bytes`` where weights are input-major and tokens leave inputs out, or where chosen
         units of a Scaling Transformer are at zero."""
         return float(self._native.take_bytes_per_token())
 
