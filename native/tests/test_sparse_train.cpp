@@ -116,18 +116,18 @@ void compare(const tulle::Isa& isa, std::size_t tokens, std::size_t columns, std
   check(equal, "pack", kRows, columns, tokens);
 
   std::vector<std::uint32_t> runs;
-  std::vector<std::uint16_t> places;
+  std::vector<std::uint16_t> offsets;
   for (std::size_t r = 0; r < kRows; ++r) {
     const std::size_t count = r % (std::min<std::size_t>(columns, 255) + 1);
     if (count == 0) continue;
     runs.push_back(static_cast<std::uint32_t>(r << 8 | count));
     for (std::size_t i = 0; i < count; ++i)
-      places.push_back(static_cast<std::uint16_t>(rng() % columns * tulle::kPanelTokens));
+      offsets.push_back(static_cast<std::uint16_t>(rng() % columns * tulle::kPanelTokens));
   }
-  const std::size_t kept = places.size();
-  places.resize(kept + 4);
-  const std::unique_ptr<std::uint16_t[]> exact(new std::uint16_t[places.size()]);
-  std::memcpy(exact.get(), places.data(), places.size() * sizeof(std::uint16_t));
+  const std::size_t kept = offsets.size();
+  offsets.resize(kept + 4);
+  const std::unique_ptr<std::uint16_t[]> exact(new std::uint16_t[offsets.size()]);
+  std::memcpy(exact.get(), offsets.data(), offsets.size() * sizeof(std::uint16_t));
   const tulle::SparseBlock block = {runs.data(), runs.size(), exact.get()};
   const Floats values(kept, rng), start(kRows * tulle::kPanelTokens, rng);
   Floats sums(start.size), other(start.size);

@@ -85,7 +85,7 @@ class Engine {
   ~Engine();
 
   // tokens, slots, positions [n], n <= batch: token i stands at positions[i] of sequence slots[i]; what a sequence
-  // holds before has been given in earlier calls or stands earlier in this one. logits [wanted][vocabulary] of the
+  // holds before has been given in earlier calls or earlier in this one. logits [wanted][vocabulary] of the
   // tokens `rows` [wanted]. Throws std::invalid_argument on anything out of range.
   void forward(const std::int32_t* tokens, const std::int32_t* slots, const std::int32_t* positions, std::size_t n,
                const std::int32_t* rows, std::size_t wanted, float* logits);

@@ -143,7 +143,7 @@ struct Inputs {
   std::size_t sum_stride;
   const float* steps;            // [tokens]: x̂ = step · integer
   // For input-major weights: the active inputs, those that are not zero, in quads of four, of one segment after
-  // another; a segment's last quad is padded with zeros that stand anywhere in the row.
+  // another; a segment's last quad is padded with zeros of any index.
   const std::uint32_t* quads;         // [tokens][quad_stride · 4]: indices in the padded order; blocks of 4:
                                       // [tokens][quad_stride] which block, inputs in the row's order
   const std::int8_t* quad_plane[2];   // [tokens][quad_stride · 4]

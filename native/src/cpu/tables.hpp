@@ -26,7 +26,7 @@ extern const LinearKernels scalar_linear;
 extern const LinearKernels avx2_linear;
 extern const LinearKernels avx512_linear;
 
-// Where weights stand by columns; part of the tables above.
+// Input-major weights; part of the tables above.
 using RunInputMajor = void(const LinearView& w, const Inputs& x, std::size_t panel, std::size_t first, std::size_t last,
                         float* sums, std::size_t stride, std::uint8_t* scratch);
 RunInputMajor scalar_run_input_major, avx2_run_input_major, avx512_run_input_major;

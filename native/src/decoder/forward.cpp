@@ -64,7 +64,7 @@ void Engine::State::layer(const Pass& pass, std::size_t index) {
     quantise_inputs(pass, l.qkv, plan.qkv, normed, t);
   }
   pass.publish();
-  multiply(pass, l.qkv, plan.qkv, partial_sums.attention_in, n, wide.data());
+  multiply(pass, l.qkv, plan.qkv, partial_sums.wide, n, wide.data());
   attend(pass, index);
   for (std::size_t t = pass.first; t < pass.last; ++t) {
     quantise_inputs(pass, l.o, plan.o, attended.data() + t * model.heads * model.head_dim, t);
@@ -77,7 +77,7 @@ void Engine::State::layer(const Pass& pass, std::size_t index) {
     quantise_inputs(pass, l.gate_up, plan.gate_up, normed, t);
   }
   pass.publish();
-  multiply(pass, l.gate_up, plan.gate_up, partial_sums.attention_in, n, wide.data());
+  multiply(pass, l.gate_up, plan.gate_up, partial_sums.wide, n, wide.data());
   feed_forward(pass, index);
   multiply(pass, l.down, plan.down, partial_sums.back, n, back.data());
 }
@@ -130,7 +130,7 @@ void Engine::State::append_head(const Pass& pass, std::size_t index, std::size_t
   const std::size_t d = model.head_dim, q = model.heads * d, kv = model.kv_heads * d;
   float* const row = wide.data() + t * plan.outputs;
   const auto of = [&](std::size_t first) {
-    reduce(pass, l.qkv, plan, partial_sums.attention_in, pass.n, wide.data(), t, first, first + d, row + first);
+    reduce(pass, l.qkv, plan, partial_sums.wide, pass.n, wide.data(), t, first, first + d, row + first);
     return row + first;
   };
   if (head < model.heads) return finish_head(pass, of(head * d), l.query_norm, model.query, true, t);
@@ -168,7 +168,7 @@ void Engine::State::feed_forward(const Pass& pass, std::size_t index) {
   float* const product = pass.replicated ? gated.data() : vector(pass, 0);
   float* const spare = of_thread[pass.thread].outputs.data();
   const auto outputs = [&](std::size_t t, std::size_t from, std::size_t to, float* room) {
-    return reduce(pass, l.gate_up, plan.gate_up, partial_sums.attention_in, pass.n, wide.data(), t, from, to, room);
+    return reduce(pass, l.gate_up, plan.gate_up, partial_sums.wide, pass.n, wide.data(), t, from, to, room);
   };
   for (std::size_t t = pass.first; t < pass.last; ++t) {
     if (first < last) {
@@ -197,10 +197,10 @@ void Engine::State::head(const Pass& pass, const std::int32_t* rows, std::size_t
     quantise_inputs(pass, model.head, head_plan, normed(static_cast<std::size_t>(rows[i])), i);
   }
   pass.publish();
-  multiply(pass, model.head, head_plan, partial_sums.attention_in, wanted, logits);
+  multiply(pass, model.head, head_plan, partial_sums.wide, wanted, logits);
   for (std::size_t i = pass.thread; i < wanted; i += pass.team) {
     float* const row = logits + i * vocabulary;
-    reduce(pass, model.head, head_plan, partial_sums.attention_in, wanted, logits, i, 0, vocabulary, row);
+    reduce(pass, model.head, head_plan, partial_sums.wide, wanted, logits, i, 0, vocabulary, row);
     if (model.exact_head == nullptr) continue;
     const float *const x = normed(static_cast<std::size_t>(rows[i])), *const bias = model.head.linears[0].bias;
     recompute_top_logits(row, vocabulary, [&](std::size_t token) {

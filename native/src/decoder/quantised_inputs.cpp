@@ -129,7 +129,7 @@ void QuantisedInputs::list_active(const OpsKernels& ops, const LinearView& w, co
                     indices + next, kept_high + next, kept_low ? kept_low + next : nullptr);
     total += found;
     next += found;
-    // The last quad of a segment is padded with zeros, which may stand anywhere in the row.
+    // The last quad of a segment is padded with zeros, which may have any index.
     for (; next % 4 != 0; ++next) {
       indices[next] = indices[next - 1];
       kept_high[next] = 0;

@@ -52,7 +52,7 @@ Engine::State::State(Model m, std::size_t slots_, std::size_t context_, std::siz
   const std::size_t q = model.heads * model.head_dim, kv = model.kv_heads * model.head_dim;
   const std::size_t outputs = std::max(q + 2 * kv, 2 * model.intermediate);
   inputs = group_inputs(input_kinds, sizes, batch);
-  partial_sums.attention_in = Buffer<float>(batch * partial_in);
+  partial_sums.wide = Buffer<float>(batch * partial_in);
   partial_sums.back = Buffer<float>(batch * partial_back);
   hidden = Buffer<float>(batch * model.hidden);
   attended = Buffer<float>(batch * q);
@@ -77,7 +77,7 @@ Engine::State::State(Model m, std::size_t slots_, std::size_t context_, std::siz
 std::uint64_t Engine::State::work_bytes() const {
   std::uint64_t bytes = rotary.bytes();
   for (const Buffer<float>* b :
-       {&partial_sums.attention_in, &partial_sums.back, &hidden, &attended, &back, &wide, &gated}) {
+       {&partial_sums.wide, &partial_sums.back, &hidden, &attended, &back, &wide, &gated}) {
     bytes += b->bytes();
   }
   for (const QuantisedInputs& one : inputs) bytes += one.bytes();

@@ -25,9 +25,9 @@ using GroupInputs = std::vector<QuantisedInputs>;
 
 // Partial sums of linears whose inputs are cut between threads, [part][token][output of the group]. A group's outputs
 // may still be reduced by one thread while another multiplies the next group, so there are two, used in turn:
-// `attention_in` by qkv, gate and up and the head, `back` by the linears that lead back to the residual stream.
+// `wide` by qkv, gate and up and the head, `back` by the linears that lead back to the residual stream.
 struct PartialSums {
-  Buffer<float> attention_in, back;
+  Buffer<float> wide, back;
 };
 
 // Memory of one thread.

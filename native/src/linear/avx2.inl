@@ -47,12 +47,12 @@ TULLE_INLINE ExpandIndices expand_indices(const std::uint8_t* mask) {
   const long long none = static_cast<long long>(0x8080808080808080);
   const __m256i four =
       _mm256_set_epi64x(0x0b0b0b0b80808080, 0x0303030380808080, 0x0b0b0b0b80808080, 0x0303030380808080);
-  const __m256i fours = _mm256_shuffle_epi8(_mm256_add_epi8(within, set), four);
-  const __m256i eights = _mm256_shuffle_epi8(_mm256_sad_epu8(set, zero), _mm256_set_epi64x(0, none, 0, none));
-  return {_mm256_add_epi8(_mm256_add_epi8(within, fours), eights), clear};
+  const __m256i by_four = _mm256_shuffle_epi8(_mm256_add_epi8(within, set), four);
+  const __m256i by_eight = _mm256_shuffle_epi8(_mm256_sad_epu8(set, zero), _mm256_set_epi64x(0, none, 0, none));
+  return {_mm256_add_epi8(_mm256_add_epi8(within, by_four), by_eight), clear};
 }
 
-// What 32 mask bits keep, from `kept` on, each in its place; what stands in the others is of no meaning. Reads 16 bytes
+// What 32 mask bits keep, from `kept` on, each at its bit; the other bytes have no meaning. Reads 16 bytes
 // from where each half begins.
 TULLE_INLINE __m256i spread(const std::uint8_t* kept, std::uint32_t mask, const ExpandIndices& at) {
   const std::uint8_t* const more = kept + _mm_popcnt_u32(mask & 0xffff);

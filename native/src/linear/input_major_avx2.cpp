@@ -177,7 +177,7 @@ void run_one(const LinearView& w, const Inputs& x, std::size_t panel, std::size_
     for (std::size_t i = 0; i < w.line_tiles(); ++i) {
       const std::size_t tile = line * w.line_tiles() + i;
       const std::size_t scale = w.scale_at(tile, segment);
-      // `sums` of one token stand where its tile's do.
+      // `sums` of one token lie where its tile's do.
       multiply_accumulate<true, 1>(w, x, scale, segment, t, scratch + i * quads * kUnitBytes, quads, in, 0,
                         sums + i * kTileRows - t * kTileRows);
     }

@@ -13,7 +13,7 @@ namespace {
 #include "linear/common.inl"
 #include "linear/input_major_common.inl"
 
-// Place of an output among its 64 in a line's bytes.
+// Which byte of a line an output is, of its 64.
 std::size_t byte_of(std::size_t output) { return output % 16 / 4 * 16 + output / 16 * 4 + output % 4; }
 
 // Codes of a line's inputs [first, first + count), to[input][output of the line].
@@ -22,7 +22,7 @@ void expand_line(const LinearView& w, std::size_t line, std::size_t first, std::
   const std::size_t outputs = w.line_tiles() * kTileRows;
   for (std::size_t c = first; c < first + count; ++c, to += outputs) {
     // A block of 4: four times as many lines, and bytes of three other inputs among them.
-    const std::size_t pieces = w.block_inputs(), column = c / pieces;
+    const std::size_t parts = w.block_inputs(), column = c / parts;
     if (!w.sparse()) {
       const std::uint8_t* from = dense_panel(w, panel) + column * block_bytes(w, panel) + within * w.line_bytes();
       const unsigned bits = static_cast<unsigned>(8 * kUnitBytes / outputs);
@@ -34,12 +34,12 @@ void expand_line(const LinearView& w, std::size_t line, std::size_t first, std::
     }
     const std::uint8_t* masks = sparse_panel(w, panel) + sparse_starts(w, panel)[column];
     const std::uint8_t* codes = masks + w.lines_of(panel) * w.line_mask_bytes();
-    for (std::size_t l = 0; l < (within + 1) * pieces; ++l, masks += kLineMaskBytes) {
+    for (std::size_t l = 0; l < (within + 1) * parts; ++l, masks += kLineMaskBytes) {
       std::size_t kept[2] = {0, 0};
       for (std::size_t half = 0; half < 2; ++half) {
         for (std::size_t byte = 0; byte < 64; ++byte) {
           const bool stored = (masks[half * 8 + byte / 8] >> (byte % 8)) & 1;
-          if (l / pieces == within && (!w.blocks4() || byte % 4 == c % 4)) {
+          if (l / parts == within && (!w.blocks4() || byte % 4 == c % 4)) {
             const std::size_t o =
                 half * 64 + (w.blocks4() ? l % 4 * 16 + byte / 4 : byte % 16 / 4 * 16 + byte / 16 * 4 + byte % 4);
             const std::size_t tile = line * w.line_tiles() + o / kTileRows;

@@ -103,7 +103,7 @@ void for_each_range(const Quads& quads, std::size_t begin, std::size_t end, std:
 // Into the level-1 cache, what the next line reads: streams that take turns line by line are none to the processor.
 inline void prefetch_l1(const std::uint8_t* from) { _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T0); }
 
-// Where a segment's scales and zero points stand.
+// Where a segment's scales and zero points lie.
 struct ScaleIndex {
   std::size_t first;
 

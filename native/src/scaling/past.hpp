@@ -1,5 +1,5 @@
 // What the convolutions of sparse attention see of earlier tokens. They run over the outputs of the multiplicative
-// layer ("images") of a token and the kPast before it, which stand in the same pass or are kept from earlier ones.
+// layer ("images") of a token and the kPast before it, which are of the same pass or kept from earlier ones.
 #pragma once
 
 #include <cstddef>

@@ -18,7 +18,7 @@ namespace {
 // Columns of a block: a panel of 28 KiB in the level-1 cache. Where rows keep little, what a row costs beside its
 // entries weighs more than misses to the level-2 cache (measured from 88 % on).
 constexpr std::size_t kWidth = 112, kWideWidth = 160;
-// How far the move of values into the transpose's order looks ahead.
+// How far ahead the move of values into the transpose's order prefetches.
 constexpr std::size_t kRunsAhead = 12, kValuesAhead = 48;
 constexpr std::size_t kMostSide = std::size_t{1} << 24;
 

@@ -89,11 +89,11 @@ __m256 merge_pairs(__m256 a, __m256 b) {
 
 // The sums of the lanes of four.
 __m128 reduce(const Lanes& a, const Lanes& b, const Lanes& c, const Lanes& d) {
-  __m256 fours[2];
+  __m256 quarters[2];
   for (int h = 0; h < 2; ++h) {
-    fours[h] = merge_pairs(merge(a.half[h], b.half[h]), merge(c.half[h], d.half[h]));
+    quarters[h] = merge_pairs(merge(a.half[h], b.half[h]), merge(c.half[h], d.half[h]));
   }
-  const __m256 half = _mm256_add_ps(fours[0], fours[1]);
+  const __m256 half = _mm256_add_ps(quarters[0], quarters[1]);
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 

@@ -68,10 +68,10 @@ __m512 merge(__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b)
 // The sums of the lanes of four vectors.
 __m128 reduce(__m512 a, __m512 b, __m512 c, __m512 d) {
   const __m512d low = _mm512_castps_pd(merge(a, b)), high = _mm512_castps_pd(merge(c, d));
-  const __m512 fours = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)),
+  const __m512 quarters = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)),
                                      _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
-  const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(fours), 1));
-  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(fours), upper);
+  const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(quarters), 1));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(quarters), upper);
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
