@@ -90,7 +90,7 @@ def sparse_inputs(folder: Path, threads: str, only: list[str]) -> list[tuple[str
         layout = "input-major" if dropped or bits == 2 else "sparse"
         ways = {"8-bit inputs": f"int8:{layout}"}
         if bits != 2:
-            ways[""] = f"recorded:{layout}"
+            ways[""] = f"as quantised:{layout}"
         if unit == 4 or (not dropped and not sparsity):
             ways["8-bit inputs, int4 head"] = f"int8:{layout}:int4"
         if dropped == 0.5 and bits == 4 and unit == 1 and spared is None:
@@ -119,11 +119,13 @@ def workers(arguments: argparse.Namespace) -> tuple[dict[str, Worker], dict[str,
         made = folder / name.replace(" ", "").replace("%", "")
         if not (made / "config.json").exists():
             write_packed(made, "1.1b", bits, sparsity)
-        wanted.append((f"tulle {name}", sys.executable, ["tulle", str(made), threads, "recorded:sparse"]))
+        wanted.append((f"tulle {name}", sys.executable, ["tulle", str(made), threads, "as quantised:sparse"]))
         if bits is not None:
             wanted.append((f"tulle {name}, 8-bit inputs", sys.executable, ["tulle", str(made), threads, "int8:sparse"]))
         if name == "int4 70 %":
-            wanted.append((f"tulle {name}, densified", sys.executable, ["tulle", str(made), threads, "recorded:dense"]))
+            wanted.append(
+                (f"tulle {name}, densified", sys.executable, ["tulle", str(made), threads, "as quantised:dense"])
+            )
     if arguments.peer_python:
         gguf = folder / "gguf"
         subprocess.run(

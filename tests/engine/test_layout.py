@@ -130,13 +130,13 @@ def read_input_major(
     for panel in range(panels):
         count = min(per_panel, lines - panel * per_panel)
         for first in range(0, cut.padded, inputs):
-            pieces = count * inputs
+            line_count = count * inputs
             if sparse:
                 start = panel * (cut.padded // inputs + 1) + first // inputs
                 at = int(arrays["offsets"][panel]) + int(arrays["starts"][start])
-                masks = np.unpackbits(values[at : at + 16 * pieces], bitorder="little").reshape(pieces, 2, 64)
-                at += 16 * pieces
-            for line in range(pieces):
+                masks = np.unpackbits(values[at : at + 16 * line_count], bitorder="little").reshape(line_count, 2, 64)
+                at += 16 * line_count
+            for line in range(line_count):
                 kept = [0, 0]
                 for half in range(cut.line // 64):
                     for byte in range(64):

@@ -26,6 +26,8 @@ BATCH = 256
 """Tokens of one forward pass; longer prompts take several."""
 FINE_CACHE = 1 << 28
 """Bytes up to which keys and values stay in float32."""
+AS_QUANTISED = "as quantised"
+"""Inputs of integer weights as the recipe quantised them; in 16 bits where it did not."""
 CONTEXT = 4096
 """Tokens, where the model allows more and nothing else is asked."""
 
@@ -79,7 +81,7 @@ class Engine:
 
     ``threads`` [all physical cores]; ``context`` tokens per sequence [the model's, at most 4096]; ``sequences`` that
     run at once; ``cache``: keys and values in f32, bf16 or int8 [int8 where the model quantises them anyway, else f32
-    up to 256 MB, then bf16]; ``activations``: ``recorded`` (as the recipe said; 16 bits where it left the inputs of
+    up to 256 MB, then bf16]; ``activations``: ``as quantised`` (as the recipe said; 16 bits where it left the inputs of
     integer weights unquantised) or ``int8`` (8 bits per token there, faster); ``head``: the output head in int8, int4
     (not of a Scaling Transformer), bf16, or as stored; ``layout`` of the weights: ``sparse``, ``dense`` (pruned ones
     densified), ``input-major``, ``dense input-major`` (inputs that are left out are not read) or what is faster here,
@@ -96,15 +98,16 @@ class Engine:
         context: int | None = None,
         sequences: int = 1,
         cache: str = "auto",
-        activations: str = "recorded",
+        activations: str = AS_QUANTISED,
         head: str = "int8",
         layout: str = "auto",
         progress: Progress | None = None,
         weights: str = "as stored",
     ):
         folder = Path(path)
-        if activations not in ("recorded", "int8"):
-            raise UserError(f"expected activations recorded or int8, found {activations!r}")
+        if activations not in (AS_QUANTISED, "int8"):
+            hint = f"; its name is {AS_QUANTISED} now" if activations == "recorded" else ""
+            raise UserError(f"expected activations {AS_QUANTISED} or int8, found {activations!r}{hint}")
         if cache not in ("auto", "bf16", "f32", "int8"):
             raise UserError(f"expected a cache in auto, bf16, f32 or int8, found {cache!r}")
         if sequences < 1 or (threads is not None and threads < 1) or (context is not None and context < 1):
@@ -135,7 +138,7 @@ class Engine:
                 f"expected weights {scaling.WEIGHTS[0]} for a model that is no Scaling Transformer, found {weights!r}; "
                 "tulle compress makes others"
             )
-        source, bits = Source(self.folder), 16 if activations == "recorded" else 8
+        source, bits = Source(self.folder), 16 if activations == AS_QUANTISED else 8
         chosen = choose_layout(source, layout, head, bits, self.threads)
         self.layouts, self.layout = [str(name) for name in layouts_for(source)], str(chosen)
         file, facts = prepared(source, head, chosen, progress)

@@ -43,12 +43,12 @@ class Layout(StrEnum):
     @staticmethod
     def of(sparse: bool, block_inputs: int) -> Layout:
         """``block_inputs``: 0 for tiles, 1 or 4 for input-major."""
-        tiles, single, fours = (
+        tiles, single, blocks4 = (
             (Layout.SPARSE_TILES, Layout.SPARSE_INPUT_MAJOR, Layout.SPARSE_INPUT_MAJOR_BLOCKS4)
             if sparse
             else (Layout.TILES, Layout.INPUT_MAJOR, Layout.INPUT_MAJOR_BLOCKS4)
         )
-        return {0: tiles, 1: single, 4: fours}[block_inputs]
+        return {0: tiles, 1: single, 4: blocks4}[block_inputs]
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ LARGEST = 1 << 24
 CODE_INPUTS = 1 << 16
 """Inputs of a row of codes, at most: beyond, sums might leave 32 bits."""
 BLOCK = 1 << 26
-"""Bytes of one piece of huge pages."""
+"""Bytes of one allocation of huge pages."""
 HEADS = ("int8", "bf16", "as stored")
 PART = 1 << 22
 """Numbers that are rounded at once."""
