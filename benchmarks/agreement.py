@@ -31,7 +31,7 @@ def measure(folder: Path, recipe: str, calibration: dict[str, Any], text: str) -
     import numpy as np
     import torch
 
-    from tulle.compress import compress
+    from tulle.compression.job import compress
     from tulle.engine import Engine
     from tulle.evaluate.loading import load_model
 

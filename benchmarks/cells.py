@@ -10,8 +10,8 @@ from typing import Any
 
 def import_methods() -> None:
     """Imports every method now: a long run must not meet a source file that was edited meanwhile."""
-    from tulle.recipe import METHODS, method_class
-    from tulle.train import method as training
+    from tulle.compression.recipe import METHODS, method_class
+    from tulle.methods.train import method as training
 
     for name in METHODS:
         method_class(name)
@@ -59,16 +59,16 @@ def compressed(
 ) -> tuple[float, dict[str, Any]]:
     """``start`` by a recipe to ``out``, calibrated on so many training documents of ``data``: bits per byte of its
     held-out text in windows of ``context``, and the report. The token cache lies in ``work``."""
-    from tulle.compress import compress
+    from tulle.compression.job import compress
     from tulle.hf import load
-    from tulle.texts import Text
-    from tulle.train.held_out import bits_per_byte
-    from tulle.train.recipe import TextData
-    from tulle.train.stages import read_vocabulary
-    from tulle.train.tokens import prepare, training_documents
+    from tulle.text.reading import Text
+    from tulle.training.corpus import prepare
+    from tulle.training.held_out import bits_per_byte
+    from tulle.training.recipe import TextData
+    from tulle.training.sources import held_out_texts, training_documents
 
     source = TextData.model_validate(data)
-    texts = tuple(d.text for d in training_documents(source, seed, work)[:documents])
+    texts = tuple(d.text for d in training_documents(source, seed, work, held_out_texts(source, work))[:documents])
     report = compress(start, recipe, out, calibration=Text(texts, False), seed=seed, resume=True)
-    corpus = prepare(source, seed, context, work / "data", read_vocabulary(start))
+    corpus = prepare(source, seed, work / "data", Path(start))
     return bits_per_byte(load(out, dtype="float32"), corpus, context), report

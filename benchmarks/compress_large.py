@@ -48,7 +48,7 @@ COMMON = {
 }
 COMPRESS = """
 import json, sys
-from tulle.compress import compress
+from tulle.compression.job import compress
 report = compress(sys.argv[1], sys.argv[2], sys.argv[3], samples=int(sys.argv[4]), length=int(sys.argv[5]))
 wanted = ("recipe", "seconds", "blocks", "peak_memory_bytes", "totals", "calibration", "machine")
 print(json.dumps({key: report[key] for key in wanted}))

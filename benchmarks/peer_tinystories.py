@@ -65,14 +65,14 @@ def peer_worker(job_file: Path) -> None:
 
     job = json.loads(job_file.read_text())
     torch.set_num_threads(job["threads"])
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job.get("dtype", "float32")))
     rows = Dataset.from_list([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in job["sequences"]])
     begun = time.perf_counter()
     oneshot(
         model=model,
         dataset=rows,
         recipe=[_modifier(job["peer"])],
-        max_seq_length=LENGTH,
+        max_seq_length=job.get("length", LENGTH),
         num_calibration_samples=len(rows),
         shuffle_calibration_samples=False,
     )
@@ -108,7 +108,7 @@ class Bench:
     def __init__(self, data: Path, peer_python: Path, threads: int, folder: Path) -> None:
         from transformers import AutoTokenizer
 
-        from tulle.texts import read_text, sequences
+        from tulle.text.reading import read_text, sequences
 
         self.model, self.peer_python, self.threads, self.folder = (
             data / "models/tinystories-656K",
@@ -138,7 +138,7 @@ class Bench:
         return evaluate_text(model, tokenizer, self.evaluation, Protocol(length=LENGTH))["perplexity"]
 
     def ours(self, step: dict[str, Any], target: str) -> dict[str, float]:
-        from tulle.compress import compress
+        from tulle.compression.job import compress
 
         calibration = {"samples": len(self.sequences), "length": LENGTH, "target": target}
         with tempfile.TemporaryDirectory(dir=self.folder) as parent:

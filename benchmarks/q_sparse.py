@@ -53,9 +53,8 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def free(data: Path | None, models: list[str], methods: list[str] | None, out: Path) -> None:
-    from w4a4 import SETTINGS, Bench
-
     from tulle import machine
+    from w4a4 import SETTINGS, Bench
 
     import_methods()
     cells = Cells(out, machine=machine.describe())
@@ -99,17 +98,15 @@ class Trainer:
         return self.work / "".join(c if c.isalnum() or c in ".-" else "_" for c in key)
 
     def _train(self, key: str, recipe: dict[str, Any]) -> dict[str, Any]:
-        from tulle.road import TOOLS
-        from tulle.train.curve import read_metrics
-        from tulle.train.recipe import TrainRecipe
-        from tulle.train.stages import run
+        from tulle.training.curve import read_metrics
+        from tulle.training.launch import train
 
         begun, out = time.perf_counter(), self.folder(key)
         (self.work / "data").mkdir(parents=True, exist_ok=True)
         out.mkdir(exist_ok=True)
         if not (out / "data").exists():
             (out / "data").symlink_to((self.work / "data").resolve())
-        run(TrainRecipe.model_validate(recipe), out, TOOLS, resume=True, log=lambda line: None)
+        train(recipe, out, resume=True, log=lambda line: None)
         seconds = time.perf_counter() - begun
         record = json.loads((sorted(out.glob("stages/*/run.json")) or [out / "run.json"])[-1].read_text())
         nats = record["held_out_bits_per_byte"] * math.log(2) * record["held_out_bytes"] / record["held_out_tokens"]
@@ -125,9 +122,9 @@ class Trainer:
 
     def read(self, out: Path, context: int) -> dict[str, Any]:
         """What a token of the held-out text reads of the decoder's weights."""
-        from tulle.activity import measure_activity
         from tulle.evaluate.loading import load_model
-        from tulle.train.data import held_out_text
+        from tulle.inspect.activity import measure_activity
+        from tulle.text.standard_library import held_out_text
 
         model, tokenizer = load_model(out)
         texts = held_out_text()[:16]
@@ -235,8 +232,8 @@ def gradients(trainer: Trainer, out: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from tulle.train.data import held_out_text
-    from tulle.train.q_sparse import QSparse
+    from tulle.methods.train.q_sparse import QSparse
+    from tulle.text.standard_library import held_out_text
 
     def by_block(folder: Path, share: float, straight: bool, trained: bool) -> list[torch.Tensor]:
         config = AutoConfig.from_pretrained(folder)
@@ -280,7 +277,7 @@ def context(trainer: Trainer, source: Path, out: Path) -> None:
     import torch
 
     from tulle.evaluate.loading import load_model
-    from tulle.train.data import held_out_text
+    from tulle.text.standard_library import held_out_text
 
     cells = Cells(out)
     torch.set_grad_enabled(False)

@@ -37,7 +37,6 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 from cells import Cells  # noqa: E402
 from speed import Worker  # noqa: E402
-
 from tulle import _native  # noqa: E402
 from tulle.engine.files import huge  # noqa: E402
 from tulle.engine.native_model import (  # noqa: E402

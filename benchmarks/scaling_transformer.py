@@ -41,8 +41,8 @@ LAYERS, PROMPT, ROUNDS, TOKENS = 2, 32, 5, 8
 
 def train(name: str, folder: Path) -> dict[str, Any]:
     """One recipe: its model, held-out bits per byte, and the curve as [tokens, training loss, bits per byte]."""
-    from tulle.road import train as run
-    from tulle.train.curve import read_metrics
+    from tulle.training.curve import read_metrics
+    from tulle.training.launch import train as run
 
     out = folder / name
     share_data(folder / "data", out / "data")
@@ -79,7 +79,7 @@ def parameters(folder: Path) -> int:
 
 def train_cells(arguments: argparse.Namespace, cells: Cells) -> None:
     """Every recipe that is not there yet."""
-    import tulle.road  # noqa: F401 (now: a long run must not meet an edited source later)
+    import tulle.training.launch  # noqa: F401 (now: a long run must not meet an edited source later)
 
     for name in arguments.cells:
         print(name, flush=True)

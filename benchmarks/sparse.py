@@ -82,7 +82,7 @@ def main() -> None:
     import torch
 
     from tulle import machine
-    from tulle.recipe import load_recipe
+    from tulle.compression.recipe import load_recipe
 
     torch.set_num_threads(arguments.threads)
     import_methods()

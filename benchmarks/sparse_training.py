@@ -64,7 +64,7 @@ def medians(times: list[tuple[float, float]]) -> dict[str, float]:
 
 
 def measure(arguments: argparse.Namespace, threads: int) -> dict[str, Any]:
-    from tulle.train.sparse_linear import SparseLinear
+    from tulle.methods.train.sparse_linear import SparseLinear
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 from compress_large import COMMON, SHAPES  # noqa: E402
-
 from tulle.format.pack import f32_to_bf16, pack_linear  # noqa: E402
 from tulle.format.spec import InputSparsitySpec, LinearSpec, QuantizationConfig  # noqa: E402
 from tulle.models.anatomy import anatomy  # noqa: E402

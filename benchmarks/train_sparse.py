@@ -90,10 +90,8 @@ class Bench:
         return found
 
     def _train(self, key: str, content: dict[str, Any]) -> dict[str, Any]:
-        from tulle.road import TOOLS
-        from tulle.train.curve import read_metrics
-        from tulle.train.recipe import TrainRecipe
-        from tulle.train.stages import run
+        from tulle.training.curve import read_metrics
+        from tulle.training.launch import train
 
         begun, out = time.perf_counter(), self.folder(key)
         # Tokens are the same for many cells: one cache for all.
@@ -102,7 +100,7 @@ class Bench:
         if not (out / "data").exists():
             (out / "data").symlink_to((self.work / "data").resolve())
         # A kill may have come before the first checkpoint: --resume starts such a run anew.
-        run(TrainRecipe.model_validate(content), out, TOOLS, resume=True, log=lambda line: None)
+        train(content, out, resume=True, log=lambda line: None)
         record = json.loads((out / "run.json").read_text())
         rows = read_metrics(out / "metrics.jsonl") if (out / "metrics.jsonl").is_file() else []
         kept = {k: record[k] for k in ("held_out_bits_per_byte", "sparsity", "tokens_seen")}

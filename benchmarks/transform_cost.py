@@ -36,7 +36,7 @@ def main() -> None:
     from tulle.core.hadamard import hadamard_block
     from tulle.core.rotation import random_orthogonal
     from tulle.core.transform import BlockMatrix, Hadamard, Kronecker, Permutation, Transform, run
-    from tulle.quantize.flatquant import factors
+    from tulle.methods.quantize.flatquant import factors
 
     torch.set_num_threads(arguments.threads)
     g = torch.Generator().manual_seed(0)

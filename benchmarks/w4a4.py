@@ -79,10 +79,10 @@ class Bench:
     """A model's variants, its texts and its protocol."""
 
     def __init__(self, name: str, data: Path | None, folder: Path, samples: int) -> None:
-        from tulle.demo import calibration_modules, evaluation_text
+        from tulle.compression.demo import calibration_modules, evaluation_text
         from tulle.evaluate.text import Protocol
         from tulle.models.hub import local_folder
-        from tulle.texts import read_text
+        from tulle.text.reading import read_text
 
         self.name, self.folder, self.samples = name, folder, samples
         if name == "reference":
@@ -98,7 +98,7 @@ class Bench:
 
     def variant(self, kind: str) -> Path:
         """The folder of the model with outliers of a kind; the same function."""
-        from tulle.models import outliers
+        import outliers
 
         if kind == "raw":
             return self.model
@@ -114,7 +114,7 @@ class Bench:
         import torch
         from transformers import AutoTokenizer
 
-        from tulle.texts import sequences
+        from tulle.text.reading import sequences
 
         found = sequences(self.calibration, AutoTokenizer.from_pretrained(self.model), 128, 8)
         return torch.stack([t for t in found if len(t) == 128])
@@ -128,7 +128,7 @@ class Bench:
 
     def run(self, model: Path, steps: list[dict[str, Any]], target: str, seed: int = 0) -> dict[str, Any]:
         """Perplexity, mean layer error and seconds of a recipe."""
-        from tulle.compress import compress
+        from tulle.compression.job import compress
 
         calibration = {"samples": self.samples, "length": 512, "target": target}
         with tempfile.TemporaryDirectory(dir=self.folder) as parent:

@@ -38,7 +38,7 @@ def main() -> None:
     from rich.table import Table
 
     from tulle import machine
-    from tulle.recipe import load_recipe
+    from tulle.compression.recipe import load_recipe
 
     torch.set_num_threads(arguments.threads)
     import_methods()

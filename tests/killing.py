@@ -23,8 +23,8 @@ import psutil  # noqa: E402
 sys.path.insert(0, str(Path(__file__).parent))
 
 from checkpoints import PROSE, write_checkpoint  # noqa: E402
-from tulle.compress import compress  # noqa: E402
-from tulle.texts import Text  # noqa: E402
+from tulle.compression.job import compress  # noqa: E402
+from tulle.text.reading import Text  # noqa: E402
 
 RECIPE = {
     "steps": [{"sparsegpt": {"sparsity": 0.5}}, {"gptq": {"bits": 4, "group_size": 16}}],

@@ -12,6 +12,7 @@
 
 #include "engine.hpp"
 #include "scaling.hpp"
+#include "search.hpp"
 #include "sparse_train.hpp"
 #include "tulle/cpu.hpp"
 #include "tulle/dispatch.hpp"
@@ -215,5 +216,6 @@ NB_MODULE(_native, m) {
   define_anneal<std::int16_t>(m);
   define_engine(m);
   define_scaling(m);
+  define_search(m);
   define_sparse_train(m);
 }

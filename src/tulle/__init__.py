@@ -16,8 +16,7 @@ __version__ = metadata.version("tulle")
 
 def __getattr__(name: str) -> Any:
     if name == "compress":
-        # The module is callable: importing a submodule binds it to this name, whatever else stood here.
-        return importlib.import_module("tulle.compress")
+        return importlib.import_module("tulle.compression.job").compress
     if name == "load":
         return importlib.import_module("tulle.hf").load
     if name == "Engine":

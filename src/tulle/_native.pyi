@@ -1,4 +1,4 @@
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,3 +101,63 @@ class SparsePattern:
     def weight_gradient(
         self, x: NDArray[np.float32], dy: NDArray[np.float32], dvalues: NDArray[np.float32], threads: int
     ) -> None: ...
+
+# The search for codes: what the arrays are, native/include/tulle/search.hpp says.
+def find_steps(
+    weight: NDArray[np.float32],
+    importance: NDArray[np.float32],
+    mask: NDArray[np.bool_] | None,
+    low: float,
+    high: float,
+    symmetric: bool,
+    ratios: NDArray[np.float32],
+    least: NDArray[np.float32] | None,
+    largest: NDArray[np.float32] | None,
+    step: NDArray[np.float32],
+    zero: NDArray[np.float32],
+    threads: int,
+) -> None: ...
+def sweep_block(
+    start: int,
+    feedback: NDArray[np.float32],
+    weight: NDArray[np.float32] | None,
+    value: NDArray[np.float32],
+    error: NDArray[np.float32],
+    group: NDArray[np.int64] | None,
+    step: NDArray[np.float32] | None,
+    zero: NDArray[np.float32] | None,
+    low: float,
+    high: float,
+    codes: NDArray[np.int16] | None,
+    mask: NDArray[np.bool_] | None,
+    n: int,
+    m: int,
+    weighting: NDArray[np.float32] | None,
+    threads: int,
+) -> None: ...
+def take_columns(source: NDArray[Any], order: NDArray[np.int64], to: NDArray[Any], threads: int) -> None: ...
+def put_columns(source: NDArray[Any], order: NDArray[np.int64], to: NDArray[Any], threads: int) -> None: ...
+def open_levels(
+    codes: NDArray[np.int16],
+    step: NDArray[np.float32],
+    zero: NDArray[np.float32],
+    mask: NDArray[np.bool_] | None,
+    weight: NDArray[np.float32],
+    level: NDArray[np.float32],
+    residual: NDArray[np.float32],
+    threads: int,
+) -> None: ...
+def descend(
+    hessian: NDArray[np.float32],
+    gradient: NDArray[np.float32],
+    product: NDArray[np.float32],
+    codes: NDArray[np.int16],
+    step: NDArray[np.float32],
+    zero: NDArray[np.float32],
+    mask: NDArray[np.bool_] | None,
+    low: float,
+    high: float,
+    sweeps: int,
+    steps_first: bool,
+    threads: int,
+) -> None: ...

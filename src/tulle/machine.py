@@ -8,6 +8,8 @@ import resource
 import sys
 from pathlib import Path
 
+from tulle.errors import UserError
+
 
 def describe() -> dict[str, str | int]:
     """CPU model, usable cores, instruction set the native module chose, versions."""
@@ -24,6 +26,16 @@ def describe() -> dict[str, str | int]:
     }
 
 
+def cache_bytes() -> int | None:
+    """Size of the largest cache of the first processor, where the system tells it."""
+    sizes = []
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text().strip()
+        if text[:-1].isdigit() and text[-1] in "KMG":
+            sizes.append(int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]])
+    return max(sizes, default=None)
+
+
 def peak_memory() -> int:
     """Largest resident size of this process so far, bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -37,3 +49,15 @@ def _cpu() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def require_device(device: str) -> None:
+    """Raises ``UserError`` for a device that torch does not have here."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"expected a device that torch has here, found {device!r} ({str(error).splitlines()[0]}); try cpu"
+        ) from None

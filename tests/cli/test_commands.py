@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from checkpoints import write_checkpoint, write_prose
+from html_page import Page
 from tulle.cli import main
 
 RECIPE = "name: tiny\nsteps:\n  - magnitude: {sparsity: 0.5}\n  - round_to_nearest: {bits: 4}\n"
@@ -104,7 +105,10 @@ def test_inspect(work: Path, model: str, bits: int | None, sparsity: float, caps
     found = read(work / "inspect.json")
     assert {x["bits"] for x in found["linears"]} == {bits}
     assert found["totals"]["sparsity"] == pytest.approx(sparsity, abs=0.08)  # 4-bit codes round some kept weights to 0
-    assert "</html>" in (work / "page.html").read_text(encoding="utf-8")
+    page = Page((work / "page.html").read_text(encoding="utf-8"))
+    assert page.title == model and "Every linear" in page.text
+    linears = page.tables[0]
+    assert [row[0] for row in linears[1:]] == [x["name"] for x in found["linears"]]
     assert "gate_up" in capsys.readouterr().out
 
 

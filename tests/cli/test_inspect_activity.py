@@ -9,8 +9,8 @@ import pytest
 
 from checkpoints import PROSE, write_checkpoint
 from tulle.cli.main import run
-from tulle.compress import compress
-from tulle.texts import Text
+from tulle.compression.job import compress
+from tulle.text.reading import Text
 
 
 def test_what_tokens_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

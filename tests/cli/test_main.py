@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import io
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -124,7 +126,48 @@ def test_json_into_a_missing_folder_is_refused(tmp_path: Path) -> None:
         common.write_json(tmp_path / "no" / "out.json", {})
 
 
-def test_no_progress_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_now_and_then_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(common.time, "monotonic", lambda: now[0])
     with common.progress_bars() as progress:
+        for second in range(200):
+            now[0] = 100.0 + second
+            progress(f"block {second // 10}", second, 200)
+        progress.line("compress w8a8   35 s")
+        now[0] += 20.0  # not yet
+        progress("block 20", 199, 200)
+    assert capsys.readouterr() == ("", """\
+ 15 %  block 3
+ 30 %  block 6
+ 45 %  block 9
+ 60 %  block 12
+ 75 %  block 15
+ 90 %  block 18
+compress w8a8   35 s
+""")  # fmt: skip
+
+
+def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    with common.progress_bars(quiet=True) as progress:
         progress("stage", 1, 2)
+        progress.line("a step")
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_bar_on_a_terminal_with_the_lines_above(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with common.progress_bars() as progress:
+        progress("w8a8: block 3 of 6", 1, 4)
+        progress.line("compress [w8a8]   35 s")
+    text = terminal.getvalue()
+    assert "w8a8: block 3 of 6" in text and "━" in text
+    assert "compress [w8a8]   35 s\n" in text  # no markup
+    assert re.search(r"\x1b\[2K", text.rpartition("35 s")[2])  # the bar is gone at the end

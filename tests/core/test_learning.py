@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tulle.core.grid import Grid, extremes
-from tulle.core.learning import WeightClip, fake_quantise, fake_tokens, round_through
 from tulle.core.token_grid import TokenGrid
+from tulle.methods.learning import WeightClip, fake_quantise, fake_tokens, round_through
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])

@@ -10,9 +10,9 @@ from tulle.core.least_squares import refit
 from tulle.core.masks import Pattern, keep_pattern, largest
 from tulle.core.swaps import exchange, gains, pivot, swap, tableau
 from tulle.errors import UserError
-from tulle.prune.alps import ALPS
-from tulle.prune.sparsegpt import SparseGPT
-from tulle.prune.wanda import Wanda
+from tulle.methods.prune.alps import ALPS
+from tulle.methods.prune.sparsegpt import SparseGPT
+from tulle.methods.prune.wanda import Wanda
 
 
 def problem(rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bigram import Bigram, byte_tokenizer
 from tulle.evaluate import Protocol, evaluate_text, scoring
-from tulle.texts import Text
+from tulle.text.reading import Text
 
 DOCUMENTS = ["once upon a time", "größer", "the end", "ab"]
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from bigram import byte_tokenizer
 from tulle.errors import UserError
 from tulle.evaluate.text import Protocol, describe, passages, read_documents, resolve_length
-from tulle.texts import Text
+from tulle.text.reading import Text
 
 PLAIN, BOS = byte_tokenizer(False), byte_tokenizer(True)
 

@@ -32,17 +32,17 @@ def test_reads_every_tensor_bit_for_bit(tmp_path: Path, dtype: torch.dtype, shar
 def test_tied_model_with_either_name(tmp_path: Path, stored: str) -> None:
     model = write_checkpoint(tmp_path / "m", stored=stored, tie_word_embeddings=True)
     checkpoint = Checkpoint.open(tmp_path / "m")
-    anatomy = checkpoint.anatomy()
-    assert checkpoint.embedding_name(anatomy) == stored
+    model_of = checkpoint.describe()
+    assert model_of.embedding_name(checkpoint) == stored
     assert torch.equal(checkpoint.read(stored), model.get_input_embeddings().weight)
 
 
 def test_block_by_block(tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "m", "qwen3", shards=3)
     checkpoint = Checkpoint.open(tmp_path / "m")
-    anatomy = checkpoint.anatomy()
-    for i in range(anatomy.layers):
-        block = checkpoint.read_block(anatomy, i)
+    model_of = checkpoint.describe()
+    for i, layer in enumerate(model_of.layers):
+        block = checkpoint.read_layer(layer)
         expected = model.model.layers[i].state_dict()
         assert set(block) == set(expected)
         assert all(torch.equal(block[k], expected[k]) for k in block)
@@ -144,7 +144,7 @@ def test_damage(tmp_path: Path, damage, message: str) -> None:  # noqa: ANN001
     write_checkpoint(tmp_path / "m")
     damage(tmp_path / "m")
     with pytest.raises(UserError) as error:
-        Checkpoint.open(tmp_path / "m").anatomy()
+        Checkpoint.open(tmp_path / "m").describe()
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -167,7 +167,7 @@ def test_not_finite(tmp_path: Path, value: float) -> None:
     weight[3, 5] = value
     _change(tmp_path / "m", "model.layers.2.mlp.down_proj.weight", weight)
     checkpoint = Checkpoint.open(tmp_path / "m")
-    anatomy = checkpoint.anatomy()
-    checkpoint.read_block(anatomy, 1)
+    model_of = checkpoint.describe()
+    checkpoint.read_layer(model_of.layers[1])
     with pytest.raises(UserError, match="found 1 NaN or Inf in model.layers.2.mlp.down_proj.weight"):
-        checkpoint.read_block(anatomy, 2)
+        checkpoint.read_layer(model_of.layers[2])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tulle.core.contract import LinearState, Statistics
 from tulle.core.hessian import Hessian
+from tulle.methods.contract import LinearState, Statistics
 
 
 def layer(rows: int, columns: int, tokens: int = 0, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,8 @@ import torch
 
 from checkpoints import VOCABULARY, write_prose, write_tokenizer
 from tulle.cli import main
-from tulle.controllers import architecture, inspect_controllers, layer_statistics
 from tulle.errors import UserError
+from tulle.inspect.controllers import architecture, inspect_controllers, layer_statistics
 from tulle.models.scaling_transformer import ScalingTransformerConfig, ScalingTransformerForCausalLM
 from tulle.models.scaling_transformer.choices import Choices
 from tulle.report.controller import controllers_page

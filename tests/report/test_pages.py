@@ -4,48 +4,17 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from html_page import Page
 from sample_report import sample_report, sparse_report
 from tulle.report.compression import compression_page, notes, write_report
 from tulle.report.demo import demo_page
 from tulle.report.inspection import inspection_page
 from tulle.report.laws import laws_page, loss_range
-
-VOID = {"meta", "br", "link", "img", "input", "hr"}
-LOADING = {"src", "srcset", "href", "xlink:href", "data", "poster", "action"}
-
-
-class Page(HTMLParser):
-    """Collects what a browser would load, the text, and whether tags nest."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.loaded: list[str] = []
-        self.tags: list[str] = []
-        self.text = ""
-        self._open: list[str] = []
-        self.feed(html)
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.loaded += [value or "" for name, value in attrs if name in LOADING]
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.loaded += [value or "" for name, value in attrs if name in LOADING]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 def demo_result() -> dict:
@@ -56,20 +25,23 @@ def demo_result() -> dict:
         "scored_bytes": 3000,
         "sample": "    return <lines>",
     }
-    sizes = {"dense": 11.5, "w4": 4.6, "sparse": 7.0}
+    sizes = {"dense": (11.5, "dense"), "sparse": (7.0, "sparse"), "w4": (4.6, "low-bit")}
     rows = [
-        row | {"name": name, "bytes": mb * 1e6, "linear_bytes": mb * 5e5, "bits_per_weight": mb, "sparsity": 0.0,
-               "bits_per_byte": 1.5 - mb / 50, "compress_seconds": None if name == "dense" else 12.0}
-        for name, mb in sizes.items()
+        row | {"name": name, "kind": kind, "bytes": mb * 1e6, "linear_bytes": mb * 5e5, "weight_bytes": mb * 1e6,
+               "bits_per_weight": mb, "layout": "sparse", "sparsity": 0.5 * (kind == "sparse"),
+               "bits_per_byte": 1.5 - mb / 50, "decode_tokens_per_s": 11500 / mb, "speedup": 11.5 / mb,
+               "compress_seconds": None if name == "dense" else 12.0}
+        for name, (mb, kind) in sizes.items()
     ]  # fmt: skip
     architecture = {
         "type": "llama", "blocks": 6, "hidden": 256, "intermediate": 768, "heads": 4, "kv_heads": 2, "head_dim": 64,
         "vocabulary": 4096, "tied": True,
     }  # fmt: skip
+    speed = {"threads": 2, "prompt": 64, "tokens": 32, "rounds": 15, "spread": 0.03, "disturbed": False}
     report = sample_report()
-    return {"rows": rows, "architecture": architecture, "protocol": "p", "prompt": "def f():", "seconds": 100.0} | {
-        key: report[key] for key in ("calibration", "machine")
-    }
+    machine = report["machine"] | {"cache_bytes": 32 << 20}
+    found = {"rows": rows, "architecture": architecture, "protocol": "p", "prompt": "def f():", "seconds": 100.0}
+    return found | {"speed": speed, "calibration": report["calibration"], "machine": machine}
 
 
 def inspection_result() -> dict:
@@ -139,7 +111,7 @@ def test_a_page_loads_nothing(kind: str) -> None:
     page = Page(html)
     own = [target for target in page.loaded if not target.startswith(("#", "data:"))]
     # The demo's rows link to the reports beside it; a link loads nothing until it is followed.
-    assert own == (["w4/report.html", "sparse/report.html"] if kind == "demo" else [])
+    assert own == (["sparse/report.html", "w4/report.html"] if kind == "demo" else [])
     assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
     assert not re.search(r"@import|url\((?!#)", html)
     assert "svg" in page.tags
@@ -148,7 +120,7 @@ def test_a_page_loads_nothing(kind: str) -> None:
 @pytest.mark.parametrize("kind", PAGES)
 def test_pictures_have_the_pages_colours(kind: str) -> None:
     html = page_of(kind)
-    assert not re.search(r"#0[1234]01\d\d", html)  # no placeholder is left
+    assert not re.search(r"#0[12345]01\d\d", html)  # no placeholder is left
     used = set(re.findall(r"var\((--[a-z0-9-]+)\)", html))
     defined = set(re.findall(r"(--[a-z0-9-]+):", html))
     assert used <= defined
@@ -224,7 +196,66 @@ def test_equal_notes_are_listed_once() -> None:
 def test_a_page_is_written_whole(tmp_path: Path) -> None:
     write_report(sample_report(1), tmp_path / "report.html")
     assert [f.name for f in tmp_path.iterdir()] == ["report.html"]
-    assert (tmp_path / "report.html").read_text(encoding="utf-8").rstrip().endswith("</html>")
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert page.title == "owner/a-model → sparse50-w4"
+    (linears,) = page.tables
+    assert [row[0] for row in linears[1:]] == [x["name"] for x in sample_report(1)["linears"]]
+
+
+def test_a_page_that_was_cut_off_is_noticed() -> None:
+    """What the tests of pages rest on."""
+    html = page_of("demo")
+    for end in ("</html>", "</main>", "</table>", "</svg>"):
+        with pytest.raises(AssertionError):
+            Page(html[: html.index(end)])
+
+
+def test_the_demo_shows_size_quality_and_speed_of_every_model() -> None:
+    page = Page(page_of("demo"))
+    assert page.title == "Sparse and low-bit: the bundled model by shipped recipes"
+    # The picture of speed stands first, then the table, then one more picture.
+    assert page.headings[1:4] == ["Quality against speed", "Results", "Quality against size"]
+    assert page.tags.count("svg") == 2 and page.tags.index("svg") < page.tags.index("table")
+    (table,) = page.tables
+    assert table == [
+        ["recipe", "size", "smaller", "bits/weight", "sparsity", "bits/byte", "perplexity", "tokens/s", "× dense",
+         "time"],
+        ["densewhat it does", "11.5 MB", "1.00×", "11.50", "0 %", "1.2700", "9.500", "1,000", "1.00×", "–"],
+        ["sparsewhat it does", "7.00 MB", "1.64×", "7.00", "50 %", "1.3600", "9.500", "1,643", "1.64×", "12.0 s"],
+        ["w4what it does", "4.60 MB", "2.50×", "4.60", "0 %", "1.4080", "9.500", "2,500", "2.50×", "12.0 s"],
+    ]  # fmt: skip
+    for name in ("dense", "sparse", "w4"):
+        # A label in each of the two pictures, the table, the samples; the legend has the kinds.
+        assert len(re.findall(rf">{name}<", page_of("demo"))) >= 4
+    for part in (
+        "Fastest2.50×w4, +0.1380 bits per byte", "32 tokens decoded after a prompt of 64", "medians of 15 rounds",
+        "w4: 4.60 MB, 1.4080 bits per byte, 2,500 tokens/s", "cache holds 32 MiB: every model here runs from the cache",
+    ):  # fmt: skip
+        assert part in page.text, part
+    assert "something else was running" not in page.text
+
+
+def test_the_demo_says_what_its_speeds_are_worth() -> None:
+    found = demo_result()
+    found["speed"] |= {"disturbed": True, "spread": 0.256}
+    found["machine"]["cache_bytes"] = 8 << 20
+    text = Page(demo_page(found)).text
+    assert "Speeds varied by 26 % between rounds: something else was running." in text
+    assert "reads 11.5 MB, which may be more than this processor's cache holds." in text
+    found["machine"]["cache_bytes"] = None
+    assert "which may be more than this processor's cache holds." in Page(demo_page(found)).text
+    assert "Densified" not in text
+    for row in found["rows"]:
+        row["layout"] = "dense"
+    assert "to be faster here: sparse. Their pruned weights" in Page(demo_page(found)).text  # the others are not pruned
+
+
+def test_a_demo_of_models_alike_has_a_picture() -> None:
+    """No span on either axis."""
+    found = demo_result()
+    for row in found["rows"]:
+        row |= {"bits_per_byte": 1.2, "decode_tokens_per_s": 100.0, "bytes": 1e6, "speedup": 1.0}
+    assert Page(demo_page(found)).tags.count("svg") == 2
 
 
 def activity_rows(blocks: int = 2) -> list[dict]:

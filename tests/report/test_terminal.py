@@ -11,7 +11,14 @@ from rich.table import Table
 from sample_report import sample_report
 from tulle.report import units
 from tulle.report.cells import scheme
-from tulle.report.terminal import activation_lines, compression_table, sensitivity_table, task_table, text_table
+from tulle.report.terminal import (
+    activation_lines,
+    compression_table,
+    demo_table,
+    sensitivity_table,
+    task_table,
+    text_table,
+)
 
 
 def printed(table: Table) -> str:
@@ -66,6 +73,21 @@ def test_compression_table_has_before_and_after() -> None:
     before, after = (line for line in text.splitlines() if "owner/a-model" in line or "sparse50-w4" in line)
     assert "16.00" in before and "18.313" in before and "0 %" in before
     assert "3.00" in after and "19.204" in after and "50 %" in after and "812 MB" in after
+
+
+@pytest.mark.parametrize(("width", "whole"), [(140, True), (106, True), (80, False)])
+def test_demo_table_fits_the_terminal(width: int, whole: bool) -> None:
+    model = {"name": "w8a8-smoothquant", "bytes": 7.8e6, "bits_per_weight": 9.71, "sparsity": 0.5, "description": ""}
+    model |= {"bits_per_byte": 1.1504, "perplexity": 11.59, "decode_tokens_per_s": 2345.6, "speedup": 1.32}
+    found = {"rows": [model | {"compress_seconds": None, "bytes": 11.5e6}, model | {"compress_seconds": 75.0}]}
+    console = Console(file=io.StringIO(), width=width)
+    console.print(demo_table(found, width))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    *_, dense, compressed = (line.split() for line in text.splitlines() if line.strip())
+    shown = ["1.47×", "9.71", "50", "%"] if whole else ["9.71"]
+    last = ["1.1504", *["11.59"] * whole, "2,346", "1.32×", "1", "min", "15", "s"]
+    assert compressed == ["w8a8-smoothquant", "7.80", "MB", *shown, *last]
+    assert dense[-1] == "–" and "…" not in text
 
 
 def test_text_table() -> None:

@@ -9,6 +9,7 @@
 #include "tulle/packing.hpp"
 #include "tulle/permutation.hpp"
 #include "tulle/scaling.hpp"
+#include "tulle/search.hpp"
 #include "tulle/sparse_train.hpp"
 
 namespace tulle {
@@ -21,6 +22,7 @@ struct Isa {
   const OpsKernels* ops;
   const SparseTrainKernels* sparse_train;
   const ScalingKernels* scaling;
+  const SearchKernels* search;
 };
 
 // Narrowest (scalar) first.

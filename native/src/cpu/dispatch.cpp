@@ -8,8 +8,9 @@
 #include <unistd.h>
 #endif
 
-#include "linear/amx.hpp"
 #include "cpu/tables.hpp"
+#include "linear/amx.hpp"
+#include "search/tables.hpp"
 #include "tulle/cpu.hpp"
 
 namespace tulle {
@@ -36,19 +37,21 @@ bool ask_for_tiles() {
 
 std::vector<Isa> probe() {
   std::vector<Isa> isas = {{"scalar", &scalar_packing, &scalar_permutation, &scalar_linear, &scalar_ops,
-                            &scalar_sparse_train, &scalar_scaling}};
+                            &scalar_sparse_train, &scalar_scaling, &scalar_search}};
   [[maybe_unused]] const CpuFeatures& cpu = cpu_features();
 #if defined(TULLE_HAVE_AVX2)
   static const PackingKernels avx2 = with_scalar_masks(avx2_packing);
   const bool has_avx2 = cpu.popcnt && cpu.avx2 && cpu.fma && cpu.f16c;
-  if (has_avx2)
-    isas.push_back({"avx2", &avx2, &avx2_permutation, &avx2_linear, &avx2_ops, &avx2_sparse_train, &avx2_scaling});
+  if (has_avx2) {
+    isas.push_back({"avx2", &avx2, &avx2_permutation, &avx2_linear, &avx2_ops, &avx2_sparse_train, &avx2_scaling,
+                    &avx2_search});
+  }
 #if defined(TULLE_HAVE_AVX512)
   // Ice Lake and Zen 4 onwards; Skylake-X lacks VBMI and VNNI and runs the AVX2 set.
   if (has_avx2 && cpu.avx512f && cpu.avx512bw && cpu.avx512vl && cpu.avx512vbmi && cpu.avx512vbmi2 &&
       cpu.avx512vnni) {
     isas.push_back({"avx512", &avx512_packing, &avx512_permutation, &avx512_linear, &avx512_ops, &avx512_sparse_train,
-                    &avx512_scaling});
+                    &avx512_scaling, &avx512_search});
 #if defined(TULLE_HAVE_AMX)
     if (cpu.amx_tile && cpu.amx_int8 && ask_for_tiles() && amx_multiplies()) {
       Isa amx = isas.back();

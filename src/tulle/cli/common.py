@@ -6,7 +6,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +18,7 @@ from tulle.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress as Bars
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A model folder, 'reference' (the bundled model), or a hub id.")
@@ -47,19 +49,60 @@ def console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 
 
+NOW_AND_THEN = 30.0
+"""Seconds between two lines of progress where there is no terminal."""
+
+
+class Progress:
+    """What a command tells of its progress: ``progress(stage, done, total)`` often, ``progress.line(text)`` per step.
+
+    This one is for where no bar can be drawn: it writes the stage once every ``NOW_AND_THEN`` seconds, and every line.
+    """
+
+    def __init__(self, quiet: bool = False):
+        self._quiet = quiet
+        self._last = time.monotonic()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._last >= NOW_AND_THEN:
+            self.line(f"{100 * done // max(total, 1):3d} %  {stage}")
+
+    def line(self, text: str) -> None:
+        """A line that stays."""
+        self._last = time.monotonic()
+        if not self._quiet:
+            print(text, file=sys.stderr, flush=True)
+
+
+class _Bar(Progress):
+    """A bar at the bottom of the terminal, with the lines above it."""
+
+    def __init__(self, bars: Bars):
+        super().__init__()
+        self._bars = bars
+        self._task = bars.add_task("load", total=None)
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        self._bars.update(self._task, description=stage, completed=done, total=total)
+
+    def line(self, text: str) -> None:
+        self._bars.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 @contextmanager
-def progress_bars(quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    """``progress(stage, done, total)`` drawn on standard error, or nothing where that is no terminal."""
+def progress_bars(quiet: bool = False) -> Iterator[Progress]:
+    """Progress on standard error: a bar on a terminal, else a line now and then; nothing at all if ``quiet``."""
     if quiet or not sys.stderr.isatty():
-        yield lambda stage, done, total: None
+        yield Progress(quiet)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
 
-    columns = (TextColumn("{task.description:<34}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task("load", total=None)
-        yield lambda stage, done, total: bars.update(task, description=stage, completed=done, total=total)
+    columns = (TextColumn("{task.description:<38}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+        yield _Bar(bars)
 
 
 def write_json(file: Path | None, result: Any) -> None:

@@ -56,33 +56,26 @@ def compress(
     """
     chosen = common.parse_range(documents)
     chosen_eval = common.parse_range(eval_documents, "--eval-documents")
-    from tulle.compress import compress as run
-    from tulle.evaluate.text import Protocol, read_documents
-    from tulle.models.hub import REFERENCE, local_folder
-    from tulle.report.compression import write_report
+    from tulle.compression.job import Evaluation
+    from tulle.compression.job import compress as run
+    from tulle.evaluate.text import read_documents
+    from tulle.models.hub import REFERENCE
     from tulle.report.terminal import compression_table
 
-    text = None
-    protocol = Protocol()
+    compared = None
     if evaluation is not None:
-        text = read_documents(evaluation, separator, chosen_eval, min_chars)
+        compared = Evaluation(read_documents(evaluation, separator, chosen_eval, min_chars))
     elif model == REFERENCE:
-        from tulle.demo import evaluation_text
+        from tulle.compression.demo import evaluation_text
 
-        text, protocol = evaluation_text()
+        compared = Evaluation(*evaluation_text())
     with common.progress_bars() as progress:
         report = run(
             model, recipe, output,
             calibration=calibration, separator=separator, documents=chosen, min_chars=min_chars,
-            samples=samples, length=length, device=device, seed=seed, resume=resume, progress=progress,
+            samples=samples, length=length, evaluation=compared, device=device, seed=seed, resume=resume,
+            progress=progress,
         )  # fmt: skip
-        if text is not None:
-            # After the model stands: a kill costs only these figures, and peak memory is compression's own.
-            from tulle.evaluate.compare import compare
-
-            report = report | {"evaluation": compare(local_folder(model), output, text, protocol, device, progress)}
-            common.write_json(output / "report.json", report)
-            write_report(report, output / "report.html")
     if str(json_file) != "-":
         out = common.console()
         out.print(compression_table(report))

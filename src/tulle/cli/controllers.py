@@ -25,7 +25,7 @@ def inspect(
     json_file: Path | None,
 ) -> None:
     """Prints a table; writes the page and the JSON that are asked for."""
-    from tulle.controllers import inspect_controllers
+    from tulle.inspect.controllers import inspect_controllers
     from tulle.report.controller import describe, write_controllers
     from tulle.report.terminal import controller_table
 

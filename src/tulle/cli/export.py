@@ -24,7 +24,7 @@ def export(
 
     Example: tulle export out --to compressed-tensors -o out-ct
     """
-    from tulle.format.export import export as run
+    from tulle.export import export as run
     from tulle.models.hub import local_folder
 
     with common.progress_bars() as progress:

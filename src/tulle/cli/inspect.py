@@ -61,7 +61,7 @@ def inspect(
     alone = [option for option, value in given.items() if value is not None]
     if alone and not (activations or sensitivity):
         raise UserError(f"expected --activations or --sensitivity with {alone[0]}, found neither; add one of them")
-    from tulle.inspection import inspect_model
+    from tulle.inspect.weights import inspect_model
     from tulle.report.inspection import describe, write_inspection
     from tulle.report.terminal import activation_lines, activity_table, inspection_table, sensitivity_table
 
@@ -92,24 +92,27 @@ def inspect(
 def _sequences(
     folder: Path, text: str | None, separator: str | None, samples: int, length: int, dense: bool
 ) -> list[Any]:
-    from tulle.activations import require_dense
-    from tulle.compress import calibration_sequences
+    from tulle.compression.calibration import calibration_sequences, calibration_text
+    from tulle.inspect.outliers import require_dense
+    from tulle.models.checkpoint import Checkpoint
+    from tulle.models.description import describe
 
     if dense or not _sparse_inputs(folder):
         require_dense(folder)
-    return calibration_sequences(folder, text, separator=separator, samples=samples, length=length)[0]
+    model = describe(Checkpoint.open(folder).config)
+    return calibration_sequences(model, folder, calibration_text(text, separator), samples, length)
 
 
 def _measured(
     folder: Path, sequences: list[Any], device: str, activations: bool, sensitivity: bool, progress: Any
 ) -> dict[str, Any]:
-    from tulle.activations import inspect_activations
     from tulle.evaluate.loading import load_model
-    from tulle.sensitivity import measure_sensitivity
+    from tulle.inspect.outliers import inspect_activations
+    from tulle.inspect.sensitivity import measure_sensitivity
 
     found: dict[str, Any] = {}
     if activations and _sparse_inputs(folder):
-        from tulle.activity import measure_activity
+        from tulle.inspect.activity import measure_activity
 
         model, _ = load_model(folder, device)
         found["activity"] = measure_activity(model, sequences, progress)

@@ -9,16 +9,18 @@ import typer
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A training recipe (YAML).")],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A training recipe: a YAML file, or the name of a shipped one.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder for the model, its curve and checkpoints.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
 ) -> None:
-    """Train a model by a recipe: new, continued, fine-tuned; dense, sparse, or on the road from one to the other.
+    """Train a model by a recipe: new, continued or fine-tuned; dense, sparse, or a pipeline of stages between the two.
 
     Several processes: accelerate launch --num_processes 2 $(which tulle) train RECIPE -o OUT
 
     Example: tulle train recipes/reference.yaml -o build/reference
     """
-    from tulle.road import train as run
+    from tulle.training.launch import train as run
 
     run(recipe, out, resume, log=lambda line: print(line, flush=True))

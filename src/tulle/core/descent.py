@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tulle.core import compiled
 from tulle.core.grid import Quantised, code, to_bfloat16
 
 
@@ -32,14 +33,32 @@ def descend(
     """Improves a quantisation of W ``[C_out, C_in]`` under H ``[C_in, C_in]`` (damped, positive diagonal).
 
     Every sweep visits the groups in turn: first the step, then the codes. Positions outside ``mask`` stay zero. Returns
-    new codes and steps; zero points stay. Costs 2·C_out·C_in² operations per sweep, twice that where a group is
-    wider than ``block`` columns.
+    new codes and steps; zero points stay. Groups wider than ``block`` columns move all steps of a sweep before its
+    codes. On the CPU (core.compiled) it costs 4·C_out·C_in² operations and little more per sweep.
+    """
+    columns = weight.shape[1]
+    width = columns // quantised.scale.shape[1]
+    if compiled.fits(weight, hessian, mask, quantised.scale, quantised.zero):
+        codes, scale = quantised.codes.clone(), quantised.scale.clone()
+        compiled.descend(
+            weight, codes, scale, quantised.zero, quantised.grid, hessian, mask, sweeps, steps_first=width > block
+        )
+        return Quantised(quantised.grid, codes, scale, quantised.zero)
+    return descend_plain(weight, quantised, hessian, mask, sweeps, block)
+
+
+def descend_plain(
+    weight: Tensor, quantised: Quantised, hessian: Tensor, mask: Tensor | None, sweeps: int, block: int
+) -> Quantised:
+    """``descend`` in torch's operations: its definition, and what runs on other devices.
+
+    Costs 2·C_out·C_in² operations per sweep, twice that where a group is wider than ``block`` columns.
     """
     q = Quantised(quantised.grid, quantised.codes.float(), quantised.scale.clone(), quantised.zero)
     columns = weight.shape[1]
     width = columns // q.scale.shape[1]
-    keep = torch.ones_like(weight) if mask is None else mask.to(weight.dtype)
     gradient = (weight - q.dequantise(mask)) @ hessian
+    keep = torch.ones_like(weight) if mask is None else mask.to(weight.dtype)
     narrow = width <= block
     if narrow:
         block = block // width * width  # whole groups
@@ -69,7 +88,7 @@ def _refit_steps(q: Quantised, keep: Tensor, gradient: Tensor, hessian: Tensor) 
         c = (q.codes[:, part] - q.zero[:, g, None]) * keep[:, part]
         product = c @ hessian[part]
         move = _best_move(q.scale[:, g], (c * gradient[:, part]).sum(1), (c * product[:, part]).sum(1))
-        q.scale[:, g] += move
+        q.scale[:, g] = to_bfloat16(q.scale[:, g] + move)
         gradient -= move[:, None] * product
 
 
@@ -79,8 +98,10 @@ def _sweep_block(
     """One pass over the codes (and steps) of some columns; updates ``q`` and ``gradient`` in place."""
     width = q.codes.shape[1] // q.scale.shape[1]
     h = hessian[start:end, start:end]
-    # Columns first, so that a column is contiguous.
-    codes, kept, slope = (t[:, start:end].T.contiguous() for t in (q.codes, keep, gradient))
+    # Columns first, so that a column is contiguous. A copy in any case: one row is contiguous as it stands.
+    codes, kept, slope = (
+        t[:, start:end].T.clone(memory_format=torch.contiguous_format) for t in (q.codes, keep, gradient)
+    )
     group = torch.arange(start, end, device=codes.device) // width
     steps, zeros = q.scale.T[group].contiguous(), q.zero.T[group].contiguous()
     before = (codes - zeros) * steps * kept
@@ -89,7 +110,7 @@ def _sweep_block(
             part = slice(i, i + width)
             c = (codes[part] - zeros[part]) * kept[part]
             move = _best_move(steps[i], (c * slope[part]).sum(0), (c * (h[part, part] @ c)).sum(0))
-            steps[part] += move
+            steps[part] = to_bfloat16(steps[part] + move)
             slope -= (h[:, part] @ c) * move
         target = (codes[i] - zeros[i]) * steps[i] + slope[i] / h[i, i]
         best = code(target, steps[i], zeros[i], q.grid)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tulle.core import compiled
 from tulle.errors import UserError
 
 SMALLEST_STEP = 1e-30
@@ -156,6 +157,10 @@ def find_steps(
     ``[C_in]`` is the diagonal of the Hessian (None: ones); positions outside ``mask`` do not count. ``ranges`` (low,
     high), ``[C_out, G]`` each, replaces the extremes.
     """
+    ratios = [1 - 0.5 * i / search for i in range(search)]
+    if search and norm == 2 and compiled.fits(w, mask, *(ranges or ())):
+        ones = torch.ones(w.shape[1]) if importance is None else importance
+        return compiled.find_steps(w, grid, ones, torch.tensor(ratios), mask, ranges)
     low, high = extremes(w, grid, mask) if ranges is None else ranges
     best_step, best_zero = steps(low, high, grid)
     if search == 0:
@@ -166,8 +171,7 @@ def find_steps(
         g, weight = g * grouped(mask, grid.group_size), weight * mask
     weight = grouped(weight, grid.group_size)
     best = torch.full_like(best_step, torch.inf)
-    for i in range(search):
-        ratio = 1 - 0.5 * i / search
+    for ratio in ratios:
         step, zero = steps(low * ratio, high * ratio, grid)
         q = round_to_grid(g, step[..., None], zero[..., None], grid)
         error = (weight * (g - q).abs().pow(norm)).sum(-1)

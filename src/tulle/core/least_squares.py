@@ -3,8 +3,8 @@
 
 The normal equations of row r are H_SS·w_S = (H·w*)_S, S its kept positions. One-shot updates such as
 SparseGPT's approximate this solution, because one H⁻¹ serves all rows; here every row gets its own. Narrow
-layers take a batched Cholesky factorisation, wide ones conjugate gradients, where one product W·H per step
-serves all rows.
+layers take a batched Cholesky factorisation, wide ones conjugate gradients, where two products per step serve all
+rows.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 EXACT_UP_TO = 512
-"""Widest C_in for the factorisation, which costs C_out·C_in³/3; conjugate gradients cost 2·C_out·C_in² per
+"""Widest C_in for the factorisation, which costs C_out·C_in³/3; conjugate gradients cost 4·C_out·C_in² per
 step.
 """
+
+ROWS_ELEMENTS = 1 << 18
+"""Elements of the rows that are solved together: what a step works on stays in cache."""
 
 CHUNK_ELEMENTS = 1 << 24
 """Elements of the stacked H_SS that are in memory at once."""
@@ -54,27 +57,42 @@ def refit_iterative(
     steps: int = 200,
     tolerance: float = 1e-2,
 ) -> Tensor:
-    """The refit by conjugate gradients with diag(H) as preconditioner, all rows at once.
+    """The refit by conjugate gradients, some hundred rows at a time.
 
-    Every step lowers every row's error, so that stopping early is safe. Stops when each row's residual has
-    fallen to ``tolerance`` of its first value (1e-2 leaves about 1e-4 of the avoidable error), or after ``steps``.
+    The preconditioner is H⁻¹ restricted to the mask: it is the inverse where all is kept, and at 50 % it takes a third
+    of the steps that diag(H) takes, of twice the cost. Every step lowers every row's error, so that stopping early is
+    safe. Stops when each row's residual, in the preconditioner's norm, has fallen to ``tolerance`` of its first value
+    (1e-2 leaves about 1e-4 of the avoidable error), or after ``steps``.
     """
-    keep = mask.to(target.dtype)
-    inverse_diagonal = keep / hessian.diagonal()
-    w = (target if start is None else start) * keep
-    residual = ((target - w) @ hessian) * keep
-    direction = residual * inverse_diagonal
+    lower, info = torch.linalg.cholesky_ex(hessian)
+    inverse = torch.cholesky_inverse(lower) if int(info) == 0 else torch.diag(1 / hessian.diagonal())
+    result = torch.empty_like(target)
+    size = max(1, ROWS_ELEMENTS // target.shape[1])
+    for first in range(0, target.shape[0], size):
+        rows = slice(first, first + size)
+        keep = mask[rows].to(target.dtype)
+        begin = (target if start is None else start)[rows] * keep
+        result[rows] = _conjugate_gradients(target[rows], keep, hessian, inverse, begin, steps, tolerance)
+    return result
+
+
+def _conjugate_gradients(
+    target: Tensor, keep: Tensor, hessian: Tensor, inverse: Tensor, w: Tensor, steps: int, tolerance: float
+) -> Tensor:
+    """``refit_iterative`` of some rows from ``w``, which is changed in place."""
+    residual = ((target - w) @ hessian).mul_(keep)
+    direction = (residual @ inverse).mul_(keep)
     energy = (residual * direction).sum(1, keepdim=True)
     goal = tolerance**2 * energy
     for _ in range(steps):
         if bool((energy <= goal).all()):
             break
-        product = (direction @ hessian) * keep
+        product = (direction @ hessian).mul_(keep)
         curvature = (direction * product).sum(1, keepdim=True)
         length = torch.where(curvature > 0, energy / curvature, 0)  # a row that is solved stands still
-        w += length * direction
-        residual -= length * product
-        preconditioned = residual * inverse_diagonal
+        w.addcmul_(length, direction)
+        residual.addcmul_(length, product, value=-1)
+        preconditioned = (residual @ inverse).mul_(keep)
         previous, energy = energy, (residual * preconditioned).sum(1, keepdim=True)
-        direction = preconditioned + torch.where(previous > 0, energy / previous, 0) * direction
+        direction = direction.mul_(torch.where(previous > 0, energy / previous, 0)).add_(preconditioned)
     return w

@@ -113,7 +113,7 @@ def search(scores: Tensor, pattern: Pattern, seed: int = 0, effort: float = 1.0,
 
 def _integers(scores: Tensor, fine: bool) -> np.ndarray:
     """Scores as int16 (``fine``) or uint8. What is far above the mean is cut: it is retained in any case, and only how
-    many such scores meet in one stripe matters."""
+    many such scores share one stripe matters."""
     top, cut = (32767, 256) if fine else (255, 16)
     limit = min(float(scores.max()), cut * float(scores.mean()))
     scaled = (scores * (top / limit)).round_().clamp_(max=top)

@@ -12,7 +12,7 @@ For x ``[..., C]`` a *selection* gives a mask M, and the linear sees x⊙M:
 With ``rescale`` the token gets its length back: x⊙M·‖x‖₂/‖x⊙M‖₂. Q-Sparse (Wang et al. 2024, section 2.1) says it
 "re-scales the tensor by its L2 norm"; dividing by ‖x⊙M‖₂ alone would not be the identity where everything is kept.
 
-What stands in front (transforms, a grid) comes first: a selection acts on the numbers that would meet the weights, as
+What stands in front (transforms, a grid) comes first: a selection acts on the numbers that the weights would read, as
 float32. On a symmetric grid Top-K therefore compares whole numbers, and the lower index wins among equal codes.
 """
 

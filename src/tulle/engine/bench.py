@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from typing import TypedDict
 
 from tulle import _native
@@ -38,25 +39,12 @@ def measure(engine: Engine, prompt: int = 512, tokens: int = 64, rounds: int = 5
 
     Raises ``UserError`` where they do not fit into the context.
     """
-    if min(prompt, tokens, rounds) < 1:
-        raise UserError("expected at least one prompt token, one token to decode and one round, found fewer")
-    if prompt + tokens > engine.context:
-        raise UserError(f"expected prompt and tokens within the context of {engine.context}, found {prompt + tokens}")
-    ids = [i * 7919 % engine.vocabulary for i in range(prompt)]
-    prefill, decode = [], []
     engine.take_bytes_per_token()
-    for _ in range(rounds + 1):
-        begun = time.perf_counter()
-        logits = engine.forward(ids, 0, 0, [prompt - 1])
-        first = time.perf_counter()
-        for position in range(prompt, prompt + tokens):
-            logits = engine.forward([int(logits[0].argmax())], 0, position)
-        ended = time.perf_counter()
-        prefill.append(first - begun)
-        decode.append((ended - first) / tokens)
-    per_token, read = statistics.median(decode[1:]), engine.take_bytes_per_token()
+    (times,) = time_in_turn([engine], prompt, tokens, rounds)
+    prefill, decode = zip(*times, strict=True)
+    per_token, read = statistics.median(decode), engine.take_bytes_per_token()
     return Speed(
-        prefill_tokens_per_s=prompt / statistics.median(prefill[1:]),
+        prefill_tokens_per_s=prompt / statistics.median(prefill),
         decode_tokens_per_s=1 / per_token,
         weight_bytes=engine.weight_bytes,
         read_bytes=read,
@@ -69,3 +57,44 @@ def measure(engine: Engine, prompt: int = 512, tokens: int = 64, rounds: int = 5
         prompt=prompt,
         tokens=tokens,
     )
+
+
+def time_in_turn(
+    engines: Sequence[Engine],
+    prompt: int,
+    tokens: int,
+    rounds: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[list[tuple[float, float]]]:
+    """Per engine and round: seconds of a prompt of ``prompt`` tokens, and per token of ``tokens`` decoded after it.
+
+    The engines take turns within a round, so that what else the machine does falls on all of them alike. A first round
+    that warms up is left out. Raises ``UserError`` where prompt and tokens do not fit into a context.
+    """
+    if min(prompt, tokens, rounds) < 1:
+        raise UserError("expected at least one prompt token, one token to decode and one round, found fewer")
+    for engine in engines:
+        if prompt + tokens > engine.context:
+            raise UserError(
+                f"expected prompt and tokens within the context of {engine.context}, found {prompt + tokens}"
+            )
+    times: list[list[tuple[float, float]]] = [[] for _ in engines]
+    for number in range(rounds + 1):
+        for index, (engine, own) in enumerate(zip(engines, times, strict=True)):
+            if progress is not None:
+                progress(number * len(engines) + index, (rounds + 1) * len(engines))
+            found = _time_once(engine, prompt, tokens)
+            if number:
+                own.append(found)
+    return times
+
+
+def _time_once(engine: Engine, prompt: int, tokens: int) -> tuple[float, float]:
+    """Seconds of the prompt, and per decoded token."""
+    ids = [i * 7919 % engine.vocabulary for i in range(prompt)]
+    begun = time.perf_counter()
+    logits = engine.forward(ids, 0, 0, [prompt - 1])
+    first = time.perf_counter()
+    for position in range(prompt, prompt + tokens):
+        logits = engine.forward([int(logits[0].argmax())], 0, position)
+    return first - begun, (time.perf_counter() - first) / tokens

@@ -10,7 +10,7 @@ from typing import Any
 from tulle.evaluate.loading import load_model
 from tulle.evaluate.perplexity import evaluate_text
 from tulle.evaluate.text import Protocol
-from tulle.texts import Text
+from tulle.text.reading import Text
 
 
 def compare(

@@ -18,8 +18,8 @@ def load_model(folder: Path, device: str = "cpu", dtype: str = "float32") -> tup
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import tulle.hf  # noqa: F401 (registers the packed format)
+    from tulle.machine import require_device
     from tulle.models.checkpoint import Checkpoint
-    from tulle.models.skeleton import require_device
 
     Checkpoint.open(folder)  # config, shards and headers, with messages of our own
     if not isinstance(getattr(torch, dtype, None), torch.dtype):

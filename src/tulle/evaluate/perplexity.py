@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 
 from tulle.evaluate.scoring import score_sequences
 from tulle.evaluate.text import Protocol, begins_with_bos, describe, passages, resolve_length
-from tulle.texts import Text
+from tulle.text.reading import Text
 
 
 class TextScore(TypedDict):
@@ -53,6 +53,6 @@ def evaluate_text(
 
 def held_out_text() -> tuple[Text, Protocol]:
     """The text for a model that comes with none: the standard library's held-out modules, every one whole."""
-    from tulle.train.data import held_out_text as modules
+    from tulle.text.standard_library import held_out_text as modules
 
     return Text.of(modules(), "held-out modules of Python's standard library"), Protocol(whole=True)

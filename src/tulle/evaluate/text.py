@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tulle.errors import UserError
-from tulle.texts import Text, read_text
+from tulle.text.reading import Text, read_text
 
 DEFAULT_LENGTH = 2048
 
@@ -47,7 +47,7 @@ class Passage:
 def read_documents(
     file: str, separator: str | None = None, documents: tuple[int, int] | None = None, min_chars: int = 1
 ) -> Text:
-    """:func:`tulle.texts.read_text` of one file, the selection written into ``source`` for the protocol's line."""
+    """One file as documents (:func:`tulle.text.reading.read_text`); ``source`` says what was selected."""
     text = read_text([file], separator, documents, min_chars)
     parts = [", ".join(text.source)]
     if separator is not None:

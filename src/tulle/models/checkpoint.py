@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tulle.core.grid import all_finite
 from tulle.errors import UserError
-from tulle.models.anatomy import Anatomy, anatomy
+from tulle.models.description import Decoder, Layer, describe
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -117,16 +117,12 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(info.bytes for info in self._infos.values())
 
-    def embedding_name(self, model: Anatomy) -> str:
-        """The name under which the embedding is stored: a tied model may hold only one of the two."""
-        return model.embedding_name(self)
-
-    def anatomy(self) -> Anatomy:
-        """The model's anatomy, every tensor it needs checked for presence, shape and a floating dtype."""
-        model = anatomy(self.config)
-        expected = {model.block_prefix(i) + k: s for i in range(model.layers) for k, s in model.block_tensors().items()}
+    def describe(self) -> Decoder:
+        """The model's description, every tensor it needs checked for presence, shape and a floating dtype."""
+        model = describe(self.config)
+        expected = {layer.prefix + k: s for layer in model.layers for k, s in layer.tensors().items()}
         for name, shape in (model.outer_tensors() | expected).items():
-            stored = self.embedding_name(model) if name == model.architecture.embedding else name
+            stored = model.embedding_name(self) if name == model.embedding else name
             info = self.info(stored)
             if info.shape != shape:
                 raise UserError(
@@ -139,14 +135,13 @@ class Checkpoint:
                 )
         return model
 
-    def read_block(self, model: Anatomy, block: int) -> dict[str, Tensor]:
-        """All tensors of a block by relative name, in stored dtype, checked to be finite."""
-        prefix = model.block_prefix(block)
-        relative = model.block_tensors()
-        tensors = self.read_many(prefix + name for name in relative)
+    def read_layer(self, layer: Layer) -> dict[str, Tensor]:
+        """All tensors of a layer by relative name, in stored dtype, checked to be finite."""
+        relative = layer.tensors()
+        tensors = self.read_many(layer.prefix + name for name in relative)
         for name, tensor in tensors.items():
             require_finite(name, tensor)
-        return {name: tensors[prefix + name] for name in relative}
+        return {name: tensors[layer.prefix + name] for name in relative}
 
 
 def require_finite(name: str, tensor: Tensor) -> None:

@@ -8,8 +8,8 @@ head W·diag(γ)·Q. Tied embeddings come apart. Nothing of it is left at run ti
 A permutation commutes with the norm once its gain is permuted too: γ stays in the norm, embeddings stay tied, and no
 value changes.
 
-Values can have another basis as well: attention sums them, so that v·R in every head, R orthogonal, meets o's columns
-times R.
+Values can have another basis as well: attention sums them, so that v·R in every head, R orthogonal, is
+multiplied with o's columns times R.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from tulle.core.transform import BlockMatrix, Permutation, Transform, fold, run
-from tulle.models.anatomy import Anatomy
 from tulle.models.checkpoint import Checkpoint
+from tulle.models.description import Decoder, Layer
 
 
 class Source:
@@ -34,7 +34,7 @@ class Source:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        model: Anatomy,
+        model: Decoder,
         residual: Sequence[Transform] = (),
         values: Mapping[int, BlockMatrix] | None = None,
     ):
@@ -53,59 +53,61 @@ class Source:
 
     def read_block(self, index: int) -> dict[str, Tensor]:
         """All tensors of a block by relative name."""
-        tensors = self._checkpoint.read_block(self._model, index)
+        layer = self._model.layers[index]
+        tensors = self._checkpoint.read_layer(layer)
         if not self.residual and index not in self._values:
             return tensors
         tensors = {name: tensor.float() for name, tensor in tensors.items()}
         if index in self._values:
-            self._rotate_values(tensors, self._values[index])
+            self._rotate_values(layer, tensors, self._values[index])
         if not self.residual:
             return tensors
-        for row in self._model.rows:
-            gain = tensors[f"{row.norm}.weight"] if row.norm else None
-            for name in row.linears:
+        for group in layer.groups:
+            gain = tensors[f"{group.norm}.weight"] if group.norm else None
+            for name in group.names:
                 weight, bias = f"{name}.weight", f"{name}.bias"
                 if gain is not None:
                     tensors[weight] = self._read(tensors[weight], gain)
-                if row.residual:
+                if group.residual:
                     tensors[weight] = run(self.residual, tensors[weight].T).T.contiguous()
                     if bias in tensors:
                         tensors[bias] = run(self.residual, tensors[bias])
-        for row in self._model.rows:
-            if row.norm:
-                tensors[f"{row.norm}.weight"] = self._gain(tensors[f"{row.norm}.weight"])
+        for group in layer.groups:
+            if group.norm:
+                tensors[f"{group.norm}.weight"] = self._gain(tensors[f"{group.norm}.weight"])
         return tensors
 
     def dtypes(self, index: int) -> dict[str, torch.dtype]:
         """What the tensors of a block are stored as."""
-        prefix = self._model.block_prefix(index)
-        return {name: self._checkpoint.info(prefix + name).dtype for name in self._model.block_tensors()}
+        layer = self._model.layers[index]
+        return {name: self._checkpoint.info(layer.prefix + name).dtype for name in layer.tensors()}
 
     def embedding(self) -> Tensor:
         """E ``[V, d]``, in the stored dtype."""
-        stored = self._checkpoint.read(self._checkpoint.embedding_name(self._model))
+        stored = self._checkpoint.read(self._model.embedding_name(self._checkpoint))
         return run(self.residual, stored.float()).to(stored.dtype) if self.residual else stored
 
     def closing(self) -> dict[str, Tensor]:
         """The final norm and, unless tied, the head, by full name, in the stored dtype."""
-        architecture = self._model.architecture
-        norm = self._checkpoint.read(architecture.final_norm)
+        model = self._model
+        norm_name = f"{model.final_norm.name}.weight"
+        norm = self._checkpoint.read(norm_name)
         if self.tied:
-            return {architecture.final_norm: self._gain(norm) if self.residual else norm}
-        name = self._checkpoint.embedding_name(self._model) if self._model.tied else architecture.head
+            return {norm_name: self._gain(norm) if self.residual else norm}
+        name = model.embedding_name(self._checkpoint) if model.tied else model.head
         head = self._checkpoint.read(name)
         if self.residual:
             head = self._read(head.float(), norm.float()).to(head.dtype)
             norm = self._gain(norm)
-        return {architecture.final_norm: norm, architecture.head: head}
+        return {norm_name: norm, model.head: head}
 
-    def _rotate_values(self, tensors: dict[str, Tensor], rotation: BlockMatrix) -> None:
-        row = self._model.row("o")
-        (value,), (o,) = row.producers, row.linears
+    def _rotate_values(self, layer: Layer, tensors: dict[str, Tensor], rotation: BlockMatrix) -> None:
+        group, mixer = layer.group("o"), layer.mixer
+        (value,), (o,) = group.producers, group.names
         tensors[f"{value}.weight"] = rotation.apply(tensors[f"{value}.weight"].T).T.contiguous()
         if f"{value}.bias" in tensors:
             tensors[f"{value}.bias"] = rotation.apply(tensors[f"{value}.bias"])
-        shared = self._model.heads // self._model.kv_heads
+        shared = mixer.heads // mixer.kv_heads
         tensors[f"{o}.weight"] = BlockMatrix(rotation.matrix.repeat_interleave(shared, 0)).fold(tensors[f"{o}.weight"])
 
     def _read(self, weight: Tensor, gain: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from tulle.report.page import chart, tile
 from tulle.report.plots import MARKERS, block_axis
 
 Rows = Sequence[Mapping[str, Any]]
-"""Of ``tulle.activity``: block, role, weights, active, sparsity, overlap, chance."""
+"""Of ``tulle.inspect.activity``: block, role, weights, active, sparsity, overlap, chance."""
 
 
 def activity_tile(rows: Rows) -> dict[str, str]:
@@ -35,7 +35,7 @@ def activity_charts(rows: Rows, tokens: int) -> list[dict[str, Any]]:
     return [
         chart(
             "Activation sparsity",
-            f"Share of the inputs that are zero where they meet the weights, over {tokens:,} tokens. Dashed: the share "
+            f"Share of the inputs that are zero where the weights read them, over {tokens:,} tokens. Dashed: the share "
             f"of all stored weights that a token does not read, {units.percent(1 - active / max(weights, 1))}.",
             activation_sparsity(rows, roles, blocks),
         ),

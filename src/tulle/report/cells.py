@@ -7,6 +7,13 @@ from typing import Any
 
 from tulle.report import units
 
+DEMO_COLUMNS = (
+    ("recipe", "name"), ("size", "size"), ("smaller", "ratio"), ("bits/weight", "bits"), ("sparsity", "sparsity"),
+    ("bits/byte", "bits_per_byte"), ("perplexity", "perplexity"), ("tokens/s", "speed"),
+    ("× dense", "speedup"), ("time", "seconds"),
+)  # fmt: skip
+"""Of the demo's tables: heading, and the key of :func:`row_cells`."""
+
 
 def scheme(linear: Mapping[str, Any]) -> str:
     """``W4 g128 asym, A8, 77 inputs``: how the numbers of a linear and of its input are stored, and which it reads."""
@@ -72,5 +79,7 @@ def row_cells(row: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, str
         "sparsity": units.percent(row["sparsity"]),
         "bits_per_byte": f"{row['bits_per_byte']:.4f}",
         "perplexity": units.significant(row["perplexity"], 4),
+        "speed": f"{units.significant(row['decode_tokens_per_s'], 3)}",
+        "speedup": f"{row['speedup']:.2f}×",
         "seconds": "–" if seconds is None else units.duration(seconds),
     }

@@ -1,4 +1,4 @@
-"""What a Scaling Transformer's controllers choose, as pictures and as a page. Input: ``tulle.controllers``' numbers."""
+"""What a Scaling Transformer's controllers choose, as pictures and as a page, from :mod:`tulle.inspect.controllers`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAP_BLOCKS = 128
 
 
 def write_controllers(found: Mapping[str, Any], file: str | Path) -> None:
-    """Writes the page for the result of :func:`tulle.controllers.inspect_controllers`."""
+    """Writes the page for the result of :func:`tulle.inspect.controllers.inspect_controllers`."""
     write_page(Path(file), controllers_page(found))
 
 

@@ -18,7 +18,7 @@ COLUMNS = (
 
 
 def write_inspection(found: Mapping[str, Any], file: str | Path) -> None:
-    """Writes the page for the result of :func:`tulle.inspection.inspect_model`."""
+    """Writes the page for the result of :func:`tulle.inspect.weights.inspect_model`."""
     write_page(Path(file), inspection_page(found))
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from tulle.report import style, units
+from tulle.report import labels, style, units
 
 MARKERS = ("o", "s", "^", "D")
+LARGEST_MARKER = 26.0
+"""Diameter in points of the largest file's marker."""
 
 
 def totals(rows: Sequence[tuple[str, float, float]]) -> str:
@@ -137,26 +142,109 @@ def durations(seconds: Mapping[str, float]) -> str:
     return p.svg
 
 
-def size_against_quality(points: Sequence[tuple[str, float, float]], dense: str) -> str:
-    """Scatter of (name, MB, bits per byte); ``dense`` names the uncompressed model."""
-    with style.picture("size_against_quality", 11.4, 4.6) as p:
+@dataclass(frozen=True)
+class Point:
+    """A model in a scatter plot."""
+
+    name: str
+    x: float
+    y: float
+    size: float
+    """Bytes; the area of the marker."""
+    kind: str
+    """One of ``style.KINDS``."""
+    title: str = ""
+    """Shown by a browser over the marker."""
+
+
+def models(name: str, points: Sequence[Point], x: str, y: str, height: float = 5.2) -> str:
+    """Scatter of models with ``x`` and ``y`` as axis titles, y growing downwards: less is better.
+
+    Dashed lines cross in the point of kind ``dense``. A marker's area is the file's size, its colour the kind.
+    """
+    with style.picture(name, 11.4, height) as p:
         ax = p.axes
-        base = next(quality for name, _, quality in points if name == dense)
-        ax.axhline(base, color=style.MUTED, linewidth=1, linestyle=(0, (4, 4)))
-        for name, mb, quality in points:
-            color = style.DENSE if name == dense else style.ACCENT
-            ax.plot(
-                [mb], [quality], marker="o", markersize=9, color=color, linestyle="none", markeredgecolor=style.PAPER
-            )
-        for name, mb, quality, offset in _spread(points):
-            ax.annotate(
-                name, (mb, quality), (0, offset), textcoords="offset points", ha="center", va="center", fontsize=9.5
-            )
-        ax.set_xlabel("size of the model, MB")
-        ax.set_ylabel("bits per byte (less is better)")
-        ax.set_xlim(0, max(mb for _, mb, _ in points) * 1.1)
-        ax.margins(y=0.22)
+        ax.set_xlabel(x)
+        ax.set_ylabel(y)
+        largest = max(point.size for point in points)
+        for point in points:
+            if point.kind == "dense":
+                ax.axhline(point.y, color=style.MUTED, linewidth=0.9, linestyle=(0, (4, 4)), zorder=1)
+                ax.axvline(point.x, color=style.MUTED, linewidth=0.9, linestyle=(0, (4, 4)), zorder=1)
+        # Large ones first, so that a small one is never hidden.
+        for point in sorted(points, key=lambda point: -point.size):
+            (artist,) = ax.plot(
+                [point.x], [point.y], marker="o", markersize=_diameter(point.size, largest), linestyle="none",
+                color=style.KINDS[point.kind], markeredgecolor=style.CARD, markeredgewidth=1.2, zorder=3,
+            )  # fmt: skip
+            p.title(artist, point.title or point.name)
+        for axis, values in (("x", [point.x for point in points]), ("y", [point.y for point in points])):
+            room = 0.12 * (max(values) - min(values)) or 0.1 * abs(values[0]) or 1.0
+            getattr(ax, f"set_{axis}lim")(min(values) - room, max(values) + room)
+        ax.invert_yaxis()
+        _legend(ax, points, largest)
+        _label(p, points, largest)
     return p.svg
+
+
+def _diameter(size: float, largest: float) -> float:
+    """Of a marker, points: the area grows with the size."""
+    return LARGEST_MARKER * math.sqrt(size / largest)
+
+
+def _legend(ax: style.Axes, points: Sequence[Point], largest: float) -> None:
+    """Colours of the kinds that occur, and two sizes."""
+    kinds = [kind for kind in style.KINDS if any(point.kind == kind for point in points)]
+    entries = [
+        Line2D([], [], marker="o", markersize=8, linestyle="none", color=style.KINDS[kind], markeredgewidth=0,
+               label=kind) for kind in kinds
+    ]  # fmt: skip
+    step = 10 ** math.floor(math.log10(largest))
+    top = largest // step * step
+    entries += [
+        Line2D([], [], marker="o", markersize=_diameter(size, largest), linestyle="none", markerfacecolor="none",
+               markeredgecolor=style.MUTED, label=f"{size / 1e6:g} MB") for size in (top / 4, top / 2)
+    ]  # fmt: skip
+    ax.legend(
+        handles=entries, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(entries), columnspacing=1.8,
+        handletextpad=0.6, handleheight=LARGEST_MARKER / 12, borderpad=0.5, borderaxespad=0.4,
+    )  # fmt: skip
+
+
+def _label(p: style.Picture, points: Sequence[Point], largest: float) -> None:
+    """Names beside the markers, with a thin line where a name had to go far."""
+    ax, scale = p.axes, p.figure.dpi / 72
+    texts = [ax.text(0, 0, point.name, fontsize=9.5, ha="center", va="center", zorder=4) for point in points]
+    for text in texts:
+        text.set_in_layout(False)
+    p.figure.draw_without_rendering()
+    bounds = ax.get_window_extent()
+    frame = labels.Box(
+        (bounds.x0 + bounds.x1) / 2, (bounds.y0 + bounds.y1) / 2, bounds.width - 4 * scale, bounds.height - 4 * scale
+    )
+    markers, sizes = [], []
+    for point, text in zip(points, texts, strict=True):
+        x, y = ax.transData.transform((point.x, point.y))
+        diameter = _diameter(point.size, largest) * scale
+        markers.append(labels.Box(x, y, diameter, diameter))
+        extent = text.get_window_extent()
+        sizes.append((extent.width + 6 * scale, extent.height + 2 * scale))
+    # The dashed lines through the dense model.
+    lines = []
+    for point, marker in zip(points, markers, strict=True):
+        if point.kind == "dense":
+            lines += [labels.Box(frame.x, marker.y, frame.width, 1.0), labels.Box(marker.x, frame.y, 1.0, frame.height)]
+    inverse = ax.transData.inverted()
+    placed = labels.place(markers, sizes, frame, lines)
+    for point, marker, text, box in zip(points, markers, texts, placed, strict=True):
+        text.set_position(tuple(inverse.transform((box.x, box.y))))
+        near = (
+            max(box.x - box.width / 2, min(marker.x, box.x + box.width / 2)),
+            max(box.y - box.height / 2, min(marker.y, box.y + box.height / 2)),
+        )
+        if math.dist(near, (marker.x, marker.y)) > marker.width / 2 + 12 * scale:
+            end = inverse.transform(near)
+            ax.plot([point.x, end[0]], [point.y, end[1]], color=style.MUTED, linewidth=0.7, zorder=2)
 
 
 def channels(absmax: Sequence[float]) -> str:
@@ -225,16 +313,3 @@ def block_axis(ax: style.Axes, blocks: int) -> None:
     ax.set_xlabel("block")
     ax.set_xlim(-0.5, blocks - 0.5)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
-
-
-def _spread(points: Sequence[tuple[str, float, float]]) -> list[tuple[str, float, float, float]]:
-    """Label offsets in points: above, or below where a neighbour to the upper side is close."""
-    width = max(mb for _, mb, _ in points) or 1.0
-    height = (max(q for _, _, q in points) - min(q for _, _, q in points)) or 1.0
-    placed = []
-    for name, mb, quality in points:
-        crowded = any(
-            abs(x - mb) < 0.16 * width and 0 < y - quality < 0.14 * height for other, x, y in points if other != name
-        )
-        placed.append((name, mb, quality, -14.0 if crowded else 14.0))
-    return placed

@@ -20,6 +20,8 @@ INK, MUTED, GRID, PAPER, ACCENT, DENSE = "#010101", "#010102", "#010103", "#0101
 CARD = "#010107"
 """What is behind a picture."""
 ROLES = {"qkv": "#020101", "o": "#020102", "gate_up": "#020103", "down": "#020104"}
+KINDS = {"dense": "#050100", "low-bit": "#050101", "sparse": "#050102", "sparse and low-bit": "#050103"}
+"""Kinds of models."""
 RAMP = tuple(f"#03010{i}" for i in range(8))
 """Sequential: index 0 is the least."""
 ON_RAMP = tuple(f"#04010{i}" for i in range(8))
@@ -29,6 +31,7 @@ _VARIABLES = {
     INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper", ACCENT: "--accent", DENSE: "--dense",
     CARD: "--card",
     **{color: f"--role-{role.replace('_', '-')}" for role, color in ROLES.items()},
+    **{color: f"--kind-{kind.replace(' ', '-')}" for kind, color in KINDS.items()},
     **{color: f"--ramp-{i}" for i, color in enumerate(RAMP)},
     **{color: f"--on-ramp-{i}" for i, color in enumerate(ON_RAMP)},
 }  # fmt: skip

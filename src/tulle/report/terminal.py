@@ -9,7 +9,12 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from tulle.report import units
-from tulle.report.cells import reads, row_cells, scheme
+from tulle.report.cells import DEMO_COLUMNS, reads, row_cells, scheme
+
+WIDE = 106
+"""Characters across a terminal that holds all columns of the demo's table."""
+NOT_NARROW = ("ratio", "sparsity", "perplexity")
+"""Columns that follow from others, left out on a narrower one."""
 
 
 def text_table(model: str, score: Mapping[str, Any]) -> Table:
@@ -155,19 +160,14 @@ def sensitivity_table(measured: Mapping[str, Any], most: int = 8) -> Table:
     return table
 
 
-def demo_table(found: Mapping[str, Any]) -> Table:
-    """Dense and every recipe, one row each."""
-    table = _table(
-        "recipe", "size", "smaller", "bits per weight", "sparsity", "bits per byte", "perplexity", "compressed in"
-    )
+def demo_table(found: Mapping[str, Any], width: int = WIDE) -> Table:
+    """Dense and every recipe, one row each; without ``NOT_NARROW`` if narrower than ``WIDE``."""
+    columns = [(heading, key) for heading, key in DEMO_COLUMNS if width >= WIDE or key not in NOT_NARROW]
+    table = _table(*(heading.replace("bits/", "bits/\n") for heading, _ in columns))
+    table.collapse_padding = True
     for row in found["rows"]:
         cells = row_cells(row, found["rows"][0])
-        table.add_row(
-            *(
-                cells[key]
-                for key in ("name", "size", "ratio", "bits", "sparsity", "bits_per_byte", "perplexity", "seconds")
-            )
-        )
+        table.add_row(*(cells[key] for _, key in columns))
     return table
 
 

@@ -1,0 +1,270 @@
+"""Composes methods: checkpoint + recipe → packed checkpoint + report, block by block.
+
+The walker (:mod:`tulle.compression.walker`) owns the loop inside a block, ``run_folder`` the folder that survives a
+kill, :mod:`tulle.hf.pack` the bytes, ``report`` the figures; what is left here is the order of things.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tulle import machine
+from tulle.compression.calibration import calibration_sequences, calibration_text
+from tulle.compression.recipe import Recipe, load_recipe, parse_recipe
+from tulle.compression.report import linear_report, run_report
+from tulle.compression.run_folder import RunFolder, State, disk_errors
+from tulle.compression.survey import take_survey
+from tulle.compression.walker import DENSIFIED, SPARSE_FROM, Walker, compute_dtype
+from tulle.core.masks import zero_share
+from tulle.errors import UserError
+from tulle.evaluate.compare import compare
+from tulle.evaluate.text import Protocol
+from tulle.format.spec import AttentionSpec, LinearSpec, QuantizationConfig
+from tulle.hf.pack import attention_spec, input_tensors, packed_tensors, spec_of, transform_tensors
+from tulle.methods.contract import LinearState, Progress
+from tulle.models.batches import batched
+from tulle.models.checkpoint import Checkpoint, companions, read_json, require_finite, write_index, write_text
+from tulle.models.description import Decoder
+from tulle.models.hub import local_folder
+from tulle.models.rewrite import Source
+from tulle.report.compression import write_report
+from tulle.text.reading import Text
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Text on which perplexity is measured before and after."""
+
+    text: Text
+    protocol: Protocol = dataclasses.field(default_factory=Protocol)
+
+
+def compress(
+    model: str | Path,
+    recipe: str | Path | dict[str, Any] | Recipe,
+    output: str | Path,
+    *,
+    calibration: Text | Sequence[str | Path] | None = None,
+    separator: str | None = None,
+    documents: tuple[int, int] | None = None,
+    min_chars: int = 1,
+    samples: int | None = None,
+    length: int | None = None,
+    evaluation: Evaluation | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Compresses ``model`` by ``recipe`` into the folder ``output`` and returns its report (``OUT/report.json``).
+
+    ``calibration``: text files, JSONL files, folders or ``datasets`` names (:func:`tulle.text.reading.read_text` says
+    what ``separator``, ``documents`` and ``min_chars`` do), or a ready :class:`Text`; None takes the source of the
+    installed standard library. ``samples`` and ``length`` (tokens) override the recipe's. ``evaluation``: perplexity
+    before and after goes into the report. Two runs with one seed write the same bytes (on one machine, with one number
+    of threads); the report differs in its times. Raises ``UserError`` for bad input, before anything is written
+    wherever that can be known.
+    """
+    begun = time.perf_counter()
+    torch.manual_seed(seed)
+    machine.require_device(device)
+    chosen = _recipe(recipe)
+    folder = local_folder(model)
+    checkpoint = Checkpoint.open(folder)
+    description = require_fitting(checkpoint, chosen)
+    text = calibration_text(calibration, separator, documents, min_chars)
+    settings = chosen.calibration
+    tokens = calibration_sequences(
+        description, folder, text, samples or settings.samples, length or settings.length, seed
+    )
+    dtype = compute_dtype(settings.compute, checkpoint.info(description.embedding_name(checkpoint)).dtype, device)
+    fingerprint = _fingerprint(checkpoint, chosen, tokens, seed, dtype)
+    run = RunFolder(Path(output), fingerprint, len(description.layers) + 2)
+    with run.claimed(resume) as state:
+        if state is None:
+            return read_json(Path(output) / "report.json", "a report")
+        batches = batched(tokens)
+        # Two sets of hidden states go in and two come out.
+        activations = 4 * sum(b.tokens.numel() for b in batches) * description.hidden * 4
+        run.require_space(checkpoint.bytes + activations)
+        source = Source(checkpoint, description)
+        decisions = take_survey(description, source, chosen, batches, device, progress, seed)
+        basis = decisions.residual or decisions.values
+        if basis and any(zero_share(t) >= SPARSE_FROM for t in source.read_block(0).values()):
+            decisions.notes.append(DENSIFIED)
+        source = source.rewritten(decisions.residual, decisions.values)
+        walker = Walker(description, chosen, batches, run.work, decisions, device, dtype, progress, seed)
+        job = _Job(checkpoint, source, description, chosen, walker, run, state)
+        with disk_errors(Path(output)):
+            if state.next_block is None:
+                job.begin()
+            for index in range(state.next_block or 0, len(description.layers)):
+                job.block(index)
+            job.finish()
+            report = run_report(
+                checkpoint, chosen, state, fingerprint, decisions.notes, model=str(model), seed=seed,
+                compute=str(dtype).removeprefix("torch."), calibration=_calibration_facts(text, tokens),
+            )  # fmt: skip
+            report["seconds"]["total"] = time.perf_counter() - begun
+            report["peak_memory_bytes"] = max(state.peak_memory_bytes, machine.peak_memory())
+            if evaluation is not None:
+                # Times and peak memory are compression's own.
+                report["evaluation"] = compare(
+                    folder, run.folder, evaluation.text, evaluation.protocol, device, progress
+                )
+            write_report(report, run.folder / "report.html")
+            write_text(run.folder / "report.json", json.dumps(report, indent=2) + "\n")
+            run.publish()
+    if progress:
+        progress("done", 1, 1)
+    return report
+
+
+def require_fitting(checkpoint: Checkpoint, recipe: Recipe) -> Decoder:
+    """The checkpoint's description. Raises ``UserError`` where the model is quantised, is of a family that is not
+    known, lacks tensors, or has linears that a step's settings do not fit."""
+    if checkpoint.config.get("quantization_config") is not None:
+        raise UserError(
+            f"expected an unquantised checkpoint, found quantization_config in {checkpoint.path.name}; give the "
+            "original model"
+        )
+    description = checkpoint.describe()
+    for step in recipe.steps:
+        for group in description.layers[0].groups:
+            if group.role in step.targets:
+                for linear in group.linears:
+                    step.method.validate(linear.name, linear.shape)
+    return description
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One run: shard 0 is the embedding, 1… the blocks, the last the final norm and the head."""
+
+    checkpoint: Checkpoint
+    source: Source
+    model: Decoder
+    recipe: Recipe
+    walker: Walker
+    run: RunFolder
+    state: State
+
+    def begin(self) -> None:
+        begun = time.perf_counter()
+        name = self.model.embedding
+        embedding = self.source.embedding()
+        require_finite(name, embedding)
+        # Stored under the embedding's name, as transformers does, whichever of the two a tied checkpoint held.
+        self.run.write(self.state, 0, {name: embedding})
+        self.state.count({"load": time.perf_counter() - begun})
+        self.walker.begin(embedding)
+        self.state.next_block = 0
+        self.run.commit(self.state)
+
+    def block(self, index: int) -> None:
+        for path in ("dense", "compressed"):
+            states = self.walker.states(path, index)
+            if not states.is_whole():
+                raise UserError(
+                    f"expected the activations of block {index} in {states.file}, found them damaged; "
+                    f"remove {self.run.partial} and start again"
+                )
+        begun = time.perf_counter()
+        tensors, dtypes = self.source.read_block(index), self.source.dtypes(index)
+        loaded = time.perf_counter() - begun
+        result = self.walker.block(index, tensors, dtypes)
+        writing = time.perf_counter()
+        prefix = self.model.layers[index].prefix
+        shard = {prefix + name: t.cpu().to(dtypes[name]) for name, t in (tensors | result.tensors).items()}
+        holders: dict[tuple[int, ...], str] = {}
+        for linear in result.linears:
+            dtype = shard.pop(f"{linear.name}.weight").dtype
+            holder = holders.setdefault(tuple(map(id, linear.transform)), linear.name)
+            spec = spec_of(linear, dtype, None if holder == linear.name else holder)
+            shard |= self._packed(linear, spec, dtype)
+            self.state.linears.append(linear_report(linear, spec, index, result, dtype))
+        self.run.write(self.state, index + 1, shard)
+        self.state.blocks.append(
+            {
+                "index": index,
+                "output_error": result.block_error,
+                "seconds": time.perf_counter() - begun,
+                "notes": result.notes,
+                "permutations": result.permutations,
+                "activity": result.activity,
+            }
+        )
+        self.state.count(result.seconds | {"load": loaded, "write": time.perf_counter() - writing})
+        attention = attention_spec(result.attention)
+        self.state.attention = None if attention is None else attention.to_json()
+        self.state.next_block = index + 1
+        self.run.commit(self.state)
+        for path in ("dense", "compressed"):
+            self.walker.states(path, index).file.unlink(missing_ok=True)
+
+    def _packed(self, linear: LinearState, spec: LinearSpec, dtype: torch.dtype) -> dict[str, Tensor]:
+        """A linear's tensors by full name; its spec goes into the state where a plain weight does not say all."""
+        packed = packed_tensors(linear, spec, dtype)
+        if spec.transform_of is None:
+            packed |= transform_tensors(linear)
+        packed |= input_tensors(linear)
+        if "weight" not in packed or spec.transform or spec.input_bits is not None or spec.input_sparsity:
+            self.state.specs[linear.name] = spec.to_json()
+        return {f"{linear.name}.{suffix}": tensor for suffix, tensor in packed.items()}
+
+    def finish(self) -> None:
+        """Writes what stands behind the blocks, and the folder's small files; the report is not among them."""
+        tensors = self.source.closing()
+        for name, tensor in tensors.items():
+            require_finite(name, tensor)
+        folder = self.run.folder
+        self.run.write(self.state, len(self.model.layers) + 1, tensors)
+        write_index(folder, self.state.shards, self.state.packed_bytes)
+        attention = None if self.state.attention is None else AttentionSpec.from_json(self.state.attention)
+        packed = QuantizationConfig(self.state.specs_of_linears(), self.recipe.to_json(), attention)
+        config = self.checkpoint.config | {"quantization_config": packed.to_json()}
+        if self.model.tied and not self.source.tied:
+            config["tie_word_embeddings"] = False
+        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        for file in companions(self.checkpoint.path):
+            shutil.copyfile(file, folder / file.name)
+
+
+def _recipe(recipe: str | Path | dict[str, Any] | Recipe) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    return parse_recipe(recipe) if isinstance(recipe, dict) else load_recipe(recipe)
+
+
+def _calibration_facts(text: Text, tokens: Sequence[Tensor]) -> dict[str, Any]:
+    return {
+        "source": list(text.source),
+        "samples": len(tokens),
+        "tokens": sum(map(len, tokens)),
+        "length": max(map(len, tokens)),
+    }
+
+
+def _fingerprint(
+    checkpoint: Checkpoint, recipe: Recipe, tokens: Sequence[Tensor], seed: int, dtype: torch.dtype
+) -> str:
+    """Equal for runs that must end with the same bytes."""
+    digest = hashlib.sha256()
+    files = sorted({checkpoint.info(n).file for n in checkpoint.names()})
+    stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    facts = [metadata.version("tulle"), checkpoint.config, recipe.to_json(), seed, str(dtype), stats]
+    digest.update(json.dumps(facts, sort_keys=True).encode())
+    for t in tokens:
+        digest.update(t.numpy().tobytes() + b"|")
+    return digest.hexdigest()

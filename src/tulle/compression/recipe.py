@@ -1,0 +1,303 @@
+"""Recipes: typed YAML, an ordered list of steps with targets by role.
+
+::
+
+    name: sparse50-w4
+    calibration: {samples: 128, length: 2048, target: stream}
+    steps:
+      - sparsegpt: {sparsity: 0.5}
+      - gptq: {bits: 4, group_size: 128, targets: [qkv, gate_up]}
+
+Every step is one method of ``METHODS`` with its settings; ``targets`` (default: every role) says which linears it is
+applied to. Unknown keys are refused with the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import itertools
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+import tulle
+from tulle.errors import UserError
+from tulle.methods.contract import Method, Stage
+from tulle.models.description import ROLES
+
+METHODS: dict[str, str] = {
+    "magnitude": "tulle.methods.prune.magnitude:Magnitude",
+    "wanda": "tulle.methods.prune.wanda:Wanda",
+    "ria": "tulle.methods.prune.ria:RIA",
+    "sparsegpt": "tulle.methods.prune.sparsegpt:SparseGPT",
+    "alps": "tulle.methods.prune.alps:ALPS",
+    "reconstruct": "tulle.methods.prune.reconstruct:Reconstruct",
+    "permute_channels": "tulle.methods.prune.permute_channels:PermuteChannels",
+    "owl": "tulle.methods.prune.owl:OWL",
+    "allocate": "tulle.methods.prune.allocate:Allocate",
+    "round_to_nearest": "tulle.methods.quantize.round_to_nearest:RoundToNearest",
+    "gptq": "tulle.methods.quantize.gptq:GPTQ",
+    "activations": "tulle.methods.quantize.activations:Activations",
+    "kv_cache": "tulle.methods.quantize.kv_cache:KVCache",
+    "smoothquant": "tulle.methods.quantize.smoothquant:SmoothQuant",
+    "larosa": "tulle.methods.activation.larosa:LaRoSA",
+    "quarot": "tulle.methods.quantize.quarot:QuaRot",
+    "duquant": "tulle.methods.quantize.duquant:DuQuant",
+    "perq": "tulle.methods.quantize.perq:PeRQ",
+    "learned_clipping": "tulle.methods.quantize.learned_clipping:LearnedClipping",
+    "flatquant": "tulle.methods.quantize.flatquant:FlatQuant",
+    "affinequant": "tulle.methods.quantize.affinequant:AffineQuant",
+    "spinquant": "tulle.methods.quantize.spinquant:SpinQuant",
+    "keep_sensitive": "tulle.methods.quantize.keep_sensitive:KeepSensitive",
+    "activation_budget": "tulle.methods.activation.budget:ActivationBudget",
+    "teal": "tulle.methods.activation.thresholds:TEAL",
+    "wina": "tulle.methods.activation.wina:WINA",
+}
+"""Step name in a recipe → its settings class, imported when a recipe asks for it."""
+
+
+STAGES: tuple[Stage, ...] = ("model", "block", "linear", "refine")
+"""Order of a recipe's steps (:mod:`tulle.methods.contract`); linear steps may follow a refine step."""
+
+
+class Calibration(BaseModel):
+    """How the calibration activations are made and what the compressed layers are fitted to."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    samples: int = Field(128, ge=1)
+    """Sequences."""
+    length: int = Field(2048, ge=2)
+    """Tokens per sequence at the most; the model's context caps it."""
+    target: Literal["layer", "dense", "stream"] = "stream"
+    """What a linear's output is fitted to. ``layer``: its own dense weight on the compressed model's inputs. ``dense``:
+    the dense model's output of that linear, so that it corrects the error of its inputs. ``stream``: as ``dense``, and
+    o and down also correct the error of the residual stream they are added to."""
+    target_damping: float = Field(0.01, gt=0)
+    """Ridge of that correction, as a share of the mean diagonal of the Hessian."""
+    compute: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the blocks compute in; statistics and weights stay in float32. ``auto``: bfloat16 for a checkpoint that is
+    stored so, where the machine is fast in it (AVX512-BF16, AMX, a GPU); float32 elsewhere."""
+    sequential: bool = True
+    """True: the rows of a block are compressed one after the other, each seeing the outputs of those before it.
+    False: all rows of a block see the block's dense weights, for fewer forward passes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    name: str
+    method: Method
+    targets: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {self.name: dataclasses.asdict(self.method) | {"targets": list(self.targets)}}  # type: ignore[call-overload]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    name: str
+    description: str
+    calibration: Calibration
+    steps: tuple[Step, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain object that :func:`parse_recipe` reads back."""
+        return {
+            "name": self.name,
+            "description": self.description,
+            "calibration": self.calibration.model_dump(),
+            "steps": [step.to_json() for step in self.steps],
+        }
+
+    def stage(self, stage: Stage) -> list[Step]:
+        return [step for step in self.steps if stage in step.method.stages]
+
+    def phases(self) -> list[tuple[list[Step], list[Step]]]:
+        """The linear steps, and the refine steps after them, as often as the recipe alternates between the two."""
+        phases: list[tuple[list[Step], list[Step]]] = [([], [])]
+        for step in self.steps:
+            if "refine" in step.method.stages:
+                phases[-1][1].append(step)
+            elif "linear" in step.method.stages:
+                if phases[-1][1]:
+                    phases.append(([], []))
+                phases[-1][0].append(step)
+        return phases
+
+    def steps_for(self, role: str, stage: Stage | None = None) -> list[Step]:
+        return [s for s in self.steps if role in s.targets and (stage is None or stage in s.method.stages)]
+
+
+def load_recipe(recipe: str | os.PathLike[str]) -> Recipe:
+    """A recipe from a YAML path or the name of a shipped one. Raises ``UserError``."""
+    path = Path(recipe)
+    if path.suffix not in (".yaml", ".yml") and not path.exists():
+        names = shipped()
+        if str(recipe) not in names:
+            raise UserError(
+                f"expected a YAML file or a shipped recipe ({', '.join(names)}), found {str(recipe)!r}"
+                + _nearest(str(recipe), names)
+            )
+        path = recipes_folder() / f"{recipe}.yaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"expected a recipe file, found nothing at {path}; shipped recipes: {', '.join(shipped())}"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"expected a recipe file, found {path} unreadable ({error}); check the path") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"expected YAML in {path}, found {' '.join(str(error).split())}") from None
+    return parse_recipe(content, default_name=path.stem)
+
+
+def parse_recipe(content: Any, default_name: str = "recipe") -> Recipe:
+    """A recipe from plain data. Raises ``UserError`` naming the key at fault and the nearest valid one."""
+    content = _mapping(content, "a recipe")
+    _known(content, ("name", "description", "calibration", "steps"), "recipe")
+    steps = content.get("steps")
+    if not isinstance(steps, list) or not steps:
+        raise UserError(
+            f"expected a list of steps in recipe, found {steps!r}; name at least one of {', '.join(METHODS)}"
+        )
+    settings = _mapping(content.get("calibration") or {}, "calibration")
+    _known(settings, Calibration.model_fields, "calibration")
+    try:
+        calibration = Calibration(**settings)
+    except ValidationError as error:
+        raise UserError(_first(error, "calibration")) from None
+    parsed = tuple(_step(step) for step in steps)
+    linear = STAGES.index("linear")
+    order = [min(STAGES.index(step.method.stages[0]), linear) for step in parsed]
+    for before, after in itertools.pairwise(range(len(parsed))):
+        if order[after] < order[before]:
+            raise UserError(
+                f"expected steps on the model first, then on blocks, then on weights, found {parsed[after].name} after "
+                f"{parsed[before].name}; put {parsed[after].name} before it"
+            )
+    first = next((step for step in parsed if STAGES.index(step.method.stages[0]) >= linear), None)
+    if first is not None and "refine" in first.method.stages:
+        raise UserError(
+            f"expected a step that compresses weights before {first.name}, found none; put one in front of it"
+        )
+    _require_respected(parsed)
+    return Recipe(
+        name=str(content.get("name", default_name)),
+        description=" ".join(str(content.get("description", "")).split()),
+        calibration=calibration,
+        steps=parsed,
+    )
+
+
+def _one_each(steps: tuple[Step, ...], flag: str, does: str) -> dict[str, str]:
+    """Role → the step whose method has ``flag``. Raises ``UserError`` where two of them target a role."""
+    found: dict[str, str] = {}
+    for step in steps:
+        for role in step.targets if getattr(step.method, flag) else ():
+            if role in found:
+                raise UserError(
+                    f"expected one step that {does} of {role}, found {found[role]} and {step.name}; leave one of them "
+                    "out or give them other targets"
+                )
+            found[role] = step.name
+    return found
+
+
+def _require_respected(steps: tuple[Step, ...]) -> None:
+    """Raises ``UserError`` for a role whose sparsities are decided twice, or by a step that no pruning step follows."""
+    selecting = _one_each(steps, "selects", "selects inputs")
+    for step in steps:
+        for role in step.targets if step.method.allocates_inputs else ():
+            if role not in selecting:
+                raise UserError(
+                    f"expected a step that selects inputs of {role}, found none that respects {step.name}; add one, "
+                    "such as teal: {share: 0.5}, or narrow the targets"
+                )
+    decided = _one_each(steps, "allocates", "decides sparsities")
+    for role, name in decided.items():
+        if not any(role in step.targets and step.method.respects_allocation for step in steps):
+            raise UserError(
+                f"expected a pruning step with a sparsity on {role}, found none that respects {name}; add one, such "
+                "as sparsegpt: {sparsity: 0.5} (a pattern N:M cannot vary)"
+            )
+
+
+def method_class(name: str) -> type[Method]:
+    """The settings class of a step name. Raises ``UserError`` for an unknown one."""
+    if name not in METHODS:
+        raise UserError(f"expected a step of {', '.join(METHODS)}, found {name!r}" + _nearest(name, METHODS))
+    module, attribute = METHODS[name].split(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def recipes_folder() -> Path:
+    """The shipped recipes: beside the package when installed, in the checkout when editable."""
+    package = Path(tulle.__file__).parent
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parents[1] / "recipes"
+
+
+def shipped() -> list[str]:
+    """Names of the shipped compression recipes."""
+    files = sorted(recipes_folder().glob("*.yaml"))
+    # Training recipes live in the same folder; a compression recipe is one with a list of steps.
+    return [f.stem for f in files if isinstance(yaml.safe_load(f.read_text(encoding="utf-8")).get("steps"), list)]
+
+
+def _step(content: Any) -> Step:
+    content = _mapping(content, "a step", "such as gptq: {bits: 4}")
+    if len(content) != 1:
+        raise UserError(
+            f"expected one method per step, found {', '.join(map(str, content)) or 'none'}; start each with '- '"
+        )
+    name, settings = next(iter(content.items()))
+    cls = method_class(str(name))
+    settings = dict(_mapping(settings or {}, f"the settings of {name}"))
+    targets = settings.pop("targets", list(ROLES))
+    if not isinstance(targets, list) or not targets:
+        raise UserError(f"expected targets of {name} as a list of {', '.join(ROLES)}, found {targets!r}")
+    for target in targets:
+        if target not in ROLES:
+            raise UserError(
+                f"expected targets of {', '.join(ROLES)} in {name}, found {target!r}" + _nearest(str(target), ROLES)
+            )
+    _known(settings, [f.name for f in dataclasses.fields(cls)] + ["targets"], str(name))  # type: ignore[arg-type]
+    try:
+        method = TypeAdapter(cls).validate_python(settings)
+    except ValidationError as error:
+        raise UserError(_first(error, str(name))) from None
+    return Step(str(name), method, tuple(role for role in ROLES if role in targets))
+
+
+def _mapping(content: Any, what: str, example: str = "key: value") -> Mapping[str, Any]:
+    if not isinstance(content, Mapping):
+        raise UserError(f"expected {what} as a mapping ({example}), found {content!r}")
+    return content
+
+
+def _known(content: Mapping[str, Any], valid: Iterable[str], where: str) -> None:
+    valid = list(valid)
+    for key in content:
+        if key not in valid:
+            raise UserError(
+                f"expected one of {', '.join(valid)} in {where}, found {str(key)!r}" + _nearest(str(key), valid)
+            )
+
+
+def _nearest(word: str, valid: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _first(error: ValidationError, where: str) -> str:
+    detail = error.errors()[0]
+    key = ".".join(str(part) for part in detail["loc"]) or "settings"
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"expected a valid {key} in {where} ({message}), found {detail['input']!r}"

@@ -1,0 +1,71 @@
+"""Compressed folder → a format that others read; checked before the command says done.
+
+The check loads the export in a process of its own that never imports Tulle, and compares its logits with those
+of the packed model. A folder that fails it is removed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tulle.errors import UserError
+from tulle.export import check, compressed_tensors, dense
+from tulle.export.folder import whole_folder, write_entries
+from tulle.hf import packed_linears, require_packed_tensors
+from tulle.models.checkpoint import Checkpoint, companions, write_text
+
+FORMATS = ("compressed-tensors", "dense")
+FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def export(
+    model: str | Path,
+    to: str,
+    output: str | Path,
+    dtype: str | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Writes the compressed folder ``model`` to the new folder ``output`` in the format ``to``.
+
+    ``dtype`` (float32, float16, bfloat16) is that of the tensors written as floating point; None keeps the dtypes
+    of the checkpoint. Memory: one tensor while writing, the float32 model while checking. Returns what was written
+    and how far the logits are from the packed model's, as a share of the largest logit. Raises ``UserError`` when
+    the model cannot be expressed in the format, the folder cannot be written, or the check fails; then nothing is
+    left behind.
+    """
+    started = time.perf_counter()
+    source, target = Path(model), Path(output)
+    if to not in FORMATS:
+        raise UserError(f"expected --to {' or '.join(FORMATS)}, found {to!r}; choose one of them")
+    if dtype is not None and dtype not in FLOATS:
+        raise UserError(f"expected --dtype {', '.join(FLOATS)}, found {dtype!r}; choose one of them")
+    checkpoint = Checkpoint.open(source)
+    linears = packed_linears(checkpoint)
+    require_packed_tensors(checkpoint, linears)
+    exporter = dense if to == "dense" else compressed_tensors
+    plan = exporter.plan(checkpoint, linears, FLOATS[dtype] if dtype else None)
+    report = progress or (lambda stage, done, total: None)
+    with whole_folder(target) as folder:
+        written = write_entries(folder, plan.entries, lambda done, total: report("write", done, total))
+        for file in companions(source):
+            shutil.copyfile(file, folder / file.name)
+        write_text(folder / "config.json", json.dumps(plan.config, indent=2) + "\n")
+        report("check", 0, 1)
+        found = check.check(source, folder, plan)
+        report("check", 1, 1)
+    return {
+        "format": to,
+        "output": str(target),
+        "tensors": len(plan.entries),
+        "bytes": written,
+        "notes": plan.notes,
+        **found,
+        "seconds": time.perf_counter() - started,
+    }

@@ -1,0 +1,137 @@
+"""The check of an export: loaded by plain transformers, does it compute what it should?
+
+Two comparisons of float32 logits on fixed random tokens, both as a share of the largest logit. The first must be
+rounding error only: the export against the packed model's weights with everything the format is known to change
+(dtype of the weights, rule for quantised inputs). The second is what the user wants to know: the export against the
+packed model itself.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tulle.errors import UserError
+from tulle.export.plan import InputRule, Plan
+from tulle.hf import load
+from tulle.hf.packed_linear import PackedLinear
+from tulle.models.checkpoint import read_json
+
+TOLERANCE = 1e-4
+"""Two float32 runs of one model differ by about 1e-6 of the largest logit."""
+INPUT_TOLERANCE = 1e-2
+"""With quantised inputs a difference of 1e-7 can turn into a step of 1/127 where a value lies on an edge."""
+
+LOADER = """
+import sys
+import numpy, torch
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+def logits(folder, tokens, made, mode):
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if mode == "dequantise" else {}
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, **options
+    )
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    wrong = {kind: sorted(map(str, info[kind])) for kind in kinds if info[kind]}
+    if wrong:
+        raise ValueError(f"tensors do not fit the model: {wrong}")
+    with torch.no_grad():
+        numpy.save(made, model.eval()(torch.from_numpy(numpy.load(tokens))).logits.numpy())
+    if any(name.split(".")[0] == "tulle" for name in sys.modules):
+        raise ImportError("tulle was imported")
+"""
+
+
+def check(source: Path, folder: Path, plan: Plan) -> dict[str, Any]:
+    """``{"difference", "difference_from_packed"}`` of the export in ``folder``; ``UserError`` when it fails."""
+    tokens = _tokens(source)
+    try:
+        found = _plain_logits(folder, tokens)
+    except UserError:
+        if not plan.asymmetric_words:
+            raise
+        found = _plain_logits(folder, tokens, "dequantise")
+        # Dequantising on load computes in the dtype of the scales, and leaves inputs as they are.
+        plan = replace(plan, weight_dtype=torch.bfloat16, input_rule="none")
+        plan.notes.append(
+            "the installed transformers reads asymmetric weights only when told to dequantise: "
+            "from_pretrained(..., quantization_config=CompressedTensorsConfig(dequantize=True))"
+        )
+    packed, expected = _own_logits(source, tokens, plan)
+    scale = float(np.abs(expected).max())
+    difference = float(np.abs(found - expected).max()) / scale
+    tolerance = TOLERANCE if plan.input_rule == "none" else INPUT_TOLERANCE
+    # Written so that NaN fails.
+    if not difference <= tolerance:
+        raise UserError(
+            f"expected the export's logits within {tolerance:g} of ours, found {difference:.2g} of the largest logit; "
+            "nothing was written, please report the recipe"
+        )
+    return {"difference": difference, "difference_from_packed": float(np.abs(found - packed).max()) / scale}
+
+
+def _tokens(source: Path) -> np.ndarray:
+    config = read_json(source / "config.json", "a model's config.json")
+    length = min(64, config.get("max_position_embeddings", 64))
+    return np.random.default_rng(0).integers(0, config["vocab_size"], (2, length))
+
+
+def _own_logits(source: Path, tokens: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of the packed model, and those that the export should have."""
+    model = load(source, dtype=torch.float32)
+    ids = torch.from_numpy(tokens)
+    with torch.no_grad():
+        packed = model(ids).logits
+        if plan.other_dtype is not None:
+            for parameter in model.parameters():
+                parameter.copy_(parameter.to(plan.other_dtype))
+        for name, module in list(model.named_modules()):
+            if isinstance(module, PackedLinear):
+                model.set_submodule(name, _AsExported(module, plan.weight_dtype, plan.input_rule))
+        model.set_attn_implementation("sdpa")
+        expected = model(ids).logits
+    return packed.numpy(), expected.numpy()
+
+
+class _AsExported(nn.Module):
+    """A packed linear as readers of the export see it."""
+
+    def __init__(self, linear: PackedLinear, dtype: torch.dtype, rule: InputRule):
+        super().__init__()
+        self.weight, self.bias = linear.effective().to(dtype).float(), linear.bias
+        self.quantise = rule == "compressed-tensors" and linear.spec.input_bits is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.quantise:
+            step = x.abs().amax(-1, keepdim=True) / 127.5
+            step = torch.where(step == 0, 1.0, step)
+            x = (x / step).round().clamp(-128, 127) * step
+        return F.linear(x, self.weight, self.bias)
+
+
+def _plain_logits(folder: Path, tokens: np.ndarray, mode: str = "") -> np.ndarray:
+    """float32 logits computed by a process that has transformers but not Tulle."""
+    with tempfile.TemporaryDirectory() as scratch:
+        given, made = Path(scratch) / "tokens.npy", Path(scratch) / "logits.npy"
+        np.save(given, tokens)
+        done = subprocess.run(
+            [sys.executable, "-c", LOADER + "logits(*sys.argv[1:])", str(folder), str(given), str(made), mode],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        )
+        if done.returncode:
+            line = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise UserError(f"expected transformers to load the export, found: {line}; upgrade transformers")
+        return np.load(made)

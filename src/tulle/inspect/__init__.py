@@ -1,0 +1,1 @@
+"""Looking into models: their weights, outliers of activations, what a token reads, which linears are sensitive."""

@@ -1,0 +1,98 @@
+"""Shares of dropped inputs from measured costs.
+
+For a unit u (a role in one block, or a block) and a share p, c_u(p) is the mean KL divergence of the next token's
+distribution from the dense model's when u's inputs alone are thinned out to 1 − p per token by Top-K, on ``tokens``
+tokens of the calibration text. Σ_u c_u(p_u) is minimised under Σ_u n_u·p_u = S·Σ_u n_u, n_u being the weights that read
+the inputs: a dropped input is a column that is not read, so that (1 − S)·Σ n_u weights are active per token. The
+division is the greedy one by marginal cost, exact on the lower hull of the curves (core.allocation).
+
+TEAL's own search (its algorithm 1) is greedy within each block, on that block's output error; this one is over the
+whole model, on its predictions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+from torch import Tensor
+
+from tulle.core.allocation import divide
+from tulle.core.hessian import Hessian
+from tulle.core.topk import Selection, check_share, top_k
+from tulle.errors import UserError
+from tulle.methods.contract import Method, Stage, Survey
+
+DENSITIES = (0.3, 0.5, 0.75, 1.0, 1.25, 1.5)
+"""Kept shares that are tried, as multiples of 1 − S."""
+
+
+@dataclass(frozen=True)
+class ActivationBudget(Method):
+    """Divides a budget of dropped inputs by what they cost the model; the selecting step that follows respects it."""
+
+    stages: ClassVar[tuple[Stage, ...]] = ("model",)
+    allocates_inputs: ClassVar[bool] = True
+
+    share: float = 0.5
+    """S: of the weights that a token does not read, in the targets' linears."""
+    per: Literal["role", "block"] = "role"
+    """What shares one share: the linears of a block that read one input, or all of the block."""
+    lowest: float = 0.0
+    highest: float = 0.9
+    tokens: int = 512
+    """Calibration tokens that a trial is measured on."""
+
+    def __post_init__(self) -> None:
+        check_share(self.share)
+        if not 0 <= self.lowest <= self.share <= self.highest < 1:
+            raise UserError(
+                f"expected 0 <= lowest <= share <= highest < 1, found {self.lowest}, {self.share}, {self.highest}; "
+                "the defaults are 0 and 0.9"
+            )
+        if self.tokens < 2:
+            raise UserError(f"expected tokens of 2 or more, found {self.tokens}; the default is 512")
+
+    def levels(self) -> list[float]:
+        """Shares that are tried, rising."""
+        tried = {1 - (1 - self.share) * d for d in DENSITIES}
+        return sorted({self.lowest, self.highest, self.share} | {s for s in tried if self.lowest < s < self.highest})
+
+    def plan(self, survey: Survey, roles: tuple[str, ...]) -> None:
+        units: list[tuple[str, ...]] = [roles] if self.per == "block" else [(role,) for role in roles]
+        levels = self.levels()
+        weights = self._weights(survey, units)
+        costs = self._measure(survey, units, levels)
+        found = divide(np.array(levels), costs, weights, self.share)
+        for index in range(survey.layers):
+            own = found[index * len(units) : (index + 1) * len(units)].tolist()
+            for unit, share in zip(units, own, strict=True):
+                for role in unit:
+                    survey.input_sparsity |= {survey.prefix(index) + name: share for name in survey.roles[role]}
+            shares = ", ".join(f"{'+'.join(unit)} {share:.3f}" for unit, share in zip(units, own, strict=True))
+            survey.notes.append(f"block {index}: shares of dropped inputs {shares}")
+
+    def _weights(self, survey: Survey, units: list[tuple[str, ...]]) -> np.ndarray:
+        """n ``[U]``, block by block; all blocks are of one shape."""
+        tensors = survey.block(0)
+        sizes = [sum(tensors[f"{n}.weight"].numel() for role in unit for n in survey.roles[role]) for unit in units]
+        return np.tile(np.array(sizes, dtype=np.float64), survey.layers)
+
+    def _measure(self, survey: Survey, units: list[tuple[str, ...]], levels: list[float]) -> np.ndarray:
+        """c ``[U, K]``, nats per token."""
+        assert survey.probe is not None
+
+        def trials(
+            index: int, tensors: dict[str, Tensor], hessians: dict[str, Hessian]
+        ) -> Iterator[tuple[Hashable, dict[str, Tensor | Selection]]]:
+            for number, unit in enumerate(units):
+                for level in levels:
+                    replaced: dict[str, Tensor | Selection] = {}
+                    for name in (name for role in unit for name in survey.roles[role]):
+                        replaced[name] = top_k(level, tensors[f"{name}.weight"].shape[1])
+                    yield (index, number, level), replaced
+
+        found = survey.probe(trials, self.tokens, False)
+        return np.array([[found[i, u, s] for s in levels] for i in range(survey.layers) for u in range(len(units))])

@@ -1,0 +1,123 @@
+"""GPTQ: Frantar, Ashkboos, Hoefler, Alistarh 2022, "GPTQ: Accurate Post-Training Quantization for ...".
+
+Columns are rounded one after the other; the error of column j is made up for by the columns to its right,
+W_{:,k} −= (w_j − ŵ_j)/U_jj·U_jk with H⁻¹ = UᵀU (eqs 2-3 in the Cholesky form of section 3.3, blocks of columns).
+``act_order`` visits channels by falling diagonal of H, as the authors' later code does.
+
+Departures, each an option:
+- ``clip_search``: steps with the least squared error weighted by diag(H), instead of each group's extremes.
+  Steps are found before the sweep ("static groups"), so that groups stay contiguous under ``act_order``.
+- ``descent``: after the sweep, coordinate descent over codes and steps on the exact layer objective
+  (core.descent).
+- A mask that exists is kept: pruned entries are compressed to zero like any other column, so that what the
+  sweep moved into them is made up for by the columns on the right.
+- A channel without calibration data is rounded to nearest (the authors set its weights to zero).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from tulle.core import compiled
+from tulle.core.descent import descend
+from tulle.core.grid import Grid, Quantised, code, find_steps
+from tulle.core.hessian import Factor, check_damping
+from tulle.core.sweep import sweep
+from tulle.core.token_grid import TokenGrid
+from tulle.methods.contract import LinearState, Method, Statistic, Statistics
+
+
+class _Rounder:
+    """Rounds each column of the sweep to its group's grid."""
+
+    def __init__(self, quantised: Quantised, order: Tensor, mask: Tensor | None) -> None:
+        width = quantised.codes.shape[1] // quantised.scale.shape[1]
+        self.quantised, self.channels, self.groups = quantised, order.tolist(), (order // width).tolist()
+        self.step, self.zero = quantised.scale.T.contiguous(), quantised.zero.T.contiguous()
+        self.mask = mask
+
+    def open_block(self, start: int, weight: Tensor) -> None:
+        """Nothing to choose per block."""
+
+    def column(self, j: int, weight: Tensor) -> Tensor:
+        channel, group = self.channels[j], self.groups[j]
+        codes = code(weight[0], self.step[group], self.zero[group], self.quantised.grid)
+        self.quantised.codes[:, channel] = codes.to(torch.int16)
+        rounded = (codes - self.zero[group]) * self.step[group]
+        return rounded if self.mask is None else rounded * self.mask[:, channel]
+
+
+def gptq(
+    weight: Tensor,
+    factor: Factor,
+    grid: Grid,
+    scale: Tensor,
+    zero: Tensor,
+    mask: Tensor | None = None,
+    block: int = 128,
+) -> Quantised:
+    """Quantises W ``[C_out, C_in]`` on a grid with steps and zero points ``[C_out, G]``, in the order of
+    ``factor``.
+    """
+    quantised = Quantised(grid, torch.zeros_like(weight, dtype=torch.int16), scale, zero)
+    if compiled.fits(weight, factor.feedback, scale, zero, mask):
+        compiled.sweep_codes(weight, factor, quantised, mask, max(block, compiled.BLOCK))
+    else:
+        sweep(weight[:, factor.order], factor.upper, _Rounder(quantised, factor.order, mask), block)
+    return quantised
+
+
+@dataclass(frozen=True)
+class GPTQ(Method):
+    """Rounds weights to ``bits`` with error compensation; keeps a mask that exists."""
+
+    needs: ClassVar[frozenset[Statistic]] = frozenset({"hessian"})
+
+    bits: int = 4
+    group_size: int | None = None
+    """Input channels per step; None: one step per output channel."""
+    symmetric: bool = True
+    act_order: bool = True
+    clip_search: int = 20
+    """Clip ratios tried for every step; 0 takes the extremes."""
+    descent: int = 4
+    """Sweeps of coordinate descent after GPTQ's own; 0 is the paper."""
+    damping: float = 0.01
+    """Added to the Hessian's diagonal, as a share of its mean; raised tenfold when the factorisation
+    fails.
+    """
+    block: int = 32
+    """Columns between two updates of the rest of the matrix; changes the speed alone."""
+    input_bits: Literal[4, 6, 8] | None = None
+    """Quantise the linear's input per token, symmetric and dynamic; None leaves it alone. The step ``activations`` does
+    the same before the statistics are taken, with more settings."""
+
+    def __post_init__(self) -> None:
+        check_damping(self.damping)
+        self._grid()
+
+    def _grid(self) -> Grid:
+        return Grid(self.bits, self.group_size, self.symmetric)
+
+    def validate(self, name: str, shape: tuple[int, int]) -> None:
+        self._grid().check(name, shape[1])
+
+    def apply_linear(self, linear: LinearState, statistics: Statistics) -> None:
+        hessian, grid = statistics.hessian, self._grid()
+        assert hessian is not None
+        factor = hessian.factor(self.damping, self.act_order)
+        linear.notes += hessian.remarks(self.damping, factor.damping)
+        scale, zero = find_steps(
+            linear.weight, grid, hessian.matrix.diagonal(), self.clip_search, linear.mask, ranges=linear.ranges
+        )
+        quantised = gptq(linear.weight, factor, grid, scale, zero, linear.mask, self.block)
+        if self.descent:
+            quantised = descend(linear.weight, quantised, hessian.damped(factor.damping), linear.mask, self.descent)
+        linear.quantised = quantised
+        linear.weight = quantised.dequantise(linear.mask)
+        if self.input_bits is not None:
+            linear.input_grid = TokenGrid(self.input_bits)

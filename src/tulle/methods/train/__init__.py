@@ -1,0 +1,1 @@
+"""Methods that act while a model trains: masks, straight-through estimators, distillation, sparse inputs."""

@@ -1,0 +1,290 @@
+"""What a model is made of, as data: one description, read by walker, transformers integration and engine.
+
+``describe`` turns a ``config.json`` into a :class:`Decoder`. What is special about a family stands in one file of
+``tulle.models.families``; everything else reads only the classes below. This module needs no torch.
+
+Shapes are ``(C_out, C_in)``. Names of a layer's tensors are relative to the layer (``self_attn.q_proj``); its
+``prefix`` makes them full (``model.layers.3.``).
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tulle.errors import UserError
+
+NormKind = Literal["rms", "layer"]
+ROLES = ("qkv", "o", "gate_up", "down")
+"""Roles of linear groups that a recipe's steps can target, in the order in which they run."""
+RotaryKind = Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional"]
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "relu2": "relu2",
+}
+"""``hidden_act`` of a config → the function's one name here. Several spellings of transformers are one function."""
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm; its width is that of what it is applied to.
+
+    rms: x/√(mean x² + ``eps``) · (``offset`` + w). layer: (x − mean)/√(var + ``eps``) · (``offset`` + w) + b.
+    """
+
+    name: str
+    eps: float
+    kind: NormKind = "rms"
+    offset: float = 0.0
+    bias: bool = False
+
+    def tensors(self, width: int) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {f"{self.name}.weight": (width,)}
+        if self.bias:
+            shapes[f"{self.name}.bias"] = (width,)
+        return shapes
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """A table of rotary position embeddings; ``tulle.models.rotary`` computes it.
+
+    The first ``dim`` channels of a head are rotated, channel i together with channel i + dim/2. Fields that a kind does
+    not use stay at their defaults.
+    """
+
+    dim: int
+    theta: float
+    kind: RotaryKind = "default"
+    max_positions: int = 0
+    """Positions that the model is said to support (``max_position_embeddings``)."""
+    factor: float | None = None
+    """Of stretching; None for yarn and longrope: ``max_positions``/``original_max_positions``."""
+    original_max_positions: int | None = None
+    """Positions of the first training; yarn, longrope, llama3."""
+    attention_factor: float | None = None
+    """Of cosines and sines, for yarn and longrope; None: what the paper suggests for the factor."""
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    """yarn: whether the corrected range ends at whole channels."""
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    rotated: float = 1.0
+    """proportional: share of the channels whose frequency is not 0."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = x·Wᵀ (+ b), W of ``shape`` ``(C_out, C_in)``, stored under ``name`` + ``.weight`` (and ``.bias``)."""
+
+    name: str
+    shape: tuple[int, int]
+    bias: bool = False
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {f"{self.name}.weight": self.shape}
+        if self.bias:
+            shapes[f"{self.name}.bias"] = self.shape[:1]
+        return shapes
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """Linears of one layer that read the same input."""
+
+    role: str
+    """``qkv``, ``o``, ``gate_up`` or ``down``."""
+    linears: tuple[Linear, ...]
+    norm: str | None = None
+    """Name of the norm whose output they read, or None."""
+    producers: tuple[str, ...] = ()
+    """Names of the linears whose output channels become their input channels (v → o; up, then gate → down)."""
+    residual: str | None = None
+    """Name of the norm whose *input* is the residual stream that their output is added to, or None."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(linear.name for linear in self.linears)
+
+    @property
+    def inputs(self) -> int:
+        """C_in, which they share."""
+        return self.linears[0].shape[1]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Softmax attention. Query heads come in equal groups, each of which shares one KV head."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    name: str = "self_attn"
+    """Relative name of the module."""
+    rotary: str | None = "default"
+    """Name of a table of ``Decoder.rotary``, or None: queries and keys know no position."""
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    """Over ``head_dim``, before the rotation."""
+    window: int | None = None
+    """A token sees itself and the ``window`` − 1 tokens before it; None: all."""
+    scale: float | None = None
+    """Of q·k; None: 1/√head_dim."""
+    soft_cap: float | None = None
+    """c of scores c·tanh(s/c)."""
+    sinks: bool = False
+    """A learned score per head that takes part in the softmax and has no value."""
+    output_gate: bool = False
+
+    def query_heads(self, kv_head: int) -> range:
+        """The query heads that share a KV head."""
+        shared = self.heads // self.kv_heads
+        return range(kv_head * shared, (kv_head + 1) * shared)
+
+
+@dataclass(frozen=True)
+class GatedMLP:
+    """down(f(gate(x)) ⊙ up(x)), f of :data:`ACTIVATIONS`' values."""
+
+    intermediate: int
+    activation: str
+    name: str = "mlp"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer: x + mixer(norm(x)), then x + feed_forward(norm(x))."""
+
+    index: int
+    prefix: str
+    """Of its tensors' full names, with the dot."""
+    hidden: int
+    mixer: Attention
+    feed_forward: GatedMLP
+    mixer_norm: Norm
+    feed_forward_norm: Norm
+    groups: tuple[LinearGroup, ...]
+    """In the order in which they run."""
+
+    def group(self, role: str) -> LinearGroup:
+        return next(group for group in self.groups if group.role == role)
+
+    def linears(self) -> list[Linear]:
+        """All linears, group by group."""
+        return [linear for group in self.groups for linear in group.linears]
+
+    def norms(self) -> list[tuple[Norm, int]]:
+        """All norms with their widths."""
+        found = [(self.mixer_norm, self.hidden), (self.feed_forward_norm, self.hidden)]
+        return found + [(n, self.mixer.head_dim) for n in (self.mixer.q_norm, self.mixer.k_norm) if n is not None]
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the layer with its shape, by relative name."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for norm, width in self.norms():
+            shapes |= norm.tensors(width)
+        for linear in self.linears():
+            shapes |= linear.tensors()
+        return shapes
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A decoder-only language model: embedding, layers, final norm, head."""
+
+    model_type: str
+    hidden: int
+    vocabulary: int
+    context: int
+    """Positions that the model is said to support."""
+    layers: tuple[Layer, ...]
+    final_norm: Norm
+    """Its name is full."""
+    rotary: Mapping[str, Rotary]
+    tied: bool
+    """The head is the embedding's table."""
+    embedding: str = "model.embed_tokens.weight"
+    head: str = "lm_head.weight"
+    head_bias: bool = False
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_soft_cap: float | None = None
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """All roles, in the order in which their groups run."""
+        return tuple(dict.fromkeys(group.role for layer in self.layers for group in layer.groups))
+
+    def embedding_name(self, stored: Container[str]) -> str:
+        """The name under which the embedding is stored: a tied model may hold only one of the two tables."""
+        return self.head if self.embedding not in stored and self.tied and self.head in stored else self.embedding
+
+    def linear_names(self, index: int) -> list[str]:
+        """Full names of a layer's linears, group by group."""
+        layer = self.layers[index]
+        return [layer.prefix + linear.name for linear in layer.linears()]
+
+    def role_of(self, name: str) -> str | None:
+        """Role of a linear given by full or relative name; None for anything else."""
+        for layer in self.layers:
+            if name.startswith(layer.prefix):
+                name = name.removeprefix(layer.prefix)
+                break
+        for layer in self.layers:
+            for group in layer.groups:
+                if name in group.names:
+                    return group.role
+        return None
+
+    def outer_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Embedding, final norm and, unless tied, head, with their shapes."""
+        table = (self.vocabulary, self.hidden)
+        shapes: dict[str, tuple[int, ...]] = {self.embedding: table, **self.final_norm.tensors(self.hidden)}
+        if not self.tied:
+            shapes[self.head] = table
+        if self.head_bias:
+            shapes[self.head.removesuffix("weight") + "bias"] = table[:1]
+        return shapes
+
+
+def families() -> list[str]:
+    """Model types that have a file in ``tulle.models.families``."""
+    package = importlib.import_module("tulle.models.families")
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+
+
+def describe(config: Mapping[str, Any]) -> Decoder:
+    """The description of a model from its ``config.json``.
+
+    Missing keys have the defaults that transformers gives the family. Raises ``UserError`` for a model type without a
+    family file, for values that transformers refuses or that no reader implements, and for every key that is neither
+    read nor known to be harmless (``tulle.models.config_keys``).
+    """
+    model_type, known = config.get("model_type"), families()
+    if model_type not in known:
+        near = difflib.get_close_matches(str(model_type), known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "; add a file to tulle/models/families"
+        raise UserError(f"expected model_type {', '.join(known)}, found {model_type!r}{hint}")
+    family = importlib.import_module(f"tulle.models.families.{model_type}")
+    found: Decoder = family.describe(config)
+    return found
