@@ -30,8 +30,11 @@ from tulle.engine.native_model import (
     WeightKind,
 )
 from tulle.engine.prepare import Progress
+from tulle.engine.settings import rotary_frequencies
 from tulle.errors import UserError
 from tulle.format.pack import bf16_to_f32, f32_to_bf16
+from tulle.models.config_keys import ConfigKeys
+from tulle.models.families._parts import read_rotary
 
 MODEL_TYPE = "scaling_transformer"
 WEIGHTS = ("as stored", "f32", "bf16", "int8")
@@ -278,7 +281,10 @@ def _layer(made: Weights, shape: Shape, prefix: str) -> ScalingLayer:
 
 def _frequencies(config: Mapping[str, Any], head_dim: int) -> list[float]:
     keys = ConfigKeys(config)
-    inverse, _ = rotary_frequencies(read_rotary(keys, head_dim, keys.size("max_position_embeddings", 2048)))
+    rotary = read_rotary(keys, head_dim, keys.size("max_position_embeddings", 2048))
+    if rotary.kind != "default":
+        raise UserError(f"expected rope_type default for a Scaling Transformer, found {rotary.kind!r}")
+    inverse, _ = rotary_frequencies(rotary)
     return [float(x) for x in inverse]
 
 
