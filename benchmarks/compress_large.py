@@ -26,8 +26,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from tulle import machine
-from tulle.models.anatomy import anatomy
 from tulle.models.checkpoint import write_index
+from tulle.models.description import describe
 
 SHAPES = {
     "1.1b": {
@@ -59,9 +59,9 @@ def write_checkpoint(folder: Path, shape: dict[str, int], layers: int) -> None:
     """Random weights (σ = 0.02, norms 1), one shard per block."""
     folder.mkdir(parents=True)
     config = LlamaConfig(**(COMMON | shape | {"num_hidden_layers": layers}))
-    model = anatomy(config.to_dict())
+    model = describe(config.to_dict())
     generator = torch.Generator().manual_seed(0)
-    parts = [{model.block_prefix(i) + k: s for k, s in model.block_tensors().items()} for i in range(layers)]
+    parts = [{layer.prefix + k: s for k, s in layer.tensors().items()} for layer in model.layers]
     parts.append(dict(model.outer_tensors()))
     shards: dict[str, list[str]] = {}
     total = 0

@@ -8,16 +8,17 @@ type that it chooses). Needs the packages gguf and llama-cpp-python.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
 
-import gguf
-import llama_cpp
 import numpy as np
 
 
 def write_f32(path: Path, s: dict[str, int]) -> None:
+    import gguf
+
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(2048)
     writer.add_embedding_length(s["hidden_size"])
@@ -60,6 +61,8 @@ def write_f32(path: Path, s: dict[str, int]) -> None:
 
 
 def quantise(source: Path, target: Path, kind: int) -> None:
+    import llama_cpp
+
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = kind
     parameters.nthread = 2
@@ -69,7 +72,14 @@ def quantise(source: Path, target: Path, kind: int) -> None:
 
 
 def main() -> None:
-    folder, shape = Path(sys.argv[1]), json.loads(sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the files go")
+    parser.add_argument("shape", type=json.loads, help="keys of a Llama config.json, as JSON")
+    arguments = parser.parse_args()
+
+    import llama_cpp
+
+    folder, shape = arguments.folder, arguments.shape
     folder.mkdir(parents=True, exist_ok=True)
     f32 = folder / "F32.gguf"
     if not f32.exists():

@@ -44,9 +44,10 @@ import torch
 from torch import Tensor
 
 from tulle.errors import UserError
-from tulle.models.anatomy import Anatomy
 from tulle.models.checkpoint import Checkpoint, companions, write_index, write_shard, write_text
-from tulle.models.skeleton import Block, load_config
+from tulle.models.decoder import DecoderBlock, embed, final_norm, logits
+from tulle.models.description import Decoder, Layer
+from tulle.models.watch import run_watched
 
 Kind = Literal["norm", "massive", "value_output", "rope_pair", "rotated"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -116,57 +117,57 @@ def inject_outliers(
 # --- The identities: on the float64 tensors of one block, by relative name, in place.
 
 
-def scale_norm(tensors: Tensors, model: Anatomy, channels: Tensor, s: Tensor) -> None:
+def scale_norm(tensors: Tensors, layer: Layer, channels: Tensor, s: Tensor) -> None:
     """γ_c·s of every norm of the residual stream, columns c of its readers ÷ s; channels and s ``[n]``."""
-    for row in model.rows:
-        if row.norm is not None:
-            tensors[f"{row.norm}.weight"][channels] *= s
-            for name in row.linears:
+    for group in layer.groups:
+        if group.norm is not None:
+            tensors[f"{group.norm}.weight"][channels] *= s
+            for name in group.names:
                 tensors[f"{name}.weight"][:, channels] /= s
 
 
-def scale_massive(tensors: Tensors, model: Anatomy, channels: Tensor, s: Tensor) -> None:
+def scale_massive(tensors: Tensors, layer: Layer, channels: Tensor, s: Tensor) -> None:
     """Rows of up times s, columns of down ÷ s; channels and s ``[n]``."""
-    row = model.row("down")
-    _scale_rows(tensors, row.producers[0], channels, s)
-    tensors[f"{row.linears[0]}.weight"][:, channels] /= s
+    group = layer.group("down")
+    _scale_rows(tensors, group.producers[0], channels, s)
+    tensors[f"{group.names[0]}.weight"][:, channels] /= s
 
 
-def scale_value(tensors: Tensors, model: Anatomy, head: int, channels: Tensor, s: Tensor) -> None:
+def scale_value(tensors: Tensors, layer: Layer, head: int, channels: Tensor, s: Tensor) -> None:
     """Rows ``channels`` ``[n]`` (of head_dim) of v's KV head times s, the columns of o of its query heads ÷ s."""
-    row = model.row("o")
-    _scale_rows(tensors, row.producers[0], head * model.head_dim + channels, s)
-    for query in model.query_heads(head):
-        tensors[f"{row.linears[0]}.weight"][:, query * model.head_dim + channels] /= s
+    group, mixer = layer.group("o"), layer.mixer
+    _scale_rows(tensors, group.producers[0], head * mixer.head_dim + channels, s)
+    for query in mixer.query_heads(head):
+        tensors[f"{group.names[0]}.weight"][:, query * mixer.head_dim + channels] /= s
 
 
-def scale_rope_pairs(tensors: Tensors, model: Anatomy, head: int, pairs: Tensor, s: Tensor) -> None:
+def scale_rope_pairs(tensors: Tensors, layer: Layer, head: int, pairs: Tensor, s: Tensor) -> None:
     """RoPE pairs i ``[n]`` (below d/2) of K's head times s, those of its query heads ÷ s.
 
     With QK-norm all heads share the gains: ``head`` is not looked at.
     """
-    pairs, s = torch.cat([pairs, pairs + model.head_dim // 2]), s.repeat(2)
-    if model.query_key_norms is not None:
-        query_norm, key_norm = model.query_key_norms
-        tensors[f"{key_norm}.weight"][pairs] *= s
-        tensors[f"{query_norm}.weight"][pairs] /= s
+    mixer = layer.mixer
+    pairs, s = torch.cat([pairs, pairs + mixer.head_dim // 2]), s.repeat(2)
+    if mixer.q_norm is not None and mixer.k_norm is not None:
+        tensors[f"{mixer.k_norm.name}.weight"][pairs] *= s
+        tensors[f"{mixer.q_norm.name}.weight"][pairs] /= s
         return
-    q, k = model.row("qkv").linears[:2]
-    _scale_rows(tensors, k, head * model.head_dim + pairs, s)
-    for query in model.query_heads(head):
-        _scale_rows(tensors, q, query * model.head_dim + pairs, 1 / s)
+    q, k = layer.group("qkv").names[:2]
+    _scale_rows(tensors, k, head * mixer.head_dim + pairs, s)
+    for query in mixer.query_heads(head):
+        _scale_rows(tensors, q, query * mixer.head_dim + pairs, 1 / s)
 
 
-def rotate(tensors: Tensors, model: Anatomy, rotation: Tensor) -> None:
+def rotate(tensors: Tensors, layer: Layer, rotation: Tensor) -> None:
     """Q ``[d, d]`` on the residual stream: readers W·diag(γ)·Q with γ = 1 after it, writers Qᵀ·W and b·Q."""
-    for row in model.rows:
-        if row.norm is not None:
-            gain = tensors[f"{row.norm}.weight"]
-            for name in row.linears:
+    for group in layer.groups:
+        if group.norm is not None:
+            gain = tensors[f"{group.norm}.weight"]
+            for name in group.names:
                 tensors[f"{name}.weight"] = (tensors[f"{name}.weight"] * gain) @ rotation
-            tensors[f"{row.norm}.weight"] = torch.ones_like(gain)
-        if row.residual is not None:
-            for name in row.linears:
+            tensors[f"{group.norm}.weight"] = torch.ones_like(gain)
+        if group.residual is not None:
+            for name in group.names:
                 tensors[f"{name}.weight"] = rotation.T @ tensors[f"{name}.weight"]
                 if f"{name}.bias" in tensors:
                     tensors[f"{name}.bias"] = tensors[f"{name}.bias"] @ rotation
@@ -219,11 +220,12 @@ class _Massive:
             return sorted(set(self.blocks))
         return sorted({min(1, layers - 1), max(layers - 2, 0)})
 
-    def check(self, model: Anatomy) -> None:
-        _check_count("massive_channels", self.channels, model.intermediate)
-        for block in self.resolved(model.layers):
-            if not 0 <= block < model.layers:
-                raise UserError(f"expected massive_blocks from 0 to {model.layers - 1}, found {block}; name others")
+    def check(self, model: Decoder) -> None:
+        count = len(model.layers)
+        for block in self.resolved(count):
+            if not 0 <= block < count:
+                raise UserError(f"expected massive_blocks from 0 to {count - 1}, found {block}; name others")
+            _check_count("massive_channels", self.channels, model.layers[block].feed_forward.intermediate)
         if not _is_positive(self.ratio):
             raise UserError(f"expected massive_ratio as a finite number above 0, found {self.ratio}; try 1000.0")
 
@@ -251,7 +253,7 @@ class _Massive:
 @dataclass
 class _Plan:
     checkpoint: Checkpoint
-    model: Anatomy
+    model: Decoder
     kinds: tuple[Kind, ...]
     seed: int
     norm: _Scaling
@@ -270,11 +272,12 @@ class _Plan:
                 raise UserError(f"expected kinds of outliers from {', '.join(KINDS)}, found {kind!r}; {hint}")
         if not kinds or len(set(kinds)) < len(kinds):
             raise UserError(f"expected one or more kinds, each once, found {', '.join(kinds) or 'none'}; try norm")
-        plan = cls(checkpoint, checkpoint.anatomy(), tuple(kinds), seed, **settings)
+        plan = cls(checkpoint, checkpoint.describe(), tuple(kinds), seed, **settings)
         model = plan.model
         plan.norm.check(model.hidden)
-        plan.value.check(model.head_dim)
-        plan.rope.check(model.head_dim // 2)
+        for layer in model.layers:
+            plan.value.check(layer.mixer.head_dim)
+            plan.rope.check(layer.mixer.head_dim // 2)
         plan.massive.check(model)
         plan.facts = {"model_type": model.model_type, "kinds": list(kinds), "seed": seed}
         return plan
@@ -304,27 +307,29 @@ class _Plan:
         facts |= {kind: [] for kind in self.kinds if kind not in ("norm", "rotated")}
 
         def step(block: int, tensors: Tensors, down_input: Tensor) -> None:
+            layer = model.layers[block]
+            mixer = layer.mixer
             for kind in self.kinds:
                 generator = generators[kind]
                 if kind == "norm" and norm is not None:
-                    scale_norm(tensors, model, *norm)
-                elif kind == "massive" and block in self.massive.resolved(model.layers):
+                    scale_norm(tensors, layer, *norm)
+                elif kind == "massive" and block in self.massive.resolved(len(model.layers)):
                     channels, s, found = self.massive.choose(down_input)
-                    scale_massive(tensors, model, channels, s)
+                    scale_massive(tensors, layer, channels, s)
                     facts[kind].append({"block": block, **_listed(channels, s), **found})
                 elif kind == "value_output":
-                    for head in range(model.kv_heads):
-                        channels, s = self.value.draw(model.head_dim, generator)
-                        scale_value(tensors, model, head, channels, s)
+                    for head in range(mixer.kv_heads):
+                        channels, s = self.value.draw(mixer.head_dim, generator)
+                        scale_value(tensors, layer, head, channels, s)
                         facts[kind].append({"block": block, "head": head, **_listed(channels, s)})
                 elif kind == "rope_pair":
-                    shared = model.query_key_norms is not None
-                    for head in range(1 if shared else model.kv_heads):
-                        pairs, s = self.rope.draw(model.head_dim // 2, generator)
-                        scale_rope_pairs(tensors, model, head, pairs, s)
+                    shared = mixer.k_norm is not None
+                    for head in range(1 if shared else mixer.kv_heads):
+                        pairs, s = self.rope.draw(mixer.head_dim // 2, generator)
+                        scale_rope_pairs(tensors, layer, head, pairs, s)
                         facts[kind].append({"block": block, "head": None if shared else head, **_listed(pairs, s)})
                 elif kind == "rotated" and rotation is not None:
-                    rotate(tensors, model, rotation)
+                    rotate(tensors, layer, rotation)
 
         return step
 
@@ -345,7 +350,7 @@ def _check_count(name: str, count: int, width: int) -> None:
 def _probe_tokens(plan: _Plan, tokens: Tensor | None) -> Tensor:
     vocabulary = plan.model.vocabulary
     if tokens is None:
-        length = min(PROBE[1], int(plan.checkpoint.config.get("max_position_embeddings") or PROBE[1]))
+        length = min(PROBE[1], plan.model.context)
         generator = torch.Generator().manual_seed(plan.seed)
         return torch.randint(vocabulary, (PROBE[0], length), generator=generator)
     if tokens.dim() != 2 or tokens.numel() == 0 or tokens.is_floating_point():
@@ -367,45 +372,44 @@ def _probe_tokens(plan: _Plan, tokens: Tensor | None) -> Tensor:
 def _write(plan: _Plan, ids: Tensor, dtype: torch.dtype, folder: Path) -> dict[str, Any]:
     """Block by block, in both models: inputs measured, new tensors written, a shard each; the tables come last."""
     checkpoint, model, facts = plan.checkpoint, plan.model, plan.facts
-    names, config = model.architecture, load_config(checkpoint.path)
     rotation = plan.rotation()
     step = plan.steps(rotation)
 
-    stored = checkpoint.embedding_name(model)
+    stored = model.embedding_name(checkpoint)
     embedding = checkpoint.read(stored)
-    outer = {names.embedding: _table(embedding, None, rotation, dtype)}
-    gain = checkpoint.read(names.final_norm)
+    outer = {model.embedding: _table(embedding, None, rotation, dtype)}
+    norm_name = f"{model.final_norm.name}.weight"
+    gain = checkpoint.read(norm_name)
     if rotation is not None or not model.tied:
-        head = embedding if model.tied else checkpoint.read(names.head)
-        outer[names.head] = _table(head, None if rotation is None else gain.double(), rotation, dtype)
-    outer[names.final_norm] = gain.to(dtype) if rotation is None else torch.ones(gain.shape, dtype=dtype)
-    before, after = embedding[ids].float(), outer[names.embedding][ids].float()
+        head = embedding if model.tied else checkpoint.read(model.head)
+        outer[model.head] = _table(head, None if rotation is None else gain.double(), rotation, dtype)
+    outer[norm_name] = gain.to(dtype) if rotation is None else torch.ones(gain.shape, dtype=dtype)
+    before, after = embed(model, ids, embedding.float()), embed(model, ids, outer[model.embedding].float())
 
     shards: dict[str, list[str]] = {}
     written = 0
 
     def write(tensors: Tensors) -> None:
         nonlocal written
-        file = f"model-{len(shards) + 1:05d}-of-{model.layers + 1:05d}.safetensors"
+        file = f"model-{len(shards) + 1:05d}-of-{len(model.layers) + 1:05d}.safetensors"
         write_shard(folder / file, tensors)
         shards[file] = sorted(tensors)
         written += sum(t.numel() * t.element_size() for t in tensors.values())
 
     facts["inputs"] = []
-    for block in range(model.layers):
-        tensors = checkpoint.read_block(model, block)
-        before, old = _run(Block(config, block, tensors), model, before)
+    for layer in model.layers:
+        tensors = checkpoint.read_layer(layer)
+        before, old = _run(DecoderBlock(model, layer.index, tensors), before)
         tensors = {name: t.double() for name, t in tensors.items()}
-        step(block, tensors, old["down"])
+        step(layer.index, tensors, old["down"])
         tensors = {name: t.to(dtype) for name, t in tensors.items()}
-        after, new = _run(Block(config, block, tensors), model, after)
-        facts["inputs"] += [{"block": block, "role": role, **_ratios(old[role], new[role])} for role in old]
-        write({model.block_prefix(block) + name: t for name, t in tensors.items()})
+        after, new = _run(DecoderBlock(model, layer.index, tensors), after)
+        facts["inputs"] += [{"block": layer.index, "role": role, **_ratios(old[role], new[role])} for role in old]
+        write({layer.prefix + name: t for name, t in tensors.items()})
 
-    eps = float(checkpoint.config.get("rms_norm_eps", 1e-6))
-    old_head = embedding if model.tied else checkpoint.read(names.head)
-    expected = _logits(before, gain, old_head, eps)
-    found = _logits(after, outer[names.final_norm], outer.get(names.head, outer[names.embedding]), eps)
+    old_head = embedding if model.tied else checkpoint.read(model.head)
+    expected = _logits(model, before, gain, old_head)
+    found = _logits(model, after, outer[norm_name], outer.get(model.head, outer[model.embedding]))
     facts["difference"] = float((found - expected).abs().max() / expected.abs().max())
 
     write(outer)
@@ -425,27 +429,18 @@ def _table(table: Tensor, gain: Tensor | None, rotation: Tensor | None, dtype: t
     return torch.cat([((p.double() * (1 if gain is None else gain)) @ rotation).to(dtype) for p in table.split(ROWS)])
 
 
-def _run(block: Block, model: Anatomy, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def _run(block: DecoderBlock, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The block's output, and by role the input of its linears; ``key``: K before RoPE, all ``[B·T, C]``."""
-    seen: dict[str, Tensor] = {}
-
-    def keeper(role: str, after: bool) -> Callable[..., None]:
-        def keep(module: Any, inputs: Any, output: Any = None) -> None:
-            x = output if after else inputs[0]
-            seen[role] = x.reshape(hidden.shape[0] * hidden.shape[1], -1)
-
-        return keep
-
-    key = model.query_key_norms[1] if model.query_key_norms else model.row("qkv").linears[1]
-    hooks = [block.module.get_submodule(key).register_forward_hook(keeper("key", True))]
-    for row in model.rows:
-        module = block.module.get_submodule(row.linears[0])
-        hooks.append(module.register_forward_pre_hook(keeper(row.role, False)))
+    keys: list[Tensor] = []
+    mixer = block.layer.mixer
+    name = block.layer.group("qkv").names[1] if mixer.k_norm is None else mixer.k_norm.name
+    hook = block.get_submodule(name).register_forward_hook(lambda _, inputs, output: keys.append(output))
     try:
-        return block(hidden), seen
+        hidden, inputs = run_watched(block, hidden)
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
+    seen = {"key": keys[0]} | inputs
+    return hidden, {role: x.reshape(hidden.shape[0] * hidden.shape[1], -1) for role, x in seen.items()}
 
 
 def _ratios(old: Tensor, new: Tensor) -> dict[str, list[float]]:
@@ -459,9 +454,8 @@ def _ratios(old: Tensor, new: Tensor) -> dict[str, list[float]]:
     return {"channel_ratio": [channel(old), channel(new)], "peak_ratio": [peak(old), peak(new)]}
 
 
-def _logits(hidden: Tensor, gain: Tensor, head: Tensor, eps: float) -> Tensor:
-    normed = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + eps)
-    return (normed * gain.float()) @ head.float().T
+def _logits(model: Decoder, hidden: Tensor, gain: Tensor, head: Tensor) -> Tensor:
+    return logits(model, final_norm(model, hidden, gain.float()), head.float())
 
 
 @contextmanager

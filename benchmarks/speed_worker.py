@@ -10,6 +10,7 @@ runs so far read, of a model that leaves inputs out fewer than it has.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
@@ -96,11 +97,16 @@ class Torch:
 
 
 def main() -> None:
-    kind, path, threads, *rest = sys.argv[1:]
     classes: dict[str, Callable[[str, int, str], Tulle | LlamaCpp | OnnxRuntime | Torch]] = {
         "tulle": Tulle, "llama.cpp": LlamaCpp, "onnxruntime": OnnxRuntime, "torch": Torch,
     }  # fmt: skip
-    model = classes[kind](path, int(threads), rest[0] if rest else "")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=classes)
+    parser.add_argument("path")
+    parser.add_argument("threads", type=int)
+    parser.add_argument("option", nargs="?", default="")
+    arguments = parser.parse_args()
+    model = classes[arguments.kind](arguments.path, arguments.threads, arguments.option)
     print(json.dumps({"bytes": model.bytes}), flush=True)
     for line in sys.stdin:
         what, count = line.split()[0], int(line.split()[1])

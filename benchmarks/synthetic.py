@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from compress_large import COMMON, SHAPES  # noqa: E402
 from tulle.format.pack import f32_to_bf16, pack_linear  # noqa: E402
 from tulle.format.spec import InputSparsitySpec, LinearSpec, QuantizationConfig  # noqa: E402
-from tulle.models.anatomy import anatomy  # noqa: E402
+from tulle.models.description import describe  # noqa: E402
 
 GROUP = 128
 
@@ -37,12 +37,12 @@ def write_packed(
     """
     config = COMMON | SHAPES[shape] | {"model_type": "llama", "rms_norm_eps": 1e-5, "hidden_act": "silu"}
     config["num_hidden_layers"] = layers or config["num_hidden_layers"]
-    model = anatomy(config)
+    model = describe(config)
     generator = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     specs: dict[str, LinearSpec] = {}
     block: dict[str, Any] = {}
-    for name, size in model.block_tensors().items():
+    for name, size in model.layers[0].tensors().items():
         if len(size) == 1:
             block[name] = f32_to_bf16(np.ones(size, np.float32))
             continue
@@ -51,13 +51,13 @@ def write_packed(
         spec, arrays = packed_linear(generator, (size[0], size[1]), bits, sparsity, input_bits, left_out, unit)
         specs[linear] = spec
         block |= {f"{linear}.{suffix}": array for suffix, array in arrays.items()}
-    for index in range(model.layers):
-        prefix = model.block_prefix(index)
-        save_file({prefix + k: stored(v) for k, v in block.items()}, folder / f"model-{index:05d}.safetensors")
+    for layer in model.layers:
+        tensors = {layer.prefix + name: stored(array) for name, array in block.items()}
+        save_file(tensors, folder / f"model-{layer.index:05d}.safetensors")
     outer = {k: f32_to_bf16(0.02 * generator.standard_normal(s, np.float32)) for k, s in model.outer_tensors().items()}
     save_file({k: stored(v) for k, v in outer.items()}, folder / "model-outer.safetensors")
     if bits is not None or sparsity > 0:
-        linears = {model.block_prefix(i) + name: s for i in range(model.layers) for name, s in specs.items()}
+        linears = {layer.prefix + name: s for layer in model.layers for name, s in specs.items()}
         config["quantization_config"] = QuantizationConfig(linears).to_json()
     (folder / "config.json").write_text(json.dumps(config))
 

@@ -50,7 +50,9 @@ def test_json_round_trip() -> None:
 
 def test_every_method_is_importable_and_documented() -> None:
     for name in METHODS:
-        assert method_class(name).__doc__
+        found = method_class(name)
+        # A dataclass without a docstring gets its signature.
+        assert found.__doc__ and not found.__doc__.startswith(f"{found.__name__}("), name
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,31 @@ def test_clip_search_never_loses(grid: Grid, seed: int) -> None:
     assert bool((searched <= plain * (1 + 1e-6)).all())
 
 
+@pytest.mark.parametrize("norm", [2.0, 2.4])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("given", [False, True])
+def test_clip_search_takes_the_best_of_its_ratios(norm: float, symmetric: bool, given: bool) -> None:
+    """Every ratio from 1 down to above 0.5 tried by hand, in float64, with pruned weights and an importance."""
+    grid, g = Grid(3, 8, symmetric), torch.Generator().manual_seed(1)
+    w = torch.randn(40, 16, generator=g) ** 3
+    mask, importance = torch.rand(40, 16, generator=g) > 0.2, torch.rand(16, generator=g) + 0.1
+    importance[3] = 0  # where it holds the largest weight, clipping that costs nothing
+    ranges = (-8 * torch.rand(40, 2, generator=g) - 0.1, 8 * torch.rand(40, 2, generator=g) + 0.1) if given else None
+    part = (w * mask).reshape(40, 2, 8)
+    low, high = ranges or (part.amin(-1), part.amax(-1))
+
+    def error(step: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        q = round_to_grid(part, step[..., None], zero[..., None], grid)
+        lost = (part - q).double().abs() ** norm * (importance * mask).reshape(40, 2, 8)
+        return lost.sum(-1)
+
+    every = torch.stack([error(*steps(low * (1 - 0.05 * i), high * (1 - 0.05 * i), grid)) for i in range(10)])
+    found = error(*find_steps(w, grid, importance, 10, mask, norm, ranges))
+    torch.testing.assert_close(found, every.amin(0), rtol=1e-5, atol=1e-9)
+    chosen = every.argmin(0).unique()
+    assert 0 in chosen and 9 in chosen  # the ends are tried
+
+
 def test_zero_is_on_every_asymmetric_grid() -> None:
     step, zero = steps(torch.tensor([2.0, -3.0]), torch.tensor([5.0, -1.0]), Grid(4, symmetric=False))
     assert torch.equal(round_to_grid(torch.zeros(2), step, zero, Grid(4, symmetric=False)), torch.zeros(2))

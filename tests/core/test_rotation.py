@@ -132,7 +132,9 @@ def test_zigzag_evens_the_blocks_out(channels: int, block: int) -> None:
 
 
 def test_random_permutation() -> None:
-    assert sorted(random_permutation(10, generator()).tolist()) == list(range(10))
+    first, again, other = (random_permutation(40, generator(seed)).tolist() for seed in (0, 0, 1))
+    assert sorted(first) == list(range(40))
+    assert first == again != other and first != sorted(first)
 
 
 class TestExtremes:
@@ -151,6 +153,17 @@ class TestExtremes:
             norms = x[:, start : start + 128].norm(dim=1)
             for token in norms.topk(2).indices:
                 assert any(torch.equal(row, x[token]) for row in rows)
+
+    def test_what_is_kept_unless_said_otherwise(self) -> None:
+        x = torch.randn(2000, 300, generator=generator())
+        plain, spelt = Extremes(300), Extremes(300, segment=128, per_segment=16, random=64, seed=0)
+        for sampler in (plain, spelt):
+            sampler.add(x)
+        assert torch.equal(plain.rows, spelt.rows) and 64 < len(plain.rows) <= 3 * 16 + 64
+        # 129 channels to a segment would rank other tokens first.
+        sampler = Extremes(300, segment=129)
+        sampler.add(x)
+        assert not torch.equal(plain.rows, sampler.rows)
 
     def test_all_of_a_few(self) -> None:
         x = torch.randn(5, 16, generator=generator())

@@ -6,6 +6,7 @@ import torch
 from oracles.optimal_brain_surgeon import loss
 from oracles.problems import layer, state, statistics
 from oracles.supports import row_errors, supports
+from tulle.core import swaps
 from tulle.core.least_squares import refit
 from tulle.core.masks import Pattern, keep_pattern, largest
 from tulle.core.swaps import exchange, gains, pivot, swap, tableau
@@ -131,6 +132,28 @@ def test_blocks_lower_the_error_and_reach_across() -> None:
     counts = [swap(w, mask, h, passes=p, width=16).reshape(16, 4, 16).sum(-1) for p in (1, 2)]
     assert torch.equal(counts[0], mask.reshape(16, 4, 16).sum(-1))  # consecutive channels: each block for itself
     assert not torch.equal(counts[1], counts[0])
+
+
+def test_passes_take_neighbours_and_distant_channels_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    w, h, mask = problem(4, 16)
+    seen: list[list[list[int]]] = []
+    blocks = swaps._blocks
+
+    def recorded(*arguments: object, **settings: object) -> list[torch.Tensor]:
+        found = blocks(*arguments, **settings)  # type: ignore[arg-type]
+        seen.append([block.tolist() for block in found])
+        return found
+
+    monkeypatch.setattr(swaps, "_blocks", recorded)
+    # Something changes in every pass.
+    monkeypatch.setattr(swaps, "_swap_block", lambda weight, residual, kept, *_: (weight, kept.flip(1)))
+    swap(w, mask, h, width=8, passes=5)
+    near, far = [list(range(8)), list(range(8, 16))], [list(range(0, 16, 2)), list(range(1, 16, 2))]
+    assert seen == [near, far, near, far, near]
+    assert [b.tolist() for b in blocks(16, 4, 8, True, w.device)] == [
+        [0, 1, 2, 3, 8, 9, 10, 11],
+        [4, 5, 6, 7, 12, 13, 14, 15],
+    ]
 
 
 def test_a_block_sees_what_the_one_before_did() -> None:

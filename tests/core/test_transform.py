@@ -83,9 +83,14 @@ def test_rotations_around_a_permutation_equal_the_plain_chain(
     chain = [first, Permutation(torch.randperm(C, generator=g)), last]
     x = torch.randn(*shape, generator=g)
     torch.testing.assert_close(run(chain, x), run_plain(chain, x))
-    with torch.enable_grad():
-        run(chain, x.requires_grad_()).sum().backward()
-    assert x.grad is not None
+    gradients = []
+    for runs in (run, run_plain):
+        given = x.clone().requires_grad_()
+        with torch.enable_grad():
+            runs(chain, given).square().sum().backward()
+        assert given.grad is not None
+        gradients.append(given.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4 * float(gradients[1].abs().max()))
 
 
 def test_dtype_is_kept() -> None:

@@ -18,6 +18,7 @@ import tulle.hf
 from checkpoints import PROSE, write_checkpoint
 from tiny_models import tokens, write_model
 from tulle.compression.job import compress
+from tulle.core.token_grid import TokenGrid
 from tulle.errors import UserError
 from tulle.hf.packed_linear import PackedLinear
 from tulle.text.reading import Text
@@ -50,9 +51,13 @@ def test_quantised_input(tmp_path):
     dense = write_model(folder, {"all": {"bits": 8, "input_bits": 8}})
     model = tulle.hf.load(folder)
     with torch.no_grad():
-        expected, found = dense(tokens()).logits, model(tokens()).logits
-    # 8-bit inputs change the logits, by about 1/127 per layer.
-    assert 1e-4 < float((found - expected).norm() / expected.norm()) < 3e-2
+        exact, found = dense(tokens()).logits, model(tokens()).logits
+        for name, module in model.named_modules():
+            if isinstance(module, PackedLinear):
+                dense.get_submodule(name).register_forward_pre_hook(lambda m, x: (TokenGrid(8).fake(x[0]),))
+        expected = dense(tokens()).logits
+    # Whole sums against float32's: now and then a later input rounds the other way, a step of 1/127 of its token.
+    assert float((found - expected).norm()) < 0.1 * float((exact - expected).norm())
 
 
 @pytest.mark.parametrize(
@@ -208,9 +213,8 @@ def two_of_four(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_two_of_four_is_recognised(two_of_four: Path) -> None:
     model = tulle.hf.load(two_of_four, dtype=torch.float32)
-    found = {n for n, m in model.named_modules() if isinstance(m, PackedLinear) and tulle.hf.fits_two_of_four(m)}
-    assert {"q_proj", "down_proj"} <= {name.rpartition(".")[2] for name in found}
-    assert not any("gate" in name or "up" in name for name in found)
+    found = [n for n, m in model.named_modules() if isinstance(m, PackedLinear) and tulle.hf.fits_two_of_four(m)]
+    assert [name.rpartition(".")[2] for name in found] == ["q_proj", "down_proj"]  # k and v have 32 rows
 
 
 def test_sparse_tensor_cores_need_a_gpu(two_of_four: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 import tulle.hf
 from checkpoints import PROSE, write_checkpoint
 from tulle.compression.job import compress
-from tulle.inspect.activity import Counter, columns_of, measure_activity, total
+from tulle.inspect.activity import Counter, columns_of, measure_activity
 from tulle.report.activity import activity_charts
 from tulle.text.reading import Text
 
@@ -86,7 +86,9 @@ def test_zeros_of_a_relu(tmp_path: Path) -> None:
         and 0.3 < by_role["down"]["sparsity"] < 0.7
     )
     assert by_role["qkv"]["sparsity"] == 0 and by_role["qkv"]["overlap"] == 1
-    assert found["total"] == total(found["rows"])
+    weights, active = (sum(row[key] for row in found["rows"]) for key in ("weights", "active"))
+    assert found["total"] == pytest.approx({"weights": weights, "active": active, "sparsity": 1 - active / weights})
+    assert weights == sum(p.numel() for n, p in model.named_parameters() if "_proj" in n) > active > weights / 2
 
 
 def test_no_cards_without_rows() -> None:

@@ -131,8 +131,9 @@ def test_function_is_preserved(method: Method, model_type: str, tmp_path: Path) 
 def test_wide_heads(method: Method, head_dim: int, tmp_path: Path) -> None:
     dense = write_checkpoint(tmp_path / "m", head_dim=head_dim, num_hidden_layers=1)
     run(tmp_path / "m", tmp_path / "out", [step(method), step(KVCache(bits=8, query_bits=8))])
-    # 8 bits per head: the Hadamard over head_dim is undone exactly, only rounding is left.
-    assert_same_function(tmp_path / "out", dense, 0.1)
+    # 8 bits per head: the Hadamard over head_dim is undone exactly. Rounding is left, 1/127 of each head's largest
+    # number for queries, keys and values: 0.9 to 1.5 % of the largest logit, where 6 bits would be 4 times that.
+    assert_same_function(tmp_path / "out", dense, 0.03)
     run(tmp_path / "m", tmp_path / "plain", [step(method)])
     assert_same_function(tmp_path / "plain", dense)
 
@@ -242,7 +243,8 @@ def test_the_walker_sees_what_the_artefact_computes(target: str, tmp_path: Path)
         found, wanted = (_last_hidden(m, tokens[None]) for m in (model, dense))
         lost += float((found - wanted).square().sum())
         total += float(wanted.square().sum())
-    assert report["blocks"][-1]["output_error"] == pytest.approx(lost / total, rel=0.05)
+    # The same sums but for their order (3e-6). A number between two codes may round the other way on another machine.
+    assert report["blocks"][-1]["output_error"] == pytest.approx(lost / total, rel=5e-3)
 
 
 def _last_hidden(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:

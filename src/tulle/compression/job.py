@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tulle import machine
 from tulle.compression.calibration import calibration_sequences, calibration_text
-from tulle.compression.recipe import Recipe, load_recipe, parse_recipe
+from tulle.compression.recipe import Recipe, read_recipe
 from tulle.compression.report import linear_report, run_report
 from tulle.compression.run_folder import RunFolder, State, disk_errors
 from tulle.compression.survey import take_survey
@@ -36,8 +36,7 @@ from tulle.methods.contract import LinearState, Progress
 from tulle.models.batches import batched
 from tulle.models.checkpoint import Checkpoint, companions, read_json, require_finite, write_index, write_text
 from tulle.models.description import Decoder
-from tulle.models.hub import local_folder
-from tulle.models.rewrite import Source
+from tulle.models.rewrite import DenseModel
 from tulle.report.compression import write_report
 from tulle.text.reading import Text
 
@@ -79,44 +78,34 @@ def compress(
     begun = time.perf_counter()
     torch.manual_seed(seed)
     machine.require_device(device)
-    chosen = _recipe(recipe)
-    folder = local_folder(model)
-    checkpoint = Checkpoint.open(folder)
-    description = require_fitting(checkpoint, chosen)
-    text = calibration_text(calibration, separator, documents, min_chars)
-    settings = chosen.calibration
+    chosen, dense = read_recipe(recipe), DenseModel.open(model)
+    require_fitting(dense.description, chosen)
+    settings, text = chosen.calibration, calibration_text(calibration, separator, documents, min_chars)
     tokens = calibration_sequences(
-        description, folder, text, samples or settings.samples, length or settings.length, seed
+        dense.description, dense.checkpoint.path, text, samples or settings.samples, length or settings.length, seed
     )
-    dtype = compute_dtype(settings.compute, checkpoint.info(description.embedding_name(checkpoint)).dtype, device)
-    fingerprint = _fingerprint(checkpoint, chosen, tokens, seed, dtype)
-    run = RunFolder(Path(output), fingerprint, len(description.layers) + 2)
+    dtype = compute_dtype(settings.compute, dense.embedding_dtype, device)
+    run = RunFolder(
+        Path(output), _fingerprint(dense.checkpoint, chosen, tokens, seed, dtype), len(dense.description.layers) + 2
+    )
     with run.claimed(resume) as state:
         if state is None:
             return read_json(Path(output) / "report.json", "a report")
         batches = batched(tokens)
         # Two sets of hidden states go in and two come out.
-        activations = 4 * sum(b.tokens.numel() for b in batches) * description.hidden * 4
-        run.require_space(checkpoint.bytes + activations)
-        source = Source(checkpoint, description)
+        activations = 4 * sum(b.tokens.numel() for b in batches) * dense.description.hidden * 4
+        run.require_space(dense.checkpoint.bytes + activations)
         with disk_errors(Path(output)):
             # The state is not on disk yet, so that the folder's name must tell other runs apart.
-            kept = run.work / f"survey-{fingerprint[:16]}"
-            decisions = take_survey(description, source, chosen, batches, device, progress, seed, kept)
-        basis = decisions.residual or decisions.values
-        if basis and any(zero_share(t) >= SPARSE_FROM for t in source.read_block(0).values()):
-            decisions.notes.append(DENSIFIED)
-        source = source.rewritten(decisions.residual, decisions.values)
-        walker = Walker(description, chosen, batches, run.work, decisions, device, dtype, progress, seed)
-        job = _Job(checkpoint, source, description, chosen, walker, run, state)
-        with disk_errors(Path(output)):
-            if state.next_block is None:
-                job.begin()
-            for index in range(state.next_block or 0, len(description.layers)):
-                job.block(index)
-            job.finish()
+            kept = run.work / f"survey-{run.fingerprint[:16]}"
+            decisions = take_survey(dense, chosen, batches, device, progress, seed, kept)
+            if decisions.changes_basis and any(zero_share(t) >= SPARSE_FROM for t in dense.read_block(0).values()):
+                decisions.notes.append(DENSIFIED)
+            dense = dense.rewritten(decisions.residual, decisions.values)
+            walker = Walker(dense.description, chosen, batches, run.work, decisions, device, dtype, progress, seed)
+            _Job(dense, chosen, walker, run, state).run_to_end()
             report = run_report(
-                checkpoint, chosen, state, fingerprint, decisions.notes, model=str(model), seed=seed,
+                dense.checkpoint, chosen, state, run.fingerprint, decisions.notes, model=str(model), seed=seed,
                 compute=str(dtype).removeprefix("torch."), calibration=_calibration_facts(text, tokens),
             )  # fmt: skip
             report["seconds"]["total"] = time.perf_counter() - begun
@@ -124,7 +113,7 @@ def compress(
             if evaluation is not None:
                 # Times and peak memory are compression's own.
                 report["evaluation"] = compare(
-                    folder, run.folder, evaluation.text, evaluation.protocol, device, progress
+                    dense.checkpoint.path, run.folder, evaluation.text, evaluation.protocol, device, progress
                 )
             write_report(report, run.folder / "report.html")
             write_text(run.folder / "report.json", json.dumps(report, indent=2) + "\n")
@@ -134,39 +123,37 @@ def compress(
     return report
 
 
-def require_fitting(checkpoint: Checkpoint, recipe: Recipe) -> Decoder:
-    """The checkpoint's description. Raises ``UserError`` where the model is quantised, is of a family that is not
-    known, lacks tensors, or has linears that a step's settings do not fit."""
-    if checkpoint.config.get("quantization_config") is not None:
-        raise UserError(
-            f"expected an unquantised checkpoint, found quantization_config in {checkpoint.path.name}; give the "
-            "original model"
-        )
-    description = checkpoint.describe()
+def require_fitting(model: Decoder, recipe: Recipe) -> None:
+    """Raises ``UserError`` where a step's settings do not fit a linear that it targets."""
     for step in recipe.steps:
-        for group in description.layers[0].groups:
+        for group in model.layers[0].groups:
             if group.role in step.targets:
                 for linear in group.linears:
                     step.method.validate(linear.name, linear.shape)
-    return description
 
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
     """One run: shard 0 is the embedding, 1… the blocks, the last the final norm and the head."""
 
-    checkpoint: Checkpoint
-    source: Source
-    model: Decoder
+    dense: DenseModel
     recipe: Recipe
     walker: Walker
     run: RunFolder
     state: State
 
+    def run_to_end(self) -> None:
+        """Everything that the state does not count as done."""
+        if self.state.next_block is None:
+            self.begin()
+        for index in range(self.state.next_block or 0, len(self.dense.description.layers)):
+            self.block(index)
+        self.finish()
+
     def begin(self) -> None:
         begun = time.perf_counter()
-        name = self.model.embedding
-        embedding = self.source.embedding()
+        name = self.dense.description.embedding
+        embedding = self.dense.embedding()
         require_finite(name, embedding)
         # Stored under the embedding's name, as transformers does, whichever of the two a tied checkpoint held.
         self.run.write(self.state, 0, {name: embedding})
@@ -184,11 +171,11 @@ class _Job:
                     f"remove {self.run.partial} and start again"
                 )
         begun = time.perf_counter()
-        tensors, dtypes = self.source.read_block(index), self.source.dtypes(index)
+        tensors, dtypes = self.dense.read_block(index), self.dense.dtypes(index)
         loaded = time.perf_counter() - begun
         result = self.walker.block(index, tensors, dtypes)
         writing = time.perf_counter()
-        prefix = self.model.layers[index].prefix
+        prefix = self.dense.description.layers[index].prefix
         shard = {prefix + name: t.cpu().to(dtypes[name]) for name, t in (tensors | result.tensors).items()}
         holders: dict[tuple[int, ...], str] = {}
         for linear in result.linears:
@@ -228,26 +215,20 @@ class _Job:
 
     def finish(self) -> None:
         """Writes what stands behind the blocks, and the folder's small files; the report is not among them."""
-        tensors = self.source.closing()
+        tensors = self.dense.closing()
         for name, tensor in tensors.items():
             require_finite(name, tensor)
         folder = self.run.folder
-        self.run.write(self.state, len(self.model.layers) + 1, tensors)
+        self.run.write(self.state, len(self.dense.description.layers) + 1, tensors)
         write_index(folder, self.state.shards, self.state.packed_bytes)
         attention = None if self.state.attention is None else AttentionSpec.from_json(self.state.attention)
         packed = QuantizationConfig(self.state.specs_of_linears(), self.recipe.to_json(), attention)
-        config = self.checkpoint.config | {"quantization_config": packed.to_json()}
-        if self.model.tied and not self.source.tied:
+        config = self.dense.checkpoint.config | {"quantization_config": packed.to_json()}
+        if self.dense.description.tied and not self.dense.tied:
             config["tie_word_embeddings"] = False
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-        for file in companions(self.checkpoint.path):
+        for file in companions(self.dense.checkpoint.path):
             shutil.copyfile(file, folder / file.name)
-
-
-def _recipe(recipe: str | Path | dict[str, Any] | Recipe) -> Recipe:
-    if isinstance(recipe, Recipe):
-        return recipe
-    return parse_recipe(recipe) if isinstance(recipe, dict) else load_recipe(recipe)
 
 
 def _calibration_facts(text: Text, tokens: Sequence[Tensor]) -> dict[str, Any]:

@@ -134,6 +134,13 @@ class Recipe:
         return [s for s in self.steps if role in s.targets and (stage is None or stage in s.method.stages)]
 
 
+def read_recipe(recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> Recipe:
+    """A recipe from a YAML path, the name of a shipped one, or plain data; one that is read already as it is."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    return parse_recipe(recipe) if isinstance(recipe, Mapping) else load_recipe(recipe)
+
+
 def load_recipe(recipe: str | os.PathLike[str]) -> Recipe:
     """A recipe from a YAML path or the name of a shipped one. Raises ``UserError``."""
     path = Path(recipe)

@@ -21,7 +21,7 @@ from tulle.models.batches import Batch, batched
 from tulle.models.decoder import DecoderBlock, PlainDecoder, embed
 from tulle.models.description import Decoder
 from tulle.models.fisher import divergences
-from tulle.models.rewrite import Source
+from tulle.models.rewrite import DenseModel
 from tulle.models.watch import run_watched
 
 TOKENS = 8192
@@ -30,8 +30,7 @@ TOKENS = 8192
 
 @torch.no_grad()
 def take_survey(
-    model: Decoder,
-    source: Source,
+    dense: DenseModel,
     recipe: Recipe,
     batches: Sequence[Batch],
     device: str = "cpu",
@@ -46,6 +45,7 @@ def take_survey(
     """
     found: dict[tuple[int, str], Tensor] = {}
     norms: dict[tuple[int, str], Tensor] = {}
+    model = dense.description
     first = model.layers[0]
     survey = Survey(
         layers=len(model.layers),
@@ -59,7 +59,7 @@ def take_survey(
         seed=seed,
         column_norm=lambda block, role: norms[block, role],
     )
-    walk, watched = _Walk(model, source, batches, device, progress, seed, folder), False
+    walk, watched = _Walk(dense, batches, device, progress, seed, folder), False
     for step in recipe.stage("model"):
         survey.costs, survey.look = walk.costs, walk.look
         if not watched and {"rows", "column_norm"} & step.method.needs:
@@ -68,13 +68,13 @@ def take_survey(
         before = survey.residual, dict(survey.values)
         step.method.plan(survey, step.targets)
         if before != (survey.residual, survey.values):
-            turned = [*survey.residual, *survey.values.values()]
-            if survey.input_sparsity and not all(isinstance(t, Permutation) for t in turned):
+            maps = [*survey.residual, *survey.values.values()]
+            if survey.input_sparsity and not all(isinstance(t, Permutation) for t in maps):
                 raise UserError(
                     "expected shares of dropped inputs to be measured in the basis that they are used in, found "
                     f"{step.name} after that; put {step.name} first"
                 )
-            walk, watched = replace(walk, source=source.rewritten(survey.residual, survey.values)), False
+            walk, watched = replace(walk, dense=dense.rewritten(survey.residual, survey.values)), False
     return survey
 
 
@@ -82,8 +82,7 @@ def take_survey(
 class _Walk:
     """The dense model, block by block, on the calibration text."""
 
-    model: Decoder
-    source: Source
+    dense: DenseModel
     batches: Sequence[Batch]
     device: str
     progress: Progress | None
@@ -92,9 +91,13 @@ class _Walk:
     calls: Iterator[int] = field(default_factory=count)
     """Numbers of the calls of ``costs``."""
 
+    @property
+    def model(self) -> Decoder:
+        return self.dense.description
+
     def read_block(self, index: int) -> dict[str, Tensor]:
         """Float32 tensors of a block by relative name."""
-        return {name: t.float().to(self.device) for name, t in self.source.read_block(index).items()}
+        return {name: t.float().to(self.device) for name, t in self.dense.read_block(index).items()}
 
     def watch(self, seed: int, found: dict[tuple[int, str], Tensor], norms: dict[tuple[int, str], Tensor]) -> None:
         """Fills ``found`` with the extreme rows and ``norms`` with the column norms of the inputs of every role."""
@@ -139,8 +142,8 @@ class _Walk:
         self, tokens: int, weights: WeightTrials | None = None, inputs: InputTrials | None = None
     ) -> dict[Key, float]:
         """``Survey.costs``. A killed run goes on from what is in the folder."""
-        outer = {self.model.embedding: self.source.embedding(), **self.source.closing()}
-        model = PlainDecoder(replace(self.model, tied=self.source.tied), self.read_block, outer, self.device)
+        outer = {self.model.embedding: self.dense.embedding(), **self.dense.closing()}
+        model = PlainDecoder(replace(self.model, tied=self.dense.tied), self.read_block, outer, self.device)
         folder = None if self.folder is None else self.folder / f"costs-{next(self.calls)}"
         chosen = batched(_drawn(self.batches, tokens)[0])
         return divergences(
@@ -148,7 +151,7 @@ class _Walk:
         )
 
     def _embedded(self, batches: Sequence[Batch]) -> list[Tensor]:
-        embedding = self.source.embedding().float()
+        embedding = self.dense.embedding().float()
         return [embed(self.model, b.tokens, embedding).to(self.device) for b in batches]
 
     def _blocks(self, what: str) -> Iterator[tuple[int, dict[str, Tensor]]]:

@@ -343,7 +343,7 @@ class Walker:
         index = work.layer.index
         targeted = [role for role in work.linear_roles if any(role in step.targets for step in steps)]
         sequential = self._recipe.calibration.sequential
-        gap, counters = Gap(), self._counters(work) if propagate else {}
+        gap, counters, counts = Gap(), {}, propagate and self._selects_inputs(work)
         with self._timed("forward"):
             dense = ParkedBatches(work.dense, self._hidden("dense", index), self._parking)
             compressed = ParkedBatches(
@@ -360,7 +360,8 @@ class Walker:
                     self._apply(work, work.groups[group.role], steps, found)
                 else:
                     seen.append((work.groups[group.role], found))
-            if counter := counters.get(group.role):
+            if counts:  # now that the group's weights are those that will be stored
+                counter = counters[group.role] = self._counter(work, group)
                 for given, mask in zip(compressed.given, self._masks(), strict=True):
                     counter.see(work.input_of(group, given.x), mask)
             if not propagate and group.role == targeted[-1]:
@@ -523,15 +524,13 @@ class Walker:
     def _needs(self, role: str, stage: str) -> frozenset[Statistic]:
         return frozenset().union(*(step.method.needs for step in self._recipe.steps_for(role, stage)))  # type: ignore[arg-type]
 
-    def _counters(self, work: _Work) -> dict[str, Counter]:
-        """One per role, to count what the tokens read of the block as it will be stored; none without selections."""
-        if not any(linear.input_selection for group in work.groups.values() for linear in group.linears):
-            return {}
-        found = {}
-        for group in work.layer.groups:
-            weights = [work.compressed.get_submodule(name).weight for name in group.names]
-            found[group.role] = Counter(columns_of(weights))  # type: ignore[arg-type]
-        return found
+    def _selects_inputs(self, work: _Work) -> bool:
+        return any(linear.input_selection for group in work.groups.values() for linear in group.linears)
+
+    def _counter(self, work: _Work, group: LinearGroup) -> Counter:
+        """To count what the tokens read of a group's weights as they are in the compressed block now."""
+        weights = [work.compressed.get_submodule(name).weight for name in group.names]
+        return Counter(columns_of(weights))  # type: ignore[arg-type]
 
     def _timed(self, stage: str) -> _Timer:
         return _Timer(self._seconds, stage)

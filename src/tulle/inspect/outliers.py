@@ -34,7 +34,7 @@ from tulle.models.batches import batched
 from tulle.models.checkpoint import Checkpoint
 from tulle.models.decoder import DecoderBlock, embed
 from tulle.models.description import Attention, LinearGroup
-from tulle.models.rewrite import Source
+from tulle.models.rewrite import DenseModel
 from tulle.models.watch import run_watched
 
 NORMAL, MASSIVE, FEW, OWN = 8.0, 100.0, 5.0, 20.0
@@ -93,11 +93,10 @@ def inspect_activations(
     """
     require_dense(folder)
     require_device(device)
-    checkpoint = Checkpoint.open(folder)
-    model = checkpoint.describe()
-    source = Source(checkpoint, model)
+    dense = DenseModel.open(folder)
+    model = dense.description
     batches = batched(sequences)
-    embedding = source.embedding().float()
+    embedding = dense.embedding().float()
     hidden = [embed(model, b.tokens, embedding).to(device) for b in batches]
     # Tokens in the order of the batches: longest sequence first.
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True)
@@ -108,7 +107,7 @@ def inspect_activations(
     for index, layer in enumerate(model.layers):
         if progress:
             progress(f"activations {index + 1}/{count}", index, count)
-        block = DecoderBlock(model, index, source.read_block(index), device)
+        block = DecoderBlock(model, index, dense.read_block(index), device)
         seen: dict[str, list[Tensor]] = {group.role: [] for group in layer.groups}
         for i, batch in enumerate(batches):
             hidden[i], watched = run_watched(block, hidden[i])
@@ -130,7 +129,7 @@ def inspect_activations(
     for number, found in enumerate(chosen):
         if progress:
             progress(f"landscape {number + 1}/{len(chosen)}", number, len(chosen))
-        tensors = source.read_block(found.block)
+        tensors = dense.read_block(found.block)
         weights = [tensors[f"{name}.weight"].float().to(device) for name in found.group.names]
         size, mixer = found.x.abs(), model.layers[found.block].mixer
         landscapes.append(

@@ -355,6 +355,10 @@ class Decisions:
     notes: list[str] = field(default_factory=list)
     """Lines for the report."""
 
+    @property
+    def changes_basis(self) -> bool:
+        return bool(self.residual or self.values)
+
 
 @dataclass(kw_only=True)
 class Survey(Decisions):

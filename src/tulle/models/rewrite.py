@@ -15,46 +15,66 @@ multiplied with o's columns times R.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tulle.core.transform import BlockMatrix, Permutation, Transform, fold, run
+from tulle.errors import UserError
 from tulle.models.checkpoint import Checkpoint
 from tulle.models.description import Decoder, Layer
+from tulle.models.hub import local_folder
 
 
-class Source:
+class DenseModel:
     """Tensors of a checkpoint, block by block, with the residual stream in the basis x·T₁·T₂·… (none: as stored) and
     the values of block i in that of ``values[i]`` ``[kv_heads, b, b]``.
 
     Rewritten tensors are float32; ``dtypes`` is what they are stored as.
     """
 
+    @classmethod
+    def open(cls, model: str | Path) -> DenseModel:
+        """A local folder, ``reference`` or a hub id, as it is stored. Raises ``UserError`` where the model is
+        quantised, is of a family that is not known, or lacks tensors that its config asks for."""
+        checkpoint = Checkpoint.open(local_folder(model))
+        if checkpoint.config.get("quantization_config") is not None:
+            raise UserError(
+                f"expected an unquantised checkpoint, found quantization_config in {checkpoint.path.name}; give the "
+                "original model"
+            )
+        return cls(checkpoint, checkpoint.describe())
+
     def __init__(
         self,
         checkpoint: Checkpoint,
-        model: Decoder,
+        description: Decoder,
         residual: Sequence[Transform] = (),
         values: Mapping[int, BlockMatrix] | None = None,
     ):
-        self._checkpoint, self._model, self.residual = checkpoint, model, tuple(residual)
+        self.checkpoint, self.description, self.residual = checkpoint, description, tuple(residual)
         self._values = dict(values or {})
         self._permuted = all(isinstance(t, Permutation) for t in self.residual)
 
-    def rewritten(self, residual: Sequence[Transform], values: Mapping[int, BlockMatrix]) -> Source:
+    def rewritten(self, residual: Sequence[Transform], values: Mapping[int, BlockMatrix]) -> DenseModel:
         """The same checkpoint in other bases, which take the place of those there are."""
-        return Source(self._checkpoint, self._model, residual, values)
+        return DenseModel(self.checkpoint, self.description, residual, values)
 
     @property
     def tied(self) -> bool:
         """Whether the head is still the embedding."""
-        return self._model.tied and self._permuted
+        return self.description.tied and self._permuted
+
+    @property
+    def embedding_dtype(self) -> torch.dtype:
+        """What the embedding is stored in."""
+        return self.checkpoint.info(self.description.embedding_name(self.checkpoint)).dtype
 
     def read_block(self, index: int) -> dict[str, Tensor]:
         """All tensors of a block by relative name."""
-        layer = self._model.layers[index]
-        tensors = self._checkpoint.read_layer(layer)
+        layer = self.description.layers[index]
+        tensors = self.checkpoint.read_layer(layer)
         if not self.residual and index not in self._values:
             return tensors
         tensors = {name: tensor.float() for name, tensor in tensors.items()}
@@ -79,23 +99,23 @@ class Source:
 
     def dtypes(self, index: int) -> dict[str, torch.dtype]:
         """What the tensors of a block are stored as."""
-        layer = self._model.layers[index]
-        return {name: self._checkpoint.info(layer.prefix + name).dtype for name in layer.tensors()}
+        layer = self.description.layers[index]
+        return {name: self.checkpoint.info(layer.prefix + name).dtype for name in layer.tensors()}
 
     def embedding(self) -> Tensor:
         """E ``[V, d]``, in the stored dtype."""
-        stored = self._checkpoint.read(self._model.embedding_name(self._checkpoint))
+        stored = self.checkpoint.read(self.description.embedding_name(self.checkpoint))
         return run(self.residual, stored.float()).to(stored.dtype) if self.residual else stored
 
     def closing(self) -> dict[str, Tensor]:
         """The final norm and, unless tied, the head, by full name, in the stored dtype."""
-        model = self._model
+        model = self.description
         norm_name = f"{model.final_norm.name}.weight"
-        norm = self._checkpoint.read(norm_name)
+        norm = self.checkpoint.read(norm_name)
         if self.tied:
             return {norm_name: self._gain(norm) if self.residual else norm}
-        name = model.embedding_name(self._checkpoint) if model.tied else model.head
-        head = self._checkpoint.read(name)
+        name = model.embedding_name(self.checkpoint) if model.tied else model.head
+        head = self.checkpoint.read(name)
         if self.residual:
             head = self._read(head.float(), norm.float()).to(head.dtype)
             norm = self._gain(norm)

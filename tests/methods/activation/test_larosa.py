@@ -75,7 +75,8 @@ def test_inputs_of_the_rotated_model_are_uncorrelated(model_type: str, tmp_path:
     moments = [stream]
     for name, x in inputs.items():
         if "o_proj" in name:
-            moments += list(by_kv_head(x.T @ x, shape.heads, shape.kv_heads, shape.head_dim))
+            mixer = shape.layers[0].mixer
+            moments += list(by_kv_head(x.T @ x, mixer.heads, mixer.kv_heads, mixer.head_dim))
     for moment in moments:
         energy = moment.diagonal()
         off = moment - energy.diag()

@@ -75,6 +75,10 @@ def test_reservoir_is_uniform_and_does_not_see_batches() -> None:
     for part in x.split(37):
         parts.add(part)
     assert torch.equal(whole.rows, parts.rows) and len(whole.rows.unique()) == 100
+    plain, zero = Reservoir(100), Reservoir(100, seed=0)
+    plain.add(x)
+    zero.add(x)
+    assert torch.equal(plain.rows, zero.rows) and not torch.equal(plain.rows, whole.rows)
     # The mean of 100 of 1000 uniform numbers has a standard deviation of 27.
     means = []
     for seed in range(20):
@@ -220,7 +224,7 @@ def test_budget_finds_the_role_that_does_not_matter(tmp_path: Path) -> None:
         ([{"teal": {"share": 1.0}}], r"share of zeroed inputs in \[0, 1\)"),
         ([{"teal": {"block": 32}}], "only with kind: top_k"),
         ([{"teal": {}}, {"wina": {}}], "expected one step that selects inputs of qkv, found teal and wina"),
-        ([{"activation_budget": {}}, {"gptq": {}}], "found none that could heed activation_budget"),
+        ([{"activation_budget": {}}, {"gptq": {}}], "found none that respects activation_budget"),
         ([{"activation_budget": {"share": 0.95}}, {"teal": {}}], "lowest <= share <= highest"),
     ],
 )

@@ -27,10 +27,8 @@ from tulle.methods.prune.owl import OWL, outlier_share, owl
 from tulle.methods.prune.sparsegpt import SparseGPT
 from tulle.methods.prune.wanda import Wanda
 from tulle.models.batches import Batch
-from tulle.models.checkpoint import Checkpoint
 from tulle.models.decoder import DecoderBlock
-from tulle.models.description import describe
-from tulle.models.rewrite import Source
+from tulle.models.rewrite import DenseModel
 
 SPARSE: dict[str, Any] = {"sparsegpt": {"sparsity": 0.6}}
 
@@ -44,7 +42,7 @@ def pruned(report: dict[str, Any]) -> dict[str, int]:
     return {x["name"]: round(x["sparsity"] * x["shape"][0] * x["shape"][1]) for x in report["linears"]}
 
 
-class TestHeeding:
+class TestRespecting:
     def test_a_sparsity_is_replaced_and_a_pattern_is_not(self) -> None:
         linear = LinearState("0.q", torch.zeros(2, 4), torch.zeros(2, 4), allotted=0.25)
         assert Wanda(sparsity=0.5).at(linear) == Wanda(sparsity=0.25)
@@ -58,10 +56,10 @@ class TestHeeding:
         ("steps", "message"),
         [
             ([{"owl": {"sparsity": 0.5}}, {"gptq": {}}], "pruning step with a sparsity on qkv, found none"),
-            ([{"owl": {"sparsity": 0.5}}, {"wanda": {"pattern": "2:4"}}], "heed owl"),
+            ([{"owl": {"sparsity": 0.5}}, {"wanda": {"pattern": "2:4"}}], "respects owl"),
             (
                 [{"allocate": {"sparsity": 0.5}}, {"wanda": {"sparsity": 0.5, "targets": ["qkv", "o", "down"]}}],
-                "on gate_up, found none that could heed allocate",
+                "on gate_up, found none that respects allocate",
             ),
             (
                 [{"owl": {"sparsity": 0.5}}, {"allocate": {"sparsity": 0.5, "targets": ["o"]}}, SPARSE],
@@ -314,11 +312,9 @@ CALIBRATION = torch.randint(0, 128, (3, 16, 48), generator=torch.Generator().man
 
 
 def _survey(folder: Path, steps: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> tuple[Survey, Passes]:
-    checkpoint = Checkpoint.open(folder)
-    description = describe(checkpoint.config)
     recipe = parse_recipe({"name": "test", "steps": steps})
     batches = [Batch(t, torch.ones_like(t, dtype=torch.bool)) for t in CALIBRATION]
     passes = Passes(monkeypatch)
-    found = take_survey(description, Source(checkpoint, description), recipe, batches)
+    found = take_survey(DenseModel.open(folder), recipe, batches)
     monkeypatch.undo()
     return found, passes

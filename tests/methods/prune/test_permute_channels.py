@@ -11,15 +11,23 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import tulle.hf
 from checkpoints import PROSE, write_checkpoint
 from tulle.compression.job import compress
 from tulle.core.masks import Pattern
 from tulle.core.permutation import retained
+from tulle.core.transform import Permutation
 from tulle.errors import UserError
+from tulle.methods.contract import Survey
+from tulle.methods.prune.permute_channels import PermuteChannels
 from tulle.text.reading import Text
 
 TEXT = Text((PROSE,), False, ("prose",))
 MAGNITUDE = {"score": "magnitude", "power": 1.0, "effort": 0.01}
+LINEARS = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"), "down": ("mlp.down_proj",),
+}  # fmt: skip
 
 
 def run(folder: Path, output: Path, *steps: dict[str, Any]) -> dict[str, Any]:
@@ -70,9 +78,38 @@ def test_report_says_what_is_retained(score: str, tmp_path: Path) -> None:
             weights = before[f"model.layers.{block['index']}.mlp.down_proj.weight"].float().abs()
             share = retained(weights, Pattern(2, 4)) / float(weights.double().sum())
             assert found["down"]["kept_before"] == pytest.approx(share, rel=1e-5)
-    # The mask keeps what the search promised.
-    masks = {linear["name"]: linear for linear in report["linears"]}
-    assert all(linear["pattern"] == "2:4" for linear in masks.values())
+    # The mask keeps what the search promised: of sizes, where it was sizes that were searched.
+    assert all(linear["pattern"] == "2:4" for linear in report["linears"])
+    if score == "magnitude":
+        pruned = tulle.hf.load(tmp_path / "out", dtype=torch.float32)
+        for block in report["blocks"]:
+            for entry in block["permutations"]:
+                names = [f"model.layers.{block['index']}.{name}" for name in LINEARS[entry["role"]]]
+                kept = sum(float(pruned.get_submodule(n).dequantise().double().abs().sum()) for n in names)
+                given = sum(float(before[f"{n}.weight"].double().abs().sum()) for n in names)
+                assert kept / given == pytest.approx(entry["kept_after"], rel=1e-5), names
+
+
+@pytest.mark.parametrize("score", ["magnitude", "wanda"])
+def test_blocks_count_alike_for_the_residual_stream(score: Any) -> None:
+    """Weights of one block a thousand times as large: the same order; without that block, another."""
+    g = torch.Generator().manual_seed(0)
+    weights = [{"q.weight": torch.randn(40, 32, generator=g)} for _ in range(2)]
+    norms = [torch.rand(32, generator=g) + 0.1 for _ in range(2)]
+
+    def order(factor: float, layers: int = 2) -> list[int]:
+        survey = Survey(
+            layers=layers, rows=lambda block, role: torch.eye(32),
+            block=lambda i: {"q.weight": weights[i]["q.weight"] * (factor if i else 1)},
+            roles={"qkv": ("q",)}, norms={"qkv": "norm"}, prefix=lambda i: f"{i}.", hidden=32,
+            column_norm=lambda block, role: norms[block],
+        )  # fmt: skip
+        PermuteChannels(score=score, effort=0.05).plan(survey, ("qkv",))
+        (found,) = survey.residual
+        assert isinstance(found, Permutation)
+        return found.index.tolist()
+
+    assert order(1.0) == order(1024.0) == order(1 / 1024) != order(1.0, layers=1)
 
 
 def test_groups_that_keep_their_order(tmp_path: Path) -> None:

@@ -57,17 +57,38 @@ def test_wider_than_one_block() -> None:
 
 @given(seed=st.integers(0, 999))
 @settings(max_examples=25, deadline=None)
-def test_between_brute_force_and_rounding(seed: int) -> None:
+def test_between_brute_force_and_its_bound(seed: int) -> None:
+    """The sweep's loss is Σ_j (w′_j − ŵ_j)²/U_jj², w′ being the weights as updated. So no code that is not clipped adds
+    more than Δ²/4U_jj² (Babai's nearest plane), and codes that are taken from anything else break that bound."""
     w, x = layer(3, 5, seed=seed)
-    h, grid = hessian_of(x), Grid(2)
-    damped = h.damped(0.01)
-    scale, zero = find_steps(w, grid)
-    every = torch.tensor(list(product(range(-2, 2), repeat=5))).float()
+    h, grid = hessian_of(x), Grid(3)
+    damped, factor = h.damped(0.01), h.factor(0.01)
+    scale, zero = (t * 3 for t in find_steps(w, grid))  # three times the range: the sweep clips nothing
+    every = torch.tensor(list(product(range(grid.low, grid.high + 1), repeat=5))).float()
+    quantised = gptq(w, factor, grid, scale, zero)
+    bounds = scale.square() / 4 * factor.upper.diagonal().square().reciprocal().sum()
     for row in range(3):
-        errors = w[row] - every * scale[row]
-        best = float(((errors @ damped) * errors).sum(1).min())
-        got = gptq(w, h.factor(0.01), grid, scale, zero).dequantise()[row : row + 1]
-        assert loss(w[row : row + 1], got, damped) >= best * (1 - 1e-5)
+        errors = (w[row] - every * scale[row]).double()
+        best = float(((errors @ damped.double()) * errors).sum(1).min())
+        got = loss(w[row : row + 1], quantised.dequantise()[row : row + 1], damped)
+        assert best * (1 - 1e-5) <= got <= float(bounds[row]) * (1 + 1e-5)
+
+
+def test_nearer_to_brute_force_than_rounding_is() -> None:
+    """Mean loss over the optimum of 40 layers of 3 rows: GPTQ within 40 %, rounding beyond 80 %."""
+    grid = Grid(2)
+    every = torch.tensor(list(product(range(grid.low, grid.high + 1), repeat=5))).float()
+    totals = torch.zeros(3, dtype=torch.float64)
+    for seed in range(40):
+        w, x = layer(3, 5, seed=seed)
+        h = hessian_of(x)
+        damped = h.damped(0.01).double()
+        scale, zero = find_steps(w, grid)
+        errors = (w[:, None] - every * scale[:, None]).double()
+        best = ((errors @ damped) * errors).sum(-1).amin(1).sum()
+        found = [gptq(w, h.factor(0.01), grid, scale, zero), round_to_nearest(w, grid)]
+        totals += torch.stack([best, *(torch.tensor(loss(w, q.dequantise(), damped)) for q in found)])
+    assert 1 <= float(totals[1] / totals[0]) < 1.4 and float(totals[2] / totals[0]) > 1.8
 
 
 def test_descent_beats_gptq_beats_rounding() -> None:

@@ -22,7 +22,7 @@ from tulle.methods.contract import BlockState, GroupState, LinearState, Statisti
 from tulle.methods.learning import LearnedGroup, Schedule, fake_linears, learn_block
 from tulle.methods.quantize.affinequant import gradual_mask
 from tulle.methods.quantize.duquant import DuQuant, block_size
-from tulle.methods.quantize.flatquant import factors
+from tulle.methods.quantize.flatquant import factors, start
 from tulle.methods.quantize.keep_sensitive import KeepSensitive, output_error
 from tulle.methods.quantize.learned_clipping import LearnedClipping
 from tulle.methods.quantize.perq import PeRQ, zigzag_within_heads
@@ -177,6 +177,7 @@ class TestDuQuant:
         assert kinds(DuQuant(**small, permutation="none")) == ["block_matrix"] * 2
         assert kinds(DuQuant(**small, rotation="hadamard")) == ["hadamard", "permutation", "hadamard"]
         assert kinds(DuQuant(**small, rotation="none")) == ["permutation"]
+        assert kinds(DuQuant(steps=2, block=2)) == ["block_matrix", "permutation", "block_matrix"]
 
     def test_block_size(self) -> None:
         assert [block_size(c, 128) for c in (4096, 11008, 384, 96, 88, 7)] == [128, 128, 128, 32, 8, 1]
@@ -203,6 +204,21 @@ class TestPeRQ:
             assert rows is not None
             errors.append(float((TokenGrid(4, False).fake(rows) - rows).square().sum()))
         assert errors[1] < 0.7 * errors[0]
+
+    @pytest.mark.parametrize("role", ["down", "o"])
+    def test_signs_and_places_are_all_that_is_folded(self, role: str) -> None:
+        """Before the Hadamard, channels change their signs, about half of them, and their places, and no size."""
+        block = a_block({role: inputs(96 if role == "down" else 64)})
+        producer, linear = block.producers[role][0], block.groups[role].linears[0]
+        before = producer.dense.clone(), linear.dense.clone()
+        PeRQ(block=8).prepare(block, (role,))
+        for found, given, axis in ((producer.dense, before[0], 1), (linear.dense, before[1], 0)):
+            places = (found.abs().sum(axis)[:, None] - given.abs().sum(axis)).abs().argmin(1)
+            moved = given[places] if axis == 1 else given[:, places]
+            assert sorted(places.tolist()) == list(range(len(places))) and torch.equal(found.abs(), moved.abs())
+            changed = (found == -moved).all(axis)
+            assert torch.equal((found == moved).all(axis), ~changed)
+            assert 0.25 < float(changed.float().mean()) < 0.75
 
     def test_nothing_but_the_rotation_is_left_online(self) -> None:
         block = a_block({"down": inputs(96), "o": inputs(64)})
@@ -260,6 +276,18 @@ class TestSpinQuant:
             assert (matrix.double() @ matrix.double().T - torch.eye(64)).abs().max() < 1e-6
             losses.append(float(m._loss(survey, 0, matrix)))
         assert losses[1] < 0.9 * losses[0]
+        first, last = survey.notes[-1].split("readers ")[1].split(" → ")
+        assert first == f"{losses[0]:.3g}" and losses[1] * 0.99 < float(last) < 1.05 * losses[1]
+
+    def test_the_note_is_a_mean_over_blocks(self) -> None:
+        """Two steps, each on a block of its own: the first and the last visit of each are one."""
+        survey = a_survey(outlier=5)
+        survey.layers = 2
+        SpinQuant(steps=2, rate=1e-9).plan(survey, ())
+        first, last = survey.notes[-1].split("readers ")[1].split(" → ")
+        (transform,) = survey.residual
+        expected = float(SpinQuant()._loss(survey, 0, transform.matrix))  # type: ignore[union-attr]
+        assert float(first) == float(last) == pytest.approx(expected, rel=5e-3)
 
 
 def a_survey(outlier: int | None = None, spoiled: str = "") -> Survey:
@@ -377,3 +405,11 @@ def test_gradual_mask_by_hand() -> None:
 
 def test_kronecker_factors() -> None:
     assert [factors(c) for c in (4096, 11008, 128, 384, 7)] == [(64, 64), (86, 128), (8, 16), (16, 24), (1, 7)]
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 12, 86])
+def test_kronecker_maps_start_orthogonal(size: int) -> None:
+    found = start(size, torch.Generator().manual_seed(0)).double()
+    torch.testing.assert_close(found @ found.T, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-6)
+    flat = torch.full((size, size), size**-0.5, dtype=torch.float64)
+    assert torch.allclose(found.abs(), flat) == (size in (1, 8, 12))  # a Hadamard matrix where there is one
