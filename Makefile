@@ -45,6 +45,7 @@ sanitize: $(INSTALLED)
 	build/sanitize/tulle_test_input_major
 	build/sanitize/tulle_test_linear
 	build/sanitize/tulle_test_scaling
+	build/sanitize/tulle_test_search
 	build/sanitize/tulle_test_sparse_train
 
 # The linears' test on an emulated CPU with AMX: see native/tests/emulate.py. BOCHS is a folder with the source of
