@@ -82,6 +82,13 @@ class TestSmoothQuant:
         assert smoothing(x, w, 1.0).tolist() == [100, 1]
         assert smoothing(x, w, 0.0).tolist() == [0.5, 1]
 
+    def test_tiny_sizes_count_as_a_hundred_thousandth(self) -> None:
+        """Of X, of W, and of s itself."""
+        x, w = torch.tensor([1e-9, 4.0, 1e-5]), torch.tensor([4.0, 1e-9, 1e5])
+        expected = [(1e-5 / 4) ** 0.5, (4 / 1e-5) ** 0.5, 1e-5]
+        assert smoothing(x, w, 0.5).tolist() == pytest.approx(expected, rel=1e-5)
+        assert smoothing(x[2:], w[2:], 0.0).tolist() == pytest.approx([1e-5])
+
     def test_norms_balance_best_before_a_rotation(self) -> None:
         """Σ(x_j/s_j)²·Σ(s_j·w_j)² reaches Cauchy's bound (Σ x_j·w_j)², which no other s passes."""
         g = torch.Generator().manual_seed(0)
