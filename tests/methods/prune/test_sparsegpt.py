@@ -125,6 +125,18 @@ def test_joint_quantisation_beats_two_roundings() -> None:
     assert loss(w, joint.weight, matrix) < 0.95 * loss(w, apart.weight, matrix)
 
 
+def test_refit_of_rounded_weights_is_the_descent() -> None:
+    w, x = layer(32, 64)
+    s = statistics(x)
+    plain, refitted, unswept = state(w), state(w), state(w)
+    SparseGPT(sparsity=0.5, bits=3, refit=False).apply_linear(plain, s)
+    SparseGPT(sparsity=0.5, bits=3).apply_linear(refitted, s)
+    SparseGPT(sparsity=0.5, bits=3, descent=0).apply_linear(unswept, s)
+    assert torch.equal(plain.mask, refitted.mask) and torch.equal(plain.weight, unswept.weight)  # type: ignore[arg-type]
+    h = s.hessian.damped(0.01)  # type: ignore[union-attr]
+    assert loss(w, refitted.weight, h) < 0.97 * loss(w, plain.weight, h)
+
+
 def test_singular_hessian_is_noted() -> None:
     w, _ = layer(8, 16)
     linear = state(w)
