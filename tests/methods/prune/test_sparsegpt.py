@@ -7,6 +7,7 @@ from oracles.optimal_brain_surgeon import loss, obs_sweep
 from oracles.problems import layer, state, statistics
 from tulle.core.hessian import Hessian
 from tulle.core.masks import Pattern
+from tulle.core.sweep import sweep
 from tulle.methods.prune.magnitude import Magnitude
 from tulle.methods.prune.sparsegpt import SparseGPT, sparsegpt
 
@@ -72,6 +73,22 @@ def test_the_update_crosses_blocks() -> None:
     results = [sparsegpt(w, h.factor(0.01), sparsity=0.0, allowed=mask, block=b)[0] for b in (128, 300)]
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
     assert not results[0][~mask].any()
+
+
+@pytest.mark.parametrize("columns_first", [False, True])
+def test_the_sweep_leaves_its_weights_alone(columns_first: bool) -> None:
+    class Halves:
+        def open_block(self, start: int, weight: torch.Tensor) -> None:
+            pass
+
+        def column(self, j: int, weight: torch.Tensor) -> torch.Tensor:
+            return weight[0] / 2
+
+    w, x = layer(6, 24)
+    given = w.T.contiguous().T if columns_first else w.clone()
+    found = sweep(given, hessian_of(x).factor(0.01).upper, Halves(), 8)
+    assert torch.equal(given, w) and not torch.equal(found, w)
+    assert torch.equal(found, sweep(w, hessian_of(x).factor(0.01).upper, Halves(), 8))
 
 
 def test_identity_hessian_is_magnitude() -> None:
