@@ -59,7 +59,7 @@ def test_ends_where_no_single_code_helps(seed: int, plain: bool) -> None:
 
 @pytest.mark.parametrize("group_size", [None, 8])
 def test_the_last_sweep_changes_nothing(group_size: int | None) -> None:
-    """Of the plain path: sweeps go on until neither codes nor steps move, and what more are asked for changes nothing."""
+    """Of the plain path: sweeps end where neither codes nor steps move; asking for more changes nothing."""
     w, x = layer(24, 48)
     hessian = x.T @ x / len(x)
     found = [descend_plain(w, start(w, Grid(3, group_size)), hessian, None, n, 128) for n in (1, 4, 60, 61)]
