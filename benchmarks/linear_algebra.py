@@ -25,13 +25,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tulle.core.contract import LinearState, Statistics
 
 from tulle.core import compiled
 from tulle.core.descent import descend, objective
 from tulle.core.grid import Grid, Quantised, find_steps
 from tulle.core.hessian import Hessian
 from tulle.core.masks import Pattern
+from tulle.methods.contract import LinearState, Statistics
 from tulle.methods.prune.sparsegpt import sparsegpt
 from tulle.methods.quantize.gptq import GPTQ, gptq
 
