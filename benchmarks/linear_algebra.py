@@ -7,9 +7,6 @@ SmolLM2-135M's shapes, plain and compiled in turn, and multiplies the medians by
 weights are those of a block in the middle of that checkpoint, else normal. Activations are normal numbers with a
 spectrum that falls as 1/sqrt(k), so that channels are correlated, and some wide channels.
 
-``statistics`` are what the calibration costs before that: GFLOP/s of processor time on one thread for the sums of outer
-products of 2048 tokens, bfloat16 as it is beside float32 copies of it; of a symmetric sum all products are counted.
-
 ``seconds`` is wall time; ``cpu_seconds`` the processor time of all threads, which other programs disturb less.
 """
 
@@ -30,7 +27,6 @@ import torch
 from torch import Tensor
 
 from tulle.core import compiled
-from tulle.core import statistics as sums
 from tulle.core.descent import descend, objective
 from tulle.core.grid import Grid, Quantised, find_steps
 from tulle.core.hessian import Hessian
@@ -38,7 +34,6 @@ from tulle.core.masks import Pattern
 from tulle.methods.contract import LinearState, Statistics
 from tulle.methods.prune.sparsegpt import sparsegpt
 from tulle.methods.quantize.gptq import GPTQ, gptq
-from tulle.models.batches import BATCH_TOKENS
 
 BLOCKS = 30
 INPUTS = {"attn": 576, "o": 576, "mlp": 576, "down": 1536}
@@ -151,29 +146,6 @@ def prune(clock: Clock, linears: dict[str, Tensor], hessians: dict[str, Tensor],
     return total
 
 
-def outer_products(repeats: int) -> dict[str, dict[str, float]]:
-    """GFLOP/s of processor time per shape (T, M, N) and way, medians of runs in turn, on one thread."""
-    threads, kernel, found = torch.get_num_threads(), sums.takes_bfloat16, {}
-    torch.set_num_threads(1)
-    for rows, columns, symmetric in ((576, 576, True), (1536, 1536, True), (576, 576, False), (576, 1536, False)):
-        a = torch.randn(BATCH_TOKENS, rows).bfloat16()
-        b = a if symmetric else torch.randn(BATCH_TOKENS, columns).bfloat16()
-        total, seconds = torch.zeros(rows, columns), defaultdict(list)
-        for _ in range(2 * repeats + 1):
-            for way in ("float32", "bfloat16"):
-                sums.takes_bfloat16 = kernel if way == "bfloat16" else lambda *_: False
-                begun = time.process_time()
-                sums.accumulate_outer(total, a, b, 0.1, 0.9)
-                seconds[way].append(time.process_time() - begun)
-        work = 2e-9 * BATCH_TOKENS * rows * columns
-        name = f"{rows} x {columns}" + (", symmetric" if symmetric else "")
-        found[name] = {way: round(work / statistics.median(of), 1) for way, of in seconds.items()}
-        print(f"statistics {name:24}", found[name], "GFLOP/s")
-    sums.takes_bfloat16 = kernel
-    torch.set_num_threads(threads)
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path)
@@ -210,7 +182,6 @@ def main() -> None:
         "threads": arguments.threads,
         "repeats": arguments.repeats,
         "load": os.getloadavg()[0],
-        "statistics": outer_products(arguments.repeats),
         "steps": {},
         "objective, compiled over plain": {run: of["compiled"] / of["plain"] for run, of in totals.items()},
     }

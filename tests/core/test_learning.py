@@ -32,6 +32,16 @@ def test_weights_round_as_the_grid_does(bits: int, symmetric: bool) -> None:
     assert len(found[0].unique()) <= 2**bits
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_range_on_one_side_is_widened_to_zero(sign: int) -> None:
+    w = sign * (torch.rand(6, 40, generator=torch.Generator().manual_seed(0)) + 1)
+    low, high = extremes(w, Grid(4, None, False))
+    found = fake_quantise(w, low, high, 4, False)
+    step = w.abs().amax(1, True) / 15  # from 0 to the largest
+    torch.testing.assert_close(found, (w / step).round() * step, rtol=1e-5, atol=1e-6)
+    assert not fake_quantise(torch.zeros(6, 1), low, high, 4, False).any()
+
+
 @pytest.mark.parametrize(
     "grid", [TokenGrid(4, False), TokenGrid(4, False, 0.8), TokenGrid(6), TokenGrid(8, True, 0.9)], ids=str
 )

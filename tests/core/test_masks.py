@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from tulle.core.masks import Pattern, keep_pattern, keep_share, largest, within
+from tulle.core.masks import Pattern, follows, keep_pattern, keep_share, largest, within
 from tulle.errors import UserError
 
 
@@ -55,3 +55,16 @@ def test_pattern_text() -> None:
 def test_within_never_prefers_what_is_pruned() -> None:
     scores, mask = torch.zeros(1, 4), torch.tensor([[False, True, True, False]])
     assert torch.equal(largest(within(scores, mask), 2), mask)
+
+
+def test_follows_by_hand() -> None:
+    """At most N of every M entries of a row; the number of rows does not matter, columns that are no stripes do."""
+    fits = torch.tensor(
+        [[1, 1, 0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 1, 0, 0, 1], [1, 0, 1, 0, 0, 1, 1, 0]], dtype=torch.bool
+    )
+    assert follows(fits, Pattern(2, 4)) and follows(fits, Pattern(4, 8)) and not follows(fits, Pattern(1, 4))
+    assert not follows(fits.T.contiguous(), Pattern(2, 4))  # 3 columns
+    assert not follows(fits[:, :6].repeat(4, 1), Pattern(2, 4))  # 12 rows of 6
+    one_more = fits.clone()
+    one_more[1, 5] = True
+    assert not follows(one_more, Pattern(2, 4)) and follows(one_more, Pattern(3, 4))

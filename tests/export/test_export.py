@@ -88,7 +88,7 @@ def test_compressed_tensors(plain, tmp_path, name):
         if "asymmetric" in name and result["difference_from_packed"] >= 1e-6:
             assert "dequantise" in result["notes"][-1]
         else:
-            assert result["difference_from_packed"] < 1e-6 and not result["notes"]
+            assert result["difference_from_packed"] < 1e-6 and "dequantise" not in str(result["notes"])
     else:
         assert any("127.5" in note for note in result["notes"])
     assert result["difference_from_packed"] < 0.1

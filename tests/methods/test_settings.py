@@ -139,3 +139,14 @@ def test_ranges_end_where_they_say(
         with pytest.raises(UserError, match="expected") as error:
             made(**others, **{setting: value})
         assert "\n" not in str(error.value)
+
+
+def test_levels_by_hand() -> None:
+    """Densities of 0.3 to 1.5 times what the budget leaves, and both ends; nothing beyond them."""
+    found = make("activation_budget")(share=0.5).levels()
+    assert found == pytest.approx([0.0, 0.25, 0.375, 0.5, 0.625, 0.75, 0.85, 0.9])
+    found = make("activation_budget")(share=0.2, lowest=0.1, highest=0.5).levels()
+    assert found == pytest.approx([0.1, 0.2, 0.4, 0.5])
+    # The share itself is a level of allocate only by its density of 1.
+    found = make("allocate")(sparsity=0.5).levels()
+    assert found == pytest.approx([0.0, 0.2, 0.375, 0.5, 0.6, 0.7, 0.8, 0.95])

@@ -7,6 +7,7 @@ from oracles.optimal_brain_surgeon import loss, obs_sweep
 from oracles.problems import layer, state, statistics
 from tulle.core.hessian import Hessian
 from tulle.core.masks import Pattern
+from tulle.core.sweep import sweep
 from tulle.methods.prune.magnitude import Magnitude
 from tulle.methods.prune.sparsegpt import SparseGPT, sparsegpt
 
@@ -74,6 +75,22 @@ def test_the_update_crosses_blocks() -> None:
     assert not results[0][~mask].any()
 
 
+@pytest.mark.parametrize("columns_first", [False, True])
+def test_the_sweep_leaves_its_weights_alone(columns_first: bool) -> None:
+    class Halves:
+        def open_block(self, start: int, weight: torch.Tensor) -> None:
+            pass
+
+        def column(self, j: int, weight: torch.Tensor) -> torch.Tensor:
+            return weight[0] / 2
+
+    w, x = layer(6, 24)
+    given = w.T.contiguous().T if columns_first else w.clone()
+    found = sweep(given, hessian_of(x).factor(0.01).upper, Halves(), 8)
+    assert torch.equal(given, w) and not torch.equal(found, w)
+    assert torch.equal(found, sweep(w, hessian_of(x).factor(0.01).upper, Halves(), 8))
+
+
 def test_identity_hessian_is_magnitude() -> None:
     w, _ = layer(8, 40)
     s = statistics(torch.eye(40) * 40**0.5)
@@ -123,6 +140,18 @@ def test_joint_quantisation_beats_two_roundings() -> None:
     RoundToNearest(bits=3).apply_linear(apart, s)
     matrix = s.hessian.matrix  # type: ignore[union-attr]
     assert loss(w, joint.weight, matrix) < 0.95 * loss(w, apart.weight, matrix)
+
+
+def test_refit_of_rounded_weights_is_the_descent() -> None:
+    w, x = layer(32, 64)
+    s = statistics(x)
+    plain, refitted, unswept = state(w), state(w), state(w)
+    SparseGPT(sparsity=0.5, bits=3, refit=False).apply_linear(plain, s)
+    SparseGPT(sparsity=0.5, bits=3).apply_linear(refitted, s)
+    SparseGPT(sparsity=0.5, bits=3, descent=0).apply_linear(unswept, s)
+    assert torch.equal(plain.mask, refitted.mask) and torch.equal(plain.weight, unswept.weight)  # type: ignore[arg-type]
+    h = s.hessian.damped(0.01)  # type: ignore[union-attr]
+    assert loss(w, refitted.weight, h) < 0.97 * loss(w, plain.weight, h)
 
 
 def test_singular_hessian_is_noted() -> None:

@@ -17,10 +17,10 @@ from tulle.compression.job import compress
 from tulle.core.grid import Grid
 from tulle.core.hadamard import hadamard_matrix
 from tulle.core.token_grid import TokenGrid
-from tulle.core.transform import run
+from tulle.core.transform import fold, run
 from tulle.methods.contract import BlockState, GroupState, LinearState, Statistics, Survey
 from tulle.methods.learning import LearnedGroup, Schedule, fake_linears, learn_block
-from tulle.methods.quantize.affinequant import gradual_mask
+from tulle.methods.quantize.affinequant import AffineQuant, gradual_mask
 from tulle.methods.quantize.duquant import DuQuant, block_size
 from tulle.methods.quantize.flatquant import factors, start
 from tulle.methods.quantize.keep_sensitive import KeepSensitive, output_error
@@ -81,6 +81,13 @@ class TestSmoothQuant:
         x, w = torch.tensor([100.0, 0.0]), torch.tensor([2.0, 4.0])
         assert smoothing(x, w, 1.0).tolist() == [100, 1]
         assert smoothing(x, w, 0.0).tolist() == [0.5, 1]
+
+    def test_tiny_sizes_count_as_a_hundred_thousandth(self) -> None:
+        """Of X, of W, and of s itself."""
+        x, w = torch.tensor([1e-9, 4.0, 1e-5]), torch.tensor([4.0, 1e-9, 1e5])
+        expected = [(1e-5 / 4) ** 0.5, (4 / 1e-5) ** 0.5, 1e-5]
+        assert smoothing(x, w, 0.5).tolist() == pytest.approx(expected, rel=1e-5)
+        assert smoothing(x[2:], w[2:], 0.0).tolist() == pytest.approx([1e-5])
 
     def test_norms_balance_best_before_a_rotation(self) -> None:
         """Σ(x_j/s_j)²·Σ(s_j·w_j)² reaches Cauchy's bound (Σ x_j·w_j)², which no other s passes."""
@@ -376,6 +383,34 @@ class TestLearnedClipping:
         assert history[-1] > history[0]
         assert torch.equal(linears["0"].clip.low, torch.full((8, 1), 4.0))
         assert isinstance(module[0], nn.Linear)
+
+
+@pytest.mark.parametrize(
+    "method", [AffineQuant(epochs=4, block=8, alpha=1.0, rate=0.02), LearnedClipping(epochs=40, rate=0.1)]
+)
+def test_the_error_that_is_noted_is_that_of_what_is_left(method: AffineQuant | LearnedClipping) -> None:
+    """A linear block: its error anew, from the transform, the ends of the grids and the weights."""
+    g = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(8, 32, generator=g), torch.randn(4, 25, 32, generator=g)
+    x[..., 5] *= 8
+    module = nn.Sequential(nn.Linear(32, 8, bias=False))
+    module[0].weight.data = weight
+    state = LinearState("0", weight, weight, "o")
+    block = BlockState(
+        index=0, groups={"o": GroupState("o", [state], Statistics())}, gains={}, biases={}, producers={},
+        heads=1, kv_heads=1, head_dim=8, module=module, forward=lambda hidden: module(hidden),
+        batches=lambda: iter([(x, x @ weight.T, torch.ones(4, 25, dtype=torch.bool))]),
+    )  # fmt: skip
+    method.prepare(block, ("o",))
+    assert state.ranges is not None
+    folded, (low, high) = fold(state.transform, weight), state.ranges
+    step = (high.clamp(min=0) - low.clamp(max=0)) / 15
+    zero = (-low.clamp(max=0) / step).round()
+    rounded = (((folded / step).round() + zero).clamp(0, 15) - zero) * step
+    y = x @ weight.T
+    lost = float((run(state.transform, x) @ rounded.T - y).square().sum() / y.square().sum())
+    start, end = (float(part) for part in block.notes[0].split(": block error ")[1].split(" → "))
+    assert end < 0.98 * start and lost == pytest.approx(end, rel=0.02)
 
 
 def test_learned_ends_follow_their_rows() -> None:

@@ -57,7 +57,8 @@ class ActivationBudget(Method):
 
     def levels(self) -> list[float]:
         """Shares that are tried, rising."""
-        tried = {1 - (1 - self.share) * d for d in DENSITIES}
+        # Rounded, so that a density of 1 is the share itself and no level of its own.
+        tried = {round(1 - (1 - self.share) * d, 9) for d in DENSITIES}
         return sorted({self.lowest, self.highest, self.share} | {s for s in tried if self.lowest < s < self.highest})
 
     def plan(self, survey: Survey, roles: tuple[str, ...]) -> None:
