@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 # What an editable install copies or compiles; other Python sources are used from where they are.
-BUILT_FROM := pyproject.toml CMakeLists.txt constraints.txt $(shell find native -name '*.hpp' -o -name '*.cpp')
+BUILT_FROM := pyproject.toml CMakeLists.txt constraints.txt $(shell find native -type f)
 
 .PHONY: demo test check docs bench reference sanitize amx fuzz
 
@@ -42,7 +42,7 @@ sanitize: $(INSTALLED)
 		-DTULLE_NATIVE_TESTS=ON -DTULLE_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/tulle_test_kernels
-	build/sanitize/tulle_test_columns
+	build/sanitize/tulle_test_input_major
 	build/sanitize/tulle_test_linear
 	build/sanitize/tulle_test_scaling
 	build/sanitize/tulle_test_search

@@ -39,6 +39,16 @@ from cells import Cells  # noqa: E402
 from speed import Worker  # noqa: E402
 from tulle import _native  # noqa: E402
 from tulle.engine.files import huge  # noqa: E402
+from tulle.engine.native_model import (  # noqa: E402
+    Convolution,
+    Matrix,
+    Multiplicative,
+    Panels,
+    Projection,
+    ScalingLayer,
+    ScalingModel,
+    WeightKind,
+)
 from tulle.format.pack import f32_to_bf16  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -113,55 +123,56 @@ class Builder:
         self.count[kind][count >= LARGE] += count + 64
         return None if self.pools is None else self.pools[kind].take(count)
 
-    def matrix(self, rows: int, columns: int, wide: bool = True) -> dict[str, Any]:
+    def matrix(self, rows: int, columns: int, wide: bool = True) -> Matrix:
         kind = self.wide if wide else self.narrow
         self.parameters += rows * columns
         scales = np.full(rows, NOISE / 64, np.float32) if kind == "codes8" and self.pools else None
         values = self._take(kind, rows * columns)
-        return {"kind": kind, "rows": rows, "columns": columns, "values": values, "scales": scales}
+        return Matrix(WeightKind(kind), rows, columns, values, scales)
 
-    def panels(self, inputs: int, outputs: int) -> dict[str, Any]:
+    def panels(self, inputs: int, outputs: int) -> Panels:
         self.parameters += inputs * outputs
         values = self._take(self.narrow, -(-outputs // 16) * 16 * inputs)
-        return {"kind": self.narrow, "inputs": inputs, "outputs": outputs, "values": values}
+        return Panels(WeightKind(self.narrow), inputs, outputs, values)
 
-    def projection(self, rows: int, columns: int) -> dict[str, Any]:
-        return {"weight": self.matrix(rows, columns), "bias": None}
+    def projection(self, rows: int, columns: int) -> Projection:
+        return Projection(self.matrix(rows, columns))
 
-    def layer(self, d: int, d_ff: int, block: int, modules: int) -> dict[str, Any]:
+    def multiplicative(self, inputs: int, outputs: int, modules: int) -> Multiplicative:
+        e = self.panels(inputs, outputs // modules)
+        return Multiplicative(self.matrix(modules, inputs, False), e)
+
+    def layer(self, d: int, d_ff: int, block: int, modules: int) -> ScalingLayer:
         ones = np.ones(d, np.float32)
-        found: dict[str, Any] = {"input_norm": ones, "post_norm": ones}
+        attention: dict[str, Any] = {}
         if modules:
             size = d // modules
-            e = self.panels(d, size)
-            found["multiplicative"] = {"d": self.matrix(modules, d, False), "e": e, "bias": None}
+            attention["multiplicative"] = self.multiplicative(d, d, modules)
             for part, width in (("q", 3), ("k", 3), ("v", 1)):
-                found[f"{part}_conv"] = {"weight": self.panels(3 * width * size, size), "bias": None}
+                attention[f"{part}_conv"] = Convolution(self.panels(3 * width * size, size))
         else:
-            found |= {part: self.projection(d, d) for part in "qkvo"}
-        found["w1"] = self.projection(d_ff, d)
+            attention = {part: self.projection(d, d) for part in "qkvo"}
+        w1 = self.projection(d_ff, d)
         if not block:
-            return found | {"w2": self.projection(d, d_ff)}
+            return ScalingLayer(ones, ones, w1, self.projection(d, d_ff), **attention)
         rank = d // block
         bias = np.zeros(d_ff, np.float32)
-        found |= {"w2": self.projection(d_ff, d), "c1": self.matrix(rank, d, False), "c2": self.panels(rank, d_ff)}
-        return found | {"c2_bias": bias}
+        w2, c1, c2 = self.projection(d_ff, d), self.matrix(rank, d, False), self.panels(rank, d_ff)
+        return ScalingLayer(ones, ones, w1, w2, c1=c1, c2=c2, c2_bias=bias, **attention)
 
-    def model(self, shape: dict[str, Any], d_ff: int, block: int, modules: int, loss: int = 0) -> dict[str, Any]:
+    def model(self, shape: dict[str, Any], d_ff: int, block: int, modules: int, loss: int = 0) -> ScalingModel:
         d, vocabulary = shape["hidden"], shape["vocabulary"]
         inverse = 1.0 / 10000.0 ** (np.arange(0, d // shape["heads"], 2) / (d // shape["heads"]))
-        head: dict[str, Any] = self.matrix(vocabulary, d)
+        head: Matrix | Multiplicative = self.matrix(vocabulary, d)
         if loss:
-            head = {"d": self.matrix(loss, d, False), "e": self.panels(d, vocabulary // loss), "bias": None}
-        embedding = embedding_of(vocabulary, d)
-        return {
-            "hidden": d, "intermediate": d_ff, "heads": shape["heads"], "vocabulary": vocabulary, "modules": modules,
-            "block": block, "loss_modules": loss, "eps": 1e-6, "inverse_frequencies": inverse.tolist(),
-            "embedding": {"kind": "f32", "rows": vocabulary, "columns": d, "values": embedding.reshape(-1),
-                          "scales": None},
-            "norm": np.ones(d, np.float32), "head": head, "exact_head": None,
-            "layers": [self.layer(d, d_ff, block, modules) for _ in range(shape["layers"])],
-        }  # fmt: skip
+            head = self.multiplicative(d, vocabulary, loss)
+        embedding = embedding_of(vocabulary, d).reshape(-1)
+        return ScalingModel(
+            hidden=d, intermediate=d_ff, heads=shape["heads"], vocabulary=vocabulary, modules=modules, block=block,
+            loss_modules=loss, eps=1e-6, inverse_frequencies=inverse.tolist(),
+            embedding=Matrix(WeightKind.F32, vocabulary, d, embedding, None), norm=np.ones(d, np.float32), head=head,
+            exact_head=None, layers=[self.layer(d, d_ff, block, modules) for _ in range(shape["layers"])],
+        )  # fmt: skip
 
 
 def matched(shape: dict[str, Any], block: int, modules: int) -> int:
@@ -194,10 +205,10 @@ def plans(shape: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, tuple[str,
 class Case:
     """One engine."""
 
-    def __init__(self, settings: dict[str, Any], rounds: int, tokens: int, threads: int):
+    def __init__(self, settings: ScalingModel, rounds: int, tokens: int, threads: int):
         context = PROMPT + (rounds + 1) * tokens
         self.engine = _native.ScalingEngine(settings, 1, context, PROMPT, "f32", threads)
-        self.vocabulary, self.position = settings["vocabulary"], 0
+        self.vocabulary, self.position = settings.vocabulary, 0
         self.logits = np.empty((1, self.vocabulary), np.float32)
         self.generator = np.random.default_rng(2)
         self.step(PROMPT)
@@ -227,7 +238,7 @@ def measure(
         builder = Builder(kind, None)
         settings = builder.model(shape, **arguments)
         parameters[name] = builder.parameters
-        share = shape["layers"] if len(settings["layers"]) == 2 else 1  # of two layers the large matrices share memory
+        share = shape["layers"] if len(settings.layers) == 2 else 1  # of two layers the large matrices share memory
         for stored, (small, large) in builder.count.items():
             known = sizes[stored]
             sizes[stored] = [max(known[0], small), max(known[1], -(-large // share) + LARGE)]

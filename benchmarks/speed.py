@@ -83,19 +83,19 @@ class Worker:
 
 
 def sparse_inputs(folder: Path, threads: str, only: list[str]) -> list[tuple[str, str, list[str]]]:
-    """What runs of INPUTS: dense inputs in tiles, the others by columns and, to see what that is worth, in tiles. A
+    """What runs of INPUTS: dense inputs in tiles, the others input-major and, to see what that is worth, in tiles. A
     model is made where one of its ways runs."""
     wanted = []
     for name, (bits, sparsity, dropped, unit, spared) in INPUTS.items():
-        columns = "columns" if dropped or bits == 2 else "sparse"
-        ways = {"8-bit inputs": f"int8:{columns}"}
+        layout = "input-major" if dropped or bits == 2 else "sparse"
+        ways = {"8-bit inputs": f"int8:{layout}"}
         if bits != 2:
-            ways[""] = f"recorded:{columns}"
+            ways[""] = f"as quantised:{layout}"
         if unit == 4 or (not dropped and not sparsity):
-            ways["8-bit inputs, int4 head"] = f"int8:{columns}:int4"
+            ways["8-bit inputs, int4 head"] = f"int8:{layout}:int4"
         if dropped == 0.5 and bits == 4 and unit == 1 and spared is None:
             if sparsity:
-                ways["8-bit inputs, filled up"] = "int8:dense columns"
+                ways["8-bit inputs, densified"] = "int8:dense input-major"
             else:
                 ways["8-bit inputs, in tiles"] = "int8:sparse"
         labels = {f"tulle {name}" + (f", {way}" if way else ""): option for way, option in ways.items()}
@@ -114,16 +114,18 @@ def workers(arguments: argparse.Namespace) -> tuple[dict[str, Worker], dict[str,
     if arguments.inputs:
         wanted += sparse_inputs(folder, threads, arguments.only or [])
     for name, (bits, sparsity) in {} if arguments.inputs else FORMATS.items():
-        if arguments.only and not any(part in f"tulle {name}, 8-bit inputs, filled up" for part in arguments.only):
+        if arguments.only and not any(part in f"tulle {name}, 8-bit inputs, densified" for part in arguments.only):
             continue  # nothing of it will run
         made = folder / name.replace(" ", "").replace("%", "")
         if not (made / "config.json").exists():
             write_packed(made, "1.1b", bits, sparsity)
-        wanted.append((f"tulle {name}", sys.executable, ["tulle", str(made), threads, "recorded:sparse"]))
+        wanted.append((f"tulle {name}", sys.executable, ["tulle", str(made), threads, "as quantised:sparse"]))
         if bits is not None:
             wanted.append((f"tulle {name}, 8-bit inputs", sys.executable, ["tulle", str(made), threads, "int8:sparse"]))
         if name == "int4 70 %":
-            wanted.append((f"tulle {name}, filled up", sys.executable, ["tulle", str(made), threads, "recorded:dense"]))
+            wanted.append(
+                (f"tulle {name}, densified", sys.executable, ["tulle", str(made), threads, "as quantised:dense"])
+            )
     if arguments.peer_python:
         gguf = folder / "gguf"
         subprocess.run(

@@ -1,4 +1,4 @@
-// Entries of a dictionary as the engines take them, checked.
+// Fields of a Python dataclass (tulle.engine.native_model) as the engines take them, checked.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -23,27 +23,36 @@ using Vector = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 // Arrays that the engine reads from.
 using Kept = std::vector<nb::object>;
 
-inline nb::object item(const nb::dict& from, const char* key) {
-  if (!from.contains(key)) throw std::invalid_argument(std::string("expected ") + key + ", found none");
-  return from[key];
+constexpr std::size_t kLargest = std::size_t{1} << 24;  // of a size, so that products of two stay whole numbers
+
+inline nb::object field(nb::handle from, const char* name) {
+  if (!nb::hasattr(from, name)) throw std::invalid_argument(std::string("expected ") + name + ", found none");
+  return nb::getattr(from, name);
 }
 
 template <typename T>
-T get(const nb::dict& from, const char* key) {
+T get(nb::handle from, const char* name) {
   try {
-    return nb::cast<T>(item(from, key));
+    return nb::cast<T>(field(from, name));
   } catch (const nb::cast_error&) {
-    throw std::invalid_argument(std::string(key) + ": expected another type or dtype");
+    throw std::invalid_argument(std::string(name) + ": expected another type or dtype");
   }
 }
 
-// Null where the entry is None.
+// At most 2^24.
+inline std::size_t size(nb::handle from, const char* name) {
+  const auto found = get<std::size_t>(from, name);
+  if (found > kLargest) throw std::invalid_argument(std::string(name) + ": expected at most 2^24, found more");
+  return found;
+}
+
+// Null where the field is None.
 template <typename T>
-const T* array(const nb::dict& from, const char* key, Kept& kept, std::uint64_t* count = nullptr) {
+const T* array(nb::handle from, const char* name, Kept& kept, std::uint64_t* count = nullptr) {
   if (count != nullptr) *count = 0;
-  nb::object object = item(from, key);
+  nb::object object = field(from, name);
   if (object.is_none()) return nullptr;
-  auto found = get<Vector<T>>(from, key);
+  auto found = get<Vector<T>>(from, name);
   if (count != nullptr) *count = found.shape(0);
   kept.push_back(object);
   return found.data();
@@ -51,30 +60,41 @@ const T* array(const nb::dict& from, const char* key, Kept& kept, std::uint64_t*
 
 // As `array`, of so many elements.
 template <typename T>
-const T* array_of(const nb::dict& from, const char* key, std::size_t expected, Kept& kept) {
+const T* array_of(nb::handle from, const char* name, std::size_t expected, Kept& kept) {
   std::uint64_t count = 0;
-  const T* data = array<T>(from, key, kept, &count);
+  const T* data = array<T>(from, name, kept, &count);
   if (data != nullptr && count != expected) {
-    throw std::invalid_argument(std::string(key) + ": expected " + std::to_string(expected) + " elements, found " +
+    throw std::invalid_argument(std::string(name) + ": expected " + std::to_string(expected) + " elements, found " +
                                 std::to_string(count));
   }
   return data;
 }
 
-inline tulle::WeightKind weight_kind(const std::string& name) {
-  if (name == "codes2") return tulle::WeightKind::codes2;
-  if (name == "codes4") return tulle::WeightKind::codes4;
-  if (name == "codes8") return tulle::WeightKind::codes8;
-  if (name == "bf16") return tulle::WeightKind::bf16;
-  if (name == "f32") return tulle::WeightKind::f32;
-  throw std::invalid_argument("kind: expected codes2, codes4, codes8, bf16 or f32, found '" + name + "'");
+// One of `names`, whose order is that of the enum.
+template <typename Enum, std::size_t kCount>
+Enum one_of(const char* (&names)[kCount], const char* what, const std::string& found) {
+  std::string all;
+  for (std::size_t i = 0; i < kCount; ++i) {
+    if (found == names[i]) return static_cast<Enum>(i);
+    all += (i == 0 ? "" : i + 1 == kCount ? " or " : ", ") + std::string(names[i]);
+  }
+  throw std::invalid_argument(std::string(what) + ": expected " + all + ", found '" + found + "'");
+}
+
+inline tulle::WeightKind weight_kind(nb::handle from) {
+  static const char* names[] = {"codes2", "codes4", "codes8", "bf16", "f32"};
+  return one_of<tulle::WeightKind>(names, "kind", get<std::string>(from, "kind"));
+}
+
+inline tulle::Layout layout(nb::handle from) {
+  static const char* names[] = {"tiles",       "sparse_tiles",       "input_major", "sparse_input_major",
+                                "input_major_blocks4", "sparse_input_major_blocks4"};
+  return one_of<tulle::Layout>(names, "layout", get<std::string>(from, "layout"));
 }
 
 inline tulle::CacheKind cache_kind(const std::string& name) {
-  if (name == "f32") return tulle::CacheKind::f32;
-  if (name == "bf16") return tulle::CacheKind::bf16;
-  if (name == "int8") return tulle::CacheKind::u8;
-  throw std::invalid_argument("cache: expected f32, bf16 or int8, found '" + name + "'");
+  static const char* names[] = {"f32", "bf16", "int8"};
+  return one_of<tulle::CacheKind>(names, "cache", name);
 }
 
 }  // namespace arrays

@@ -1,4 +1,5 @@
-// What Python sees of an engine: built from a dictionary, checked, with everything that it reads from kept alive.
+// What Python sees of an engine: built from a dataclass (tulle.engine.native_model), checked, with everything that it
+// reads from kept alive.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -13,11 +14,11 @@
 
 namespace arrays {
 
-// kModel: what the engine is made of, from the dictionary.
+// kModel: what the engine is made of, from the dataclass.
 template <class EngineType, auto kModel>
 class Bound {
  public:
-  Bound(nb::dict settings, std::size_t slots, std::size_t context, std::size_t batch, const std::string& cache,
+  Bound(nb::handle settings, std::size_t slots, std::size_t context, std::size_t batch, const std::string& cache,
         std::size_t threads)
       : engine_(kModel(settings, kept_), slots, context, batch, cache_kind(cache), threads) {}
 
@@ -55,7 +56,7 @@ nb::class_<B> define_bound(nb::module_& m, const char* name) {
   using namespace nb::literals;
   nb::class_<B> found(m, name);
   found
-      .def(nb::init<nb::dict, std::size_t, std::size_t, std::size_t, const std::string&, std::size_t>(), "model"_a,
+      .def(nb::init<nb::handle, std::size_t, std::size_t, std::size_t, const std::string&, std::size_t>(), "model"_a,
            "slots"_a, "context"_a, "batch"_a, "cache"_a, "threads"_a)
       .def("forward", &B::forward, "tokens"_a.noconvert(), "slots"_a.noconvert(), "positions"_a.noconvert(),
            "rows"_a.noconvert(), "logits"_a.noconvert())

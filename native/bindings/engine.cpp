@@ -26,42 +26,38 @@ namespace {
 
 using namespace arrays;
 
-tulle::Grid grid(const nb::dict& from) {
+tulle::Grid grid(nb::handle from) {
   return {get<int>(from, "bits"), get<bool>(from, "symmetric"), get<float>(from, "clip")};
 }
 
-tulle::LinearView linear_view(const nb::dict& from, Kept& kept) {
+// The facts of a linear (LinearFacts) and its arrays.
+tulle::LinearView linear_view(nb::handle from, Kept& kept) {
   tulle::LinearView w{};
   tulle::LinearSizes sizes{};
-  w.kind = weight_kind(get<std::string>(from, "kind"));
-  w.sparse = get<bool>(from, "sparse");
-  w.by_columns = get<bool>(from, "by_columns");
-  w.fours = get<bool>(from, "fours");
-  w.rows = get<std::size_t>(from, "rows");
-  w.columns = get<std::size_t>(from, "columns");
-  w.segment = get<std::size_t>(from, "segment");
-  w.segments = get<std::size_t>(from, "segments");
-  w.segments_per_scale = get<std::size_t>(from, "segments_per_scale");
+  const nb::object facts = field(from, "facts");
+  w.kind = weight_kind(facts);
+  w.layout = layout(facts);
+  w.rows = get<std::size_t>(facts, "rows");
+  w.columns = get<std::size_t>(facts, "columns");
+  w.segment = get<std::size_t>(facts, "segment");
+  w.segments = get<std::size_t>(facts, "segments");
+  w.segments_per_scale = get<std::size_t>(facts, "segments_per_scale");
+  w.zero = get<std::uint8_t>(facts, "zero");
   w.values = array<std::uint8_t>(from, "values", kept, &sizes.values);
   w.masks = array<std::uint8_t>(from, "masks", kept, &sizes.masks);
   w.offsets = array<std::uint64_t>(from, "offsets", kept, &sizes.offsets);
   w.starts = array<std::uint32_t>(from, "starts", kept, &sizes.starts);
   w.scales = array<std::uint16_t>(from, "scales", kept, &sizes.scales);
   w.zeros = array<std::uint8_t>(from, "zeros", kept, &sizes.zeros);
-  w.zero = get<std::uint8_t>(from, "zero");
   tulle::check(w, sizes);
   return w;
 }
 
-tulle::Selection selection(const nb::object& found, std::size_t columns, Kept& kept) {
+tulle::Selection selection(nb::handle from, std::size_t columns, Kept& kept) {
   tulle::Selection s;
-  if (found.is_none()) return s;
-  const auto from = nb::cast<nb::dict>(found);
-  const auto kind = get<std::string>(from, "kind");
-  if (kind == "top_k") s.kind = tulle::Selection::Kind::top_k;
-  else if (kind == "threshold") s.kind = tulle::Selection::Kind::threshold;
-  else if (kind == "relu") s.kind = tulle::Selection::Kind::relu;
-  else throw std::invalid_argument("selection of inputs: expected top_k, threshold or relu, found '" + kind + "'");
+  if (from.is_none()) return s;
+  static const char* kinds[] = {"none", "top_k", "threshold", "relu"};
+  s.kind = one_of<tulle::Selection::Kind>(kinds, "selection of inputs", get<std::string>(from, "kind"));
   s.keep = get<std::size_t>(from, "keep");
   s.block = get<std::size_t>(from, "block");
   s.unit = get<std::size_t>(from, "unit");
@@ -72,143 +68,130 @@ tulle::Selection selection(const nb::object& found, std::size_t columns, Kept& k
   return s;
 }
 
-tulle::Linear linear(const nb::dict& from, Kept& kept) {
+tulle::Linear linear(nb::handle from, Kept& kept) {
   tulle::Linear l;
   l.weight = linear_view(from, kept);
   l.bias = array_of<float>(from, "bias", l.weight.rows, kept);
-  const auto input = get<nb::dict>(from, "input");
-  l.input = grid(input);
-  l.own_grid = get<bool>(input, "own");
-  l.selection = selection(item(from, "selection"), l.weight.columns, kept);
+  l.input = grid(field(from, "input"));
+  l.engine_grid = get<bool>(from, "engine_grid");
+  l.selection = selection(field(from, "selection"), l.weight.columns, kept);
   return l;
 }
 
-tulle::Transform transform(const nb::dict& from) {
+// The numbers of a transform are copied, as many as its kind has.
+tulle::Transform transform(nb::handle from) {
+  using Kind = tulle::Transform::Kind;
   tulle::Transform t;
-  const auto kind = get<std::string>(from, "kind");
-  t.channels = get<std::size_t>(from, "channels");
-  const auto copy = [&](const char* key, std::size_t expected) {
-    const auto found = get<Vector<float>>(from, key);
-    if (found.shape(0) != expected) {
-      throw std::invalid_argument(std::string(key) + " of a transform: expected " + std::to_string(expected) +
-                                  " elements, found " + std::to_string(found.shape(0)));
-    }
-    t.numbers.insert(t.numbers.end(), found.data(), found.data() + expected);
-  };
+  static const char* kinds[] = {"diagonal", "permutation", "hadamard", "block_matrix", "kronecker"};
+  t.kind = one_of<Kind>(kinds, "transform", get<std::string>(from, "kind"));
+  t.channels = size(from, "channels");
+  t.block = get<std::size_t>(from, "block");
+  t.base = get<std::size_t>(from, "base");
+  t.shared = get<bool>(from, "shared");
+  t.left = size(from, "left");
+  t.right = size(from, "right");
+  if (t.channels == 0) throw std::invalid_argument("channels: expected 1 to 2^24");
   const auto divides = [&](std::size_t part) {
     if (part == 0 || t.channels % part != 0) {
       throw std::invalid_argument("block of a transform: expected a divisor of " + std::to_string(t.channels) +
                                   ", found " + std::to_string(part));
     }
   };
-  if (t.channels == 0 || t.channels > (std::size_t{1} << 24)) throw std::invalid_argument("channels: expected 1 to 2^24");
-  if (kind == "diagonal") {
-    t.kind = tulle::Transform::Kind::diagonal;
-    copy("scale", t.channels);
-  } else if (kind == "permutation") {
-    t.kind = tulle::Transform::Kind::permutation;
-    const auto found = get<Vector<std::int32_t>>(from, "index");
-    if (found.shape(0) != t.channels) throw std::invalid_argument("index of a permutation: wrong length");
-    for (std::size_t i = 0; i < t.channels; ++i) {
-      const std::int32_t value = found.data()[i];
-      if (value < 0 || static_cast<std::size_t>(value) >= t.channels) {
-        throw std::invalid_argument("index of a permutation: expected channels, found " + std::to_string(value));
+  std::size_t count = 0;
+  switch (t.kind) {
+    case Kind::diagonal: count = t.channels; break;
+    case Kind::permutation: break;
+    case Kind::hadamard:
+      divides(t.block);
+      if (t.base == 0 || t.block % t.base != 0 || ((t.block / t.base) & (t.block / t.base - 1)) != 0) {
+        throw std::invalid_argument("block of a Hadamard transform: expected base times a power of two");
       }
-      t.index.push_back(value);
+      count = t.base > 1 ? t.base * t.base : 0;
+      break;
+    case Kind::block_matrix:
+      divides(t.block);
+      count = t.block * (t.shared ? t.block : t.channels);
+      break;
+    case Kind::kronecker:
+      divides(t.left);
+      if (t.left * t.right != t.channels) throw std::invalid_argument("Kronecker factors do not fit the channels");
+      count = t.left * t.left + t.right * t.right;
+  }
+  if (count > 0) {
+    const auto found = get<Vector<float>>(from, "numbers");
+    if (found.shape(0) != count) {
+      throw std::invalid_argument("numbers of a transform: expected " + std::to_string(count) + " elements, found " +
+                                  std::to_string(found.shape(0)));
     }
-  } else if (kind == "hadamard") {
-    t.kind = tulle::Transform::Kind::hadamard;
-    t.block = get<std::size_t>(from, "block");
-    t.base = get<std::size_t>(from, "base");
-    divides(t.block);
-    if (t.base == 0 || t.block % t.base != 0 || ((t.block / t.base) & (t.block / t.base - 1)) != 0) {
-      throw std::invalid_argument("block of a Hadamard transform: expected base times a power of two");
+    t.numbers.assign(found.data(), found.data() + count);
+  }
+  if (t.kind != Kind::permutation) return t;
+  const auto found = get<Vector<std::int32_t>>(from, "index");
+  if (found.shape(0) != t.channels) throw std::invalid_argument("index of a permutation: wrong length");
+  for (std::size_t i = 0; i < t.channels; ++i) {
+    const std::int32_t value = found.data()[i];
+    if (value < 0 || static_cast<std::size_t>(value) >= t.channels) {
+      throw std::invalid_argument("index of a permutation: expected channels, found " + std::to_string(value));
     }
-    if (t.base > 1) copy("matrix", t.base * t.base);
-  } else if (kind == "block_matrix") {
-    t.kind = tulle::Transform::Kind::block_matrix;
-    t.block = get<std::size_t>(from, "block");
-    t.shared = get<bool>(from, "shared");
-    divides(t.block);
-    copy("matrix", t.block * (t.shared ? t.block : t.channels));
-  } else if (kind == "kronecker") {
-    t.kind = tulle::Transform::Kind::kronecker;
-    t.left = get<std::size_t>(from, "left_size");
-    t.right = get<std::size_t>(from, "right_size");
-    divides(t.left);
-    if (t.left * t.right != t.channels) throw std::invalid_argument("Kronecker factors do not fit the channels");
-    copy("left", t.left * t.left);
-    copy("right", t.right * t.right);
-  } else {
-    throw std::invalid_argument("transform: unknown kind '" + kind + "'");
+    t.index.push_back(value);
   }
   return t;
 }
 
-tulle::Group group(const nb::dict& from, Kept& kept) {
+tulle::Group group(nb::handle from, Kept& kept) {
   tulle::Group g;
-  for (nb::handle t : get<nb::list>(from, "transforms")) g.transforms.push_back(transform(nb::cast<nb::dict>(t)));
-  for (nb::handle l : get<nb::list>(from, "linears")) g.linears.push_back(linear(nb::cast<nb::dict>(l), kept));
+  for (nb::handle t : get<nb::list>(from, "transforms")) g.transforms.push_back(transform(t));
+  for (nb::handle l : get<nb::list>(from, "linears")) g.linears.push_back(linear(l, kept));
   return g;
 }
 
-tulle::Model model(const nb::dict& from, Kept& kept) {
+// A table of `count` numbers in bf16 or f32.
+const void* table(nb::handle from, std::size_t count, Kept& kept, tulle::WeightKind& kind) {
+  kind = weight_kind(from);
+  if (kind == tulle::WeightKind::bf16) return array_of<std::uint16_t>(from, "values", count, kept);
+  if (kind == tulle::WeightKind::f32) return array_of<float>(from, "values", count, kept);
+  throw std::invalid_argument("kind of a table: expected bf16 or f32");
+}
+
+tulle::Layer layer(nb::handle from, const tulle::Model& m, Kept& kept) {
+  tulle::Layer l;
+  l.input_norm = array_of<float>(from, "input_norm", m.hidden, kept);
+  l.post_norm = array_of<float>(from, "post_norm", m.hidden, kept);
+  l.query_norm = array_of<float>(from, "query_norm", m.head_dim, kept);
+  l.key_norm = array_of<float>(from, "key_norm", m.head_dim, kept);
+  l.window = get<std::size_t>(from, "window");
+  l.qkv = group(field(from, "qkv"), kept);
+  l.o = group(field(from, "o"), kept);
+  l.gate_up = group(field(from, "gate_up"), kept);
+  l.down = group(field(from, "down"), kept);
+  return l;
+}
+
+tulle::Model model(nb::handle from, Kept& kept) {
   tulle::Model m;
-  m.hidden = get<std::size_t>(from, "hidden");
-  m.intermediate = get<std::size_t>(from, "intermediate");
-  m.heads = get<std::size_t>(from, "heads");
-  m.kv_heads = get<std::size_t>(from, "kv_heads");
-  m.head_dim = get<std::size_t>(from, "head_dim");
-  m.vocabulary = get<std::size_t>(from, "vocabulary");
-  for (std::size_t size : {m.hidden, m.intermediate, m.heads, m.kv_heads, m.head_dim, m.vocabulary}) {
-    if (size > (std::size_t{1} << 24)) throw std::invalid_argument("sizes of the model: expected at most 2^24");
-  }
+  m.hidden = size(from, "hidden");
+  m.intermediate = size(from, "intermediate");
+  m.heads = size(from, "heads");
+  m.kv_heads = size(from, "kv_heads");
+  m.head_dim = size(from, "head_dim");
+  m.vocabulary = size(from, "vocabulary");
   m.eps = get<float>(from, "eps");
-  const auto gate = get<std::string>(from, "gate");
-  if (gate == "silu") m.gate = tulle::Gate::silu;
-  else if (gate == "relu") m.gate = tulle::Gate::relu;
-  else if (gate == "relu2") m.gate = tulle::Gate::relu2;
-  else if (gate == "gelu_tanh") m.gate = tulle::Gate::gelu_tanh;
-  else throw std::invalid_argument("gate: expected silu, relu, relu2 or gelu_tanh, found '" + gate + "'");
+  static const char* gates[] = {"silu", "relu", "relu2", "gelu_tanh"};
+  m.gate = one_of<tulle::Gate>(gates, "gate", get<std::string>(from, "gate"));
   m.inverse_frequencies = get<std::vector<float>>(from, "inverse_frequencies");
   m.rope_scale = get<float>(from, "rope_scale");
-  m.query = grid(get<nb::dict>(from, "query"));
-  m.key = grid(get<nb::dict>(from, "key"));
-  m.value = grid(get<nb::dict>(from, "value"));
-  const nb::object rotation = item(from, "head_rotation");
-  if (!rotation.is_none()) m.head_rotation = transform(nb::cast<nb::dict>(rotation));
-  m.embedding_kind = weight_kind(get<std::string>(from, "embedding_kind"));
+  m.query = grid(field(from, "query"));
+  m.key = grid(field(from, "key"));
+  m.value = grid(field(from, "value"));
+  const nb::object rotation = field(from, "head_rotation");
+  if (!rotation.is_none()) m.head_rotation = transform(rotation);
   const std::size_t elements = m.vocabulary * m.hidden;
-  if (m.embedding_kind == tulle::WeightKind::bf16) {
-    m.embedding = array_of<std::uint16_t>(from, "embedding", elements, kept);
-  } else if (m.embedding_kind == tulle::WeightKind::f32) {
-    m.embedding = array_of<float>(from, "embedding", elements, kept);
-  } else {
-    throw std::invalid_argument("embedding_kind: expected bf16 or f32");
-  }
-  const auto exact = get<std::string>(from, "exact_kind");
-  if (exact == "bf16") {
-    m.exact_kind = tulle::WeightKind::bf16;
-    m.exact_head = array_of<std::uint16_t>(from, "exact_head", elements, kept);
-  } else {
-    m.exact_head = array_of<float>(from, "exact_head", elements, kept);
-  }
+  m.embedding = table(field(from, "embedding"), elements, kept, m.embedding_kind);
+  const nb::object exact = field(from, "exact_head");
+  if (!exact.is_none()) m.exact_head = table(exact, elements, kept, m.exact_kind);
   m.norm = array_of<float>(from, "norm", m.hidden, kept);
-  m.head = group(get<nb::dict>(from, "head"), kept);
-  for (nb::handle h : get<nb::list>(from, "layers")) {
-    const auto d = nb::cast<nb::dict>(h);
-    tulle::Layer layer;
-    layer.input_norm = array_of<float>(d, "input_norm", m.hidden, kept);
-    layer.post_norm = array_of<float>(d, "post_norm", m.hidden, kept);
-    layer.query_norm = array_of<float>(d, "query_norm", m.head_dim, kept);
-    layer.key_norm = array_of<float>(d, "key_norm", m.head_dim, kept);
-    layer.window = get<std::size_t>(d, "window");
-    layer.qkv = group(get<nb::dict>(d, "qkv"), kept);
-    layer.o = group(get<nb::dict>(d, "o"), kept);
-    layer.gate_up = group(get<nb::dict>(d, "gate_up"), kept);
-    layer.down = group(get<nb::dict>(d, "down"), kept);
-    m.layers.push_back(std::move(layer));
-  }
+  m.head = group(field(from, "head"), kept);
+  for (nb::handle l : get<nb::list>(from, "layers")) m.layers.push_back(layer(l, m, kept));
   return m;
 }
 

@@ -21,15 +21,7 @@ namespace {
 
 using namespace arrays;
 
-constexpr std::size_t kLargest = std::size_t{1} << 24;  // of a size, so that products of two stay whole numbers
-
-std::size_t size(const nb::dict& from, const char* key) {
-  const auto found = get<std::size_t>(from, key);
-  if (found > kLargest) throw std::invalid_argument(std::string(key) + ": expected at most 2^24, found more");
-  return found;
-}
-
-const void* values(const nb::dict& from, tulle::WeightKind kind, std::size_t count, Kept& kept) {
+const void* values(nb::handle from, tulle::WeightKind kind, std::size_t count, Kept& kept) {
   switch (kind) {
     case tulle::WeightKind::f32: return array_of<float>(from, "values", count, kept);
     case tulle::WeightKind::bf16: return array_of<std::uint16_t>(from, "values", count, kept);
@@ -38,9 +30,9 @@ const void* values(const nb::dict& from, tulle::WeightKind kind, std::size_t cou
   }
 }
 
-tulle::Matrix matrix(const nb::dict& from, Kept& kept) {
+tulle::Matrix matrix(nb::handle from, Kept& kept) {
   tulle::Matrix w;
-  w.kind = weight_kind(get<std::string>(from, "kind"));
+  w.kind = weight_kind(from);
   w.rows = size(from, "rows");
   w.columns = size(from, "columns");
   w.values = values(from, w.kind, w.rows * w.columns, kept);
@@ -51,48 +43,46 @@ tulle::Matrix matrix(const nb::dict& from, Kept& kept) {
   return w;
 }
 
-tulle::Panels panels(const nb::dict& from, Kept& kept) {
+tulle::Panels panels(nb::handle from, Kept& kept) {
   tulle::Panels b;
-  b.kind = weight_kind(get<std::string>(from, "kind"));
+  b.kind = weight_kind(from);
   b.inputs = size(from, "inputs");
   b.outputs = size(from, "outputs");
   b.values = values(from, b.kind, b.panels() * b.inputs * tulle::kPanel, kept);
   return b;
 }
 
-nb::dict part(const nb::dict& from, const char* key) { return get<nb::dict>(from, key); }
-
-tulle::Projection projection(const nb::dict& from, Kept& kept) {
+tulle::Projection projection(nb::handle from, Kept& kept) {
   tulle::Projection p;
-  p.weight = matrix(part(from, "weight"), kept);
+  p.weight = matrix(field(from, "weight"), kept);
   p.bias = array_of<float>(from, "bias", p.weight.rows, kept);
   return p;
 }
 
 // `w2` of a sparse feed-forward: a row per unit, a bias per channel.
-tulle::Projection turned(const nb::dict& from, Kept& kept) {
+tulle::Projection transposed_projection(nb::handle from, Kept& kept) {
   tulle::Projection p;
-  p.weight = matrix(part(from, "weight"), kept);
+  p.weight = matrix(field(from, "weight"), kept);
   p.bias = array_of<float>(from, "bias", p.weight.columns, kept);
   return p;
 }
 
-tulle::Multiplicative multiplicative(const nb::dict& from, Kept& kept) {
+tulle::Multiplicative multiplicative(nb::handle from, Kept& kept) {
   tulle::Multiplicative w;
-  w.d = matrix(part(from, "d"), kept);
-  w.e = panels(part(from, "e"), kept);
+  w.d = matrix(field(from, "d"), kept);
+  w.e = panels(field(from, "e"), kept);
   w.bias = array_of<float>(from, "bias", w.d.rows * w.e.outputs, kept);
   return w;
 }
 
-tulle::Convolution convolution(const nb::dict& from, Kept& kept) {
+tulle::Convolution convolution(nb::handle from, Kept& kept) {
   tulle::Convolution c;
-  c.weight = panels(part(from, "weight"), kept);
+  c.weight = panels(field(from, "weight"), kept);
   c.bias = array_of<float>(from, "bias", c.weight.outputs, kept);
   return c;
 }
 
-tulle::ScalingModel model(const nb::dict& from, Kept& kept) {
+tulle::ScalingModel model(nb::handle from, Kept& kept) {
   tulle::ScalingModel m;
   m.hidden = size(from, "hidden");
   m.intermediate = size(from, "intermediate");
@@ -103,39 +93,38 @@ tulle::ScalingModel model(const nb::dict& from, Kept& kept) {
   m.loss_modules = size(from, "loss_modules");
   m.eps = get<float>(from, "eps");
   m.inverse_frequencies = get<std::vector<float>>(from, "inverse_frequencies");
-  const tulle::Matrix embedding = matrix(part(from, "embedding"), kept);
+  const tulle::Matrix embedding = matrix(field(from, "embedding"), kept);
   if (embedding.rows != m.vocabulary || embedding.columns != m.hidden) {
     throw std::invalid_argument("embedding: expected [vocabulary][hidden], found another shape");
   }
   m.embedding_kind = embedding.kind;
   m.embedding = embedding.values;
   m.norm = array_of<float>(from, "norm", m.hidden, kept);
-  if (m.loss_modules > 0) m.loss = multiplicative(part(from, "head"), kept);
-  else m.head = matrix(part(from, "head"), kept);
-  if (!item(from, "exact_head").is_none()) m.exact_head = matrix(part(from, "exact_head"), kept);
-  for (nb::handle h : get<nb::list>(from, "layers")) {
-    const auto d = nb::cast<nb::dict>(h);
+  if (m.loss_modules > 0) m.loss = multiplicative(field(from, "head"), kept);
+  else m.head = matrix(field(from, "head"), kept);
+  if (!field(from, "exact_head").is_none()) m.exact_head = matrix(field(from, "exact_head"), kept);
+  for (nb::handle d : get<nb::list>(from, "layers")) {
     tulle::ScalingLayer l;
     l.input_norm = array_of<float>(d, "input_norm", m.hidden, kept);
     l.post_norm = array_of<float>(d, "post_norm", m.hidden, kept);
     if (m.modules == 0) {
-      l.q = projection(part(d, "q"), kept);
-      l.k = projection(part(d, "k"), kept);
-      l.v = projection(part(d, "v"), kept);
-      l.o = projection(part(d, "o"), kept);
+      l.q = projection(field(d, "q"), kept);
+      l.k = projection(field(d, "k"), kept);
+      l.v = projection(field(d, "v"), kept);
+      l.o = projection(field(d, "o"), kept);
     } else {
-      l.multiplicative = multiplicative(part(d, "multiplicative"), kept);
-      l.q_conv = convolution(part(d, "q_conv"), kept);
-      l.k_conv = convolution(part(d, "k_conv"), kept);
-      l.v_conv = convolution(part(d, "v_conv"), kept);
+      l.multiplicative = multiplicative(field(d, "multiplicative"), kept);
+      l.q_conv = convolution(field(d, "q_conv"), kept);
+      l.k_conv = convolution(field(d, "k_conv"), kept);
+      l.v_conv = convolution(field(d, "v_conv"), kept);
     }
-    l.w1 = projection(part(d, "w1"), kept);
+    l.w1 = projection(field(d, "w1"), kept);
     if (m.block == 0) {
-      l.w2 = projection(part(d, "w2"), kept);
+      l.w2 = projection(field(d, "w2"), kept);
     } else {
-      l.w2 = turned(part(d, "w2"), kept);
-      l.c1 = matrix(part(d, "c1"), kept);
-      l.c2 = panels(part(d, "c2"), kept);
+      l.w2 = transposed_projection(field(d, "w2"), kept);
+      l.c1 = matrix(field(d, "c1"), kept);
+      l.c2 = panels(field(d, "c2"), kept);
       l.c2_bias = array_of<float>(d, "c2_bias", l.c2.outputs, kept);
     }
     m.layers.push_back(std::move(l));

@@ -52,7 +52,8 @@ void test_nibbles(const tulle::Isa& isa, const tulle::PackingKernels& reference,
   const auto seen_found = isa.packing->pack_nibbles(input.get(), n, found.data());
   check(equal(expected, found) && seen_expected == seen_found, isa.name, "pack_nibbles", n);
 
-  const auto packed = exact(std::vector<std::uint8_t>(found.bytes.begin(), found.bytes.begin() + static_cast<long>(width)));
+  const auto packed =
+      exact(std::vector<std::uint8_t>(found.bytes.begin(), found.bytes.begin() + static_cast<long>(width)));
   Output<std::uint8_t> back(n);
   isa.packing->unpack_nibbles(packed.get(), n, back.data());
   check(back.guard_intact() && std::equal(codes.begin(), codes.end(), back.data()), isa.name, "unpack_nibbles", n);

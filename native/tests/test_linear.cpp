@@ -18,7 +18,7 @@
 #include "support.hpp"
 #include "tulle/check.hpp"
 #include "tulle/dispatch.hpp"
-#include "../src/kernels/linear_amx.hpp"
+#include "linear/amx.hpp"
 
 namespace {
 
@@ -43,7 +43,7 @@ struct Weights {
 
   Weights(const Case& c, std::mt19937& rng) {
     view.kind = c.kind;
-    view.sparse = c.sparse;
+    view.layout = c.sparse ? tulle::Layout::sparse_tiles : tulle::Layout::tiles;
     view.rows = c.rows;
     view.columns = c.columns;
     view.segment = c.segment;
@@ -52,7 +52,10 @@ struct Weights {
     view.zero = c.kind == WeightKind::codes4 ? 8 : 128;
     const std::size_t count = view.tiles() * tulle::kTileRows * view.padded();
     const auto bytes_of = [&](std::size_t n) {
-      return c.kind == WeightKind::codes4 ? (n + 1) / 2 : c.kind == WeightKind::codes8 ? n : c.kind == WeightKind::bf16 ? 2 * n : 4 * n;
+      return c.kind == WeightKind::codes4   ? (n + 1) / 2
+             : c.kind == WeightKind::codes8 ? n
+             : c.kind == WeightKind::bf16   ? 2 * n
+                                            : 4 * n;
     };
     std::size_t stored = bytes_of(count);
     if (c.sparse) {
@@ -172,7 +175,8 @@ std::vector<float> run(const tulle::Isa& isa, const LinearView& w, const Inputs&
 std::vector<tulle::Isa> all_isas() {
   std::vector<tulle::Isa> isas = tulle::supported_isas();
 #if defined(TULLE_HAVE_AMX)
-  const auto wide = std::find_if(isas.begin(), isas.end(), [](const tulle::Isa& isa) { return std::strcmp(isa.name, "avx512") == 0; });
+  const auto wide = std::find_if(isas.begin(), isas.end(),
+                                 [](const tulle::Isa& isa) { return std::strcmp(isa.name, "avx512") == 0; });
   if (wide != isas.end()) {
     tulle::Isa amx = *wide;
     amx.name = "amx in loops";
@@ -193,11 +197,14 @@ void compare(const Case& c, std::mt19937& rng) {
   for (const tulle::Isa& isa : isas) {
     const std::vector<float> found = run(isa, weights.view, tokens.view, split);
     double worst = 0;
-    for (std::size_t i = 0; i < found.size(); ++i) worst = std::max(worst, std::fabs(double(found[i]) - double(expected[i])));
+    for (std::size_t i = 0; i < found.size(); ++i)
+      worst = std::max(worst, std::fabs(double(found[i]) - double(expected[i])));
     const double limit = weights.view.is_codes() ? 0.0 : 2e-6 * static_cast<double>(c.columns);
     if (worst > limit || std::isnan(worst)) {
-      std::printf("FAILED %s kind=%d sparse=%d zeros=%d rows=%zu columns=%zu segment=%zu tokens=%zu planes=%zu: off by %g\n",
-                  isa.name, static_cast<int>(c.kind), c.sparse, c.zeros, c.rows, c.columns, c.segment, c.tokens, c.planes, worst);
+      std::printf(
+          "FAILED %s kind=%d sparse=%d zeros=%d rows=%zu columns=%zu segment=%zu tokens=%zu planes=%zu: off by %g\n",
+          isa.name, static_cast<int>(c.kind), c.sparse, c.zeros, c.rows, c.columns, c.segment, c.tokens, c.planes,
+          worst);
       ++failures;
     }
   }
@@ -230,7 +237,9 @@ int main(int count, char** arguments) {
             for (int zeros = 0; zeros <= (codes ? 1 : 0); ++zeros) {
               if (cases++ % every != 0) continue;
               ++compared;
-              compare({kind, density >= 0, zeros == 1, s.rows, s.columns, s.segment, s.segments, s.per_scale, tokens, planes, density}, rng);
+              compare({kind, density >= 0, zeros == 1, s.rows, s.columns, s.segment, s.segments, s.per_scale, tokens,
+                       planes, density},
+                      rng);
             }
           }
         }

@@ -79,7 +79,8 @@ struct Tokens {
     for (std::size_t t = 0; t < tokens; ++t) {
       sums[t] = 0;
       for (std::size_t i = 0; i < columns; ++i) {
-        codes[t * columns + i] = static_cast<std::int8_t>(rng() % 3 == 0 ? (rng() % 2 ? 127 : -127) : static_cast<int>(rng() % 255) - 127);
+        codes[t * columns + i] =
+            static_cast<std::int8_t>(rng() % 3 == 0 ? (rng() % 2 ? 127 : -127) : static_cast<int>(rng() % 255) - 127);
         sums[t] += codes[t * columns + i];
       }
     }
@@ -109,7 +110,8 @@ void rows_case(WeightKind kind, std::size_t rows, std::size_t columns, std::size
     isa.scaling->rows(w.view, 0, split, x.view, all.data(), stride);
     isa.scaling->rows(w.view, split, rows, x.view, all.data(), stride);
     for (std::size_t t = 0; t < tokens; ++t) {
-      for (std::size_t r = rows; r < stride; ++r) expect(all[t * stride + r] == kPoison, isa.name, "beyond the rows", rows, columns);
+      for (std::size_t r = rows; r < stride; ++r)
+        expect(all[t * stride + r] == kPoison, isa.name, "beyond the rows", rows, columns);
     }
     isa.scaling->chosen(w.view, list.data(), list.size(), x.view, tokens - 1, some.data());
     isa.scaling->add_rows(w.view, list.data(), factors.get(), list.size(), added.data());
@@ -122,7 +124,8 @@ void rows_case(WeightKind kind, std::size_t rows, std::size_t columns, std::size
     const double exact = kind == WeightKind::codes8 ? 0.0 : 2e-6 * static_cast<double>(columns);
     compare(isa.name, "rows", all, first[0], exact, rows, columns);
     compare(isa.name, "chosen", some, first[1], exact, rows, columns);
-    compare(isa.name, "add_rows", added, first[2], 1e-5 * (kind == WeightKind::codes8 ? 128.0 : 1.0) * static_cast<double>(rows), rows, columns);
+    compare(isa.name, "add_rows", added, first[2],
+            1e-5 * (kind == WeightKind::codes8 ? 128.0 : 1.0) * static_cast<double>(rows), rows, columns);
     compare(isa.name, "scaled", scaled, first[3], 0.0, rows, columns);
   }
 }
@@ -200,7 +203,8 @@ int main() {
     }
   }
   // Rows that share the loads of a wide token.
-  for (const WeightKind kind : {WeightKind::f32, WeightKind::bf16, WeightKind::codes8}) rows_case(kind, 7, 5003, 1, rng);
+  for (const WeightKind kind : {WeightKind::f32, WeightKind::bf16, WeightKind::codes8})
+    rows_case(kind, 7, 5003, 1, rng);
   for (const WeightKind kind : {WeightKind::f32, WeightKind::bf16}) {
     for (const std::size_t outputs : {1, 16, 40, 64, 144}) {
       for (const std::size_t inputs : {1, 9, 64}) {

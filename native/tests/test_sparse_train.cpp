@@ -80,7 +80,8 @@ void test(std::size_t rows, std::size_t columns, std::size_t tokens, double dens
     }
   }
   for (std::size_t i = 0; i < entries.size(); ++i) {
-    const std::size_t o = static_cast<std::size_t>(entries[i]) / columns, k = static_cast<std::size_t>(entries[i]) % columns;
+    const std::size_t o = static_cast<std::size_t>(entries[i]) / columns,
+                      k = static_cast<std::size_t>(entries[i]) % columns;
     double sum = 0, magnitude = 0;
     for (std::size_t t = 0; t < tokens; ++t) {
       const double term = static_cast<double>(dy.data[t * rows + o]) * static_cast<double>(x.data[t * columns + k]);
@@ -115,17 +116,18 @@ void compare(const tulle::Isa& isa, std::size_t tokens, std::size_t columns, std
   check(equal, "pack", kRows, columns, tokens);
 
   std::vector<std::uint32_t> runs;
-  std::vector<std::uint16_t> places;
+  std::vector<std::uint16_t> offsets;
   for (std::size_t r = 0; r < kRows; ++r) {
     const std::size_t count = r % (std::min<std::size_t>(columns, 255) + 1);
     if (count == 0) continue;
     runs.push_back(static_cast<std::uint32_t>(r << 8 | count));
-    for (std::size_t i = 0; i < count; ++i) places.push_back(static_cast<std::uint16_t>(rng() % columns * tulle::kPanelTokens));
+    for (std::size_t i = 0; i < count; ++i)
+      offsets.push_back(static_cast<std::uint16_t>(rng() % columns * tulle::kPanelTokens));
   }
-  const std::size_t kept = places.size();
-  places.resize(kept + 4);
-  const std::unique_ptr<std::uint16_t[]> exact(new std::uint16_t[places.size()]);
-  std::memcpy(exact.get(), places.data(), places.size() * sizeof(std::uint16_t));
+  const std::size_t kept = offsets.size();
+  offsets.resize(kept + 4);
+  const std::unique_ptr<std::uint16_t[]> exact(new std::uint16_t[offsets.size()]);
+  std::memcpy(exact.get(), offsets.data(), offsets.size() * sizeof(std::uint16_t));
   const tulle::SparseBlock block = {runs.data(), runs.size(), exact.get()};
   const Floats values(kept, rng), start(kRows * tulle::kPanelTokens, rng);
   Floats sums(start.size), other(start.size);
@@ -133,13 +135,15 @@ void compare(const tulle::Isa& isa, std::size_t tokens, std::size_t columns, std
   std::memcpy(other.data.get(), start.data.get(), start.size * sizeof(float));
   ours.multiply(block, values.data.get(), panel.data.get(), tokens, sums.data.get());
   plain.multiply(block, values.data.get(), panel.data.get(), tokens, other.data.get());
-  check(std::memcmp(sums.data.get(), other.data.get(), sums.size * sizeof(float)) == 0, "multiply", kRows, columns, tokens);
+  check(std::memcmp(sums.data.get(), other.data.get(), sums.size * sizeof(float)) == 0, "multiply", kRows, columns,
+        tokens);
 
   Floats gradient(kept), wanted(kept);
   for (bool add : {false, true}) {
     ours.correlate(block, panel.data.get(), start.data.get(), tokens, add, gradient.data.get());
     plain.correlate(block, panel.data.get(), start.data.get(), tokens, add, wanted.data.get());
-    check(std::memcmp(gradient.data.get(), wanted.data.get(), kept * sizeof(float)) == 0, "correlate", kRows, columns, tokens);
+    check(std::memcmp(gradient.data.get(), wanted.data.get(), kept * sizeof(float)) == 0, "correlate", kRows, columns,
+          tokens);
   }
   for (std::size_t rows : {std::size_t{1}, std::size_t{7}, std::size_t{8}, kRows - 1}) {
     Floats y(tokens * rows), y2(tokens * rows);

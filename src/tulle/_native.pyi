@@ -3,6 +3,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from tulle.engine.native_model import Model, ScalingModel
+
 Element = TypeVar("Element", np.uint8, np.uint16, np.uint32)
 
 def cpu_features() -> dict[str, bool]: ...
@@ -35,9 +37,7 @@ def keep_largest(scores: NDArray[np.float32], keep: int, mask: NDArray[np.bool_]
 def read_bandwidth(bytes: int, threads: int, passes: int) -> float: ...
 
 class Engine:
-    def __init__(
-        self, model: dict[str, Any], slots: int, context: int, batch: int, cache: str, threads: int
-    ) -> None: ...
+    def __init__(self, model: Model, slots: int, context: int, batch: int, cache: str, threads: int) -> None: ...
     def forward(
         self,
         tokens: NDArray[np.int32],
@@ -55,9 +55,7 @@ class Engine:
     def work_bytes(self) -> int: ...
 
 class ScalingEngine:
-    def __init__(
-        self, model: dict[str, Any], slots: int, context: int, batch: int, cache: str, threads: int
-    ) -> None: ...
+    def __init__(self, model: ScalingModel, slots: int, context: int, batch: int, cache: str, threads: int) -> None: ...
     def forward(
         self,
         tokens: NDArray[np.int32],

@@ -9,7 +9,7 @@ from tulle.compression.recipe import METHODS, load_recipe, method_class, parse_r
 from tulle.errors import UserError
 from tulle.methods.prune.sparsegpt import SparseGPT
 from tulle.methods.quantize.gptq import GPTQ
-from tulle.models.anatomy import ROLES
+from tulle.models.description import ROLES
 
 SHIPPED = {
     "w8a8", "w4a16-g128", "sparse50", "sparse50-w4", "2of4", "w4a4", "w4a4-duquant", "w4a4-duquant-lwc", "w4a4-quarot",

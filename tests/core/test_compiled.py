@@ -10,8 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor
-from tulle.prune.sparsegpt import sparsegpt
-from tulle.quantize.gptq import gptq
 
 from oracles.problems import layer, statistics
 from tulle.core import compiled
@@ -19,6 +17,8 @@ from tulle.core.descent import descend, descend_plain, objective
 from tulle.core.grid import Grid, Quantised, code, find_steps
 from tulle.core.hessian import Hessian
 from tulle.core.masks import Pattern
+from tulle.methods.prune.sparsegpt import sparsegpt
+from tulle.methods.quantize.gptq import gptq
 
 ROUNDING = 1e-4
 AGREE = 0.999

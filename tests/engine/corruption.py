@@ -13,7 +13,7 @@ from tulle.errors import UserError
 from tulle.format.spec import InputSparsitySpec
 
 HALF = InputSparsitySpec("top_k", keep=32, weighted=True)
-FOURS = InputSparsitySpec("top_k", keep=32, unit=4)
+BLOCKS4 = InputSparsitySpec("top_k", keep=32, unit=4)
 SCHEMES = {
     "sparse": {
         "qkv": {"bits": 4, "group_size": 32, "sparse": True, "symmetric": False, "input_bits": 8},
@@ -21,16 +21,16 @@ SCHEMES = {
         "gate_up": {"sparse": True, "values_dtype": "bfloat16"},
         "down": {"bits": 3, "group_size": 24},
     },
-    "columns": {
+    "input-major": {
         "qkv": {"bits": 4, "group_size": 32, "sparse": True, "symmetric": False, "input_sparsity": HALF},
         "o": {"bits": 2, "input_bits": 8, "input_sparsity": InputSparsitySpec("relu")},
         "gate_up": {"bits": 8, "input_sparsity": InputSparsitySpec("threshold", threshold=0.2)},
         "down": {"bits": 4, "group_size": 64, "sparse": True},
     },
-    "dense columns": {
-        "qkv": {"bits": 4, "group_size": 64, "input_sparsity": FOURS},
-        "o": {"bits": 4, "sparse": True, "group_size": 32, "input_sparsity": FOURS},
-        "gate_up": {"bits": 2, "input_bits": 8, "input_sparsity": FOURS},
+    "dense input-major": {
+        "qkv": {"bits": 4, "group_size": 64, "input_sparsity": BLOCKS4},
+        "o": {"bits": 4, "sparse": True, "group_size": 32, "input_sparsity": BLOCKS4},
+        "gate_up": {"bits": 2, "input_bits": 8, "input_sparsity": BLOCKS4},
         "down": {"bits": 8, "input_sparsity": InputSparsitySpec("top_k", keep=48, unit=4, by="norm")},
     },
 }

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corruption import FOURS, SCHEMES, damaged, try_model
+from corruption import BLOCKS4, SCHEMES, damaged, try_model
 
 from tiny_models import write_model
 from tulle.engine.files import TensorFile, TensorWriter
+from tulle.engine.native_model import Layout, LinearFacts, WeightKind
 from tulle.errors import UserError
 
 
@@ -45,20 +46,39 @@ def test_random_damage(models: dict[str, Path], layout: str, part: int, tmp_path
 
 
 def test_facts_that_say_one_of_a_group_is_stored_otherwise(tmp_path: Path) -> None:
-    """In the engine's own file: q by single inputs, k and v by fours, all of them of the same size."""
-    schemes = SCHEMES["dense columns"] | {"qkv": {"bits": 8, "input_sparsity": FOURS}}  # 32 rows of k: no whole line
+    """In the engine's own file: q by single inputs, k and v in blocks of 4, all of them of the same size."""
+    # 32 rows of k: no whole line
+    schemes = SCHEMES["dense input-major"] | {"qkv": {"bits": 8, "input_sparsity": BLOCKS4}}
     write_model(tmp_path / "m", schemes, dtype="bfloat16")
-    assert try_model(tmp_path / "m", "columns") == "ran"
+    assert try_model(tmp_path / "m", "input-major") == "ran"
     (file,) = (tmp_path / "m/.engine").glob("*.safetensors")
     whole = file.read_bytes()
-    head = int.from_bytes(whole[:8], "little")
-    parts = whole[8 : 8 + head].split(b'fours\\": true')
-    assert len(parts) > 3
-    for change in range(1, len(parts)):
-        text = b'fours\\": true'.join(parts[:change]) + b'fours\\":false' + b'fours\\": true'.join(parts[change:])
-        assert len(text) == head
-        file.write_bytes(whole[:8] + text + whole[8 + head :])
-        try_model(tmp_path / "m", "columns")  # wrong numbers or a refusal, never a read beyond an array
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    facts = json.loads(header["__metadata__"]["facts"])
+    blocks = [name for name, found in facts.items() if found["layout"] == "input_major_blocks4"]
+    assert len(blocks) > 3
+    for name in blocks:
+        changed = facts | {name: facts[name] | {"layout": "input_major"}}
+        metadata = header["__metadata__"] | {"facts": json.dumps(changed)}
+        text = json.dumps(header | {"__metadata__": metadata}, separators=(",", ":")).encode().ljust(length)
+        assert len(text) == length
+        file.write_bytes(whole[:8] + text + whole[8 + length :])
+        try_model(tmp_path / "m", "input-major")  # wrong numbers or a refusal, never a read beyond an array
+
+
+def damage_facts(name: str, value: object) -> dict[str, object]:
+    facts: dict[str, object] = LinearFacts(WeightKind.CODES4, Layout.TILES, 16, 64, 64, 1, 1, 8).to_json()
+    return facts | {name: value}
+
+
+def test_facts_are_read_back_or_refused() -> None:
+    facts = LinearFacts(WeightKind.CODES4, Layout.SPARSE_INPUT_MAJOR_BLOCKS4, 16, 64, 64, 1, 1, 8)
+    assert LinearFacts.from_json(json.loads(json.dumps(facts.to_json()))) == facts
+    for name, value in (("kind", "codes3"), ("layout", "rows"), ("rows", True), ("rows", "16"), ("zero", 8.0)):
+        assert LinearFacts.from_json(damage_facts(name, value)) is None
+    assert LinearFacts.from_json(damage_facts("fours", False)) is None
+    assert LinearFacts.from_json([]) is None
 
 
 def test_a_mask_that_promises_more_values(packed: Path, tmp_path: Path) -> None:

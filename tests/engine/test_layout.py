@@ -10,22 +10,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from tulle.engine.checkpoint import StoredLinear
 from tulle.engine.layout import (
     LINE_OUTPUTS,
     SLACK,
     TILE,
+    UNIT_INPUTS,
     Geometry,
     arrange,
-    arrange_columns,
-    float_linear,
+    arrange_input_major,
+    for_kernels,
     geometry,
-    integer_linear,
 )
+from tulle.engine.native_model import Layout, WeightKind
 
 
 def read_back(kind: str, cut: Geometry, arrays: dict[str, NDArray[Any]]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """Weights ``[C_out, C_in]`` and which of them are stored, one at a time as linear.hpp says."""
-    inputs = {"codes4": 4, "codes8": 4, "bf16": 2, "f32": 1}[kind]
+    inputs = UNIT_INPUTS[WeightKind(kind)]
     dtype = {"codes4": np.uint8, "codes8": np.uint8, "bf16": np.uint16, "f32": np.float32}[kind]
     sparse = "masks" in arrays
     found = np.zeros((cut.tiles * TILE, cut.padded), dtype)
@@ -81,7 +83,7 @@ def test_every_weight_is_where_the_kernels_look(
         values = generator.standard_normal(shape, np.float32)
         values = (values.view(np.uint32) >> 16).astype(np.uint16) if kind == "bf16" else values
     mask = None if density is None else generator.random(shape) < density
-    found, stored = read_back(kind, cut, arrange(kind, values, mask, cut))
+    found, stored = read_back(kind, cut, arrange(WeightKind(kind), values, mask, cut))
     kept = np.ones(shape, bool) if mask is None else mask
     assert np.array_equal(stored, kept)
     assert np.array_equal(found[kept], values[kept])
@@ -101,44 +103,47 @@ def test_real_widths_are_not_padded() -> None:
 
 
 def test_facts_of_linears() -> None:
-    codes = np.zeros((20, 64), np.uint8)
-    facts, arrays = integer_linear(3, codes, np.zeros((20, 2), np.uint16), None, None)
-    assert (facts["kind"], facts["zero"], facts["segments_per_scale"]) == ("codes4", 4, 1)
+    codes, scale = np.zeros((20, 64), np.uint8), np.zeros((20, 2), np.uint16)
+    facts, arrays = for_kernels(StoredLinear(codes, None, 3, scale))
+    assert (facts.kind, facts.zero, facts.segments_per_scale) == (WeightKind.CODES4, 4, 1)
     assert arrays["scales"].shape == (2 * 2 * 16,)
-    facts, arrays = integer_linear(8, codes, np.zeros((20, 1), np.uint16), np.ones((20, 1), np.uint8), None)
-    assert facts["kind"] == "codes8"
+    facts, arrays = for_kernels(StoredLinear(codes, None, 8, scale[:, :1], np.ones((20, 1), np.uint8)))
+    assert (facts.kind, facts.zero) == (WeightKind.CODES8, 0)
     assert np.array_equal(arrays["zeros"], [1] * 20 + [0] * 12)
-    assert float_linear(np.zeros((3, 8), np.uint16), None)[0]["kind"] == "bf16"
+    facts, _ = for_kernels(StoredLinear(np.zeros((3, 8), np.uint16), np.ones((3, 8), bool)))
+    assert (facts.kind, facts.layout) == (WeightKind.BF16, Layout.SPARSE_TILES)
+    facts, _ = for_kernels(StoredLinear(codes, np.ones(codes.shape, bool), 2, scale), 4)
+    assert (facts.kind, facts.layout) == (WeightKind.CODES4, Layout.SPARSE_INPUT_MAJOR_BLOCKS4)
 
 
-def read_columns(
+def read_input_major(
     kind: str, cut: Geometry, arrays: dict[str, NDArray[Any]], inputs: int
 ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """As ``read_back``, of weights by columns."""
+    """As ``read_back``, of input-major weights."""
     sparse, bits = "starts" in arrays, {"codes2": 2, "codes4": 4, "codes8": 8}[kind]
     lines = cut.tiles * TILE // cut.line
-    strips = -(-lines // (48 if kind == "codes2" else 96))
-    per_strip = -(-lines // strips)
+    panels = -(-lines // (48 if kind == "codes2" else 96))
+    per_panel = -(-lines // panels)
     found = np.zeros((cut.tiles * TILE, cut.padded), np.uint8)
     stored = np.ones(found.shape, bool)
     values, at = arrays["values"][:-SLACK], 0
-    for strip in range(strips):
-        count = min(per_strip, lines - strip * per_strip)
+    for panel in range(panels):
+        count = min(per_panel, lines - panel * per_panel)
         for first in range(0, cut.padded, inputs):
-            pieces = count * inputs
+            line_count = count * inputs
             if sparse:
-                start = strip * (cut.padded // inputs + 1) + first // inputs
-                at = int(arrays["offsets"][strip]) + int(arrays["starts"][start])
-                masks = np.unpackbits(values[at : at + 16 * pieces], bitorder="little").reshape(pieces, 2, 64)
-                at += 16 * pieces
-            for line in range(pieces):
+                start = panel * (cut.padded // inputs + 1) + first // inputs
+                at = int(arrays["offsets"][panel]) + int(arrays["starts"][start])
+                masks = np.unpackbits(values[at : at + 16 * line_count], bitorder="little").reshape(line_count, 2, 64)
+                at += 16 * line_count
+            for line in range(line_count):
                 kept = [0, 0]
                 for half in range(cut.line // 64):
                     for byte in range(64):
                         column, output = first, byte % 16 // 4 * 16 + byte // 16 * 4 + byte % 4
                         if inputs == 4:
                             column, output = first + byte % 4, line % 4 * 16 + byte // 4
-                        row = (strip * per_strip + line // inputs) * cut.line + half * 64 + output
+                        row = (panel * per_panel + line // inputs) * cut.line + half * 64 + output
                         if sparse:
                             stored[row, column] = masks[line, half, byte]
                             if not stored[row, column]:
@@ -150,7 +155,7 @@ def read_columns(
                         found[row, column] = values[place] >> (half * bits) & ((1 << bits) - 1)
                 at += max(kept) if sparse else 64
         if sparse:
-            assert at == int(arrays["offsets"][strip + 1])
+            assert at == int(arrays["offsets"][panel + 1])
     assert at == len(values)
     room, width = cut.segment * cut.segments_per_scale, cut.columns // cut.scales
     columns = np.concatenate([np.arange(s * room, s * room + width) for s in range(cut.scales)])
@@ -162,13 +167,13 @@ def read_columns(
 )
 @pytest.mark.parametrize(("shape", "scales"), [((1, 8), 1), ((130, 48), 3), ((300, 150), 1), ((12500, 10), 2)])
 @pytest.mark.parametrize("inputs", [1, 4])
-def test_columns_are_where_the_kernels_look(
+def test_input_major_weights_are_where_the_kernels_look(
     kind: str, sparse: bool, shape: tuple[int, int], scales: int, inputs: int
 ) -> None:
     generator = np.random.default_rng(0)
     codes = generator.integers(0, {"codes2": 4, "codes4": 16, "codes8": 256}[kind], shape).astype(np.uint8)
     mask = generator.random(shape) < 0.3 if sparse else None
-    cut = geometry(shape, scales, LINE_OUTPUTS[kind])
-    found, stored = read_columns(kind, cut, arrange_columns(kind, codes, mask, cut, inputs), inputs)
+    cut = geometry(shape, scales, LINE_OUTPUTS[WeightKind(kind)])
+    found, stored = read_input_major(kind, cut, arrange_input_major(WeightKind(kind), codes, mask, cut, inputs), inputs)
     assert np.array_equal(stored, np.ones(shape, bool) if mask is None else mask)
     assert np.array_equal(found[stored], codes[stored])

@@ -282,7 +282,7 @@ def test_instruction_sets_agree_and_torch_stays_out(tmp_path: Path) -> None:
         (lambda c: c.update(loss_modules=4), "lm_head.d"),
         (lambda c: c.update(position_embedding="alibi"), "rope or none"),
         (lambda c: c.update(rope_parameters=3), "rope_parameters"),
-        (lambda c: c.update(rope_parameters={"rope_type": "yarn"}), "rotary"),
+        (lambda c: c.update(rope_parameters={"rope_type": "yarn"}), "rope_parameters"),
         (lambda c: c.update(rms_norm_eps="small"), "rms_norm_eps"),
         (lambda c: c.update(quantization_config={"quant_method": "tulle"}), "--weights int8"),
     ],

@@ -19,7 +19,9 @@ import tulle.hf  # noqa: F401 (registers the packed format)
 from tiny_models import write_model
 from tulle._native import top_k as native_top_k
 from tulle.engine import Engine
-from tulle.engine.prepare import Source, together
+from tulle.engine.checkpoint import Source
+from tulle.engine.layout import ModelLayout
+from tulle.engine.prepare import fused_linears
 from tulle.errors import UserError
 from tulle.format.spec import InputSparsitySpec
 
@@ -119,7 +121,7 @@ def test_selections(selection: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("selection", ["half", "units by norm", "weighted", "threshold", "relu"])
 @pytest.mark.parametrize("weights", [name for name in WEIGHTS if name != "f32"])
-@pytest.mark.parametrize("layout", ["sparse", "dense", "columns", "dense columns"])
+@pytest.mark.parametrize("layout", ["sparse", "dense", "input-major", "dense input-major"])
 def test_layouts(weights: str, selection: str, layout: str, tmp_path: Path) -> None:
     write(tmp_path / "m", weights, selection)
     engine = Engine(tmp_path / "m", threads=2, cache="f32", head="as stored", layout=layout)
@@ -134,18 +136,18 @@ def test_layouts(weights: str, selection: str, layout: str, tmp_path: Path) -> N
 def test_quantised_inputs(weights: str, bits: int, selection: str, tmp_path: Path) -> None:
     """Rounded first, then selected: among equal whole numbers the lower index stays."""
     write(tmp_path / "m", weights, selection, input_bits=bits)
-    engine = Engine(tmp_path / "m", threads=1, cache="f32", head="as stored", layout="columns")
+    engine = Engine(tmp_path / "m", threads=1, cache="f32", head="as stored", layout="input-major")
     assert off(logits_of(engine), wanted(tmp_path / "m")) < 1e-3
 
 
 @pytest.mark.parametrize("selection", ["half", "units"])
 @pytest.mark.parametrize("weights", ["int4", "int4 sparse asymmetric", "int8 sparse", "int3"])
-def test_columns_are_tiles_bit_for_bit(weights: str, selection: str, tmp_path: Path) -> None:
+def test_input_major_is_tiles_bit_for_bit(weights: str, selection: str, tmp_path: Path) -> None:
     """Sums of whole numbers are equal, and segments alike where scales have few inputs."""
     write(tmp_path / "m", weights, selection)
     found = [
         Engine(tmp_path / "m", threads=1, cache="f32", head="as stored", layout=layout)
-        for layout in ("sparse", "columns", "dense columns")
+        for layout in ("sparse", "input-major", "dense input-major")
     ]
     for tokens in (1, 3, 30):
         first, *others = (engine.forward(IDS[:tokens]) for engine in found)
@@ -153,19 +155,19 @@ def test_columns_are_tiles_bit_for_bit(weights: str, selection: str, tmp_path: P
 
 
 def test_long_prompts(tmp_path: Path) -> None:
-    """More tokens than meet a line at once, in two passes, by threads that share a linear."""
+    """More tokens than are multiplied with a line at once, in two passes, by threads that share a linear."""
     scheme = WEIGHTS["int4 sparse"] | {"input_sparsity": InputSparsitySpec(**SELECTIONS["half"])}
     write_model(tmp_path / "m", {"all": scheme}, max_position_embeddings=512)
     ids = np.random.default_rng(1).integers(0, 128, 300).tolist()
-    tiles, *columns = (
+    tiles, *input_major = (
         Engine(tmp_path / "m", threads=n, cache="f32", head="as stored", layout=layout).forward(ids)
-        for layout, n in (("sparse", 1), ("columns", 1), ("columns", 3))
+        for layout, n in (("sparse", 1), ("input-major", 1), ("input-major", 3))
     )
-    assert np.array_equal(tiles, columns[0])
-    assert off(columns[1], tiles) < 1e-5
+    assert np.array_equal(tiles, input_major[0])
+    assert off(input_major[1], tiles) < 1e-5
 
 
-@pytest.mark.parametrize("layout", ["columns", "dense columns"])
+@pytest.mark.parametrize("layout", ["input-major", "dense input-major"])
 def test_threads_change_the_last_bits_alone(layout: str, tmp_path: Path) -> None:
     scheme = {"bits": 4, "group_size": 64, "sparse": True, "input_sparsity": InputSparsitySpec("top_k", keep=700)}
     write_model(tmp_path / "m", {"down": scheme}, intermediate_size=1536)
@@ -178,7 +180,7 @@ def test_threads_change_the_last_bits_alone(layout: str, tmp_path: Path) -> None
 def test_only_what_a_token_has_is_read(tmp_path: Path) -> None:
     write(tmp_path / "m", "int8", "half")
     skipping, all_of_it = (
-        Engine(tmp_path / "m", 1, head="as stored", layout=layout) for layout in ("columns", "sparse")
+        Engine(tmp_path / "m", 1, head="as stored", layout=layout) for layout in ("input-major", "sparse")
     )
     for engine in (skipping, all_of_it):
         engine.forward(IDS[:5])
@@ -203,27 +205,30 @@ def test_instruction_sets_agree(tmp_path: Path) -> None:
         num_key_value_heads=2,
     )
     forward = "np.concatenate([engine.forward(list(range(30))), engine.forward([7], 0, 30)])"
-    found = logits_by_isa(tmp_path / "m", tmp_path, forward, layout="columns")
+    found = logits_by_isa(tmp_path / "m", tmp_path, forward, layout="input-major")
     for other in found[1:]:
         assert off(other, found[0]) < 1e-4
 
 
-def test_auto_tries_columns(tmp_path: Path) -> None:
+def test_auto_tries_input_major(tmp_path: Path) -> None:
     write(tmp_path / "m", "int4 sparse", "half")
-    assert Engine(tmp_path / "m", 1).layout in ("sparse", "dense", "columns", "dense columns")
-    with pytest.raises(UserError, match="expected a layout of auto, sparse, dense, columns"):
+    assert Engine(tmp_path / "m", 1).layout in ("sparse", "dense", "input-major", "dense input-major")
+    with pytest.raises(UserError, match="expected a layout of auto, sparse, dense, input-major"):
         Engine(tmp_path / "m", 1, layout="rows")
+    with pytest.raises(UserError, match="found 'dense columns'; its name is dense input-major now"):
+        Engine(tmp_path / "m", 1, layout="dense columns")
 
 
 @pytest.mark.parametrize("weights", ["int4", "int4 sparse asymmetric", "int8", "int2", "int8 sparse"])
-@pytest.mark.parametrize("layout", ["columns", "dense columns"])
-def test_linears_that_see_the_same_inputs_stand_together(weights: str, layout: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["input-major", "dense input-major"])
+def test_linears_that_see_the_same_inputs_are_fused(weights: str, layout: str, tmp_path: Path) -> None:
     scheme = WEIGHTS[weights] | {"input_sparsity": InputSparsitySpec(**SELECTIONS["half"])}
     wide = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 4, "attention_bias": True}
     write_model(tmp_path / "m", dict.fromkeys(("qkv", "o", "gate_up", "down"), scheme), **wide)
-    parts = [[name.rpartition(".")[2] for name in names] for names in together(Source(tmp_path / "m"), layout, [1])]
+    fused = fused_linears(Source(tmp_path / "m"), ModelLayout(layout), [1])
+    parts = [[name.rpartition(".")[2] for name in names] for names in fused]
     qkv, gate_up = ["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]
-    if "sparse" in weights and layout == "columns":  # pruned ones stand alone
+    if "sparse" in weights and layout == "input-major":  # pruned ones stay alone
         assert parts == [[name] for name in [*qkv, "o_proj", *gate_up, "down_proj"]]
     elif weights == "int2":  # 128 outputs are not a whole line
         assert parts == [*([name] for name in qkv), ["o_proj"], gate_up, ["down_proj"]]
@@ -239,29 +244,29 @@ def test_linears_that_see_the_same_inputs_stand_together(weights: str, layout: s
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_linears_of_a_group_in_different_layouts(selection: str, sparse: bool, threads: int, tmp_path: Path) -> None:
-    """The same inputs in tiles and by columns: pruned 8-bit weights have no columns."""
+    """The same inputs in tiles and input-major: pruned 8-bit weights are never input-major."""
     chosen = InputSparsitySpec(**SELECTIONS[selection])
     schemes = {
         role: {"bits": 4, "group_size": 32, "sparse": sparse, "input_sparsity": chosen} for role in ("qkv", "gate_up")
     }
     tiles = {"bits": 8, "group_size": 32, "sparse": True, "input_sparsity": chosen}
     write_model(tmp_path / "m", schemes | {"q_proj": tiles, "up_proj": tiles})
-    engine = Engine(tmp_path / "m", threads=threads, cache="f32", head="as stored", layout="columns")
+    engine = Engine(tmp_path / "m", threads=threads, cache="f32", head="as stored", layout="input-major")
     expected = wanted(tmp_path / "m")
     assert off(logits_of(engine), expected) < 1e-3
     assert off(logits_of(engine, prompt=2), expected) < 1e-3
 
 
-def test_fours_across_scales_stand_alone(tmp_path: Path) -> None:
-    """Groups of 6 inputs, padded apart: fours of them are not fours of the layout."""
+def test_blocks_of_4_across_scales_are_not_blocks_of_the_layout(tmp_path: Path) -> None:
+    """Groups of 6 inputs, padded apart: blocks of 4 of them are none of the layout."""
     scheme = {"bits": 4, "group_size": 6, "input_sparsity": InputSparsitySpec("top_k", keep=24, unit=4)}
     write_model(tmp_path / "m", {"qkv": scheme, "gate_up": scheme}, hidden_size=48, head_dim=12)
-    engine = Engine(tmp_path / "m", threads=2, cache="f32", head="as stored", layout="columns")
+    engine = Engine(tmp_path / "m", threads=2, cache="f32", head="as stored", layout="input-major")
     assert off(logits_of(engine, prompt=2), wanted(tmp_path / "m")) < 1e-3
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
-@pytest.mark.parametrize("layout", ["sparse", "columns"])
+@pytest.mark.parametrize("layout", ["sparse", "input-major"])
 def test_a_token_alone_is_a_token_of_many(layout: str, threads: int, tmp_path: Path) -> None:
     """However KV heads and threads divide each other, with several blocks of queries per KV head."""
     scheme = WEIGHTS["int4"] | {"input_sparsity": InputSparsitySpec(**SELECTIONS["units by norm"])}
@@ -271,15 +276,15 @@ def test_a_token_alone_is_a_token_of_many(layout: str, threads: int, tmp_path: P
     assert off(logits_of(engine, prompt=1), logits_of(engine)) < 1e-5
 
 
-def test_pruned_fours_stand_together(tmp_path: Path) -> None:
+def test_pruned_blocks_of_4_are_fused(tmp_path: Path) -> None:
     scheme = WEIGHTS["int4 sparse"] | {"input_sparsity": InputSparsitySpec("top_k", keep=32, unit=4)}
     write_model(tmp_path / "m", {"all": scheme}, hidden_size=128, intermediate_size=256, num_key_value_heads=4)
-    assert [len(names) for names in together(Source(tmp_path / "m"), "columns", [0])] == [3, 1, 2, 1]
-    engine = Engine(tmp_path / "m", threads=2, cache="f32", head="as stored", layout="columns")
+    assert [len(names) for names in fused_linears(Source(tmp_path / "m"), ModelLayout.INPUT_MAJOR, [0])] == [3, 1, 2, 1]
+    engine = Engine(tmp_path / "m", threads=2, cache="f32", head="as stored", layout="input-major")
     assert off(logits_of(engine), wanted(tmp_path / "m")) < 1e-3
 
 
-def test_linears_of_different_selections_stand_alone(tmp_path: Path) -> None:
+def test_linears_of_different_selections_are_not_fused(tmp_path: Path) -> None:
     schemes = {
         role: WEIGHTS["int4"] | {"input_sparsity": InputSparsitySpec(**SELECTIONS["half"])} for role in ("qkv", "o")
     }
@@ -289,7 +294,7 @@ def test_linears_of_different_selections_stand_alone(tmp_path: Path) -> None:
     config["quantization_config"]["linears"]["model.layers.1.self_attn.v_proj"]["input_sparsity"]["keep"] = 48
     (tmp_path / "m/config.json").write_text(json.dumps(config))
     source = Source(tmp_path / "m")
-    assert [len(names) for names in together(source, "columns", [0])] == [3, 1, 1, 1, 1]
-    assert [len(names) for names in together(source, "columns", [1])] == [1, 1, 1, 1, 1, 1, 1]
-    engine = Engine(tmp_path / "m", threads=2, cache="f32", head="as stored", layout="columns")
+    assert [len(names) for names in fused_linears(source, ModelLayout.INPUT_MAJOR, [0])] == [3, 1, 1, 1, 1]
+    assert [len(names) for names in fused_linears(source, ModelLayout.INPUT_MAJOR, [1])] == [1, 1, 1, 1, 1, 1, 1]
+    engine = Engine(tmp_path / "m", threads=2, cache="f32", head="as stored", layout="input-major")
     assert off(logits_of(engine), wanted(tmp_path / "m")) < 1e-3

@@ -1,4 +1,4 @@
-// The checks that stand between an untrusted file and a kernel.
+// The checks between an untrusted file and a kernel.
 #pragma once
 
 #include <cstdint>

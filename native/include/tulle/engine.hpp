@@ -32,12 +32,12 @@ struct Linear {
   const float* bias = nullptr;  // [rows]
   Grid input{0, true, 1.0f};    // bits 0: floats; 16: what the model leaves unquantised, for codes
   Selection selection;          // after a grid of the model, before one of the engine's own
-  bool own_grid = false;        // the grid is the engine's
+  bool engine_grid = false;        // the grid is the engine's
 
-  // Bytes that one token reads, all inputs being active; and of these, what every input adds where weights stand by
-  // columns.
+  // Bytes that one token reads, all inputs being active; and of these, what every input adds where weights are
+  // input-major.
   std::uint64_t bytes() const;
-  double column_bytes() const;
+  double bytes_per_input() const;
 };
 
 // Linears that share an input.
@@ -84,9 +84,9 @@ class Engine {
   Engine(Model model, std::size_t slots, std::size_t context, std::size_t batch, CacheKind cache, std::size_t threads);
   ~Engine();
 
-  // tokens, slots, positions [n], n <= batch: token i stands at positions[i] of sequence slots[i]; what a sequence holds
-  // before has been given in earlier calls or stands earlier in this one. logits [wanted][vocabulary] of the tokens
-  // `rows` [wanted]. Throws std::invalid_argument on anything out of range.
+  // tokens, slots, positions [n], n <= batch: token i stands at positions[i] of sequence slots[i]; what a sequence
+  // holds before has been given in earlier calls or earlier in this one. logits [wanted][vocabulary] of the
+  // tokens `rows` [wanted]. Throws std::invalid_argument on anything out of range.
   void forward(const std::int32_t* tokens, const std::int32_t* slots, const std::int32_t* positions, std::size_t n,
                const std::int32_t* rows, std::size_t wanted, float* logits);
 

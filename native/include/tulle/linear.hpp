@@ -1,23 +1,39 @@
-// The engine's linears: y = W·x with weights in the kernel layout of docs/guide/run.md.
+// The engine's linears: y = W·x with packed weights (docs/guide/run.md). What is packed how, smallest first:
 //
-// Rows (outputs) come in tiles of 16. Of a tile, a *unit* is what one instruction meets: 4 inputs × 16 outputs of
-// 8-bit codes (output major, inputs within), 2 × 16 of bfloat16, 1 × 16 of float32. Inputs come in *segments*, padded
-// alike, of at most kChunkInputs inputs that share a scale, and segments in *chunks* of at most kChunkInputs inputs.
+//   unit      what one instruction multiplies: 4 inputs × 16 outputs of 8-bit codes (output major, inputs within),
+//             2 × 16 of bfloat16, 1 × 16 of float32
+//   tile      16 outputs (rows of W) × all inputs, unit after unit
+//   segment   inputs that share a scale, padded alike, at most kChunkInputs
+//   chunk     as many segments as fit into kChunkInputs inputs
+//
+// Layouts (enum Layout). In *tiles*, a token that has all inputs streams through the weights:
+//
+//      inputs ─►   0…3     4…7     8…11
+//   tile 0       [unit 0][unit 1][unit 2] …     a sparse one has a bit per weight in that order, and of every chunk the
+//   tile 1       [unit 0][unit 1][unit 2] …     kept codes or values alone, from its offset on
+//
+// *Input-major*, where tokens leave most inputs out: what one input multiplies of 64 bytes' worth of outputs (256 of
+// 2-bit codes, 128 of 4 bits, 64 of 8) is a *cache line*; up to kPanelLines lines of outputs are a *panel*, in which
+// inputs follow each other. Only the lines of a token's active inputs are read:
+//
+//      panel 0                                  panel 1
+//   input 0   [line 0][line 1] … [line 95]     [line 96] …       each a contiguous run of memory
+//   input 1   [line 0][line 1] … [line 95]     [line 96] …
+//
+//   byte 16·q + 4·t + i of a line: outputs 16·t + 4·q + i of its first 64 (the lowest bits), of the next 64, …, so that
+//   the bytes of four inputs, interleaved, are units again
+//
+// A sparse line (4 bits) is a pair of 64-bit masks and the codes they keep; of an input, the masks of all its lines of
+// a panel come first, then the codes. In *blocks of 4*, where tokens keep or drop four neighbouring inputs at a time, a
+// block takes the place of an input: its line is four times as long, in units of its outputs' tiles. Unit p of the k-th
+// codes of its bytes belongs to tile 4·k + p; of a sparse one, masks and codes of each p follow each other as lines'
+// do.
 //
 // Two codes of 4 bits share a byte, of a unit (low) and of the next one (high): the j-th codes, of a sparse linear the
 // j-th kept ones, so that a pair of units takes as many bytes as the fuller one keeps codes.
 //
-// Where tokens leave most inputs at zero, weights stand by *columns* instead: what one input meets of 64 bytes' worth of
-// outputs (256 of 2-bit codes, 128 of 4 bits, 64 of 8) is a *line*, a few lines of one input after another are a *strip*
-// of outputs, and of a strip only the lines of inputs that a token has are read. Byte 16·q + 4·t + i of a line belongs to
-// outputs 16·t + 4·q + i of its first 64, of the next 64, and so on, so that bytes of four inputs, interleaved, are
-// units again. Of a sparse linear (4 bits), a line is a pair of 64-bit masks and the codes they keep, sharing bytes as
-// above; an input's masks of a strip come first, then its codes. Where tokens keep or leave out inputs by fours of
-// neighbours, a column is four inputs: its line is four times as long, units of its outputs' tiles: unit p of codes k of
-// its bytes belongs to tile 4·k + p. Of a sparse one, masks and codes of each p follow each other as lines' do.
-//
-// Codes are unsigned, activations signed 8-bit integers in one or two planes (x = hi, or 256·hi + lo). A pruned
-// weight is the code of its zero point, so that Σ w·x = Σ u·x − z·Σ x holds as integers, dense or sparse.
+// Codes are unsigned, activations signed 8-bit integers in one or two planes (x = hi, or 256·hi + lo). A pruned weight
+// is the code of its zero point, so that Σ w·x = Σ u·x − z·Σ x holds as integers, dense or sparse.
 #pragma once
 
 #include <cstddef>
@@ -33,64 +49,81 @@ constexpr std::size_t kPairCodes = 2 * kUnitBytes;
 // Readable bytes behind the last code or value: kernels load whole registers.
 constexpr std::size_t kSlack = 64;
 
-// Lines of a strip, at most: the longer the piece that an input's lines are, the nearer memory comes to the speed that
-// it gives to what has no gaps (a machine's gaps of half: 256 bytes 50 %, 1 KiB 70 %, 2 KiB 85 %).
-// Of 2-bit codes half as many: sums of a strip stay in the level-1 and level-2 caches.
-constexpr std::size_t kStripLines = 96;
+// Lines of a panel, at most: the longer the run that an input's lines are, the nearer memory comes to the speed that it
+// gives to what has no gaps (a machine's gaps of half: 256 bytes 50 %, 1 KiB 70 %, 2 KiB 85 %).
+// Of 2-bit codes half as many: sums of a panel stay in the level-1 and level-2 caches.
+constexpr std::size_t kPanelLines = 96;
 // Bytes of a sparse line's masks, of one input.
-constexpr std::size_t kLineMasks = 16;
+constexpr std::size_t kLineMaskBytes = 16;
 
-// codes2 comes by columns only.
+// codes2 is input-major only.
 enum class WeightKind : std::uint8_t { codes2, codes4, codes8, bf16, f32 };
+
+// Input-major layouts hold codes, sparse ones of 4 bits.
+enum class Layout : std::uint8_t {
+  tiles,
+  sparse_tiles,
+  input_major,
+  sparse_input_major,
+  input_major_blocks4,
+  sparse_input_major_blocks4,
+};
 
 struct LinearView {
   WeightKind kind;
-  bool sparse;
-  bool by_columns;               // codes alone, sparse ones of 4 bits
-  bool fours;                    // a column is four inputs
+  Layout layout;
   std::size_t rows, columns;
   std::size_t segment;           // inputs per segment, a multiple of 8, at most kChunkInputs
   std::size_t segments;          // per row
   std::size_t segments_per_scale;
   const std::uint8_t* values;    // dense: units tile by tile; sparse: what the masks keep, chunks aligned to bytes
-  const std::uint8_t* masks;     // sparse: a bit per weight in the order of the units, tile by tile
-  const std::uint64_t* offsets;  // sparse: [tiles · chunks + 1] bytes into values where a tile's chunk begins;
-                                 // by columns [strips + 1], where a strip does
-  const std::uint32_t* starts;   // sparse, by columns: [strips][columns + 1] bytes into a strip where a column begins
-  const std::uint16_t* scales;   // codes: bfloat16 [tiles][scales][16], by columns [scales][tiles][16]
+  const std::uint8_t* masks;     // sparse tiles: a bit per weight in the order of the units, tile by tile
+  const std::uint64_t* offsets;  // sparse tiles: [tiles · chunks + 1] bytes into values where a tile's chunk begins;
+                                 // sparse input-major: [panels + 1], where a panel does
+  const std::uint32_t*
+      starts;  // sparse input-major: [panels][input_blocks + 1] bytes into a panel where a block begins
+  const std::uint16_t* scales;   // codes: bfloat16, in tiles [tiles][scales][16], input-major [scales][tiles][16]
   const std::uint8_t* zeros;     // codes: like scales, or null where all are `zero`
   std::uint8_t zero;
 
   bool is_codes() const { return kind <= WeightKind::codes8; }
-  // By columns, of whole lines.
+  bool sparse() const {
+    return layout == Layout::sparse_tiles || layout == Layout::sparse_input_major ||
+           layout == Layout::sparse_input_major_blocks4;
+  }
+  bool input_major() const { return layout >= Layout::input_major; }
+  bool blocks4() const { return layout >= Layout::input_major_blocks4; }
+
+  // Input-major ones of whole lines.
   std::size_t tiles() const {
-    return by_columns ? lines() * line_tiles() : (rows + kTileRows - 1) / kTileRows;
+    return input_major() ? lines() * line_tiles() : (rows + kTileRows - 1) / kTileRows;
   }
   std::size_t line_tiles() const { return kind == WeightKind::codes2 ? 16 : kind == WeightKind::codes4 ? 8 : 4; }
   std::size_t lines() const { return (rows + line_tiles() * kTileRows - 1) / (line_tiles() * kTileRows); }
-  std::size_t strips() const {
-    const std::size_t most = kind == WeightKind::codes2 ? kStripLines / 2 : kStripLines;
+  std::size_t panels() const {
+    const std::size_t most = kind == WeightKind::codes2 ? kPanelLines / 2 : kPanelLines;
     return (lines() + most - 1) / most;
   }
-  std::size_t strip_lines() const { return (lines() + strips() - 1) / strips(); }
-  std::size_t lines_of(std::size_t strip) const {
-    const std::size_t left = lines() - strip * strip_lines();
-    return left < strip_lines() ? left : strip_lines();
+  std::size_t panel_lines() const { return (lines() + panels() - 1) / panels(); }
+  std::size_t lines_of(std::size_t panel) const {
+    const std::size_t left = lines() - panel * panel_lines();
+    return left < panel_lines() ? left : panel_lines();
   }
+  std::size_t panel_outputs() const { return panel_lines() * line_tiles() * kTileRows; }  // of whole lines
   std::size_t padded() const { return segment * segments; }  // inputs
-  std::size_t column_inputs() const { return fours ? 4 : 1; }
-  std::size_t all_columns() const { return padded() / column_inputs(); }
-  std::size_t line_bytes() const { return kUnitBytes * column_inputs(); }  // dense
-  std::size_t line_masks() const { return kLineMasks * column_inputs(); }  // bytes of them
+  std::size_t block_inputs() const { return blocks4() ? 4 : 1; }
+  std::size_t input_blocks() const { return padded() / block_inputs(); }
+  std::size_t line_bytes() const { return kUnitBytes * block_inputs(); }  // dense
+  std::size_t line_mask_bytes() const { return kLineMaskBytes * block_inputs(); }  // bytes of them
   std::size_t chunk_segments() const { return segment >= kChunkInputs ? 1 : kChunkInputs / segment; }
   std::size_t chunks() const { return (segments + chunk_segments() - 1) / chunk_segments(); }
   std::size_t unit_inputs() const { return is_codes() ? 4 : kind == WeightKind::bf16 ? 2 : 1; }
   std::size_t scales_per_row() const { return segments / segments_per_scale; }
-  // Where a tile's scales (and zero points) of a segment are. By columns, of all tiles one after another: an input meets
-  // them in turn.
+  // Where a tile's scales (and zero points) of a segment are. Input-major, those of all tiles follow each other, as an
+  // input is multiplied with them.
   std::size_t scale_at(std::size_t tile, std::size_t of_segment) const {
     const std::size_t scale = of_segment / segments_per_scale;
-    return (by_columns ? scale * tiles() + tile : tile * scales_per_row() + scale) * kTileRows;
+    return (input_major() ? scale * tiles() + tile : tile * scales_per_row() + scale) * kTileRows;
   }
   // Segments of a chunk: the last one may have fewer.
   std::size_t segments_of(std::size_t chunk) const {
@@ -109,10 +142,10 @@ struct Inputs {
   const std::int32_t* sums[2];   // per plane Σ x of a segment, [tokens][sum_stride]
   std::size_t sum_stride;
   const float* steps;            // [tokens]: x̂ = step · integer
-  // For weights by columns: the inputs that are not zero, four at a time, of one segment after another; a segment's
-  // last quad is filled up with zeros that stand anywhere in the row.
-  const std::uint32_t* quads;         // [tokens][quad_stride · 4]: places in the padded order; columns of fours:
-                                      // [tokens][quad_stride] which column, inputs in the row's order
+  // For input-major weights: the active inputs, those that are not zero, in quads of four, of one segment after
+  // another; a segment's last quad is padded with zeros of any index.
+  const std::uint32_t* quads;         // [tokens][quad_stride · 4]: indices in the padded order; blocks of 4:
+                                      // [tokens][quad_stride] which block, inputs in the row's order
   const std::int8_t* quad_plane[2];   // [tokens][quad_stride · 4]
   const std::uint32_t* quad_starts;   // [tokens][segments + 1]: a segment's first quad
   std::size_t quad_stride;            // quads
@@ -120,18 +153,18 @@ struct Inputs {
 
 struct LinearKernels {
   // y[token][row] for the rows of tiles [first, last); y has `y_stride` floats per token and is written only at real
-  // rows. `scratch`: scratch_bytes(tokens) bytes, 64-byte aligned, of this thread. Not for weights by columns.
+  // rows. `scratch`: scratch_bytes(tokens) bytes, 64-byte aligned, of this thread. Not for input-major weights.
   void (*run)(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y,
               std::size_t y_stride, std::uint8_t* scratch);
-  // Weights by columns: sums[token][output of the strip], 64-byte aligned like `stride` floats from one token to the
+  // Input-major weights: sums[token][output of the panel], 64-byte aligned like `stride` floats from one token to the
   // next, over segments [first, last), not yet times a token's step; outputs of whole lines, those that do
-  // not exist too. `scratch`: column_scratch_bytes(tokens) bytes, aligned, of this thread.
-  void (*run_columns)(const LinearView& w, const Inputs& x, std::size_t strip, std::size_t first, std::size_t last,
+  // not exist too. `scratch`: input_major_scratch_bytes(tokens) bytes, aligned, of this thread.
+  void (*run_input_major)(const LinearView& w, const Inputs& x, std::size_t panel, std::size_t first, std::size_t last,
                       float* sums, std::size_t stride, std::uint8_t* scratch);
 };
 
 // Of one thread, for up to so many tokens at once.
 std::size_t scratch_bytes(std::size_t tokens);
-std::size_t column_scratch_bytes(std::size_t tokens);
+std::size_t input_major_scratch_bytes(std::size_t tokens);
 
 }  // namespace tulle

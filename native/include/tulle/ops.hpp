@@ -6,7 +6,8 @@
 
 namespace tulle {
 
-// Tokens of a key block: keys are stored [block][head_dim][kKeyBlock], so that one query meets a block's keys as vectors.
+// Tokens of a key block: keys are stored [block][head_dim][kKeyBlock], so that one query is multiplied with a block's
+// keys as vectors.
 constexpr std::size_t kKeyBlock = 16;
 // Queries that share a pass over keys and values.
 constexpr std::size_t kQueries = 4;
@@ -36,7 +37,7 @@ struct GridRange {
 };
 
 // So many numbers are at least `value`.
-struct Cut {
+struct TopKThreshold {
   float value;
   std::size_t count;
 };
@@ -52,19 +53,19 @@ struct OpsKernels {
   // clip(round(x / step)); with a low plane: whole = 256 · high + low.
   void (*quantise)(const float* x, std::size_t n, GridRange range, std::int8_t* high, std::int8_t* low);
   // x ← step · clip(round(x / step))
-  void (*fake)(float* x, std::size_t n, GridRange range);
+  void (*fake_quantise)(float* x, std::size_t n, GridRange range);
   std::int32_t (*sum)(const std::int8_t* x, std::size_t n);
   // Rotates pairs (x[i], x[i + n/2]) by angles with the given cosines and sines [n/2].
   void (*rope)(float* x, const float* cosine, const float* sine, std::size_t n);
   // y [columns] += x [rows] · m [rows][columns]
-  void (*times)(const float* x, const float* m, std::size_t rows, std::size_t columns, float* y);
+  void (*vector_matrix)(const float* x, const float* m, std::size_t rows, std::size_t columns, float* y);
   // Σ x·w for w of bfloat16 bits, and of floats.
   float (*dot_bf16)(const float* x, const std::uint16_t* w, std::size_t n);
   float (*dot)(const float* x, const float* w, std::size_t n);
   // Sylvester butterflies over runs of n = 2^k, `count` runs in a row, times `factor`.
   void (*butterflies)(float* x, std::size_t n, std::size_t count, float factor);
   // Key and value of the token at `position` into the cache; ranges are of u8 caches.
-  void (*remember)(const CacheView& cache, std::size_t position, const float* key, const float* value,
+  void (*append_to_cache)(const CacheView& cache, std::size_t position, const float* key, const float* value,
                    GridRange key_range, GridRange value_range);
   // out[r][head_dim] for up to kQueries rows: row r attends to positions [begin[r], end[r]). `scores`: kQueries times
   // the greatest end, rounded up to kKeyBlock.
@@ -72,16 +73,16 @@ struct OpsKernels {
                  const std::size_t* end, float scale, float* const* out, float* scores);
   // y[i] = x[i] · s
   void (*scaled)(const float* x, float s, std::size_t n, float* y);
-  // The cut of the `keep` largest of size [n], all >= 0: exactly so many, or the least that equals among them force.
+  // The threshold of the `keep` largest of size [n], all >= 0: exactly so many, or more where equal numbers force it.
   // `spare`: n + 16 floats.
-  Cut (*cut)(const float* size, std::size_t n, std::size_t keep, float* spare);
-  // Of codes in one plane or (low not null) two, those that are not zero, with their places counted from `first` on, in
-  // order; returns how many. Writes up to 16 elements beyond.
+  TopKThreshold (*top_k_threshold)(const float* size, std::size_t n, std::size_t keep, float* spare);
+  // Of codes in one plane or (low not null) two, those that are not zero, with their indices counted from `first` on,
+  // in order; returns how many. Writes up to 16 elements beyond.
   std::size_t (*nonzero)(const std::int8_t* high, const std::int8_t* low, std::size_t n, std::uint32_t first,
-                         std::uint32_t* places, std::int8_t* kept_high, std::int8_t* kept_low);
-  // The same of n fours of codes, those of which one at least is not zero; writes nothing beyond n fours.
-  std::size_t (*nonzero_fours)(const std::int8_t* high, const std::int8_t* low, std::size_t n, std::uint32_t first,
-                               std::uint32_t* places, std::int8_t* kept_high, std::int8_t* kept_low);
+                         std::uint32_t* indices, std::int8_t* kept_high, std::int8_t* kept_low);
+  // The same of n blocks of 4 codes, those of which one at least is not zero; writes nothing beyond n blocks.
+  std::size_t (*nonzero_blocks4)(const std::int8_t* high, const std::int8_t* low, std::size_t n, std::uint32_t first,
+                               std::uint32_t* indices, std::int8_t* kept_high, std::int8_t* kept_low);
   // y[i] = |x[i]|
   void (*absolute)(const float* x, std::size_t n, float* y);
   // x[i] ← 0 where size[i] < least

@@ -22,7 +22,7 @@ constexpr std::size_t kCodeInputs = 65536;
 constexpr std::size_t kPast = 2;
 constexpr std::size_t kTaps = kPast + 1;
 
-// A matrix row by row, met a row at a time.
+// A matrix row by row, read a row at a time.
 struct Matrix {
   WeightKind kind = WeightKind::f32;  // f32, bf16, codes8
   std::size_t rows = 0, columns = 0;
@@ -56,7 +56,8 @@ struct RowInputs {
 
 struct ScalingKernels {
   // y[t · y_stride + r] = W[r]·x[t] for rows [first, last).
-  void (*rows)(const Matrix& w, std::size_t first, std::size_t last, const RowInputs& x, float* y, std::size_t y_stride);
+  void (*rows)(const Matrix& w, std::size_t first, std::size_t last, const RowInputs& x, float* y,
+               std::size_t y_stride);
   // y[i] = W[chosen[i]]·x[token]
   void (*chosen)(const Matrix& w, const std::int32_t* chosen, std::size_t count, const RowInputs& x, std::size_t token,
                  float* y);
@@ -139,7 +140,7 @@ class ScalingEngine {
   ~ScalingEngine();
 
   // As Engine::forward. With sparse attention a sequence begins at position 0 or goes on where it was: the
-  // convolutions remember the two tokens before.
+  // convolutions keep the two tokens before.
   void forward(const std::int32_t* tokens, const std::int32_t* slots, const std::int32_t* positions, std::size_t n,
                const std::int32_t* rows, std::size_t wanted, float* logits);
 

@@ -8,8 +8,8 @@
 //
 // How: a panel of tokens lies transposed in the level-1 cache, [column][64], for a block of columns; the sums of a part
 // of the rows stay in the level-2 cache. Every kept entry is then one broadcast, and a fused multiply-add with a memory
-// operand for every vector of tokens. The load ports bound that, so four weights and four places are read at a time. Of
-// a block, rows come sorted by how many entries they keep: equal counts in a row are loops that the branch predictor
+// operand for every vector of tokens. The load ports bound that, so four weights and four offsets are read at a time.
+// Of a block, rows come sorted by how many entries they keep: equal counts in a row are loops that the branch predictor
 // knows.
 #pragma once
 
@@ -26,7 +26,7 @@ constexpr std::size_t kPartRows = 1024;
 struct SparseBlock {
   const std::uint32_t* runs;    // [run_count]: row within the part · 256 + its number of entries, at least 1
   std::size_t run_count;
-  const std::uint16_t* places;  // of every entry: column within the block · kPanelTokens
+  const std::uint16_t* offsets;  // of every entry: column within the block · kPanelTokens
 };
 
 struct SparseTrainKernels {
@@ -50,7 +50,7 @@ class SparsePattern {
 
   std::size_t rows() const { return rows_; }
   std::size_t columns() const { return columns_; }
-  std::size_t kept() const { return forward_.places.size() - kSlackPlaces; }
+  std::size_t kept() const { return forward_.offsets.size() - kSlackOffsets; }
   std::size_t bytes() const;
 
   // entries [kept()]: row · columns + column of every value, in the order of all arrays of values.
@@ -64,19 +64,19 @@ class SparsePattern {
   void weight_gradient(const float* x, const float* dy, std::size_t tokens, float* dvalues, std::size_t threads) const;
 
  private:
-  // Kernels read four places at a time.
-  static constexpr std::size_t kSlackPlaces = 4;
+  // Kernels read four offsets at a time.
+  static constexpr std::size_t kSlackOffsets = 4;
 
   // W or its transpose, by parts of rows and, within them, blocks of columns.
   struct Side {
     std::size_t rows = 0, columns = 0, width = 0, parts = 0, blocks = 0;
     std::vector<std::uint64_t> first_run, first_entry;  // [parts · blocks + 1]
     std::vector<std::uint32_t> runs;
-    std::vector<std::uint16_t> places;
+    std::vector<std::uint16_t> offsets;
 
     SparseBlock block(std::size_t index) const {
       return {runs.data() + first_run[index], static_cast<std::size_t>(first_run[index + 1] - first_run[index]),
-              places.data() + first_entry[index]};
+              offsets.data() + first_entry[index]};
     }
     std::size_t part_rows(std::size_t part) const;
     std::size_t block_columns(std::size_t block) const;

@@ -1,4 +1,4 @@
-// The kernel tables of this folder, one per instruction set. What kernels/tables.hpp says of kernel files holds here.
+// The kernel tables of this folder, one per instruction set. What cpu/tables.hpp says of kernel files holds here.
 #pragma once
 
 #include "tulle/search.hpp"

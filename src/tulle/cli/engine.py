@@ -26,14 +26,14 @@ Activations = Annotated[
     typer.Option(
         "--activations",
         metavar="KIND",
-        help="Inputs of integer weights: recorded (as the recipe said, else 16 bits) or int8 (faster, rougher).",
+        help="Inputs of integer weights: 'as quantised' (by the recipe, else 16 bits) or int8 (faster, rougher).",
     ),
 ]
 Head = Annotated[str, typer.Option("--head", metavar="KIND", help="Output head in int8, int4, bf16, or 'as stored'.")]
 Layout = Annotated[
     str,
     typer.Option(
-        "--layout", metavar="KIND", help="sparse, dense (filled up), columns, dense columns, or the fastest here."
+        "--layout", metavar="KIND", help="sparse, dense, input-major, dense input-major, or auto: the fastest here."
     ),
 ]
 Weights = Annotated[
@@ -61,7 +61,7 @@ def generate(
     threads: Threads = None,
     context: Context = None,
     cache: Cache = "auto",
-    activations: Activations = "recorded",
+    activations: Activations = "as quantised",
     head: Head = "int8",
     layout: Layout = "auto",
     weights: Weights = "as stored",
@@ -96,7 +96,7 @@ def chat(
     threads: Threads = None,
     context: Context = None,
     cache: Cache = "auto",
-    activations: Activations = "recorded",
+    activations: Activations = "as quantised",
     head: Head = "int8",
     layout: Layout = "auto",
     weights: Weights = "as stored",
@@ -135,7 +135,7 @@ def bench(
     rounds: Annotated[int, typer.Option("--rounds", metavar="R", min=1, help="Medians of so many.")] = 5,
     threads: Threads = None,
     cache: Cache = "auto",
-    activations: Activations = "recorded",
+    activations: Activations = "as quantised",
     head: Head = "int8",
     layout: Layout = "auto",
     weights: Weights = "as stored",

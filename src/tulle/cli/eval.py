@@ -39,7 +39,7 @@ def evaluate(
     backend: Annotated[
         str, typer.Option("--backend", metavar="NAME", help="What runs the model: torch or engine.")
     ] = "torch",
-    activations: Activations = "recorded",
+    activations: Activations = "as quantised",
     weights: Weights = "as stored",
     device: common.Device = "cpu",
     dtype: Annotated[str, typer.Option("--dtype", help="Of activations and unpacked weights.")] = "float32",
@@ -52,7 +52,7 @@ def evaluate(
     if backend not in ("torch", "engine"):
         raise UserError(f"expected --backend torch or engine, found {backend!r}")
     options = {"activations": activations, "weights": weights}
-    if backend == "torch" and options != {"activations": "recorded", "weights": "as stored"}:
+    if backend == "torch" and options != {"activations": "as quantised", "weights": "as stored"}:
         raise UserError("expected --activations and --weights with --backend engine, found them with torch; add that")
     chosen = common.parse_range(documents)
     from tulle.evaluate import Protocol, evaluate_text, held_out_text

@@ -21,7 +21,7 @@ class Speed(TypedDict):
     decode_tokens_per_s: float
     weight_bytes: int
     read_bytes: float
-    """What of these a token reads: weights of inputs that it leaves out are skipped where they stand by columns."""
+    """What of these a token reads: weights of inputs that it leaves out are skipped where they are input-major."""
     cache_bytes: int
     bandwidth_gb_s: float
     """Weights that decoding reads per second, 10⁹ bytes."""

@@ -1,23 +1,27 @@
-"""From the packed format to the layout that the kernels read (native/include/tulle/linear.hpp).
+"""Packs weights into the order that the kernels read: native/include/tulle/linear.hpp defines it, with pictures.
 
 Rows come in tiles of 16, padded; the input channels of one scale in equal *segments* of at most 512, padded to whole
-ones. Of a tile, codes stand unit after unit: 4 inputs × 16 outputs, output major; bfloat16 2 × 16; float32 1 × 16. A
+ones. In *tiles*, codes lie unit after unit: 4 inputs × 16 outputs, output major; bfloat16 2 × 16; float32 1 × 16. A
 sparse linear has a bit per weight in that order, and offsets to the kept values of every *chunk* (as many segments as
-fit into 512 inputs). linear.hpp says how 4-bit codes share bytes.
+fit into 512 inputs).
 
-Or by *columns*, where tokens leave most inputs out: what one input meets of 64 bytes of outputs is a *line*, all lines
-of up to 96 (2 bits: 48) are a *strip*, in which inputs follow each other. Where inputs are kept or left out by fours, a
-column is four inputs.
+*Input-major*, where tokens leave most inputs out: what one input multiplies of 64 bytes of outputs is a *cache line*;
+up to 96 lines (2 bits: 48) are a *panel*, in which inputs follow each other. Where inputs are kept or dropped in blocks
+of 4, such a block takes the place of an input.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from tulle.engine.checkpoint import StoredLinear
+from tulle.engine.native_model import Layout, LinearFacts, WeightKind
 
 TILE = 16
 CHUNK = 512
@@ -26,9 +30,28 @@ SLACK = 64
 """Bytes behind the values that kernels may read."""
 BLOCK = 64
 """Tiles that are converted at once: bounds the memory."""
-STRIP_LINES = 96
+PANEL_LINES = 96
 """Of 2-bit codes half as many."""
-LINE_OUTPUTS = {"codes2": 256, "codes4": 128, "codes8": 64}
+LINE_OUTPUTS = {WeightKind.CODES2: 256, WeightKind.CODES4: 128, WeightKind.CODES8: 64}
+UNIT_INPUTS = {WeightKind.CODES4: 4, WeightKind.CODES8: 4, WeightKind.BF16: 2, WeightKind.F32: 1}
+
+
+class ModelLayout(StrEnum):
+    """How the weights of a model are laid out: pruned ones left out or densified, in tiles or input-major."""
+
+    SPARSE = "sparse"
+    DENSE = "dense"
+    INPUT_MAJOR = "input-major"
+    DENSE_INPUT_MAJOR = "dense input-major"
+
+    @property
+    def densified(self) -> bool:
+        return self in (ModelLayout.DENSE, ModelLayout.DENSE_INPUT_MAJOR)
+
+    @property
+    def input_major(self) -> bool:
+        """Where a linear has input-major kernels; the others stay in tiles."""
+        return self in (ModelLayout.INPUT_MAJOR, ModelLayout.DENSE_INPUT_MAJOR)
 
 
 @dataclass(frozen=True)
@@ -42,7 +65,7 @@ class Geometry:
     segments_per_scale: int
     scales: int
     line: int = TILE
-    """Outputs that the rows are filled up to a multiple of."""
+    """Outputs that the rows are padded to a multiple of."""
 
     @property
     def segments(self) -> int:
@@ -84,29 +107,29 @@ def _units(values: NDArray[Any], cut: Geometry, inputs: int) -> Iterator[NDArray
         yield padded.reshape(tiles, TILE, -1, inputs).transpose(0, 2, 1, 3).reshape(tiles, -1)
 
 
-def _per_tile(values: NDArray[Any], cut: Geometry, by_columns: bool) -> NDArray[Any]:
-    """``[C_out, G]`` → ``[tiles, G, 16]``, by columns ``[G, tiles, 16]``, flat."""
+def _per_tile(values: NDArray[Any], cut: Geometry, input_major: bool) -> NDArray[Any]:
+    """``[C_out, G]`` → ``[tiles, G, 16]``, input-major ``[G, tiles, 16]``, flat."""
     padded = np.zeros((cut.tiles * TILE, values.shape[1]), values.dtype)
     padded[: cut.rows] = values
-    order = (2, 0, 1) if by_columns else (0, 2, 1)
+    order = (2, 0, 1) if input_major else (0, 2, 1)
     return np.ascontiguousarray(padded.reshape(cut.tiles, TILE, -1).transpose(order)).reshape(-1)
 
 
-def _stored(kind: str, units: NDArray[Any]) -> NDArray[np.uint8]:
+def _stored(kind: WeightKind, units: NDArray[Any]) -> NDArray[np.uint8]:
     """Bytes of dense values. Nibbles of two consecutive units share bytes."""
-    if kind == "codes4":
+    if kind is WeightKind.CODES4:
         pairs = units.reshape(-1, 2, 64)
         return (pairs[:, 0] | pairs[:, 1] << 4).reshape(-1)
     return np.ascontiguousarray(units).reshape(-1).view(np.uint8)
 
 
 def _kept(
-    kind: str, units: NDArray[Any], kept: NDArray[np.bool_], starts: NDArray[np.int64]
+    kind: WeightKind, units: NDArray[Any], kept: NDArray[np.bool_], starts: NDArray[np.int64]
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Bytes of what a sparse linear keeps of ``units [tiles, padded·16]``, and how many each chunk takes, ``starts``
     being the chunks' first weights.
     """
-    if kind != "codes4":
+    if kind is not WeightKind.CODES4:
         counts = np.add.reduceat(kept, starts, axis=1, dtype=np.int64).reshape(-1)
         return units[kept].view(np.uint8), counts * units.itemsize
     pairs = kept.reshape(-1, 2, 64)
@@ -120,12 +143,14 @@ def _kept(
     return stored, np.add.reduceat(widths.reshape(len(units), -1), starts // 128, axis=1).reshape(-1)
 
 
-def arrange(kind: str, values: NDArray[Any], mask: NDArray[np.bool_] | None, cut: Geometry) -> dict[str, NDArray[Any]]:
+def arrange(
+    kind: WeightKind, values: NDArray[Any], mask: NDArray[np.bool_] | None, cut: Geometry
+) -> dict[str, NDArray[Any]]:
     """``values`` and, where there is a mask, ``masks`` and ``offsets`` of a linear.
 
     values ``[C_out, C_in]``: uint8 codes, uint16 bits of bfloat16, or float32. mask ``[C_out, C_in]``: True = stored.
     """
-    inputs = {"codes4": 4, "codes8": 4, "bf16": 2, "f32": 1}[kind]
+    inputs = UNIT_INPUTS[kind]
     if mask is None:
         parts = [_stored(kind, units) for units in _units(values, cut, inputs)]
         return {"values": np.concatenate([*parts, np.zeros(SLACK, np.uint8)])}
@@ -143,9 +168,9 @@ def arrange(kind: str, values: NDArray[Any], mask: NDArray[np.bool_] | None, cut
     }
 
 
-def _strips(values: NDArray[Any], cut: Geometry, most: int, inputs: int) -> Iterator[NDArray[Any]]:
-    """Of ``[C_out, C_in]`` strip after strip of at most ``most`` lines: ``[padded, lines, line outputs / 64, 64]``, the
-    64 outputs in the order of a line's bytes. Of four ``inputs`` a column ``[padded / 4, 4·lines, ...]``, of a line one
+def _panels(values: NDArray[Any], cut: Geometry, most: int, inputs: int) -> Iterator[NDArray[Any]]:
+    """Of ``[C_out, C_in]`` panel after panel of at most ``most`` lines: ``[padded, lines, line outputs / 64, 64]``, the
+    64 outputs in the order of a line's bytes. With blocks of 4 ``inputs`` ``[padded / 4, 4·lines, ...]``, of a line one
     after another 16 of every 64 outputs × 4 inputs.
     """
     lines = cut.tiles * TILE // cut.line
@@ -165,23 +190,24 @@ def _strips(values: NDArray[Any], cut: Geometry, most: int, inputs: int) -> Iter
         yield split.transpose(5, 0, 1, 3, 2, 4).reshape(cut.padded, -1, cut.line // 64, 64)
 
 
-def arrange_columns(
-    kind: str, values: NDArray[np.uint8], mask: NDArray[np.bool_] | None, cut: Geometry, inputs: int = 1
+def arrange_input_major(
+    kind: WeightKind, values: NDArray[np.uint8], mask: NDArray[np.bool_] | None, cut: Geometry, inputs: int = 1
 ) -> dict[str, NDArray[Any]]:
-    """``values`` and, where there is a mask, ``offsets`` and ``starts`` of a linear by columns of 1 or 4 ``inputs``.
+    """``values`` and, where there is a mask, ``offsets`` and ``starts`` of an input-major linear, in blocks of 1 or 4
+    ``inputs``.
 
     values ``[C_out, C_in]``: codes; sparse ones of 4 bits.
     """
-    most = STRIP_LINES // 2 if kind == "codes2" else STRIP_LINES
+    most = PANEL_LINES // 2 if kind is WeightKind.CODES2 else PANEL_LINES
     bits = 8 * 64 // cut.line
     shifts = (np.arange(cut.line // 64) * bits).astype(np.uint8)[:, None]
     slack = np.zeros(SLACK, np.uint8)
     if mask is None:
-        strips = _strips(values, cut, most, inputs)
-        parts = [np.bitwise_or.reduce(codes << shifts, axis=2).reshape(-1) for codes in strips]
+        panels = _panels(values, cut, most, inputs)
+        parts = [np.bitwise_or.reduce(codes << shifts, axis=2).reshape(-1) for codes in panels]
         return {"values": np.concatenate([*parts, slack])}
     parts, starts, ends = [], [], [0]
-    for codes, kept in zip(_strips(values, cut, most, inputs), _strips(mask, cut, most, inputs), strict=True):
+    for codes, kept in zip(_panels(values, cut, most, inputs), _panels(mask, cut, most, inputs), strict=True):
         columns, lines = codes.shape[:2]
         widths = kept.sum(3, dtype=np.int64).max(2)  # bytes of a line's codes
         begins = np.concatenate([[0], np.cumsum(16 * lines + widths.sum(1))])
@@ -204,48 +230,35 @@ def arrange_columns(
     }
 
 
-def columns_kind(bits: int, sparse: bool) -> str:
-    """How codes of so many bits are stored by columns."""
-    return "codes2" if bits <= 2 and not sparse else "codes4" if bits <= 4 else "codes8"
+def input_major_kind(bits: int, sparse: bool) -> WeightKind:
+    """How codes of so many bits are stored in input-major layouts."""
+    return WeightKind.CODES2 if bits <= 2 and not sparse else WeightKind.CODES4 if bits <= 4 else WeightKind.CODES8
 
 
-def integer_linear(
-    bits: int,
-    codes: NDArray[np.uint8],
-    scale: NDArray[np.uint16],
-    zero_point: NDArray[np.uint8] | None,
-    mask: NDArray[np.bool_] | None,
-    column_inputs: int = 0,
-) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    """(facts, arrays) of a linear of codes u ``[C_out, C_in]``, bfloat16 scales ``[C_out, G]`` and zero points; in
-    tiles (0) or by columns of 1 or 4 inputs."""
-    shape = (codes.shape[0], codes.shape[1])
-    if column_inputs:
-        kind = columns_kind(bits, mask is not None)
-        cut = geometry(shape, scale.shape[1], LINE_OUTPUTS[kind])
-        arrays = arrange_columns(kind, codes, mask, cut, column_inputs)
+def for_kernels(stored: StoredLinear, block_inputs: int = 0) -> tuple[LinearFacts, dict[str, NDArray[Any]]]:
+    """(facts, arrays) of a linear: in tiles (``block_inputs`` 0), or input-major in blocks of 1 or 4 inputs, of codes
+    alone."""
+    values, mask, bits = stored.values, stored.mask, stored.bits
+    line = TILE
+    if bits is None:
+        kind = WeightKind.BF16 if values.dtype == np.uint16 else WeightKind.F32
+    elif block_inputs:
+        kind = input_major_kind(bits, mask is not None)
+        line = LINE_OUTPUTS[kind]
     else:
-        kind = "codes4" if bits <= 4 else "codes8"
-        cut = geometry(shape, scale.shape[1])
-        arrays = arrange(kind, codes, mask, cut)
-    arrays["scales"] = _per_tile(scale, cut, column_inputs > 0)
-    if zero_point is not None:
-        arrays["zeros"] = _per_tile(zero_point, cut, column_inputs > 0)
-    return _facts(kind, cut, mask, column_inputs) | {"zero": 0 if zero_point is not None else 1 << (bits - 1)}, arrays
-
-
-def float_linear(
-    values: NDArray[Any], mask: NDArray[np.bool_] | None
-) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    """(facts, arrays) of a linear of uint16 bits of bfloat16 or float32 weights ``[C_out, C_in]``."""
-    kind = "bf16" if values.dtype == np.uint16 else "f32"
-    cut = geometry((values.shape[0], values.shape[1]), 1)
-    return _facts(kind, cut, mask, 0) | {"zero": 0}, arrange(kind, values, mask, cut)
-
-
-def _facts(kind: str, cut: Geometry, mask: NDArray[np.bool_] | None, column_inputs: int) -> dict[str, Any]:
-    return {
-        "kind": kind, "sparse": mask is not None, "by_columns": column_inputs > 0, "fours": column_inputs == 4,
-        "rows": cut.rows, "columns": cut.columns, "segment": cut.segment, "segments": cut.segments,
-        "segments_per_scale": cut.segments_per_scale,
-    }  # fmt: skip
+        kind = WeightKind.CODES4 if bits <= 4 else WeightKind.CODES8
+    scales = 1 if stored.scale is None else stored.scale.shape[1]
+    cut = geometry((values.shape[0], values.shape[1]), scales, line)
+    arrays = (
+        arrange_input_major(kind, values, mask, cut, block_inputs) if block_inputs else arrange(kind, values, mask, cut)
+    )
+    zero = 0
+    if stored.scale is not None:
+        arrays["scales"] = _per_tile(stored.scale, cut, block_inputs > 0)
+    if stored.zero_point is not None:
+        arrays["zeros"] = _per_tile(stored.zero_point, cut, block_inputs > 0)
+    elif bits is not None:
+        zero = 1 << (bits - 1)
+    layout = Layout.of(mask is not None, block_inputs)
+    facts = LinearFacts(kind, layout, cut.rows, cut.columns, cut.segment, cut.segments, cut.segments_per_scale, zero)
+    return facts, arrays

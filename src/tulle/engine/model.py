@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from tulle import _native
 from tulle.engine import scaling
-from tulle.engine.choose import LAYOUTS, choose_layout, layouts_for
-from tulle.engine.prepare import FOLDER, Checkpoint, Progress, Source, prepared, read_config
+from tulle.engine.checkpoint import Checkpoint, Source, read_config
+from tulle.engine.choose import check_layout, choose_layout, layouts_for
+from tulle.engine.prepare import FOLDER, Progress, prepared
 from tulle.engine.sampling import Sampler, Sampling
 from tulle.engine.settings import settings_of
 from tulle.engine.text import Stream, Text
@@ -25,6 +26,8 @@ BATCH = 256
 """Tokens of one forward pass; longer prompts take several."""
 FINE_CACHE = 1 << 28
 """Bytes up to which keys and values stay in float32."""
+AS_QUANTISED = "as quantised"
+"""Inputs of integer weights as the recipe quantised them; in 16 bits where it did not."""
 CONTEXT = 4096
 """Tokens, where the model allows more and nothing else is asked."""
 
@@ -78,11 +81,11 @@ class Engine:
 
     ``threads`` [all physical cores]; ``context`` tokens per sequence [the model's, at most 4096]; ``sequences`` that
     run at once; ``cache``: keys and values in f32, bf16 or int8 [int8 where the model quantises them anyway, else f32
-    up to 256 MB, then bf16]; ``activations``: ``recorded`` (as the recipe said; 16 bits where it left the inputs of
+    up to 256 MB, then bf16]; ``activations``: ``as quantised`` (as the recipe said; 16 bits where it left the inputs of
     integer weights unquantised) or ``int8`` (8 bits per token there, faster); ``head``: the output head in int8, int4
     (not of a Scaling Transformer), bf16, or as stored; ``layout`` of the weights: ``sparse``, ``dense`` (pruned ones
-    filled up), ``columns``, ``dense columns`` (inputs that are left out are not read) or what is faster here, which is
-    tried once [``auto``];
+    densified), ``input-major``, ``dense input-major`` (inputs that are left out are not read) or what is faster here,
+    which is tried once [``auto``];
     ``weights`` of a Scaling Transformer: f32, bf16, int8 [as stored], int8 with inputs of 8 bits whatever
     ``activations`` says (see :mod:`tulle.engine.scaling`). Raises ``UserError`` for a folder that is broken or a model
     that is not supported.
@@ -95,15 +98,16 @@ class Engine:
         context: int | None = None,
         sequences: int = 1,
         cache: str = "auto",
-        activations: str = "recorded",
+        activations: str = AS_QUANTISED,
         head: str = "int8",
         layout: str = "auto",
         progress: Progress | None = None,
         weights: str = "as stored",
     ):
         folder = Path(path)
-        if activations not in ("recorded", "int8"):
-            raise UserError(f"expected activations recorded or int8, found {activations!r}")
+        if activations not in (AS_QUANTISED, "int8"):
+            hint = f"; its name is {AS_QUANTISED} now" if activations == "recorded" else ""
+            raise UserError(f"expected activations {AS_QUANTISED} or int8, found {activations!r}{hint}")
         if cache not in ("auto", "bf16", "f32", "int8"):
             raise UserError(f"expected a cache in auto, bf16, f32 or int8, found {cache!r}")
         if sequences < 1 or (threads is not None and threads < 1) or (context is not None and context < 1):
@@ -134,24 +138,24 @@ class Engine:
                 f"expected weights {scaling.WEIGHTS[0]} for a model that is no Scaling Transformer, found {weights!r}; "
                 "tulle compress makes others"
             )
-        source, bits = Source(self.folder), 16 if activations == "recorded" else 8
-        self.layouts = layouts_for(source)
-        self.layout = choose_layout(source, layout, head, bits, self.threads)
-        file, facts = prepared(source, head, self.layout, progress)
-        model = source.anatomy
+        source, bits = Source(self.folder), 16 if activations == AS_QUANTISED else 8
+        chosen = choose_layout(source, layout, head, bits, self.threads)
+        self.layouts, self.layout = [str(name) for name in layouts_for(source)], str(chosen)
+        file, facts = prepared(source, head, chosen, progress)
+        model = source.description
+        mixer = model.layers[0].mixer
         if cache == "auto":
             # Codes of quantised keys and values are what they are in a cache of bytes.
             attention = source.packed.attention if source.packed else None
-            plain = self._fine_or_bf16(model.layers * model.kv_heads * model.head_dim)
+            plain = self._fine_or_bf16(len(model.layers) * mixer.kv_heads * mixer.head_dim)
             cache = "int8" if attention and attention.key and attention.value else plain
         self.vocabulary = model.vocabulary
-        settings = settings_of(source, file, facts, bits, range(model.layers))
+        settings = settings_of(source, file, facts, bits, range(len(model.layers)))
         self._native: _native.Engine | _native.ScalingEngine
         self._native = _native.Engine(settings, self.sequences, self.context, BATCH, cache, self.threads)
 
     def _open_scaling(self, cache: str, weights: str, head: str, layout: str, progress: Progress | None) -> None:
-        if layout not in LAYOUTS:
-            raise UserError(f"expected a layout of {', '.join(LAYOUTS)}, found {layout!r}")
+        check_layout(layout)
         shape, settings = scaling.settings_of(Checkpoint(self.folder), weights, head, progress)
         self.layouts, self.layout, self.vocabulary = ["dense"], "dense", shape.vocabulary
         if cache == "auto":
@@ -176,7 +180,7 @@ class Engine:
 
     def take_bytes_per_token(self) -> float:
         """Bytes of weights that a token read, on average over the passes of one token since the last call (0 without
-        any): less than ``weight_bytes`` where weights stand by columns and tokens leave inputs out, or where chosen
+        any): less than ``weight_bytes`` where weights are input-major and tokens leave inputs out, or where chosen
         units of a Scaling Transformer are at zero."""
         return float(self._native.take_bytes_per_token())
 

@@ -1,6 +1,6 @@
 """A Scaling Transformer (docs/guide/scaling-transformers.md) as the native engine takes it.
 
-Weights that a token meets row by row stay as they are, row by row: of W₁ and W₂ of a sparse feed-forward one row is
+Weights that a token reads row by row stay as they are, row by row: of W₁ and W₂ of a sparse feed-forward one row is
 what one unit needs. Where outputs or inputs are few (the controller's second matrix, E of the multiplicative layer, the
 convolutions), 16 outputs lie side by side instead ("panels"). Everything is copied into huge pages at start.
 
@@ -17,11 +17,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tulle.engine.checkpoint import Checkpoint
 from tulle.engine.files import ALIGNMENT, huge
-from tulle.engine.prepare import Checkpoint, Progress
-from tulle.engine.settings import rope
+from tulle.engine.native_model import (
+    Convolution,
+    Matrix,
+    Multiplicative,
+    Panels,
+    Projection,
+    ScalingLayer,
+    ScalingModel,
+    WeightKind,
+)
+from tulle.engine.prepare import Progress
+from tulle.engine.settings import rotary_frequencies
 from tulle.errors import UserError
 from tulle.format.pack import bf16_to_f32, f32_to_bf16
+from tulle.models.config_keys import ConfigKeys
+from tulle.models.families._parts import read_rotary
 
 MODEL_TYPE = "scaling_transformer"
 WEIGHTS = ("as stored", "f32", "bf16", "int8")
@@ -31,11 +44,11 @@ LARGEST = 1 << 24
 CODE_INPUTS = 1 << 16
 """Inputs of a row of codes, at most: beyond, sums might leave 32 bits."""
 BLOCK = 1 << 26
-"""Bytes of one piece of huge pages."""
+"""Bytes of one allocation of huge pages."""
 HEADS = ("int8", "bf16", "as stored")
 PART = 1 << 22
 """Numbers that are rounded at once."""
-TYPES = {"f32": np.float32, "bf16": np.uint16, "codes8": np.uint8}
+TYPES = {WeightKind.F32: np.float32, WeightKind.BF16: np.uint16, WeightKind.CODES8: np.uint8}
 
 
 class Arena:
@@ -67,15 +80,15 @@ class Weights:
     def bias(self, name: str, size: int) -> NDArray[np.float32] | None:
         return self.vector(name, size) if name in self._source else None
 
-    def matrix(self, name: str, shape: tuple[int, int], weights: str | None = None) -> dict[str, Any]:
+    def matrix(self, name: str, shape: tuple[int, int], weights: str | None = None) -> Matrix:
         """Row by row."""
         weights = weights or self._weights
         stored = self._source.tensor(name, shape)
-        kind = "codes8" if weights == "int8" else self._kind(name, weights)
-        if kind == "codes8" and shape[1] > CODE_INPUTS:
+        kind = WeightKind.CODES8 if weights == "int8" else self._kind(name, weights)
+        if kind is WeightKind.CODES8 and shape[1] > CODE_INPUTS:
             raise UserError(f"expected at most {CODE_INPUTS} inputs for int8, found {shape[1]} in {name}; try bf16")
         values = self._arena.empty(shape, TYPES[kind])
-        scales = self._arena.empty(shape[:1], np.float32) if kind == "codes8" else None
+        scales = self._arena.empty(shape[:1], np.float32) if kind is WeightKind.CODES8 else None
         rows = max(1, PART // shape[1])
         bits = self._source.dtype(name) == "BF16"
         for start in range(0, shape[0], rows):
@@ -83,10 +96,10 @@ class Weights:
             if scales is None:
                 values[part] = _converted(stored[part], bits, kind)
             else:
-                values[part], scales[part] = quantised(_converted(stored[part], bits, "f32"), name)
-        return {"kind": kind, "rows": shape[0], "columns": shape[1], "values": _flat(values), "scales": scales}
+                values[part], scales[part] = quantised(_converted(stored[part], bits, WeightKind.F32), name)
+        return Matrix(kind, shape[0], shape[1], values.reshape(-1), scales)
 
-    def panels(self, name: str, shape: tuple[int, ...], axes: tuple[int, ...]) -> dict[str, Any]:
+    def panels(self, name: str, shape: tuple[int, ...], axes: tuple[int, ...]) -> Panels:
         """B ``[inputs, outputs]``: the tensor with its axes in this order, outputs last."""
         kind = self._kind(name, self.small)
         stored = self._source.tensor(name, shape).transpose(axes)
@@ -97,25 +110,23 @@ class Weights:
         for number in range(count):
             part = table[:, number * PANEL : (number + 1) * PANEL]
             values[number, :, : part.shape[1]] = part
-        return {"kind": kind, "inputs": len(table), "outputs": outputs, "values": _flat(values)}
+        return Panels(kind, len(table), outputs, values.reshape(-1))
 
-    def multiplicative(self, name: str, inputs: int, outputs: int, modules: int) -> dict[str, Any]:
-        return {
-            "d": self.matrix(f"{name}.d", (modules, inputs), self.small),
-            "e": self.panels(f"{name}.e", (outputs // modules, inputs), (1, 0)),
-            "bias": self.bias(f"{name}.bias", outputs),
-        }
+    def multiplicative(self, name: str, inputs: int, outputs: int, modules: int) -> Multiplicative:
+        d = self.matrix(f"{name}.d", (modules, inputs), self.small)
+        e = self.panels(f"{name}.e", (outputs // modules, inputs), (1, 0))
+        return Multiplicative(d, e, self.bias(f"{name}.bias", outputs))
 
-    def _kind(self, name: str, weights: str) -> str:
+    def _kind(self, name: str, weights: str) -> WeightKind:
         """f32 or bf16."""
         if weights == "as stored":
-            return "bf16" if self._source.dtype(name) == "BF16" else "f32"
-        return weights
+            return WeightKind.BF16 if self._source.dtype(name) == "BF16" else WeightKind.F32
+        return WeightKind(weights)
 
 
-def _converted(stored: NDArray[Any], bits: bool, kind: str) -> NDArray[Any]:
+def _converted(stored: NDArray[Any], bits: bool, kind: WeightKind) -> NDArray[Any]:
     """``bits``: what is stored are those of bfloat16."""
-    if kind == "bf16":
+    if kind is WeightKind.BF16:
         return stored if bits else f32_to_bf16(stored.astype(np.float32))
     return bf16_to_f32(stored) if bits else stored.astype(np.float32, copy=False)
 
@@ -130,10 +141,6 @@ def quantised(rows: NDArray[np.float32], name: str) -> tuple[NDArray[np.uint8], 
     scales = np.maximum(scales, np.finfo(np.float32).tiny)
     codes = np.rint(rows / scales[:, None]).clip(-127, 127) + 128
     return codes.astype(np.uint8), scales
-
-
-def _flat(values: NDArray[Any]) -> NDArray[Any]:
-    return values.reshape(-1)
 
 
 class Shape:
@@ -180,7 +187,7 @@ class Shape:
 
 def settings_of(
     source: Checkpoint, weights: str, head: str, progress: Progress | None = None
-) -> tuple[Shape, dict[str, Any]]:
+) -> tuple[Shape, ScalingModel]:
     """Sizes, and the model as ``_native.ScalingEngine`` takes it.
 
     ``weights``: as stored, f32, bf16 or int8; ``head``: int8, bf16 or as stored, of a dense head (with the exact rows
@@ -208,7 +215,8 @@ def settings_of(
     as_stored = "as stored"
     size = (shape.vocabulary, shape.hidden)
     embedding = made.matrix(table, size, as_stored)
-    exact = None
+    exact: Matrix | None = None
+    output: Matrix | Multiplicative
     if shape.loss_modules:
         output = made.multiplicative("lm_head", shape.hidden, shape.vocabulary, shape.loss_modules)
     else:
@@ -216,62 +224,67 @@ def settings_of(
         if head != as_stored:
             exact = output if head == "int8" else None
             output = made.matrix(table if shape.tied else "lm_head.weight", size, head)
-    return shape, {
-        "hidden": shape.hidden,
-        "intermediate": shape.intermediate,
-        "heads": shape.heads,
-        "vocabulary": shape.vocabulary,
-        "modules": shape.modules,
-        "block": shape.block,
-        "loss_modules": shape.loss_modules,
-        "eps": _number(source.config, "rms_norm_eps", 1e-6),
-        "inverse_frequencies": frequencies,
-        "embedding": embedding,
-        "norm": made.vector("model.norm.weight", shape.hidden),
-        "head": output,
-        "exact_head": exact,
-        "layers": layers,
-    }
+    return shape, ScalingModel(
+        hidden=shape.hidden,
+        intermediate=shape.intermediate,
+        heads=shape.heads,
+        vocabulary=shape.vocabulary,
+        modules=shape.modules,
+        block=shape.block,
+        loss_modules=shape.loss_modules,
+        eps=_number(source.config, "rms_norm_eps", 1e-6),
+        inverse_frequencies=frequencies,
+        embedding=embedding,
+        layers=layers,
+        norm=made.vector("model.norm.weight", shape.hidden),
+        head=output,
+        exact_head=exact,
+    )
 
 
-def _layer(made: Weights, shape: Shape, prefix: str) -> dict[str, Any]:
+def _layer(made: Weights, shape: Shape, prefix: str) -> ScalingLayer:
     d, d_ff, attention, mlp = shape.hidden, shape.intermediate, f"{prefix}self_attn.", f"{prefix}mlp."
-    found: dict[str, Any] = {
-        "input_norm": made.vector(f"{prefix}input_layernorm.weight", d),
-        "post_norm": made.vector(f"{prefix}post_attention_layernorm.weight", d),
-    }
+    sparse = shape.block > 0
+    suffix = "" if sparse else ".weight"
+    w2_bias = made.vector(f"{mlp}b2", d) if sparse else made.bias(f"{mlp}w2.bias", d)
+    found = ScalingLayer(
+        input_norm=made.vector(f"{prefix}input_layernorm.weight", d),
+        post_norm=made.vector(f"{prefix}post_attention_layernorm.weight", d),
+        w1=Projection(made.matrix(f"{mlp}w1{suffix}", (d_ff, d))),
+        w2=Projection(made.matrix(f"{mlp}w2{suffix}", (d_ff, d) if sparse else (d, d_ff)), w2_bias),
+    )
+    if sparse:
+        controller = f"{mlp}controller."
+        found.c1 = made.matrix(f"{controller}c1.weight", (shape.rank, d), made.small)
+        found.c2 = made.panels(f"{controller}c2.weight", (d_ff, shape.rank), (1, 0))
+        found.c2_bias = made.vector(f"{controller}c2.bias", d_ff)
     if shape.modules:
-        found["multiplicative"] = made.multiplicative(f"{attention}multiplicative", d, d, shape.modules)
+        found.multiplicative = made.multiplicative(f"{attention}multiplicative", d, d, shape.modules)
         size = d // shape.modules
-        for part, width in (("q", 3), ("k", 3), ("v", 1)):
+
+        def convolution(part: str, width: int) -> Convolution:
             name = f"{attention}{part}_conv"
             # Stored as [out, in, length, modules].
             weight = made.panels(f"{name}.weight", (size, size, 3, width), (2, 3, 1, 0))
-            found[f"{part}_conv"] = {"weight": weight, "bias": made.bias(f"{name}.bias", size)}
+            return Convolution(weight, made.bias(f"{name}.bias", size))
+
+        found.q_conv, found.k_conv, found.v_conv = convolution("q", 3), convolution("k", 3), convolution("v", 1)
     else:
-        for part in "qkvo":
+
+        def projection(part: str) -> Projection:
             name = f"{attention}{part}_proj"
-            found[part] = {"weight": made.matrix(f"{name}.weight", (d, d)), "bias": made.bias(f"{name}.bias", d)}
-    if shape.block:
-        controller = f"{mlp}controller."
-        return found | {
-            "w1": {"weight": made.matrix(f"{mlp}w1", (d_ff, d)), "bias": None},
-            "w2": {"weight": made.matrix(f"{mlp}w2", (d_ff, d)), "bias": made.vector(f"{mlp}b2", d)},
-            "c1": made.matrix(f"{controller}c1.weight", (shape.rank, d), made.small),
-            "c2": made.panels(f"{controller}c2.weight", (d_ff, shape.rank), (1, 0)),
-            "c2_bias": made.vector(f"{controller}c2.bias", d_ff),
-        }
-    return found | {
-        "w1": {"weight": made.matrix(f"{mlp}w1.weight", (d_ff, d)), "bias": None},
-        "w2": {"weight": made.matrix(f"{mlp}w2.weight", (d, d_ff)), "bias": made.bias(f"{mlp}w2.bias", d)},
-    }
+            return Projection(made.matrix(f"{name}.weight", (d, d)), made.bias(f"{name}.bias", d))
+
+        found.q, found.k, found.v, found.o = (projection(part) for part in "qkvo")
+    return found
 
 
 def _frequencies(config: Mapping[str, Any], head_dim: int) -> list[float]:
-    try:
-        inverse, _ = rope(config, head_dim)
-    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"expected rope_parameters in config.json, found others ({error})") from None
+    keys = ConfigKeys(config)
+    rotary = read_rotary(keys, head_dim, keys.size("max_position_embeddings", 2048))
+    if rotary.kind != "default":
+        raise UserError(f"expected rope_type default for a Scaling Transformer, found {rotary.kind!r}")
+    inverse, _ = rotary_frequencies(rotary)
     return [float(x) for x in inverse]
 
 

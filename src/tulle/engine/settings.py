@@ -1,22 +1,35 @@
-"""A model as the native engine takes it: sizes, arrays, transforms and quantisers in one dictionary."""
+"""A model as the native engine takes it: from a checkpoint and its packed linears to ``native_model.Model``."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tulle.core.paley import base_order, hadamard_block, paley
-from tulle.engine.prepare import Source
+from tulle.engine.checkpoint import Source
+from tulle.engine.native_model import (
+    Floats,
+    Grid,
+    Group,
+    Layer,
+    Linear,
+    LinearFacts,
+    Model,
+    Selection,
+    Table,
+    Transform,
+    WeightKind,
+)
 from tulle.errors import UserError
 from tulle.format.spec import HeadSpec, LinearSpec
+from tulle.models.description import Decoder, Norm, Rotary
+from tulle.models.rotary import depends_on_length, frequencies
 
-NO_GRID = {"bits": 0, "symmetric": True, "clip": 1.0, "own": False}
-"""``own``: not the model's, but the engine's, which comes after the selection of inputs."""
-GATES = {"silu": "silu", "swish": "silu", "relu": "relu", "relu2": "relu2", "gelu_pytorch_tanh": "gelu_tanh"}
+GATES = ("silu", "relu", "relu2", "gelu_tanh")
+"""Activations of gated feed-forwards that the kernels have."""
 
 
 class Tensors(Protocol):
@@ -28,184 +41,203 @@ class Tensors(Protocol):
 
 
 def settings_of(
-    source: Source, file: Tensors, facts: Mapping[str, Any], unquantised: int, blocks: Iterable[int]
-) -> dict[str, Any]:
-    """The model with these of its blocks; inputs of integer weights that the file leaves unquantised get
-    ``unquantised`` bits."""
-    model, config, packed = source.anatomy, source.config, source.packed
-    specs = packed.linears if packed else {}
-    attention = packed.attention if packed else None
-    gate = GATES.get(config.get("hidden_act", "silu"))
-    if gate is None:
-        raise UserError(f"expected hidden_act of {', '.join(GATES)}, found {config['hidden_act']!r}")
-
-    def linear(names: Sequence[str], key: str, spec: LinearSpec | None) -> dict[str, Any]:
-        found = facts[key]
-        grid = dict(NO_GRID)
-        if spec is not None and spec.input_bits is not None:
-            grid |= {"bits": spec.input_bits, "symmetric": spec.input_symmetric, "clip": spec.input_clip}
-        elif found["kind"].startswith("codes"):
-            grid |= {"bits": unquantised, "own": True}
-        arrays = {
-            suffix: file.tensor(f"{key}.{suffix}") if f"{key}.{suffix}" in file else None
-            for suffix in ("values", "masks", "offsets", "starts", "scales", "zeros")
-        }
-        return (
-            dict(found)
-            | arrays
-            | {
-                "bias": bias_of(source, names, found["rows"]),
-                "input": grid,
-                "selection": selection(source, names[0], spec),
-            }
-        )
-
-    def group(prefix: str, names: Sequence[str]) -> dict[str, Any]:
-        full = [prefix + name for name in names]
-        spec = specs.get(full[0])
-        if any((s.transform if (s := specs.get(n)) else ()) != (spec.transform if spec else ()) for n in full):
-            raise UserError(f"expected the same transforms in front of {', '.join(full)}, found different ones")
-        transforms = transform_facts(spec, source, spec.transform_of or full[0]) if spec else []
-        # Those that stand together with an earlier one have no facts of their own.
-        alone = len(full) == sum(n in facts for n in full)
-        linears = [linear([n] if alone else full, n, specs.get(n)) for n in (full if alone else full[:1])]
-        for found in (one["selection"] for one in linears[1:]):
-            first = linears[0]["selection"]
-            if found and first and found["score"] is not None and np.array_equal(found["score"], first["score"]):
-                found["score"] = first["score"]  # the same array: linears that see the same inputs share them
-        return {"transforms": transforms, "linears": linears}
-
-    rows = {row.role: row for row in model.rows}
+    source: Source, file: Tensors, facts: Mapping[str, LinearFacts], engine_bits: int, blocks: Iterable[int]
+) -> Model:
+    """The model with these of its blocks; inputs of integer weights that the checkpoint leaves unquantised get
+    ``engine_bits`` bits. Raises ``UserError`` for what the engine cannot run."""
+    description = source.description
+    require_runnable(description)
+    first, attention = description.layers[0], source.packed.attention if source.packed else None
+    mixer = first.mixer
+    linears = _Linears(source, file, facts, engine_bits)
     layers = []
     for index in blocks:
-        prefix = model.block_prefix(index)
+        layer = description.layers[index]
 
-        def gain(name: str | None, size: int, prefix: str = prefix) -> NDArray[np.float32] | None:
-            return None if name is None else source.floats(f"{prefix}{name}.weight", (size,))
+        def gain(norm: Norm | None, size: int, prefix: str = layer.prefix) -> Any:
+            return None if norm is None else source.floats(f"{prefix}{norm.name}.weight", (size,))
 
-        query, key = model.query_key_norms or (None, None)
+        groups = {
+            group.role: linears.group(names) for group, names in zip(layer.groups, source.groups[index], strict=True)
+        }
         layers.append(
-            {role: group(prefix, row.linears) for role, row in rows.items()}
-            | {
-                "input_norm": gain(rows["qkv"].norm, model.hidden),
-                "post_norm": gain(rows["gate_up"].norm, model.hidden),
-                "query_norm": gain(query, model.head_dim),
-                "key_norm": gain(key, model.head_dim),
-                "window": window(config, index),
-            }
+            Layer(
+                input_norm=gain(layer.mixer_norm, description.hidden),
+                post_norm=gain(layer.feed_forward_norm, description.hidden),
+                query_norm=gain(layer.mixer.q_norm, mixer.head_dim),
+                key_norm=gain(layer.mixer.k_norm, mixer.head_dim),
+                window=layer.mixer.window or 0,
+                **groups,
+            )
         )
-    head = model.architecture.embedding if model.tied else model.architecture.head
-    table = source.embedding_name()
-    embedding = source.tensor(table, (model.vocabulary, model.hidden))
-    bf16 = source.dtype(table) == "BF16"
-    exact, exact_kind = _exact_head(source, facts["head"]["kind"])
-    frequencies, scale = rope(config, model.head_dim)
+    head = description.embedding if description.tied else description.head
+    inverse, scale = rotary_frequencies(description.rotary[cast(str, mixer.rotary)])
     rotation = None
-    if attention and attention.hadamard and hadamard_block(model.head_dim) > 1:
-        rotation = {"kind": "hadamard", "channels": model.head_dim} | hadamard(hadamard_block(model.head_dim))
-    return {
-        "hidden": model.hidden,
-        "intermediate": model.intermediate,
-        "heads": model.heads,
-        "kv_heads": model.kv_heads,
-        "head_dim": model.head_dim,
-        "vocabulary": model.vocabulary,
-        "eps": float(config.get("rms_norm_eps", 1e-6)),
-        "gate": gate,
-        "inverse_frequencies": frequencies.tolist(),
-        "rope_scale": scale,
-        "query": _head(attention.query if attention else None),
-        "key": _head(attention.key if attention else None),
-        "value": _head(attention.value if attention else None),
-        "head_rotation": rotation,
-        "embedding_kind": "bf16" if bf16 else "f32",
-        "embedding": (embedding if bf16 else embedding.astype(np.float32)).reshape(-1),
-        "exact_head": exact,
-        "exact_kind": exact_kind,
-        "norm": source.floats(model.architecture.final_norm, (model.hidden,)),
-        "head": {"transforms": [], "linears": [linear([head.removesuffix(".weight")], "head", None)]},
-        "layers": layers,
-    }
+    if attention and attention.hadamard and hadamard_block(mixer.head_dim) > 1:
+        rotation = hadamard(mixer.head_dim, hadamard_block(mixer.head_dim))
+    return Model(
+        hidden=description.hidden,
+        intermediate=first.feed_forward.intermediate,
+        heads=mixer.heads,
+        kv_heads=mixer.kv_heads,
+        head_dim=mixer.head_dim,
+        vocabulary=description.vocabulary,
+        eps=description.final_norm.eps,
+        gate=first.feed_forward.activation,
+        inverse_frequencies=inverse.tolist(),
+        rope_scale=scale,
+        query=_head_grid(attention.query if attention else None),
+        key=_head_grid(attention.key if attention else None),
+        value=_head_grid(attention.value if attention else None),
+        head_rotation=rotation,
+        embedding=_table(source, source.embedding_name()),
+        layers=layers,
+        norm=source.floats(f"{description.final_norm.name}.weight", (description.hidden,)),
+        head=Group([], [linears.linear([head.removesuffix(".weight")], "head", None)]),
+        exact_head=_table(source, source.head_name()) if facts["head"].kind.is_codes else None,
+    )
 
 
-def bias_of(source: Source, names: Sequence[str], rows: int) -> NDArray[np.float32] | None:
-    """``[rows]`` of linears that stand together; None where none of them has one."""
+class _Linears:
+    """Packed linears with what belongs to them."""
+
+    def __init__(self, source: Source, file: Tensors, facts: Mapping[str, LinearFacts], engine_bits: int):
+        self._source, self._file, self._facts, self._engine_bits = source, file, facts, engine_bits
+
+    def group(self, names: Sequence[str]) -> Group:
+        """Linears that share an input, by their full names."""
+        specs = self._source.specs
+        spec = specs.get(names[0])
+        if any((s.transform if (s := specs.get(n)) else ()) != (spec.transform if spec else ()) for n in names):
+            raise UserError(f"expected the same transforms in front of {', '.join(names)}, found different ones")
+        transforms = transforms_of(spec, self._source, spec.transform_of or names[0]) if spec else []
+        if all(name in self._facts for name in names):
+            linears = [self.linear([name], name, specs.get(name)) for name in names]
+        else:  # fused, under the first one's name
+            linears = [self.linear(names, names[0], spec)]
+        first = linears[0].selection
+        for found in (one.selection for one in linears[1:]):
+            if found and first and _equal(found.score, first.score):
+                found.score = first.score  # the same array: linears that see the same inputs share them
+        return Group(transforms, linears)
+
+    def linear(self, names: Sequence[str], key: str, spec: LinearSpec | None) -> Linear:
+        """``names``: of the linears that are fused in it; ``key``: the name of its facts and arrays."""
+        facts = self._facts[key]
+        model_grid = spec is not None and spec.input_bits is not None
+        grid = Grid()
+        if spec is not None and spec.input_bits is not None:
+            grid = Grid(spec.input_bits, spec.input_symmetric, spec.input_clip)
+        elif facts.kind.is_codes:
+            grid = Grid(self._engine_bits)
+
+        def array(suffix: str) -> Any:
+            name = f"{key}.{suffix}"
+            return self._file.tensor(name) if name in self._file else None
+
+        return Linear(
+            facts=facts,
+            values=array("values"),
+            masks=array("masks"),
+            offsets=array("offsets"),
+            starts=array("starts"),
+            scales=array("scales"),
+            zeros=array("zeros"),
+            bias=bias_of(self._source, names, facts.rows),
+            input=grid,
+            engine_grid=facts.kind.is_codes and not model_grid,
+            selection=selection(self._source, names[0], spec),
+        )
+
+
+def _equal(a: Floats | None, b: Floats | None) -> bool:
+    return a is not None and b is not None and np.array_equal(a, b)
+
+
+def bias_of(source: Source, names: Sequence[str], rows: int) -> Floats | None:
+    """``[rows]`` of linears that are fused; None where none of them has one."""
     if not any(f"{name}.bias" in source for name in names):
         return None
-    counts = [rows] if len(names) == 1 else [source.anatomy.linear_shape(name)[0] for name in names]
+    counts = [rows] if len(names) == 1 else [source.shapes[name][0] for name in names]
     return np.concatenate([
         source.floats(f"{name}.bias", (n,)) if f"{name}.bias" in source else np.zeros(n, np.float32)
         for name, n in zip(names, counts, strict=True)
     ])  # fmt: skip
 
 
-def selection(source: Source, name: str, spec: LinearSpec | None) -> dict[str, Any] | None:
-    """Which inputs a linear sees, as the native engine takes it."""
+def selection(source: Source, name: str, spec: LinearSpec | None) -> Selection | None:
+    """Which inputs a linear sees."""
     found = None if spec is None else spec.input_sparsity
     if spec is None or found is None:
         return None
     columns = spec.shape[1]
-    return {
-        "kind": found.kind, "keep": found.keep or 0, "block": found.block or columns, "unit": found.unit,
-        "norm": found.by == "norm", "threshold": found.threshold or 0.0, "rescale": found.rescale,
-        "score": source.floats(f"{name}.input_score", (columns,)) if found.weighted else None,
-    }  # fmt: skip
+    return Selection(
+        kind=found.kind,
+        keep=found.keep or 0,
+        block=found.block or columns,
+        unit=found.unit,
+        norm=found.by == "norm",
+        threshold=found.threshold or 0.0,
+        rescale=found.rescale,
+        score=source.floats(f"{name}.input_score", (columns,)) if found.weighted else None,
+    )
 
 
-def _exact_head(source: Source, kind: str) -> tuple[NDArray[Any] | None, str]:
-    """The output head as it is stored (its bits, or float32) beside a rougher copy in codes, and its kind."""
-    model = source.anatomy
-    name = source.head_name()
-    if not kind.startswith("codes"):
-        return None, "f32"
-    stored = source.tensor(name, (model.vocabulary, model.hidden))
-    if source.dtype(name) == "BF16":
-        return stored.reshape(-1), "bf16"
-    return stored.astype(np.float32, copy=False).reshape(-1), "f32"
+def _table(source: Source, name: str) -> Table:
+    """Embedding or head as it is stored: bits of bfloat16, or float32."""
+    values = source.kernel_floats(name, (source.description.vocabulary, source.description.hidden))
+    return Table(WeightKind.BF16 if source.dtype(name) == "BF16" else WeightKind.F32, values.reshape(-1))
 
 
-def _head(spec: HeadSpec | None) -> dict[str, Any]:
-    return NO_GRID if spec is None else {"bits": spec.bits, "symmetric": spec.symmetric, "clip": spec.clip}
+def _head_grid(spec: HeadSpec | None) -> Grid:
+    return Grid() if spec is None else Grid(spec.bits, spec.symmetric, spec.clip)
 
 
-def window(config: Mapping[str, Any], layer: int) -> int:
-    """Tokens that attention of a layer reaches back, 0 for all."""
-    size = config.get("sliding_window")
-    if not isinstance(size, int):
-        return 0
-    kinds = config.get("layer_types")
-    if isinstance(kinds, list):
-        return size if layer < len(kinds) and kinds[layer] == "sliding_attention" else 0
-    if config.get("model_type") == "mistral":
-        return size
-    if not config.get("use_sliding_window", False):
-        return 0
-    return size if layer >= int(config.get("max_window_layers", 0)) else 0
+def rotary_frequencies(rotary: Rotary) -> tuple[NDArray[np.float32], float]:
+    """Frequencies ``[head_dim/2]`` and the factor on cosines and sines. Raises ``UserError`` for a table that differs
+    between short and long texts."""
+    if depends_on_length(rotary):
+        raise UserError(
+            f"expected rotary embeddings that do not depend on the text's length, found rope_type {rotary.kind!r}; "
+            "evaluate with --backend torch"
+        )
+    return frequencies(rotary, rotary.max_positions)
 
 
-def rope(config: Mapping[str, Any], head_dim: int) -> tuple[NDArray[np.float32], float]:
-    """Inverse frequencies ``[head_dim/2]`` and the factor on cosines and sines.
+def require_runnable(model: Decoder) -> None:
+    """Raises ``UserError`` for what a description asks for and the kernels do not do."""
+    first = model.layers[0]
+    for layer in model.layers:
+        mixer, feed_forward = layer.mixer, layer.feed_forward
+        norms = [model.final_norm, *(norm for norm, _ in layer.norms())]
+        _require(feed_forward.activation in GATES, "activation", feed_forward.activation)
+        _require(feed_forward == first.feed_forward, "feed-forward that differs between layers", feed_forward)
+        for key in ("heads", "kv_heads", "head_dim", "rotary"):
+            _require(getattr(mixer, key) == getattr(first.mixer, key), f"{key} that differs between layers", mixer)
+        _require(mixer.rotary is not None, "attention without positions", mixer.rotary)
+        _require(mixer.scale is None, "scale of attention", mixer.scale)
+        _require(mixer.soft_cap is None, "soft cap of attention", mixer.soft_cap)
+        _require(not mixer.sinks, "attention sinks", mixer.sinks)
+        _require(not mixer.output_gate, "output gate of attention", mixer.output_gate)
+        for norm in norms:
+            _require(norm.kind == "rms", f"kind of norm {norm.name}", norm.kind)
+            _require(norm.offset == 0 and not norm.bias, f"offset or bias of norm {norm.name}", norm)
+            _require(norm.eps == model.final_norm.eps, f"eps of norm {norm.name}", norm.eps)
+    table = model.rotary[cast(str, first.mixer.rotary)]
+    _require(table.dim == first.mixer.head_dim, "heads of which only a part is rotated", table.dim)
+    _require(model.embedding_scale == 1, "scale of the embedding", model.embedding_scale)
+    _require(model.logit_scale == 1, "scale of the logits", model.logit_scale)
+    _require(model.logit_soft_cap is None, "soft cap of the logits", model.logit_soft_cap)
+    _require(not model.head_bias, "bias of the head", model.head_bias)
 
-    Plain, ``linear`` and ``llama3`` scaling. Raises ``UserError`` for another.
-    """
-    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = float(found.get("rope_theta", config.get("rope_theta", 10000.0)))
-    inverse = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    kind = found.get("rope_type", found.get("type", "default"))
-    if kind == "linear":
-        inverse /= float(found["factor"])
-    elif kind == "llama3":
-        factor, low, high = (float(found[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
-        turns = float(found["original_max_position_embeddings"]) * inverse / (2 * math.pi)
-        smooth = ((turns - low) / (high - low)).clip(0, 1)
-        inverse = (1 - smooth) * inverse / factor + smooth * inverse
-    elif kind != "default":
-        raise UserError(f"expected rotary embeddings of type default, linear or llama3, found {kind!r}")
-    return inverse.astype(np.float32), 1.0
+
+def _require(holds: bool, what: str, value: Any) -> None:
+    if not holds:
+        raise UserError(f"expected a model that the engine can run, found {what} ({value}); use transformers for it")
 
 
-def transform_facts(spec: LinearSpec, source: Source, name: str) -> list[dict[str, Any]]:
-    """The transforms in front of a linear as the native engine takes them; ``name`` holds their tensors."""
+def transforms_of(spec: LinearSpec, source: Source, name: str) -> list[Transform]:
+    """The transforms in front of a linear; ``name`` holds their tensors."""
     return [
         transform(t.to_json(), spec.shape[1], {
             suffix: source.tensor(f"{name}.transform.{number}.{suffix}", shape)
@@ -215,30 +247,27 @@ def transform_facts(spec: LinearSpec, source: Source, name: str) -> list[dict[st
     ]  # fmt: skip
 
 
-def transform(spec: Mapping[str, Any], channels: int, tensors: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+def transform(spec: Mapping[str, Any], channels: int, tensors: Mapping[str, NDArray[Any]]) -> Transform:
     """One transform: its sizes and numbers, in float32."""
-    found: dict[str, Any] = {"kind": spec["kind"], "channels": channels}
+    kind = spec["kind"]
     numbers = {suffix: t.astype(np.float32) for suffix, t in tensors.items() if t.dtype != np.int32}
-    if spec["kind"] == "diagonal":
-        return found | {"scale": numbers["scale"].reshape(-1)}
-    if spec["kind"] == "permutation":
-        return found | {"index": np.ascontiguousarray(tensors["index"])}
-    if spec["kind"] == "block_matrix":
-        return found | {"block": spec["block"], "shared": spec["shared"], "matrix": numbers["matrix"].reshape(-1)}
-    if spec["kind"] == "kronecker":
-        left = np.ascontiguousarray(numbers["left"].T).reshape(-1)
-        return found | {
-            "left_size": spec["left"], "right_size": spec["right"], "left": left, "right": numbers["right"].reshape(-1),
-        }  # fmt: skip
-    return found | hadamard(spec["block"])
+    if kind == "diagonal":
+        return Transform(kind, channels, numbers=numbers["scale"].reshape(-1))
+    if kind == "permutation":
+        return Transform(kind, channels, index=np.ascontiguousarray(tensors["index"]))
+    if kind == "block_matrix":
+        matrix = numbers["matrix"].reshape(-1)
+        return Transform(kind, channels, block=spec["block"], shared=spec["shared"], numbers=matrix)
+    if kind == "kronecker":
+        both = np.concatenate([numbers["left"].T.reshape(-1), numbers["right"].reshape(-1)])
+        return Transform(kind, channels, left=spec["left"], right=spec["right"], numbers=both)
+    return hadamard(channels, spec["block"])
 
 
-def hadamard(block: int) -> dict[str, Any]:
-    """Block, base order m and H_mᵀ of a Hadamard transform."""
+def hadamard(channels: int, block: int) -> Transform:
+    """A Hadamard transform of blocks of so many channels; the order's factor m that is no power of two has H_mᵀ."""
     base = base_order(block)
     if base is None:
         raise UserError(f"expected a Hadamard order, found a block of {block} channels; the file is broken")
-    facts: dict[str, Any] = {"block": block, "base": base}
-    if base > 1:
-        facts["matrix"] = np.ascontiguousarray(paley(base).T.astype(np.float32)).reshape(-1)
-    return facts
+    matrix = np.ascontiguousarray(paley(base).T.astype(np.float32)).reshape(-1) if base > 1 else None
+    return Transform("hadamard", channels, block=block, base=base, numbers=matrix)

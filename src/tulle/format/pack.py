@@ -136,12 +136,26 @@ def unpack_linear_codes(
     """
     if spec.bits is None:
         raise UserError("expected a quantised linear, found one without bits; its values are weights")
+    return unpack_stored(spec, tensors)
+
+
+def unpack_stored(spec: LinearSpec, tensors: Mapping[str, NDArray]) -> tuple[NDArray, NDArray[np.bool_] | None]:
+    """(codes, or values as they are stored [C_out, C_in], 0 where pruned; mask [C_out, C_in] or None if dense).
+
+    Raises UserError where a tensor does not fit the spec.
+    """
     check_tensors(spec, tensors)
     c_in = spec.shape[1]
+    if spec.bits is None:
+        stored = tensors["values" if spec.sparse else "weight"]
+    elif spec.sparse:
+        stored = unpack_codes(tensors["values"], spec.bits, spec.stored)
+    else:
+        stored = unpack_codes(tensors["codes"], spec.bits, c_in)
     if not spec.sparse:
-        return unpack_codes(tensors["codes"], spec.bits, c_in), None
-    values = unpack_codes(tensors["values"], spec.bits, spec.stored)
-    return native.expand(tensors["mask"], values, c_in), unpack_mask(tensors["mask"], c_in)
+        return stored, None
+    mask = unpack_mask(tensors["mask"], c_in)
+    return native.expand(tensors["mask"], stored, c_in), mask
 
 
 def check_tensors(spec: LinearSpec, tensors: Mapping[str, NDArray]) -> None:

@@ -1,1 +1,1 @@
-"""What a model is made of: anatomy, checkpoints on disk, one block at a time."""
+"""What a model is made of: its description, its checkpoint on disk, and the plain decoder, block by block."""

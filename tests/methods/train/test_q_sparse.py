@@ -145,7 +145,7 @@ def test_what_was_trained_is_what_is_loaded(key: str, model_type: str, tmp_path:
     rounded = any(getattr(method, "grid", None) is not None for method in methods)
     assert (error < 1e-4).float().mean() >= (0.7 if rounded else 1.0) and error.max() < 2e-2
     # The same in the engine.
-    engine = Engine(folder, 1, cache="f32", head="as stored", layout="columns")
+    engine = Engine(folder, 1, cache="f32", head="as stored", layout="input-major")
     found = torch.stack([torch.from_numpy(engine.forward(row.tolist())) for row in ids()])
     error = (found - trained).abs().amax(-1) / trained.abs().max()
     assert (error < 1e-4).float().mean() >= (0.7 if rounded else 1.0) and error.max() < 2e-2

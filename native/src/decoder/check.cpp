@@ -1,0 +1,50 @@
+// A decoder's sizes, before a kernel sees its arrays.
+#include <initializer_list>
+#include <numeric>
+#include <vector>
+
+#include "cpu/buffer.hpp"
+#include "tulle/engine.hpp"
+
+namespace tulle {
+
+void check(const Model& m) {
+  require(m.hidden > 0 && m.heads > 0 && m.kv_heads > 0 && m.vocabulary > 0, "sizes of the model", 1, 0);
+  require(m.head_dim > 0 && m.head_dim % 2 == 0, "an even head_dim", 2, m.head_dim);
+  require_equal("query heads left over by KV heads", 0, m.heads % m.kv_heads);
+  require_equal("frequencies", m.head_dim / 2, m.inverse_frequencies.size());
+  require(m.embedding != nullptr && m.norm != nullptr, "embedding and norm", 1, 0);
+  require_equal("linears of the head", 1, m.head.linears.size());
+  const auto fits = [](const Group& group, std::size_t inputs, std::initializer_list<std::size_t> outputs) {
+    // Input-major ones may be fused to one, its outputs one linear's behind another's.
+    std::vector<std::size_t> wanted(outputs);
+    if (group.linears.size() == 1) wanted = {std::accumulate(outputs.begin(), outputs.end(), std::size_t{0})};
+    require_equal("linears of a group", wanted.size(), group.linears.size());
+    for (const Transform& t : group.transforms) require_equal("channels of a transform", inputs, t.channels);
+    std::size_t i = 0;
+    for (std::size_t rows : wanted) {
+      const Linear& linear = group.linears[i++];
+      require_equal("inputs of a linear", inputs, linear.weight.columns);
+      require_equal("outputs of a linear", rows, linear.weight.rows);
+      tulle::check(linear.selection, inputs);
+      if (!linear.weight.is_codes()) continue;
+      require(linear.input.bits >= 2 && linear.input.bits <= 16, "bits of the inputs", 8, linear.input.bits);
+      require_equal("inputs left over by scales", 0, inputs % linear.weight.scales_per_row());
+      const std::size_t real = inputs / linear.weight.scales_per_row();
+      const std::size_t room = linear.weight.segment * linear.weight.segments_per_scale;
+      require(real <= room, "inputs per scale, at most", room, real);
+    }
+  };
+  const std::size_t q = m.heads * m.head_dim, kv = m.kv_heads * m.head_dim;
+  for (const Layer& layer : m.layers) {
+    require(layer.input_norm != nullptr && layer.post_norm != nullptr, "norms of a layer", 2, 0);
+    fits(layer.qkv, m.hidden, {q, kv, kv});
+    fits(layer.o, q, {m.hidden});
+    fits(layer.gate_up, m.hidden, {m.intermediate, m.intermediate});
+    fits(layer.down, m.intermediate, {m.hidden});
+  }
+  fits(m.head, m.hidden, {m.vocabulary});
+  if (m.head_rotation.channels) require_equal("channels of the head rotation", m.head_dim, m.head_rotation.channels);
+}
+
+}  // namespace tulle

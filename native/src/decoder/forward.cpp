@@ -1,0 +1,216 @@
+// A pass: tokens in, logits out. One routine for one token, for prompts and for several sequences; Pass (state.hpp)
+// says what differs. `multiply` ends with all threads waiting for each other.
+//
+//   residual stream ─ norm ─ qkv ─ rotary, append to the cache, attend ─ o ─(+)─ norm ─ gate, up ─ act ─ down ─(+)─ …
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/team.hpp"
+#include "decoder/embedding.hpp"
+#include "decoder/state.hpp"
+#include "decoder/top_logits.hpp"
+
+namespace tulle {
+
+std::size_t Pass::bound(std::size_t size, std::size_t part) const {
+  return part == team ? size : std::min(size, round_up(size * part / team, 16));
+}
+
+void Pass::publish() const {
+  if (!replicated) wait();
+}
+
+float* Engine::State::vector(const Pass& pass, std::size_t number) const {
+  return of_thread[pass.thread].vectors.data() + number * vector_floats;
+}
+
+void Engine::State::forward(const std::int32_t* tokens, const std::int32_t* slots_of, const std::int32_t* positions,
+                            std::size_t n, const std::int32_t* rows, std::size_t wanted, float* logits) {
+  const bool one = n == 1;
+  attention.group(slots_of, n);
+  for (LayerPlans& of : plans) {
+    for (Plan* plan : {&of.qkv, &of.o, &of.gate_up, &of.down}) plan->restart();
+  }
+  head_plan.restart();
+  if (one) ++reads.tokens;
+  in_team(threads, [&](std::size_t thread, std::size_t team) {
+    ThreadMemory& memory = of_thread[thread];
+    Pass pass{tokens, slots_of, positions, n, thread, team, one, 0, n, hidden.data(), &inputs};
+    if (one) {
+      pass.hidden = memory.hidden.data();
+      pass.inputs = &memory.inputs;
+    } else {
+      pass.first = n * thread / team;
+      pass.last = n * (thread + 1) / team;
+    }
+    for (std::size_t t = pass.first; t < pass.last; ++t) {
+      copy_row(model.embedding_kind, model.embedding, static_cast<std::size_t>(tokens[t]), model.hidden,
+               pass.hidden + t * model.hidden);
+      if (!one || thread == 0) rotary.set(t, positions[t]);  // known to all when the first products are
+    }
+    for (std::size_t index = 0; index < model.layers.size(); ++index) layer(pass, index);
+    if (wanted > 0) head(pass, rows, wanted, logits);
+  });
+}
+
+void Engine::State::layer(const Pass& pass, std::size_t index) {
+  const Layer& l = model.layers[index];
+  LayerPlans& plan = plans[index];
+  const std::size_t d = model.hidden, n = pass.n;
+  float* const normed = vector(pass, 0);
+  for (std::size_t t = pass.first; t < pass.last; ++t) {
+    if (index > 0) add_to_residual(pass, model.layers[index - 1].down, plans[index - 1].down, t);
+    ops.rms_norm(pass.hidden + t * d, l.input_norm, d, model.eps, normed);
+    quantise_inputs(pass, l.qkv, plan.qkv, normed, t);
+  }
+  pass.publish();
+  multiply(pass, l.qkv, plan.qkv, partial_sums.wide, n, wide.data());
+  attend(pass, index);
+  for (std::size_t t = pass.first; t < pass.last; ++t) {
+    quantise_inputs(pass, l.o, plan.o, attended.data() + t * model.heads * model.head_dim, t);
+  }
+  pass.publish();
+  multiply(pass, l.o, plan.o, partial_sums.back, n, back.data());
+  for (std::size_t t = pass.first; t < pass.last; ++t) {
+    add_to_residual(pass, l.o, plan.o, t);
+    ops.rms_norm(pass.hidden + t * d, l.post_norm, d, model.eps, normed);
+    quantise_inputs(pass, l.gate_up, plan.gate_up, normed, t);
+  }
+  pass.publish();
+  multiply(pass, l.gate_up, plan.gate_up, partial_sums.wide, n, wide.data());
+  feed_forward(pass, index);
+  multiply(pass, l.down, plan.down, partial_sums.back, n, back.data());
+}
+
+// What o or down gave of token t, added to the residual stream.
+void Engine::State::add_to_residual(const Pass& pass, const Group& group, const Plan& plan, std::size_t t) {
+  float* const spare = of_thread[pass.thread].outputs.data();
+  const float* const y =
+      reduce(pass, group, plan, partial_sums.back, pass.n, back.data(), t, 0, model.hidden, spare);
+  ops.add(pass.hidden + t * model.hidden, y, model.hidden);
+}
+
+// From queries, keys and values in `wide` to `attended`.
+void Engine::State::attend(const Pass& pass, std::size_t index) {
+  const Layer& l = model.layers[index];
+  const std::size_t d = model.head_dim, q = model.heads * d, shared = model.heads / model.kv_heads;
+  const std::size_t blocks = attention.blocks().size();
+  const Vectors queries{wide.data(), plans[index].qkv.outputs}, outputs{attended.data(), q};
+  float* const scores = of_thread[pass.thread].scores.data();
+  const auto run = [&](std::size_t kv_head, const QueryBlock& block) {
+    const CacheView view = cache.view(index, attention.slot_of(block, pass.slots), kv_head);
+    attention.run(ops, view, kv_head, block, pass.positions, l.window, queries, outputs, scores);
+  };
+  if (model.kv_heads % pass.team == 0) {
+    // All threads get as many KV heads, and a head's queries and keys are one thread's business.
+    for (std::size_t h = pass.thread; h < model.kv_heads; h += pass.team) {
+      for (std::size_t t = 0; t < pass.n; ++t) {
+        for (std::size_t head = h * shared; head < (h + 1) * shared; ++head) append_head(pass, index, head, t);
+        append_head(pass, index, model.heads + h, t);
+      }
+      for (const QueryBlock& block : attention.blocks()) run(h, block);
+    }
+  } else {
+    const std::size_t heads = model.heads + model.kv_heads;
+    for (std::size_t i = pass.thread; i < pass.n * heads; i += pass.team)
+      append_head(pass, index, i % heads, i / heads);
+    wait();
+    for (std::size_t i = pass.thread; i < blocks * model.kv_heads; i += pass.team) {
+      run(i / blocks, attention.blocks()[i % blocks]);
+    }
+  }
+  wait();
+}
+
+// Head number `head` of token t, query heads first, then KV heads: a query gets its position, a key and a value are
+// appended to the cache.
+void Engine::State::append_head(const Pass& pass, std::size_t index, std::size_t head, std::size_t t) {
+  const Layer& l = model.layers[index];
+  const Plan& plan = plans[index].qkv;
+  const std::size_t d = model.head_dim, q = model.heads * d, kv = model.kv_heads * d;
+  float* const row = wide.data() + t * plan.outputs;
+  const auto of = [&](std::size_t first) {
+    reduce(pass, l.qkv, plan, partial_sums.wide, pass.n, wide.data(), t, first, first + d, row + first);
+    return row + first;
+  };
+  if (head < model.heads) return finish_head(pass, of(head * d), l.query_norm, model.query, true, t);
+  head -= model.heads;
+  float *const key = of(q + head * d), *const value = of(q + kv + head * d);
+  // An 8-bit cache quantises by itself.
+  const bool quantise = cache.kind() != CacheKind::u8;
+  finish_head(pass, key, l.key_norm, model.key, quantise, t);
+  if (quantise && model.value.bits > 0) ops.fake_quantise(value, d, ops.range(value, d, model.value));
+  const CacheView view = cache.view(index, static_cast<std::size_t>(pass.slots[t]), head);
+  cache.append(ops, view, static_cast<std::size_t>(pass.positions[t]), key, value, model.key, model.value);
+}
+
+// Norm, position, rotation and quantisation of one query or key head.
+void Engine::State::finish_head(const Pass& pass, float* x, const float* gain, const Grid& grid, bool quantise,
+                                std::size_t t) {
+  const std::size_t d = model.head_dim;
+  if (gain != nullptr) ops.rms_norm(x, gain, d, model.eps, x);
+  rotary.rotate(ops, t, x);
+  if (model.head_rotation.channels) {
+    float* const rotated = vector(pass, 0);
+    model.head_rotation.run(ops, x, rotated, vector(pass, 1));
+    std::memcpy(x, rotated, d * sizeof(float));
+  }
+  if (quantise && grid.bits > 0) ops.fake_quantise(x, d, ops.range(x, d, grid));
+}
+
+// From gate and up in `wide` to the inputs of down. Of one token, each thread computes a part of the channels.
+void Engine::State::feed_forward(const Pass& pass, std::size_t index) {
+  const Layer& l = model.layers[index];
+  LayerPlans& plan = plans[index];
+  const std::size_t width = model.intermediate;
+  const std::size_t first = pass.replicated ? pass.bound(width, pass.thread) : 0;
+  const std::size_t last = pass.replicated ? pass.bound(width, pass.thread + 1) : width;
+  float* const product = pass.replicated ? gated.data() : vector(pass, 0);
+  float* const spare = of_thread[pass.thread].outputs.data();
+  const auto outputs = [&](std::size_t t, std::size_t from, std::size_t to, float* room) {
+    return reduce(pass, l.gate_up, plan.gate_up, partial_sums.wide, pass.n, wide.data(), t, from, to, room);
+  };
+  for (std::size_t t = pass.first; t < pass.last; ++t) {
+    if (first < last) {
+      const float* const gate = outputs(t, first, last, spare);
+      const float* const up = outputs(t, width + first, width + last, spare + width);
+      ops.gate(model.gate, gate, up, last - first, product + first);
+    }
+    if (pass.replicated) wait();
+    quantise_inputs(pass, l.down, plan.down, product, t);
+  }
+  pass.publish();
+}
+
+void Engine::State::head(const Pass& pass, const std::int32_t* rows, std::size_t wanted, float* logits) {
+  const std::size_t d = model.hidden, vocabulary = model.vocabulary, step = pass.replicated ? 1 : pass.team;
+  const std::size_t begin = pass.replicated ? 0 : pass.thread;
+  // Kept for the exact head. `back` is free once it has been added.
+  const auto normed = [&](std::size_t row) { return pass.replicated ? vector(pass, 0) : back.data() + row * d; };
+  for (std::size_t i = begin; i < wanted; i += step) {
+    const std::size_t row = static_cast<std::size_t>(rows[i]);
+    if (!model.layers.empty()) add_to_residual(pass, model.layers.back().down, plans.back().down, row);
+    ops.rms_norm(pass.hidden + row * d, model.norm, d, model.eps, normed(row));
+  }
+  pass.publish();  // the steps of down's inputs have been read
+  for (std::size_t i = begin; i < wanted; i += step) {
+    quantise_inputs(pass, model.head, head_plan, normed(static_cast<std::size_t>(rows[i])), i);
+  }
+  pass.publish();
+  multiply(pass, model.head, head_plan, partial_sums.wide, wanted, logits);
+  for (std::size_t i = pass.thread; i < wanted; i += pass.team) {
+    float* const row = logits + i * vocabulary;
+    reduce(pass, model.head, head_plan, partial_sums.wide, wanted, logits, i, 0, vocabulary, row);
+    if (model.exact_head == nullptr) continue;
+    const float *const x = normed(static_cast<std::size_t>(rows[i])), *const bias = model.head.linears[0].bias;
+    recompute_top_logits(row, vocabulary, [&](std::size_t token) {
+      const std::size_t at = token * d;
+      const float logit = model.exact_kind == WeightKind::bf16
+          ? ops.dot_bf16(x, static_cast<const std::uint16_t*>(model.exact_head) + at, d)
+          : ops.dot(x, static_cast<const float*>(model.exact_head) + at, d);
+      return logit + (bias != nullptr ? bias[token] : 0.0f);
+    });
+  }
+}
+
+}  // namespace tulle

@@ -1,0 +1,430 @@
+// The decoder's vector loops, for every kernel file to compile with its own flags. Internal linkage only: see
+// cpu/tables.hpp. Written so that the compiler turns the inner loops into vector instructions.
+//
+//   sums over a vector   parts[j] += x[16·i + j], j < 16: sixteen lanes, added up at the end in one order, so that
+//                        every instruction set gives the same bits
+//   attention, scores    sums[row] += query[row][i] · keys[block][i][0 … 15]      16 scores of a query in a register
+//   attention, values    sums[row][k] += p[row][t] · value[t][16·k … 16·k + 15]   rows share every load of a value
+
+namespace ops {
+
+// e^x for x <= 88, 0 far below: 2^n · 2^f with a polynomial on |f| <= 1/2, relative error below 2e-7.
+static inline float exponential(float x) {
+  const float clipped = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+  const float t = clipped * 1.44269504f;
+  const float n = (t + 12582912.0f) - 12582912.0f;
+  const float f = (clipped - n * 0.693145752f) - n * 1.42860677e-6f;
+  float p = 1.98412698e-4f;
+  p = p * f + 1.38888889e-3f;
+  p = p * f + 8.33333333e-3f;
+  p = p * f + 4.16666667e-2f;
+  p = p * f + 1.66666667e-1f;
+  p = p * f + 0.5f;
+  p = p * f + 1.0f;
+  p = p * f + 1.0f;
+  const std::int32_t bits = (static_cast<std::int32_t>(n) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof power);
+  return p * power;
+}
+
+// To the nearest whole number, halves to even, for |x| < 2^22.
+static inline float nearest(float x) { return (x + 12582912.0f) - 12582912.0f; }
+
+static inline float limited(float x, float low, float high) {
+  const float above = x < low ? low : x;
+  return above > high ? high : above;
+}
+
+static void rms_norm(const float* x, const float* gain, std::size_t n, float eps, float* y) {
+  float parts[16] = {};
+  std::size_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    for (std::size_t j = 0; j < 16; ++j) parts[j] += x[i + j] * x[i + j];
+  }
+  float total = 0;
+  for (; i < n; ++i) total += x[i] * x[i];
+  for (float part : parts) total += part;
+  const float inverse = 1.0f / __builtin_sqrtf(total / static_cast<float>(n) + eps);
+  for (i = 0; i < n; ++i) y[i] = gain[i] * (x[i] * inverse);
+}
+
+static void add(float* x, const float* y, std::size_t n) {
+  for (std::size_t i = 0; i < n; ++i) x[i] += y[i];
+}
+
+static void scale(const float* x, const float* s, std::size_t n, float* y) {
+  for (std::size_t i = 0; i < n; ++i) y[i] = x[i] * s[i];
+}
+
+static void scaled(const float* x, float s, std::size_t n, float* y) {
+  for (std::size_t i = 0; i < n; ++i) y[i] = x[i] * s;
+}
+
+static void gate(Gate kind, const float* g, const float* up, std::size_t n, float* out) {
+  if (kind == Gate::silu) {
+    for (std::size_t i = 0; i < n; ++i) out[i] = g[i] / (1.0f + exponential(-g[i])) * up[i];
+  } else if (kind == Gate::relu) {
+    for (std::size_t i = 0; i < n; ++i) out[i] = (g[i] > 0 ? g[i] : 0) * up[i];
+  } else if (kind == Gate::relu2) {
+    for (std::size_t i = 0; i < n; ++i) {
+      const float positive = g[i] > 0 ? g[i] : 0;
+      out[i] = positive * positive * up[i];
+    }
+  } else {
+    for (std::size_t i = 0; i < n; ++i) {
+      const float inner = 1.5957691216f * (g[i] + 0.044715f * g[i] * g[i] * g[i]);
+      out[i] = g[i] / (1.0f + exponential(-inner)) * up[i];
+    }
+  }
+}
+
+static GridRange range(const float* x, std::size_t n, Grid grid) {
+  float least[16] = {}, most[16] = {};
+  std::size_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    for (std::size_t j = 0; j < 16; ++j) {
+      least[j] = x[i + j] < least[j] ? x[i + j] : least[j];
+      most[j] = x[i + j] > most[j] ? x[i + j] : most[j];
+    }
+  }
+  for (; i < n; ++i) {
+    least[0] = x[i] < least[0] ? x[i] : least[0];
+    most[0] = x[i] > most[0] ? x[i] : most[0];
+  }
+  for (std::size_t j = 1; j < 16; ++j) {
+    least[0] = least[j] < least[0] ? least[j] : least[0];
+    most[0] = most[j] > most[0] ? most[j] : most[0];
+  }
+  const float low = least[0], high = most[0];
+  if (grid.symmetric) {
+    // 16 bits: 127 · 256, so that both planes fit.
+    const float top = grid.bits == 16 ? 32512.0f : static_cast<float>((1 << (grid.bits - 1)) - 1);
+    float step = (high > -low ? high : -low) * grid.clip / top;
+    step = step > 0 ? step : 1.0f;
+    return {step, -top, top};
+  }
+  const float top = static_cast<float>((1 << grid.bits) - 1), start = low * grid.clip;
+  float step = (high * grid.clip - start) / top;
+  step = step > 0 ? step : 1.0f;
+  const float zero = nearest(-start / step);
+  return {step, -zero, top - zero};
+}
+
+static void quantise(const float* x, std::size_t n, GridRange r, std::int8_t* high, std::int8_t* low) {
+  if (low == nullptr) {
+    for (std::size_t i = 0; i < n; ++i) {
+      high[i] = static_cast<std::int8_t>(static_cast<std::int32_t>(limited(nearest(x[i] / r.step), r.low, r.high)));
+    }
+    return;
+  }
+  for (std::size_t i = 0; i < n; ++i) {
+    const std::int32_t whole = static_cast<std::int32_t>(limited(nearest(x[i] / r.step), r.low, r.high));
+    const std::int32_t upper = (whole + 128) >> 8;
+    high[i] = static_cast<std::int8_t>(upper);
+    low[i] = static_cast<std::int8_t>(whole - upper * 256);
+  }
+}
+
+static void fake_quantise(float* x, std::size_t n, GridRange r) {
+  for (std::size_t i = 0; i < n; ++i) x[i] = limited(nearest(x[i] / r.step), r.low, r.high) * r.step;
+}
+
+static std::int32_t sum(const std::int8_t* x, std::size_t n) {
+  std::int32_t total = 0;
+  for (std::size_t i = 0; i < n; ++i) total += x[i];
+  return total;
+}
+
+static void rope(float* x, const float* cosine, const float* sine, std::size_t n) {
+  float* upper = x + n / 2;
+  for (std::size_t i = 0; i < n / 2; ++i) {
+    const float a = x[i], b = upper[i];
+    x[i] = a * cosine[i] - b * sine[i];
+    upper[i] = b * cosine[i] + a * sine[i];
+  }
+}
+
+static void vector_matrix(const float* x, const float* m, std::size_t rows, std::size_t columns, float* y) {
+  for (std::size_t r = 0; r < rows; ++r) {
+    const float value = x[r];
+    const float* row = m + r * columns;
+    for (std::size_t c = 0; c < columns; ++c) y[c] += value * row[c];
+  }
+}
+
+// Numbers of a cache as float32.
+template <typename T>
+static inline void widen(const T* from, std::size_t n, float* to) {
+  for (std::size_t i = 0; i < n; ++i) to[i] = static_cast<float>(from[i]);
+}
+
+static inline void widen(const std::uint16_t* from, std::size_t n, float* to) {
+  std::uint32_t* bits = reinterpret_cast<std::uint32_t*>(to);
+  for (std::size_t i = 0; i < n; ++i) bits[i] = static_cast<std::uint32_t>(from[i]) << 16;
+}
+
+static float dot(const float* x, const float* w, std::size_t n) {
+  float parts[16] = {};
+  std::size_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    for (std::size_t j = 0; j < 16; ++j) parts[j] += x[i + j] * w[i + j];
+  }
+  float total = 0;
+  for (; i < n; ++i) total += x[i] * w[i];
+  for (float part : parts) total += part;
+  return total;
+}
+
+static float dot_bf16(const float* x, const std::uint16_t* w, std::size_t n) {
+  float parts[16] = {};
+  std::size_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    float wide[16];
+    widen(w + i, 16, wide);
+    for (std::size_t j = 0; j < 16; ++j) parts[j] += x[i + j] * wide[j];
+  }
+  float total = 0;
+  for (; i < n; ++i) {
+    float one;
+    widen(w + i, 1, &one);
+    total += x[i] * one;
+  }
+  for (float part : parts) total += part;
+  return total;
+}
+
+static void butterflies(float* x, std::size_t n, std::size_t count, float factor) {
+  for (std::size_t i = 0; i < n * count; ++i) x[i] *= factor;
+  for (std::size_t half = 1; half < n; half *= 2) {
+    for (std::size_t start = 0; start < n * count; start += 2 * half) {
+      float* a = x + start;
+      float* b = a + half;
+      for (std::size_t i = 0; i < half; ++i) {
+        const float sum = a[i] + b[i], difference = a[i] - b[i];
+        a[i] = sum;
+        b[i] = difference;
+      }
+    }
+  }
+}
+
+static inline std::uint16_t to_bf16(float x) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return static_cast<std::uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+static void append_to_cache(const CacheView& c, std::size_t position, const float* key, const float* value,
+                            GridRange kr, GridRange vr) {
+  const std::size_t d = c.head_dim;
+  const std::size_t at = position / kKeyBlock * kKeyBlock * d + position % kKeyBlock;
+  switch (c.kind) {
+    case CacheKind::f32:
+      for (std::size_t i = 0; i < d; ++i) static_cast<float*>(c.keys)[at + i * kKeyBlock] = key[i];
+      std::memcpy(static_cast<float*>(c.values) + position * d, value, d * sizeof(float));
+      return;
+    case CacheKind::bf16:
+      for (std::size_t i = 0; i < d; ++i) static_cast<std::uint16_t*>(c.keys)[at + i * kKeyBlock] = to_bf16(key[i]);
+      for (std::size_t i = 0; i < d; ++i) static_cast<std::uint16_t*>(c.values)[position * d + i] = to_bf16(value[i]);
+      return;
+    case CacheKind::u8: {
+      std::uint8_t* keys = static_cast<std::uint8_t*>(c.keys) + at;
+      std::uint8_t* values = static_cast<std::uint8_t*>(c.values) + position * d;
+      for (std::size_t i = 0; i < d; ++i) {
+        keys[i * kKeyBlock] = static_cast<std::uint8_t>(limited(nearest(key[i] / kr.step), kr.low, kr.high) - kr.low);
+        values[i] = static_cast<std::uint8_t>(limited(nearest(value[i] / vr.step), vr.low, vr.high) - vr.low);
+      }
+      float* scales = c.scales + position * 4;
+      scales[0] = kr.step;
+      scales[1] = -kr.low;
+      scales[2] = vr.step;
+      scales[3] = -vr.low;
+    }
+  }
+}
+
+// 16 numbers that stay in registers: arrays of sums end up in memory where loops over rows surround them.
+typedef float Lanes __attribute__((vector_size(kKeyBlock * sizeof(float))));
+
+static inline Lanes lanes(const float* from) {
+  Lanes found;
+  std::memcpy(&found, from, sizeof found);
+  return found;
+}
+
+static inline Lanes lanes(const std::uint16_t* from) {
+  typedef std::uint16_t Halves __attribute__((vector_size(kKeyBlock * 2)));
+  typedef std::uint32_t Words __attribute__((vector_size(kKeyBlock * 4)));
+  Halves bits;
+  std::memcpy(&bits, from, sizeof bits);
+  const Words wide = __builtin_convertvector(bits, Words) << 16;
+  Lanes found;
+  std::memcpy(&found, &wide, sizeof found);
+  return found;
+}
+
+static inline Lanes lanes(const std::uint8_t* from) {
+  typedef std::uint8_t Bytes __attribute__((vector_size(kKeyBlock)));
+  typedef std::int32_t Words __attribute__((vector_size(kKeyBlock * 4)));
+  Bytes codes;
+  std::memcpy(&codes, from, sizeof codes);
+  return __builtin_convertvector(__builtin_convertvector(codes, Words), Lanes);
+}
+
+// Products of kRows queries with the kKeyBlock keys at `keys`, [d][kKeyBlock].
+template <std::size_t kRows, typename T>
+static inline void query_key_products(const T* keys, std::size_t d, const float* const* queries, float* const* to) {
+  Lanes sums[kRows] = {};
+  for (std::size_t i = 0; i < d; ++i) {
+    const Lanes column = lanes(keys + i * kKeyBlock);
+    for (std::size_t r = 0; r < kRows; ++r) sums[r] += queries[r][i] * column;
+  }
+  for (std::size_t r = 0; r < kRows; ++r) std::memcpy(to[r], &sums[r], sizeof sums[r]);
+}
+
+// out[r][...] = Σ_t p[r][t] · value t / totals[r] for kWide · kKeyBlock channels from `at` on.
+template <std::size_t kRows, std::size_t kWide, typename T>
+static inline void weighted_values(const CacheView& c, std::size_t first, std::size_t last, std::size_t at,
+                               const float* scores, std::size_t width, const float* totals, float* const* out) {
+  Lanes sums[kRows][kWide] = {};
+  for (std::size_t t = first; t < last; ++t) {
+    const T* from = static_cast<const T*>(c.values) + t * c.head_dim + at;
+    Lanes value[kWide];
+    for (std::size_t k = 0; k < kWide; ++k) {
+      value[k] = lanes(from + k * kKeyBlock);
+      if (c.kind == CacheKind::u8) value[k] = (value[k] - c.scales[t * 4 + 3]) * c.scales[t * 4 + 2];
+    }
+    for (std::size_t r = 0; r < kRows; ++r) {
+      const float p = scores[r * width + t - first];
+      for (std::size_t k = 0; k < kWide; ++k) sums[r][k] += p * value[k];
+    }
+  }
+  for (std::size_t r = 0; r < kRows; ++r) {
+    for (std::size_t k = 0; k < kWide; ++k) {
+      const Lanes found = sums[r][k] / totals[r];
+      std::memcpy(out[r] + at + k * kKeyBlock, &found, sizeof found);
+    }
+  }
+}
+
+// e^(score − the largest) in place; returns their sum. `width`: whole blocks, scores that are masked far below.
+static inline float exponentials(float* scores, std::size_t width) {
+  float most = scores[0];
+  for (std::size_t i = 1; i < width; ++i) most = scores[i] > most ? scores[i] : most;
+  float parts[kKeyBlock] = {};
+  for (std::size_t i = 0; i < width; i += kKeyBlock) {
+    for (std::size_t j = 0; j < kKeyBlock; ++j) {
+      const float weight = scores[i + j] < -1e29f ? 0.0f : exponential(scores[i + j] - most);
+      scores[i + j] = weight;
+      parts[j] += weight;
+    }
+  }
+  float total = 0;
+  for (float part : parts) total += part;
+  return total;
+}
+
+template <std::size_t kRows, typename T>
+static void attend_rows(const CacheView& c, const float* const* queries, const std::size_t* begin,
+                        const std::size_t* end, float factor, float* const* out, float* scores) {
+  const std::size_t d = c.head_dim;
+  std::size_t first = begin[0], last = end[0];
+  float query_sums[kRows] = {};
+  for (std::size_t r = 0; r < kRows; ++r) {
+    first = begin[r] < first ? begin[r] : first;
+    last = end[r] > last ? end[r] : last;
+    if (c.kind == CacheKind::u8) {
+      for (std::size_t i = 0; i < d; ++i) query_sums[r] += queries[r][i];
+    }
+  }
+  first = first / kKeyBlock * kKeyBlock;
+  const std::size_t width = (last - first + kKeyBlock - 1) / kKeyBlock * kKeyBlock;
+  for (std::size_t b = 0; b < width; b += kKeyBlock) {
+    const std::size_t start = first + b;
+    float* rows[kRows];
+    for (std::size_t r = 0; r < kRows; ++r) rows[r] = scores + r * width + b;
+    query_key_products<kRows>(static_cast<const T*>(c.keys) + start * d, d, queries, rows);
+    for (std::size_t r = 0; r < kRows; ++r) {
+      for (std::size_t j = 0; j < kKeyBlock; ++j) {
+        const std::size_t position = start + j;
+        float score = rows[r][j];
+        if (c.kind == CacheKind::u8) {
+          score = (score - c.scales[position * 4 + 1] * query_sums[r]) * c.scales[position * 4];
+        }
+        rows[r][j] = position < begin[r] || position >= end[r] ? -1e30f : score * factor;
+      }
+    }
+  }
+  float totals[kRows];
+  for (std::size_t r = 0; r < kRows; ++r) totals[r] = exponentials(scores + r * width, width);
+  std::size_t at = 0;
+  for (; at + 2 * kKeyBlock <= d; at += 2 * kKeyBlock) {
+    weighted_values<kRows, 2, T>(c, first, last, at, scores, width, totals, out);
+  }
+  for (; at + kKeyBlock <= d; at += kKeyBlock) {
+    weighted_values<kRows, 1, T>(c, first, last, at, scores, width, totals, out);
+  }
+  for (; at < d; ++at) {
+    for (std::size_t r = 0; r < kRows; ++r) {
+      float sum = 0;
+      for (std::size_t t = first; t < last; ++t) {
+        float value;
+        widen(static_cast<const T*>(c.values) + t * d + at, 1, &value);
+        if (c.kind == CacheKind::u8) value = (value - c.scales[t * 4 + 3]) * c.scales[t * 4 + 2];
+        sum += scores[r * width + t - first] * value;
+      }
+      out[r][at] = sum / totals[r];
+    }
+  }
+}
+
+template <typename T>
+static void attend_kind(const CacheView& c, std::size_t rows, const float* const* queries, const std::size_t* begin,
+                        const std::size_t* end, float factor, float* const* out, float* scores) {
+  switch (rows) {
+    case 1: return attend_rows<1, T>(c, queries, begin, end, factor, out, scores);
+    case 2: return attend_rows<2, T>(c, queries, begin, end, factor, out, scores);
+    case 3: return attend_rows<3, T>(c, queries, begin, end, factor, out, scores);
+    default: return attend_rows<4, T>(c, queries, begin, end, factor, out, scores);
+  }
+}
+
+static void attend(const CacheView& c, std::size_t rows, const float* const* queries, const std::size_t* begin,
+                   const std::size_t* end, float factor, float* const* out, float* scores) {
+  switch (c.kind) {
+    case CacheKind::f32: return attend_kind<float>(c, rows, queries, begin, end, factor, out, scores);
+    case CacheKind::bf16: return attend_kind<std::uint16_t>(c, rows, queries, begin, end, factor, out, scores);
+    case CacheKind::u8: return attend_kind<std::uint8_t>(c, rows, queries, begin, end, factor, out, scores);
+  }
+}
+
+#include "decoder/top_k.inl"
+
+constexpr OpsKernels kernels = {
+    rms_norm,
+    add,
+    scale,
+    gate,
+    range,
+    quantise,
+    fake_quantise,
+    sum,
+    rope,
+    vector_matrix,
+    dot_bf16,
+    dot,
+    butterflies,
+    append_to_cache,
+    attend,
+    scaled,
+    top_k_threshold,
+    nonzero,
+    nonzero_blocks4,
+    absolute,
+    drop_below,
+    unit_sizes,
+    drop_units_below,
+};
+
+}  // namespace ops

@@ -1,0 +1,56 @@
+// Tokens' inputs of a linear, as its kernel reads them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu/buffer.hpp"
+#include "tulle/engine.hpp"
+
+namespace tulle {
+
+// Planes of 8 bits that integers of a grid take.
+inline std::size_t planes_of(const Grid& grid) { return grid.bits > 8 || (grid.bits == 8 && !grid.symmetric) ? 2 : 1; }
+
+// The largest of each that any linear asks for.
+struct InputSizes {
+  std::size_t floats = 0;    // per token, of linears in floats
+  std::size_t codes = 0;     // per token and plane, of linears in codes
+  std::size_t segments = 0;
+  std::size_t active = 0;    // entries of a token's list of active inputs, for input-major linears
+  std::size_t planes = 1;
+
+  void add(const Linear& linear);
+};
+
+// Inputs of up to `tokens` tokens: floats, or integers in one or two planes with their sums per segment. For
+// input-major linears beside that the list of the inputs that are active, not zero.
+class QuantisedInputs {
+ public:
+  QuantisedInputs(const InputSizes& sizes, std::size_t tokens);
+
+  // x [columns] as token t's input of a linear: quantised, selected. `copy`: floats for its inputs, no part of x;
+  // `spare`: as of Selection::run.
+  void set(const OpsKernels& ops, const Linear& linear, const float* x, std::size_t t, float* copy, float* spare);
+
+  // Tokens [first, first + tokens).
+  Inputs view(const Linear& linear, std::size_t first, std::size_t tokens) const;
+
+  // x̂ = step · integer, of token t.
+  float step(std::size_t t) const { return steps_.data()[t]; }
+  // Active inputs of token t.
+  std::size_t active(std::size_t t) const { return active_.data()[t]; }
+  std::uint64_t bytes() const;
+
+ private:
+  void set_floats(const OpsKernels& ops, const Linear& linear, const float* x, std::size_t t, float* spare);
+  void list_active(const OpsKernels& ops, const LinearView& w, const std::int8_t* high, const std::int8_t* low,
+                   std::size_t t);
+
+  Buffer<float> floats_, steps_;
+  Buffer<std::int8_t> plane_[2], quad_plane_[2];
+  Buffer<std::int32_t> sums_[2];
+  Buffer<std::uint32_t> quads_, quad_starts_, active_;
+};
+
+}  // namespace tulle

@@ -1,0 +1,92 @@
+#include "decoder/state.hpp"
+
+#include <algorithm>
+#include <utility>
+
+namespace tulle {
+namespace {
+
+constexpr std::size_t kVectors = 8;  // of ThreadMemory::vectors
+
+std::size_t widest(const Model& m) {
+  return std::max({m.hidden, m.intermediate, m.heads * m.head_dim, m.kv_heads * m.head_dim});
+}
+
+GroupInputs group_inputs(std::size_t count, const InputSizes& sizes, std::size_t tokens) {
+  GroupInputs found;
+  for (std::size_t i = 0; i < count; ++i) found.emplace_back(sizes, tokens);
+  return found;
+}
+
+}  // namespace
+
+Engine::State::State(Model m, std::size_t slots_, std::size_t context_, std::size_t batch_, CacheKind kind,
+                     std::size_t threads_)
+    : model(std::move(m)), slots(slots_), context(round_up(context_, kKeyBlock)), batch(batch_),
+      threads(std::max<std::size_t>(threads_, 1)), linear(*active_isa().linear), ops(*active_isa().ops),
+      plans(model.layers.size()),
+      cache(kind, model.layers.size(), slots, model.kv_heads, context, model.head_dim),
+      rotary(batch, model.inverse_frequencies, model.rope_scale),
+      attention(model.heads, model.kv_heads, model.head_dim, batch) {
+  require(slots >= 1 && context_ >= 1 && batch >= 1, "slots, context and batch of at least", 1, 0);
+  InputSizes sizes;
+  std::size_t input_kinds = 1, panel = 0;
+  const auto add = [&](const Group& group, Plan& plan, std::size_t& partial) {
+    plan = plan_of(group, threads);
+    input_kinds = std::max(input_kinds, plan.inputs.size());
+    if (plan.most_parts > 1) partial = std::max(partial, plan.most_parts * plan.outputs);
+    for (const Linear& l : group.linears) {
+      if (l.weight.input_major()) panel = std::max(panel, l.weight.panel_outputs());
+    }
+    for (const Linear* l : plan.inputs) sizes.add(*l);
+  };
+  std::size_t partial_in = 0, partial_back = 0;
+  for (std::size_t i = 0; i < plans.size(); ++i) {
+    add(model.layers[i].qkv, plans[i].qkv, partial_in);
+    add(model.layers[i].o, plans[i].o, partial_back);
+    add(model.layers[i].gate_up, plans[i].gate_up, partial_in);
+    add(model.layers[i].down, plans[i].down, partial_back);
+  }
+  add(model.head, head_plan, partial_in);
+
+  const std::size_t q = model.heads * model.head_dim, kv = model.kv_heads * model.head_dim;
+  const std::size_t outputs = std::max(q + 2 * kv, 2 * model.intermediate);
+  inputs = group_inputs(input_kinds, sizes, batch);
+  partial_sums.wide = Buffer<float>(batch * partial_in);
+  partial_sums.back = Buffer<float>(batch * partial_back);
+  hidden = Buffer<float>(batch * model.hidden);
+  attended = Buffer<float>(batch * q);
+  back = Buffer<float>(batch * model.hidden);
+  wide = Buffer<float>(batch * outputs);
+  gated = Buffer<float>(model.intermediate);
+  vector_floats = round_up(widest(model) + 16, 16);
+  for (std::size_t t = 0; t < threads; ++t) {
+    ThreadMemory memory;
+    memory.vectors = Buffer<float>(kVectors * vector_floats);
+    memory.scores = Buffer<float>(kQueries * context);
+    memory.panel_sums = Buffer<float>(std::min(batch, kInputMajorTokens) * panel);
+    memory.kernel_scratch = Buffer<std::uint8_t>(
+        std::max(scratch_bytes(batch), panel > 0 ? input_major_scratch_bytes(kInputMajorTokens) : 0));
+    memory.inputs = group_inputs(input_kinds, sizes, 1);
+    memory.hidden = Buffer<float>(model.hidden);
+    memory.outputs = Buffer<float>(std::max(outputs, model.hidden));
+    of_thread.push_back(std::move(memory));
+  }
+}
+
+std::uint64_t Engine::State::work_bytes() const {
+  std::uint64_t bytes = rotary.bytes();
+  for (const Buffer<float>* b :
+       {&partial_sums.wide, &partial_sums.back, &hidden, &attended, &back, &wide, &gated}) {
+    bytes += b->bytes();
+  }
+  for (const QuantisedInputs& one : inputs) bytes += one.bytes();
+  for (const ThreadMemory& t : of_thread) {
+    bytes += t.vectors.bytes() + t.scores.bytes() + t.panel_sums.bytes() + t.kernel_scratch.bytes();
+    bytes += t.hidden.bytes() + t.outputs.bytes();
+    for (const QuantisedInputs& one : t.inputs) bytes += one.bytes();
+  }
+  return bytes;
+}
+
+}  // namespace tulle

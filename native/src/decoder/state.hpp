@@ -1,0 +1,126 @@
+// What a decoder keeps between passes, and the memory that a pass works in.
+//
+//   state.cpp          sizes and allocates all of it
+//   group_product.cpp  a group of linears: quantise the inputs, multiply, reduce partial sums
+//   forward.cpp        the pass: embedding, layers, logits
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "cpu/buffer.hpp"
+#include "decoder/attention.hpp"
+#include "decoder/kv_cache.hpp"
+#include "decoder/plan.hpp"
+#include "decoder/quantised_inputs.hpp"
+#include "decoder/rotary.hpp"
+#include "tulle/dispatch.hpp"
+#include "tulle/engine.hpp"
+
+namespace tulle {
+
+// What the linears of a group read; one per kind of input that they ask for (Plan::inputs).
+using GroupInputs = std::vector<QuantisedInputs>;
+
+// Partial sums of linears whose inputs are cut between threads, [part][token][output of the group]. A group's outputs
+// may still be reduced by one thread while another multiplies the next group, so there are two, used in turn:
+// `wide` by qkv, gate and up and the head, `back` by the linears that lead back to the residual stream.
+struct PartialSums {
+  Buffer<float> wide, back;
+};
+
+// Memory of one thread.
+struct ThreadMemory {
+  Buffer<float> vectors;      // of `vector_floats` each; see Engine::State::vector
+  Buffer<float> scores;       // attention: [kQueries][context]
+  Buffer<float> panel_sums;   // input-major linears: [kInputMajorTokens][output of a panel]
+  Buffer<std::uint8_t> kernel_scratch;
+  // Of passes of one token, where every thread computes for itself what is no product: what another core has just
+  // written takes longer to come than to be computed again.
+  GroupInputs inputs;
+  Buffer<float> hidden, outputs;
+};
+
+struct Pass;
+
+struct Engine::State {
+  struct LayerPlans {
+    Plan qkv, o, gate_up, down;
+  };
+
+  State(Model model, std::size_t slots, std::size_t context, std::size_t batch, CacheKind kind, std::size_t threads);
+
+  // tokens, slots, positions [n]; logits [wanted][vocabulary] of the tokens `rows` [wanted].
+  void forward(const std::int32_t* tokens, const std::int32_t* slots, const std::int32_t* positions, std::size_t n,
+               const std::int32_t* rows, std::size_t wanted, float* logits);
+  std::uint64_t work_bytes() const;
+
+  const Model model;
+  const std::size_t slots, context, batch, threads;
+  const LinearKernels& linear;
+  const OpsKernels& ops;
+
+  std::vector<LayerPlans> plans;
+  Plan head_plan;
+  KvCache cache;
+  RotaryTables rotary;
+  Attention attention;
+
+  // Of all tokens of a pass.
+  GroupInputs inputs;
+  PartialSums partial_sums;
+  Buffer<float> hidden;    // the residual stream, [token][hidden]
+  Buffer<float> attended;  // [token][heads · head_dim]
+  Buffer<float> back;      // outputs of o and down, [token][hidden]
+  Buffer<float> wide;      // outputs of qkv, or of gate and up, [token][outputs]
+  Buffer<float> gated;     // of a pass of one token: [intermediate]
+  std::vector<ThreadMemory> of_thread;
+  std::size_t vector_floats;
+
+  // What passes of one token have read of the weights, since it was last asked for.
+  Reads reads{0, 0};
+
+ private:
+  // group_product.cpp
+  void quantise_inputs(const Pass& pass, const Group& group, const Plan& plan, const float* x, std::size_t t);
+  void multiply(const Pass& pass, const Group& group, Plan& plan, Buffer<float>& partial_sums, std::size_t n, float* y);
+  void multiply_item(const Pass& pass, const Group& group, const Plan& plan, const WorkItem& item, float* partial_sums,
+                     std::size_t n, float* y);
+  void multiply_input_major(const Pass& pass, const Linear& linear, const Plan& plan, const WorkItem& item,
+                            float* partial_sums, std::size_t n, float* y);
+  const float* reduce(const Pass& pass, const Group& group, const Plan& plan, const Buffer<float>& partial_sums,
+                      std::size_t n, const float* y, std::size_t t, std::size_t first, std::size_t last, float* to);
+  void count_reads(const Group& group, const Plan& plan, const GroupInputs& inputs);
+
+  // forward.cpp
+  void layer(const Pass& pass, std::size_t index);
+  void attend(const Pass& pass, std::size_t index);
+  void append_head(const Pass& pass, std::size_t index, std::size_t head, std::size_t t);
+  void finish_head(const Pass& pass, float* x, const float* gain, const Grid& grid, bool quantise, std::size_t t);
+  void feed_forward(const Pass& pass, std::size_t index);
+  void add_to_residual(const Pass& pass, const Group& group, const Plan& plan, std::size_t t);
+  void head(const Pass& pass, const std::int32_t* rows, std::size_t wanted, float* logits);
+  float* vector(const Pass& pass, std::size_t number) const;
+};
+
+// A pass as one thread sees it.
+//
+// Several tokens: a thread computes the vectors of its own tokens [first, last), in memory that all share, and waits
+// before others read them. One token: every thread has a copy of the residual stream and of the quantised inputs, and
+// computes both for itself, so that threads wait for each other six times a layer only.
+struct Pass {
+  const std::int32_t *tokens, *slots, *positions;  // [n]
+  std::size_t n, thread, team;
+  bool replicated;  // one token
+  std::size_t first, last;
+  float* hidden;  // [n][hidden]
+  GroupInputs* inputs;
+
+  // Part `thread` of n things, of whole vectors of 16: the same bits as all at once.
+  std::size_t bound(std::size_t size, std::size_t part) const;
+  // Others are about to read what this thread has computed of its own tokens.
+  void publish() const;
+};
+
+}  // namespace tulle

@@ -1,0 +1,373 @@
+// Linears in tiles by AVX2: a unit is two registers of 32 codes, 8 outputs × 4 inputs each.
+//
+//   ymm  a[0]  = unit u,     outputs 0–7   [o0: i0 i1 i2 i3][o1: …] … [o7: …]
+//        a[1]  = unit u,     outputs 8–15
+//        b[0], b[1] = unit u + 1
+//        even, odd  = x[4u … 4u+3], x[4u+4 … 4u+7], broadcast to every 32-bit lane
+//        total[h]   = 8 sums of 32 bits, outputs 8h … 8h+7
+//
+//   4 bits: vpmaddubsw(a, even) → 16-bit sums of two products; 8 units are added before vpmaddwd widens them
+//   8 bits: codes and x widened to 16 bits, even and odd bytes apart, vpmaddwd
+//
+// Pruned codes: AVX2 has no vpexpandb. avx2.inl counts the set bits before each byte and shuffles. One token: from the
+// stream of weights into the accumulators without a stop. Several tokens: a chunk of a tile is expanded into the
+// level-1 cache and multiplied with four tokens at a time.
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "cpu/tables.hpp"
+
+namespace tulle {
+namespace {
+
+#include "linear/common.inl"
+#include "linear/tiles_stream.inl"
+#include "linear/avx2.inl"
+
+// Zero points of a tile's outputs, four times each, in halves of 32.
+void zeros_at(const LinearView& w, std::size_t scale, __m256i zeros[2]) {
+  for (std::size_t h = 0; h < 2; ++h) {
+    const __m256i wide = w.zeros
+        ? _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(w.zeros + scale + 8 * h)))
+        : _mm256_set1_epi32(w.zero);
+    zeros[h] = _mm256_mullo_epi32(wide, _mm256_set1_epi32(0x01010101));
+  }
+}
+
+// A tile's codes, a pair of units at a time of one chunk.
+template <bool kNibbles, bool kSparse>
+class Stream {
+ public:
+  explicit Stream(const Start& start) : next_(start.values), masks_(start.masks) {}
+
+  // Two units, in halves of 32; `zeros`: zero points.
+  void take(const __m256i zeros[2], __m256i first[2], __m256i second[2]) {
+    if constexpr (kSparse) {
+      prefetch_streams(next_, masks_);
+      if constexpr (kNibbles) {
+        const std::size_t n = expand_unit<Part::low>(next_, masks_, zeros, first);
+        const std::size_t m = expand_unit<Part::high>(next_, masks_ + 8, zeros, second);
+        next_ += n > m ? n : m;
+      } else {
+        next_ += expand_unit<Part::whole>(next_, masks_, zeros, first);
+        next_ += expand_unit<Part::whole>(next_, masks_ + 8, zeros, second);
+      }
+      masks_ += 16;
+    } else if constexpr (kNibbles) {
+      for (int h = 0; h < 2; ++h, next_ += 32) {
+        first[h] = part_of<Part::low>(load(next_));
+        second[h] = part_of<Part::high>(load(next_));
+      }
+    } else {
+      for (int h = 0; h < 2; ++h, next_ += 32) {
+        first[h] = load(next_);
+        second[h] = load(next_ + kUnitBytes);
+      }
+      next_ += kUnitBytes;
+    }
+  }
+
+ private:
+  const std::uint8_t* next_;
+  const std::uint8_t* masks_;
+};
+
+// y of a tile's rows.
+void write(const LinearView& w, std::size_t tile, const float* sums, float step, float* y) {
+  for (std::size_t row = 0; row < rows_of(w, tile); ++row) y[tile * kTileRows + row] = sums[row] * step;
+}
+
+// One token.
+template <bool kNibbles, bool kSparse, int kPlanes>
+void multiply(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y) {
+  // Sums of two products of 4-bit codes are added in 16 bits, 8 of them, before they are widened: 8 · 2 · 15 · 128 <
+  // 2^15.
+  constexpr std::size_t kNarrow = 8;
+  const std::size_t units = w.segment / 4;
+  for (std::size_t tile = first; tile < last; ++tile) {
+    __m256 sum[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+    std::size_t segment = 0;
+    for (std::size_t chunk = 0; chunk < w.chunks(); ++chunk) {
+      Stream<kNibbles, kSparse> stream(start_of(w, tile, chunk));
+      const std::size_t end = segment + w.segments_of(chunk);
+      for (; segment < end; ++segment) {
+        const std::size_t scale = w.scale_at(tile, segment);
+        __m256i zeros[2];
+        if constexpr (kSparse) zeros_at(w, scale, zeros);
+        const std::int8_t* in[kPlanes];
+        __m256i total[kPlanes][2];
+        for (int p = 0; p < kPlanes; ++p) {
+          in[p] = x.plane[p] + segment * w.segment;
+          for (std::size_t h = 0; h < 2; ++h) total[p][h] = correction(w, scale, h, x.sums[p][segment]);
+        }
+        for (std::size_t u = 0; u < units;) {
+          const std::size_t stop = least(units, u + kNarrow);
+          __m256i narrow[kPlanes][2];
+          for (int p = 0; p < kPlanes; ++p) narrow[p][0] = narrow[p][1] = _mm256_setzero_si256();
+          for (; u < stop; u += 2) {
+            __m256i a[2], b[2];
+            stream.take(zeros, a, b);
+            for (int p = 0; p < kPlanes; ++p) {
+              const __m256i even = broadcast4(in[p] + 4 * u), odd = broadcast4(in[p] + 4 * u + 4);
+              for (int h = 0; h < 2; ++h) {
+                if constexpr (kNibbles) {
+                  narrow[p][h] = _mm256_add_epi16(narrow[p][h], _mm256_maddubs_epi16(a[h], even));
+                  narrow[p][h] = _mm256_add_epi16(narrow[p][h], _mm256_maddubs_epi16(b[h], odd));
+                } else {
+                  total[p][h] = dot<false>(dot<false>(total[p][h], a[h], even), b[h], odd);
+                }
+              }
+            }
+          }
+          if constexpr (kNibbles) {
+            for (int p = 0; p < kPlanes; ++p) {
+              for (int h = 0; h < 2; ++h) {
+                total[p][h] = _mm256_add_epi32(total[p][h], _mm256_madd_epi16(narrow[p][h], _mm256_set1_epi16(1)));
+              }
+            }
+          }
+        }
+        for (std::size_t h = 0; h < 2; ++h) {
+          __m256 whole = _mm256_cvtepi32_ps(total[0][h]);
+          if constexpr (kPlanes == 2)
+            whole = _mm256_fmadd_ps(whole, _mm256_set1_ps(256), _mm256_cvtepi32_ps(total[1][h]));
+          sum[h] = _mm256_fmadd_ps(whole, scales_at(w, scale, h), sum[h]);
+        }
+      }
+    }
+    alignas(32) float sums[kTileRows];
+    for (int h = 0; h < 2; ++h) _mm256_store_ps(sums + 8 * h, sum[h]);
+    write(w, tile, sums, x.steps[0], y);
+  }
+}
+
+// Codes of a tile's chunk, pruned ones at their zero point.
+template <bool kNibbles, bool kSparse>
+const std::uint8_t* expand(const LinearView& w, std::size_t tile, std::size_t chunk, std::uint8_t* codes) {
+  const Start start = start_of(w, tile, chunk);
+  if (!kNibbles && !kSparse) return start.values;
+  Stream<kNibbles, kSparse> stream(start);
+  std::uint8_t* to = codes;
+  for (std::size_t s = 0; s < w.segments_of(chunk); ++s) {
+    __m256i zeros[2];
+    if constexpr (kSparse) zeros_at(w, w.scale_at(tile, chunk * w.chunk_segments() + s), zeros);
+    for (std::size_t u = 0; u < w.segment / 4; u += 2, to += 2 * kUnitBytes) {
+      __m256i a[2], b[2];
+      stream.take(zeros, a, b);
+      for (std::size_t h = 0; h < 2; ++h) {
+        store(to + 32 * h, a[h]);
+        store(to + kUnitBytes + 32 * h, b[h]);
+      }
+    }
+  }
+  return codes;
+}
+
+template <bool kNibbles, bool kSparse>
+void multiply_many(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y,
+                   std::size_t y_stride, std::uint8_t* scratch) {
+  float* const sums = reinterpret_cast<float*>(scratch + kChunkInputs * kTileRows * sizeof(float));
+  for (std::size_t tile = first; tile < last; ++tile) {
+    std::memset(sums, 0, x.tokens * kTileRows * sizeof(float));
+    for (std::size_t chunk = 0; chunk < w.chunks(); ++chunk) {
+      const std::uint8_t* codes = expand<kNibbles, kSparse>(w, tile, chunk, scratch);
+      for (std::size_t s = 0; s < w.segments_of(chunk); ++s, codes += w.segment * kTileRows) {
+        multiply_accumulate_all<kNibbles>(w, x, tile, chunk * w.chunk_segments() + s, codes, sums);
+      }
+    }
+    for (std::size_t t = 0; t < x.tokens; ++t) write(w, tile, sums + t * kTileRows, x.steps[t], y + t * y_stride);
+  }
+}
+
+template <bool kNibbles, bool kSparse>
+void run_codes(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y,
+               std::size_t y_stride, std::uint8_t* scratch) {
+  if (x.tokens > 1) return multiply_many<kNibbles, kSparse>(w, x, first, last, y, y_stride, scratch);
+  if (x.planes == 1) return multiply<kNibbles, kSparse, 1>(w, x, first, last, y);
+  multiply<kNibbles, kSparse, 2>(w, x, first, last, y);
+}
+
+// For 8 mask bits: where each of 8 numbers comes from, the highest bit set where its own is clear. Of two bytes each as
+// vpshufb takes it, of four as vpermd does.
+struct Sources {
+  std::uint8_t halves[256][16];
+  std::uint8_t singles[256][8];
+  constexpr Sources() : halves(), singles() {
+    for (int mask = 0; mask < 256; ++mask) {
+      int next = 0;
+      for (int bit = 0; bit < 8; ++bit) {
+        const bool kept = (mask >> bit) & 1;
+        halves[mask][2 * bit] = static_cast<std::uint8_t>(kept ? 2 * next : 0x80);
+        halves[mask][2 * bit + 1] = static_cast<std::uint8_t>(kept ? 2 * next + 1 : 0x80);
+        singles[mask][bit] = static_cast<std::uint8_t>(kept ? next++ : 0x80);
+      }
+    }
+  }
+};
+constexpr Sources kSources;
+
+// A tile's weights as float32, two inputs of one chunk at a time, whatever the unit.
+template <bool kHalf, bool kSparse>
+class Floats {
+ public:
+  explicit Floats(const Start& start) : next_(start.values), masks_(start.masks) {}
+
+  // Each in halves of 8 outputs.
+  void take(__m256 even[2], __m256 odd[2]) {
+    if constexpr (kSparse) prefetch_streams(next_, masks_);
+    if constexpr (kHalf) {
+      for (int h = 0; h < 2; ++h) {
+        const __m256i pairs = halves();
+        even[h] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+        odd[h] = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+      }
+    } else {
+      for (int h = 0; h < 2; ++h) even[h] = singles();
+      for (int h = 0; h < 2; ++h) odd[h] = singles();
+    }
+  }
+
+ private:
+  static __m128i load_half(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+
+  // 16 of two bytes.
+  __m256i halves() {
+    if constexpr (!kSparse) {
+      next_ += 32;
+      return load(next_ - 32);
+    } else {
+      const int first = _mm_popcnt_u32(masks_[0]), second = _mm_popcnt_u32(masks_[1]);
+      const __m256i values =
+          _mm256_inserti128_si256(_mm256_castsi128_si256(load_half(next_)), load_half(next_ + 2 * first), 1);
+      const __m256i from = _mm256_inserti128_si256(_mm256_castsi128_si256(load_half(kSources.halves[masks_[0]])),
+                                                   load_half(kSources.halves[masks_[1]]), 1);
+      next_ += 2 * (first + second);
+      masks_ += 2;
+      return _mm256_shuffle_epi8(values, from);
+    }
+  }
+
+  // 8 of four bytes.
+  __m256 singles() {
+    const __m256 values = _mm256_loadu_ps(reinterpret_cast<const float*>(next_));
+    if constexpr (!kSparse) {
+      next_ += 32;
+      return values;
+    } else {
+      const __m256i from =
+          _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSources.singles[*masks_])));
+      next_ += 4 * _mm_popcnt_u32(*masks_++);
+      return _mm256_blendv_ps(_mm256_permutevar8x32_ps(values, from), _mm256_setzero_ps(), _mm256_castsi256_ps(from));
+    }
+  }
+
+  const std::uint8_t* next_;
+  const std::uint8_t* masks_;
+};
+
+// One token.
+template <bool kHalf, bool kSparse>
+void multiply_floats(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y) {
+  for (std::size_t tile = first; tile < last; ++tile) {
+    __m256 sum[4][2];
+    for (auto& both : sum) both[0] = both[1] = _mm256_setzero_ps();
+    for (std::size_t chunk = 0; chunk < w.chunks(); ++chunk) {
+      Floats<kHalf, kSparse> stream(start_of(w, tile, chunk));
+      const float* in = x.floats + chunk * w.chunk_segments() * w.segment;
+      const std::size_t inputs = w.segments_of(chunk) * w.segment;
+      for (std::size_t i = 0; i < inputs; i += 4) {
+        for (std::size_t j = 0; j < 4; j += 2) {
+          __m256 even[2], odd[2];
+          stream.take(even, odd);
+          for (int h = 0; h < 2; ++h) {
+            sum[j][h] = _mm256_fmadd_ps(even[h], _mm256_set1_ps(in[i + j]), sum[j][h]);
+            sum[j + 1][h] = _mm256_fmadd_ps(odd[h], _mm256_set1_ps(in[i + j + 1]), sum[j + 1][h]);
+          }
+        }
+      }
+    }
+    alignas(32) float sums[kTileRows];
+    for (int h = 0; h < 2; ++h) {
+      const __m256 half = _mm256_add_ps(_mm256_add_ps(sum[0][h], sum[1][h]), _mm256_add_ps(sum[2][h], sum[3][h]));
+      _mm256_store_ps(sums + 8 * h, half);
+    }
+    write(w, tile, sums, 1.0f, y);
+  }
+}
+
+// Weights of a tile's chunk as [inputs][16].
+template <bool kHalf, bool kSparse>
+void expand_floats(const LinearView& w, std::size_t tile, std::size_t chunk, float* out) {
+  Floats<kHalf, kSparse> stream(start_of(w, tile, chunk));
+  for (std::size_t i = 0; i < w.segments_of(chunk) * w.segment; i += 2, out += 2 * kTileRows) {
+    __m256 even[2], odd[2];
+    stream.take(even, odd);
+    for (int h = 0; h < 2; ++h) {
+      _mm256_store_ps(out + 8 * h, even[h]);
+      _mm256_store_ps(out + kTileRows + 8 * h, odd[h]);
+    }
+  }
+}
+
+template <int kTokens>
+void multiply_accumulate_floats(const float* weights, const float* in, std::size_t stride, std::size_t inputs,
+                                float* sums) {
+  __m256 sum[2][kTokens];
+  for (int t = 0; t < kTokens; ++t) {
+    for (int h = 0; h < 2; ++h) sum[h][t] = _mm256_load_ps(sums + t * kTileRows + 8 * h);
+  }
+  for (std::size_t k = 0; k < inputs; ++k) {
+    const __m256 lower = _mm256_load_ps(weights + k * kTileRows), upper = _mm256_load_ps(weights + k * kTileRows + 8);
+    for (int t = 0; t < kTokens; ++t) {
+      const __m256 one = _mm256_set1_ps(in[t * stride + k]);
+      sum[0][t] = _mm256_fmadd_ps(lower, one, sum[0][t]);
+      sum[1][t] = _mm256_fmadd_ps(upper, one, sum[1][t]);
+    }
+  }
+  for (int t = 0; t < kTokens; ++t) {
+    for (int h = 0; h < 2; ++h) _mm256_store_ps(sums + t * kTileRows + 8 * h, sum[h][t]);
+  }
+}
+
+template <bool kHalf, bool kSparse>
+void run_floats(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y,
+                std::size_t y_stride, std::uint8_t* scratch) {
+  if (x.tokens == 1) return multiply_floats<kHalf, kSparse>(w, x, first, last, y);
+  float* const weights = reinterpret_cast<float*>(scratch);
+  float* const sums = weights + kChunkInputs * kTileRows;
+  for (std::size_t tile = first; tile < last; ++tile) {
+    std::memset(sums, 0, x.tokens * kTileRows * sizeof(float));
+    for (std::size_t chunk = 0; chunk < w.chunks(); ++chunk) {
+      expand_floats<kHalf, kSparse>(w, tile, chunk, weights);
+      const std::size_t inputs = w.segments_of(chunk) * w.segment;
+      const float* in = x.floats + chunk * w.chunk_segments() * w.segment;
+      std::size_t t = 0;
+      for (; t + 4 <= x.tokens; t += 4)
+        multiply_accumulate_floats<4>(weights, in + t * x.stride, x.stride, inputs, sums + t * kTileRows);
+      for (; t < x.tokens; ++t)
+        multiply_accumulate_floats<1>(weights, in + t * x.stride, x.stride, inputs, sums + t * kTileRows);
+    }
+    for (std::size_t t = 0; t < x.tokens; ++t) write(w, tile, sums + t * kTileRows, 1.0f, y + t * y_stride);
+  }
+}
+
+void run(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y, std::size_t y_stride,
+         std::uint8_t* scratch) {
+  const auto go = [&](auto dense, auto sparse) {
+    (w.sparse() ? sparse : dense)(w, x, first, last, y, y_stride, scratch);
+  };
+  switch (w.kind) {
+    case WeightKind::codes2: return;  // input-major only
+    case WeightKind::codes4: return go(run_codes<true, false>, run_codes<true, true>);
+    case WeightKind::codes8: return go(run_codes<false, false>, run_codes<false, true>);
+    case WeightKind::bf16: return go(run_floats<true, false>, run_floats<true, true>);
+    case WeightKind::f32: return go(run_floats<false, false>, run_floats<false, true>);
+  }
+}
+
+}  // namespace
+
+const LinearKernels avx2_linear = {run, avx2_run_input_major};
+
+}  // namespace tulle

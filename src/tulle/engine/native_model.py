@@ -1,0 +1,326 @@
+"""What the native engines are made of: the structs of native/include/tulle/{linear,engine,scaling}.hpp, field by field.
+
+The native module reads these dataclasses by name, checks every type, dtype and length, and keeps the arrays alive. It
+raises ``ValueError``, one line, for what does not fit. Arrays are one-dimensional and C-contiguous; bfloat16 is uint16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from enum import StrEnum
+from typing import Any, get_type_hints
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+
+
+class WeightKind(StrEnum):
+    """How a weight is stored. Codes of 2 bits are input-major only."""
+
+    CODES2 = "codes2"
+    CODES4 = "codes4"
+    CODES8 = "codes8"
+    BF16 = "bf16"
+    F32 = "f32"
+
+    @property
+    def is_codes(self) -> bool:
+        return self in (WeightKind.CODES2, WeightKind.CODES4, WeightKind.CODES8)
+
+
+class Layout(StrEnum):
+    """In which order a linear's weights are stored; linear.hpp has pictures. Input-major ones hold codes."""
+
+    TILES = "tiles"
+    SPARSE_TILES = "sparse_tiles"
+    INPUT_MAJOR = "input_major"
+    SPARSE_INPUT_MAJOR = "sparse_input_major"
+    INPUT_MAJOR_BLOCKS4 = "input_major_blocks4"
+    SPARSE_INPUT_MAJOR_BLOCKS4 = "sparse_input_major_blocks4"
+
+    @staticmethod
+    def of(sparse: bool, block_inputs: int) -> Layout:
+        """``block_inputs``: 0 for tiles, 1 or 4 for input-major."""
+        tiles, single, blocks4 = (
+            (Layout.SPARSE_TILES, Layout.SPARSE_INPUT_MAJOR, Layout.SPARSE_INPUT_MAJOR_BLOCKS4)
+            if sparse
+            else (Layout.TILES, Layout.INPUT_MAJOR, Layout.INPUT_MAJOR_BLOCKS4)
+        )
+        return {0: tiles, 1: single, 4: blocks4}[block_inputs]
+
+
+@dataclass(frozen=True)
+class LinearFacts:
+    """A packed linear without its arrays: what the engine's file says of it and LinearView holds."""
+
+    kind: WeightKind
+    layout: Layout
+    rows: int
+    """Outputs."""
+    columns: int
+    """Inputs."""
+    segment: int
+    """Inputs that share a scale, padded; of a scale in several segments, a part of them."""
+    segments: int
+    """Per row."""
+    segments_per_scale: int
+    zero: int
+    """The zero point where there are no ``zeros``."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(found: object) -> LinearFacts | None:
+        """None where a field is missing, too many, or of another type."""
+        hints = get_type_hints(LinearFacts)
+        if not isinstance(found, dict) or set(found) != set(hints):
+            return None
+        if any(type(found[name]) is not (int if hint is int else str) for name, hint in hints.items()):
+            return None
+        try:
+            return LinearFacts(**{name: hints[name](value) for name, value in found.items()})
+        except ValueError:  # no such kind or layout
+            return None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The quantiser of one vector: 0 bits none; 16 bits two planes of 8 (docs/format.md, "Quantised inputs")."""
+
+    bits: int = 0
+    symmetric: bool = True
+    clip: float = 1.0
+
+
+@dataclass
+class Selection:
+    """Which of its inputs a linear sees (docs/format.md, "Sparse inputs")."""
+
+    kind: str
+    """top_k, threshold or relu."""
+    keep: int
+    """Of every ``block`` inputs, ``unit`` at a time (top_k)."""
+    block: int
+    unit: int
+    norm: bool
+    """A unit counts by its 2-norm, not by its largest."""
+    threshold: float
+    rescale: bool
+    score: Floats | None
+    """``[columns]``: |x| counts times this."""
+
+
+@dataclass
+class Transform:
+    """x ↦ x·T in front of linears that share an input (docs/format.md, "Transforms")."""
+
+    kind: str
+    """diagonal, permutation, hadamard, block_matrix or kronecker."""
+    channels: int
+    block: int = 0
+    base: int = 1
+    """hadamard: order of the factor that is no power of two."""
+    shared: bool = False
+    """block_matrix: one matrix for all blocks."""
+    left: int = 0
+    right: int = 0
+    """kronecker: sizes of the factors."""
+    numbers: Floats | None = None
+    """The scales; the matrix; left transposed, then right; the base's ±1."""
+    index: NDArray[np.int32] | None = None
+    """permutation."""
+
+
+@dataclass
+class Linear:
+    """A packed linear with its arrays (shapes: LinearView in linear.hpp)."""
+
+    facts: LinearFacts
+    values: NDArray[np.uint8]
+    masks: NDArray[np.uint8] | None
+    offsets: NDArray[np.uint64] | None
+    starts: NDArray[np.uint32] | None
+    scales: NDArray[np.uint16] | None
+    zeros: NDArray[np.uint8] | None
+    bias: Floats | None
+    input: Grid
+    engine_grid: bool
+    """The grid is not the model's but the engine's, which comes after the selection of inputs."""
+    selection: Selection | None
+
+
+@dataclass
+class Group:
+    """Linears that share an input, and the transforms in front of them."""
+
+    transforms: list[Transform]
+    linears: list[Linear]
+
+
+@dataclass
+class Layer:
+    """A decoder block; norms ``[hidden]``, those of queries and keys ``[head_dim]``."""
+
+    input_norm: Floats
+    post_norm: Floats
+    query_norm: Floats | None
+    key_norm: Floats | None
+    window: int
+    """Tokens that attention reaches back, itself included; 0: all."""
+    qkv: Group
+    o: Group
+    gate_up: Group
+    down: Group
+
+
+@dataclass
+class Table:
+    """``[vocabulary · hidden]`` numbers, bf16 or f32."""
+
+    kind: WeightKind
+    values: NDArray[Any]
+
+
+@dataclass
+class Model:
+    """A decoder of the Llama family, as ``_native.Engine`` takes it."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    eps: float
+    gate: str
+    """silu, relu, relu2 or gelu_tanh."""
+    inverse_frequencies: list[float]
+    """``[head_dim / 2]``"""
+    rope_scale: float
+    """On cosines and sines."""
+    query: Grid
+    key: Grid
+    value: Grid
+    head_rotation: Transform | None
+    """Of every query and key head, after RoPE."""
+    embedding: Table
+    layers: list[Layer]
+    norm: Floats
+    head: Group
+    exact_head: Table | None
+    """The head as it was stored, where ``head`` is a rougher copy."""
+
+
+@dataclass
+class Matrix:
+    """A matrix row by row: f32, bf16, or codes8 with a scale per row (weight = scale · (code − 128))."""
+
+    kind: WeightKind
+    rows: int
+    columns: int
+    values: NDArray[Any] | None
+    scales: Floats | None
+
+
+@dataclass
+class Panels:
+    """A matrix ``[inputs, outputs]``, 16 outputs side by side: ``[panels][inputs][16]``, bf16 or f32."""
+
+    kind: WeightKind
+    inputs: int
+    outputs: int
+    values: NDArray[Any] | None
+
+
+@dataclass
+class Projection:
+    """y = W·x + bias."""
+
+    weight: Matrix
+    bias: Floats | None = None
+
+
+@dataclass
+class Multiplicative:
+    """y[s, m] = Σ_i x_i·D[s, i]·E[m, i] (+ bias)."""
+
+    d: Matrix
+    e: Panels
+    bias: Floats | None = None
+
+
+@dataclass
+class Convolution:
+    """Over (length × modules), causal: inputs ``[3 tokens][1 or 3 modules][M]``, outputs M."""
+
+    weight: Panels
+    bias: Floats | None = None
+
+
+@dataclass
+class ScalingLayer:
+    """Attention is dense (q, k, v, o) or sparse (multiplicative, convolutions); so is the feed-forward (sparse: the
+    controller c1, c2, and w2 row by unit)."""
+
+    input_norm: Floats
+    post_norm: Floats
+    w1: Projection
+    w2: Projection
+    q: Projection | None = None
+    k: Projection | None = None
+    v: Projection | None = None
+    o: Projection | None = None
+    multiplicative: Multiplicative | None = None
+    q_conv: Convolution | None = None
+    k_conv: Convolution | None = None
+    v_conv: Convolution | None = None
+    c1: Matrix | None = None
+    c2: Panels | None = None
+    c2_bias: Floats | None = None
+
+
+@dataclass
+class ScalingModel:
+    """A Scaling Transformer, as ``_native.ScalingEngine`` takes it."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    vocabulary: int
+    modules: int
+    """Of sparse attention; 0: dense."""
+    block: int
+    """Units of the sparse feed-forward that share one chosen; 0: dense."""
+    loss_modules: int
+    """Of a sparse head; 0: dense."""
+    eps: float
+    inverse_frequencies: list[float]
+    """``[head_dim / 2]``, or none: no position embedding."""
+    embedding: Matrix
+    layers: list[ScalingLayer]
+    norm: Floats
+    head: Matrix | Multiplicative
+    exact_head: Matrix | None
+
+
+def nbytes(part: Any) -> int:
+    """Of all arrays in a dataclass."""
+    if isinstance(part, np.ndarray):
+        return part.nbytes
+    if isinstance(part, list):
+        return sum(map(nbytes, part))
+    return sum(nbytes(getattr(part, field.name)) for field in fields(part)) if is_dataclass(part) else 0
+
+
+def copied(part: Any) -> Any:
+    """With copies of all arrays."""
+    if isinstance(part, np.ndarray):
+        return part.copy()
+    if isinstance(part, list):
+        return [copied(one) for one in part]
+    if is_dataclass(part) and not isinstance(part, type):
+        return replace(part, **{field.name: copied(getattr(part, field.name)) for field in fields(part)})
+    return part
