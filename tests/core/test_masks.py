@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from tulle.core.masks import Pattern, keep_pattern, keep_share, largest, within
+from tulle.core.masks import Pattern, keep_pattern, keep_share, largest, largest_plain, within
 from tulle.errors import UserError
 
 
@@ -55,3 +55,14 @@ def test_pattern_text() -> None:
 def test_within_never_prefers_what_is_pruned() -> None:
     scores, mask = torch.zeros(1, 4), torch.tensor([[False, True, True, False]])
     assert torch.equal(largest(within(scores, mask), 2), mask)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 1000), rows=st.integers(1, 4), columns=st.integers(1, 300), levels=st.integers(1, 400))
+def test_compiled_search_for_the_largest_is_the_plain_one(seed: int, rows: int, columns: int, levels: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(0, levels, (rows, columns), generator=generator).float() / 7  # few levels: many ties
+    scores[torch.rand(rows, columns, generator=generator) < 0.05] = torch.inf
+    for signs in (scores, scores - 1, -scores):  # zeros of both signs, and scores below 0
+        for keep in {1, columns // 2, columns - 1} - {0, columns}:
+            assert torch.equal(largest(signs, keep), largest_plain(signs, keep))
