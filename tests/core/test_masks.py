@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from tulle.core.masks import Pattern, follows, keep_pattern, keep_share, largest, within
+from tulle.core.masks import Pattern, follows, keep_pattern, keep_share, largest, largest_plain, within
 from tulle.errors import UserError
 
 
@@ -68,3 +68,14 @@ def test_follows_by_hand() -> None:
     one_more = fits.clone()
     one_more[1, 5] = True
     assert not follows(one_more, Pattern(2, 4)) and follows(one_more, Pattern(3, 4))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 1000), rows=st.integers(1, 4), columns=st.integers(1, 300), levels=st.integers(1, 400))
+def test_compiled_search_for_the_largest_is_the_plain_one(seed: int, rows: int, columns: int, levels: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(0, levels, (rows, columns), generator=generator).float() / 7  # few levels: many ties
+    scores[torch.rand(rows, columns, generator=generator) < 0.05] = torch.inf
+    for signs in (scores, scores - 1, -scores):  # zeros of both signs, and scores below 0
+        for keep in {1, columns // 2, columns - 1} - {0, columns}:
+            assert torch.equal(largest(signs, keep), largest_plain(signs, keep))

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tulle import native
 from tulle.errors import UserError
 
 Scope = Literal["layer", "row"]
@@ -78,6 +79,16 @@ def largest(scores: Tensor, keep: int) -> Tensor:
     n = scores.shape[-1]
     if keep <= 0 or keep >= n:
         return torch.full_like(scores, keep > 0, dtype=torch.bool)
+    # The compiled search, ten times faster, compares bits: they have the order of numbers where no sign is set.
+    if scores.device.type == "cpu" and scores.dtype == torch.float32 and not bool(scores.signbit().any()):
+        flat = scores.detach().reshape(-1, n).numpy()
+        return torch.from_numpy(native.keep_largest(flat, keep, torch.get_num_threads())).reshape(scores.shape)
+    return largest_plain(scores, keep)
+
+
+def largest_plain(scores: Tensor, keep: int) -> Tensor:
+    """:func:`largest` for 0 < keep < n by torch alone, on any device and for scores of any sign."""
+    n = scores.shape[-1]
     threshold = scores.kthvalue(n - keep + 1, dim=-1, keepdim=True).values
     above = scores > threshold
     tied = scores == threshold
