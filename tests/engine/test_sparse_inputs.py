@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import tulle.hf  # noqa: F401 (registers the packed format)
 from tiny_models import write_model
 from tulle._native import top_k as native_top_k
-from tulle.engine import Engine
+from tulle.engine import Engine, choose
 from tulle.engine.checkpoint import Source
 from tulle.engine.layout import ModelLayout
 from tulle.engine.prepare import fused_linears
@@ -210,9 +210,22 @@ def test_instruction_sets_agree(tmp_path: Path) -> None:
         assert off(other, found[0]) < 1e-4
 
 
-def test_auto_tries_input_major(tmp_path: Path) -> None:
+def test_auto_times_all_layouts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "m", "int4 sparse", "half")
-    assert Engine(tmp_path / "m", 1).layout in ("sparse", "dense", "input-major", "dense input-major")
+    timed: list[list[str]] = []
+
+    def faster(models: dict, *_: object) -> tuple[ModelLayout, dict]:
+        timed.append([str(layout) for layout in models])
+        return ModelLayout("dense input-major"), dict.fromkeys(models, 1.0)
+
+    monkeypatch.setattr(choose, "faster", faster)
+    for _ in range(2):
+        assert Engine(tmp_path / "m", 1).layout == "dense input-major"
+    assert timed == [["sparse", "dense", "input-major", "dense input-major"]]
+
+
+def test_layouts_by_name(tmp_path: Path) -> None:
+    write(tmp_path / "m", "int4 sparse", "half")
     with pytest.raises(UserError, match="expected a layout of auto, sparse, dense, input-major"):
         Engine(tmp_path / "m", 1, layout="rows")
     with pytest.raises(UserError, match="found 'dense columns'; its name is dense input-major now"):
