@@ -16,6 +16,7 @@ import tulle.hf  # noqa: F401 (registers the packed format)
 from checkpoints import VOCABULARY, write_checkpoint
 from tiny_models import write_model
 from tulle.engine import Engine
+from tulle.models.description import families
 
 SCHEMES: dict[str, dict[str, dict[str, Any]]] = {
     "dense": {},
@@ -66,8 +67,15 @@ def test_stored_schemes(name: str, tmp_path: Path) -> None:
     assert off(np.concatenate(steps), expected) < limit
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
-@pytest.mark.parametrize("extra", [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}])
+ARCHITECTURES = [
+    *((model_type, extra) for model_type in families() for extra in ({}, {"tie_word_embeddings": True})),
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("qwen3", {"attention_bias": True}),
+    ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}}),
+]
+
+
+@pytest.mark.parametrize(("model_type", "extra"), ARCHITECTURES)
 def test_architectures(model_type: str, extra: dict[str, Any], tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "m", model_type, **extra)
     ids = np.random.default_rng(0).integers(0, VOCABULARY, 50).tolist()

@@ -108,7 +108,10 @@ def test_a_mask_that_promises_more_values(packed: Path, tmp_path: Path) -> None:
         (lambda c: c.update(model_type="gpt5"), "model_type"),
         (lambda c: c.update(hidden_act="tanh"), "hidden_act"),
         (lambda c: c["quantization_config"].update(format_version=9), "format_version"),
-        (lambda c: c.update(rope_scaling={"rope_type": "yarn"}, rope_parameters={"rope_type": "yarn"}), "rotary"),
+        (
+            lambda c: c.update(rope_scaling={"rope_type": "yarn"}, rope_parameters={"rope_type": "yarn"}),
+            "rope_parameters",
+        ),
     ],
 )
 def test_configs(packed: Path, change: object, message: str, tmp_path: Path) -> None:

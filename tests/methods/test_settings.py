@@ -29,7 +29,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "permute_channels": {"pattern": "2:4", "score": "wanda", "power": 2.0, "residual": True, "effort": 1.0},
     "owl": {"spread": 0.08, "multiple": 5.0},
     "allocate": {
-        "budget": "zeros", "bits": 16, "per": "linear", "lowest": 0.0, "highest": 0.95, "tokens": 512, "damping": 0.01,
+        "budget": "zeros", "bits": 16, "per": "linear", "lowest": 0.0, "highest": 0.95, "tokens": 8192, "damping": 0.01,
         "steps": 10,
     },
     "round_to_nearest": {
@@ -64,7 +64,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "count": 5, "keep_bits": 16, "bits": 8, "group_size": None, "symmetric": True, "input_bits": 8,
         "input_symmetric": True, "error": "relative",
     },
-    "activation_budget": {"share": 0.5, "per": "role", "lowest": 0.0, "highest": 0.9, "tokens": 512},
+    "activation_budget": {"share": 0.5, "per": "role", "lowest": 0.0, "highest": 0.9, "tokens": 8192},
     "teal": {"share": 0.5, "kind": "threshold", "block": None, "unit": 1, "by": "max", "rescale": False},
     "wina": {"share": 0.5, "block": None, "unit": 1, "by": "norm", "rescale": False},
 }  # fmt: skip

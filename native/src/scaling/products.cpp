@@ -1,4 +1,4 @@
-// The products of a Scaling Transformer (docs/scaling-transformers.md). Threads share outputs: rows of a matrix,
+// The products of a Scaling Transformer (docs/guide/scaling-transformers.md). Threads share outputs: rows of a matrix,
 // modules of a multiplicative layer and of convolutions, blocks of units.
 #include <cstring>
 

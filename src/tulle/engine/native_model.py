@@ -88,7 +88,10 @@ class LinearFacts:
 
 @dataclass(frozen=True)
 class Grid:
-    """The quantiser of one vector: 0 bits none; 16 bits two planes of 8 (docs/format.md, "Quantised inputs")."""
+    """The quantiser of one vector: 0 bits none; 16 bits two planes of 8.
+
+    docs/reference/format.md, "Quantised inputs".
+    """
 
     bits: int = 0
     symmetric: bool = True
@@ -97,7 +100,7 @@ class Grid:
 
 @dataclass
 class Selection:
-    """Which of its inputs a linear sees (docs/format.md, "Sparse inputs")."""
+    """Which of its inputs a linear sees (docs/reference/format.md, "Sparse inputs")."""
 
     kind: str
     """top_k, threshold or relu."""
@@ -115,7 +118,7 @@ class Selection:
 
 @dataclass
 class Transform:
-    """x ↦ x·T in front of linears that share an input (docs/format.md, "Transforms")."""
+    """x ↦ x·T in front of linears that share an input (docs/reference/format.md, "Transforms")."""
 
     kind: str
     """diagonal, permutation, hadamard, block_matrix or kronecker."""
