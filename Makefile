@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 # What an editable install copies or compiles; other Python sources are used from where they are.
 BUILT_FROM := pyproject.toml CMakeLists.txt constraints.txt $(shell find native -type f) build/packages
 # An editable install maps package names to folders: a package that comes or goes needs a new one.
-$(shell mkdir -p build; find src/tulle -type d -not -name __pycache__ | sort > build/packages.now; \
+$(shell mkdir -p build; find src/tulle -type d -not -name __pycache__ -not -path '*/.*' | sort > build/packages.now; \
 	cmp -s build/packages.now build/packages || cp build/packages.now build/packages)
 
 .PHONY: demo test check docs bench reference sanitize amx fuzz
