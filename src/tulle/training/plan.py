@@ -95,11 +95,11 @@ def _planned(stage: Stage, before: str | None, recipe: TrainRecipe) -> PlannedSt
     planned = PlannedStage(
         name=stage.name,
         source=stage.start or before,
-        prune=None if stage.prune is None else _compression(stage.prune),
+        prune=None if stage.prune is None else compression.read_recipe(stage.prune),
         training=training,
         methods=tuple(map(planned_method, stage.methods)),
         data=stage.data or recipe.data,
-        compress=None if stage.compress is None else _compression(stage.compress),
+        compress=None if stage.compress is None else compression.read_recipe(stage.compress),
     )
     for step in planned.prune.steps if planned.prune else ():
         if not compression.METHODS[step.name].startswith(DENSE):
@@ -113,10 +113,6 @@ def _planned(stage: Stage, before: str | None, recipe: TrainRecipe) -> PlannedSt
             "one; leave it out"
         )
     return planned
-
-
-def _compression(recipe: str | dict[str, Any]) -> compression.Recipe:
-    return compression.parse_recipe(recipe) if isinstance(recipe, dict) else compression.load_recipe(recipe)
 
 
 def planned_method(entry: Mapping[str, Any]) -> TrainingMethod:
