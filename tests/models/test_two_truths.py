@@ -32,6 +32,8 @@ from tulle.models.decoder import PlainDecoder
 from tulle.models.rewrite import DenseModel
 
 TOKENS = torch.randint(0, 40, (1, 20), generator=torch.Generator().manual_seed(0))
+FOR_ENGINE = {"hidden_act": "silu", "max_position_embeddings": 64}
+"""What the engine runs: its contexts end where the config says."""
 ENGINE: dict[str, Any] = {"threads": 1, "head": "as stored", "cache": "f32"}
 Change = Callable[[dict[str, Any], dict[str, torch.Tensor], random.Random], None]
 
@@ -279,10 +281,21 @@ HAND_MADE: dict[str, Change] = {
     "dtype said twice": set_keys(dtype="float16", torch_dtype="bfloat16"),
 }
 
+MILD = (
+    "tied, two tables", "tied, one table twice", "biases of q, k, v stored", "bias of o stored",
+    "bias of the head stored",
+    "biases of the MLP stored", "bias of norms stored", "quantization_config null", "rotary keys missing",
+    "theta inside and beside", "theta beside alone", "theta beside an empty table", "old beside new",
+    "old null beside new", "old empty beside new", "old default beside new", "old beside new null", "factor below 1",
+    "factor whole", "yarn", "yarn, original beside", "yarn, factor null", "eps missing", "activation missing",
+    "fewer layers than stored", "a mask of old", "inverse frequencies of old", "dtype said twice",
+)  # fmt: skip
+"""Changes that leave every family a model."""
+
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hand_made(family: str, tmp_path: Path) -> None:
-    base = random_config(family, 0) | {"num_hidden_layers": 2, "hidden_act": "silu"}
+    base = random_config(family, 0) | {"num_hidden_layers": 2} | FOR_ENGINE
     base.pop("layer_types", None)
     outcomes = {}
     for tied in (False, True):
@@ -300,32 +313,32 @@ def test_hand_made(family: str, tmp_path: Path) -> None:
     ran = [name for (name, _), outcome in outcomes.items() if outcome != "refused"]
     assert {"nothing", "tied, two tables", "a mask of old", "quantization_config null"} <= set(ran)
     assert outcomes["untied, the embedding alone", False] == outcomes["context null", False] == "refused"
-    assert len(ran) > 40
+    assert list(outcomes.values()).count("ran") > 40
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_random(family: str, tmp_path: Path) -> None:
-    """Random configs, each with two hand-made changes on top."""
+    """Random configs, each with three hand-made changes on top."""
     outcomes = []
     for seed in range(20):
         draw = random.Random(f"{family} {seed}")
-        config = random_config(family, seed) | {"hidden_act": "silu"}
+        config = random_config(family, seed) | FOR_ENGINE
         state = weights_of(config, seed)
-        names = draw.sample(sorted(HAND_MADE), 2)
+        names = draw.sample(MILD, 3)
         for name in names:
             HAND_MADE[name](config, state, draw)
         try:
             outcomes.append(compared(write(tmp_path / str(seed), config, state)))
         except AssertionError as error:
             raise AssertionError(f"seed {seed}, {names}: {error}") from None
-    assert outcomes.count("refused") < 18
+    assert outcomes.count("ran") > 12
 
 
 @pytest.mark.parametrize("change", ["tied, two tables", "biases of q, k, v stored", "quantization_config null"])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_compressed_to_8_bits(family: str, change: str, tmp_path: Path) -> None:
     """The compressed folder computes what the dense one does, up to the rounding, in transformers and the engine."""
-    config = random_config(family, 0) | {"hidden_act": "silu", "vocab_size": 257, "tie_word_embeddings": False}
+    config = random_config(family, 0) | FOR_ENGINE | {"vocab_size": 257, "tie_word_embeddings": False}
     config |= {"attention_bias": False, "mlp_bias": False} if family == "llama" else {}
     state = weights_of(config, 2)
     HAND_MADE[change](config, state, random.Random(0))
