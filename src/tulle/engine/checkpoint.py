@@ -91,10 +91,13 @@ class StoredLinear:
     """``[C_out, C_in]``, True = stored; None: all are."""
     bits: int | None = None
     """Of the codes; None: weights in floats."""
-    scale: NDArray[np.uint16] | None = None
-    """bfloat16 ``[C_out, G]``, of codes."""
+    scale: NDArray[Any] | None = None
+    """``[C_out, G]``, of codes: bits of bfloat16 (uint16), float16 or float32."""
     zero_point: NDArray[np.uint8] | None = None
-    """``[C_out, G]``; None: 2^(bits − 1)."""
+    """``[C_out, G]``; None: ``zero``, or where that is None too 2^(bits − 1)."""
+    minimum: NDArray[Any] | None = None
+    """``[C_out, G]``, of the scale's dtype: weight = scale·(code − zero point) + minimum; None: 0."""
+    zero: int | None = None
 
 
 class Source(Checkpoint):

@@ -24,7 +24,7 @@ from tulle.errors import UserError
 from tulle.format.pack import bf16_to_f32, f32_to_bf16
 from tulle.format.spec import LinearSpec
 
-LAYOUT = 11
+LAYOUT = 12
 """Of the file: another number, another file."""
 HEADS = ("int8", "int4", "bf16", "as stored")
 FOLDER = ".engine"

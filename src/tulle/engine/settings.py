@@ -143,6 +143,7 @@ class _Linears:
             starts=array("starts"),
             scales=array("scales"),
             zeros=array("zeros"),
+            minima=array("minima"),
             bias=bias_of(self._source, names, facts.rows),
             input=grid,
             engine_grid=facts.kind.is_codes and not model_grid,
