@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 
 from tulle import _native
 from tulle.engine import scaling
-from tulle.engine.checkpoint import Checkpoint, Source, read_config
+from tulle.engine.checkpoint import Checkpoint, Source
 from tulle.engine.choose import check_layout, choose_layout, layouts_for
 from tulle.engine.prepare import FOLDER, Progress, prepared
 from tulle.engine.sampling import Sampler, Sampling
 from tulle.engine.settings import settings_of
 from tulle.engine.text import Stream, Text
 from tulle.errors import UserError
+from tulle.models.source import open_source
 
 BATCH = 256
 """Tokens of one forward pass; longer prompts take several."""
@@ -113,7 +114,8 @@ class Engine:
         if sequences < 1 or (threads is not None and threads < 1) or (context is not None and context < 1):
             raise UserError("expected at least one thread, sequence and token of context, found fewer")
         self.sequences, self.threads = sequences, threads or default_threads()
-        self.folder, self.config = folder, read_config(folder)
+        self.folder, self._stored = folder, open_source(folder)
+        self.config = self._stored.config
         limit = self.config.get("max_position_embeddings")
         if context is not None and isinstance(limit, int) and context > limit:
             raise UserError(f"expected a context of at most {limit} tokens, as the model has, found {context}")
@@ -138,7 +140,7 @@ class Engine:
                 f"expected weights {scaling.WEIGHTS[0]} for a model that is no Scaling Transformer, found {weights!r}; "
                 "tulle compress makes others"
             )
-        source, bits = Source(self.folder), 16 if activations == AS_QUANTISED else 8
+        source, bits = Source(self._stored), 16 if activations == AS_QUANTISED else 8
         chosen = choose_layout(source, layout, head, bits, self.threads)
         self.layouts, self.layout = [str(name) for name in layouts_for(source)], str(chosen)
         file, facts = prepared(source, head, chosen, progress)
@@ -156,7 +158,7 @@ class Engine:
 
     def _open_scaling(self, cache: str, weights: str, head: str, layout: str, progress: Progress | None) -> None:
         check_layout(layout)
-        shape, settings = scaling.settings_of(Checkpoint(self.folder), weights, head, progress)
+        shape, settings = scaling.settings_of(Checkpoint(self._stored), weights, head, progress)
         self.layouts, self.layout, self.vocabulary = ["dense"], "dense", shape.vocabulary
         if cache == "auto":
             cache = self._fine_or_bf16(shape.layers * shape.hidden)
@@ -170,7 +172,7 @@ class Engine:
     def text(self) -> Text:
         """The tokenizer, read when it is first used."""
         if self._text is None:
-            self._text = Text(self.folder)
+            self._text = Text(self._stored.tokenizer)
         return self._text
 
     @property

@@ -17,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tulle.engine.checkpoint import Source, StoredLinear
-from tulle.engine.files import TensorFile, TensorWriter
+from tulle.engine.files import TensorWriter, resident
 from tulle.engine.layout import LINE_OUTPUTS, ModelLayout, for_kernels, input_major_kind
 from tulle.engine.native_model import LinearFacts
 from tulle.errors import UserError
 from tulle.format.pack import bf16_to_f32, f32_to_bf16
 from tulle.format.spec import LinearSpec
+from tulle.models.tensor_file import TensorFile
 
 LAYOUT = 12
 """Of the file: another number, another file."""
@@ -64,7 +65,7 @@ def prepared(
 def _known(path: Path, identity: str, names: set[str]) -> tuple[TensorFile, dict[str, LinearFacts]] | None:
     """A file that was made earlier; None where it is of another model or broken, so that it is made again."""
     try:
-        found = TensorFile(path, resident=True)
+        found = resident(path)
         stored = json.loads(found.metadata.get("facts", ""))
     except (UserError, ValueError):
         return None
@@ -85,13 +86,15 @@ def _written(
                 file.add(f"{name}.{suffix}", array)
         stored = {name: found.to_json() for name, found in facts.items()}
         file.finish({"identity": identity, "facts": json.dumps(stored)})
-    return TensorFile(path, resident=True), facts
+    return resident(path), facts
 
 
 def cache_folders(source: Source) -> tuple[Path, Path]:
     """Where what is made of a model may be kept."""
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tulle"
-    return source.folder / FOLDER, user / hashlib.sha256(str(source.folder.resolve()).encode()).hexdigest()[:32]
+    path = source.path
+    beside = path / FOLDER if path.is_dir() else path.with_name(path.name + FOLDER)
+    return beside, user / hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]
 
 
 def convert(

@@ -144,7 +144,7 @@ class _Linears:
             scales=array("scales"),
             zeros=array("zeros"),
             minima=array("minima"),
-            bias=bias_of(self._source, names, facts.rows),
+            bias=bias_of(self._source, names),
             input=grid,
             engine_grid=facts.kind.is_codes and not model_grid,
             selection=selection(self._source, names[0], spec),
@@ -155,14 +155,15 @@ def _equal(a: Floats | None, b: Floats | None) -> bool:
     return a is not None and b is not None and np.array_equal(a, b)
 
 
-def bias_of(source: Source, names: Sequence[str], rows: int) -> Floats | None:
-    """``[rows]`` of linears that are fused; None where none of them has one."""
-    if not any(f"{name}.bias" in source for name in names):
+def bias_of(source: Source, names: Sequence[str]) -> Floats | None:
+    """``[rows]`` of linears that are fused; None where the description gives none of them one. Biases that are stored
+    though the config denies them are not read, as in transformers."""
+    if not any(name in source.biased for name in names):
         return None
-    counts = [rows] if len(names) == 1 else [source.shapes[name][0] for name in names]
     return np.concatenate([
-        source.floats(f"{name}.bias", (n,)) if f"{name}.bias" in source else np.zeros(n, np.float32)
-        for name, n in zip(names, counts, strict=True)
+        source.floats(f"{name}.bias", source.shapes[name][:1]) if name in source.biased
+        else np.zeros(source.shapes[name][0], np.float32)
+        for name in names
     ])  # fmt: skip
 
 
