@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tulle.errors import UserError
 from tulle.format.pack import STORAGE, unpack_stored
 from tulle.format.spec import LinearSpec
+from tulle.models.gguf.source import GgufSource
 from tulle.models.source import TensorSource, describe_source, open_source, packed_by_tulle
 from tulle.models.tensor_file import as_float32
 
@@ -91,6 +92,14 @@ class Source(Checkpoint):
         self.shapes = {layer.prefix + linear.name: linear.shape for layer in layers for linear in layer.linears()}
         self.biased = {layer.prefix + linear.name for layer in layers for linear in layer.linears() if linear.bias}
 
+    def coded(self, name: str, shape: tuple[int, int]) -> StoredLinear | None:
+        """A tensor of another tool's codes, as they are stored; None of one in floats."""
+        if not isinstance(self.source, GgufSource) or (found := self.source.coded(name)) is None:
+            return None
+        if found.codes.shape != shape:
+            raise UserError(f"expected {name} of shape {list(shape)}, found {list(found.codes.shape)}")
+        return StoredLinear(found.codes, None, found.bits, found.scale, minimum=found.minimum, zero=found.zero)
+
     def embedding_name(self) -> str:
         """The embedding's name in the files."""
         return self.description.embedding_name(self)
@@ -102,6 +111,8 @@ class Source(Checkpoint):
     def linear(self, name: str) -> StoredLinear:
         """A linear, unpacked. Raises ``UserError`` where its tensors are missing, damaged or do not fit."""
         shape, spec = self.shapes[name], self.specs.get(name)
+        if spec is None and (coded := self.coded(f"{name}.weight", shape)) is not None:
+            return coded
         if spec is None:
             return StoredLinear(self.kernel_floats(f"{name}.weight", shape))
         if spec.shape != shape:

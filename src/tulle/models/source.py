@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from tulle.errors import UserError
 from tulle.format.spec import QUANT_METHOD, QuantizationConfig
 from tulle.models.description import Decoder, describe
+from tulle.models.gguf.file import is_gguf
 from tulle.models.tensor_file import TensorFile, TensorInfo, as_float32
 
 SINGLE = "model.safetensors"
@@ -75,6 +76,10 @@ def open_source(path: str | Path) -> TensorSource:
     read, by its name.
     """
     path = Path(path)
+    if is_gguf(path):
+        from tulle.models.gguf.source import GgufSource
+
+        return GgufSource(path)
     if not path.is_dir():
         raise UserError(f"expected a model folder, found nothing at {path}; give the path of a local checkpoint")
     return Folder(path)
