@@ -255,3 +255,42 @@ READERS: dict[GGMLQuantizationType, Callable[[Bytes], Coded]] = {
     Type.IQ4_NL: _iq4_nl, Type.IQ4_XS: _iq4_xs, Type.MXFP4: _mxfp4, Type.TQ1_0: _tq1_0, Type.TQ2_0: _tq2_0,
 }  # fmt: skip
 """How each quantised type is read."""
+
+
+def encode(codes: NDArray[np.int16], scale: NDArray[np.float16], kind: GGMLQuantizationType) -> Bytes:
+    """Rows of scale · code as a type's bytes ``[R, bytes of a row]``, exactly: the inverse of :func:`decode`.
+
+    ``codes`` ``[R, C]``: whole numbers in the type's range (:data:`RANGES`), C a multiple of its block. ``scale``
+    ``[R, blocks]``.
+    """
+    rows, block = len(codes), GGML_QUANT_SIZES[kind][0]
+    least, _ = RANGES[kind]
+    unsigned = (codes - least).astype(np.uint8).reshape(rows, -1, block)
+    d = np.ascontiguousarray(scale).reshape(rows, -1, 1).view(np.uint8)
+    if kind is Type.Q8_0:
+        parts = [d, unsigned ^ 0x80]
+    elif kind is Type.TQ2_0:
+        quarters = unsigned.reshape(rows, -1, 2, 4, 32)
+        packed = np.bitwise_or.reduce(quarters << np.array([0, 2, 4, 6], np.uint8)[:, None], axis=3)
+        parts = [packed.reshape(rows, -1, 64), d]
+    elif kind is Type.Q5_0:
+        parts = [d, np.packbits(unsigned >> 4, axis=-1, bitorder="little"), _packed_nibbles(unsigned & 15)]
+    else:
+        parts = [d, _packed_nibbles(unsigned)]
+    return np.concatenate(parts, axis=-1).reshape(rows, -1)
+
+
+def encode_q4_1(codes: Bytes, scale: NDArray[np.float16], minimum: NDArray[np.float16]) -> Bytes:
+    """Rows of scale · code + minimum, codes ``[R, C]`` from 0 to 15, scale and minimum ``[R, C/32]``."""
+    rows = len(codes)
+    numbers = [np.ascontiguousarray(part).reshape(rows, -1, 1).view(np.uint8) for part in (scale, minimum)]
+    return np.concatenate([*numbers, _packed_nibbles(codes.reshape(rows, -1, 32))], axis=-1).reshape(rows, -1)
+
+
+def _packed_nibbles(codes: Bytes) -> Bytes:
+    """``[R, blocks, 32]`` → ``[R, blocks, 16]``."""
+    return codes[:, :, :16] | codes[:, :, 16:] << 4
+
+
+RANGES = {Type.TQ2_0: (-1, 2), Type.Q4_0: (-8, 7), Type.Q5_0: (-16, 15), Type.Q8_0: (-128, 127)}
+"""Whole numbers that types without minima hold, the smallest type first."""

@@ -75,6 +75,12 @@ SAME = {
 """Names of what another one does."""
 
 
+WITHOUT = ("no_vocab", "none")
+"""``tokenizer.ggml.model`` of files that hold no tokenizer for llama.cpp."""
+WHOLE = "tokenizer.huggingface.json"
+"""A whole ``tokenizer.json``: how Tulle exports what llama.cpp has no name for."""
+
+
 @dataclass(frozen=True)
 class GgufTokenizer:
     """A tokenizer, and what its ``tokenizer_config.json`` says."""
@@ -87,6 +93,8 @@ def tokenizer_of(metadata: Mapping[str, Any]) -> GgufTokenizer:
     """The tokenizer of a file's metadata. Raises ``UserError`` for a kind or a ``pre`` that is not known, by its name,
     and for tables that do not fit each other."""
     model = metadata.get("tokenizer.ggml.model")
+    if model in WITHOUT and isinstance(whole := metadata.get(WHOLE), str):
+        return _whole(metadata, whole)
     tokens, kinds = _tokens(metadata)
     try:
         if model == "gpt2":
@@ -105,26 +113,47 @@ def tokenizer_of(metadata: Mapping[str, Any]) -> GgufTokenizer:
         raise
     except Exception as error:  # the library raises plain Exception
         raise UserError(f"expected a GGUF tokenizer whose tables fit each other, found: {error}") from None
-    names = {
-        role: tokens[number]
-        for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-        if isinstance(number := metadata.get(f"tokenizer.ggml.{key}_token_id"), int) and 0 <= number < len(tokens)
-    }
+    names = _roles(metadata, dict(enumerate(tokens)))
     starts = metadata.get("tokenizer.ggml.add_bos_token", bos) and "bos" in names
     ends = metadata.get("tokenizer.ggml.add_eos_token", False) and "eos" in names
     _surround(tokenizer, names["bos"] if starts else None, names["eos"] if ends else None)
+    return GgufTokenizer(tokenizer, _settings(metadata, names, bool(starts), bool(ends)))
+
+
+def _whole(metadata: Mapping[str, Any], text: str) -> GgufTokenizer:
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"expected a tokenizer.json in {WHOLE} of the GGUF file, found: {error}") from None
+    names = _roles(metadata, {number: token for token, number in tokenizer.get_vocab().items()})
+    around = tokenizer.encode("").ids
+    edges = {role: tokenizer.token_to_id(names[role]) in around if role in names else False for role in ("bos", "eos")}
+    return GgufTokenizer(tokenizer, _settings(metadata, names, edges["bos"], edges["eos"]))
+
+
+def _roles(metadata: Mapping[str, Any], tokens: Mapping[int, str]) -> dict[str, str]:
+    """Which tokens begin and end texts, stand for what is unknown, and pad."""
+    found = {}
+    for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        number = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if isinstance(number, int) and number in tokens:
+            found[role] = tokens[number]
+    return found
+
+
+def _settings(metadata: Mapping[str, Any], names: Mapping[str, str], starts: bool, ends: bool) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**9,
-        "add_bos_token": bool(starts),
-        "add_eos_token": bool(ends),
+        "add_bos_token": starts,
+        "add_eos_token": ends,
     }
     settings |= {f"{role}_token": token for role, token in names.items()}
     template = chat_template(metadata)
     if template is not None:
         settings["chat_template"] = template
-    return GgufTokenizer(tokenizer, settings)
+    return settings
 
 
 def chat_template(metadata: Mapping[str, Any]) -> str | list[dict[str, str]] | None:
