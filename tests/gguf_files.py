@@ -49,7 +49,9 @@ def small_config(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
     return config | changes
 
 
-def random_bytes(rng: np.random.Generator, kind: Type, rows: int, columns: int, size: float = 0.05) -> NDArray[np.uint8]:
+def random_bytes(
+    rng: np.random.Generator, kind: Type, rows: int, columns: int, size: float = 0.05
+) -> NDArray[np.uint8]:
     """A random tensor of any type, its weights about as large as ``size``: ``[rows, bytes of a row]``."""
     if kind in (Type.F32, Type.F16, Type.BF16):
         values = (rng.standard_normal((rows, columns)) * size).astype(np.float32)
@@ -96,7 +98,9 @@ def write_random(
     """A random model of a config, its linears in ``kind``, as a GGUF file; returns transformers' model of the same
     weights, dequantised by the gguf library, in float32."""
     rng = np.random.default_rng(seed)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config))))
+    model = AutoModelForCausalLM.from_config(
+        CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config)))
+    )
     architecture = ARCHITECTURES[config["model_type"]]
     writer = gguf.GGUFWriter(file, architecture)
     write_keys(writer, config)

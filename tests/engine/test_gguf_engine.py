@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf_files import Type, random_bytes, small_config, write_random
 
+from gguf_files import Type, random_bytes, small_config, write_random
 from tulle.engine import Engine
 from tulle.engine.checkpoint import Source
 from tulle.engine.layout import for_kernels

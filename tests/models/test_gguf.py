@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from gguf.constants import GGML_QUANT_SIZES
-from gguf_files import Type, add, dequantised, random_bytes, small_config, write_keys, write_random
 
+from gguf_files import Type, add, dequantised, random_bytes, small_config, write_keys, write_random
 from tulle.errors import UserError
 from tulle.models.checkpoint import Checkpoint
 from tulle.models.decoder import PlainDecoder

@@ -113,7 +113,25 @@ def test_bos_where_the_file_or_the_kind_says_so() -> None:
     assert found.tokenizer.encode("a").ids[-1] == metadata["tokenizer.ggml.eos_token_id"]
 
 
-PIECES = ["▁t", "he", "▁the", "in", "ing", "▁th", "er", "▁a", "an", "and", "▁and", "re", "▁w", "as", "▁was", "日本", "is"]
+PIECES = [
+    "▁t",
+    "he",
+    "▁the",
+    "in",
+    "ing",
+    "▁th",
+    "er",
+    "▁a",
+    "an",
+    "and",
+    "▁and",
+    "re",
+    "▁w",
+    "as",
+    "▁was",
+    "日本",
+    "is",
+]
 LETTERS = sorted(set("".join(PIECES)) | set("bcdfgjklmopquvxyzABC.,!日本語") | {"▁"})
 
 

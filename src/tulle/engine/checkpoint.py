@@ -13,8 +13,8 @@ from tulle.errors import UserError
 from tulle.format.pack import STORAGE, unpack_stored
 from tulle.format.spec import LinearSpec
 from tulle.models.gguf.source import GgufSource
-from tulle.models.source import TensorSource, describe_source, open_source, packed_by_tulle
-from tulle.models.tensor_file import as_float32
+from tulle.models.source import TensorSource, describe_source, open_source, packed_by_tulle, require_finite
+from tulle.models.tensor_file import FLOATS, as_float32
 
 
 class Checkpoint:
@@ -109,7 +109,32 @@ class Source(Checkpoint):
         return self.embedding_name() if self.description.tied else self.description.head
 
     def linear(self, name: str) -> StoredLinear:
-        """A linear, unpacked. Raises ``UserError`` where its tensors are missing, damaged or do not fit."""
+        """A linear, unpacked. Raises ``UserError`` where its tensors are missing, damaged, not finite or do not fit."""
+        found = self._linear(name)
+        kind = "BF16" if found.values.dtype == np.uint16 else "F32"
+        if found.bits is None:
+            require_finite(f"{name}.weight", found.values, kind)
+        elif found.scale is not None:
+            require_finite(f"{name}.scale", found.scale, "BF16" if found.scale.dtype == np.uint16 else "F32")
+        return found
+
+    def require_finite(self) -> None:
+        """Raises ``UserError`` where a tensor besides the linears' weights, which are checked as they are read, holds
+        NaN or Inf. Reads them all: for when the engine's copy of the weights is made."""
+        model = self.description
+        linears = {f"{name}.weight" for name in self.shapes}
+        names = {self.embedding_name(), self.head_name(), *model.outer_tensors()} - {model.embedding}
+        names |= {layer.prefix + name for layer in model.layers for name in layer.tensors()} - linears
+        names |= {
+            f"{name}.{suffix}"
+            for name, spec in self.specs.items()
+            for suffix in spec.stored_tensors().keys() - spec.tensors().keys()
+        }
+        for name in sorted(names):
+            if (kind := self.dtype(name)) in FLOATS:
+                require_finite(name, self.tensor(name), kind)
+
+    def _linear(self, name: str) -> StoredLinear:
         shape, spec = self.shapes[name], self.specs.get(name)
         if spec is None and (coded := self.coded(f"{name}.weight", shape)) is not None:
             return coded

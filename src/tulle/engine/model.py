@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from tulle.engine.sampling import Sampler, Sampling
 from tulle.engine.settings import settings_of
 from tulle.engine.text import Stream, Text
 from tulle.errors import UserError
+from tulle.models.description import describe, families
 from tulle.models.source import open_source
 
 BATCH = 256
@@ -46,6 +47,14 @@ def default_threads() -> int:
             return len(allowed)
         cores.add(siblings.strip())
     return max(len(cores), 1)
+
+
+def _limit(config: Mapping[str, Any]) -> int | None:
+    """Tokens that a model is said to support."""
+    if config.get("model_type") in families():
+        return describe(config).context
+    found = config.get("max_position_embeddings")
+    return found if isinstance(found, int) else None
 
 
 @dataclass
@@ -116,10 +125,10 @@ class Engine:
         self.sequences, self.threads = sequences, threads or default_threads()
         self.folder, self._stored = folder, open_source(folder)
         self.config = self._stored.config
-        limit = self.config.get("max_position_embeddings")
-        if context is not None and isinstance(limit, int) and context > limit:
+        limit = _limit(self.config)
+        if context is not None and limit is not None and context > limit:
             raise UserError(f"expected a context of at most {limit} tokens, as the model has, found {context}")
-        self.context = context or min(limit if isinstance(limit, int) else CONTEXT, CONTEXT)
+        self.context = context or min(limit or CONTEXT, CONTEXT)
         self._text: Text | None = None
         try:
             if self.config.get("model_type") == scaling.MODEL_TYPE:

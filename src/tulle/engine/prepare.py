@@ -52,6 +52,7 @@ def prepared(
         if known:
             return known
     failure = ""
+    source.require_finite()
     for path in paths:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -48,9 +48,7 @@ def _unpack(
     return unpacked_weight(checkpoint, name, spec, tensors).to(dtype)
 
 
-def unpacked_weight(
-    checkpoint: Checkpoint, name: str, spec: LinearSpec, tensors: Mapping[str, Tensor]
-) -> Tensor:
+def unpacked_weight(checkpoint: Checkpoint, name: str, spec: LinearSpec, tensors: Mapping[str, Tensor]) -> Tensor:
     """W ``[C_out, C_in]`` of a packed linear's tensors by suffix, its transforms undone."""
     weight = dequantise(spec, tensors)
     if spec.transform:

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
@@ -68,9 +67,7 @@ class Written:
     notes: list[str] = field(default_factory=list)
 
 
-def write(
-    checkpoint: Checkpoint, file: Path, progress: Callable[[int, int], None] | None = None
-) -> Written:
+def write(checkpoint: Checkpoint, file: Path, progress: Callable[[int, int], None] | None = None) -> Written:
     """Writes a checkpoint, packed or dense, as one GGUF file; memory is one tensor.
 
     Raises ``UserError`` for a family or a feature that GGUF files of that family cannot say.
@@ -138,7 +135,10 @@ def check(checkpoint: Checkpoint, file: Path) -> int:
     linears = dict(packed.linears) if packed else {}
     wanted = _tensors(model)
     for name in wanted:
-        expected, found = _values(checkpoint, linears, model, name), as_float32(source.read(name), source.info(name).dtype)
+        expected, found = (
+            _values(checkpoint, linears, model, name),
+            as_float32(source.read(name), source.info(name).dtype),
+        )
         if not np.array_equal(expected, found):
             raise UserError(f"expected {name} of the GGUF file as it was, found other values; please report the recipe")
     return len(wanted)

@@ -68,7 +68,9 @@ def write_tokenizer(writer: gguf.GGUFWriter, checkpoint: Checkpoint, vocabulary:
         why = f"made for llama.cpp it would cut {difference!r} in another way"
     if tables is None:
         tables = {"tokenizer.ggml.model": "no_vocab", WHOLE: text} | special
-        notes.append(f"{why}: the file holds the whole tokenizer.json, which Tulle reads; llama.cpp takes token ids only")
+        notes.append(
+            f"{why}: the file holds the whole tokenizer.json, which Tulle reads; llama.cpp takes token ids only"
+        )
     for key, value in tables.items():
         _add(writer, key, value)
     _add_templates(writer, folder, settings)

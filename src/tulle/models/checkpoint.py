@@ -65,6 +65,12 @@ class TensorInfo:
             ) from None
 
     @property
+    def name(self) -> str:
+        """Of the dtype: torch's word, or the file's where torch has none."""
+        known = DTYPES.get(self.stored.dtype)
+        return self.stored.dtype if known is None else str(known).removeprefix("torch.")
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return self.stored.shape
 

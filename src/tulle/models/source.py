@@ -19,8 +19,11 @@ from numpy.typing import NDArray
 
 from tulle.errors import UserError
 from tulle.format.spec import QUANT_METHOD, QuantizationConfig
+from tulle.models.adapter import is_adapter, open_adapter
 from tulle.models.description import Decoder, describe
+from tulle.models.foreign import open_foreign
 from tulle.models.gguf.file import is_gguf
+from tulle.models.prefix import Prefixed, is_base_model
 from tulle.models.tensor_file import TensorFile, TensorInfo, as_float32
 
 SINGLE = "model.safetensors"
@@ -82,7 +85,30 @@ def open_source(path: str | Path) -> TensorSource:
         return GgufSource(path)
     if not path.is_dir():
         raise UserError(f"expected a model folder, found nothing at {path}; give the path of a local checkpoint")
-    return Folder(path)
+    if is_adapter(path):
+        return open_adapter(path)
+    found: TensorSource = Folder(path)
+    _add_older_settings(found)
+    if is_base_model(found):
+        found = Prefixed(found)
+    settings = found.config.get("quantization_config")
+    ours = settings is None or (isinstance(settings, dict) and settings.get("quant_method") == QUANT_METHOD)
+    return found if ours else open_foreign(found)
+
+
+def _add_older_settings(source: TensorSource) -> None:
+    """Puts what older packers wrote into a file of its own into the config."""
+    if source.config.get("quantization_config") is not None or not any(n.endswith(".qweight") for n in source.names()):
+        return
+    for file, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+        if (source.path / file).is_file():
+            settings = {"quant_method": method} | read_json(source.path / file, "a quantiser's settings")
+            source.config = source.config | {"quantization_config": settings}
+            return
+    raise UserError(
+        f"expected quantization_config in {source.path / 'config.json'} for the packed linears there, found none; copy "
+        "the whole folder"
+    )
 
 
 class Folder:
@@ -183,7 +209,7 @@ def describe_source(source: TensorSource, packed: Collection[str] = ()) -> Decod
 def _tied_as_stored(source: TensorSource, model: Decoder) -> Decoder:
     if not model.tied or model.embedding not in source or model.head not in source:
         return model
-    if _same_numbers(source, model.embedding, model.head):
+    if same_numbers(source, model.embedding, model.head):
         return model
     note = (
         f"config.json ties the head to the embedding, but {model.head} is stored and differs: it is used, as "
@@ -194,7 +220,8 @@ def _tied_as_stored(source: TensorSource, model: Decoder) -> Decoder:
     return replace(model, tied=False)
 
 
-def _same_numbers(source: TensorSource, a: str, b: str) -> bool:
+def same_numbers(source: TensorSource, a: str, b: str) -> bool:
+    """Whether two tables ``[V, d]`` hold the same numbers."""
     one, other, kinds = source.read(a), source.read(b), (source.info(a).dtype, source.info(b).dtype)
     if one.shape != other.shape or one.ndim != 2:
         return False

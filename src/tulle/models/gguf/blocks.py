@@ -195,7 +195,11 @@ def _q5_k(b: Bytes) -> Coded:
     scales, minima = _scales_and_minima(b[:, :, 4:16])
     codes = _nibbles(b[:, :, 48:].reshape(*b.shape[:2], 4, 32)).reshape(*b.shape[:2], 8, 32)
     return Coded(
-        _row(codes | _planes(b[:, :, 16:48]) << 4), 8, 0, _products(_half(b, 0), scales), -_products(_half(b, 2), minima)
+        _row(codes | _planes(b[:, :, 16:48]) << 4),
+        8,
+        0,
+        _products(_half(b, 0), scales),
+        -_products(_half(b, 2), minima),
     )
 
 

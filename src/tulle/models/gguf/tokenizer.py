@@ -254,6 +254,4 @@ def _surround(tokenizer: Tokenizer, bos: str | None, eos: str | None) -> None:
     single = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
     pair = [*single, *(f"{part}:1" for part in ([*([bos] if bos else []), "$B", *([eos] if eos else [])]))]
     special = [(token, tokenizer.token_to_id(token)) for token in dict.fromkeys((bos, eos)) if token]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=single, pair=pair, special_tokens=special
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=special)
