@@ -14,6 +14,7 @@ known here is run by the library when the text ends.
 from __future__ import annotations
 
 import codecs
+import copy
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -56,9 +57,9 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._hidden = frozenset() if keep_special else special_ids(tokenizer)
         self._steps = _steps(tokenizer.decoder, clean_up)
-        certain = sum(len(self._push(token)) for token in prompt)
-        whole = decode(tokenizer, prompt, keep_special=keep_special, clean_up=clean_up) if prompt else ""
-        self._known = whole[certain:]
+        for token in prompt:
+            self._push(token)
+        self._known = self._rest(copy.deepcopy(self._steps)) if prompt else ""
         """Text of the prompt that is still to come."""
 
     def add(self, token: int) -> str:
@@ -67,23 +68,16 @@ class Detokenizer:
 
     def finish(self) -> str:
         """Text that waited for more tokens."""
-        rest = ""
-        for number in range(len(self._steps)):
-            rest += self._through(self._steps[number].end(), number + 1)
-        return self._new(rest)
+        return self._new(self._rest(self._steps))
 
     def _push(self, token: int) -> str:
         if token in self._hidden:
             return ""
         text = self._tokenizer.id_to_token(token)
-        return "" if text is None else self._through([text], 0)
+        return "" if text is None else _through(self._steps, [text])
 
-    def _through(self, tokens: list[str], first: int) -> str:
-        for step in self._steps[first:]:
-            if not tokens:
-                return ""
-            tokens = [found for token in tokens for found in step.push(token)]
-        return "".join(tokens)
+    def _rest(self, steps: list[_Step]) -> str:
+        return "".join(_through(steps[number + 1 :], step.end()) for number, step in enumerate(steps))
 
     def _new(self, text: str) -> str:
         """``text`` without what the prompt already said."""
@@ -95,6 +89,12 @@ class Detokenizer:
         )
         self._known = self._known[same:] if same == len(text) else ""
         return text[same:]
+
+
+def _through(steps: Sequence[_Step], tokens: list[str]) -> str:
+    for step in steps:
+        tokens = [found for token in tokens for found in step.push(token)]
+    return "".join(tokens)
 
 
 def decode(tokenizer: Tokenizer, tokens: Sequence[int], *, keep_special: bool = False, clean_up: bool = False) -> str:
