@@ -79,7 +79,8 @@ def test_generation_with_the_files_own_tokenizer(tmp_path: Path) -> None:
     metadata = {
         "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": [1] * 95 + [3], "tokenizer.ggml.merges": ["! !"],
-        "tokenizer.ggml.eos_token_id": 95, "tokenizer.chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}",
+        "tokenizer.ggml.eos_token_id": 95,
+        "tokenizer.chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}",
     }  # fmt: skip
     metadata["tokenizer.ggml.tokens"] = [*tokens[:-2], "!!", "<|end|>"]
     config = small_config(num_hidden_layers=1, vocab_size=96)

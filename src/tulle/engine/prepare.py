@@ -195,8 +195,8 @@ def _densified(part: StoredLinear) -> StoredLinear:
 
 
 def quantised_head(source: Source, head: str) -> StoredLinear:
-    """The output head: int8 or int4 with a scale per 32 inputs, in floats, or in the codes that it is stored in. The number of largest magnitude of 32 is
-    the lowest 4-bit code, so that all sixteen are used."""
+    """The output head: int8 or int4 with a scale per 32 inputs, in floats, or in the codes that it is stored in.
+    The number of largest magnitude of 32 is the lowest 4-bit code, so that all sixteen are used."""
     name = source.head_name()
     shape = (source.description.vocabulary, source.description.hidden)
     if head in HEADS_AS_CODED and (coded := source.coded(name, shape)) is not None:

@@ -9,6 +9,7 @@ token ids alone. Which it is, is tried: the tables are made, read again, and hav
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ SAMPLES = (
 
 
 def write_tokenizer(writer: gguf.GGUFWriter, checkpoint: Checkpoint, vocabulary: int, notes: list[str]) -> None:
-    """Adds the tokenizer, the special tokens and the chat template to a file. A folder without tokenizer gets a note."""
+    """Adds tokenizer, special tokens and chat template to a file. A folder without tokenizer gets a note."""
     folder = checkpoint.source.tokenizer
     file = folder / "tokenizer.json"
     if not file.is_file():
@@ -61,9 +62,11 @@ def write_tokenizer(writer: gguf.GGUFWriter, checkpoint: Checkpoint, vocabulary:
         if made is None:
             continue
         candidate = made | _tokens(data, tokenizer, vocabulary, made) | special | _edges(tokenizer, special)
-        difference = _difference(tokenizer, candidate)
+        difference = _difference(tokenizer, candidate, data.get("normalizer") == NFC)
         if difference is None:
             tables = candidate
+            if data.get("normalizer") == NFC:
+                notes.append("the tokenizer composes texts (NFC), which GGUF cannot say: give composed texts")
             break
         why = f"made for llama.cpp it would cut {difference!r} in another way"
     if tables is None:
@@ -206,10 +209,12 @@ def _sentencepiece(data: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default", "tokenizer.ggml.add_space_prefix": prefix}
 
 
-def _difference(tokenizer: Tokenizer, tables: Mapping[str, Any]) -> str | None:
-    """A text that the tables cut in another way; None where there is none among the samples."""
+def _difference(tokenizer: Tokenizer, tables: Mapping[str, Any], composed: bool) -> str | None:
+    """A text that the tables cut in another way; None where there is none among the samples. ``composed``: compared
+    are texts in Unicode's composed form, since llama.cpp never composes."""
     made = tokenizer_of(tables).tokenizer
-    for text in SAMPLES:
+    for sample in SAMPLES:
+        text = unicodedata.normalize("NFC", sample) if composed else sample
         for special in (False, True):
             mine = tokenizer.encode(text, add_special_tokens=special).ids
             if mine != made.encode(text, add_special_tokens=special).ids:

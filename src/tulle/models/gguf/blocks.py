@@ -5,8 +5,8 @@ Every quantised type is, value for value,
     weight = scale · (code − zero) + minimum
 
 with one scale (and minimum) per group of 16, 32 or 256 inputs. Scales are stored in half precision; in the K-quants
-and IQ4_XS a group's scale is a product, d·s with |s| < 128, which float32 holds exactly. IQ4_NL, IQ4_XS and MXFP4 choose from
-16 whole numbers that are no even grid: their codes are those numbers, in 8 bits.
+and IQ4_XS a group's scale is a product, d·s with |s| ≤ 128, which float32 holds exactly. IQ4_NL, IQ4_XS and MXFP4
+choose from 16 whole numbers that are no even grid: their codes are those numbers, in 8 bits.
 
 The layouts of the blocks are those of ggml (ggml-common.h); ``gguf.quants.dequantize`` is the oracle of the tests.
 """

@@ -84,7 +84,9 @@ class GgufSource:
     def info(self, name: str) -> TensorInfo:
         file, theirs = self._find(name)
         entry = file.tensors[theirs]
-        return TensorInfo(STORED.get(entry.type, "F32"), entry.shape, file.path)
+        if entry.type in STORED:
+            return TensorInfo(STORED[entry.type], entry.shape, file.path)
+        return TensorInfo("F32", entry.shape, file.path, entry.type.name, entry.bytes)
 
     def read(self, name: str) -> NDArray[Any]:
         """A tensor: floats as they are stored, quantised ones in float32."""
@@ -96,11 +98,6 @@ class GgufSource:
         found = blocks.stored_floats(raw, kind) if kind in STORED else blocks.to_float32(raw, kind)
         found = found.reshape(file.tensors[theirs].shape)
         return found if order is None else found[order]
-
-    def stored_type(self, name: str) -> str:
-        """What ggml calls the tensor's type, such as Q4_K."""
-        file, theirs = self._find(name)
-        return str(file.tensors[theirs].type.name)
 
     def coded(self, name: str) -> blocks.Coded | None:
         """Codes, scales and minima of a quantised tensor; None of one in floats. Raises ``UserError`` for scales that

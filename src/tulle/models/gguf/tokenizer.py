@@ -2,8 +2,8 @@
 
 * ``tokenizer.ggml.model`` **gpt2**: byte-level BPE. How a text is cut before the merges is not in the file, only its
   name (``tokenizer.ggml.pre``): :data:`PRE` has the regular expressions.
-* **llama**: SentencePiece's BPE, with scores instead of merges, and bytes for what has no token. The pair whose token has
-  the highest score is merged first; so merges in falling order of scores do the same.
+* **llama**: SentencePiece's BPE, with scores instead of merges, and bytes for what has no token. The pair whose token
+  has the highest score is merged first; so merges in falling order of scores do the same.
 
 Control tokens are special, user-defined ones are found in the text before anything else.
 """
