@@ -7,14 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from checkpoints import write_checkpoint
 from tulle.engine import Engine, Sampling
 from tulle.engine.sampling import Sampler, likely
-from tulle.engine.text import Stream, Text, overlap
 from tulle.errors import UserError
 
 
@@ -35,7 +32,7 @@ def test_greedy_text_is_that_of_transformers(folder: Path) -> None:
         )
     found = engine.generate("The square of 12", 64, ignore_end=True)
     assert found.tokens == whole[0, len(prompt) :].tolist()
-    assert found.text == engine.text.decode(found.tokens)
+    assert engine.text.decode(prompt) + found.text == engine.text.decode(prompt + found.tokens)
     assert found.prompt_tokens == len(prompt) and found.finish == "length"
 
 
@@ -102,38 +99,6 @@ def test_bad_calls(folder: Path, call: object, message: str) -> None:
 def test_bad_options(folder: Path, options: dict[str, object]) -> None:
     with pytest.raises(UserError, match="expected"):
         Engine(folder, **options)  # type: ignore[arg-type]
-
-
-def test_chat_template(folder: Path) -> None:
-    text = Text(folder)
-    text.chat_template = (
-        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
-    assert text.chat([{"role": "user", "content": "Hi"}]) == "[user] Hi\n[assistant]"
-    text.chat_template = "{{ raise_exception('no system role') }}"
-    with pytest.raises(UserError, match="no system role"):
-        text.chat([])
-    text.chat_template = "{{ messages.__class__.__mro__ }}"
-    with pytest.raises(UserError):
-        text.chat([])
-
-
-def test_streamed_text_is_the_decoded_text(folder: Path) -> None:
-    text = Text(folder)
-    prose = "Grüße, 世界! 🙂 naïve café — done. " * 5
-    tokens = text.encode(prose)
-    stream = Stream(text)
-    pieces = [stream.add(t) for t in tokens]
-    assert "".join(pieces) + stream.finish() == text.decode(tokens)
-    assert not any("\ufffd" in p for p in pieces)
-
-
-@given(st.text("ab", max_size=12), st.text("ab", min_size=1, max_size=6))
-def test_overlap(text: str, stop: str) -> None:
-    n = overlap(text, stop)
-    assert n < len(stop) and text.endswith(stop[:n])
-    assert not any(text.endswith(stop[:k]) for k in range(n + 1, min(len(text) + 1, len(stop))))
 
 
 def test_top_k_and_top_p() -> None:

@@ -46,7 +46,7 @@ def compress(
         str | None, typer.Option("--eval-documents", metavar="A:B", help="Use documents A to B-1 of the --eval text.")
     ] = None,
     device: common.Device = "cpu",
-    seed: Annotated[int, typer.Option("--seed", metavar="S", help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="S", min=0, help="Of everything random.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was killed.")] = False,
     json_file: common.JsonFile = None,
 ) -> None:

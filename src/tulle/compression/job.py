@@ -76,6 +76,8 @@ def compress(
     wherever that can be known.
     """
     begun = time.perf_counter()
+    if seed < 0:
+        raise UserError(f"expected a seed of 0 or more, found {seed}; any whole number from 0 on will do")
     torch.manual_seed(seed)
     machine.require_device(device)
     chosen, dense = read_recipe(recipe), DenseModel.open(model)

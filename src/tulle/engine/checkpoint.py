@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tulle.errors import UserError
 from tulle.format.pack import STORAGE, unpack_stored
 from tulle.format.spec import LinearSpec
+from tulle.models.gguf.source import GgufSource
 from tulle.models.source import TensorSource, describe_source, open_source, packed_by_tulle, require_finite
 from tulle.models.tensor_file import FLOATS, as_float32
 
@@ -62,10 +63,13 @@ class StoredLinear:
     """``[C_out, C_in]``, True = stored; None: all are."""
     bits: int | None = None
     """Of the codes; None: weights in floats."""
-    scale: NDArray[np.uint16] | None = None
-    """bfloat16 ``[C_out, G]``, of codes."""
+    scale: NDArray[Any] | None = None
+    """``[C_out, G]``, of codes: bits of bfloat16 (uint16), float16 or float32."""
     zero_point: NDArray[np.uint8] | None = None
-    """``[C_out, G]``; None: 2^(bits − 1)."""
+    """``[C_out, G]``; None: ``zero``, or where that is None too 2^(bits − 1)."""
+    minimum: NDArray[Any] | None = None
+    """``[C_out, G]``, of the scale's dtype: weight = scale·(code − zero point) + minimum; None: 0."""
+    zero: int | None = None
 
 
 class Source(Checkpoint):
@@ -88,6 +92,14 @@ class Source(Checkpoint):
         self.shapes = {layer.prefix + linear.name: linear.shape for layer in layers for linear in layer.linears()}
         self.biased = {layer.prefix + linear.name for layer in layers for linear in layer.linears() if linear.bias}
 
+    def coded(self, name: str, shape: tuple[int, int]) -> StoredLinear | None:
+        """A tensor of another tool's codes, as they are stored; None of one in floats."""
+        if not isinstance(self.source, GgufSource) or (found := self.source.coded(name)) is None:
+            return None
+        if found.codes.shape != shape:
+            raise UserError(f"expected {name} of shape {list(shape)}, found {list(found.codes.shape)}")
+        return StoredLinear(found.codes, None, found.bits, found.scale, minimum=found.minimum, zero=found.zero)
+
     def embedding_name(self) -> str:
         """The embedding's name in the files."""
         return self.description.embedding_name(self)
@@ -103,7 +115,7 @@ class Source(Checkpoint):
         if found.bits is None:
             require_finite(f"{name}.weight", found.values, kind)
         elif found.scale is not None:
-            require_finite(f"{name}.scale", found.scale, "BF16")
+            require_finite(f"{name}.scale", found.scale, "BF16" if found.scale.dtype == np.uint16 else "F32")
         return found
 
     def require_finite(self) -> None:
@@ -124,6 +136,8 @@ class Source(Checkpoint):
 
     def _linear(self, name: str) -> StoredLinear:
         shape, spec = self.shapes[name], self.specs.get(name)
+        if spec is None and (coded := self.coded(f"{name}.weight", shape)) is not None:
+            return coded
         if spec is None:
             return StoredLinear(self.kernel_floats(f"{name}.weight", shape))
         if spec.shape != shape:

@@ -19,10 +19,11 @@ from tulle.engine.choose import check_layout, choose_layout, layouts_for
 from tulle.engine.prepare import FOLDER, Progress, prepared
 from tulle.engine.sampling import Sampler, Sampling
 from tulle.engine.settings import settings_of
-from tulle.engine.text import Stream, Text
 from tulle.errors import UserError
 from tulle.models.description import describe, families
 from tulle.models.source import open_source
+from tulle.text.tokenizer import ModelTokenizer, TextStream
+from tulle.text.tokenizer_folder import read_tokenizer
 
 BATCH = 256
 """Tokens of one forward pass; longer prompts take several."""
@@ -79,7 +80,7 @@ class _Running:
     slot: int
     tokens: list[int]
     sampler: Sampler
-    stream: Stream
+    stream: TextStream
     left: int
     given: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
@@ -129,7 +130,7 @@ class Engine:
         if context is not None and limit is not None and context > limit:
             raise UserError(f"expected a context of at most {limit} tokens, as the model has, found {context}")
         self.context = context or min(limit or CONTEXT, CONTEXT)
-        self._text: Text | None = None
+        self._text: ModelTokenizer | None = None
         try:
             if self.config.get("model_type") == scaling.MODEL_TYPE:
                 self._open_scaling(cache, weights, head, layout, progress)
@@ -178,10 +179,10 @@ class Engine:
         return "f32" if 8 * numbers * self.context * self.sequences <= FINE_CACHE else "bf16"
 
     @property
-    def text(self) -> Text:
+    def text(self) -> ModelTokenizer:
         """The tokenizer, read when it is first used."""
         if self._text is None:
-            self._text = Text(self._stored.tokenizer)
+            self._text = read_tokenizer(self._stored.tokenizer)
         return self._text
 
     @property
@@ -294,7 +295,7 @@ class Engine:
         while waiting or active:
             while waiting and free:
                 number = waiting.pop()
-                stream = Stream(self.text, stop)
+                stream = self.text.stream(prompts[number], stop)
                 new = _Running(number, free.pop(), list(prompts[number]), Sampler(sampling[number]), stream, max_tokens)
                 logits = self.forward(new.tokens, new.slot, 0, [len(new.tokens) - 1])
                 yield self._take(new, logits[0], ends, on_text)
@@ -332,6 +333,8 @@ class Engine:
                 running.left, running.finish = 0, "stop"
         if running.left == 0:
             piece += running.stream.finish()
+            if running.stream.stopped:
+                running.finish = "stop"
         if piece:
             running.pieces.append(piece)
             if on_text:

@@ -25,9 +25,11 @@ from tulle.format.pack import bf16_to_f32, f32_to_bf16
 from tulle.format.spec import LinearSpec
 from tulle.models.tensor_file import TensorFile
 
-LAYOUT = 11
+LAYOUT = 12
 """Of the file: another number, another file."""
 HEADS = ("int8", "int4", "bf16", "as stored")
+HEADS_AS_CODED = ("int8", "as stored")
+"""What asks for a head that is stored in codes (a GGUF file's) as it is stored: it has 8 bits at most."""
 FOLDER = ".engine"
 Progress = Callable[[str, int, int], None]
 Packed = tuple[str, LinearFacts, dict[str, NDArray[Any]]]
@@ -193,10 +195,12 @@ def _densified(part: StoredLinear) -> StoredLinear:
 
 
 def quantised_head(source: Source, head: str) -> StoredLinear:
-    """The output head: int8 or int4 with a scale per 32 inputs, or in floats. The number of largest magnitude of 32 is
-    the lowest 4-bit code, so that all sixteen are used."""
+    """The output head: int8 or int4 with a scale per 32 inputs, in floats, or in the codes that it is stored in.
+    The number of largest magnitude of 32 is the lowest 4-bit code, so that all sixteen are used."""
     name = source.head_name()
     shape = (source.description.vocabulary, source.description.hidden)
+    if head in HEADS_AS_CODED and (coded := source.coded(name, shape)) is not None:
+        return coded
     if head == "as stored":
         return StoredLinear(source.kernel_floats(name, shape))
     weight = source.floats(name, shape)

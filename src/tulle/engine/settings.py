@@ -18,6 +18,7 @@ from tulle.engine.native_model import (
     Linear,
     LinearFacts,
     Model,
+    ScaleKind,
     Selection,
     Table,
     Transform,
@@ -94,8 +95,13 @@ def settings_of(
         layers=layers,
         norm=source.floats(f"{description.final_norm.name}.weight", (description.hidden,)),
         head=Group([], [linears.linear([head.removesuffix(".weight")], "head", None)]),
-        exact_head=_table(source, source.head_name()) if facts["head"].kind.is_codes else None,
+        exact_head=_table(source, source.head_name()) if _is_copy(facts["head"]) else None,
     )
+
+
+def _is_copy(head: LinearFacts) -> bool:
+    """Whether the head's codes were made here, of a finer one: those have scales in bfloat16, a GGUF file's never."""
+    return head.kind.is_codes and head.scale_kind is ScaleKind.BF16
 
 
 class _Linears:
@@ -143,6 +149,7 @@ class _Linears:
             starts=array("starts"),
             scales=array("scales"),
             zeros=array("zeros"),
+            minima=array("minima"),
             bias=bias_of(self._source, names),
             input=grid,
             engine_grid=facts.kind.is_codes and not model_grid,

@@ -45,7 +45,11 @@ def plan(checkpoint: Checkpoint, linears: Mapping[str, LinearSpec], dtype: torch
 def _unpack(
     checkpoint: Checkpoint, name: str, dtype: torch.dtype, spec: LinearSpec, tensors: Mapping[str, Tensor]
 ) -> Tensor:
-    """W of the packed tensors, its transforms undone."""
+    return unpacked_weight(checkpoint, name, spec, tensors).to(dtype)
+
+
+def unpacked_weight(checkpoint: Checkpoint, name: str, spec: LinearSpec, tensors: Mapping[str, Tensor]) -> Tensor:
+    """W ``[C_out, C_in]`` of a packed linear's tensors by suffix, its transforms undone."""
     weight = dequantise(spec, tensors)
     if spec.transform:
         holder = spec.transform_of or name
@@ -54,7 +58,7 @@ def _unpack(
             for i, t in enumerate(spec.transform)
         ]
         weight = unfold(maps, weight)
-    return weight.to(dtype)
+    return weight
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

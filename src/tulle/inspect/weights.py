@@ -44,6 +44,7 @@ def inspect_model(folder: str | Path, progress: Callable[[str, int, int], None] 
         row: dict[str, Any] = {"name": name, "role": model.role_of(name), "block": block, "shape": list(weight.shape)}
         row |= _scheme(spec) | {"bytes": sum(checkpoint.info(key).bytes for key in stored)}
         row |= {"bits_per_weight": 8 * row["bytes"] / weight.numel()} | weight_statistics(weight)
+        row["stored_as"] = None if spec else checkpoint.info(stored[0]).stored.stored_as
         row["rounding_error"] = None if spec and spec.bits else rounding_error(weight)
         linears.append(row)
         if extreme is None or row["outlier_ratio"] > extreme["outlier_ratio"]:

@@ -66,7 +66,9 @@ class TensorInfo:
 
     @property
     def name(self) -> str:
-        """Of the dtype: torch's word, or the file's where torch has none."""
+        """Of the dtype: torch's word, or the file's where torch has none or the tensor is read as another one."""
+        if self.stored.stored_as is not None:
+            return self.stored.stored_as
         known = DTYPES.get(self.stored.dtype)
         return self.stored.dtype if known is None else str(known).removeprefix("torch.")
 

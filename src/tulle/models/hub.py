@@ -7,6 +7,7 @@ from pathlib import Path
 import tulle
 from tulle.errors import UserError
 from tulle.models.adapter import WEIGHTS, is_adapter
+from tulle.models.gguf.file import is_gguf
 from tulle.models.source import INDEX, SINGLE, read_json
 from tulle.network import require_hub
 
@@ -26,7 +27,7 @@ def local_folder(model: str | Path) -> Path:
     name, path = str(model), Path(model)
     if name == REFERENCE:  # a folder of that name is ./reference
         return Path(tulle.__file__).parent / "reference"
-    if path.is_dir():
+    if path.is_dir() or is_gguf(path) and path.is_file():
         return path
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(

@@ -39,7 +39,7 @@ def identity(config: Mapping[str, Any], holders: Iterable[TensorFile]) -> str:
         extents = [(name, *file.extent(name)) for name in names]
         digest.update(json.dumps([file.path.name, extents]).encode())
         chosen = names if len(names) <= share else [names[i * len(names) // share] for i in range(share)]
-        add_file(digest, file.path, [_page(name, *file.extent(name)) for name in chosen])
+        add_file(digest, file.path, [page(name, *file.extent(name)) for name in chosen])
     return digest.hexdigest()
 
 
@@ -56,7 +56,7 @@ def add_file(digest: Any, path: Path, places: Iterable[tuple[int, int]]) -> None
         raise UserError(f"expected to read {path}, found: {error.strerror}; copy it again") from None
 
 
-def _page(name: str, begin: int, size: int) -> tuple[int, int]:
+def page(name: str, begin: int, size: int) -> tuple[int, int]:
     """A page inside a tensor."""
     pages = max(1, size // PAGE)
     drawn = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")

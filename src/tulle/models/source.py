@@ -22,6 +22,7 @@ from tulle.format.spec import QUANT_METHOD, QuantizationConfig
 from tulle.models.adapter import is_adapter, open_adapter
 from tulle.models.description import Decoder, describe
 from tulle.models.foreign import open_foreign
+from tulle.models.gguf.file import is_gguf
 from tulle.models.prefix import Prefixed, is_base_model
 from tulle.models.tensor_file import TensorFile, TensorInfo, as_float32
 
@@ -78,6 +79,10 @@ def open_source(path: str | Path) -> TensorSource:
     read, by its name.
     """
     path = Path(path)
+    if is_gguf(path):
+        from tulle.models.gguf.source import GgufSource
+
+        return GgufSource(path)
     if not path.is_dir():
         raise UserError(f"expected a model folder, found nothing at {path}; give the path of a local checkpoint")
     if is_adapter(path):

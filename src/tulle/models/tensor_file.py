@@ -43,10 +43,16 @@ class TensorInfo:
     """As safetensors calls it (``BF16``); one that is not in :data:`DTYPES` cannot be read."""
     shape: tuple[int, ...]
     file: Path
+    stored_as: str | None = None
+    """What the file calls a type that is read as ``dtype``, such as GGUF's Q4_K; None: ``dtype``."""
+    stored_bytes: int | None = None
+    """Of such a type."""
 
     @property
     def bytes(self) -> int:
-        """0 for a dtype that cannot be read."""
+        """In the file; 0 for a dtype that cannot be read."""
+        if self.stored_bytes is not None:
+            return self.stored_bytes
         return math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize if self.dtype in DTYPES else 0
 
     @property
