@@ -21,6 +21,9 @@ from tulle.export.folder import whole_folder, write_entries
 from tulle.export.plan import Plan
 from tulle.hf import packed_linears, require_packed_tensors
 from tulle.models.checkpoint import Checkpoint, companions, write_text
+from tulle.models.pickled import Pickled
+from tulle.models.prefix import Prefixed, is_base_model
+from tulle.models.source import INDEX, SINGLE, TensorSource, pickles_of
 
 FORMATS = ("compressed-tensors", "dense", "gguf")
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -47,7 +50,7 @@ def export(
         raise UserError(f"expected --to {' or '.join(FORMATS)}, found {to!r}; choose one of them")
     if dtype is not None and dtype not in FLOATS:
         raise UserError(f"expected --dtype {', '.join(FLOATS)}, found {dtype!r}; choose one of them")
-    checkpoint = Checkpoint.open(source)
+    checkpoint = _opened(source, to)
     if to == "gguf":
         return _to_gguf(checkpoint, target, dtype, progress) | {"seconds": time.perf_counter() - started}
     # A dense folder of Hugging Face's own has nothing to unpack.
@@ -73,6 +76,17 @@ def export(
         **found,
         "seconds": time.perf_counter() - started,
     }
+
+
+def _opened(path: Path, to: str) -> Checkpoint:
+    """The model; pickled weights, which no other command opens, for a dense export."""
+    whole = [path / name for name in (SINGLE, INDEX)]
+    if to == "dense" and path.is_dir() and pickles_of(path) and not any(file.is_file() for file in whole):
+        pickled: TensorSource = Pickled(path)
+        checkpoint = Checkpoint(Prefixed(pickled) if is_base_model(pickled) else pickled)
+        checkpoint.describe()
+        return checkpoint
+    return Checkpoint.open(path)
 
 
 def _to_gguf(

@@ -130,9 +130,7 @@ def load_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedMod
     settings = dict(checkpoint.config)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     model = checkpoint.describe()
-    names = [*model.outer_tensors(), *(layer.prefix + name for layer in model.layers for name in layer.tensors())]
-    stored = (model.embedding_name(checkpoint) if name == model.embedding else name for name in names)
-    state = {name: checkpoint.read(name).to(dtype) for name in stored}
+    state = {name: checkpoint.read(name).to(dtype) for name in checkpoint.names_of(model)}
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     found: PreTrainedModel = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
     return found

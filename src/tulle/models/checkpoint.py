@@ -136,6 +136,12 @@ class Checkpoint:
         packed = self.packed
         return describe_source(self.source, packed.linears if packed else ())
 
+    def names_of(self, model: Decoder) -> list[str]:
+        """The stored names of all tensors that a dense model needs."""
+        names = [name for name in model.outer_tensors() if name != model.embedding]
+        names += [layer.prefix + name for layer in model.layers for name in layer.tensors()]
+        return sorted([model.embedding_name(self), *names])
+
     def read_layer(self, layer: Layer) -> dict[str, Tensor]:
         """All tensors of a layer by relative name, in stored dtype, checked to be finite."""
         tensors = {}

@@ -28,6 +28,7 @@ from tulle.models.tensor_file import TensorFile, TensorInfo, as_float32
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth")
 
 ROWS = 4096
 """Of two tables that are compared at once."""
@@ -43,14 +44,17 @@ class TensorSource(Protocol):
     """What the user gave: a folder or a file."""
     config: dict[str, Any]
     """As ``config.json`` would have it. ``quantization_config`` is there only for what Tulle itself packed."""
-    tokenizer: Path
-    """The folder that holds the tokenizer's files."""
     files: Sequence[Path]
     """What tensors are read from."""
     plain: bool
     """Whether transformers, given ``path``, reads the same model by itself."""
     notes: list[str]
     """What a user should know of how the model is read; one sentence each."""
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder that holds the tokenizer's files."""
+        ...
 
     def names(self) -> list[str]:
         """Of all tensors, sorted."""
@@ -290,9 +294,19 @@ def _require_inside(folder: Path, name: str) -> None:
     )
 
 
+def pickles_of(folder: Path) -> list[Path]:
+    """Files of pickled weights, without what training leaves beside them."""
+    beside = ("optimizer", "scheduler", "training_args", "rng_state", "scaler", "adapter_model")
+    found = {file for pattern in PICKLES for file in folder.glob(pattern)}
+    return sorted(file for file in found if not file.name.startswith(beside))
+
+
 def _instead(folder: Path) -> str:
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-        return "it holds pickled weights, which are never loaded: convert them to safetensors"
+    if pickles := pickles_of(folder):
+        return (
+            f"{pickles[0].name} is a pickle, which can run anything and is never loaded: tulle export {folder} --to "
+            "dense -o NEW converts it safely"
+        )
     others = sorted(f.name for f in folder.glob("*.safetensors"))
     return f"{others[0]} is under a name that transformers does not read: rename it" if others else "check the path"
 
