@@ -123,7 +123,7 @@ class Source(Checkpoint):
         NaN or Inf. Reads them all: for when the engine's copy of the weights is made."""
         model = self.description
         linears = {f"{name}.weight" for name in self.shapes}
-        names = {self.embedding_name(), self.head_name(), *model.outer_tensors()} - {model.embedding}
+        names = (model.outer_tensors().keys() - {model.embedding}) | {self.embedding_name(), self.head_name()}
         names |= {layer.prefix + name for layer in model.layers for name in layer.tensors()} - linears
         names |= {
             f"{name}.{suffix}"
@@ -143,7 +143,10 @@ class Source(Checkpoint):
         if spec.shape != shape:
             raise UserError(f"expected {name} of shape {list(shape)}, found {list(spec.shape)} in quantization_config")
         arrays = {suffix: self._as_stored(f"{name}.{suffix}", kind) for suffix, (kind, _) in spec.tensors().items()}
-        values, mask = unpack_stored(spec, arrays)
+        try:
+            values, mask = unpack_stored(spec, arrays)
+        except UserError as error:
+            raise UserError(f"{name}, {error}") from None
         if spec.bits is None and spec.values_dtype != "bfloat16":
             values = values.astype(np.float32)
         return StoredLinear(values, mask, spec.bits, arrays.get("scale"), arrays.get("zero_point"))
