@@ -170,6 +170,15 @@ def test_a_name_that_is_no_hub_id() -> None:
         local_folder("own er/na--..me")
 
 
+def test_a_note_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_checkpoint(tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    (tmp_path / "m/config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    by_engine(tmp_path / "m")
+    by_eval(tmp_path / "m")
+    assert [r.levelname for r in caplog.records if "note: m: config.json ties the head" in r.message] == ["WARNING"]
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_base_models_save(tied: bool, tmp_path: Path) -> None:
     """AutoModel.save_pretrained: no prefix, and no head, so that only a tied model is whole."""

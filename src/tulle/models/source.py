@@ -9,8 +9,10 @@ side (:mod:`tulle.models.checkpoint`) and the engine (:mod:`tulle.engine.checkpo
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -82,7 +84,19 @@ def open_source(path: str | Path) -> TensorSource:
     Raises ``UserError`` for a folder, config, file or header that is missing or broken, and for a format that is not
     read, by its name.
     """
-    path = Path(path)
+    found = _opened(Path(path))
+    for note in found.notes:
+        tell(found.path, note)
+    return found
+
+
+@cache
+def tell(path: Path, note: str) -> None:
+    """Logs a note about a model, once, as a warning of the logger ``tulle`` (which Python writes to stderr)."""
+    logging.getLogger("tulle").warning(f"note: {path.name}: {note}")
+
+
+def _opened(path: Path) -> TensorSource:
     if is_gguf(path):
         from tulle.models.gguf.source import GgufSource
 
@@ -221,6 +235,7 @@ def _tied_as_stored(source: TensorSource, model: Decoder) -> Decoder:
     )
     if note not in source.notes:
         source.notes.append(note)
+    tell(source.path, note)
     return replace(model, tied=False)
 
 
