@@ -102,7 +102,8 @@ def write(checkpoint: Checkpoint, file: Path, progress: Callable[[int, int], Non
         if ratios is not None:
             writer.add_tensor_info(names.ROPE, ratios.shape, ratios.dtype, ratios.nbytes, Type.F32)
         matrices = Counter(found.types[str(names.theirs(f"{name}.weight"))] for name in _linear_names(model))
-        writer.add_file_type(FILE_TYPES.get(Type[matrices.most_common(1)[0][0]], 0))
+        ((most, _),) = matrices.most_common(1)
+        writer.add_file_type(FILE_TYPES[next(kind for kind in FILE_TYPES if kind.name == most)])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()

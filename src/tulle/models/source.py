@@ -43,14 +43,17 @@ class TensorSource(Protocol):
     """What the user gave: a folder or a file."""
     config: dict[str, Any]
     """As ``config.json`` would have it. ``quantization_config`` is there only for what Tulle itself packed."""
-    tokenizer: Path
-    """The folder that holds the tokenizer's files."""
     files: Sequence[Path]
     """What tensors are read from."""
     plain: bool
     """Whether transformers, given ``path``, reads the same model by itself."""
     notes: list[str]
     """What a user should know of how the model is read; one sentence each."""
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder that holds the tokenizer's files."""
+        ...
 
     def names(self) -> list[str]:
         """Of all tensors, sorted."""

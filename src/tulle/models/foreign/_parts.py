@@ -26,10 +26,12 @@ class Stored(Protocol):
     """The checkpoint that a format reads."""
 
     path: Path
-    tokenizer: Path
     files: Sequence[Path]
     config: dict[str, Any]
     notes: list[str]
+
+    @property
+    def tokenizer(self) -> Path: ...
 
     def names(self) -> list[str]: ...
 
