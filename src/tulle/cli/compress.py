@@ -46,7 +46,7 @@ def compress(
         str | None, typer.Option("--eval-documents", metavar="A:B", help="Use documents A to B-1 of the --eval text.")
     ] = None,
     device: common.Device = "cpu",
-    seed: Annotated[int, typer.Option("--seed", metavar="S", min=0, help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="S", help="Of everything random.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was killed.")] = False,
     json_file: common.JsonFile = None,
 ) -> None:
@@ -69,13 +69,16 @@ def compress(
         from tulle.compression.demo import evaluation_text
 
         compared = Evaluation(*evaluation_text())
-    with common.progress_bars() as progress:
-        report = run(
-            model, recipe, output,
-            calibration=calibration, separator=separator, documents=chosen, min_chars=min_chars,
-            samples=samples, length=length, evaluation=compared, device=device, seed=seed, resume=resume,
-            progress=progress,
-        )  # fmt: skip
+    try:
+        with common.progress_bars() as progress:
+            report = run(
+                model, recipe, output,
+                calibration=calibration, separator=separator, documents=chosen, min_chars=min_chars,
+                samples=samples, length=length, evaluation=compared, device=device, seed=seed, resume=resume,
+                progress=progress,
+            )  # fmt: skip
+    except KeyboardInterrupt as error:  # typer would leave out what the run says of its folder
+        raise typer.Abort from error
     if str(json_file) != "-":
         out = common.console()
         out.print(compression_table(report))

@@ -44,7 +44,7 @@ Temperature = Annotated[float, typer.Option("--temperature", metavar="X", help="
 TopK = Annotated[int, typer.Option("--top-k", metavar="K", help="Only the K likeliest tokens; 0: all.")]
 TopP = Annotated[float, typer.Option("--top-p", metavar="P", help="Only the likeliest tokens that add up to P.")]
 Penalty = Annotated[float, typer.Option("--repetition-penalty", metavar="X", help="Above 1 avoids what occurred.")]
-Seed = Annotated[int, typer.Option("--seed", metavar="S", min=0, help="Equal seeds give equal texts.")]
+Seed = Annotated[int, typer.Option("--seed", metavar="S", help="Equal seeds give equal texts.")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this; may be repeated.")]
 
 
@@ -217,7 +217,8 @@ def _read_input() -> str:
     """What standard input holds, without a mark of UTF-8 at its beginning. Raises ``UserError`` for other bytes."""
     from tulle.text.tokenizer import not_utf8
 
-    content = sys.stdin.buffer.read()
+    # A stream that somebody put in its place may have no bytes.
+    content = sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:

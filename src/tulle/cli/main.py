@@ -24,6 +24,7 @@ from tulle.cli.law import app as law
 from tulle.cli.train import train
 from tulle.errors import UserError
 
+INTERRUPTED = 130
 app = typer.Typer(
     name="tulle",
     help="Make Transformer language models sparse and low-bit, and run them.",
@@ -68,9 +69,11 @@ def run(arguments: Sequence[str]) -> int:
     quiet_libraries()
     try:
         code = app(args=[a for a in arguments if a != "--debug"], prog_name="tulle", standalone_mode=False)
+        if code == INTERRUPTED:  # typer makes an exit code of Ctrl-C
+            return _fail("interrupted", INTERRUPTED)
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort) as error:
-        return _fail(f"interrupted{_notes(error.__cause__ or error)}", 130)
+        return _fail(f"interrupted{_notes(error.__cause__ or error)}", INTERRUPTED)
     except BrokenPipeError:  # the reader of our output, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -102,7 +102,8 @@ def write(checkpoint: Checkpoint, file: Path, progress: Callable[[int, int], Non
         if ratios is not None:
             writer.add_tensor_info(names.ROPE, ratios.shape, ratios.dtype, ratios.nbytes, Type.F32)
         matrices = Counter(found.types[str(names.theirs(f"{name}.weight"))] for name in _linear_names(model))
-        writer.add_file_type(FILE_TYPES.get(Type[matrices.most_common(1)[0][0]], 0))
+        ((most, _),) = matrices.most_common(1)
+        writer.add_file_type(FILE_TYPES[next(kind for kind in FILE_TYPES if kind.name == most)])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -279,7 +280,10 @@ def _coded(checkpoint: Checkpoint, linear: str, spec: LinearSpec) -> Stored | No
     whole = codes.astype(np.int16) - wide
     if mask is not None:
         whole[~mask] = 0
-    scale = _half(bf16_to_f32(arrays["scale"]))
+    # Where all weights of a scale are 0, whatever it is (some quantisers write the least number there) is 0, too.
+    zeros_alone = (whole.reshape(rows, spec.groups, width) == 0).all(axis=2)
+    numbers = np.where(zeros_alone, np.float32(0), bf16_to_f32(arrays["scale"]))
+    scale = _half(numbers)
     if scale is None:
         return None
     least, most = int(whole.min()), int(whole.max())
@@ -292,7 +296,7 @@ def _coded(checkpoint: Checkpoint, linear: str, spec: LinearSpec) -> Stored | No
             return Stored(kind, spec.shape, blocks.encode(whole, per_block, kind))
         if kind is not Type.Q4_0 or spec.bits > 4:
             continue
-        minimum = _half(-bf16_to_f32(arrays["scale"]) * zero.astype(np.float32))
+        minimum = _half(-numbers * zero.astype(np.float32))
         if minimum is not None:
             unsigned, minima = (whole + wide).astype(np.uint8), minimum.repeat(width // block, axis=1)
             return Stored(Type.Q4_1, spec.shape, blocks.encode_q4_1(unsigned, per_block, minima))

@@ -161,7 +161,8 @@ def _tokens(data: Mapping[str, Any], tokenizer: Tokenizer, vocabulary: int, made
 
 def _pairs(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Merges, which older files write as one string."""
-    return [tuple(m.split(" ", 1)) if isinstance(m, str) else (m[0], m[1]) for m in data["model"].get("merges") or ()]
+    found = (m.split(" ", 1) if isinstance(m, str) else m for m in data["model"].get("merges") or ())
+    return [(left, right) for left, right in found]
 
 
 def _byte_level(data: Mapping[str, Any]) -> dict[str, Any] | None:

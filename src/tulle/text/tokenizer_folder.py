@@ -11,6 +11,7 @@ replaced here in the same way, so that every command sees the same tokens.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -102,12 +103,14 @@ def _qwen(letter: str, other: str) -> Callable[[Mapping[str, Any]], Parts]:
 
 
 _SENTENCE_PIECE = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+_INFILLING = {"prefix_token": "▁<PRE>", "middle_token": "▁<MID>", "suffix_token": "▁<SUF>"}
+_INFILLING |= {"eot_token": "▁<EOT>", "fill_token": "<FILL_ME>"}
 _END_OF_TEXT = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
 _QWEN = dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")
 CLASSES = {
     "LlamaTokenizer": TokenizerClass(_llama, _SENTENCE_PIECE, fuse_unknown=True, byte_fallback=True),
     "CodeLlamaTokenizer": TokenizerClass(
-        _code_llama, _SENTENCE_PIECE, fuse_unknown=True, byte_fallback=True, unknown=True, add_bos=True
+        _code_llama, _SENTENCE_PIECE | _INFILLING, fuse_unknown=True, byte_fallback=True, unknown=True, add_bos=True
     ),
     "GemmaTokenizer": TokenizerClass(
         _gemma,
@@ -278,7 +281,8 @@ def _converted(path: Path) -> Tokenizer:
         temporary.write_text(tokenizer.to_str(), encoding="utf-8")
         os.replace(temporary, cache)
     except OSError:  # a folder that cannot be written to: convert again next time
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return tokenizer
 
 
@@ -333,8 +337,6 @@ def _tokens(
     else:
         special_map = read_object(folder / "special_tokens_map.json")
         for key, value in special_map.items():
-            if key == "additional_special_tokens":
-                key = "extra_special_tokens"
             if key == "extra_special_tokens" and isinstance(value, list):
                 value = _joined(given.get(key), value)
             elif key == "extra_special_tokens" and isinstance(value, dict):
@@ -350,10 +352,15 @@ def _tokens(
             found.added[_whole(number)] = AddedToken(text, normalized=not special, special=special)
         if has_file:
             found.added |= stored.get_added_tokens_decoder()
+    if "additional_special_tokens" in given:  # the older name
+        given.setdefault("extra_special_tokens", given.pop("additional_special_tokens"))
     by_text = {token.content: token for token in found.added.values()}
     if not has_file and "extra_special_tokens" not in given:
         given["extra_special_tokens"] = list(stored.get_added_tokens_decoder().values())
-    values = {key: given[key] if key in given else defaults.get(key) for key in NAMED} | named
+    if stored.padding is not None:
+        defaults = {"pad_token": stored.padding["pad_token"]} | dict(defaults)
+    names = dict.fromkeys([*NAMED, *defaults])
+    values = {key: given[key] if key in given else defaults.get(key) for key in names} | named
     for key, value in values.items():
         if value is not None:
             token = value if isinstance(value, AddedToken) else _token(value)

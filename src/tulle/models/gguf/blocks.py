@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from tulle.errors import UserError
 
 Type = GGMLQuantizationType
-Bytes = NDArray[np.uint8]
+Bytes = NDArray[Any]
+"""Of uint8; NumPy's stubs take shifts and masks of it for other integers."""
 
 FLOATS = (Type.F32, Type.F16, Type.BF16, Type.F64)
 

@@ -180,7 +180,7 @@ def _rope_scaling(
     if ratios is not None:
         if kind not in ("none", "linear") or kind == "linear" and factor != 1:
             raise keys.refused("rope.scaling.type", "none beside a tensor rope_freqs", kind)
-        return _llama3(keys, context, head_dim, theta, ratios)
+        return _llama3(context, head_dim, theta, ratios)
     if kind == "none" or kind == "linear" and factor == 1:
         return None
     if kind == "linear":
@@ -197,20 +197,18 @@ def _rope_scaling(
     return found
 
 
-def _llama3(
-    keys: _Keys, context: int, head_dim: int, theta: float, ratios: NDArray[np.float32]
-) -> dict[str, Any] | None:
+def _llama3(context: int, head_dim: int, theta: float, ratios: NDArray[np.float32]) -> dict[str, Any] | None:
     """The parameters of Llama 3's stretched frequencies that give these ratios ``[head_dim / 2]``."""
     if np.all(ratios == 1):
         return None
     plain, _ = frequencies(Rotary(head_dim, theta), context)
     factor = shortest(float(ratios.max(initial=1.0)))
     candidate = Rotary(
-        head_dim, theta, "llama3", context, factor, LLAMA3["original_max_position_embeddings"],
+        head_dim, theta, "llama3", context, factor, int(LLAMA3["original_max_position_embeddings"]),
         low_freq_factor=LLAMA3["low_freq_factor"], high_freq_factor=LLAMA3["high_freq_factor"],
     )  # fmt: skip
     stretched, _ = frequencies(candidate, context)
-    if ratios.shape != plain.shape or not np.allclose(plain / ratios, stretched, rtol=1e-5, atol=0):
+    if ratios.shape != plain.shape or not np.allclose(plain, stretched * ratios, rtol=1e-5, atol=0):
         raise UserError(
             "expected the tensor rope_freqs.weight as Llama 3.1's parameters give it, found other frequencies; give "
             "the Hugging Face folder"

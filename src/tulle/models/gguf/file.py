@@ -1,6 +1,6 @@
 """GGUF files, memory-mapped: metadata and where each tensor's bytes lie.
 
-The format's specification is docs/gguf.md of ggml. The ``gguf`` library knows the types and their sizes; the header is
+The format's specification is part of ggml. The ``gguf`` library knows the types and their sizes; the header is
 read here, because the library's reader believes a header (a file of 100 bytes that claims 2^60 elements keeps it busy
 for ever) and takes two seconds for a vocabulary of 49,152.
 """
@@ -155,7 +155,7 @@ class GgufFile:
 
     def _strings(self, count: int) -> list[str]:
         """Many strings: from one copy of the header's rest, since each slice of a mapping costs microseconds."""
-        view, place, found = memoryview(self._data), self._place, []
+        view, place, found = self._data.view(np.ndarray).data, self._place, []
         end = len(view)
         for _ in range(count):
             if place + 8 > end:
