@@ -44,6 +44,7 @@ sanitize: $(INSTALLED)
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 		-DTULLE_NATIVE_TESTS=ON -DTULLE_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
+	build/sanitize/tulle_test_attention
 	build/sanitize/tulle_test_kernels
 	build/sanitize/tulle_test_input_major
 	build/sanitize/tulle_test_linear

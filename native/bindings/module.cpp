@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "attention.hpp"
 #include "engine.hpp"
 #include "scaling.hpp"
 #include "search.hpp"
@@ -214,6 +215,7 @@ NB_MODULE(_native, m) {
   define_mask_functions<std::uint32_t>(m);
   define_anneal<std::uint8_t>(m);
   define_anneal<std::int16_t>(m);
+  define_attention(m);
   define_engine(m);
   define_scaling(m);
   define_search(m);

@@ -147,6 +147,16 @@ def open_levels(
     residual: NDArray[np.float32],
     threads: int,
 ) -> None: ...
+def has_flash_attention() -> bool: ...
+def flash_attention(
+    q: NDArray[np.int16],
+    k: NDArray[np.int16],
+    v: NDArray[np.int16],
+    out: NDArray[np.int16],
+    window: int,
+    scale: float,
+    threads: int,
+) -> None: ...
 def has_outer() -> bool: ...
 def accumulate_outer(
     total: NDArray[np.float32],

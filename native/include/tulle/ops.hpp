@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "tulle/flash_attention.hpp"
+
 namespace tulle {
 
 // Tokens of a key block: keys are stored [block][head_dim][kKeyBlock], so that one query is multiplied with a block's
@@ -91,6 +93,7 @@ struct OpsKernels {
   void (*unit_sizes)(const float* size, std::size_t n, std::size_t unit, bool norm, float* to);
   // drop_below for units: x [n · unit], size [n].
   void (*drop_units_below)(float* x, const float* size, std::size_t n, std::size_t unit, float least);
+  FlashKernel flash;  // null: the instruction set has no products of bfloat16
 };
 
 }  // namespace tulle

@@ -25,6 +25,13 @@ namespace {
 
 #if defined(TULLE_HAVE_AVX512)
 // Of the CPUs that have the AVX-512 set, some also multiply bfloat16.
+OpsKernels with_flash(OpsKernels kernels, [[maybe_unused]] const CpuFeatures& cpu) {
+#if defined(TULLE_HAVE_AVX512BF16)
+  if (cpu.avx512bf16) kernels.flash = avx512bf16_flash;
+#endif
+  return kernels;
+}
+
 SearchKernels with_outer(SearchKernels kernels, [[maybe_unused]] const CpuFeatures& cpu) {
 #if defined(TULLE_HAVE_AVX512BF16)
   if (cpu.avx512bf16) kernels.outer = avx512bf16_outer;
@@ -61,7 +68,8 @@ std::vector<Isa> probe() {
   if (has_avx2 && cpu.avx512f && cpu.avx512bw && cpu.avx512vl && cpu.avx512vbmi && cpu.avx512vbmi2 &&
       cpu.avx512vnni) {
     static const SearchKernels search = with_outer(avx512_search, cpu);
-    isas.push_back({"avx512", &avx512_packing, &avx512_permutation, &avx512_linear, &avx512_ops, &avx512_sparse_train,
+    static const OpsKernels ops = with_flash(avx512_ops, cpu);
+    isas.push_back({"avx512", &avx512_packing, &avx512_permutation, &avx512_linear, &ops, &avx512_sparse_train,
                     &avx512_scaling, &search});
 #if defined(TULLE_HAVE_AMX)
     if (cpu.amx_tile && cpu.amx_int8 && ask_for_tiles() && amx_multiplies()) {

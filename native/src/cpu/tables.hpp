@@ -34,6 +34,7 @@ RunInputMajor scalar_run_input_major, avx2_run_input_major, avx512_run_input_maj
 extern const OpsKernels scalar_ops;
 extern const OpsKernels avx2_ops;
 extern const OpsKernels avx512_ops;
+extern const FlashKernel avx512bf16_flash;
 
 extern const ScalingKernels scalar_scaling;
 extern const ScalingKernels avx2_scaling;

@@ -425,6 +425,7 @@ constexpr OpsKernels kernels = {
     drop_below,
     unit_sizes,
     drop_units_below,
+    nullptr,
 };
 
 }  // namespace ops

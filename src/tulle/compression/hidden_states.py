@@ -14,34 +14,33 @@ from tulle.models.batches import Batch
 
 
 class HiddenStates:
-    """Hidden states ``[B, T, d]`` of every batch, float32, in one file.
+    """Hidden states ``[B, T, d]`` of every batch in one file, in the dtype that the blocks compute in.
 
     Reading goes through the page cache, so a small run never touches the disk, and a large one is spilled by the
     operating system.
     """
 
-    def __init__(self, file: Path, batches: Sequence[Batch], width: int):
-        self.file = file
+    def __init__(self, file: Path, batches: Sequence[Batch], width: int, dtype: torch.dtype = torch.float32):
+        self.file, self._dtype = file, dtype
         self._shapes = [(*b.tokens.shape, width) for b in batches]
-        sizes = [4 * s[0] * s[1] * s[2] for s in self._shapes]
+        sizes = self._sizes = [dtype.itemsize * s[0] * s[1] * s[2] for s in self._shapes]
         self._offsets = [sum(sizes[:i]) for i in range(len(sizes))]
         self.bytes = sum(sizes)
 
     def write(self, index: int, hidden: Tensor) -> None:
         with open(self.file, "r+b" if self.file.exists() else "w+b") as handle:
             handle.seek(self._offsets[index])
-            handle.write(hidden.detach().float().cpu().contiguous().numpy().data)
+            handle.write(hidden.detach().to("cpu", self._dtype).contiguous().view(torch.uint8).numpy().data)
 
     def read(self, index: int) -> Tensor:
-        shape = self._shapes[index]
-        buffer = bytearray(4 * shape[0] * shape[1] * shape[2])
+        buffer = bytearray(self._sizes[index])
         with open(self.file, "rb") as handle:
             handle.seek(self._offsets[index])
             if handle.readinto(buffer) != len(buffer):
                 raise UserError(
                     f"expected {self.bytes} bytes of activations in {self.file}, found fewer; start without --resume"
                 )
-        return torch.frombuffer(buffer, dtype=torch.float32).reshape(shape)
+        return torch.frombuffer(buffer, dtype=self._dtype).reshape(self._shapes[index])
 
     def is_whole(self) -> bool:
         return self.file.exists() and self.file.stat().st_size == self.bytes

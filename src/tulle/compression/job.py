@@ -95,7 +95,7 @@ def compress(
             return read_json(Path(output) / "report.json", "a report")
         batches = batched(tokens)
         # Two sets of hidden states go in and two come out.
-        activations = 4 * sum(b.tokens.numel() for b in batches) * dense.description.hidden * 4
+        activations = 4 * sum(b.tokens.numel() for b in batches) * dense.description.hidden * dtype.itemsize
         run.require_space(dense.checkpoint.bytes + activations)
         with disk_errors(Path(output)):
             # The state is not on disk yet, so that the folder's name must tell other runs apart.

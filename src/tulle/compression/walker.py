@@ -6,19 +6,13 @@ the next block's inputs), free. Two streams of hidden states are carried, the de
 both lie in files between blocks, so that a killed run continues from there. Inside a block every batch is parked at the
 group that is compressed (:mod:`tulle.compression.block_pass`): each stream costs one forward pass per block.
 
-**Fitting to the dense model.** A group sees inputs X of the compressed model, while the dense model would have given
-its linears X̃. With ``target: dense`` the wanted output is T = X̃·Wᵀ; for ``stream``, o and down also take over the error
-(H̃ − H) of the residual stream. The least-squares weight for that,
-
-    W* = argmin ‖T − X·W*ᵀ‖² = W + R·(XᵀX + λI)⁻¹,   R = (T − X·Wᵀ)ᵀ·X = W·(X̃ − X)ᵀX + (H̃ − H)ᵀX,
-
-replaces W before the steps run, and min ‖T − X·Ŵᵀ‖² is then min tr((W* − Ŵ)·H·(W* − Ŵ)ᵀ), which is what GPTQ and
-SparseGPT already solve: no method needs to know. (The same aim as GPTAQ, Li et al. 2025, "asymmetric calibration".)
+**Fitting to the dense model.** Before a group's steps run, its weights are fitted to what the dense model would give
+(:mod:`tulle.compression.fitting`).
 
 **Transforms and quantised activations.** The recipe's block steps run first, on the whole block: what they fold into
 neighbours changes the dense block too (the same function); what runs on activations (transforms, quantisers of inputs,
-of keys and values) stands in front of the compressed block's linears while their statistics are taken. X above is then
-the transformed and rounded input, X̃ the transformed one, and W is W·T⁻ᵀ.
+of keys and values) stands in front of the compressed block's linears while their statistics are taken. For the fit, X
+is then the transformed and rounded input, X̃ the transformed one, and W is W·T⁻ᵀ.
 """
 
 from __future__ import annotations
@@ -34,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from tulle.compression.block_pass import Gap, ParkedBatches, advance
+from tulle.compression.fitting import Mismatch, fit_to_dense
 from tulle.compression.hidden_states import HiddenStates, Parking
 from tulle.compression.recipe import Recipe, Step
 from tulle.core.activity import Counter, columns_of
@@ -43,11 +38,11 @@ from tulle.core.masks import PATTERNS, Pattern, follows, zero_share
 from tulle.core.quantised_input import QuantisedInput
 from tulle.core.rotation import Extremes
 from tulle.core.sample import Reservoir
-from tulle.core.statistics import accumulate_outer
 from tulle.core.token_grid import TokenGrid
 from tulle.core.topk import Selection
 from tulle.core.transform import run
 from tulle.errors import UserError
+from tulle.machine import memory_bytes
 from tulle.methods.contract import (
     BlockState,
     CompressedBlock,
@@ -68,8 +63,8 @@ SPARSE_FROM = 0.01
 DENSIFIED = "a rotation or another map of its inputs densified the checkpoint's zeros; leave it out to keep them"
 SAMPLE = 2048
 """Tokens of an unbiased sample of a group's input."""
-PARKED_BYTES = 2 << 30
-"""Activations of parked sequences up to here are kept in memory; more of them go to files."""
+PARKED_SHARE = 1 / 8
+"""Share of the machine's memory up to which activations of parked sequences are kept there; more go to files."""
 
 
 @dataclass
@@ -129,8 +124,8 @@ class _Work:
         return x if quantised is None else quantised(x)
 
 
-Found = tuple[Statistics, Tensor | None, Tensor | None]
-"""Of one group's input: statistics, (X̃ − X)ᵀX ``[C_in, C_in]`` and (H̃ − H)ᵀX ``[d, C_in]`` where they are wanted."""
+Found = tuple[Statistics, Tensor | None]
+"""Of one group's input: statistics, and R ``[C_out, C_in]`` where its weights are fitted to the dense model."""
 
 
 class Walker:
@@ -159,13 +154,13 @@ class Walker:
         tokens = sum(batch.tokens.numel() for batch in batches)
         widest = max(group.inputs for group in model.layers[0].groups)
         parked = 2 * tokens * (model.hidden + widest) * dtype.itemsize
-        self._parking = Parking(folder, on_disk=parked > PARKED_BYTES)
+        self._parking = Parking(folder, on_disk=parked > PARKED_SHARE * memory_bytes())
         self._seconds: dict[str, float] = {}
 
     def states(self, path: str, block: int) -> HiddenStates:
         """Inputs of ``block`` on the ``dense`` or the ``compressed`` path; the same file for block 0."""
         file = self._folder / f"{path if block else 'dense'}-{block}.bin"
-        return HiddenStates(file, self._batches, self._model.hidden)
+        return HiddenStates(file, self._batches, self._model.hidden, self._dtype)
 
     def begin(self, embedding: Tensor) -> None:
         """Looks the tokens up in the embedding ``[V, d]``."""
@@ -387,25 +382,21 @@ class Walker:
         needs = self._needs(group.role, "linear")
         with self._timed("statistics"):
             if not fit or "hessian" not in needs:
-                return self._statistics(compressed, needs, lambda x: work.input_of(group, x)), None, None
-            transform = work.groups[group.role].linears[0].transform
-            cross = torch.zeros(group.inputs, group.inputs, device=self._device)
-            lag = None
-            if self._recipe.calibration.target == "stream" and compressed[0].adds:
-                lag = torch.zeros(self._model.hidden, group.inputs, device=self._device)
+                return self._statistics(compressed, needs, lambda x: work.input_of(group, x)), None
+            linears = work.groups[group.role].linears
+            transform = linears[0].transform
+            stream = self._recipe.calibration.target == "stream" and compressed[0].adds
+            mismatch = Mismatch(torch.cat([linear.weight for linear in linears]), stream)
 
             def compare(i: int, x: Tensor) -> None:
                 there, here, valid = dense[i], compressed[i], self._valid[i]
                 wanted = real_tokens(there.x, valid)
                 wanted = run(transform, wanted.float()) if transform else wanted
-                # In X's dtype: the product is then fast in bfloat16. Of a difference, bfloat16 keeps 8 bits whose
-                # rounding errors, at most 2⁻⁹ of each element, favour no side and average out over the tokens.
-                accumulate_outer(cross, (wanted - x).to(x.dtype), x)
-                if lag is not None:
-                    behind = real_tokens(there.residual, valid) - real_tokens(here.residual, valid)
-                    accumulate_outer(lag, behind, x)
+                behind = real_tokens(there.residual, valid) - real_tokens(here.residual, valid) if stream else None
+                mismatch.add(wanted, x, behind)
 
-            return self._statistics(compressed, needs, lambda x: work.input_of(group, x), compare), cross, lag
+            found = self._statistics(compressed, needs, lambda x: work.input_of(group, x), compare)
+            return found, mismatch.result()
 
     def _statistics(
         self,
@@ -435,10 +426,10 @@ class Walker:
 
     def _apply(self, work: _Work, group: GroupState, steps: Sequence[Step], found: Found) -> None:
         """Fits a group's weights to the dense model where that is wanted, and runs the steps on it."""
-        group.statistics, cross, lag = found
-        if cross is not None:
+        group.statistics, mismatch = found
+        if mismatch is not None:
             with self._timed("statistics"):
-                fit_to_dense(group, cross, lag, self._recipe.calibration.target_damping)
+                fit_to_dense(group, mismatch, self._recipe.calibration.target_damping)
         begun = time.perf_counter()
         for step in steps:
             if group.role in step.targets:
@@ -572,19 +563,6 @@ def rewritten(layer: Layer, state: BlockState, weights: Mapping[str, Tensor]) ->
         for linear in state.groups[group.role].linears:
             tensors[f"{linear.name.removeprefix(layer.prefix)}.weight"] = linear.dense
     return {name: tensor for name, tensor in tensors.items() if tensor is not weights[name]}
-
-
-def fit_to_dense(group: GroupState, cross: Tensor, lag: Tensor | None, damping: float) -> None:
-    """Gives each linear W* for W (see above), from (X̃ − X)ᵀX ``[C_in, C_in]`` and (H̃ − H)ᵀX ``[d, C_in]``."""
-    hessian = group.statistics.hessian
-    assert hessian is not None
-    right = torch.cat([linear.weight @ cross for linear in group.linears])
-    if lag is not None:
-        right += lag
-    # H is 2·XᵀX/T.
-    fits = hessian.solve(right * (2.0 / hessian.tokens), damping)
-    for linear, fit in zip(group.linears, fits.split([len(x.weight) for x in group.linears]), strict=True):
-        linear.weight = linear.weight + fit
 
 
 def hold_zeros(linear: LinearState) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tulle.core import attention
 from tulle.errors import UserError
 from tulle.models.description import Attention, Decoder, Layer, LinearGroup, Norm, Rotary
 from tulle.models.rotary import frequencies
@@ -170,6 +171,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, scale: float | None = None) -> Tensor:
     """Causal softmax attention ``[B, H, T, head_dim]``; k and v ``[B, H_kv, T, head_dim]``, each for H/H_kv heads."""
+    if attention.takes(q, k, v):
+        return attention.flash_attention(q, k, v, window, scale)
     shared, length = q.shape[1] // k.shape[1], q.shape[2]
     if window is None or window >= length:
         return functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=shared > 1)
