@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tulle import _native
 from tulle.engine import scaling
-from tulle.engine.checkpoint import Checkpoint, Source, read_config
+from tulle.engine.checkpoint import Checkpoint, Source
 from tulle.engine.choose import check_layout, choose_layout, layouts_for
 from tulle.engine.prepare import FOLDER, Progress, prepared
 from tulle.engine.sampling import Sampler, Sampling
 from tulle.engine.settings import settings_of
 from tulle.errors import UserError
+from tulle.models.description import describe, families
+from tulle.models.source import open_source
 from tulle.text.tokenizer import ModelTokenizer, TextStream
 from tulle.text.tokenizer_folder import read_tokenizer
 
@@ -46,6 +48,14 @@ def default_threads() -> int:
             return len(allowed)
         cores.add(siblings.strip())
     return max(len(cores), 1)
+
+
+def _limit(config: Mapping[str, Any]) -> int | None:
+    """Tokens that a model is said to support."""
+    if config.get("model_type") in families():
+        return describe(config).context
+    found = config.get("max_position_embeddings")
+    return found if isinstance(found, int) else None
 
 
 @dataclass
@@ -114,11 +124,12 @@ class Engine:
         if sequences < 1 or (threads is not None and threads < 1) or (context is not None and context < 1):
             raise UserError("expected at least one thread, sequence and token of context, found fewer")
         self.sequences, self.threads = sequences, threads or default_threads()
-        self.folder, self.config = folder, read_config(folder)
-        limit = self.config.get("max_position_embeddings")
-        if context is not None and isinstance(limit, int) and context > limit:
+        self.folder, self._stored = folder, open_source(folder)
+        self.config = self._stored.config
+        limit = _limit(self.config)
+        if context is not None and limit is not None and context > limit:
             raise UserError(f"expected a context of at most {limit} tokens, as the model has, found {context}")
-        self.context = context or min(limit if isinstance(limit, int) else CONTEXT, CONTEXT)
+        self.context = context or min(limit or CONTEXT, CONTEXT)
         self._text: ModelTokenizer | None = None
         try:
             if self.config.get("model_type") == scaling.MODEL_TYPE:
@@ -139,7 +150,7 @@ class Engine:
                 f"expected weights {scaling.WEIGHTS[0]} for a model that is no Scaling Transformer, found {weights!r}; "
                 "tulle compress makes others"
             )
-        source, bits = Source(self.folder), 16 if activations == AS_QUANTISED else 8
+        source, bits = Source(self._stored), 16 if activations == AS_QUANTISED else 8
         chosen = choose_layout(source, layout, head, bits, self.threads)
         self.layouts, self.layout = [str(name) for name in layouts_for(source)], str(chosen)
         file, facts = prepared(source, head, chosen, progress)
@@ -157,7 +168,7 @@ class Engine:
 
     def _open_scaling(self, cache: str, weights: str, head: str, layout: str, progress: Progress | None) -> None:
         check_layout(layout)
-        shape, settings = scaling.settings_of(Checkpoint(self.folder), weights, head, progress)
+        shape, settings = scaling.settings_of(Checkpoint(self._stored), weights, head, progress)
         self.layouts, self.layout, self.vocabulary = ["dense"], "dense", shape.vocabulary
         if cache == "auto":
             cache = self._fine_or_bf16(shape.layers * shape.hidden)
@@ -171,7 +182,7 @@ class Engine:
     def text(self) -> ModelTokenizer:
         """The tokenizer, read when it is first used."""
         if self._text is None:
-            self._text = read_tokenizer(self.folder)
+            self._text = read_tokenizer(self._stored.tokenizer)
         return self._text
 
     @property
