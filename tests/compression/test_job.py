@@ -208,6 +208,20 @@ def test_resume_does_not_repeat_finished_blocks(model: Path, tmp_path: Path) -> 
     assert (tmp_path / "o" / "report.json").stat().st_mtime_ns == before
 
 
+def test_all_chat_templates_travel_with_the_model(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "m")
+    files = {"chat_template.jinja": "a", "additional_chat_templates/rag.jinja": "b"}
+    (tmp_path / "m/additional_chat_templates").mkdir()
+    for name, content in files.items():
+        (tmp_path / "m" / name).write_text(content)
+    run(
+        tmp_path / "m",
+        tmp_path / "o",
+        {"steps": [{"round_to_nearest": {"bits": 4}}], "calibration": {"samples": 2, "length": 16}},
+    )
+    assert {name: (tmp_path / "o" / name).read_text() for name in files} == files
+
+
 def test_a_failed_run_says_what_to_do_with_what_is_left(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

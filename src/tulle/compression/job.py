@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Sequence
 from importlib import metadata
@@ -34,7 +33,7 @@ from tulle.format.spec import AttentionSpec, LinearSpec, QuantizationConfig
 from tulle.hf.pack import attention_spec, input_tensors, packed_tensors, spec_of, transform_tensors
 from tulle.methods.contract import LinearState, Progress
 from tulle.models.batches import batched
-from tulle.models.checkpoint import Checkpoint, companions, read_json, require_finite, write_index, write_text
+from tulle.models.checkpoint import Checkpoint, copy_companions, read_json, require_finite, write_index, write_text
 from tulle.models.description import Decoder
 from tulle.models.rewrite import DenseModel
 from tulle.report.compression import write_report
@@ -230,8 +229,7 @@ class _Job:
         if config.get("tie_word_embeddings") and not self.dense.tied:
             config["tie_word_embeddings"] = False
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-        for file in companions(self.dense.checkpoint.source.tokenizer):
-            shutil.copyfile(file, folder / file.name)
+        copy_companions(self.dense.checkpoint.source.tokenizer, folder)
 
 
 def _calibration_facts(text: Text, tokens: Sequence[Tensor]) -> dict[str, Any]:
