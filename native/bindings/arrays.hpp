@@ -92,6 +92,11 @@ inline tulle::Layout layout(nb::handle from) {
   return one_of<tulle::Layout>(names, "layout", get<std::string>(from, "layout"));
 }
 
+inline tulle::ScaleKind scale_kind(nb::handle from) {
+  static const char* names[] = {"bf16", "f16", "f32"};
+  return one_of<tulle::ScaleKind>(names, "scale_kind", get<std::string>(from, "scale_kind"));
+}
+
 inline tulle::CacheKind cache_kind(const std::string& name) {
   static const char* names[] = {"f32", "bf16", "int8"};
   return one_of<tulle::CacheKind>(names, "cache", name);

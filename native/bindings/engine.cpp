@@ -47,7 +47,13 @@ tulle::LinearView linear_view(nb::handle from, Kept& kept) {
   w.masks = array<std::uint8_t>(from, "masks", kept, &sizes.masks);
   w.offsets = array<std::uint64_t>(from, "offsets", kept, &sizes.offsets);
   w.starts = array<std::uint32_t>(from, "starts", kept, &sizes.starts);
-  w.scales = array<std::uint16_t>(from, "scales", kept, &sizes.scales);
+  w.scale_kind = scale_kind(facts);
+  const auto numbers = [&](const char* name, std::uint64_t* count) -> const void* {
+    if (w.scale_kind == tulle::ScaleKind::f32) return array<float>(from, name, kept, count);
+    return array<std::uint16_t>(from, name, kept, count);
+  };
+  w.scales = numbers("scales", &sizes.scales);
+  w.minima = numbers("minima", &sizes.minima);
   w.zeros = array<std::uint8_t>(from, "zeros", kept, &sizes.zeros);
   tulle::check(w, sizes);
   return w;

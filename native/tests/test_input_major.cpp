@@ -221,7 +221,7 @@ std::vector<float> expected(const Weights& weights, const Inputs& x, std::size_t
           }
           whole = whole * 256 + static_cast<float>(total);
         }
-        const std::uint32_t wide = static_cast<std::uint32_t>(w.scales[at]) << 16;
+        const std::uint32_t wide = static_cast<std::uint32_t>(static_cast<const std::uint16_t*>(w.scales)[at]) << 16;
         float scale;
         std::memcpy(&scale, &wide, 4);
         y[t * outputs + o] = std::fma(whole, scale, y[t * outputs + o]);

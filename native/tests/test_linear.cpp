@@ -31,7 +31,23 @@ struct Case {
   bool sparse, zeros;
   std::size_t rows, columns, segment, segments, segments_per_scale, tokens, planes;
   double density;
+  tulle::ScaleKind scales = tulle::ScaleKind::bf16;
+  bool minima = false;
 };
+
+// Numbers of either sign; of half precision, numbers below its smallest normal one too.
+std::unique_ptr<std::uint8_t[]> numbers(std::size_t n, tulle::ScaleKind kind, std::mt19937& rng) {
+  std::vector<std::uint8_t> bytes(n * (kind == tulle::ScaleKind::f32 ? 4 : 2));
+  for (std::size_t i = 0; i < n; ++i) {
+    const float sign = rng() % 2 ? 1.0f : -1.0f, value = sign * (1 + static_cast<float>(rng() & 0xffff) / 65536);
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if (kind == tulle::ScaleKind::bf16) bits = bits >> 16;
+    if (kind == tulle::ScaleKind::f16) bits = (rng() & 0x83ff) | (rng() % 4 == 0 ? 0 : 0x3c00);
+    std::memcpy(&bytes[i * (bytes.size() / n)], &bits, bytes.size() / n);
+  }
+  return exact(bytes);
+}
 
 // A linear of random weights, its arrays exactly as long as check() asks for.
 struct Weights {
@@ -39,7 +55,7 @@ struct Weights {
   tulle::LinearSizes sizes{};
   std::unique_ptr<std::uint8_t[]> values, masks, zeros;
   std::unique_ptr<std::uint64_t[]> offsets;
-  std::unique_ptr<std::uint16_t[]> scales;
+  std::unique_ptr<std::uint8_t[]> scales, minima;
 
   Weights(const Case& c, std::mt19937& rng) {
     view.kind = c.kind;
@@ -104,10 +120,13 @@ struct Weights {
     sizes.values = bytes.size();
     if (view.is_codes()) {
       const std::size_t n = view.tiles() * view.scales_per_row() * tulle::kTileRows;
-      std::vector<std::uint16_t> s(n);
-      for (auto& x : s) x = static_cast<std::uint16_t>(0x3c00 + (rng() & 0xff));
-      scales = exact(s);
+      view.scale_kind = c.scales;
+      scales = numbers(n, c.scales, rng);
       sizes.scales = n;
+      if (c.minima) {
+        minima = numbers(n, c.scales, rng);
+        sizes.minima = n;
+      }
       if (c.zeros) {
         std::vector<std::uint8_t> z(n);
         for (auto& x : z) x = static_cast<std::uint8_t>(rng() & (c.kind == WeightKind::codes4 ? 15 : 255));
@@ -120,6 +139,7 @@ struct Weights {
     view.offsets = offsets.get();
     view.scales = scales.get();
     view.zeros = zeros.get();
+    view.minima = minima.get();
   }
 };
 
@@ -241,6 +261,15 @@ int main(int count, char** arguments) {
                        planes, density},
                       rng);
             }
+            // Scales of other kinds, with and without minima, in turn.
+            if (!codes || cases % every != 0) continue;
+            for (tulle::ScaleKind scales : {tulle::ScaleKind::bf16, tulle::ScaleKind::f16, tulle::ScaleKind::f32}) {
+              const bool minima = density < 0 && (compared % 2 == 0 || scales == tulle::ScaleKind::bf16);
+              ++compared;
+              compare({kind, density >= 0, false, s.rows, s.columns, s.segment, s.segments, s.per_scale, tokens, planes,
+                       density, scales, minima},
+                      rng);
+            }
           }
         }
       }
@@ -252,6 +281,11 @@ int main(int count, char** arguments) {
   refused("too few values", [](Weights& w) { --w.sizes.values; });
   refused("no slack", [](Weights& w) { w.sizes.values = 10; });
   refused("too few scales", [](Weights& w) { --w.sizes.scales; });
+  refused("minima of sparse weights", [](Weights& w) {
+    w.minima = exact(std::vector<std::uint8_t>(2 * w.sizes.scales));
+    w.view.minima = w.minima.get();
+    w.sizes.minima = w.sizes.scales;
+  });
   refused("too few masks", [](Weights& w) { --w.sizes.masks; });
   refused("too few offsets", [](Weights& w) { --w.sizes.offsets; });
   refused("segments beyond a chunk", [](Weights& w) { w.view.segment = 1024; });

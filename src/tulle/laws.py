@@ -254,7 +254,7 @@ def read_runs(path: Path) -> list[Run]:
     ``loss`` and, where there are several kinds, ``weights``; others are ignored. Raises ``UserError``.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"expected a file of runs at {path}, found: {error}; check the path") from None
     found: list[Run] = []
@@ -284,7 +284,7 @@ def _rows(path: Path, text: str) -> list[Any]:
         if path.suffix == ".csv":
             return list(csv.DictReader(io.StringIO(text)))
         if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
         content = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(

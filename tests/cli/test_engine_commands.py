@@ -60,6 +60,14 @@ def test_generate_reads_a_prompt_and_writes_json_only(
         (["generate", "out", "-p", "x", "--cache", "int2"], "a cache in"),
         (["generate", "out", "-p", "x", "--layout", "round"], "a layout of"),
         (["chat", "out"], "chat template"),
+        (["generate", "out", "-p", "x", "--seed", "-1"], "expected a seed of 0 or more, found -1"),
+        (["chat", "out", "--seed", "-1"], "expected a seed of 0 or more, found -1"),
+        (
+            ["compress", "model", "-r", "recipe.yaml", "-o", "o", "--seed", "-1"],
+            "expected a seed of 0 or more, found -1",
+        ),
+        (["generate", "out", "-p", "caf\udce9"], "expected text in UTF-8, found b'caf\\xe9'"),
+        (["bench", "out", "--prompt", "100", "--tokens", "100"], "within the context of 128, found 200"),
         (["bench", "out", "--tokens", "500"], "within the context"),
         (["eval", "out", "--backend", "gpu"], "torch or engine"),
         (["eval", "out", "--activations", "int8"], "with --backend engine"),
@@ -94,6 +102,50 @@ def test_bench_shows_both_layouts(work: Path, capsys: pytest.CaptureFixture[str]
     assert keys <= set(found) and all(found[k] > 0 for k in keys)
     shown = capsys.readouterr().out
     assert "sparse" in shown and "dense" in shown
+
+
+def test_bench_of_a_short_context(work: Path) -> None:
+    write_checkpoint(work / "short", max_position_embeddings=40)
+    for arguments, lengths in (([], (20, 20)), (["--prompt", "33"], (33, 7)), (["--tokens", "3"], (37, 3))):
+        assert run(work, "bench", "short", *arguments, "--rounds", "1", "--threads", "1", "--json", "speed.json") == 0
+        found = json.loads((work / "speed.json").read_text())
+        assert (found["prompt"], found["tokens"]) == lengths
+
+
+def test_a_prompt_from_a_file(work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    for content, prompt in ((b"\xef\xbb\xbfabc\r\nd", "abc\nd"), ("naïve".encode("latin-1"), None)):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        assert run(work, "generate", "out", "-p", "-", "-n", "2", "--json", "found.json") == (0 if prompt else 2)
+        if prompt:
+            assert json.loads((work / "found.json").read_text())["prompt"] == prompt
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "expected text in UTF-8, found b'na\\xefve'" in error
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n")))
+    (work / "chatty").mkdir(exist_ok=True)
+    import shutil
+
+    shutil.copytree(work / "out", work / "chatty", dirs_exist_ok=True)
+    (work / "chatty/chat_template.jinja").write_text("{{ messages[-1].content }}")
+    assert run(work, "chat", "chatty", "-n", "6") == 2
+    assert "expected text in UTF-8" in capsys.readouterr().err
+
+
+def test_eval_of_a_model_without_a_finite_perplexity(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for value, found in ((float("nan"), "NaN"), (3e4, "an infinite one")):
+        write_checkpoint(work / f"broken {found}", seed=3)
+        (file,) = (work / f"broken {found}").glob("*.safetensors")
+        tensors = load_file(file)
+        tensors["lm_head.weight"][:50] *= value
+        save_file(tensors, file, {"format": "pt"})
+        arguments = ["--text", "prose.txt", "--length", "64", "--json", "score.json"]
+        assert run(work, "eval", f"broken {found}", *arguments) == 2
+        shown = capsys.readouterr()
+        assert shown.err.count("\n") == 1 and "expected a finite perplexity, found" in shown.err and found in shown.err
+        assert "perplexity" in shown.out and json.loads((work / "score.json").read_text())["perplexity"] is None
 
 
 def test_eval_gives_the_figures_of_torch(work: Path) -> None:

@@ -208,6 +208,56 @@ def test_resume_does_not_repeat_finished_blocks(model: Path, tmp_path: Path) -> 
     assert (tmp_path / "o" / "report.json").stat().st_mtime_ns == before
 
 
+def test_all_chat_templates_travel_with_the_model(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "m")
+    files = {"chat_template.jinja": "a", "additional_chat_templates/rag.jinja": "b"}
+    (tmp_path / "m/additional_chat_templates").mkdir()
+    for name, content in files.items():
+        (tmp_path / "m" / name).write_text(content)
+    run(
+        tmp_path / "m",
+        tmp_path / "o",
+        {"steps": [{"round_to_nearest": {"bits": 4}}], "calibration": {"samples": 2, "length": 16}},
+    )
+    assert {name: (tmp_path / "o" / name).read_text() for name in files} == files
+
+
+def test_a_failed_run_says_what_to_do_with_what_is_left(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tulle.cli import main
+
+    (tmp_path / "r.yaml").write_text(json.dumps(SPARSE_4BIT))
+    (tmp_path / "prose.txt").write_text(PROSE)
+    command = ["compress", str(model), "-r", str(tmp_path / "r.yaml"), "-o", str(tmp_path / "o")]
+    command += ["--calibration", str(tmp_path / "prose.txt")]
+    errors = ((UserError("expected a, found b"), 2), (ValueError("x"), 1), (KeyboardInterrupt(), 130))
+    for first in (0, 2):
+        for error, code in errors:
+            written = 0
+
+            def fails(
+                tensors: dict, file: str, metadata: dict, error: BaseException = error, first: int = first
+            ) -> None:
+                nonlocal written
+                written += 1
+                if written > first:
+                    raise error
+                save_file(tensors, file, metadata)
+
+            with monkeypatch.context() as patch:
+                patch.setattr("tulle.models.checkpoint.save_file", fails)
+                assert main.run(command) == code
+            line = capsys.readouterr().err.splitlines()[-1]
+            assert (
+                ("in o.partial" in line.replace(f"{tmp_path}/", "")) == (tmp_path / "o.partial").exists() == (first > 0)
+            )
+            assert ("repeat the command with --resume to go on from there, or remove that folder" in line) == (
+                first > 0
+            )
+            shutil.rmtree(tmp_path / "o.partial", ignore_errors=True)
+
+
 def test_killed_at_random(tmp_path: Path) -> None:
     """SIGKILL at random moments, at least 20 times over several runs; see killing.py."""
     script = Path(__file__).parents[1] / "killing.py"

@@ -131,3 +131,14 @@ def test_a_named_task_needs_the_network(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     with pytest.raises(UserError, match="arc_easy"):
         check_task_name("arc_easy")
+
+
+def test_rows_hold_strange_line_ends_and_files_a_mark_of_utf8(tmp_path: Path) -> None:
+    row = {"query": "The\u2028cat", "choices": ["sat\u0085", "flew"], "gold": 0}
+    file = tmp_path / "task.jsonl"
+    file.write_bytes(("\ufeff" + json.dumps(row, ensure_ascii=False) + "\r\n\r\n").encode())
+    (example,) = read_examples(file)
+    assert example.pairs == (("The\u2028cat", "sat\u0085"), ("The\u2028cat", "flew"))
+    file.write_bytes(b'{"query": "na\xefve"}')
+    with pytest.raises(UserError, match="expected UTF-8 text"):
+        read_examples(file)

@@ -170,7 +170,7 @@ def test_command_checks_in_its_own_process(tmp_path, capsys):
         ({"sparse": True, "values_dtype": "float32"}, "compressed-tensors", "sparse unquantised.*use --to dense"),
         ({"values_dtype": "float32"}, "compressed-tensors", "expected quantised linears"),
         ({"values_dtype": "float32", "input_bits": 8}, "compressed-tensors", "quantised inputs without"),
-        ({"bits": 4}, "gguf", "expected --to compressed-tensors or dense, found 'gguf'"),
+        ({"bits": 4}, "onnx", "expected --to compressed-tensors or dense or gguf, found 'onnx'"),
     ],
 )
 def test_refusals(tmp_path, capsys, scheme, to, message):

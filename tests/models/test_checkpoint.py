@@ -131,7 +131,7 @@ DAMAGE = [
     (_missing_tensor, "expected tensor model.layers.1.mlp.up_proj.weight"),
     (_missing_norm, "expected tensor model.norm.weight"),
     (_wrong_shape, "of shape [64, 32] by config.json, found [63, 32]"),
-    (_integers, "as bf16, fp16 or fp32, found torch.int8"),
+    (_integers, "in bf16, fp16, fp32 or fp64, found I8"),
     (_pickled, "never loaded"),
     (_no_config, "found no"),
     (_broken_config, "unreadable"),

@@ -36,6 +36,29 @@ def test_jsonl_and_folders(tmp_path: Path) -> None:
     assert read_text([tmp_path / "a.txt"]) == Text(("plain",), False, ("a.txt",))
 
 
+def test_strange_line_ends_inside_rows(tmp_path: Path) -> None:
+    """Only a line feed ends a row."""
+    texts = ["a\u2028b", "c\u2029d", "e\u0085f", "g\x0bh\x0ci\x1cj", "k\nl\rm"]
+    file = tmp_path / "rows.jsonl"
+    for end in ("\n", "\r\n", "\n\n"):
+        for mark in ("", "\ufeff"):
+            rows = (json.dumps({"text": t}, ensure_ascii=False).replace("\\u0085", "\u0085") for t in texts)
+            file.write_bytes((mark + end.join(rows)).encode())
+            assert read_text([file]).documents == tuple(texts)
+    file.write_bytes(b'{"text": "a"}\n{"text": "b}\n')
+    with pytest.raises(UserError, match="line 2"):
+        read_text([file])
+
+
+def test_a_mark_of_utf8_is_no_text(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_bytes("\ufeffnaïve\r\n\u2028x".encode())
+    assert read_text([file]).documents == ("naïve\n\u2028x",)
+    file.write_bytes("naïve".encode("utf-16"))
+    with pytest.raises(UserError, match="expected UTF-8 text"):
+        read_text([file])
+
+
 def test_documents_are_cut_at_the_length_and_never_joined(tokenizer) -> None:  # noqa: ANN001
     found = sequences(Text.of(["abcdefgh", "xyz", "pq"]), tokenizer, 4)
     assert [tokenizer.decode(s) for s in found] == ["abcd", "xyz", "pq"]

@@ -28,6 +28,12 @@ def test_rows_of_a_jsonl_file_by_key_and_by_template(tmp_path):
     assert [d.text for d in index(Source(path=path, template="{q}", documents=1), tmp_path)] == ["1+1?"]
 
 
+def test_a_mark_of_utf8_and_strange_line_ends(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes('\ufeff{"text": "one\u2028line\u0085"}\n'.encode())
+    assert [d.text for d in index(Source(path=str(file)), tmp_path)] == ["one\u2028line\u0085"]
+
+
 @pytest.mark.parametrize("piece", [7, 1 << 20])
 def test_text_files_whatever_the_size_of_a_read(tmp_path, monkeypatch, piece):
     monkeypatch.setattr(sources, "PIECE", piece)

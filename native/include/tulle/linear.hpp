@@ -33,7 +33,8 @@
 // j-th kept ones, so that a pair of units takes as many bytes as the fuller one keeps codes.
 //
 // Codes are unsigned, activations signed 8-bit integers in one or two planes (x = hi, or 256·hi + lo). A pruned weight
-// is the code of its zero point, so that Σ w·x = Σ u·x − z·Σ x holds as integers, dense or sparse.
+// is the code of its zero point, so that Σ w·x = Σ u·x − z·Σ x holds as integers, dense or sparse. Where scales come
+// with a minimum, weight = scale·(u − z) + minimum, and minimum·Σ x is added per scale, in floats.
 #pragma once
 
 #include <cstddef>
@@ -59,6 +60,9 @@ constexpr std::size_t kLineMaskBytes = 16;
 // codes2 is input-major only.
 enum class WeightKind : std::uint8_t { codes2, codes4, codes8, bf16, f32 };
 
+// Of scales and minima. f16 is IEEE half precision; f32 holds products of two smaller scales exactly (GGUF's K-quants).
+enum class ScaleKind : std::uint8_t { bf16, f16, f32 };
+
 // Input-major layouts hold codes, sparse ones of 4 bits.
 enum class Layout : std::uint8_t {
   tiles,
@@ -82,9 +86,12 @@ struct LinearView {
                                  // sparse input-major: [panels + 1], where a panel does
   const std::uint32_t*
       starts;  // sparse input-major: [panels][input_blocks + 1] bytes into a panel where a block begins
-  const std::uint16_t* scales;   // codes: bfloat16, in tiles [tiles][scales][16], input-major [scales][tiles][16]
+  const void* scales;            // codes: of `scale_kind`, in tiles [tiles][scales][16], input-major
+                                 // [scales][tiles][16]
   const std::uint8_t* zeros;     // codes: like scales, or null where all are `zero`
   std::uint8_t zero;
+  ScaleKind scale_kind = ScaleKind::bf16;
+  const void* minima = nullptr;  // dense codes in tiles: like scales, or null where all are 0
 
   bool is_codes() const { return kind <= WeightKind::codes8; }
   bool sparse() const {

@@ -113,8 +113,12 @@ __m256i correction(const LinearView& w, std::size_t scale, std::size_t h, std::i
   return _mm256_mullo_epi32(_mm256_cvtepu8_epi32(bytes), _mm256_set1_epi32(-sum));
 }
 
-__m256 scales_at(const LinearView& w, std::size_t scale, std::size_t h) {
-  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.scales + scale + 8 * h));
+// Eight scales or minima from number `at` on.
+__m256 scales_at(const void* from, ScaleKind kind, std::size_t at) {
+  if (kind == ScaleKind::f32) return _mm256_loadu_ps(static_cast<const float*>(from) + at);
+  const void* const halves = static_cast<const std::uint16_t*>(from) + at;
+  const __m128i bits = _mm_loadu_si128(static_cast<const __m128i*>(halves));
+  if (kind == ScaleKind::f16) return _mm256_cvtph_ps(bits);
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 
@@ -150,10 +154,16 @@ void multiply_accumulate(const LinearView& w, const Inputs& x, std::size_t scale
     }
   }
   for (std::size_t h = 0; h < 2; ++h) {
-    const __m256 scales = scales_at(w, scale, h);
+    const __m256 scales = scales_at(w.scales, w.scale_kind, scale + 8 * h);
+    const __m256 minima = w.minima ? scales_at(w.minima, w.scale_kind, scale + 8 * h) : _mm256_setzero_ps();
     for (int t = 0; t < kTokens; ++t) {
       float* sum = sums + (token + t) * kTileRows + 8 * h;
-      _mm256_store_ps(sum, _mm256_fmadd_ps(whole[h][t], scales, _mm256_load_ps(sum)));
+      __m256 result = _mm256_fmadd_ps(whole[h][t], scales, _mm256_load_ps(sum));
+      if (w.minima) {
+        const __m256 inputs = _mm256_set1_ps(input_sum(x, token + static_cast<std::size_t>(t), segment));
+        result = _mm256_fmadd_ps(inputs, minima, result);
+      }
+      _mm256_store_ps(sum, result);
     }
   }
 }

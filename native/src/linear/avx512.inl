@@ -16,8 +16,12 @@ __mmask64 mask64(const std::uint8_t* bits) {
   return word;
 }
 
-__m512 scales_at(const std::uint16_t* scales) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales));
+// Sixteen scales or minima from number `at` on.
+__m512 scales_at(const void* from, ScaleKind kind, std::size_t at) {
+  if (kind == ScaleKind::f32) return _mm512_loadu_ps(static_cast<const float*>(from) + at);
+  const void* const halves = static_cast<const std::uint16_t*>(from) + at;
+  const __m256i bits = _mm256_loadu_si256(static_cast<const __m256i*>(halves));
+  if (kind == ScaleKind::f16) return _mm512_cvtph_ps(bits);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 

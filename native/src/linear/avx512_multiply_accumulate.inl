@@ -61,7 +61,8 @@ void multiply_accumulate(const LinearView& w, const Inputs& x, std::size_t tile,
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kTiles; ++i) {
-    const __m512 scales = scales_at(w.scales + scale[i]);
+    const __m512 scales = scales_at(w.scales, w.scale_kind, scale[i]);
+    const __m512 minima = w.minima ? scales_at(w.minima, w.scale_kind, scale[i]) : _mm512_setzero_ps();
 #pragma GCC unroll 16
     for (int t = 0; t < kTokens; ++t) {
       __m512 whole = _mm512_cvtepi32_ps(total[i][t][0]);
@@ -69,7 +70,12 @@ void multiply_accumulate(const LinearView& w, const Inputs& x, std::size_t tile,
         whole = _mm512_fmadd_ps(whole, _mm512_set1_ps(256), _mm512_cvtepi32_ps(total[i][t][kPlanes - 1]));
       }
       float* sum = sums + ((token + t) * 2 + i) * kTileRows;
-      _mm512_store_ps(sum, _mm512_fmadd_ps(whole, scales, _mm512_load_ps(sum)));
+      __m512 result = _mm512_fmadd_ps(whole, scales, _mm512_load_ps(sum));
+      if (w.minima) {
+        const __m512 inputs = _mm512_set1_ps(input_sum(x, token + static_cast<std::size_t>(t), segment));
+        result = _mm512_fmadd_ps(inputs, minima, result);
+      }
+      _mm512_store_ps(sum, result);
     }
   }
 }

@@ -90,7 +90,12 @@ void check(const LinearView& w, const LinearSizes& sizes) {
     const std::uint64_t scales = static_cast<std::uint64_t>(w.tiles()) * w.scales_per_row() * kTileRows;
     require("scales", scales, sizes.scales);
     if (w.zeros != nullptr) require("zero points", scales, sizes.zeros);
+    if (w.minima != nullptr) require("minima", scales, sizes.minima);
   }
+  if (w.minima != nullptr && w.layout != Layout::tiles) {
+    throw std::invalid_argument("minima: expected them with dense codes in tiles, found another layout");
+  }
+  if (w.minima != nullptr && !w.is_codes()) throw std::invalid_argument("minima: expected codes, found floats");
   if (w.input_major() && (!w.is_codes() || (w.sparse() && w.kind != WeightKind::codes4))) {
     throw std::invalid_argument("input-major weights: expected codes, sparse ones of 4 bits, found others");
   }

@@ -291,7 +291,7 @@ void add_segment(const LinearView& w, const Inputs& x, std::size_t token, const 
         whole = _mm256_fmadd_ps(whole, _mm256_set1_ps(256), _mm256_cvtepi32_ps(right));
       }
       float* const to = sums + i * kTileRows + o;
-      _mm256_store_ps(to, _mm256_fmadd_ps(whole, scales_at(w, scale, o / 8), _mm256_load_ps(to)));
+      _mm256_store_ps(to, _mm256_fmadd_ps(whole, scales_at(w.scales, w.scale_kind, scale + o), _mm256_load_ps(to)));
     }
   }
 }

@@ -153,7 +153,7 @@ void multiply_accumulate_quads(const LinearView& w, const Inputs& x, std::size_t
   if (!s.closes_segment) return;
 #pragma GCC unroll 16
   for (int i = 0; i < kTiles; ++i) {
-    const __m512 scales = scales_at(w.scales + scaling.of(line * kTiles + static_cast<std::size_t>(i)));
+    const __m512 scales = scales_at(w.scales, w.scale_kind, scaling.of(line * kTiles + static_cast<std::size_t>(i)));
     float* const to = sums + i * static_cast<int>(kTileRows);
     _mm512_store_ps(to, _mm512_fmadd_ps(whole[i], scales, _mm512_load_ps(to)));
   }

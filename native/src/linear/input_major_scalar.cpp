@@ -81,7 +81,7 @@ void scalar_run_input_major(const LinearView& w, const Inputs& x, std::size_t pa
             whole = whole * 256 + static_cast<float>(total);
           }
           float& sum = sums[t * stride + within * outputs + o];
-          sum = std::fma(whole, from_bf16(w.scales[at]), sum);
+          sum = std::fma(whole, scale_value(w.scales, w.scale_kind, at), sum);
         }
       }
     }

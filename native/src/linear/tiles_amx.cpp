@@ -84,7 +84,8 @@ void add_segment(const LinearView& w, const Inputs& x, std::size_t tile, std::si
   for (std::size_t i = 0; i < tiles; ++i) {
     const std::size_t scale = ((tile + i) * w.scales_per_row() + segment / w.segments_per_scale) * kTileRows;
     const Zeros zeros = zeros_at(w, scale);
-    const __m512 scales = scales_at(w.scales + scale);
+    const __m512 scales = scales_at(w.scales, w.scale_kind, scale);
+    const __m512 minima = w.minima ? scales_at(w.minima, w.scale_kind, scale) : _mm512_setzero_ps();
     for (std::size_t t = 0; t < count; ++t) {
       const std::size_t at = ((t / kTokens * 2 + i) * kTokens + t % kTokens) * kTileRows;
       __m512 whole = _mm512_setzero_ps();
@@ -95,7 +96,11 @@ void add_segment(const LinearView& w, const Inputs& x, std::size_t tile, std::si
         whole = _mm512_fmadd_ps(whole, _mm512_set1_ps(256), found);
       }
       float* to = sums + ((token + t) * 2 + i) * kTileRows;
-      _mm512_store_ps(to, _mm512_fmadd_ps(whole, scales, _mm512_load_ps(to)));
+      __m512 result = _mm512_fmadd_ps(whole, scales, _mm512_load_ps(to));
+      if (w.minima) {
+        result = _mm512_fmadd_ps(_mm512_set1_ps(input_sum(x, token + t, segment)), minima, result);
+      }
+      _mm512_store_ps(to, result);
     }
   }
 }

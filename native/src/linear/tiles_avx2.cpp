@@ -132,7 +132,11 @@ void multiply(const LinearView& w, const Inputs& x, std::size_t first, std::size
           __m256 whole = _mm256_cvtepi32_ps(total[0][h]);
           if constexpr (kPlanes == 2)
             whole = _mm256_fmadd_ps(whole, _mm256_set1_ps(256), _mm256_cvtepi32_ps(total[1][h]));
-          sum[h] = _mm256_fmadd_ps(whole, scales_at(w, scale, h), sum[h]);
+          sum[h] = _mm256_fmadd_ps(whole, scales_at(w.scales, w.scale_kind, scale + 8 * h), sum[h]);
+          if (w.minima) {
+            const __m256 inputs = _mm256_set1_ps(input_sum(x, 0, segment));
+            sum[h] = _mm256_fmadd_ps(inputs, scales_at(w.minima, w.scale_kind, scale + 8 * h), sum[h]);
+          }
         }
       }
     }

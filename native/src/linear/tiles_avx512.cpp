@@ -3,7 +3,8 @@
 //   zmm  a, b   = units u, u + 1:  [o0: i0 i1 i2 i3][o1: i0 i1 i2 i3] … [o15: …]       64 codes each
 //        x      = x[4u … 4u+3], broadcast to every 32-bit lane
 //        total  = 16 sums of 32 bits, one per output;  total += Σ₄ codes · x            vpdpbusd
-//        sum    = 16 floats;  after a segment  sum = fma(float(total − zero·Σx), scales, sum)
+//        sum    = 16 floats;  after a segment  sum = fma(float(total − zero·Σx), scales, sum), and
+//                             with minima      sum = fma(float(Σx), minima, sum)
 //
 //   4 bits: 64 bytes hold both units, a = low nibbles, b = high ones, left times 16 (its sums are divided once)
 //   sparse: vpexpandb spreads the next kept bytes over the set bits of a 64-bit mask, zero points elsewhere
@@ -67,7 +68,11 @@ void multiply(const LinearView& w, const Inputs& x, std::size_t first, std::size
           whole[p] = _mm512_cvtepi32_ps(total[p][0]);
         }
         if constexpr (kPlanes == 2) whole[0] = _mm512_fmadd_ps(whole[0], _mm512_set1_ps(256), whole[1]);
-        sum = _mm512_fmadd_ps(whole[0], scales_at(w.scales + scale), sum);
+        sum = _mm512_fmadd_ps(whole[0], scales_at(w.scales, w.scale_kind, scale), sum);
+        if (w.minima) {
+          const __m512 inputs = _mm512_set1_ps(input_sum(x, 0, segment));
+          sum = _mm512_fmadd_ps(inputs, scales_at(w.minima, w.scale_kind, scale), sum);
+        }
       }
     }
     const __mmask16 real = static_cast<__mmask16>((1u << rows_of(w, tile)) - 1);

@@ -4,6 +4,7 @@
 //   unit u: [o0: i0 i1 i2 i3][o1: i0 i1 i2 i3] … [o15: …]             x[4u … 4u+3]
 //
 //   per segment and output: total = −zero·Σx + Σ code·x  (32 bits)    sum = fma(float(total), scale, sum)
+//                            with minima, then:             sum = fma(float(Σx), minimum, sum)
 //   y = sum · step of the token
 #include <cmath>
 #include <cstring>
@@ -104,7 +105,8 @@ void run_codes(const LinearView& w, const Inputs& x, std::size_t tile, float* su
             whole = whole * 256 + static_cast<float>(total);
           }
           float& sum = sums[t * kTileRows + row];
-          sum = std::fma(whole, from_bf16(w.scales[scale + row]), sum);
+          sum = std::fma(whole, scale_value(w.scales, w.scale_kind, scale + row), sum);
+          if (w.minima) sum = std::fma(input_sum(x, t, segment), scale_value(w.minima, w.scale_kind, scale + row), sum);
         }
       }
     }

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A model folder, 'reference' (the bundled model), or a hub id.")
+    str,
+    typer.Argument(metavar="MODEL", help="A model folder, a .gguf file, 'reference' (the bundled model), or a hub id."),
 ]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON; - for standard output.")

@@ -69,13 +69,16 @@ def compress(
         from tulle.compression.demo import evaluation_text
 
         compared = Evaluation(*evaluation_text())
-    with common.progress_bars() as progress:
-        report = run(
-            model, recipe, output,
-            calibration=calibration, separator=separator, documents=chosen, min_chars=min_chars,
-            samples=samples, length=length, evaluation=compared, device=device, seed=seed, resume=resume,
-            progress=progress,
-        )  # fmt: skip
+    try:
+        with common.progress_bars() as progress:
+            report = run(
+                model, recipe, output,
+                calibration=calibration, separator=separator, documents=chosen, min_chars=min_chars,
+                samples=samples, length=length, evaluation=compared, device=device, seed=seed, resume=resume,
+                progress=progress,
+            )  # fmt: skip
+    except KeyboardInterrupt as error:  # typer would leave out what the run says of its folder
+        raise typer.Abort from error
     if str(json_file) != "-":
         out = common.console()
         out.print(compression_table(report))

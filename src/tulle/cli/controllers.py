@@ -10,7 +10,10 @@ from tulle.cli import common
 def fits(folder: Path) -> bool:
     """Whether the folder's config.json is a Scaling Transformer's. Raises ``UserError`` without a readable one."""
     from tulle.models.checkpoint import read_json
+    from tulle.models.gguf.file import is_gguf
 
+    if is_gguf(folder):
+        return False
     return read_json(folder / "config.json", "a model's config.json").get("model_type") == "scaling_transformer"
 
 

@@ -73,8 +73,9 @@ def generate(
     """
     sampling = _sampling(temperature, top_k, top_p, repetition_penalty, seed)
     engine = _engine(model, threads, context, cache, activations, head, layout, weights)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _read_input() if prompt == "-" else prompt
     quiet = str(json_file) == "-"
+    engine.text.encode(text)  # a prompt that is no UTF-8 is refused before it is shown
     if not quiet:
         _write(text)
     found = engine.generate(text, tokens, sampling, stop or (), None if quiet else _write)
@@ -105,6 +106,8 @@ def chat(
 
     Example: tulle chat out --system 'Answer briefly.'
     """
+    from tulle.text.tokenizer import not_utf8
+
     sampling = _sampling(temperature, top_k, top_p, repetition_penalty, seed)
     engine = _engine(model, threads, context, cache, activations, head, layout, weights)
     messages = [{"role": "system", "content": system}] if system else []
@@ -114,6 +117,8 @@ def chat(
             line = input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise not_utf8(error.object) from None
         if not line.strip():
             return
         messages.append({"role": "user", "content": line})
@@ -130,8 +135,14 @@ def chat(
 
 def bench(
     model: common.Model,
-    prompt: Annotated[int, typer.Option("--prompt", metavar="T", min=1, help="Tokens of the prompt.")] = 512,
-    tokens: Annotated[int, typer.Option("--tokens", metavar="N", min=1, help="Tokens to decode.")] = 64,
+    prompt: Annotated[
+        int | None,
+        typer.Option("--prompt", metavar="T", min=1, help="Tokens of the prompt [512, or what the context holds]."),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option("--tokens", metavar="N", min=1, help="Tokens to decode [64, or half of a context that is short]."),
+    ] = None,
     rounds: Annotated[int, typer.Option("--rounds", metavar="R", min=1, help="Medians of so many.")] = 5,
     threads: Threads = None,
     cache: Cache = "auto",
@@ -145,15 +156,15 @@ def bench(
 
     Example: tulle bench out --prompt 256 --tokens 64
     """
-    from tulle.engine.bench import measure
+    from tulle.engine.bench import fitting, measure
 
     engine = _engine(model, threads, None, cache, activations, head, layout, weights)
-    fitting = min(prompt, max(engine.context - tokens, 1))
-    found = measure(engine, fitting, tokens, rounds)
+    length, count = fitting(engine.context, prompt, tokens)
+    found = measure(engine, length, count, rounds)
     # What was not chosen, to see what the choice is worth.
     left_out = [name for name in engine.layouts if name != engine.layout] if layout == "auto" else []
     others = [
-        measure(_engine(model, threads, None, cache, activations, head, name, weights), fitting, tokens, rounds)
+        measure(_engine(model, threads, None, cache, activations, head, name, weights), length, count, rounds)
         for name in left_out
     ]
     if str(json_file) != "-":
@@ -163,8 +174,8 @@ def bench(
         table = Table("", title=f"{model}, {found['threads']} threads, {found['isa']}")
         for speed in shown:
             table.add_column(speed["layout"] if len(engine.layouts) > 1 else "", justify="right")
-        table.add_row(f"prefill of {fitting}, tokens/s", *(f"{speed['prefill_tokens_per_s']:.1f}" for speed in shown))
-        table.add_row(f"decode of {tokens}, tokens/s", *(f"{speed['decode_tokens_per_s']:.1f}" for speed in shown))
+        table.add_row(f"prefill of {length}, tokens/s", *(f"{speed['prefill_tokens_per_s']:.1f}" for speed in shown))
+        table.add_row(f"decode of {count}, tokens/s", *(f"{speed['decode_tokens_per_s']:.1f}" for speed in shown))
         table.add_row("MB of weights per token", *(f"{speed['weight_bytes'] / 1e6:.1f}" for speed in shown))
         if any(speed["read_bytes"] < 0.99 * speed["weight_bytes"] for speed in shown):
             table.add_row("of which it reads", *(f"{speed['read_bytes'] / 1e6:.1f}" for speed in shown))
@@ -202,8 +213,25 @@ def _engine(
         return Engine(folder, threads, context, 1, **options, progress=progress)
 
 
+def _read_input() -> str:
+    """What standard input holds, without a mark of UTF-8 at its beginning. Raises ``UserError`` for other bytes."""
+    from tulle.text.tokenizer import not_utf8
+
+    # A stream that somebody put in its place may have no bytes.
+    content = sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise not_utf8(content) from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    try:
+        sys.stdout.write(text)
+    except UnicodeEncodeError:  # a terminal of another encoding
+        encoding = sys.stdout.encoding
+        sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
     sys.stdout.flush()
 
 

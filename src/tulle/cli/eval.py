@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -89,6 +90,18 @@ def evaluate(
     common.write_json(
         json_file, {"model": model} | (dict(score) if score else {}) | ({"tasks": found} if found else {})
     )
+    if score is not None and not math.isfinite(score["perplexity"]):
+        raise UserError(
+            f"expected a finite perplexity, found {_not_finite(score)}; the model's weights or activations overflow: "
+            "compare with the model it was made from, or try --dtype float32"
+        )
+
+
+def _not_finite(score: TextScore) -> str:
+    if math.isnan(score["perplexity"]):
+        return "logits that are no numbers (NaN)"
+    bits = score["bits_per_byte"]
+    return f"an infinite one ({bits:.1f} bits per byte)" if math.isfinite(bits) else "a token of probability 0"
 
 
 def _task(name: str, limit: int | None) -> Any:

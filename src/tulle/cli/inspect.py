@@ -95,12 +95,11 @@ def _sequences(
     from tulle.compression.calibration import calibration_sequences, calibration_text
     from tulle.inspect.outliers import require_dense
     from tulle.models.checkpoint import Checkpoint
-    from tulle.models.description import describe
 
     if dense or not _sparse_inputs(folder):
         require_dense(folder)
-    model = describe(Checkpoint.open(folder).config)
-    return calibration_sequences(model, folder, calibration_text(text, separator), samples, length)
+    checkpoint, passage = Checkpoint.open(folder), calibration_text(text, separator)
+    return calibration_sequences(checkpoint.describe(), checkpoint.source.tokenizer, passage, samples, length)
 
 
 def _measured(
@@ -119,7 +118,9 @@ def _measured(
     if activations and not _is_packed(folder):
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        from tulle.models.source import open_source
+
+        tokenizer = AutoTokenizer.from_pretrained(open_source(folder).tokenizer, local_files_only=True)
         found["activations"] = inspect_activations(
             folder, sequences, device, progress, lambda token: str(tokenizer.decode([token]))
         )
@@ -132,16 +133,15 @@ def _measured(
 def _is_packed(folder: Path) -> bool:
     from tulle.models.checkpoint import Checkpoint
 
-    return "quantization_config" in Checkpoint.open(folder).config
+    return Checkpoint.open(folder).packed is not None
 
 
 def _sparse_inputs(folder: Path) -> bool:
     """Whether tokens choose among the inputs of a packed model, or the gate of a dense one makes zeros."""
-    from tulle.format.spec import QuantizationConfig
     from tulle.models.checkpoint import Checkpoint
 
-    config = Checkpoint.open(folder).config
-    if not _is_packed(folder):
-        return str(config.get("hidden_act", "")).startswith("relu")
-    linears = QuantizationConfig.from_json(config["quantization_config"]).linears
-    return any(spec.input_sparsity is not None for spec in linears.values())
+    checkpoint = Checkpoint.open(folder)
+    packed = checkpoint.packed
+    if packed is None:
+        return str(checkpoint.config.get("hidden_act", "")).startswith("relu")
+    return any(spec.input_sparsity is not None for spec in packed.linears.values())

@@ -36,7 +36,7 @@ def fit(
         str | None,
         typer.Option("--hold-out", metavar="A,B", help="Rows of RUNS, from 1 on, to predict instead of fitting them."),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the bootstrap.")] = 0,
     json_file: common.JsonFile = None,
 ) -> None:
     """Fit L(N, S) = E + (B + C·exp(β/(1−S)))/N^α to RUNS, for each kind of weights.

@@ -24,6 +24,7 @@ from tulle.cli.law import app as law
 from tulle.cli.train import train
 from tulle.errors import UserError
 
+INTERRUPTED = 130
 app = typer.Typer(
     name="tulle",
     help="Make Transformer language models sparse and low-bit, and run them.",
@@ -68,29 +69,32 @@ def run(arguments: Sequence[str]) -> int:
     quiet_libraries()
     try:
         code = app(args=[a for a in arguments if a != "--debug"], prog_name="tulle", standalone_mode=False)
+        if code == INTERRUPTED:  # typer makes an exit code of Ctrl-C
+            return _fail("interrupted", INTERRUPTED)
         return code if isinstance(code, int) else 0
-    except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted", 130)
+    except (KeyboardInterrupt, typer.Abort) as error:
+        return _fail(f"interrupted{_notes(error.__cause__ or error)}", INTERRUPTED)
     except BrokenPipeError:  # the reader of our output, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except UserError as error:
         if debug:
             raise
-        return _fail(str(error), 2)
+        return _fail(f"{error}{_notes(error)}", 2)
     except OSError as error:
         if debug:
             raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _fail(f"expected space on the disk, found it full ({error}); free some and run again", 2)
-        return _fail(f"{type(error).__name__}: {error}; run again with --debug for the traceback", 1)
+            message = f"expected space on the disk, found it full ({error}); free some and run again"
+            return _fail(message + _notes(error), 2)
+        return _fail(f"{type(error).__name__}: {error}; run again with --debug for the traceback{_notes(error)}", 1)
     except Exception as error:
         # click's exceptions, whether click is a package of its own or part of typer, describe themselves.
         if hasattr(error, "format_message"):
             return _fail(_usage(error.format_message(), getattr(error, "ctx", None)), 2)
         if debug:
             raise
-        return _fail(f"{type(error).__name__}: {error}; run again with --debug for the traceback", 1)
+        return _fail(f"{type(error).__name__}: {error}; run again with --debug for the traceback{_notes(error)}", 1)
 
 
 def main() -> None:
@@ -101,6 +105,11 @@ def main() -> None:
 def _usage(message: str, context: object) -> str:
     command = getattr(context, "command_path", "tulle")
     return f"{message.rstrip('.')}; try: {command} --help"
+
+
+def _notes(error: BaseException) -> str:
+    """What was added to an error on its way up, such as what to do with an unfinished run."""
+    return "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
 
 
 def _fail(message: str, code: int) -> int:

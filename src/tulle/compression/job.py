@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Sequence
 from importlib import metadata
@@ -34,7 +33,7 @@ from tulle.format.spec import AttentionSpec, LinearSpec, QuantizationConfig
 from tulle.hf.pack import attention_spec, input_tensors, packed_tensors, spec_of, transform_tensors
 from tulle.methods.contract import LinearState, Progress
 from tulle.models.batches import batched
-from tulle.models.checkpoint import Checkpoint, companions, read_json, require_finite, write_index, write_text
+from tulle.models.checkpoint import Checkpoint, copy_companions, read_json, require_finite, write_index, write_text
 from tulle.models.description import Decoder
 from tulle.models.rewrite import DenseModel
 from tulle.report.compression import write_report
@@ -76,14 +75,16 @@ def compress(
     wherever that can be known.
     """
     begun = time.perf_counter()
+    if seed < 0:
+        raise UserError(f"expected a seed of 0 or more, found {seed}; any whole number from 0 on will do")
     torch.manual_seed(seed)
     machine.require_device(device)
     chosen, dense = read_recipe(recipe), DenseModel.open(model)
     require_fitting(dense.description, chosen)
     settings, text = chosen.calibration, calibration_text(calibration, separator, documents, min_chars)
-    tokens = calibration_sequences(
-        dense.description, dense.checkpoint.path, text, samples or settings.samples, length or settings.length, seed
-    )
+    tokenizer = dense.checkpoint.source.tokenizer
+    samples, length = samples or settings.samples, length or settings.length
+    tokens = calibration_sequences(dense.description, tokenizer, text, samples, length, seed)
     dtype = compute_dtype(settings.compute, dense.embedding_dtype, device)
     run = RunFolder(
         Path(output), _fingerprint(dense.checkpoint, chosen, tokens, seed, dtype), len(dense.description.layers) + 2
@@ -99,6 +100,7 @@ def compress(
             # The state is not on disk yet, so that the folder's name must tell other runs apart.
             kept = run.work / f"survey-{run.fingerprint[:16]}"
             decisions = take_survey(dense, chosen, batches, device, progress, seed, kept)
+            decisions.notes.extend(dense.checkpoint.source.notes)
             if decisions.changes_basis and any(zero_share(t) >= SPARSE_FROM for t in dense.read_block(0).values()):
                 decisions.notes.append(DENSIFIED)
             dense = dense.rewritten(decisions.residual, decisions.values)
@@ -224,11 +226,10 @@ class _Job:
         attention = None if self.state.attention is None else AttentionSpec.from_json(self.state.attention)
         packed = QuantizationConfig(self.state.specs_of_linears(), self.recipe.to_json(), attention)
         config = self.dense.checkpoint.config | {"quantization_config": packed.to_json()}
-        if self.dense.description.tied and not self.dense.tied:
+        if config.get("tie_word_embeddings") and not self.dense.tied:
             config["tie_word_embeddings"] = False
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-        for file in companions(self.dense.checkpoint.path):
-            shutil.copyfile(file, folder / file.name)
+        copy_companions(self.dense.checkpoint.source.tokenizer, folder)
 
 
 def _calibration_facts(text: Text, tokens: Sequence[Tensor]) -> dict[str, Any]:
@@ -245,9 +246,7 @@ def _fingerprint(
 ) -> str:
     """Equal for runs that must end with the same bytes."""
     digest = hashlib.sha256()
-    files = sorted({checkpoint.info(n).file for n in checkpoint.names()})
-    stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    facts = [metadata.version("tulle"), checkpoint.config, recipe.to_json(), seed, str(dtype), stats]
+    facts = [metadata.version("tulle"), checkpoint.source.identity(), recipe.to_json(), seed, str(dtype)]
     digest.update(json.dumps(facts, sort_keys=True).encode())
     for t in tokens:
         digest.update(t.numpy().tobytes() + b"|")

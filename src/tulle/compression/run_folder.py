@@ -115,7 +115,23 @@ class RunFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise UserError(f"expected {self.partial} free, found another run writing it; wait for it") from None
-            yield self._state()
+            state = self._state()
+            try:
+                yield state
+            except BaseException as error:
+                self._leave(error)
+                raise
+
+    def _leave(self, error: BaseException) -> None:
+        """After a failure: what has been done stays, and the error says what to do with it; nothing done, nothing
+        stays."""
+        if any(self.folder.iterdir()) or any(self.work.iterdir()):
+            error.add_note(
+                f"what was done so far is in {self.partial}: repeat the command with --resume to go on from there, or "
+                "remove that folder"
+            )
+        else:
+            shutil.rmtree(self.partial, ignore_errors=True)
 
     def require_space(self, needed: int) -> None:
         """Raises ``UserError`` when the disk has fewer than ``needed`` bytes free."""

@@ -12,6 +12,8 @@ from tulle.engine.model import Engine
 from tulle.errors import UserError
 
 BANDWIDTH_BYTES = 1 << 29
+PROMPT, TOKENS = 512, 64
+"""Tokens of the prompt and to decode, where nothing else is asked."""
 
 
 class Speed(TypedDict):
@@ -34,7 +36,21 @@ class Speed(TypedDict):
     tokens: int
 
 
-def measure(engine: Engine, prompt: int = 512, tokens: int = 64, rounds: int = 5) -> Speed:
+def fitting(context: int, prompt: int | None, tokens: int | None) -> tuple[int, int]:
+    """How many tokens of a prompt and to decode; what is not asked for gets smaller where the context is short.
+
+    Raises ``UserError`` where what is asked for does not fit.
+    """
+    if context < 2:
+        raise UserError(f"expected a context of at least 2 tokens, found {context}; take another model")
+    asked = (prompt or 0) + (tokens or 0)
+    if asked + (prompt is None) + (tokens is None) > context:
+        raise UserError(f"expected --prompt and --tokens within the context of {context}, found {asked}; ask for fewer")
+    decoded = min(TOKENS, context - (prompt or context - context // 2)) if tokens is None else tokens
+    return min(PROMPT, context - decoded) if prompt is None else prompt, decoded
+
+
+def measure(engine: Engine, prompt: int = PROMPT, tokens: int = TOKENS, rounds: int = 5) -> Speed:
     """Prefill of ``prompt`` tokens and decoding of ``tokens`` after it, ``rounds`` times, after one to warm up.
 
     Raises ``UserError`` where they do not fit into the context.

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tulle.engine.checkpoint import StoredLinear
-from tulle.engine.native_model import Layout, LinearFacts, WeightKind
+from tulle.engine.native_model import Layout, LinearFacts, ScaleKind, WeightKind
 
 TILE = 16
 CHUNK = 512
@@ -253,12 +253,21 @@ def for_kernels(stored: StoredLinear, block_inputs: int = 0) -> tuple[LinearFact
         arrange_input_major(kind, values, mask, cut, block_inputs) if block_inputs else arrange(kind, values, mask, cut)
     )
     zero = 0
+    scale_kind = ScaleKind.BF16
     if stored.scale is not None:
-        arrays["scales"] = _per_tile(stored.scale, cut, block_inputs > 0)
+        scale_kind = ScaleKind.of(stored.scale)
+        arrays["scales"] = _bits(_per_tile(stored.scale, cut, block_inputs > 0))
+    if stored.minimum is not None:
+        arrays["minima"] = _bits(_per_tile(stored.minimum, cut, block_inputs > 0))
     if stored.zero_point is not None:
         arrays["zeros"] = _per_tile(stored.zero_point, cut, block_inputs > 0)
     elif bits is not None:
-        zero = 1 << (bits - 1)
+        zero = 1 << (bits - 1) if stored.zero is None else stored.zero
     layout = Layout.of(mask is not None, block_inputs)
-    facts = LinearFacts(kind, layout, cut.rows, cut.columns, cut.segment, cut.segments, cut.segments_per_scale, zero)
-    return facts, arrays
+    cuts = (cut.rows, cut.columns, cut.segment, cut.segments, cut.segments_per_scale)
+    return LinearFacts(kind, layout, *cuts, zero, scale_kind), arrays
+
+
+def _bits(numbers: NDArray[Any]) -> NDArray[Any]:
+    """Half precision as uint16, which the engine's file and the kernels take."""
+    return numbers.view(np.uint16) if numbers.dtype == np.float16 else numbers

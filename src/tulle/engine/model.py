@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tulle import _native
 from tulle.engine import scaling
-from tulle.engine.checkpoint import Checkpoint, Source, read_config
+from tulle.engine.checkpoint import Checkpoint, Source
 from tulle.engine.choose import check_layout, choose_layout, layouts_for
 from tulle.engine.prepare import FOLDER, Progress, prepared
 from tulle.engine.sampling import Sampler, Sampling
 from tulle.engine.settings import settings_of
-from tulle.engine.text import Stream, Text
 from tulle.errors import UserError
+from tulle.models.description import describe, families
+from tulle.models.source import open_source
+from tulle.text.tokenizer import ModelTokenizer, TextStream
+from tulle.text.tokenizer_folder import read_tokenizer
 
 BATCH = 256
 """Tokens of one forward pass; longer prompts take several."""
@@ -47,6 +50,14 @@ def default_threads() -> int:
     return max(len(cores), 1)
 
 
+def _limit(config: Mapping[str, Any]) -> int | None:
+    """Tokens that a model is said to support."""
+    if config.get("model_type") in families():
+        return describe(config).context
+    found = config.get("max_position_embeddings")
+    return found if isinstance(found, int) else None
+
+
 @dataclass
 class Generation:
     """What :meth:`Engine.generate` returns."""
@@ -69,7 +80,7 @@ class _Running:
     slot: int
     tokens: list[int]
     sampler: Sampler
-    stream: Stream
+    stream: TextStream
     left: int
     given: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
@@ -113,12 +124,13 @@ class Engine:
         if sequences < 1 or (threads is not None and threads < 1) or (context is not None and context < 1):
             raise UserError("expected at least one thread, sequence and token of context, found fewer")
         self.sequences, self.threads = sequences, threads or default_threads()
-        self.folder, self.config = folder, read_config(folder)
-        limit = self.config.get("max_position_embeddings")
-        if context is not None and isinstance(limit, int) and context > limit:
+        self.folder, self._stored = folder, open_source(folder)
+        self.config = self._stored.config
+        limit = _limit(self.config)
+        if context is not None and limit is not None and context > limit:
             raise UserError(f"expected a context of at most {limit} tokens, as the model has, found {context}")
-        self.context = context or min(limit if isinstance(limit, int) else CONTEXT, CONTEXT)
-        self._text: Text | None = None
+        self.context = context or min(limit or CONTEXT, CONTEXT)
+        self._text: ModelTokenizer | None = None
         try:
             if self.config.get("model_type") == scaling.MODEL_TYPE:
                 self._open_scaling(cache, weights, head, layout, progress)
@@ -138,7 +150,7 @@ class Engine:
                 f"expected weights {scaling.WEIGHTS[0]} for a model that is no Scaling Transformer, found {weights!r}; "
                 "tulle compress makes others"
             )
-        source, bits = Source(self.folder), 16 if activations == AS_QUANTISED else 8
+        source, bits = Source(self._stored), 16 if activations == AS_QUANTISED else 8
         chosen = choose_layout(source, layout, head, bits, self.threads)
         self.layouts, self.layout = [str(name) for name in layouts_for(source)], str(chosen)
         file, facts = prepared(source, head, chosen, progress)
@@ -156,7 +168,7 @@ class Engine:
 
     def _open_scaling(self, cache: str, weights: str, head: str, layout: str, progress: Progress | None) -> None:
         check_layout(layout)
-        shape, settings = scaling.settings_of(Checkpoint(self.folder), weights, head, progress)
+        shape, settings = scaling.settings_of(Checkpoint(self._stored), weights, head, progress)
         self.layouts, self.layout, self.vocabulary = ["dense"], "dense", shape.vocabulary
         if cache == "auto":
             cache = self._fine_or_bf16(shape.layers * shape.hidden)
@@ -167,10 +179,10 @@ class Engine:
         return "f32" if 8 * numbers * self.context * self.sequences <= FINE_CACHE else "bf16"
 
     @property
-    def text(self) -> Text:
+    def text(self) -> ModelTokenizer:
         """The tokenizer, read when it is first used."""
         if self._text is None:
-            self._text = Text(self.folder)
+            self._text = read_tokenizer(self._stored.tokenizer)
         return self._text
 
     @property
@@ -283,7 +295,7 @@ class Engine:
         while waiting or active:
             while waiting and free:
                 number = waiting.pop()
-                stream = Stream(self.text, stop)
+                stream = self.text.stream(prompts[number], stop)
                 new = _Running(number, free.pop(), list(prompts[number]), Sampler(sampling[number]), stream, max_tokens)
                 logits = self.forward(new.tokens, new.slot, 0, [len(new.tokens) - 1])
                 yield self._take(new, logits[0], ends, on_text)
@@ -321,6 +333,8 @@ class Engine:
                 running.left, running.finish = 0, "stop"
         if running.left == 0:
             piece += running.stream.finish()
+            if running.stream.stopped:
+                running.finish = "stop"
         if piece:
             running.pieces.append(piece)
             if on_text:

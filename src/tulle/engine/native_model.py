@@ -30,6 +30,20 @@ class WeightKind(StrEnum):
         return self in (WeightKind.CODES2, WeightKind.CODES4, WeightKind.CODES8)
 
 
+class ScaleKind(StrEnum):
+    """In what the scales and minima of codes are stored."""
+
+    BF16 = "bf16"
+    F16 = "f16"
+    F32 = "f32"
+
+    @staticmethod
+    def of(scale: NDArray[Any]) -> ScaleKind:
+        """Of an array: bits of bfloat16 are uint16."""
+        kinds = {"uint16": ScaleKind.BF16, "float16": ScaleKind.F16, "float32": ScaleKind.F32}
+        return kinds[scale.dtype.name]
+
+
 class Layout(StrEnum):
     """In which order a linear's weights are stored; linear.hpp has pictures. Input-major ones hold codes."""
 
@@ -68,6 +82,7 @@ class LinearFacts:
     segments_per_scale: int
     zero: int
     """The zero point where there are no ``zeros``."""
+    scale_kind: ScaleKind = ScaleKind.BF16
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -146,8 +161,11 @@ class Linear:
     masks: NDArray[np.uint8] | None
     offsets: NDArray[np.uint64] | None
     starts: NDArray[np.uint32] | None
-    scales: NDArray[np.uint16] | None
+    scales: NDArray[Any] | None
+    """uint16 (bits of bfloat16 or half precision) or float32, as ``facts.scale_kind`` says."""
     zeros: NDArray[np.uint8] | None
+    minima: NDArray[Any] | None
+    """Like ``scales``: what every weight of a scale has added. Of dense codes in tiles."""
     bias: Floats | None
     input: Grid
     engine_grid: bool

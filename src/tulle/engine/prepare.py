@@ -17,16 +17,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tulle.engine.checkpoint import Source, StoredLinear
-from tulle.engine.files import TensorFile, TensorWriter
+from tulle.engine.files import TensorWriter, resident
 from tulle.engine.layout import LINE_OUTPUTS, ModelLayout, for_kernels, input_major_kind
 from tulle.engine.native_model import LinearFacts
 from tulle.errors import UserError
 from tulle.format.pack import bf16_to_f32, f32_to_bf16
 from tulle.format.spec import LinearSpec
+from tulle.models.tensor_file import TensorFile
 
-LAYOUT = 11
+LAYOUT = 12
 """Of the file: another number, another file."""
 HEADS = ("int8", "int4", "bf16", "as stored")
+HEADS_AS_CODED = ("int8", "as stored")
+"""What asks for a head that is stored in codes (a GGUF file's) as it is stored: it has 8 bits at most."""
 FOLDER = ".engine"
 Progress = Callable[[str, int, int], None]
 Packed = tuple[str, LinearFacts, dict[str, NDArray[Any]]]
@@ -49,6 +52,7 @@ def prepared(
         if known:
             return known
     failure = ""
+    source.require_finite()
     for path in paths:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +68,7 @@ def prepared(
 def _known(path: Path, identity: str, names: set[str]) -> tuple[TensorFile, dict[str, LinearFacts]] | None:
     """A file that was made earlier; None where it is of another model or broken, so that it is made again."""
     try:
-        found = TensorFile(path, resident=True)
+        found = resident(path)
         stored = json.loads(found.metadata.get("facts", ""))
     except (UserError, ValueError):
         return None
@@ -85,13 +89,15 @@ def _written(
                 file.add(f"{name}.{suffix}", array)
         stored = {name: found.to_json() for name, found in facts.items()}
         file.finish({"identity": identity, "facts": json.dumps(stored)})
-    return TensorFile(path, resident=True), facts
+    return resident(path), facts
 
 
 def cache_folders(source: Source) -> tuple[Path, Path]:
     """Where what is made of a model may be kept."""
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tulle"
-    return source.folder / FOLDER, user / hashlib.sha256(str(source.folder.resolve()).encode()).hexdigest()[:32]
+    path = source.path
+    beside = path / FOLDER if path.is_dir() else path.with_name(path.name + FOLDER)
+    return beside, user / hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]
 
 
 def convert(
@@ -189,10 +195,12 @@ def _densified(part: StoredLinear) -> StoredLinear:
 
 
 def quantised_head(source: Source, head: str) -> StoredLinear:
-    """The output head: int8 or int4 with a scale per 32 inputs, or in floats. The number of largest magnitude of 32 is
-    the lowest 4-bit code, so that all sixteen are used."""
+    """The output head: int8 or int4 with a scale per 32 inputs, in floats, or in the codes that it is stored in.
+    The number of largest magnitude of 32 is the lowest 4-bit code, so that all sixteen are used."""
     name = source.head_name()
     shape = (source.description.vocabulary, source.description.hidden)
+    if head in HEADS_AS_CODED and (coded := source.coded(name, shape)) is not None:
+        return coded
     if head == "as stored":
         return StoredLinear(source.kernel_floats(name, shape))
     weight = source.floats(name, shape)

@@ -34,6 +34,8 @@ class Sampling:
             raise UserError(f"expected a top-p above 0 and at most 1, found {self.top_p}; 1 takes all tokens")
         if not 0 < self.repetition_penalty < float("inf"):
             raise UserError(f"expected a repetition penalty above 0, found {self.repetition_penalty}; 1 is none")
+        if self.seed < 0:
+            raise UserError(f"expected a seed of 0 or more, found {self.seed}; any whole number from 0 on will do")
 
 
 class Sampler:

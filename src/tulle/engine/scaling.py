@@ -35,6 +35,7 @@ from tulle.errors import UserError
 from tulle.format.pack import bf16_to_f32, f32_to_bf16
 from tulle.models.config_keys import ConfigKeys
 from tulle.models.families._parts import read_rotary
+from tulle.models.source import require_finite, same_numbers
 
 MODEL_TYPE = "scaling_transformer"
 WEIGHTS = ("as stored", "f32", "bf16", "int8")
@@ -75,7 +76,9 @@ class Weights:
         """Of what decides or mixes."""
 
     def vector(self, name: str, size: int) -> NDArray[np.float32]:
-        return self._source.floats(name, (size,))
+        found = self._source.floats(name, (size,))
+        require_finite(name, found, "F32")
+        return found
 
     def bias(self, name: str, size: int) -> NDArray[np.float32] | None:
         return self.vector(name, size) if name in self._source else None
@@ -89,6 +92,7 @@ class Weights:
             raise UserError(f"expected at most {CODE_INPUTS} inputs for int8, found {shape[1]} in {name}; try bf16")
         values = self._arena.empty(shape, TYPES[kind])
         scales = self._arena.empty(shape[:1], np.float32) if kind is WeightKind.CODES8 else None
+        require_finite(name, stored, self._source.dtype(name))
         rows = max(1, PART // shape[1])
         bits = self._source.dtype(name) == "BF16"
         for start in range(0, shape[0], rows):
@@ -103,6 +107,7 @@ class Weights:
         """B ``[inputs, outputs]``: the tensor with its axes in this order, outputs last."""
         kind = self._kind(name, self.small)
         stored = self._source.tensor(name, shape).transpose(axes)
+        require_finite(name, stored, self._source.dtype(name))
         outputs = stored.shape[-1]
         table = _converted(stored, self._source.dtype(name) == "BF16", kind).reshape(-1, outputs)
         count = -(-outputs // PANEL)
@@ -212,6 +217,8 @@ def settings_of(
     table = "model.embed_tokens.weight"
     if shape.tied and table not in source:
         table = "lm_head.weight"
+    elif shape.tied and "lm_head.weight" in source and not same_numbers(source.source, table, "lm_head.weight"):
+        shape.tied = False  # as transformers does
     as_stored = "as stored"
     size = (shape.vocabulary, shape.hidden)
     embedding = made.matrix(table, size, as_stored)

@@ -18,6 +18,7 @@ from tulle.engine.native_model import (
     Linear,
     LinearFacts,
     Model,
+    ScaleKind,
     Selection,
     Table,
     Transform,
@@ -94,8 +95,13 @@ def settings_of(
         layers=layers,
         norm=source.floats(f"{description.final_norm.name}.weight", (description.hidden,)),
         head=Group([], [linears.linear([head.removesuffix(".weight")], "head", None)]),
-        exact_head=_table(source, source.head_name()) if facts["head"].kind.is_codes else None,
+        exact_head=_table(source, source.head_name()) if _is_copy(facts["head"]) else None,
     )
+
+
+def _is_copy(head: LinearFacts) -> bool:
+    """Whether the head's codes were made here, of a finer one: those have scales in bfloat16, a GGUF file's never."""
+    return head.kind.is_codes and head.scale_kind is ScaleKind.BF16
 
 
 class _Linears:
@@ -143,7 +149,8 @@ class _Linears:
             starts=array("starts"),
             scales=array("scales"),
             zeros=array("zeros"),
-            bias=bias_of(self._source, names, facts.rows),
+            minima=array("minima"),
+            bias=bias_of(self._source, names),
             input=grid,
             engine_grid=facts.kind.is_codes and not model_grid,
             selection=selection(self._source, names[0], spec),
@@ -154,14 +161,15 @@ def _equal(a: Floats | None, b: Floats | None) -> bool:
     return a is not None and b is not None and np.array_equal(a, b)
 
 
-def bias_of(source: Source, names: Sequence[str], rows: int) -> Floats | None:
-    """``[rows]`` of linears that are fused; None where none of them has one."""
-    if not any(f"{name}.bias" in source for name in names):
+def bias_of(source: Source, names: Sequence[str]) -> Floats | None:
+    """``[rows]`` of linears that are fused; None where the description gives none of them one. Biases that are stored
+    though the config denies them are not read, as in transformers."""
+    if not any(name in source.biased for name in names):
         return None
-    counts = [rows] if len(names) == 1 else [source.shapes[name][0] for name in names]
     return np.concatenate([
-        source.floats(f"{name}.bias", (n,)) if f"{name}.bias" in source else np.zeros(n, np.float32)
-        for name, n in zip(names, counts, strict=True)
+        source.floats(f"{name}.bias", source.shapes[name][:1]) if name in source.biased
+        else np.zeros(source.shapes[name][0], np.float32)
+        for name in names
     ])  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tulle.engine import Engine
+from tulle.models.source import open_source
 
 
 class EngineModel:
@@ -34,4 +35,5 @@ def load_engine(folder: Path, **options: Any) -> tuple[EngineModel, Any]:
     """Model and tokenizer; ``options`` of :class:`tulle.engine.Engine`."""
     from transformers import AutoTokenizer
 
-    return EngineModel(folder, **options), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(open_source(folder).tokenizer, local_files_only=True)
+    return EngineModel(folder, **options), tokenizer

@@ -15,19 +15,19 @@ def load_model(folder: Path, device: str = "cpu", dtype: str = "float32") -> tup
     a device that is not here.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    import tulle.hf  # noqa: F401 (registers the packed format)
+    from tulle.hf import load_checkpoint
     from tulle.machine import require_device
     from tulle.models.checkpoint import Checkpoint
 
-    Checkpoint.open(folder)  # config, shards and headers, with messages of our own
+    checkpoint = Checkpoint.open(folder)  # config, shards and headers, with messages of our own
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise UserError(f"expected a dtype such as float32 or bfloat16, found {dtype!r}; try --dtype float32")
     require_device(device)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.source.tokenizer, local_files_only=True)
+        model = load_checkpoint(checkpoint, getattr(torch, dtype))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"expected a model that transformers can load in {folder}, found: {line}") from error

@@ -43,7 +43,7 @@ def evaluate_text(
     nats = -math.fsum(s.log_likelihood for s in scores)
     tokens, size = sum(s.tokens for s in scores), sum(w.bytes for w in windows)
     return TextScore(
-        perplexity=math.exp(nats / tokens) if nats / tokens < 700 else math.inf,
+        perplexity=math.inf if nats / tokens >= 700 else math.exp(nats / tokens),  # NaN stays NaN
         bits_per_byte=nats / (math.log(2) * size) if size else math.nan,
         tokens=tokens,
         bytes=size,

@@ -50,17 +50,20 @@ class Example:
 def read_examples(file: Path, limit: int | None = None) -> list[Example]:
     """The rows of a JSONL file. Raises ``UserError`` naming the first line that is not one of the three kinds."""
     examples: list[Example] = []
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if limit is not None and len(examples) == limit:
-                break
-            if line.strip():
-                try:
-                    examples.append(_example(json.loads(line)))
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    raise UserError(
-                        f"expected rows of {ROW_KINDS}, found another in {file}, line {number}; mend that line"
-                    ) from None
+    try:
+        content = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"expected UTF-8 text in {file}, found it unreadable ({error}); convert it first") from None
+    for number, line in enumerate(content.split("\n"), 1):
+        if limit is not None and len(examples) == limit:
+            break
+        if line.strip():
+            try:
+                examples.append(_example(json.loads(line)))
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                raise UserError(
+                    f"expected rows of {ROW_KINDS}, found another in {file}, line {number}; mend that line"
+                ) from None
     if not examples:
         raise UserError(f"expected rows of {ROW_KINDS}, found none in {file}; check the file")
     return examples

@@ -23,14 +23,17 @@ from torch import Tensor, nn
 
 from tulle.errors import UserError
 from tulle.export.plan import InputRule, Plan
-from tulle.hf import load
+from tulle.hf import load_checkpoint
 from tulle.hf.packed_linear import PackedLinear
-from tulle.models.checkpoint import read_json
+from tulle.models.checkpoint import Checkpoint
 
 TOLERANCE = 1e-4
 """Two float32 runs of one model differ by about 1e-6 of the largest logit."""
 INPUT_TOLERANCE = 1e-2
 """With quantised inputs a difference of 1e-7 can turn into a step of 1/127 where a value lies on an edge."""
+
+LENGTH = 64
+"""Tokens that logits are compared on, at most."""
 
 LOADER = """
 import sys
@@ -53,7 +56,7 @@ def logits(folder, tokens, made, mode):
 """
 
 
-def check(source: Path, folder: Path, plan: Plan) -> dict[str, Any]:
+def check(source: Checkpoint, folder: Path, plan: Plan) -> dict[str, Any]:
     """``{"difference", "difference_from_packed"}`` of the export in ``folder``; ``UserError`` when it fails."""
     tokens = _tokens(source)
     try:
@@ -68,7 +71,19 @@ def check(source: Path, folder: Path, plan: Plan) -> dict[str, Any]:
             "the installed transformers reads asymmetric weights only when told to dequantise: "
             "from_pretrained(..., quantization_config=CompressedTensorsConfig(dequantize=True))"
         )
-    packed, expected = _own_logits(source, tokens, plan)
+    return compare(source, found, plan)
+
+
+def logits_of(model: Checkpoint, source: Checkpoint, most: int = LENGTH) -> np.ndarray:
+    """float32 logits of a dense checkpoint, on the ``most`` tokens that ``source`` is compared on."""
+    with torch.no_grad():
+        loaded = load_checkpoint(model, torch.float32).eval()
+        return np.asarray(loaded(torch.from_numpy(_tokens(source, most))).logits.numpy())
+
+
+def compare(source: Checkpoint, found: np.ndarray, plan: Plan, most: int = LENGTH) -> dict[str, Any]:
+    """``{"difference", "difference_from_packed"}`` of an export's logits; ``UserError`` when they are off."""
+    packed, expected = _own_logits(source, _tokens(source, most), plan)
     scale = float(np.abs(expected).max())
     difference = float(np.abs(found - expected).max()) / scale
     tolerance = TOLERANCE if plan.input_rule == "none" else INPUT_TOLERANCE
@@ -81,15 +96,15 @@ def check(source: Path, folder: Path, plan: Plan) -> dict[str, Any]:
     return {"difference": difference, "difference_from_packed": float(np.abs(found - packed).max()) / scale}
 
 
-def _tokens(source: Path) -> np.ndarray:
-    config = read_json(source / "config.json", "a model's config.json")
-    length = min(64, config.get("max_position_embeddings", 64))
+def _tokens(source: Checkpoint, most: int = LENGTH) -> np.ndarray:
+    config = source.config
+    length = min(most, config.get("max_position_embeddings", most))
     return np.random.default_rng(0).integers(0, config["vocab_size"], (2, length))
 
 
-def _own_logits(source: Path, tokens: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+def _own_logits(source: Checkpoint, tokens: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
     """Logits of the packed model, and those that the export should have."""
-    model = load(source, dtype=torch.float32)
+    model = load_checkpoint(source, torch.float32).eval()
     ids = torch.from_numpy(tokens)
     with torch.no_grad():
         packed = model(ids).logits

@@ -25,7 +25,6 @@ from tulle.export.plan import InputRule, Plan, linear_entry, unpacked_entries
 from tulle.format.spec import LinearSpec
 from tulle.hf.packed_linear import unpack_integer_weight
 from tulle.models.checkpoint import Checkpoint
-from tulle.models.description import describe
 
 Scheme = tuple[int, int | None, bool, int | None]
 """bits, group size, symmetric, input bits"""
@@ -75,7 +74,7 @@ def quantization_config(checkpoint: Checkpoint, quantised: Mapping[str, LinearSp
     groups: dict[Scheme, list[str]] = {}
     for name, spec in quantised.items():
         groups.setdefault(_scheme(spec), []).append(name)
-    model = describe(checkpoint.config)
+    model = checkpoint.describe()
     linears = [name for layer in model.layers for name in model.linear_names(layer.index)]
     head = model.head.removesuffix(".weight")
     formats = {_format(*scheme) for scheme in groups}

@@ -6,7 +6,7 @@ and float16 round it, float32 keeps it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import torch
@@ -21,14 +21,18 @@ from tulle.models.checkpoint import Checkpoint
 
 def plan(checkpoint: Checkpoint, linears: Mapping[str, LinearSpec], dtype: torch.dtype | None) -> Plan:
     """``dtype`` None: that of the checkpoint's own floating-point tensors."""
-    weight_dtype = dtype or stored_dtype(checkpoint)
-    entries = unpacked_entries(checkpoint, linears, dtype)
-
+    model = checkpoint.describe()
+    # Of another tool's files only what the model needs: old ones hold buffers that transformers has no place for.
+    names = None if checkpoint.source.plain else checkpoint.names_of(model)
+    weight_dtype = dtype or (stored_dtype(checkpoint) if names is None else _widest(checkpoint, names))
+    entries = unpacked_entries(checkpoint, linears, dtype, names)
     for name, spec in linears.items():
         unpack = partial(_unpack, checkpoint, name, weight_dtype)
         entries.append(linear_entry(checkpoint, name, spec, "weight", weight_dtype, spec.shape, unpack))
     config = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "torch_dtype")}
     config["dtype"] = str(weight_dtype).removeprefix("torch.")
+    if config.get("tie_word_embeddings") and not model.tied:
+        config["tie_word_embeddings"] = False
     notes = []
     if any(spec.input_bits for spec in linears.values()):
         notes.append("a dense checkpoint cannot say that inputs are quantised: they are not in the export")
@@ -45,7 +49,11 @@ def plan(checkpoint: Checkpoint, linears: Mapping[str, LinearSpec], dtype: torch
 def _unpack(
     checkpoint: Checkpoint, name: str, dtype: torch.dtype, spec: LinearSpec, tensors: Mapping[str, Tensor]
 ) -> Tensor:
-    """W of the packed tensors, its transforms undone."""
+    return unpacked_weight(checkpoint, name, spec, tensors).to(dtype)
+
+
+def unpacked_weight(checkpoint: Checkpoint, name: str, spec: LinearSpec, tensors: Mapping[str, Tensor]) -> Tensor:
+    """W ``[C_out, C_in]`` of a packed linear's tensors by suffix, its transforms undone."""
     weight = dequantise(spec, tensors)
     if spec.transform:
         holder = spec.transform_of or name
@@ -54,7 +62,12 @@ def _unpack(
             for i, t in enumerate(spec.transform)
         ]
         weight = unfold(maps, weight)
-    return weight.to(dtype)
+    return weight
+
+
+def _widest(checkpoint: Checkpoint, names: Iterable[str]) -> torch.dtype:
+    """The dtype that holds every one of these tensors' values."""
+    return max((checkpoint.info(name).dtype for name in names), key=lambda dtype: dtype.itemsize)
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

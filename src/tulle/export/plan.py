@@ -36,12 +36,15 @@ class Plan:
 
 
 def unpacked_entries(
-    checkpoint: Checkpoint, linears: Mapping[str, LinearSpec], dtype: torch.dtype | None
+    checkpoint: Checkpoint,
+    linears: Mapping[str, LinearSpec],
+    dtype: torch.dtype | None,
+    names: Iterable[str] | None = None,
 ) -> list[Entry]:
-    """The tensors that are not part of a packed linear, cast to ``dtype`` if given."""
+    """The tensors that are not part of a packed linear, or those of these ``names``, cast to ``dtype`` if given."""
     packed = {f"{name}.{suffix}" for name, spec in linears.items() for suffix in spec.stored_tensors()}
     entries = []
-    for name in checkpoint.names():
+    for name in checkpoint.names() if names is None else names:
         if name not in packed:
             info = checkpoint.info(name)
             kind = dtype if dtype is not None and info.dtype.is_floating_point else info.dtype

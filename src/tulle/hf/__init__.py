@@ -7,9 +7,17 @@ tensors, ``attention`` quantised queries, keys and values, ``pack`` the way from
 from tulle.hf.register import (
     fits_two_of_four,
     load,
+    load_checkpoint,
     packed_linears,
     require_packed_tensors,
     use_sparse_tensor_cores,
 )
 
-__all__ = ["fits_two_of_four", "load", "packed_linears", "require_packed_tensors", "use_sparse_tensor_cores"]
+__all__ = [
+    "fits_two_of_four",
+    "load",
+    "load_checkpoint",
+    "packed_linears",
+    "require_packed_tensors",
+    "use_sparse_tensor_cores",
+]

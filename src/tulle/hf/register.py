@@ -18,7 +18,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -28,7 +28,7 @@ from tulle.format.spec import QUANT_METHOD, LinearSpec, QuantizationConfig
 from tulle.hf.attention import IMPLEMENTATION, attach, grids_of
 from tulle.hf.packed_linear import DTYPES, PackedLinear
 from tulle.models.checkpoint import Checkpoint
-from tulle.models.description import describe
+from tulle.models.description import describe, families
 
 MISMATCH = "config.json and weights are not of one model"
 
@@ -113,7 +113,27 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto", **kwargs: Any) -> 
     """
     checkpoint = Checkpoint.open(path)
     require_packed_tensors(checkpoint, packed_linears(checkpoint))
+    if checkpoint.config.get("model_type") in families():
+        checkpoint.describe()
     return AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype, **kwargs).eval()
+
+
+def load_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    """A checkpoint, packed or dense, as transformers' own model.
+
+    transformers reads a folder that it understands itself; of any other source it is given the tensors.
+    """
+    if checkpoint.config.get("model_type") in families():
+        checkpoint.describe()  # transformers makes up tensors that are missing
+    if checkpoint.source.plain:
+        return AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype, local_files_only=True)
+    settings = dict(checkpoint.config)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    model = checkpoint.describe()
+    state = {name: checkpoint.read(name).to(dtype) for name in checkpoint.names_of(model)}
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    found: PreTrainedModel = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    return found
 
 
 def use_sparse_tensor_cores(model: PreTrainedModel) -> list[str]:
@@ -152,14 +172,12 @@ def fits_two_of_four(linear: PackedLinear) -> bool:
 
 def packed_linears(checkpoint: Checkpoint) -> dict[str, LinearSpec]:
     """The linears that the folder's ``quantization_config`` lists; ``UserError`` when it is not of Tulle."""
-    settings = checkpoint.config.get("quantization_config")
-    method = settings.get("quant_method") if isinstance(settings, dict) else None
-    if not isinstance(settings, dict) or method != QUANT_METHOD:
-        found = "a dense model" if settings is None else f"quant_method {method!r}"
+    packed = checkpoint.packed
+    if packed is None:
         raise UserError(
-            f"expected a model made by tulle compress, found {found} in {checkpoint.path}; compress it first"
+            f"expected a model made by tulle compress, found a dense model in {checkpoint.path}; compress it first"
         )
-    return QuantizationConfig.from_json(settings).linears
+    return packed.linears
 
 
 def require_packed_tensors(checkpoint: Checkpoint, linears: dict[str, LinearSpec]) -> None:

@@ -67,7 +67,7 @@ class Input:
 
 def require_dense(folder: str | Path) -> None:
     """Raises ``UserError`` for a compressed model."""
-    if "quantization_config" in Checkpoint.open(folder).config:
+    if Checkpoint.open(folder).packed is not None:
         raise UserError(
             f"expected a dense checkpoint for --activations and --sensitivity, found {Path(folder).name} compressed; "
             "give the original model"

@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from tulle.core.grid import Grid, find_steps, grouped, round_to_grid
-from tulle.format.spec import QUANT_METHOD, LinearSpec, QuantizationConfig
+from tulle.format.spec import LinearSpec
 from tulle.hf.packed_linear import dequantise
 from tulle.models.checkpoint import Checkpoint
-from tulle.models.description import Decoder, describe
+from tulle.models.description import Decoder
 
 OUTLIER = 4.0
 """An input channel is an outlier if its largest |w| is this many times the median channel's."""
@@ -29,9 +29,8 @@ def inspect_model(folder: str | Path, progress: Callable[[str, int, int], None] 
     for a broken checkpoint or one of an architecture outside the table.
     """
     checkpoint = Checkpoint.open(folder)
-    model = describe(checkpoint.config)
-    settings = checkpoint.config.get("quantization_config") or {}
-    specs = QuantizationConfig.from_json(settings).linears if settings.get("quant_method") == QUANT_METHOD else {}
+    model, packed = checkpoint.describe(), checkpoint.packed
+    specs = packed.linears if packed else {}
     names = [(layer.index, name) for layer in model.layers for name in model.linear_names(layer.index)]
     linears: list[dict[str, Any]] = []
     seen: set[str] = set()
@@ -45,6 +44,7 @@ def inspect_model(folder: str | Path, progress: Callable[[str, int, int], None] 
         row: dict[str, Any] = {"name": name, "role": model.role_of(name), "block": block, "shape": list(weight.shape)}
         row |= _scheme(spec) | {"bytes": sum(checkpoint.info(key).bytes for key in stored)}
         row |= {"bits_per_weight": 8 * row["bytes"] / weight.numel()} | weight_statistics(weight)
+        row["stored_as"] = None if spec else checkpoint.info(stored[0]).stored.stored_as
         row["rounding_error"] = None if spec and spec.bits else rounding_error(weight)
         linears.append(row)
         if extreme is None or row["outlier_ratio"] > extreme["outlier_ratio"]:
@@ -59,7 +59,7 @@ def inspect_model(folder: str | Path, progress: Callable[[str, int, int], None] 
         {
             "name": name,
             "shape": list(checkpoint.info(name).shape),
-            "dtype": str(checkpoint.info(name).dtype).removeprefix("torch."),
+            "dtype": checkpoint.info(name).name,
             "bytes": checkpoint.info(name).bytes,
         }
         for name in checkpoint.names()

@@ -1,147 +1,155 @@
-"""Hugging Face checkpoints on disk, read and written block by block.
+"""Checkpoints in torch, read and written block by block.
 
-Only safetensors: a pickle is never opened. Files are memory-mapped and read one tensor at a time, so that memory is
-what the caller holds, not the model.
+Tensors are read one at a time, so that memory is what the caller holds, not the model.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tulle.core.grid import all_finite
 from tulle.errors import UserError
-from tulle.models.description import Decoder, Layer, describe
+from tulle.format.spec import QuantizationConfig
+from tulle.models import tensor_file
+from tulle.models.description import Decoder, Layer
+from tulle.models.source import (
+    INDEX,
+    SINGLE,
+    TensorSource,
+    describe_source,
+    open_source,
+    packed_by_tulle,
+    read_json,
+)
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+__all__ = ["INDEX", "SINGLE", "read_json"]
+
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+"""torch's name of a stored dtype."""
 COMPANIONS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
-    "generation_config.json",
+    "additional_chat_templates/*.jinja", "generation_config.json",
 )  # fmt: skip
 """Files that travel with a model unchanged (glob patterns)."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    file: Path
+    """What is stored of one tensor, in torch's words."""
+
+    stored: tensor_file.TensorInfo
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Raises ``UserError`` for a dtype that cannot be read."""
+        try:
+            return DTYPES[self.stored.dtype]
+        except KeyError:
+            raise UserError(
+                f"expected a dtype of {', '.join(DTYPES)}, found {self.stored.dtype} in {self.file.name}"
+            ) from None
+
+    @property
+    def name(self) -> str:
+        """Of the dtype: torch's word, or the file's where torch has none or the tensor is read as another one."""
+        if self.stored.stored_as is not None:
+            return self.stored.stored_as
+        known = DTYPES.get(self.stored.dtype)
+        return self.stored.dtype if known is None else str(known).removeprefix("torch.")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    @property
+    def file(self) -> Path:
+        return self.stored.file
 
     @property
     def bytes(self) -> int:
-        count = 1
-        for n in self.shape:
-            count *= n
-        return count * self.dtype.itemsize
+        return self.stored.bytes
 
 
 class Checkpoint:
-    """A local checkpoint folder: config, tensor index, tensors on demand."""
+    """A local checkpoint: config, tensor index, tensors on demand. What it is read from is a
+    :class:`tulle.models.source.TensorSource`."""
 
-    def __init__(self, path: Path, config: dict[str, Any], infos: dict[str, TensorInfo]):
-        self.path = path
-        self.config = config
-        self._infos = infos
+    def __init__(self, source: TensorSource):
+        self.source, self.path, self.config = source, source.path, source.config
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
-        """Reads the config and every shard's header; no tensor data.
+        """Reads the config and every file's header; no tensor data.
 
         Raises ``UserError`` for a folder, config, shard or header that is missing or broken.
         """
-        folder = Path(path)
-        if not folder.is_dir():
-            raise UserError(f"expected a model folder, found nothing at {folder}; give the path of a local checkpoint")
-        config = read_json(folder / "config.json", "a model's config.json")
-        infos: dict[str, TensorInfo] = {}
-        for file in _files(folder):
-            infos.update(_header(file))
-        listed = _weight_map(folder)
-        for name, shard in listed.items():
-            if name not in infos:
-                raise UserError(
-                    f"expected tensor {name} in {shard} as {INDEX} says, found no such tensor; copy the shard again"
-                )
-        return cls(folder, config, infos)
+        return cls(open_source(path))
+
+    @property
+    def packed(self) -> QuantizationConfig | None:
+        """How Tulle packed the linears; None for a dense model."""
+        return packed_by_tulle(self.source)
 
     def names(self) -> list[str]:
-        return sorted(self._infos)
+        return self.source.names()
 
     def __contains__(self, name: object) -> bool:
-        return name in self._infos
+        return name in self.source
 
     def info(self, name: str) -> TensorInfo:
         """Raises ``UserError`` when the tensor is missing."""
-        try:
-            return self._infos[name]
-        except KeyError:
-            raise UserError(
-                f"expected tensor {name} in {self.path.name}, found none; "
-                "the checkpoint is incomplete or of another architecture"
-            ) from None
+        return TensorInfo(self.source.info(name))
 
     def read(self, name: str) -> Tensor:
         """The tensor in its stored dtype. Raises ``UserError`` when it is missing or unreadable."""
-        return self.read_many([name])[name]
+        dtype = self.info(name).dtype
+        # A copy: a tensor that still pointed into the mapping would keep its pages resident.
+        tensor = torch.from_numpy(np.array(self.source.read(name)))
+        return tensor if tensor.dtype == dtype else tensor.view(dtype)
 
     def read_many(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Several tensors; every shard they need is mapped once and unmapped before returning."""
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self.info(name).file, []).append(name)
-        found: dict[str, Tensor] = {}
-        for file, wanted in by_file.items():
-            with _opened(file) as shard:
-                for name in wanted:
-                    # clone: a tensor that still points into the mapping would keep the whole shard resident.
-                    found[name] = shard.get_tensor(name).clone()
-        return found
+        """Several tensors."""
+        return {name: self.read(name) for name in names}
 
     @property
     def bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(info.bytes for info in self._infos.values())
+        return sum(self.source.info(name).bytes for name in self.names())
 
     def describe(self) -> Decoder:
-        """The model's description, every tensor it needs checked for presence, shape and a floating dtype."""
-        model = describe(self.config)
-        expected = {layer.prefix + k: s for layer in model.layers for k, s in layer.tensors().items()}
-        for name, shape in (model.outer_tensors() | expected).items():
-            stored = model.embedding_name(self) if name == model.embedding else name
-            info = self.info(stored)
-            if info.shape != shape:
-                raise UserError(
-                    f"expected {stored} of shape {list(shape)} by config.json, found {list(info.shape)}; "
-                    "config and weights are not of one model"
-                )
-            if not info.dtype.is_floating_point:
-                raise UserError(
-                    f"expected {stored} as bf16, fp16 or fp32, found {info.dtype}; give the unquantised checkpoint"
-                )
-        return model
+        """The model's description, checked against the tensors (:func:`tulle.models.source.describe_source`)."""
+        packed = self.packed
+        return describe_source(self.source, packed.linears if packed else ())
+
+    def names_of(self, model: Decoder) -> list[str]:
+        """The stored names of all tensors that a dense model needs."""
+        names = [name for name in model.outer_tensors() if name != model.embedding]
+        names += [layer.prefix + name for layer in model.layers for name in layer.tensors()]
+        return sorted([model.embedding_name(self), *names])
 
     def read_layer(self, layer: Layer) -> dict[str, Tensor]:
         """All tensors of a layer by relative name, in stored dtype, checked to be finite."""
-        relative = layer.tensors()
-        tensors = self.read_many(layer.prefix + name for name in relative)
-        for name, tensor in tensors.items():
-            require_finite(name, tensor)
-        return {name: tensors[layer.prefix + name] for name in relative}
+        tensors = {}
+        for name in layer.tensors():
+            tensors[name] = self.read(layer.prefix + name)
+            require_finite(layer.prefix + name, tensors[name])
+        return tensors
 
 
 def require_finite(name: str, tensor: Tensor) -> None:
@@ -151,19 +159,6 @@ def require_finite(name: str, tensor: Tensor) -> None:
         raise UserError(
             f"expected finite weights, found {bad} NaN or Inf in {name}; the checkpoint is damaged, copy it again"
         )
-
-
-def read_json(file: Path, what: str) -> dict[str, Any]:
-    """A JSON object. Raises ``UserError`` when the file is missing or is not one."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"expected {what}, found no {file}; check the path") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
-        raise UserError(f"expected {what} as JSON, found {file} unreadable ({error}); copy it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"expected {what} as a JSON object, found a {type(content).__name__} in {file}; copy it again")
-    return content
 
 
 def write_shard(file: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -202,56 +197,12 @@ def companions(folder: Path) -> list[Path]:
     return sorted({f for pattern in COMPANIONS for f in folder.glob(pattern) if f.is_file()})
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
-        return {}
-    weight_map = read_json(folder / INDEX, "a shard index").get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"expected weight_map in {folder / INDEX}, found none; copy the index again")
-    return weight_map
-
-
-def _files(folder: Path) -> list[Path]:
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    names = sorted(set(_weight_map(folder).values()))
-    if not names:
-        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
-        tail = (
-            "it holds pickled weights, which are never loaded: convert them to safetensors"
-            if pickled
-            else "check the path"
-        )
-        raise UserError(f"expected {SINGLE} or {INDEX} in {folder}, found neither; {tail}")
-    missing = [n for n in names if not (folder / n).is_file()]
-    if missing:
-        raise UserError(f"expected {len(names)} shards in {folder}, found {missing[0]} missing; copy it again")
-    return [folder / n for n in names]
-
-
-def _header(file: Path) -> dict[str, TensorInfo]:
-    with _opened(file) as shard:
-        infos = {}
-        for name in shard.keys():  # noqa: SIM118 (not a mapping)
-            piece = shard.get_slice(name)
-            code = piece.get_dtype()
-            if code not in DTYPES:
-                raise UserError(f"expected a dtype of {', '.join(DTYPES)}, found {code} for {name} in {file.name}")
-            infos[name] = TensorInfo(DTYPES[code], tuple(piece.get_shape()), file)
-        return infos
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(str(file), framework="pt") as shard:
-            yield shard
-    except SafetensorError as error:
-        raise UserError(
-            f"expected a whole safetensors file, found {file} truncated or corrupt ({error}); copy it again"
-        ) from None
-    except FileNotFoundError:
-        raise UserError(f"expected the shard {file}, found it missing; copy it again") from None
+def copy_companions(source: Path, target: Path) -> None:
+    """Copies them from one model folder to another."""
+    for file in companions(source):
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
 
 
 def _sync(file: Path) -> None:

@@ -116,6 +116,9 @@ HARMLESS_WHEN: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_mrope": ((False,), "true: positions of pictures"),
     "use_qk_norm": ((False,), "true: norms of queries and keys"),
     "per_layer_config": ((None, {}), "otherwise layers differ"),
+    "sliding_window": ((None,), "a number: attention that sees less than all, which the family does not have"),
+    "use_sliding_window": ((False,), "true: attention that sees less than all, which the family does not have"),
+    "layer_types": ((None,), "otherwise layers differ"),
 }
 """Keys that change nothing with these values, and what another value would mean."""
 

@@ -39,9 +39,9 @@ class DenseModel:
         """A local folder, ``reference`` or a hub id, as it is stored. Raises ``UserError`` where the model is
         quantised, is of a family that is not known, or lacks tensors that its config asks for."""
         checkpoint = Checkpoint.open(local_folder(model))
-        if checkpoint.config.get("quantization_config") is not None:
+        if checkpoint.packed is not None:
             raise UserError(
-                f"expected an unquantised checkpoint, found quantization_config in {checkpoint.path.name}; give the "
+                f"expected an unquantised checkpoint, found {checkpoint.path.name} compressed already; give the "
                 "original model"
             )
         return cls(checkpoint, checkpoint.describe())

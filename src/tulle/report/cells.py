@@ -35,7 +35,7 @@ def chosen(sparsity: Mapping[str, Any] | None) -> str:
 
 
 def _numbers(linear: Mapping[str, Any]) -> str:
-    weights = "unquantised"
+    weights = linear.get("stored_as") or "unquantised"
     if linear["bits"] is not None:
         group = f" g{linear['group_size']}" if linear["group_size"] else " per channel"
         weights = f"W{linear['bits']}{group}{'' if linear['symmetric'] else ' asym'}"

@@ -139,7 +139,7 @@ def _read(source: str) -> tuple[list[str], bool]:
         return [row for rows, _ in read for row in rows], any(flag for _, flag in read)
     if path.is_file():
         try:
-            content = path.read_text(encoding="utf-8")
+            content = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"expected UTF-8 text in {path}, found it unreadable ({error}); convert it first") from None
         return (_json_rows(content, path), True) if path.suffix == ".jsonl" else ([content], False)
@@ -152,12 +152,13 @@ def _read(source: str) -> tuple[list[str], bool]:
 
 def _json_rows(content: str, path: Path) -> list[str]:
     rows = []
-    for number, line in enumerate(content.splitlines(), 1):
+    # Only a line feed ends a row: str.splitlines also cuts at U+2028 or U+0085, which strings may hold.
+    for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"expected JSON in line {number} of {path}, found {error}; repair the line") from None
         key = next((k for k in TEXT_KEYS if isinstance(row, dict) and isinstance(row.get(k), str)), None)
         if key is None:

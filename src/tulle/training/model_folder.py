@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tulle.errors import UserError
 from tulle.export import dense
 from tulle.export.folder import whole_folder, write_entries
-from tulle.hf import packed_linears, require_packed_tensors
-from tulle.models.checkpoint import Checkpoint, companions, write_text
+from tulle.hf import load_checkpoint, packed_linears, require_packed_tensors
+from tulle.models.checkpoint import Checkpoint, copy_companions, write_text
 from tulle.models.hub import local_folder
 
 
@@ -25,7 +24,8 @@ def dense_folder(model: str, work: Path) -> Path:
     Raises ``UserError`` for a model that is not there.
     """
     folder = local_folder(model)
-    if "quantization_config" not in Checkpoint.open(folder).config:
+    checkpoint = Checkpoint.open(folder)
+    if checkpoint.source.plain and checkpoint.packed is None:
         return folder
     if not work.exists():
         unpack(folder, work)
@@ -33,15 +33,14 @@ def dense_folder(model: str, work: Path) -> Path:
 
 
 def unpack(packed: Path, target: Path) -> None:
-    """Writes a packed folder as a dense float32 checkpoint; what was pruned is exactly zero."""
+    """Writes a packed or otherwise stored model as a dense float32 checkpoint; what was pruned is exactly zero."""
     checkpoint = Checkpoint.open(packed)
-    linears = packed_linears(checkpoint)
+    linears = {} if checkpoint.packed is None else packed_linears(checkpoint)
     require_packed_tensors(checkpoint, linears)
     plan = dense.plan(checkpoint, linears, torch.float32)
     with whole_folder(target) as folder:
         write_entries(folder, plan.entries, lambda done, total: None)
-        for file in companions(packed):
-            shutil.copyfile(file, folder / file.name)
+        copy_companions(checkpoint.source.tokenizer, folder)
         write_text(folder / "config.json", json.dumps(plan.config, indent=2) + "\n")
 
 
@@ -52,9 +51,7 @@ def load_dense(folder: Path, context: int = 0) -> PreTrainedModel:
     tokens.
     """
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-        )
+        model = load_checkpoint(Checkpoint.open(folder), torch.float32)
     except (OSError, ValueError, KeyError) as error:
         line = (str(error).splitlines() or ["nothing"])[0]
         raise UserError(f"expected a model that transformers loads in {folder}, found: {line}") from None

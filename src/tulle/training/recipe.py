@@ -165,7 +165,7 @@ class Stage(_Strict):
 class TrainRecipe(_Strict):
     """One reproducible training run."""
 
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     start: str | None = None
     """A model to go on from: a folder (dense, or packed by ``tulle compress``), ``reference`` or a hub id."""
     model: AnyModel | None = None

@@ -177,14 +177,14 @@ def _cut(file: Path, separator: bytes) -> Iterator[tuple[int, bytes]]:
 
 def _text(raw: bytes, file: Path, template: str | None) -> str:
     try:
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8").removeprefix("\ufeff")  # a mark of UTF-8 at the beginning of a file
     except UnicodeDecodeError as error:
         raise UserError(f"expected UTF-8 text in {file}, found it unreadable ({error}); convert it first") from None
     if file.suffix != ".jsonl" or not text.strip():
         return text
     try:
         row = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"expected JSON in every line of {file}, found {error}; repair the line") from None
     return row_text(row, template, file.name)
 

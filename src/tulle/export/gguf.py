@@ -1,0 +1,322 @@
+"""Export to GGUF, the file that llama.cpp reads: every tensor in the smallest type that loses nothing.
+
+A quantised linear w = s·(u − z), pruned weights at u = z, is whole numbers q = u − z times scales. Where a scale holds
+for blocks of 32 (of 256: TQ2_0) and half precision holds it exactly, q decides: TQ2_0 for −1…2, Q4_0 for −8…7, Q4_1 for
+codes of 4 bits whose −s·z half precision holds too, Q5_0, Q8_0. Everything else is written as floats: bfloat16 or half
+precision where they hold every value, else float32. Norms and biases are float32, as llama.cpp wants them.
+
+Nothing is rounded. What GGUF cannot say (quantised inputs, choices among inputs, quantised keys and values) is left
+out, and the notes say so. Transforms are multiplied back into the weights.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from numpy.typing import NDArray
+
+from tulle.errors import UserError
+from tulle.export.dense import unpacked_weight
+from tulle.export.gguf_tokenizer import write_tokenizer
+from tulle.format.pack import bf16_to_f32, f32_to_bf16, unpack_stored
+from tulle.format.spec import LinearSpec
+from tulle.models.checkpoint import Checkpoint
+from tulle.models.description import Decoder
+from tulle.models.gguf import blocks, names
+from tulle.models.gguf.config import FAMILIES, Family
+from tulle.models.gguf.source import GgufSource
+from tulle.models.rotary import frequencies
+from tulle.models.source import describe_source
+from tulle.models.tensor_file import as_float32
+
+Type = GGMLQuantizationType
+ARCHITECTURES = {family.model_type: name for name, family in FAMILIES.items()} | {"mistral": "llama"}
+"""What GGUF calls a family."""
+FILE_TYPES = {Type.F32: 0, Type.F16: 1, Type.Q4_0: 2, Type.Q4_1: 3, Type.Q8_0: 7, Type.Q5_0: 8, Type.BF16: 32,
+              Type.TQ2_0: 37}  # fmt: skip
+"""``general.file_type``, by the type of most weights."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as GGUF stores it."""
+
+    kind: GGMLQuantizationType
+    shape: tuple[int, ...]
+    data: NDArray[np.uint8]
+    """``[..., bytes of a row]``"""
+
+    def floats(self) -> NDArray[np.float32]:
+        return blocks.to_float32(self.data, self.kind).reshape(self.shape)
+
+
+@dataclass
+class Written:
+    """What was written."""
+
+    types: dict[str, str] = field(default_factory=dict)
+    """GGUF's name of a tensor → its type."""
+    bytes: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+def write(checkpoint: Checkpoint, file: Path, progress: Callable[[int, int], None] | None = None) -> Written:
+    """Writes a checkpoint, packed or dense, as one GGUF file; memory is one tensor.
+
+    Raises ``UserError`` for a family or a feature that GGUF files of that family cannot say.
+    """
+    model = checkpoint.describe()
+    architecture = ARCHITECTURES.get(model.model_type)
+    if architecture is None:
+        raise UserError(
+            f"expected a family of {', '.join(ARCHITECTURES)} for --to gguf, found {model.model_type}; use --to dense"
+        )
+    found = Written()
+    packed = checkpoint.packed
+    linears = dict(packed.linears) if packed else {}
+    _note_what_is_lost(checkpoint, linears, found.notes)
+    wanted = _tensors(model)
+    partial = file.with_name(file.name + ".partial")
+    writer = gguf.GGUFWriter(partial, architecture)
+    try:
+        _write_metadata(writer, architecture, checkpoint, model, found.notes)
+        write_tokenizer(writer, checkpoint, model.vocabulary, found.notes)
+        # Headers come first: types depend on values, so that tensors are made twice.
+        for done, name in enumerate(wanted):
+            stored = _stored(checkpoint, linears, model, FAMILIES[architecture], name)
+            theirs = str(names.theirs(name))
+            shape = stored.data.shape
+            writer.add_tensor_info(theirs, shape, np.dtype(np.uint8), stored.data.nbytes, stored.kind)
+            found.types[theirs] = stored.kind.name
+            found.bytes += stored.data.nbytes
+            if progress:
+                progress(done, 2 * len(wanted))
+        ratios = _rope_ratios(model)
+        if ratios is not None:
+            writer.add_tensor_info(names.ROPE, ratios.shape, ratios.dtype, ratios.nbytes, Type.F32)
+        matrices = Counter(found.types[str(names.theirs(f"{name}.weight"))] for name in _linear_names(model))
+        ((most, _),) = matrices.most_common(1)
+        writer.add_file_type(FILE_TYPES[next(kind for kind in FILE_TYPES if kind.name == most)])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for done, name in enumerate(wanted):
+            writer.write_tensor_data(_stored(checkpoint, linears, model, FAMILIES[architecture], name).data)
+            if progress:
+                progress(len(wanted) + done + 1, 2 * len(wanted))
+        if ratios is not None:
+            writer.write_tensor_data(ratios)
+        writer.close()
+        os.replace(partial, file)
+    finally:
+        writer.close()
+        partial.unlink(missing_ok=True)
+    return found
+
+
+def check(checkpoint: Checkpoint, file: Path) -> int:
+    """Reads the file back and compares: its description with the checkpoint's, and every tensor value for value.
+    Returns how many tensors; raises ``UserError`` where one differs."""
+    source = GgufSource(file)
+    model, again = checkpoint.describe(), describe_source(source)
+    for key in ("hidden", "vocabulary", "final_norm", "tied", "rotary"):
+        mine, found = getattr(model, key), getattr(again, key)
+        same = mine == found
+        if key == "rotary":
+            mine, found = (frequencies(one.rotary["default"], 1)[0] for one in (model, again))
+            same = np.allclose(mine, found, rtol=1e-6, atol=0)  # bases are float32 there
+        if not same:
+            raise UserError(f"expected {key} {mine} of the GGUF file, found {found}; please report the model")
+    packed = checkpoint.packed
+    linears = dict(packed.linears) if packed else {}
+    wanted = _tensors(model)
+    for name in wanted:
+        values = as_float32(source.read(name), source.info(name).dtype)
+        if not np.array_equal(_values(checkpoint, linears, model, name), values):
+            raise UserError(f"expected {name} of the GGUF file as it was, found other values; please report the recipe")
+    return len(wanted)
+
+
+def _tensors(model: Decoder) -> list[str]:
+    found = list(model.outer_tensors())
+    return found + [layer.prefix + name for layer in model.layers for name in layer.tensors()]
+
+
+def _linear_names(model: Decoder) -> list[str]:
+    return [name for layer in model.layers for name in model.linear_names(layer.index)]
+
+
+def _note_what_is_lost(checkpoint: Checkpoint, linears: Mapping[str, LinearSpec], notes: list[str]) -> None:
+    specs = linears.values()
+    if any(spec.input_bits for spec in specs):
+        notes.append("GGUF cannot say that inputs are quantised: they are not in the export")
+    if any(spec.input_sparsity for spec in specs):
+        notes.append("GGUF cannot say which inputs a token keeps: all of them are read in the export")
+    if any(spec.transform for spec in specs):
+        notes.append("transforms of inputs are multiplied back into the weights")
+    if checkpoint.packed and checkpoint.packed.attention:
+        notes.append("GGUF cannot say that keys and values are quantised: they are not in the export")
+
+
+def _write_metadata(
+    writer: gguf.GGUFWriter, architecture: str, checkpoint: Checkpoint, model: Decoder, notes: list[str]
+) -> None:
+    first = model.layers[0]
+    mixer, rotary = first.mixer, model.rotary["default"]
+    _require_expressible(model)
+    context = model.context
+    windows = {layer.mixer.window for layer in model.layers if layer.mixer.window is not None}
+    if windows and min(windows) < context:
+        context = min(windows)
+        notes.append(
+            f"llama.cpp knows no sliding window for {architecture}: the file's context is {context} tokens, within "
+            "which there is none"
+        )
+    writer.add_name(checkpoint.path.name)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_block_count(len(model.layers))
+    writer.add_context_length(context)
+    writer.add_embedding_length(model.hidden)
+    writer.add_feed_forward_length(first.feed_forward.intermediate)
+    writer.add_head_count(mixer.heads)
+    writer.add_head_count_kv(mixer.kv_heads)
+    writer.add_key_length(mixer.head_dim)
+    writer.add_value_length(mixer.head_dim)
+    writer.add_layer_norm_rms_eps(model.final_norm.eps)
+    writer.add_vocab_size(model.vocabulary)
+    writer.add_rope_dimension_count(mixer.head_dim)
+    writer.add_rope_freq_base(rotary.theta)
+    if rotary.kind == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(rotary.factor or 1))
+
+
+def _require_expressible(model: Decoder) -> None:
+    """Raises ``UserError`` for what a llama-like GGUF file has no key for."""
+    first, rotary = model.layers[0], model.rotary["default"]
+    for layer in model.layers:
+        for holds, what in (
+            (layer.feed_forward == first.feed_forward and layer.feed_forward.activation == "silu", "gates"),
+            (layer.mixer.rotary == "default", "rotary tables"),
+            (layer.mixer.scale is None and layer.mixer.soft_cap is None, "scales of attention"),
+            (not layer.mixer.sinks and not layer.mixer.output_gate, "sinks or gates of attention"),
+            (all(n.kind == "rms" and not n.offset and not n.bias and n.eps == model.final_norm.eps
+                 for n, _ in layer.norms()), "norms"),
+        ):  # fmt: skip
+            if not holds:
+                raise UserError(f"expected {what} as GGUF files of {model.model_type} have them, found others")
+    if rotary.kind not in ("default", "linear", "llama3"):
+        raise UserError(f"expected rotary embeddings of default, linear or llama3 for --to gguf, found {rotary.kind}")
+    if (model.embedding_scale, model.logit_scale, model.logit_soft_cap, model.head_bias) != (1, 1, None, False):
+        raise UserError("expected no scale, soft cap or bias of the logits for --to gguf, found one")
+
+
+def _rope_ratios(model: Decoder) -> NDArray[np.float32] | None:
+    """What llama.cpp divides frequencies by, of Llama 3's stretched ones."""
+    rotary = model.rotary["default"]
+    if rotary.kind != "llama3":
+        return None
+    plain, _ = frequencies(replace(rotary, kind="default", factor=None), model.context)
+    stretched, _ = frequencies(rotary, model.context)
+    return (plain / stretched).astype(np.float32)
+
+
+def _stored(
+    checkpoint: Checkpoint, linears: Mapping[str, LinearSpec], model: Decoder, family: Family, name: str
+) -> Stored:
+    """A tensor in the smallest type that loses nothing, its rows in llama.cpp's order."""
+    linear = name.removesuffix(".weight")
+    found = None
+    if linear in linears:
+        found = _coded(checkpoint, linear, linears[linear])
+    if found is None:
+        found = _floats(_values(checkpoint, linears, model, name))
+    theirs = str(names.theirs(name))
+    if family.permuted and names.is_permuted(theirs):
+        mixer = model.layers[0].mixer
+        order = names.stored_rows(mixer.heads if "attn_q" in theirs else mixer.kv_heads, mixer.head_dim)
+        found = Stored(found.kind, found.shape, _in_rows(found)[order])
+    return found
+
+
+def _in_rows(stored: Stored) -> NDArray[np.uint8]:
+    """Bytes by row; of a vector, by number."""
+    return stored.data if len(stored.shape) > 1 else stored.data.reshape(stored.shape[0], -1)
+
+
+def _values(
+    checkpoint: Checkpoint, linears: Mapping[str, LinearSpec], model: Decoder, name: str
+) -> NDArray[np.float32]:
+    """What a tensor is, in float32."""
+    linear = name.removesuffix(".weight")
+    if linear in linears and name != linear:
+        spec = linears[linear]
+        tensors = checkpoint.read_many(f"{linear}.{suffix}" for suffix in spec.tensors())
+        by_suffix = {key.removeprefix(f"{linear}."): tensor for key, tensor in tensors.items()}
+        return np.asarray(unpacked_weight(checkpoint, linear, spec, by_suffix).float().numpy())
+    stored = model.embedding_name(checkpoint) if name == model.embedding else name
+    return as_float32(checkpoint.source.read(stored), checkpoint.source.info(stored).dtype)
+
+
+def _coded(checkpoint: Checkpoint, linear: str, spec: LinearSpec) -> Stored | None:
+    """A quantised linear in the first type that holds it exactly; None where there is none."""
+    if spec.bits is None or spec.transform:
+        return None
+    arrays = {suffix: np.asarray(checkpoint.source.read(f"{linear}.{suffix}")) for suffix in spec.tensors()}
+    codes, mask = unpack_stored(spec, arrays)
+    rows, columns = spec.shape
+    width = columns // spec.groups
+    zero = np.full((rows, spec.groups), 1 << (spec.bits - 1), np.int16)
+    if not spec.symmetric:
+        zero = arrays["zero_point"].astype(np.int16)
+    wide = zero.repeat(width, axis=1)
+    whole = codes.astype(np.int16) - wide
+    if mask is not None:
+        whole[~mask] = 0
+    # Where all weights of a scale are 0, whatever it is (some quantisers write the least number there) is 0, too.
+    zeros_alone = (whole.reshape(rows, spec.groups, width) == 0).all(axis=2)
+    numbers = np.where(zeros_alone, np.float32(0), bf16_to_f32(arrays["scale"]))
+    scale = _half(numbers)
+    if scale is None:
+        return None
+    least, most = int(whole.min()), int(whole.max())
+    for kind, (lowest, highest) in blocks.RANGES.items():
+        block = GGML_QUANT_SIZES[kind][0]
+        if width % block:
+            continue
+        per_block = scale.repeat(width // block, axis=1)
+        if lowest <= least and most <= highest:
+            return Stored(kind, spec.shape, blocks.encode(whole, per_block, kind))
+        if kind is not Type.Q4_0 or spec.bits > 4:
+            continue
+        minimum = _half(-numbers * zero.astype(np.float32))
+        if minimum is not None:
+            unsigned, minima = (whole + wide).astype(np.uint8), minimum.repeat(width // block, axis=1)
+            return Stored(Type.Q4_1, spec.shape, blocks.encode_q4_1(unsigned, per_block, minima))
+    return None
+
+
+def _half(numbers: NDArray[np.float32]) -> NDArray[np.float16] | None:
+    """In half precision; None where that is not exact."""
+    with np.errstate(over="ignore"):
+        found = numbers.astype(np.float16)
+    return found if np.array_equal(found.astype(np.float32), numbers) else None
+
+
+def _floats(values: NDArray[np.float32]) -> Stored:
+    """Matrices in the first of bfloat16, half precision and float32 that holds them; vectors in float32."""
+    if values.ndim > 1:
+        short = f32_to_bf16(values)
+        if np.array_equal(bf16_to_f32(short), values):
+            return Stored(Type.BF16, values.shape, short.view(np.uint8))
+        half = _half(values)
+        if half is not None:
+            return Stored(Type.F16, values.shape, half.view(np.uint8))
+    return Stored(Type.F32, values.shape, np.ascontiguousarray(values).view(np.uint8))

@@ -1,0 +1,197 @@
+"""A GGUF file as a model: config, tensors under their Hugging Face names, tokenizer files.
+
+It is a :class:`tulle.models.source.TensorSource`, so that all commands read it. ``read`` gives quantised tensors in
+float32, which holds them exactly (sums of types with minima are rounded once); ``coded`` gives their codes, which the
+engine runs as they are stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tulle.errors import UserError
+from tulle.models.gguf import blocks, names
+from tulle.models.gguf.config import config_of, family_of
+from tulle.models.gguf.file import GgufFile
+from tulle.models.tensor_file import TensorInfo
+
+STORED = {blocks.Type.F32: "F32", blocks.Type.F16: "F16", blocks.Type.BF16: "BF16", blocks.Type.F64: "F64"}
+SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+TOKENIZER_VERSION = 1
+"""Of the files that are made of a tokenizer: another number, another folder."""
+
+
+class GgufSource:
+    """A GGUF file, or several that belong together (``NAME-00001-of-00003.gguf``: give the first).
+
+    Raises ``UserError`` for a file that is damaged, an architecture or a type of tensor that is not read, and for
+    tensors and keys that would go unread.
+    """
+
+    plain = False
+
+    def __init__(self, path: Path):
+        self.path = path
+        parts = _parts(path)
+        self._files = [GgufFile(part) for part in parts]
+        self.files: Sequence[Path] = tuple(parts)
+        self.metadata = self._files[0].metadata
+        family = family_of(self.metadata)
+        self._by_name: dict[str, tuple[GgufFile, str]] = {}
+        stored: dict[str, GgufFile] = {}
+        for file in self._files:
+            stored |= dict.fromkeys(file.tensors, file)
+        for theirs, file in stored.items():
+            if file.tensors[theirs].type not in (*blocks.FLOATS, *blocks.READERS):
+                raise blocks.refused(file.tensors[theirs].type)
+            ours = names.ours(theirs)
+            if ours is not None:
+                self._by_name[ours] = (file, theirs)
+            elif theirs != names.ROPE:
+                raise UserError(
+                    f"expected tensors that tulle knows for {self.metadata['general.architecture']}, found {theirs} in "
+                    f"{path.name}; the model does something that tulle does not compute"
+                )
+        table = next((f.tensors[n].shape for n, f in stored.items() if n == "token_embd.weight"), None)
+        if table is None or len(table) != 2:
+            raise UserError(f"expected a table token_embd.weight in {path.name}, found none; the file is incomplete")
+        rope = stored.get(names.ROPE)
+        ratios = None
+        if rope is not None:
+            ratios = blocks.to_float32(rope.raw(names.ROPE), rope.tensors[names.ROPE].type).reshape(-1)
+        self.config = config_of(self.metadata, table[0], stored, ratios)
+        self._permuted = family.permuted
+        self.notes: list[str] = []
+
+    def names(self) -> list[str]:
+        return sorted(self._by_name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    def info(self, name: str) -> TensorInfo:
+        file, theirs = self._find(name)
+        entry = file.tensors[theirs]
+        if entry.type in STORED:
+            return TensorInfo(STORED[entry.type], entry.shape, file.path)
+        return TensorInfo("F32", entry.shape, file.path, entry.type.name, entry.bytes)
+
+    def read(self, name: str) -> NDArray[Any]:
+        """A tensor: floats as they are stored, quantised ones in float32."""
+        file, theirs = self._find(name)
+        raw, kind = file.raw(theirs), file.tensors[theirs].type
+        if raw.ndim == 1:
+            raw = raw.reshape(1, -1)
+        order = self._order(theirs)
+        found = blocks.stored_floats(raw, kind) if kind in STORED else blocks.to_float32(raw, kind)
+        found = found.reshape(file.tensors[theirs].shape)
+        return found if order is None else found[order]
+
+    def coded(self, name: str) -> blocks.Coded | None:
+        """Codes, scales and minima of a quantised tensor; None of one in floats. Raises ``UserError`` for scales that
+        are no numbers."""
+        file, theirs = self._find(name)
+        kind = file.tensors[theirs].type
+        if kind in STORED:
+            return None
+        found = blocks.decode(file.raw(theirs), kind)
+        numbers = (found.scale,) if found.minimum is None else (found.scale, found.minimum)
+        if not all(np.isfinite(n).all() for n in numbers):
+            raise UserError(
+                f"expected finite weights, found NaN or Inf scales in {theirs}; the file is damaged, copy it again"
+            )
+        order = self._order(theirs)
+        return found if order is None else found.rows(order)
+
+    def identity(self) -> str:
+        """Of the headers, the files' facts, and a page of every tensor."""
+        from tulle.models.identity import add_file, page
+
+        digest = hashlib.sha256()
+        for file in self._files:
+            digest.update(hashlib.sha256(file.header_bytes().data).digest())
+            add_file(digest, file.path, [page(n, e.start, e.bytes) for n, e in file.tensors.items()])
+        return digest.hexdigest()
+
+    @cached_property
+    def tokenizer(self) -> Path:
+        """A folder with ``tokenizer.json``, ``tokenizer_config.json``, ``generation_config.json`` and ``config.json``,
+        made of the file's own data and kept in the user's cache."""
+        header = hashlib.sha256(self._files[0].header_bytes().data).hexdigest()
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = cache / "tulle" / f"gguf-{TOKENIZER_VERSION}-{header[:32]}"
+        if (folder / "tokenizer_config.json").is_file():
+            return folder
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
+        except OSError:
+            partial = folder = Path(tempfile.mkdtemp(prefix="tulle-"))
+        try:
+            self._write_tokenizer(partial)
+            if partial != folder:
+                os.replace(partial, folder)
+        except OSError:
+            if not (folder / "tokenizer_config.json").is_file():  # another process has made it
+                raise
+            shutil.rmtree(partial, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        return folder
+
+    def _write_tokenizer(self, folder: Path) -> None:
+        from tulle.models.gguf.tokenizer import tokenizer_of
+
+        found = tokenizer_of(self.metadata)
+        found.tokenizer.save(str(folder / "tokenizer.json"))
+        ends = {key: value for key, value in self.config.items() if key.endswith("_token_id")}
+        for name, content in (
+            ("config.json", self.config), ("generation_config.json", ends), ("tokenizer_config.json", found.settings),
+        ):  # fmt: skip
+            (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _find(self, name: str) -> tuple[GgufFile, str]:
+        from tulle.models.source import missing
+
+        try:
+            return self._by_name[name]
+        except KeyError:
+            raise missing(name, self.path) from None
+
+    def _order(self, theirs: str) -> NDArray[np.int64] | None:
+        """The order of a tensor's rows, where it is not the stored one."""
+        if not self._permuted or not names.is_permuted(theirs):
+            return None
+        key = "num_attention_heads" if "attn_q" in theirs else "num_key_value_heads"
+        heads, head_dim = self.config[key], self.config["head_dim"]
+        rows = self._find(str(names.ours(theirs)))[0].tensors[theirs].shape[0]
+        if rows != heads * head_dim or head_dim % 2:
+            raise UserError(f"expected {heads} heads of {head_dim} channels in {theirs}, found {rows} rows")
+        return names.restored_rows(heads, head_dim)
+
+
+def _parts(path: Path) -> list[Path]:
+    """The files that belong together. Raises ``UserError`` where one is missing."""
+    match = SPLIT.fullmatch(path.name)
+    if match is None:
+        return [path]
+    if int(match[2]) != 1:
+        raise UserError(f"expected the first of {int(match[3])} files, found {path.name}; give that of -00001-of-")
+    parts = [path.with_name(f"{match[1]}-{n:05}-of-{match[3]}.gguf") for n in range(1, int(match[3]) + 1)]
+    absent = [part.name for part in parts if not part.is_file()]
+    if absent:
+        raise UserError(f"expected {len(parts)} files beside {path.name}, found {absent[0]} missing; copy it too")
+    return parts

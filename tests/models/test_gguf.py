@@ -1,0 +1,324 @@
+"""GGUF files: blocks against the gguf library, headers that lie, config and names against transformers."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf.constants import GGML_QUANT_SIZES
+
+from gguf_files import Type, add, dequantised, random_bytes, small_config, write_keys, write_random
+from tulle.errors import UserError
+from tulle.models.checkpoint import Checkpoint
+from tulle.models.decoder import PlainDecoder
+from tulle.models.gguf.blocks import RANGES, READERS, decode, encode, encode_q4_1, to_float32
+from tulle.models.gguf.file import GgufFile, is_gguf
+from tulle.models.gguf.names import ours, restored_rows, stored_rows, theirs
+from tulle.models.gguf.source import GgufSource
+from tulle.models.source import describe_source, open_source
+
+
+@pytest.mark.parametrize("kind", READERS, ids=lambda kind: kind.name)
+def test_blocks_as_the_library_reads_them(kind: Type) -> None:
+    """Any bytes: bit for bit, NaN and Inf included."""
+    rng = np.random.default_rng(int(kind))
+    raw = rng.integers(0, 256, (5, 4 * GGML_QUANT_SIZES[kind][1]), np.uint8)
+    with np.errstate(all="ignore"):
+        expected, found = gguf.quants.dequantize(raw, kind), to_float32(raw, kind)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", READERS, ids=lambda kind: kind.name)
+def test_codes_fit_their_bits(kind: Type) -> None:
+    rng = np.random.default_rng(1)
+    raw = random_bytes(rng, kind, 6, 512)
+    coded = decode(raw, kind)
+    assert coded.codes.shape == (6, 512) and int(coded.codes.max()) < 1 << coded.bits
+    assert 512 % coded.scale.shape[1] == 0 and coded.scale.dtype in (np.float16, np.float32)
+    order = np.array([3, 1, 5, 0, 2, 4])
+    np.testing.assert_array_equal(coded.rows(order).floats(), dequantised(raw, kind)[order])
+
+
+def test_a_type_without_a_reader_is_refused_by_its_name() -> None:
+    with pytest.raises(UserError, match="found IQ2_XXS"):
+        decode(np.zeros((1, 66), np.uint8), Type.IQ2_XXS)
+
+
+@pytest.mark.parametrize("kind", RANGES, ids=lambda kind: kind.name)
+def test_what_is_encoded_is_what_is_read(kind: Type) -> None:
+    rng = np.random.default_rng(2)
+    least, most = RANGES[kind]
+    codes = rng.integers(least, most + 1, (7, 512)).astype(np.int16)
+    scale = rng.uniform(-1, 1, (7, 512 // GGML_QUANT_SIZES[kind][0])).astype(np.float16)
+    expected = codes * scale.astype(np.float32).repeat(GGML_QUANT_SIZES[kind][0], axis=1)
+    np.testing.assert_array_equal(dequantised(encode(codes, scale, kind), kind), expected)
+
+
+def test_q4_1_is_encoded() -> None:
+    rng = np.random.default_rng(3)
+    codes, scale = rng.integers(0, 16, (4, 64)).astype(np.uint8), rng.uniform(0, 1, (4, 2)).astype(np.float16)
+    minimum = rng.uniform(-1, 0, (4, 2)).astype(np.float16)
+    found = dequantised(encode_q4_1(codes, scale, minimum), Type.Q4_1)
+    wide = [part.astype(np.float32).repeat(32, axis=1) for part in (scale, minimum)]
+    np.testing.assert_array_equal(found, codes * wide[0] + wide[1])
+
+
+def test_names_and_rows_go_back_and_forth() -> None:
+    for name in ("token_embd.weight", "blk.11.attn_q.bias", "blk.0.ffn_down.weight", "output_norm.weight"):
+        assert theirs(str(ours(name))) == name
+    assert ours("blk.0.ffn_gate_exps.weight") is None and theirs("model.layers.0.mlp.experts.0.weight") is None
+    rows = restored_rows(3, 8)
+    assert list(rows[:8]) == [0, 2, 4, 6, 1, 3, 5, 7]
+    np.testing.assert_array_equal(rows[stored_rows(3, 8)], np.arange(24))
+
+
+TYPES = [Type.F32, Type.F16, Type.BF16, *READERS]
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
+def test_weights_as_transformers_has_them(tmp_path: Path, kind: Type) -> None:
+    model = write_random(tmp_path / "model.gguf", small_config(), kind)
+    source = open_source(tmp_path / "model.gguf")
+    description = describe_source(source)
+    assert (description.model_type, description.tied) == ("llama", False)
+    state = model.state_dict()
+    assert source.names() == sorted(state)
+    for name, expected in state.items():
+        found = source.read(name)
+        if source.info(name).dtype == "BF16":
+            found = (found.astype(np.uint32) << 16).view(np.float32)
+        np.testing.assert_array_equal(found.astype(np.float32), expected.numpy(), err_msg=name)
+        assert found.shape == source.info(name).shape
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_description_computes_what_transformers_does(tmp_path: Path, family: str, tied: bool) -> None:
+    config = small_config(family, tie_word_embeddings=tied, num_key_value_heads=1, rope_theta=5e5)
+    if family != "llama":
+        config["head_dim"] = 96 if family == "qwen3" else 64
+    model = write_random(tmp_path / "model.gguf", config, Type.Q8_0)
+    _same_logits(tmp_path / "model.gguf", model)
+
+
+def test_biases_of_llama(tmp_path: Path) -> None:
+    config = small_config(attention_bias=True, mlp_bias=True)
+    model = write_random(tmp_path / "model.gguf", config, Type.Q4_0)
+    _same_logits(tmp_path / "model.gguf", model)
+
+
+@pytest.mark.parametrize(
+    ("rope", "keys"),
+    [
+        ({"rope_type": "linear", "factor": 4.0}, {"type": "linear", "factor": 4.0}),
+        (
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+            {"type": "yarn", "factor": 4.0, "original_context_length": 16},
+        ),
+    ],
+    ids=["linear", "yarn"],
+)
+def test_stretched_positions(tmp_path: Path, rope: dict[str, object], keys: dict[str, object]) -> None:
+    config = small_config(rope_scaling=rope)
+    added = {f"llama.rope.scaling.{key}": value for key, value in keys.items()}
+    model = write_random(tmp_path / "model.gguf", config, Type.F32, metadata=added)
+    _same_logits(tmp_path / "model.gguf", model)
+
+
+def test_llama_3_positions_from_their_ratios(tmp_path: Path) -> None:
+    """GGUF stores what frequencies are divided by; the parameters are found again."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config = small_config(rope_theta=5e5, rope_scaling=rope | {"original_max_position_embeddings": 8192})
+    model = write_random(tmp_path / "model.gguf", config, Type.F32)
+    stretched, _ = ROPE_INIT_FUNCTIONS["llama3"](model.config, torch.device("cpu"))
+    plain = 1 / 5e5 ** (torch.arange(0, 64, 2) / 64)
+    _with_tensor(tmp_path / "model.gguf", tmp_path / "rope.gguf", "rope_freqs.weight", (plain / stretched).numpy())
+    assert GgufSource(tmp_path / "rope.gguf").config["rope_scaling"]["factor"] == 32
+    _same_logits(tmp_path / "rope.gguf", model)
+    _with_tensor(tmp_path / "model.gguf", tmp_path / "odd.gguf", "rope_freqs.weight", np.linspace(1, 3, 32))
+    with pytest.raises(UserError, match="other frequencies"):
+        GgufSource(tmp_path / "odd.gguf")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("llama.attention.sliding_window", 16, "attention.sliding_window"),
+        ("llama.expert_count", 8, "expert_count"),
+        ("llama.rope.dimension_count", 32, "rope.dimension_count"),
+        ("llama.attention.clamp_kqv", 3.0, "clamp_kqv"),
+        ("llama.rope.scaling.type", "longrope", "longrope"),
+    ],
+)
+def test_keys_that_would_change_the_result_are_refused_by_name(
+    tmp_path: Path, key: str, value: object, message: str
+) -> None:
+    write_random(tmp_path / "model.gguf", small_config(num_hidden_layers=1), Type.F16, metadata={key: value})
+    with pytest.raises(UserError, match=message):
+        GgufSource(tmp_path / "model.gguf")
+
+
+def test_an_architecture_and_a_tensor_that_are_not_known_are_refused_by_name(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "rwkv.gguf", "rwkv6")
+    _finish(writer)
+    with pytest.raises(UserError, match="found 'rwkv6'"):
+        GgufSource(tmp_path / "rwkv.gguf")
+    write_random(tmp_path / "model.gguf", small_config(num_hidden_layers=1), Type.F16)
+    _with_tensor(tmp_path / "model.gguf", tmp_path / "more.gguf", "blk.0.attn_sinks.weight", np.ones(4))
+    with pytest.raises(UserError, match="blk.0.attn_sinks.weight"):
+        GgufSource(tmp_path / "more.gguf")
+
+
+def test_files_in_several_parts(tmp_path: Path) -> None:
+    write_random(tmp_path / "model.gguf", small_config(num_hidden_layers=1), Type.Q4_0)
+    whole = GgufFile(tmp_path / "model.gguf")
+    split = list(whole.tensors)
+    for number, names in enumerate((split[:3], split[3:]), 1):
+        writer = gguf.GGUFWriter(tmp_path / f"model-{number:05}-of-00002.gguf", "llama")
+        if number == 1:
+            write_keys(writer, small_config(num_hidden_layers=1))
+        for name in names:
+            writer.add_tensor(name, np.array(whole.raw(name)), raw_dtype=whole.tensors[name].type)
+        _finish(writer)
+    one, two = GgufSource(tmp_path / "model.gguf"), GgufSource(tmp_path / "model-00001-of-00002.gguf")
+    assert one.names() == two.names() and one.identity() != two.identity()
+    np.testing.assert_array_equal(one.read("model.layers.0.mlp.down_proj.weight"),
+                                  two.read("model.layers.0.mlp.down_proj.weight"))  # fmt: skip
+    with pytest.raises(UserError, match="the first of 2 files"):
+        GgufSource(tmp_path / "model-00002-of-00002.gguf")
+    (tmp_path / "model-00002-of-00002.gguf").unlink()
+    with pytest.raises(UserError, match="model-00002-of-00002.gguf missing"):
+        GgufSource(tmp_path / "model-00001-of-00002.gguf")
+
+
+def test_the_identity_changes_with_the_weights(tmp_path: Path) -> None:
+    write_random(tmp_path / "model.gguf", small_config(num_hidden_layers=1), Type.Q4_0)
+    source = GgufSource(tmp_path / "model.gguf")
+    before = source.identity()
+    assert GgufSource(tmp_path / "model.gguf").identity() == before
+    write_random(tmp_path / "model.gguf", small_config(num_hidden_layers=1), Type.Q4_0, seed=1)
+    assert GgufSource(tmp_path / "model.gguf").identity() != before
+
+
+def test_scales_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    write_random(tmp_path / "model.gguf", small_config(num_hidden_layers=1), Type.Q4_K)
+    entry = GgufFile(tmp_path / "model.gguf").tensors["blk.0.ffn_up.weight"]
+    data = bytearray((tmp_path / "model.gguf").read_bytes())
+    data[entry.start : entry.start + 2] = np.float16(np.nan).tobytes()
+    (tmp_path / "model.gguf").write_bytes(data)
+    with pytest.raises(UserError, match="blk.0.ffn_up.weight"):
+        GgufSource(tmp_path / "model.gguf").coded("model.layers.0.mlp.up_proj.weight")
+
+
+def _header(tensors: int, keys: int, rest: bytes = b"", version: int = 3) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", version, tensors, keys) + rest
+
+
+def _array(kind: int, count: int) -> bytes:
+    return struct.pack("<Q", 1) + b"k" + struct.pack("<IIQ", 9, kind, count)
+
+
+LIES = {
+    "empty": b"",
+    "no magic": b"GGML" + bytes(60),
+    "cut off": _header(0, 0)[:13],
+    "version 1": _header(0, 0, bytes(100), 1),
+    "big-endian": b"GGUF" + struct.pack(">IQQ", 3, 0, 0),
+    "2^60 keys": _header(0, 1 << 60, bytes(100)),
+    "2^60 tensors": _header(1 << 60, 0, bytes(100)),
+    "2^60 numbers": _header(0, 1, _array(4, 1 << 60) + bytes(100)),
+    "2^60 strings": _header(0, 1, _array(8, 1 << 60) + bytes(100)),
+    "2^62 arrays": _header(0, 1, _array(9, 1 << 62) + bytes(100)),
+    "a key of 10 TB": _header(0, 1, struct.pack("<Q", 10**13) + bytes(100)),
+    "a string of 10 TB": _header(0, 1, struct.pack("<Q", 1) + b"k" + struct.pack("<IQ", 8, 10**13) + bytes(100)),
+    "arrays in arrays": _header(0, 1, struct.pack("<Q", 1) + b"k" + struct.pack("<I", 9) +
+                                struct.pack("<IQ", 9, 1) * 50 + bytes(1000)),
+    "a type 99": _header(0, 1, struct.pack("<Q", 1) + b"k" + struct.pack("<I", 99) + bytes(100)),
+    "a tensor beyond": _header(1, 0, struct.pack("<Q", 1) + b"t" + struct.pack("<IQQIQ", 2, 1 << 40, 1 << 40, 0, 0)),
+    "an offset beyond": _header(1, 0, struct.pack("<Q", 1) + b"t" + struct.pack("<IQIQ", 1, 8, 0, 1 << 63)),
+    "half a block": _header(1, 0, struct.pack("<Q", 1) + b"t" + struct.pack("<IQIQ", 1, 7, 2, 0) + bytes(200)),
+    "99 dimensions": _header(1, 0, struct.pack("<Q", 1) + b"t" + struct.pack("<I", 99) + bytes(2000)),
+    "a tensor of type 77": _header(1, 0, struct.pack("<Q", 1) + b"t" + struct.pack("<IQIQ", 1, 8, 77, 0) + bytes(99)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_headers_that_lie_are_refused_in_no_time(tmp_path: Path, lie: str) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(LIES[lie])
+    with pytest.raises(UserError):
+        GgufFile(file)
+
+
+def test_every_cut_of_a_file_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    write_random(file, small_config(num_hidden_layers=1), Type.Q4_0, metadata={"tokenizer.ggml.tokens": ["a", "b"]})
+    whole = file.read_bytes()
+    end = GgufFile(file).header_bytes().size
+    for size in [*range(0, end, 7), end, len(whole) - 1]:
+        (tmp_path / "cut.gguf").write_bytes(whole[:size])
+        with pytest.raises(UserError):
+            GgufFile(tmp_path / "cut.gguf")
+
+
+def test_what_is_taken_for_gguf(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(_header(0, 0))
+    (tmp_path / "b.bin").write_bytes(b"no")
+    assert is_gguf(tmp_path / "a.bin") and is_gguf("missing.gguf")
+    assert not is_gguf(tmp_path / "b.bin") and not is_gguf(tmp_path)
+    with pytest.raises(UserError, match="found none that can be read"):
+        open_source(tmp_path / "missing.gguf")
+
+
+def test_reading_needs_no_torch(tmp_path: Path) -> None:
+    write_random(tmp_path / "model.gguf", small_config(num_hidden_layers=1), Type.Q4_K)
+    code = (
+        "import sys; from tulle.models.source import open_source; s = open_source(sys.argv[1]);"
+        "s.read('model.layers.0.mlp.up_proj.weight'); assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.gguf")], check=True)
+
+
+def _same_logits(file: Path, model: torch.nn.Module) -> None:
+    checkpoint = Checkpoint.open(file)
+    decoder = checkpoint.describe()
+    outer = {name: checkpoint.read(name).float() for name in decoder.outer_tensors()}
+
+    def layer(index: int) -> dict[str, torch.Tensor]:
+        return {name: t.float() for name, t in checkpoint.read_layer(decoder.layers[index]).items()}
+
+    plain = PlainDecoder(decoder, layer, outer, dtype=torch.float32)
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 96, (2, 48)))
+    with torch.no_grad():
+        expected, found = model(tokens).logits, plain(tokens)
+    assert float(expected.std()) > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def _with_tensor(file: Path, to: Path, name: str, values: np.ndarray) -> None:
+    """A copy of a file with one more tensor."""
+    old = GgufFile(file)
+    writer = gguf.GGUFWriter(to, str(old.metadata["general.architecture"]))
+    for key, value in old.metadata.items():
+        if key != "general.architecture":
+            add(writer, key, value)
+    for tensor, entry in old.tensors.items():
+        writer.add_tensor(tensor, np.array(old.raw(tensor)), raw_dtype=entry.type)
+    writer.add_tensor(name, values.astype(np.float32))
+    _finish(writer)
+
+
+def _finish(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
