@@ -231,15 +231,19 @@ def _settled(steps: tuple[Step, ...]) -> dict[Decision, dict[str, int]]:
                 if first != number:
                     does = DOES[decision]
                     raise UserError(
-                        f"expected one step that {does.format(role)}, found {_numbered(steps, first)} and "
-                        f"{_numbered(steps, number)}; leave one of them out"
+                        f"expected one step that {does.format(role)}, found {_both(steps, first, number)}; leave one "
+                        "of them out"
                         + (" or give them other targets" if "{}" in does else "")
                     )
     return found
 
 
-def _numbered(steps: tuple[Step, ...], number: int) -> str:
-    return f"{steps[number].name} (step {number + 1})"
+def _both(steps: tuple[Step, ...], first: int, second: int) -> str:
+    """The names of two steps; with their numbers where the names are one."""
+    names = [steps[number].name for number in (first, second)]
+    if names[0] == names[1]:
+        names = [f"{name} (step {number + 1})" for name, number in zip(names, (first, second), strict=True)]
+    return " and ".join(names)
 
 
 def _require_respected(steps: tuple[Step, ...]) -> None:
@@ -249,16 +253,16 @@ def _require_respected(steps: tuple[Step, ...]) -> None:
         pruner = settled["mask"].get(role, quantiser)
         if pruner > quantiser:
             raise UserError(
-                f"expected {role} to be pruned before it is quantised, found {_numbered(steps, pruner)} after "
-                f"{_numbered(steps, quantiser)}; put {steps[pruner].name} first"
+                f"expected {role} to be pruned before it is quantised, found {steps[pruner].name} after "
+                f"{steps[quantiser].name}; put {steps[pruner].name} first"
             )
         learner = settled["clipping"].get(role)
         if learner is not None:
             groups = [getattr(steps[number].method, "group_size", None) for number in (learner, quantiser)]
             if groups[0] != groups[1]:
                 raise UserError(
-                    f"expected one group_size in {_numbered(steps, learner)} and {_numbered(steps, quantiser)}, which "
-                    f"takes what that learns for {role}, found {groups[0]} and {groups[1]}; write the same in both"
+                    f"expected one group_size in {steps[learner].name} and {steps[quantiser].name}, which takes what "
+                    f"that learns for {role}, found {groups[0]} and {groups[1]}; write the same in both"
                 )
     for role, number in settled["input sparsities"].items():
         if role not in settled["selection"]:
@@ -342,7 +346,12 @@ def _nearest(word: str, valid: Iterable[str]) -> str:
 
 
 def _first(error: ValidationError, where: str) -> str:
-    detail = error.errors()[0]
-    key = ".".join(str(part) for part in detail["loc"]) or "settings"
-    message = detail["msg"].removeprefix("Value error, ")
+    details = error.errors()
+    detail = details[0]
+    if len({d["loc"][:1] for d in details}) == 1 and len(details) > 1:  # a union: one error per kind of value
+        key = str(detail["loc"][0])
+    else:
+        key = ".".join(str(part) for part in detail["loc"]) or "settings"
+        details = details[:1]
+    message = "; ".join(d["msg"].removeprefix("Value error, ") for d in details)
     return f"expected a valid {key} in {where} ({message}), found {detail['input']!r}"

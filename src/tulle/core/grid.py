@@ -92,8 +92,8 @@ class Grid:
 def try_instead(widths: Sequence[int]) -> str:
     """What a message says to do about a group size that does not divide these numbers of input channels."""
     fits = [str(g) for g in (256, 128, 64, 32, 16, 8) if all(width % g == 0 for width in widths)]
-    which = f"use group_size {', '.join(fits)}" if fits else "no size of 8 to 256 fits; use group_size auto"
-    return which + (", or auto" if fits else "") + ", or leave it out for one step per output channel"
+    which = f"{', '.join(fits)}, or auto" if fits else "auto"
+    return f"use group_size {which}, or leave it out for one step per output channel"
 
 
 @dataclass

@@ -57,6 +57,7 @@ class QSparse(TrainingMethod):
     shares: dict[str, float] = field(default_factory=dict)
     """Role → its own fraction."""
     kind: Literal["top_k", "relu", "none"] = "top_k"
+    """``top_k`` keeps the largest inputs of a token; ``relu`` puts ReLU behind the norms; ``none`` drops nothing."""
     block: int | None = None
     """Channels that compete with each other; None: all of the token."""
     unit: int = 1

@@ -131,7 +131,7 @@ class SRSTE(STE):
     """STE with the decay of pruned weights in the gradient."""
 
     decay: float = 2e-4  # type: ignore[misc]
-    """λ."""
+    """λ, the decay of the pruned weights that is added to the gradient."""
 
 
 @dataclass(eq=False)
