@@ -143,8 +143,8 @@ def test_every_decision_is_covered() -> None:
 
 
 def _settings(name: str) -> Method:
-    required = {"sparsity": 0.5} if name in ("magnitude", "wanda", "ria", "sparsegpt", "alps", "owl", "allocate") else {}
-    return method_class(name)(**required)
+    prunes = name in ("magnitude", "wanda", "ria", "sparsegpt", "alps", "owl", "allocate")
+    return method_class(name)(**({"sparsity": 0.5} if prunes else {}))
 
 
 @pytest.mark.parametrize(

@@ -100,14 +100,15 @@ def compress(
             # The state is not on disk yet, so that the folder's name must tell other runs apart.
             kept = run.work / f"survey-{run.fingerprint[:16]}"
             decisions = take_survey(dense, chosen, batches, device, progress, seed, kept)
+            decisions.notes[:0] = group_sizes(dense.description, chosen)
             if decisions.changes_basis and any(zero_share(t) >= SPARSE_FROM for t in dense.read_block(0).values()):
                 decisions.notes.append(DENSIFIED)
             dense = dense.rewritten(decisions.residual, decisions.values)
             walker = Walker(dense.description, chosen, batches, run.work, decisions, device, dtype, progress, seed)
             _Job(dense, chosen, walker, run, state).run_to_end()
             report = run_report(
-                dense.checkpoint, chosen, state, run.fingerprint, group_sizes(dense.description, chosen) + decisions.notes,
-                model=str(model), seed=seed, compute=str(dtype).removeprefix("torch."), calibration=_calibration_facts(text, tokens),
+                dense.checkpoint, chosen, state, run.fingerprint, decisions.notes, model=str(model), seed=seed,
+                compute=str(dtype).removeprefix("torch."), calibration=_calibration_facts(text, tokens),
             )  # fmt: skip
             report["seconds"]["total"] = time.perf_counter() - begun
             report["peak_memory_bytes"] = max(state.peak_memory_bytes, machine.peak_memory())

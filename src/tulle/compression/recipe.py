@@ -232,8 +232,7 @@ def _settled(steps: tuple[Step, ...]) -> dict[Decision, dict[str, int]]:
                     does = DOES[decision]
                     raise UserError(
                         f"expected one step that {does.format(role)}, found {_both(steps, first, number)}; leave one "
-                        "of them out"
-                        + (" or give them other targets" if "{}" in does else "")
+                        "of them out" + (" or give them other targets" if "{}" in does else "")
                     )
     return found
 

@@ -57,8 +57,8 @@ def plan(checkpoint: Checkpoint, linears: Mapping[str, LinearSpec], dtype: torch
     schemes, notes = fused_schemes(model, {name: _scheme(spec) for name, spec in quantised.items()})
     if not schemes:
         raise UserError(
-            "expected q, k, v (gate, up) to be quantised together for --to compressed-tensors, found an unquantised one "
-            "in every such group; compress again with keep_sensitive: {siblings: true} or use --to dense"
+            "expected q, k, v (gate, up) quantised alike for --to compressed-tensors, found an unquantised one in each "
+            "of these groups; compress again with keep_sensitive: {siblings: true} or use --to dense"
         )
     plain = dict.fromkeys(quantised.keys() - schemes.keys(), dtype or stored_dtype(checkpoint))
     entries = unpacked_entries(checkpoint, quantised, dtype)

@@ -94,7 +94,7 @@ class Data(TextData):
     """The corpus and, for a new model, its tokenizer (a byte-level BPE trained on the training side)."""
 
     vocab_size: int | None = Field(default=None, ge=257, le=65_536)  # 256 bytes and <|endoftext|>
-    """Tokens of a new model's tokenizer, 257 to 65,536. With ``start`` the tokenizer is the start model's: leave it out."""
+    """Tokens of a new model's tokenizer, 257 to 65,536. With ``start`` it is the start model's: leave it out."""
 
 
 class Training(_Strict):

@@ -336,7 +336,8 @@ class TestKeepSensitive:
     def test_the_artefact_keeps_them(self, tmp_path: Path) -> None:
         write_checkpoint(tmp_path / "m", num_hidden_layers=2)
         steps: list[dict[str, Any]] = [
-            {"keep_sensitive": {"count": 3, "keep_bits": 16, "siblings": False}}, {"activations": {"bits": 8}}, {"gptq": {"bits": 8}},
+            {"keep_sensitive": {"count": 3, "keep_bits": 16, "siblings": False}},
+            {"activations": {"bits": 8}}, {"gptq": {"bits": 8}},
         ]  # fmt: skip
         recipe = {"steps": steps, "calibration": {"samples": 3, "length": 30}}
         report = compress(tmp_path / "m", recipe, tmp_path / "o", calibration=TEXT)

@@ -44,8 +44,8 @@ class RoundToNearest(Method):
     bits: int = 8
     """Bits of a weight's code, 2 to 8."""
     group_size: GroupSize = None
-    """Input channels per step; ``auto``: the largest power of two of at most 128 (``auto-64``, ``auto-32``: 64, 32) that
-    divides the linear's width, found per linear; null: one step per output channel."""
+    """Input channels per step. ``auto`` (``auto-64``, ``auto-32``): the largest number of at most 128 (64, 32) that
+    fits, for every linear (:func:`tulle.core.grid.fitting_group`). Null: one step per output channel."""
     symmetric: bool = True
     """True: codes lie around 0, no zero points; false: every step has a zero point of its own."""
     clip_search: int = 0
