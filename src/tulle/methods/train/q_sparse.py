@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,8 @@ class QSparse(TrainingMethod):
 
     Raises ``UserError`` for fractions outside their range, roles that do not exist, and ``end`` without Top-K.
     """
+
+    settles: ClassVar[frozenset[str]] = frozenset({"selection"})
 
     share: float = 0.3
     """Fraction of the inputs that is dropped, in every token."""

@@ -60,6 +60,8 @@ class STE(TrainingMethod):
     ``prepare`` raises ``UserError`` for linears whose input channels are no multiple of M.
     """
 
+    settles: ClassVar[frozenset[str]] = frozenset({"mask", "forward"})
+
     pattern: str = "2:4"
     """N kept in every M consecutive input channels."""
 

@@ -79,6 +79,7 @@ class TopKAST(TrainingMethod):
     """
 
     sharded: ClassVar[bool] = False
+    settles: ClassVar[frozenset[str]] = frozenset({"mask", "forward"})
 
     forward_sparsity: float = 0.8
     """1 − D: share of the weights that the forward pass leaves out."""
