@@ -338,14 +338,14 @@ def test_bad_input_leaves_nothing(model: Path, tmp_path: Path) -> None:
     packed = tmp_path / "packed"
     shutil.copytree(model, packed)
     config = json.loads((packed / "config.json").read_text())
-    (packed / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    (packed / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "hqq"}}))
     untokenized = tmp_path / "untokenized"
     shutil.copytree(model, untokenized, ignore=shutil.ignore_patterns("tokenizer*"))
     small = {"samples": 2, "length": 16}
     cases: list[tuple[str, dict[str, Any]]] = [
         ("expected an empty or new output folder", {"output": occupied}),
         ("expected a model folder", {"model": tmp_path / "nowhere"}),
-        ("expected an unquantised checkpoint", {"model": packed}),
+        ("'hqq'", {"model": packed}),
         ("expected a tokenizer", {"model": untokenized}),
         ("divisible by group_size 24", {"recipe": {"steps": [{"gptq": {"group_size": 24}}], "calibration": small}}),
         ("5", {"recipe": {"steps": [{"wanda": {"pattern": "2:5"}}], "calibration": small}}),
