@@ -155,8 +155,8 @@ def test_not_a_compressed_folder(tmp_path):
         tulle.hf.load(tmp_path / "dense")
     with pytest.raises(UserError, match="found nothing"):
         tulle.hf.load(tmp_path / "absent")
-    edit_config(folder, quant_method="awq")
-    with pytest.raises(UserError, match="'awq'"):
+    edit_config(folder, quant_method="hqq")
+    with pytest.raises(UserError, match="'hqq'"):
         tulle.hf.load(folder)
 
 
