@@ -17,7 +17,8 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 import yaml
 from pydantic_core import PydanticUndefined
@@ -63,6 +64,10 @@ def shown(value: Any) -> str:
 
 
 def type_name(annotation: Any) -> str:
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join(map(type_name, get_args(annotation)))
+    if annotation is type(None):
+        return "null"
     text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
     if not isinstance(annotation, str) and "[" in str(annotation) or " | " in str(annotation):
         text = str(annotation)
@@ -82,7 +87,11 @@ def dataclass_rows(cls: Any, left_out: tuple[str, ...] = ()) -> Iterable[tuple[s
     notes = field_notes(cls)
     for field in dataclasses.fields(cls):
         if field.init and field.name not in left_out:
-            yield f"`{field.name}`", type_name(field.type), shown(field.default), notes.get(field.name, "")
+            # A name that stands for a union or a choice says less than what it stands for.
+            alias = next((vars(sys.modules[c.__module__]).get(str(field.type)) for c in cls.__mro__
+                          if field.name in vars(c).get("__annotations__", {})), None)  # fmt: skip
+            kind = alias if get_origin(alias) is not None else field.type
+            yield f"`{field.name}`", type_name(kind), shown(field.default), notes.get(field.name, "")
 
 
 KEYS = ("key", "type", "default", "meaning")

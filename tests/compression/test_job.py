@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 import tulle
 from checkpoints import PROSE, write_checkpoint
 from tulle.compression.job import compress
+from tulle.compression.recipe import load_recipe, shipped
+from tulle.core.grid import is_automatic
 from tulle.core.token_grid import TokenGrid
 from tulle.errors import UserError
 from tulle.format.pack import unpack_linear
@@ -208,6 +210,20 @@ def test_resume_does_not_repeat_finished_blocks(model: Path, tmp_path: Path) -> 
     assert (tmp_path / "o" / "report.json").stat().st_mtime_ns == before
 
 
+def test_all_chat_templates_travel_with_the_model(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "m")
+    files = {"chat_template.jinja": "a", "additional_chat_templates/rag.jinja": "b"}
+    (tmp_path / "m/additional_chat_templates").mkdir()
+    for name, content in files.items():
+        (tmp_path / "m" / name).write_text(content)
+    run(
+        tmp_path / "m",
+        tmp_path / "o",
+        {"steps": [{"round_to_nearest": {"bits": 4}}], "calibration": {"samples": 2, "length": 16}},
+    )
+    assert {name: (tmp_path / "o" / name).read_text() for name in files} == files
+
+
 def test_a_failed_run_says_what_to_do_with_what_is_left(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -322,16 +338,16 @@ def test_bad_input_leaves_nothing(model: Path, tmp_path: Path) -> None:
     packed = tmp_path / "packed"
     shutil.copytree(model, packed)
     config = json.loads((packed / "config.json").read_text())
-    (packed / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    (packed / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "hqq"}}))
     untokenized = tmp_path / "untokenized"
     shutil.copytree(model, untokenized, ignore=shutil.ignore_patterns("tokenizer*"))
     small = {"samples": 2, "length": 16}
     cases: list[tuple[str, dict[str, Any]]] = [
         ("expected an empty or new output folder", {"output": occupied}),
         ("expected a model folder", {"model": tmp_path / "nowhere"}),
-        ("expected an unquantised checkpoint", {"model": packed}),
+        ("'hqq'", {"model": packed}),
         ("expected a tokenizer", {"model": untokenized}),
-        ("group", {"recipe": {"steps": [{"gptq": {"group_size": 24}}], "calibration": small}}),
+        ("divisible by group_size 24", {"recipe": {"steps": [{"gptq": {"group_size": 24}}], "calibration": small}}),
         ("5", {"recipe": {"steps": [{"wanda": {"pattern": "2:5"}}], "calibration": small}}),
         ("expected 4000 windows", {"samples": 4000}),
         ("expected 1 windows", {"calibration": Text(("short",), False), "samples": 1}),
@@ -351,6 +367,56 @@ def test_bad_input_leaves_nothing(model: Path, tmp_path: Path) -> None:
         assert message in str(error.value) and "\n" not in str(error.value), str(error.value)
         assert not (tmp_path / "o").exists() and not (tmp_path / "o.partial").exists()
     assert (occupied / "thesis.txt").read_text() == "precious"
+
+
+NARROW = {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 3, "num_key_value_heads": 3}
+
+
+def test_group_size_auto_fits_every_linear(tmp_path: Path) -> None:
+    """96 = 3·32 takes 32, 160 = 5·32 takes 32, o's 3·64 takes 64; the report says so, per linear and in one line."""
+    write_checkpoint(tmp_path / "m", head_dim=64, num_hidden_layers=1, **NARROW)
+    recipe = {"steps": [{"gptq": {"group_size": "auto"}}], "calibration": {"samples": 2, "length": 32}}
+    report = run(tmp_path / "m", tmp_path / "o", recipe)
+    found = {linear["role"]: linear["group_size"] for linear in report["linears"]}
+    assert found == {"qkv": 32, "o": 64, "gate_up": 32, "down": 32}
+    assert report["notes"][0] == (
+        "gptq, group_size auto: groups of input channels are 32 of 96 in qkv, gate_up; 64 of 192 in o; 32 of 160 in "
+        "down"
+    )
+    assert report["recipe"]["steps"][0]["gptq"]["group_size"] == "auto"
+
+
+def test_group_size_auto_is_the_number_where_that_fits(model: Path, tmp_path: Path) -> None:
+    """Recipes that said a number before and say auto now write the same tensors."""
+    for name, size in (("number", 32), ("auto", "auto-32")):
+        steps = [{"learned_clipping": {"epochs": 1, "group_size": size}}, {"gptq": {"group_size": size}}]
+        run(model, tmp_path / name, {"steps": steps, "calibration": {"samples": 2, "length": 32}})
+    for file in sorted((tmp_path / "number").glob("*.safetensors")):
+        assert file.read_bytes() == (tmp_path / "auto" / file.name).read_bytes()
+
+
+def test_a_group_size_that_fits_nowhere_names_widths_and_sizes(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "m", head_dim=64, num_hidden_layers=1, **NARROW)
+    with pytest.raises(UserError) as error:
+        run(tmp_path / "m", tmp_path / "o", {"steps": [{"gptq": {"group_size": 128}}]})
+    assert str(error.value) == (
+        "expected input channels divisible by group_size 128 in what gptq targets, found 96 (qkv, gate_up) and 192 (o) "
+        "and 160 (down); use group_size 32, 16, 8, or auto, or leave it out for one step per output channel"
+    )
+    assert not (tmp_path / "o").exists()
+
+
+def test_shipped_recipes_with_groups_take_any_width() -> None:
+    """576 is SmolLM2's: 128 does not divide it."""
+    grouped = 0
+    for name in shipped():
+        for step in load_recipe(name).steps:
+            size = getattr(step.method, "group_size", None)
+            grouped += size is not None
+            assert size is None or is_automatic(size), name
+            for columns in (576, 720, 88):
+                step.method.validate("linear", (64, columns))
+    assert grouped >= 5
 
 
 def _empty(folder: Path) -> Path:

@@ -3,7 +3,35 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from tulle.core.grid import Grid, Quantised, code, find_steps, round_to_grid, steps
+from tulle.core.grid import Grid, Quantised, code, find_steps, fitting_group, round_to_grid, steps
+from tulle.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("columns", "most", "size"),
+    [
+        (576, 128, 64), (1536, 128, 128), (4096, 128, 128), (256, 64, 64), (96, 128, 32), (64, 128, 64), (32, 128, 32),
+        # No power of two of 32 or more: the largest divisor, and none below 32.
+        (1000, 128, 125), (88, 128, 88), (720, 128, 120), (720, 64, 60), (48, 128, 48), (131, 128, None),
+        (262, 128, None), (16, 128, None), (2 * 31 * 37, 128, 74),
+    ],
+)  # fmt: skip
+def test_fitting_groups(columns: int, most: int, size: int | None) -> None:
+    assert fitting_group(columns, most) == size
+    name = "auto" if most == 128 else f"auto-{most}"
+    assert Grid.of(4, name, True, columns) == Grid(4, size, True)  # type: ignore[arg-type]
+
+
+def test_without_a_width_auto_has_no_size_yet() -> None:
+    assert Grid.of(4, "auto", False) == Grid(4, None, False) and Grid.of(4, 32, True) == Grid(4, 32, True)
+
+
+def test_a_misfit_is_told_what_fits() -> None:
+    with pytest.raises(UserError, match=r"^x: .* 128, found 576; use group_size 64, 32, 16, 8, or auto, or leave it"):
+        Grid(4, 128).check("x", 576)
+    with pytest.raises(UserError, match=r"found 131; use group_size auto, or leave it out"):
+        Grid(4, 128).check("x", 131)
+
 
 GRIDS = st.builds(Grid, bits=st.integers(2, 8), group_size=st.sampled_from([None, 4, 8]), symmetric=st.booleans())
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+from tokenizers_in_memory import byte_fallback
 from transformers import AutoModelForCausalLM
 
 from checkpoints import write_checkpoint
@@ -81,6 +84,8 @@ def test_the_end_token_ends(folder: Path) -> None:
         (lambda e: e.forward([1], 0, 128), "positions below"),
         (lambda e: e.forward([1], 0, -1), "positions below"),
         (lambda e: e.generate_many(["a"], 3, [Sampling(), Sampling()]), "one sampling per prompt"),
+        (lambda e: e.generate("a", 5, Sampling(seed=-1)), "a seed of 0 or more"),
+        (lambda e: e.generate("caf\udce9", 5), "text in UTF-8"),
         (lambda e: e.text.chat([]), "chat template"),
     ],
 )
@@ -133,3 +138,40 @@ def test_repetition_penalty() -> None:
 def test_bad_sampling(settings: dict[str, float]) -> None:
     with pytest.raises(UserError, match="expected"):
         Sampling(**settings)  # type: ignore[arg-type]
+
+
+def chain(folder: Path, following: dict[int, int], vocabulary: int) -> None:
+    """A model whose likeliest next token is ``following[t]``, else ``t + 1``: attention and MLP add nothing."""
+    model = write_checkpoint(
+        folder, vocab_size=vocabulary, hidden_size=128, num_attention_heads=2, num_hidden_layers=1, head_dim=16
+    )
+    table = torch.nn.functional.normalize(torch.randn(vocabulary, 128), dim=1)
+    head = torch.zeros(vocabulary, 128)
+    for token in range(vocabulary):
+        head[following.get(token, min(token + 1, vocabulary - 1))] += table[token]
+    state = model.state_dict()
+    state |= {"model.embed_tokens.weight": table, "lm_head.weight": 5 * head}
+    state |= {k: torch.zeros_like(v) for k, v in state.items() if "o_proj" in k or "down_proj" in k}
+    state |= {k: torch.ones_like(v) for k, v in state.items() if "norm" in k}
+    for file in folder.glob("*.safetensors"):
+        save_file({k: v.contiguous() for k, v in state.items()}, file, {"format": "pt"})
+
+
+def test_every_way_to_text_keeps_the_first_space(tmp_path: Path) -> None:
+    tokenizer = byte_fallback()
+    once = tokenizer.encode("Once upon a").ids
+    ids = [tokenizer.token_to_id(t) for t in ("\u2581", "t", "i", "<0xE4>", "<0xB8>", "<0x96>", "m")]
+    text = " ti世m"
+    end = tokenizer.token_to_id("<|im_end|>")
+    following = dict(itertools.pairwise([once[-1], *ids, end]))
+    assert once[-1] not in ids
+    folder = tmp_path / "m"
+    chain(folder, following, tokenizer.get_vocab_size())
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    engine = Engine(folder, threads=1, sequences=2)
+    pieces: list[str] = []
+    assert engine.generate("Once upon a", len(ids), on_text=pieces.append).text == "".join(pieces) == text
+    assert engine.generate_many(["Once upon a", once], len(ids)) == [text, text]
+    found = engine.generate("Once upon a", len(ids) + 5, stop=["<|im_end|>"])
+    assert (found.text, found.finish, len(found.tokens)) == (text, "stop", len(ids) + 1)

@@ -13,11 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from checkpoints import PROSE, write_checkpoint
 from tiny_models import write_model
 from tulle.cli.main import run
+from tulle.compression.job import compress
 from tulle.errors import UserError
 from tulle.export import check, compressed_tensors, export
 from tulle.export.folder import Entry, whole_folder, write_entries
+from tulle.text.reading import Text
 
 SCHEMES = {
     "w4a16": {"all": {"bits": 4}},
@@ -122,6 +125,125 @@ def test_groups_name_their_linears(plain, tmp_path):
     assert [n for n in config["ignore"] if ".0." in n] == ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"]
 
 
+def fused_schemes(folder, layers=2):
+    """What vLLM finds for the parts of each fused linear: the number of a config group, or "ignored"."""
+    config = quantization_config(folder)
+    found = []
+    for layer in range(layers):
+        for parts in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+            names = [f"model.layers.{layer}.{part}" for part in parts]
+            groups = config["config_groups"].items()
+            found.append({
+                "ignored" if name in config["ignore"]
+                else next(key for key, group in groups if group["targets"] == ["Linear"] or name in group["targets"])
+                for name in names
+            })  # fmt: skip
+    return found
+
+
+W4 = {"bits": 4, "group_size": 32}
+ONE_SCHEME = {
+    # Own scheme of k_proj, and the scheme that all of q, k, v get: bits, group size, symmetric.
+    "bits": ({"bits": 8}, {"bits": 4}, (8, None, True)),
+    "groups": ({"bits": 4, "group_size": 16}, W4, (4, 16, True)),
+    "a step per channel": ({"bits": 4}, W4, (4, 32, True)),
+    "zero points": ({"bits": 4, "group_size": 32, "symmetric": False}, W4, (4, 32, False)),
+    "all of them, and masks": (
+        {"bits": 8, "symmetric": False, "sparse": True}, {"bits": 4, "group_size": 16}, (8, 16, False),
+    ),
+    "quantised inputs": (
+        {"bits": 8, "symmetric": False, "input_bits": 8}, {"bits": 4, "input_bits": 8}, (8, None, False),
+    ),
+}  # fmt: skip
+
+
+def by_hand(tensors, name, bits, shape):
+    """The weight of a linear in the export, from the format's definition: Δ·(q − z)."""
+    from compressed_tensors.compressors import unpack_from_int32
+
+    if f"{name}.weight" in tensors:
+        codes = tensors[f"{name}.weight"]
+    else:
+        codes = unpack_from_int32(tensors[f"{name}.weight_packed"], bits, torch.Size(shape))
+    scale = tensors[f"{name}.weight_scale"].float()
+    zero = tensors.get(f"{name}.weight_zero_point", torch.zeros(1, dtype=torch.int8))
+    if zero.dtype == torch.int32:
+        zero = unpack_from_int32(zero, bits, scale.shape, packed_dim=0)
+    grouped = codes.float().reshape(*scale.shape, -1)
+    return ((grouped - zero.float()[..., None]) * scale[..., None]).reshape(shape)
+
+
+@pytest.mark.parametrize("name", ONE_SCHEME)
+def test_a_fused_group_gets_one_scheme_without_loss(plain, tmp_path, monkeypatch, name):
+    pytest.importorskip("compressed_tensors")
+    own, others, (bits, group_size, symmetric) = ONE_SCHEME[name]
+    dense = write_model(tmp_path / "m", {"all": others, "k_proj": own})
+    if not symmetric:  # transformers does not read a mixture of grids with and without zero points
+        monkeypatch.setattr(check, "check", lambda *_: {"difference": 0.0, "difference_from_packed": 0.0})
+    result = export(tmp_path / "m", "compressed-tensors", tmp_path / "out")
+    assert result["difference"] < 1e-6
+    assert all(len(parts) == 1 for parts in fused_schemes(tmp_path / "out"))
+    assert any("without loss" in note and "layers.0.self_attn." in note for note in result["notes"])
+    groups = quantization_config(tmp_path / "out")["config_groups"].values()
+    (scheme,) = [g for g in groups if "model.layers.1.self_attn.v_proj" in g["targets"] or g["targets"] == ["Linear"]]
+    found = scheme["weights"]
+    assert (found["num_bits"], found["group_size"], found["symmetric"]) == (bits, group_size, symmetric)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    for part in "qkv":
+        key = f"model.layers.1.self_attn.{part}_proj"
+        weight = dense.get_submodule(key).weight
+        assert torch.equal(by_hand(tensors, key, bits, weight.shape), weight), part
+
+
+def test_what_is_fused_with_a_plain_weight_becomes_one(plain, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    write_model(tmp_path / "m", {"all": {"bits": 8, "input_bits": 8}, "v_proj": None, "up_proj": None}, "bfloat16")
+    result = export(tmp_path / "m", "compressed-tensors", tmp_path / "out")
+    assert fused_schemes(tmp_path / "out") == [{"ignored"}] * 4
+    assert any("plain weights" in note and "layers.1.mlp.gate_proj" in note for note in result["notes"])
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert tensors["model.layers.0.self_attn.q_proj.weight"].dtype == torch.bfloat16
+    assert tensors["model.layers.0.self_attn.o_proj.weight"].dtype == torch.int8
+    assert result["difference"] < 1e-2  # inputs of o and down are rounded
+
+
+def test_no_group_is_left_that_could_be_quantised(tmp_path):
+    pytest.importorskip("compressed_tensors")
+    write_model(tmp_path / "m", {"qkv": {"bits": 8}, "v_proj": None})
+    with pytest.raises(UserError, match=r"compress again with keep_sensitive: \{siblings: true\}"):
+        export(tmp_path / "m", "compressed-tensors", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+KEPT = {
+    "w8a8": [{"keep_sensitive": {"count": 3}}, {"activations": {"bits": 8, "symmetric": True}}, {"gptq": {"bits": 8}}],
+    "w4, kept in 8": [{"keep_sensitive": {"count": 3, "bits": 4, "keep_bits": 8, "input_bits": None}}, {"gptq": {}}],
+    "w4, kept": [{"keep_sensitive": {"count": 3, "bits": 4, "input_bits": None}}, {"gptq": {"group_size": "auto"}}],
+    "by role": [
+        {"gptq": {"bits": 4, "group_size": 32, "targets": ["qkv", "gate_up"]}},
+        {"gptq": {"bits": 8, "targets": ["o", "down"]}},
+    ],
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_compression_chooses_one_scheme_per_fused_group(plain, tmp_path, name):
+    """Before anything is lost: the export has nothing to mend."""
+    pytest.importorskip("compressed_tensors")
+    model = write_checkpoint(tmp_path / "m", num_hidden_layers=2)
+    with torch.no_grad():  # so that some linears of fused groups are among the most sensitive
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.weight[0, 0] = layer.mlp.gate_proj.weight[0, 0] = 20.0
+    model.save_pretrained(tmp_path / "m")
+    recipe = {"steps": KEPT[name], "calibration": {"samples": 3, "length": 32}}
+    report = compress(tmp_path / "m", recipe, tmp_path / "packed", calibration=Text((PROSE,), False, ("prose",)))
+    if "kept" in name or name == "w8a8":
+        assert any("keep them too, for readers that fuse the group" in note for note in report["notes"])
+    result = export(tmp_path / "packed", "compressed-tensors", tmp_path / "out")
+    assert all(len(parts) == 1 for parts in fused_schemes(tmp_path / "out"))
+    assert not any("vLLM" in note for note in result["notes"])
+
+
 @pytest.mark.parametrize("dtype", [None, "float32", "float16"])
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 def test_dense(plain, tmp_path, dtype, stored):
@@ -205,7 +327,7 @@ def test_a_wrong_export_is_found_and_removed(plain, tmp_path, monkeypatch):
     pytest.importorskip("compressed_tensors")
     write_model(tmp_path / "m", SCHEMES["w4a16"])
     right = compressed_tensors._signed_codes
-    monkeypatch.setattr(compressed_tensors, "_signed_codes", lambda spec, tensors: right(spec, tensors).roll(1, 0))
+    monkeypatch.setattr(compressed_tensors, "_signed_codes", lambda *given: right(*given).roll(1, 0))
     with pytest.raises(UserError, match="expected the export's logits within"):
         export(tmp_path / "m", "compressed-tensors", tmp_path / "out")
     assert {"out", "out.partial"}.isdisjoint(os.listdir(tmp_path))

@@ -94,8 +94,8 @@ def step(method: Method, **targets: Any) -> dict[str, Any]:
 def recipe_with(method: Method) -> list[dict[str, Any]]:
     """Its step and one that rounds weights, in the order of their stages."""
     weights = {"round_to_nearest": {"bits": 4, "symmetric": False}}
-    pruning = [{"wanda": {"sparsity": 0.5}}] if method.allocates else []
-    pruning += [{"teal": {"share": 0.5}}] if method.allocates_inputs else []
+    pruning = [{"wanda": {"sparsity": 0.5}}] if "sparsities" in method.settles else []
+    pruning += [{"teal": {"share": 0.5}}] if "input sparsities" in method.settles else []
     return [weights, step(method)] if method.stages == ("refine",) else [step(method), *pruning, weights]
 
 

@@ -61,8 +61,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "rate": 0.5,
     },
     "keep_sensitive": {
-        "count": 5, "keep_bits": 16, "bits": 8, "group_size": None, "symmetric": True, "input_bits": 8,
-        "input_symmetric": True, "error": "relative",
+        "count": 5, "keep_bits": 16, "siblings": True, "bits": 8, "group_size": None, "symmetric": True,
+        "input_bits": 8, "input_symmetric": True, "error": "relative",
     },
     "activation_budget": {"share": 0.5, "per": "role", "lowest": 0.0, "highest": 0.9, "tokens": 8192},
     "teal": {"share": 0.5, "kind": "threshold", "block": None, "unit": 1, "by": "max", "rescale": False},

@@ -217,6 +217,15 @@ def taught(by: str) -> list[dict]:
         ),
         ([{"name": "a", "methods": [{"held_mask": {}}]}], "expected a training method of held_masks"),
         ([{"name": "a", "methods": [{"sr_ste": {"lambda": 1}}]}], "unknown key 'methods.sr_ste.lambda'"),
+        (
+            [{"name": "a", "methods": [{"sr_ste": {}}, {"bitnet": {"targets": ["o"]}}]}],
+            "one method in stage a that puts other weights into the forward pass of o, found sr_ste and bitnet",
+        ),
+        (
+            [{"name": "a", "methods": [{"gradual_magnitude": {}}, {"top_kast": {"targets": ["down"]}}]}],
+            "that chooses or holds the mask of down, found gradual_magnitude and top_kast; leave one of them out",
+        ),
+        ([{"name": "a", "methods": [{"q_sparse": {}}, {"q_sparse": {}}]}], "selects inputs of qkv, found q_sparse and"),
         ([{"name": "a", "methods": [{"held_masks": {}}]}], "expected a model with pruned weights to hold"),
         ([{"name": "a", "training": {"learnin_rate": 1}}], "stage a: unknown key 'learnin_rate'; did you mean"),
         (

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Sequence
 from importlib import metadata
@@ -26,6 +25,7 @@ from tulle.compression.report import linear_report, run_report
 from tulle.compression.run_folder import RunFolder, State, disk_errors
 from tulle.compression.survey import take_survey
 from tulle.compression.walker import DENSIFIED, SPARSE_FROM, Walker, compute_dtype
+from tulle.core.grid import Grid, is_automatic, try_instead
 from tulle.core.masks import zero_share
 from tulle.errors import UserError
 from tulle.evaluate.compare import compare
@@ -34,8 +34,8 @@ from tulle.format.spec import AttentionSpec, LinearSpec, QuantizationConfig
 from tulle.hf.pack import attention_spec, input_tensors, packed_tensors, spec_of, transform_tensors
 from tulle.methods.contract import LinearState, Progress
 from tulle.models.batches import batched
-from tulle.models.checkpoint import Checkpoint, companions, read_json, require_finite, write_index, write_text
-from tulle.models.description import Decoder
+from tulle.models.checkpoint import Checkpoint, copy_companions, read_json, require_finite, write_index, write_text
+from tulle.models.description import Decoder, LinearGroup
 from tulle.models.rewrite import DenseModel
 from tulle.report.compression import write_report
 from tulle.text.reading import Text
@@ -101,6 +101,7 @@ def compress(
             # The state is not on disk yet, so that the folder's name must tell other runs apart.
             kept = run.work / f"survey-{run.fingerprint[:16]}"
             decisions = take_survey(dense, chosen, batches, device, progress, seed, kept)
+            decisions.notes[:0] = group_sizes(dense.description, chosen)
             decisions.notes.extend(dense.checkpoint.source.notes)
             if decisions.changes_basis and any(zero_share(t) >= SPARSE_FROM for t in dense.read_block(0).values()):
                 decisions.notes.append(DENSIFIED)
@@ -129,10 +130,40 @@ def compress(
 def require_fitting(model: Decoder, recipe: Recipe) -> None:
     """Raises ``UserError`` where a step's settings do not fit a linear that it targets."""
     for step in recipe.steps:
-        for group in model.layers[0].groups:
-            if group.role in step.targets:
-                for linear in group.linears:
-                    step.method.validate(linear.name, linear.shape)
+        groups = [group for group in model.layers[0].groups if group.role in step.targets]
+        size, widths = getattr(step.method, "group_size", None), _roles_by_width(groups)
+        if isinstance(size, int) and any(width % size for width in widths):
+            found = " and ".join(f"{width} ({', '.join(roles)})" for width, roles in widths.items())
+            raise UserError(
+                f"expected input channels divisible by group_size {size} in what {step.name} targets, found {found}; "
+                f"{try_instead(list(widths))}"
+            )
+        for group in groups:
+            for linear in group.linears:
+                step.method.validate(linear.name, linear.shape)
+
+
+def group_sizes(model: Decoder, recipe: Recipe) -> list[str]:
+    """A line for every step with ``group_size: auto``: the groups that it takes."""
+    lines = []
+    for step in recipe.steps:
+        size = getattr(step.method, "group_size", None)
+        if "codes" in step.method.settles and is_automatic(size):
+            groups = [group for group in model.layers[0].groups if group.role in step.targets]
+            found = [
+                f"{Grid.of(8, size, True, width).group_size or width} of {width} in {', '.join(roles)}"
+                for width, roles in _roles_by_width(groups).items()
+            ]
+            lines.append(f"{step.name}, group_size {size}: groups of input channels are {'; '.join(found)}")
+    return lines
+
+
+def _roles_by_width(groups: Sequence[LinearGroup]) -> dict[int, list[str]]:
+    """Numbers of input channels, and the roles that have them."""
+    found: dict[int, list[str]] = {}
+    for group in groups:
+        found.setdefault(group.inputs, []).append(group.role)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,8 +261,7 @@ class _Job:
         if config.get("tie_word_embeddings") and not self.dense.tied:
             config["tie_word_embeddings"] = False
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-        for file in companions(self.dense.checkpoint.source.tokenizer):
-            shutil.copyfile(file, folder / file.name)
+        copy_companions(self.dense.checkpoint.source.tokenizer, folder)
 
 
 def _calibration_facts(text: Text, tokens: Sequence[Tensor]) -> dict[str, Any]:

@@ -9,7 +9,8 @@
       - gptq: {bits: 4, group_size: 128, targets: [qkv, gate_up]}
 
 Every step is one method of ``METHODS`` with its settings; ``targets`` (default: every role) says which linears it is
-applied to. Unknown keys are refused with the nearest valid name.
+applied to. Unknown keys are refused with the nearest valid name, and so are two steps that settle one thing of one role
+(two quantisers, say): the second would work on what the first one left.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 import tulle
 from tulle.errors import UserError
-from tulle.methods.contract import Method, Stage
+from tulle.methods.contract import Decision, Method, Stage
 from tulle.models.description import ROLES
 
 METHODS: dict[str, str] = {
@@ -203,36 +204,76 @@ def parse_recipe(content: Any, default_name: str = "recipe") -> Recipe:
     )
 
 
-def _one_each(steps: tuple[Step, ...], flag: str, does: str) -> dict[str, str]:
-    """Role → the step whose method has ``flag``. Raises ``UserError`` where two of them target a role."""
-    found: dict[str, str] = {}
-    for step in steps:
-        for role in step.targets if getattr(step.method, flag) else ():
-            if role in found:
-                raise UserError(
-                    f"expected one step that {does} of {role}, found {found[role]} and {step.name}; leave one of them "
-                    "out or give them other targets"
-                )
-            found[role] = step.name
+DOES: dict[Decision, str] = {
+    "mask": "prunes the weights of {}",
+    "codes": "quantises the weights of {}",
+    "inputs": "quantises the inputs of {}",
+    "cache": "quantises keys and values",
+    "smoothing": "smooths the inputs of {}",
+    "rotation": "rotates the inputs of {}",
+    "clipping": "learns the clipping of {}",
+    "order": "orders the input channels of {}",
+    "bits": "decides which linears keep bits of {}",
+    "sparsities": "decides sparsities of {}",
+    "input sparsities": "decides shares of dropped inputs of {}",
+    "selection": "selects inputs of {}",
+}
+"""What a step that settles a decision does, in a message; for a role, where targets matter."""
+
+
+def _settled(steps: tuple[Step, ...]) -> dict[Decision, dict[str, int]]:
+    """Decision → role → number of the step that settles it. Raises ``UserError`` where two steps do."""
+    found: dict[Decision, dict[str, int]] = {decision: {} for decision in DOES}
+    for number, step in enumerate(steps):
+        for decision in sorted(step.method.settles):
+            for role in step.method.settled_roles(decision, step.targets):
+                first = found[decision].setdefault(role, number)
+                if first != number:
+                    does = DOES[decision]
+                    raise UserError(
+                        f"expected one step that {does.format(role)}, found {_both(steps, first, number)}; leave one "
+                        "of them out" + (" or give them other targets" if "{}" in does else "")
+                    )
     return found
 
 
+def _both(steps: tuple[Step, ...], first: int, second: int) -> str:
+    """The names of two steps; with their numbers where the names are one."""
+    names = [steps[number].name for number in (first, second)]
+    if names[0] == names[1]:
+        names = [f"{name} (step {number + 1})" for name, number in zip(names, (first, second), strict=True)]
+    return " and ".join(names)
+
+
 def _require_respected(steps: tuple[Step, ...]) -> None:
-    """Raises ``UserError`` for a role whose sparsities are decided twice, or by a step that no pruning step follows."""
-    selecting = _one_each(steps, "selects", "selects inputs")
-    for step in steps:
-        for role in step.targets if step.method.allocates_inputs else ():
-            if role not in selecting:
+    """Raises ``UserError`` for a role of which something is settled twice, in a wrong order, or in vain."""
+    settled = _settled(steps)
+    for role, quantiser in settled["codes"].items():
+        pruner = settled["mask"].get(role, quantiser)
+        if pruner > quantiser:
+            raise UserError(
+                f"expected {role} to be pruned before it is quantised, found {steps[pruner].name} after "
+                f"{steps[quantiser].name}; put {steps[pruner].name} first"
+            )
+        learner = settled["clipping"].get(role)
+        if learner is not None:
+            groups = [getattr(steps[number].method, "group_size", None) for number in (learner, quantiser)]
+            if groups[0] != groups[1]:
                 raise UserError(
-                    f"expected a step that selects inputs of {role}, found none that respects {step.name}; add one, "
-                    "such as teal: {share: 0.5}, or narrow the targets"
+                    f"expected one group_size in {steps[learner].name} and {steps[quantiser].name}, which takes what "
+                    f"that learns for {role}, found {groups[0]} and {groups[1]}; write the same in both"
                 )
-    decided = _one_each(steps, "allocates", "decides sparsities")
-    for role, name in decided.items():
+    for role, number in settled["input sparsities"].items():
+        if role not in settled["selection"]:
+            raise UserError(
+                f"expected a step that selects inputs of {role}, found none that respects {steps[number].name}; add "
+                "one, such as teal: {share: 0.5}, or narrow the targets"
+            )
+    for role, number in settled["sparsities"].items():
         if not any(role in step.targets and step.method.respects_allocation for step in steps):
             raise UserError(
-                f"expected a pruning step with a sparsity on {role}, found none that respects {name}; add one, such "
-                "as sparsegpt: {sparsity: 0.5} (a pattern N:M cannot vary)"
+                f"expected a pruning step with a sparsity on {role}, found none that respects {steps[number].name}; "
+                "add one, such as sparsegpt: {sparsity: 0.5} (a pattern N:M cannot vary)"
             )
 
 
@@ -304,7 +345,12 @@ def _nearest(word: str, valid: Iterable[str]) -> str:
 
 
 def _first(error: ValidationError, where: str) -> str:
-    detail = error.errors()[0]
-    key = ".".join(str(part) for part in detail["loc"]) or "settings"
-    message = detail["msg"].removeprefix("Value error, ")
+    details = error.errors()
+    detail = details[0]
+    if len({d["loc"][:1] for d in details}) == 1 and len(details) > 1:  # a union: one error per kind of value
+        key = str(detail["loc"][0])
+    else:
+        key = ".".join(str(part) for part in detail["loc"]) or "settings"
+        details = details[:1]
+    message = "; ".join(d["msg"].removeprefix("Value error, ") for d in details)
     return f"expected a valid {key} in {where} ({message}), found {detail['input']!r}"

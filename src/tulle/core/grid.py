@@ -8,8 +8,9 @@ stores.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +20,27 @@ from tulle.errors import UserError
 
 SMALLEST_STEP = 1e-30
 """Steps of all-zero groups: any positive number that bfloat16 holds; their codes are all zero."""
+GroupSize = int | Literal["auto", "auto-64", "auto-32"] | None
+"""What a recipe may say: input channels per step; ``auto``, the largest fitting group of at most 128 (64, 32) for every
+linear (:func:`fitting_group`); None: one step per output channel."""
+SMALLEST_GROUP = 32
+"""Below this many weights to a step, 16-bit steps weigh as much as the codes."""
+
+
+def fitting_group(columns: int, most: int = 128) -> int | None:
+    """The largest power of two of at most ``most`` that divides ``columns`` input channels: what readers have kernels
+    for. Where that is under 32, the largest divisor of at most ``most``; where that is under 32 too, None: one step
+    per output channel.
+    """
+    power = min(columns & -columns, 1 << (most.bit_length() - 1))
+    if power >= SMALLEST_GROUP:
+        return power
+    return next((g for g in range(most, SMALLEST_GROUP - 1, -1) if columns % g == 0), None)
+
+
+def is_automatic(group_size: GroupSize) -> bool:
+    """Whether every linear gets a group size of its own."""
+    return isinstance(group_size, str)
 
 
 @dataclass(frozen=True)
@@ -39,13 +61,21 @@ class Grid:
                 f"expected a positive group_size, found {self.group_size}; leave it out for one step per output channel"
             )
 
+    @classmethod
+    def of(cls, bits: int, group_size: GroupSize, symmetric: bool, columns: int | None = None) -> Grid:
+        """The grid of a linear with ``columns`` input channels. Without them, ``auto`` counts as no groups: enough to
+        refuse impossible settings."""
+        if isinstance(group_size, str):
+            most = int(group_size.partition("-")[2] or 128)
+            group_size = None if columns is None else fitting_group(columns, most)
+        return cls(bits, group_size, symmetric)
+
     def check(self, name: str, columns: int) -> None:
         """Raises ``UserError`` when ``columns`` input channels do not split into groups."""
         if self.group_size is not None and columns % self.group_size:
-            fits = [str(g) for g in (256, 128, 64, 32, 16, 8) if columns % g == 0]
             raise UserError(
                 f"{name}: expected a number of input channels divisible by group_size {self.group_size}, "
-                f"found {columns}; use group_size {fits[0] if fits else columns} or leave it out"
+                f"found {columns}; {try_instead([columns])}"
             )
 
     @property
@@ -57,6 +87,13 @@ class Grid:
     def high(self) -> int:
         """Largest code."""
         return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
+
+
+def try_instead(widths: Sequence[int]) -> str:
+    """What a message says to do about a group size that does not divide these numbers of input channels."""
+    fits = [str(g) for g in (256, 128, 64, 32, 16, 8) if all(width % g == 0 for width in widths)]
+    which = f"{', '.join(fits)}, or auto" if fits else "auto"
+    return f"use group_size {which}, or leave it out for one step per output channel"
 
 
 @dataclass

@@ -7,7 +7,6 @@ of the packed model. A folder that fails it is removed.
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from tulle.export import check, compressed_tensors, dense, gguf
 from tulle.export.folder import whole_folder, write_entries
 from tulle.export.plan import Plan
 from tulle.hf import packed_linears, require_packed_tensors
-from tulle.models.checkpoint import Checkpoint, companions, write_text
+from tulle.models.checkpoint import Checkpoint, copy_companions, write_text
 from tulle.models.pickled import Pickled
 from tulle.models.prefix import Prefixed, is_base_model
 from tulle.models.source import INDEX, SINGLE, TensorSource, pickles_of
@@ -61,8 +60,7 @@ def export(
     report = progress or (lambda stage, done, total: None)
     with whole_folder(target) as folder:
         written = write_entries(folder, plan.entries, lambda done, total: report("write", done, total))
-        for file in companions(checkpoint.source.tokenizer):
-            shutil.copyfile(file, folder / file.name)
+        copy_companions(checkpoint.source.tokenizer, folder)
         write_text(folder / "config.json", json.dumps(plan.config, indent=2) + "\n")
         report("check", 0, 1)
         found = check.check(checkpoint, folder, plan)

@@ -113,7 +113,9 @@ def _own_logits(source: Checkpoint, tokens: np.ndarray, plan: Plan) -> tuple[np.
                 parameter.copy_(parameter.to(plan.other_dtype))
         for name, module in list(model.named_modules()):
             if isinstance(module, PackedLinear):
-                model.set_submodule(name, _AsExported(module, plan.weight_dtype, plan.input_rule))
+                plain = name in plan.plain
+                dtype = plan.plain[name] if plain else plan.weight_dtype
+                model.set_submodule(name, _AsExported(module, dtype, "none" if plain else plan.input_rule))
         model.set_attn_implementation("sdpa")
         expected = model(ids).logits
     return packed.numpy(), expected.numpy()

@@ -5,26 +5,34 @@ Weight-only linears of 4 and 8 bits become ``pack-quantized`` (int32 words), 8-b
 stores 4-bit weights with quantised inputs as int8. Sparse quantised linears are written dense, a pruned weight as the
 code that means zero; ``sparsity_config`` stays empty, since the library no longer reads sparse formats.
 
+**One scheme per fused group.** vLLM computes q, k, v (gate, up) as one linear and refuses a model that gives them
+different schemes. Compression gives them one (``keep_sensitive: {siblings: true}``); a packed model that has several is
+brought to one here, without loss where there is such a scheme: codes of fewer bits are also codes of more, a step per
+output channel is also one per group, a symmetric grid has its zero point in the middle. Where one of a group is not
+quantised at all, its siblings are written as plain weights, which a note says.
+
 Readers quantise inputs by the library's rule, s = max|x|/127.5 and codes in [−128, 127], where ours is max|x|/127
 and ±127: the logits of such a model differ from ours by the rounding of its inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
-from math import ceil
-from typing import Any
+from math import ceil, gcd
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from tulle.errors import UserError
+from tulle.export.dense import stored_dtype
 from tulle.export.folder import Entry
 from tulle.export.plan import InputRule, Plan, linear_entry, unpacked_entries
 from tulle.format.spec import LinearSpec
-from tulle.hf.packed_linear import unpack_integer_weight
+from tulle.hf.packed_linear import dequantise, unpack_integer_weight
 from tulle.models.checkpoint import Checkpoint
+from tulle.models.description import Decoder
 
 Scheme = tuple[int, int | None, bool, int | None]
 """bits, group size, symmetric, input bits"""
@@ -45,36 +53,90 @@ def plan(checkpoint: Checkpoint, linears: Mapping[str, LinearSpec], dtype: torch
         raise UserError(
             "expected keys and values as they are for --to compressed-tensors, found them quantised; use --to dense"
         )
+    model = checkpoint.describe()
+    schemes, notes = fused_schemes(model, {name: _scheme(spec) for name, spec in quantised.items()})
+    if not schemes:
+        raise UserError(
+            "expected q, k, v (gate, up) quantised alike for --to compressed-tensors, found an unquantised one in each "
+            "of these groups; compress again with keep_sensitive: {siblings: true} or use --to dense"
+        )
+    plain = dict.fromkeys(quantised.keys() - schemes.keys(), dtype or stored_dtype(checkpoint))
     entries = unpacked_entries(checkpoint, quantised, dtype)
     for name, spec in quantised.items():
-        entries += _linear_entries(checkpoint, name, spec)
+        if name in schemes:
+            entries += _linear_entries(checkpoint, name, spec, schemes[name])
+        else:
+            unpack = partial(_plain_weight, dtype=plain[name])
+            entries.append(linear_entry(checkpoint, name, spec, "weight", plain[name], spec.shape, unpack))
     config = dict(checkpoint.config)
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtype).removeprefix("torch.")
     config["quantization_config"] = {
-        **quantization_config(checkpoint, quantised),
+        **quantization_config(model, schemes),
         "version": compressed_tensors.__version__,
     }
-    notes = []
     if any(spec.sparse for spec in quantised.values()):
         notes.append("pruned weights are stored as codes of zero: the format has no masks")
     if any(spec.input_sparsity for spec in linears.values()):
         notes.append("the format cannot say which inputs a token keeps: all of them are read in the export")
     rule: InputRule = "none"
-    if any(spec.input_bits for spec in quantised.values()):
+    if any(input_bits for _, _, _, input_bits in schemes.values()):
         rule = "compressed-tensors"
         notes.append("readers quantise inputs in steps of max|x|/127.5, tulle in steps of max|x|/127")
-    words = any(not spec.symmetric and _format(*_scheme(spec)) == "pack-quantized" for spec in quantised.values())
-    return Plan(entries, config, torch.float32, dtype, rule, words, notes)
+    words = any(not scheme[2] and _format(*scheme) == "pack-quantized" for scheme in schemes.values())
+    return Plan(entries, config, torch.float32, dtype, rule, words, notes, plain)
 
 
-def quantization_config(checkpoint: Checkpoint, quantised: Mapping[str, LinearSpec]) -> dict[str, Any]:
+def fused_schemes(model: Decoder, own: Mapping[str, Scheme]) -> tuple[dict[str, Scheme], list[str]]:
+    """The schemes of quantised linears, one for all of a fused group, and what that changed.
+
+    ``own``: those of the packed model. A linear that is left out is to be written as a plain weight.
+    """
+    schemes, raised, unpacked = dict(own), [], []
+    for layer in model.layers:
+        for group in layer.groups:
+            names = [layer.prefix + name for name in group.names]
+            found = [own.get(name) for name in names]
+            if len(set(found)) == 1:
+                continue
+            common = _common_scheme(found, group.inputs)
+            for name in names:
+                if common is None and schemes.pop(name, None) is not None:
+                    unpacked.append(name)
+                elif common is not None and schemes[name] != common:
+                    schemes[name] = common
+                    raised.append(name)
+    notes = []
+    if raised:
+        notes.append(f"stored without loss in the scheme of the others that vLLM fuses them with: {_listed(raised)}")
+    if unpacked:
+        notes.append(
+            "stored as plain weights, because others that vLLM fuses them with are not quantised so: "
+            f"{_listed(unpacked)} (keep_sensitive with siblings: true avoids that)"
+        )
+    return schemes, notes
+
+
+def _common_scheme(found: Sequence[Scheme | None], columns: int) -> Scheme | None:
+    """One that holds all of them exactly; None where there is none."""
+    schemes = [scheme for scheme in found if scheme is not None]
+    if len(schemes) < len(found) or len({scheme[3] for scheme in schemes}) > 1:
+        return None
+    size = gcd(*(scheme[1] or columns for scheme in schemes))
+    bits = max(scheme[0] for scheme in schemes)
+    return bits, None if size == columns else size, all(scheme[2] for scheme in schemes), schemes[0][3]
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def quantization_config(model: Decoder, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
     """``quantization_config``: one group per scheme, each with its format; everything else ignored by name."""
     groups: dict[Scheme, list[str]] = {}
-    for name, spec in quantised.items():
-        groups.setdefault(_scheme(spec), []).append(name)
-    model = checkpoint.describe()
+    for name, scheme in schemes.items():
+        groups.setdefault(scheme, []).append(name)
     linears = [name for layer in model.layers for name in model.linear_names(layer.index)]
     head = model.head.removesuffix(".weight")
     formats = {_format(*scheme) for scheme in groups}
@@ -86,7 +148,7 @@ def quantization_config(checkpoint: Checkpoint, quantised: Mapping[str, LinearSp
             f"group_{i}": _group(scheme, ["Linear"] if len(groups) == 1 else names)
             for i, (scheme, names) in enumerate(groups.items())
         },
-        "ignore": [head] + [name for name in linears if name not in quantised],
+        "ignore": [head] + [name for name in linears if name not in schemes],
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "sparsity_config": {},
@@ -154,45 +216,63 @@ def _arguments(bits: int, symmetric: bool, strategy: str, group_size: int | None
     }
 
 
-def _linear_entries(checkpoint: Checkpoint, name: str, spec: LinearSpec) -> list[Entry]:
-    bits, rows, columns = spec.bits or 0, spec.shape[0], spec.shape[1]
+def _linear_entries(checkpoint: Checkpoint, name: str, spec: LinearSpec, scheme: Scheme) -> list[Entry]:
+    """``spec`` as the packed model has it, written in ``scheme``, which holds it exactly."""
+    (bits, _, symmetric, _), (rows, columns) = scheme, spec.shape
     entry = partial(linear_entry, checkpoint, name, spec)
-    groups = (rows, spec.groups)
-    entries = [entry("weight_scale", torch.bfloat16, groups, lambda spec, t: t["scale"], ("scale",))]
-    if _format(*_scheme(spec)) == "int-quantized":
-        entries.append(entry("weight", torch.int8, spec.shape, _signed_codes))
-        if not spec.symmetric:
-            entries.append(entry("weight_zero_point", torch.int8, groups, _signed_zero, ("zero_point",)))
+    count = columns // (scheme[1] or columns)
+    groups, zeros = (rows, count), ("zero_point",) if not spec.symmetric else ()
+
+    def scale(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> Tensor:
+        return _spread(tensors["scale"], count)
+
+    def codes(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> Tensor:
+        return _signed_codes(spec, tensors, bits, symmetric)
+
+    def zero(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> Tensor:
+        return _spread(_signed_zero(spec, tensors, bits), count)
+
+    entries = [entry("weight_scale", torch.bfloat16, groups, scale, ("scale",))]
+    if _format(*scheme) == "int-quantized":
+        entries.append(entry("weight", torch.int8, spec.shape, codes))
+        if not symmetric:
+            entries.append(entry("weight_zero_point", torch.int8, groups, zero, zeros))
         return entries
     words = (rows, ceil(columns * bits / 32))
-    entries.append(entry("weight_packed", torch.int32, words, _packed_codes))
+    entries.append(entry("weight_packed", torch.int32, words, lambda spec, t: _in_words(codes(spec, t), bits)))
     entries.append(entry("weight_shape", torch.int64, (2,), lambda spec, t: torch.tensor(spec.shape), ()))
-    if not spec.symmetric:
-        words = (ceil(rows * bits / 32), spec.groups)
-        entries.append(entry("weight_zero_point", torch.int32, words, _packed_zero, ("zero_point",)))
+    if not symmetric:
+        words = (ceil(rows * bits / 32), count)
+        pack = partial(_in_words, bits=bits, packed_dim=0)
+        entries.append(entry("weight_zero_point", torch.int32, words, lambda spec, t: pack(zero(spec, t)), zeros))
     return entries
 
 
-def _packed_codes(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> Tensor:
+def _in_words(codes: Tensor, bits: int, packed_dim: Literal[0, 1] = 1) -> Tensor:
     from compressed_tensors.compressors import pack_to_int32
 
-    return pack_to_int32(_signed_codes(spec, tensors), spec.bits)
+    return pack_to_int32(codes, bits, packed_dim=packed_dim)
 
 
-def _packed_zero(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> Tensor:
-    from compressed_tensors.compressors import pack_to_int32
+def _spread(per_group: Tensor, count: int) -> Tensor:
+    """``[C_out, G]`` → ``[C_out, count]``: every group cut into equal ones."""
+    return per_group.repeat_interleave(count // per_group.shape[1], 1)
 
-    return pack_to_int32(_signed_zero(spec, tensors), spec.bits, packed_dim=0)
 
-
-def _signed_codes(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> Tensor:
-    """int8 ``[C_out, C_in]``: u − 2^(b−1), and at pruned positions the code of zero."""
+def _signed_codes(spec: LinearSpec, tensors: Mapping[str, Tensor], bits: int, symmetric: bool) -> Tensor:
+    """int8 ``[C_out, C_in]``: u − 2^(b−1) for b = ``bits``, and at pruned positions the code of zero."""
     whole = unpack_integer_weight(spec, tensors)
-    if not spec.symmetric:
-        whole = whole + _signed_zero(spec, tensors).short().repeat_interleave(spec.shape[1] // spec.groups, 1)
+    if not symmetric:
+        whole = whole + _spread(_signed_zero(spec, tensors, bits).short(), spec.shape[1])
     return whole.to(torch.int8)
 
 
-def _signed_zero(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> Tensor:
-    """int8 ``[C_out, G]``: z − 2^(b−1)."""
-    return (tensors["zero_point"].short() - (1 << ((spec.bits or 0) - 1))).to(torch.int8)
+def _signed_zero(spec: LinearSpec, tensors: Mapping[str, Tensor], bits: int) -> Tensor:
+    """int8 ``[C_out, G]``: z − 2^(b−1) for b = ``bits``; 0, the middle, for a symmetric grid."""
+    if spec.symmetric:
+        return torch.zeros(spec.shape[0], 1, dtype=torch.int8)
+    return (tensors["zero_point"].short() - (1 << (bits - 1))).to(torch.int8)
+
+
+def _plain_weight(spec: LinearSpec, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    return dequantise(spec, tensors).to(dtype)

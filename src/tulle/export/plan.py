@@ -33,6 +33,8 @@ class Plan:
     """Holds ``pack-quantized`` zero points, which transformers 5.23 with compressed-tensors 0.20 only reads when told
     to dequantise (older ones, such as 5.17 with 0.19, need not be told)."""
     notes: list[str] = field(default_factory=list)
+    plain: dict[str, torch.dtype] = field(default_factory=dict)
+    """Packed linears that are written as plain weights of this dtype, by name."""
 
 
 def unpacked_entries(

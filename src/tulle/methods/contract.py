@@ -33,6 +33,12 @@ from tulle.errors import UserError
 
 Statistic = Literal["hessian", "column_norm", "absmax", "rows", "sample"]
 Stage = Literal["model", "block", "linear", "refine"]
+Decision = Literal[
+    "mask", "codes", "inputs", "cache", "smoothing", "rotation", "clipping", "order", "bits", "sparsities",
+    "input sparsities", "selection",
+]  # fmt: skip
+"""What a step settles once and for all; a second step that settles the same of a role would work on the first one's
+result. (Bases of the residual stream and of the values are in :class:`Decisions`.)"""
 
 
 @dataclass
@@ -424,12 +430,13 @@ class Method:
     needs: ClassVar[frozenset[Statistic]] = frozenset()
     learns: ClassVar[bool] = False
     """Whether it trains against the dense block's outputs; :meth:`prepare` then has ``BlockState.batches``."""
-    allocates: ClassVar[bool] = False
-    """Whether :meth:`plan` decides sparsities, which a pruning step must follow up."""
-    allocates_inputs: ClassVar[bool] = False
-    """Whether :meth:`plan` decides shares of dropped inputs, which a selecting step must follow up."""
-    selects: ClassVar[bool] = False
-    """Whether it selects inputs by a ``share`` of its own, in whose place another can be put."""
+    settles: ClassVar[frozenset[Decision]] = frozenset()
+    """What no other step of a recipe may settle for the same role. A pruning step must follow up ``sparsities``, a
+    selecting step ``input sparsities``."""
+
+    def settled_roles(self, decision: Decision, roles: Sequence[str]) -> Sequence[str]:
+        """Of the targets, the roles for which it settles ``decision``."""
+        return roles
 
     def changes_residual_basis(self, roles: Sequence[str]) -> bool:
         """Whether, with these targets, it gives the residual stream another basis."""

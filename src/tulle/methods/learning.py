@@ -17,10 +17,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from tulle.core.grid import Grid, extremes, grouped
+from tulle.core.grid import Grid, GroupSize, extremes, grouped
 from tulle.core.token_grid import TokenGrid
 from tulle.core.transform import Diagonal, Transform, fold, run
-from tulle.methods.contract import BlockState, LinearState, Method, Stage
+from tulle.methods.contract import BlockState, Decision, LinearState, Method, Stage
 
 
 def round_through(x: Tensor) -> Tensor:
@@ -137,19 +137,24 @@ class Learned(Method):
     stages: ClassVar[tuple[Stage, ...]] = ("block",)
     learns: ClassVar[bool] = True
 
+    settles: ClassVar[frozenset[Decision]] = frozenset({"clipping"})
+
     bits: int = 4
-    """Of the weights' grid that follows in the recipe."""
-    group_size: int | None = None
+    """Bits of a weight's code, as the step that quantises later in the recipe has it."""
+    group_size: GroupSize = None
+    """Input channels per step, as the step that quantises has it."""
     symmetric: bool = False
+    """Whether codes lie around 0, as the step that quantises has it."""
 
     def __post_init__(self) -> None:
         self.grid()
 
-    def grid(self) -> Grid:
-        return Grid(self.bits, self.group_size, self.symmetric)
+    def grid(self, columns: int | None = None) -> Grid:
+        """The grid of a linear with so many input channels."""
+        return Grid.of(self.bits, self.group_size, self.symmetric, columns)
 
     def validate(self, name: str, shape: tuple[int, int]) -> None:
-        self.grid().check(name, shape[1])
+        self.grid(shape[1]).check(name, shape[1])
 
     def keep_clips(
         self, block: BlockState, groups: Mapping[str, LearnedGroup], linears: Mapping[str, FakeLinear]
@@ -159,7 +164,7 @@ class Learned(Method):
             ratio = group.input_clip()
             for linear in block.groups[role].linears:
                 fake = linears[linear.name]
-                low, high = fake.clip.ranges(fake.folded(), self.grid())
+                low, high = fake.clip.ranges(fake.folded(), self.grid(fake.dense.shape[1]))
                 linear.ranges = (low.detach(), high.detach())
                 if ratio is not None and linear.input_grid is not None:
                     linear.input_grid = replace(linear.input_grid, clip=float(ratio))
@@ -195,11 +200,17 @@ def _put(module: nn.Module, name: str, child: nn.Module) -> None:
 
 
 def fake_linears(
-    block: BlockState, groups: Mapping[str, LearnedGroup], grid: Grid | None, roles: Sequence[str], learn_clip: bool
+    block: BlockState,
+    groups: Mapping[str, LearnedGroup],
+    grid: Callable[[int], Grid],
+    roles: Sequence[str],
+    learn_clip: bool,
 ) -> dict[str, FakeLinear]:
-    """A fake-quantised linear for every linear of the roles, by full name."""
+    """A fake-quantised linear for every linear of the roles, by full name; ``grid`` of a number of input channels."""
     return {
-        linear.name: FakeLinear(linear, block.biases.get(linear.name), groups[role], grid, learn_clip)
+        linear.name: FakeLinear(
+            linear, block.biases.get(linear.name), groups[role], grid(linear.dense.shape[1]), learn_clip
+        )
         for role in roles
         for linear in block.groups[role].linears
     }

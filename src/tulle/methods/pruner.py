@@ -5,6 +5,7 @@ chosen.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -12,12 +13,14 @@ from tulle.core.hessian import Hessian, check_damping
 from tulle.core.least_squares import refit
 from tulle.core.masks import Pattern, check_sparsity, keep, within
 from tulle.core.swaps import check_swaps, swap
-from tulle.methods.contract import LinearState, Method, Statistic, Statistics
+from tulle.methods.contract import Decision, LinearState, Method, Statistic, Statistics
 
 
 @dataclass(frozen=True)
 class Pruner(Method):
     """Prunes one linear. Exactly one of ``sparsity`` and ``pattern`` is set."""
+
+    settles: ClassVar[frozenset[Decision]] = frozenset({"mask"})
 
     sparsity: float | None = None
     """Share of pruned weights, in [0, 1)."""

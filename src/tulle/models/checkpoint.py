@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ DTYPES = {
 """torch's name of a stored dtype."""
 COMPANIONS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
-    "generation_config.json",
+    "additional_chat_templates/*.jinja", "generation_config.json",
 )  # fmt: skip
 """Files that travel with a model unchanged (glob patterns)."""
 
@@ -194,6 +195,14 @@ def write_index(folder: Path, shards: Mapping[str, Iterable[str]], total_bytes: 
 def companions(folder: Path) -> list[Path]:
     """Tokenizer files and the like that a compressed or exported model takes along."""
     return sorted({f for pattern in COMPANIONS for f in folder.glob(pattern) if f.is_file()})
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copies them from one model folder to another."""
+    for file in companions(source):
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
 
 
 def _sync(file: Path) -> None:

@@ -13,7 +13,7 @@ from tulle.network import require_hub
 
 REFERENCE = "reference"
 """The name of the model that ships with the package."""
-WANTED = ["*.json", "*.safetensors", "tokenizer*", "merges.txt", "vocab.*", "chat_template*"]
+WANTED = ["*.json", "*.safetensors", "tokenizer*", "merges.txt", "vocab.*", "chat_template*", "*.jinja"]
 NOT_WANTED = ["consolidated*", "original/*", "onnx/*", "gguf/*"]
 """The same weights again, in other forms."""
 

@@ -30,13 +30,21 @@ class Llama(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     hidden_size: int = Field(gt=0)
+    """d, channels of the residual stream."""
     intermediate_size: int = Field(gt=0)
+    """Channels between gate, up and down."""
     num_hidden_layers: int = Field(gt=0)
+    """Decoder blocks."""
     num_attention_heads: int = Field(gt=0)
+    """Query heads."""
     num_key_value_heads: int = Field(gt=0)
+    """KV heads; they divide the query heads."""
     head_dim: int = Field(gt=0)
+    """Channels of a head."""
     rope_theta: float = Field(default=10_000.0, gt=0)
+    """Base θ of the rotary position embedding."""
     tie_word_embeddings: bool = True
+    """Whether embedding and output head are one matrix."""
 
     @model_validator(mode="after")
     def _grouped(self) -> Llama:

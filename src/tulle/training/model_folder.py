@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from tulle.errors import UserError
 from tulle.export import dense
 from tulle.export.folder import whole_folder, write_entries
 from tulle.hf import load_checkpoint, packed_linears, require_packed_tensors
-from tulle.models.checkpoint import Checkpoint, companions, write_text
+from tulle.models.checkpoint import Checkpoint, copy_companions, write_text
 from tulle.models.hub import local_folder
 
 
@@ -41,8 +40,7 @@ def unpack(packed: Path, target: Path) -> None:
     plan = dense.plan(checkpoint, linears, torch.float32)
     with whole_folder(target) as folder:
         write_entries(folder, plan.entries, lambda done, total: None)
-        for file in companions(checkpoint.source.tokenizer):
-            shutil.copyfile(file, folder / file.name)
+        copy_companions(checkpoint.source.tokenizer, folder)
         write_text(folder / "config.json", json.dumps(plan.config, indent=2) + "\n")
 
 

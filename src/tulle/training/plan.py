@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from tulle.compression import recipe as compression
 from tulle.errors import UserError
-from tulle.methods.train.method import TrainingMethod, method_class
+from tulle.methods.train.method import DOES, METHODS, TrainingMethod, method_class
 from tulle.training.architecture import Llama, OtherModel
 from tulle.training.recipe import Stage, TextData, Training, TrainRecipe, explain
 
@@ -101,6 +101,7 @@ def _planned(stage: Stage, before: str | None, recipe: TrainRecipe) -> PlannedSt
         data=stage.data or recipe.data,
         compress=None if stage.compress is None else compression.read_recipe(stage.compress),
     )
+    _require_one_each(planned)
     for step in planned.prune.steps if planned.prune else ():
         if not compression.METHODS[step.name].startswith(DENSE):
             raise UserError(
@@ -113,6 +114,22 @@ def _planned(stage: Stage, before: str | None, recipe: TrainRecipe) -> PlannedSt
             "one; leave it out"
         )
     return planned
+
+
+def _require_one_each(stage: PlannedStage) -> None:
+    """Raises ``UserError`` where two methods do the same to one role: the second would undo the first."""
+    found: dict[tuple[str, str], TrainingMethod] = {}
+    names = {path.rpartition(":")[2]: name for name, path in METHODS.items()}
+    for method in stage.methods:
+        for what in sorted(method.settles):
+            for role in method.targets:
+                first = found.setdefault((what, role), method)
+                if first is not method:
+                    both = " and ".join(names[type(m).__name__] for m in (first, method))
+                    raise UserError(
+                        f"expected one method in stage {stage.name} that {DOES[what]} of {role}, found {both}; leave "
+                        "one of them out or give them other targets"
+                    )
 
 
 def planned_method(entry: Mapping[str, Any]) -> TrainingMethod:

@@ -48,15 +48,15 @@ class Source(_Strict):
     dataset: str | None = None
     """A data set of the hub, read through the ``datasets`` library."""
     config: str | None = None
-    """Of the data set."""
+    """Configuration of the data set, where it has several."""
     split: str = "train"
-    """Of the data set."""
+    """Split of the data set."""
     documents: int | None = Field(default=None, gt=0)
-    """The first so many; None: all."""
+    """The first so many documents; null: all."""
     separator: str | None = None
-    """Cuts text files into documents."""
+    """What separates the documents of a text file; null: a file is one document."""
     template: str | None = None
-    """Makes a document of a JSONL row or a data set's row: ``"Question: {question}\\nAnswer: {answer}"``. None: its
+    """Makes a document of a JSONL row or a data set's row: ``"Question: {question}\\nAnswer: {answer}"``. Null: its
     ``text`` or ``content``."""
     weight: float = Field(default=1.0, gt=0)
     """2 takes each document twice per epoch, 0.5 half of them."""
@@ -77,6 +77,7 @@ class TextData(_Strict):
     """What is trained on and what is evaluated on."""
 
     sources: list[Source] = Field(min_length=1)
+    """Text to train on, see below; each may be named once."""
     held_out: list[Source] = []
     """Text for evaluation; none: the held-out modules of the standard library. Of a distribution, its held-out modules.
     Training documents that are in it are left out."""
@@ -93,6 +94,7 @@ class Data(TextData):
     """The corpus and, for a new model, its tokenizer (a byte-level BPE trained on the training side)."""
 
     vocab_size: int | None = Field(default=None, ge=257, le=65_536)  # 256 bytes and <|endoftext|>
+    """Tokens of a new model's tokenizer, 257 to 65,536. With ``start`` it is the start model's: leave it out."""
 
 
 class Training(_Strict):
@@ -101,7 +103,7 @@ class Training(_Strict):
     """
 
     tokens: int = Field(ge=0)
-    """Of the whole stage."""
+    """Tokens that the whole stage trains on; whole optimizer steps are taken."""
     context: int = Field(gt=1)
     """Tokens of a window."""
     batch: int = Field(gt=0)
@@ -111,15 +113,18 @@ class Training(_Strict):
     optimizer: Literal["adamw", "muon"] = "adamw"
     """``muon``: for the hidden matrices, with AdamW for the rest."""
     learning_rate: float = Field(gt=0)
-    """After the warm-up."""
+    """Peak learning rate, reached after the warm-up."""
     schedule: Literal["wsd", "linear", "cosine", "constant"] = "wsd"
     """After the warm-up: ``wsd`` stays and falls by 1 − √t over ``decay_fraction`` of the steps; ``linear`` and
     ``cosine`` fall to 0 from there on."""
     warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps over which the learning rate rises from 0."""
     decay_fraction: float = Field(default=0.0, ge=0, le=1)
+    """Share of the steps, the last ones, in which ``wsd`` falls."""
     weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled weight decay of matrices, times the learning rate per step; norms and biases have none."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Of AdamW."""
+    """β₁ and β₂ of AdamW."""
     clip: float = Field(default=1.0, gt=0)
     """The largest 2-norm of the gradient."""
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -148,6 +153,7 @@ class Stage(_Strict):
     """One stage of a pipeline. What it does not say is the recipe's."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    """Its folder is named so, and later stages: letters, digits, ``.``, ``_``, ``-``."""
     start: str | None = None
     """Where it starts instead of where the stage before it ended: an earlier stage, ``start`` (the recipe's), or a
     model."""
@@ -157,7 +163,9 @@ class Stage(_Strict):
     training: dict[str, Any] = {}
     """Settings that differ from the recipe's ``training``; ``tokens: 0`` only prunes."""
     methods: list[dict[str, Any]] = []
+    """Training methods of this stage, in order, see below."""
     data: TextData | None = None
+    """Text of this stage in place of the recipe's."""
     compress: str | dict[str, Any] | None = None
     """A compression recipe applied after training; the packed model goes into ``packed`` beside the stage's model."""
 
@@ -166,14 +174,19 @@ class TrainRecipe(_Strict):
     """One reproducible training run."""
 
     seed: int = Field(default=0, ge=0)
+    """Of everything random: initial weights, the order of the windows."""
     start: str | None = None
     """A model to go on from: a folder (dense, or packed by ``tulle compress``), ``reference`` or a hub id."""
     model: AnyModel | None = None
+    """A new model's sizes, see below. Exactly one of ``start`` and ``model``."""
     data: Data
+    """The text, see below."""
     training: Training
+    """The loop's settings, see below."""
     methods: list[dict[str, Any]] = []
+    """Training methods, in order, see below. With stages, each has its own."""
     stages: list[Stage] = []
-    """None: one stage of these settings."""
+    """A pipeline, one stage after the other, see below; empty: one stage of these settings."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainRecipe:

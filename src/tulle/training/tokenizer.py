@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from tulle.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
-FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
+FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
 """Of a model's tokenizer, as patterns of names."""
 
 # GPT-2's pre-tokenizer with two changes for source code: an underscore is a letter (identifiers stay

@@ -317,7 +317,14 @@ class TestKeepSensitive:
     def test_a_spoiled_linear_is_found(self) -> None:
         survey = a_survey(spoiled="k")
         KeepSensitive(count=1, bits=4, input_bits=None).plan(survey, ("qkv", "o"))
-        assert survey.kept == {"0.k": 16}
+        assert survey.kept == survey.kept_inputs == {"0.q": 16, "0.k": 16, "0.v": 16}
+        assert survey.notes[0].endswith("q and v keep them too, for readers that fuse the group")
+
+    def test_alone_where_asked_to(self) -> None:
+        survey = a_survey(spoiled="k")
+        KeepSensitive(count=1, bits=4, input_bits=None, siblings=False).plan(survey, ("qkv", "o"))
+        assert survey.kept == {"0.k": 16} and "keep them too" not in survey.notes[0]
+        # The input is one for all three.
         assert survey.kept_inputs == {"0.q": 16, "0.k": 16, "0.v": 16}
 
     def test_error_by_hand(self) -> None:
@@ -329,7 +336,8 @@ class TestKeepSensitive:
     def test_the_artefact_keeps_them(self, tmp_path: Path) -> None:
         write_checkpoint(tmp_path / "m", num_hidden_layers=2)
         steps: list[dict[str, Any]] = [
-            {"keep_sensitive": {"count": 3, "keep_bits": 16}}, {"activations": {"bits": 8}}, {"gptq": {"bits": 8}},
+            {"keep_sensitive": {"count": 3, "keep_bits": 16, "siblings": False}},
+            {"activations": {"bits": 8}}, {"gptq": {"bits": 8}},
         ]  # fmt: skip
         recipe = {"steps": steps, "calibration": {"samples": 3, "length": 30}}
         report = compress(tmp_path / "m", recipe, tmp_path / "o", calibration=TEXT)
@@ -377,7 +385,7 @@ class TestLearnedClipping:
             batches=lambda: iter([(x, x @ weight.T, torch.ones(2, 20, dtype=torch.bool))]),
         )  # fmt: skip
         groups = {"o": LearnedGroup()}
-        linears = fake_linears(block, groups, Grid(4, None, False), ("o",), learn_clip=True)
+        linears = fake_linears(block, groups, lambda columns: Grid(4, None, False), ("o",), learn_clip=True)
         # A rate that ruins everything: the start is what remains.
         history = learn_block(block, linears, groups, Schedule(3, 100.0, 100.0))
         assert history[-1] > history[0]

@@ -23,7 +23,7 @@ from torch import Tensor
 from tulle.core.allocation import divide
 from tulle.core.topk import Selection, check_share, top_k
 from tulle.errors import UserError
-from tulle.methods.contract import Key, Method, Stage, Survey
+from tulle.methods.contract import Decision, Key, Method, Stage, Survey
 
 DENSITIES = (0.3, 0.5, 0.75, 1.0, 1.25, 1.5)
 """Kept shares that are tried, as multiples of 1 − S."""
@@ -34,14 +34,16 @@ class ActivationBudget(Method):
     """Divides a budget of dropped inputs by what they cost the model; the selecting step that follows respects it."""
 
     stages: ClassVar[tuple[Stage, ...]] = ("model",)
-    allocates_inputs: ClassVar[bool] = True
+    settles: ClassVar[frozenset[Decision]] = frozenset({"input sparsities"})
 
     share: float = 0.5
-    """S: of the weights that a token does not read, in the targets' linears."""
+    """S: share of the weights that a token does not read, in the targets' linears."""
     per: Literal["role", "block"] = "role"
     """What shares one share: the linears of a block that read one input, or all of the block."""
     lowest: float = 0.0
+    """No unit gets a smaller share of dropped inputs."""
     highest: float = 0.9
+    """No unit gets a larger one."""
     tokens: int = 8192
     """Calibration tokens that costs are estimated on."""
 

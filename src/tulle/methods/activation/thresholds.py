@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tulle.core.topk import Selection, UnitScore, check_share, top_k
 from tulle.errors import UserError
-from tulle.methods.contract import BlockState, Method, Stage, Statistic
+from tulle.methods.contract import BlockState, Decision, Method, Stage, Statistic
 
 
 def threshold_for(x: Tensor, share: float) -> float:
@@ -40,16 +40,18 @@ class TEAL(Method):
 
     stages: ClassVar[tuple[Stage, ...]] = ("block",)
     needs: ClassVar[frozenset[Statistic]] = frozenset({"sample"})
-    selects: ClassVar[bool] = True
+    settles: ClassVar[frozenset[Decision]] = frozenset({"selection"})
 
     share: float = 0.5
-    """Of the inputs that are dropped."""
+    """Share of the inputs that are dropped."""
     kind: Literal["threshold", "top_k"] = "threshold"
+    """Inputs above a calibrated magnitude are kept, or the largest of every token in exact number."""
     block: int | None = None
     """Of top_k: channels that compete with each other; None: all."""
     unit: int = 1
     """Of top_k: consecutive channels that are kept or dropped together."""
     by: UnitScore = "max"
+    """What of a unit is compared: its largest magnitude (``max``) or its 2-norm (``norm``)."""
     rescale: bool = False
     """Gives a token its length back."""
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tulle.core.topk import UnitScore, check_share, top_k
 from tulle.errors import UserError
-from tulle.methods.contract import BlockState, Method, Stage
+from tulle.methods.contract import BlockState, Decision, Method, Stage
 
 
 def column_scores(weights: Sequence[Tensor]) -> Tensor:
@@ -33,15 +33,16 @@ class WINA(Method):
     """Drops the inputs that contribute least, by magnitude times column norm."""
 
     stages: ClassVar[tuple[Stage, ...]] = ("block",)
-    selects: ClassVar[bool] = True
+    settles: ClassVar[frozenset[Decision]] = frozenset({"selection"})
 
     share: float = 0.5
-    """Of the inputs that are dropped, in every token."""
+    """Share of the inputs that are dropped, in every token."""
     block: int | None = None
     """Channels that compete with each other; None: all."""
     unit: int = 1
     """Consecutive channels that are kept or dropped together."""
     by: UnitScore = "norm"
+    """What of a unit is compared: its largest magnitude (``max``) or its 2-norm (``norm``)."""
     rescale: bool = False
     """Gives a token its length back."""
 

@@ -32,7 +32,7 @@ from tulle.core.hessian import Hessian, check_damping
 from tulle.core.least_squares import refit_iterative
 from tulle.core.masks import check_sparsity, keep_share
 from tulle.errors import UserError
-from tulle.methods.contract import Key, Method, Stage, Survey
+from tulle.methods.contract import Decision, Key, Method, Stage, Survey
 
 DENSITIES = (0.4, 0.6, 0.8, 1.0, 1.25, 1.6, 2.0, 2.8)
 """Kept shares that are tried, as multiples of 1 − S."""
@@ -59,22 +59,26 @@ class Allocate(Method):
     """Divides a budget of pruned weights by what they cost the model; the pruning step that follows respects it."""
 
     stages: ClassVar[tuple[Stage, ...]] = ("model",)
-    allocates: ClassVar[bool] = True
+    settles: ClassVar[frozenset[Decision]] = frozenset({"sparsities"})
 
     sparsity: float
     """S, mean share of pruned weights."""
     budget: Literal["zeros", "bytes"] = "zeros"
+    """What is divided: pruned weights, or packed bytes."""
     bits: int = 16
-    """Of a kept weight, as the recipe is going to store it; matters to a budget of bytes when others keep more."""
+    """Bits of a kept weight, as the recipe is going to store it; matters to a budget of bytes when others keep more."""
     per: Literal["linear", "role", "block"] = "linear"
     """What shares one sparsity: nothing, the linears that read one input, or all of a block."""
     lowest: float = 0.0
+    """No linear gets a smaller share of pruned weights."""
     highest: float = 0.95
+    """No linear gets a larger one."""
     tokens: int = 8192
     """Calibration tokens that costs are estimated on."""
     damping: float = 0.01
+    """Added to the Hessian's diagonal, as a share of its mean."""
     steps: int = 10
-    """Of conjugate gradients per fit."""
+    """Steps of conjugate gradients per fit."""
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity, None)

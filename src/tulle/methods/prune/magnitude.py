@@ -6,11 +6,12 @@ The baseline of every pruning paper (Han et al. 2015, "Learning both Weights and
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from tulle.core.masks import Pattern, Scope, check_sparsity, keep, within
-from tulle.methods.contract import LinearState, Method, Statistics
+from tulle.methods.contract import Decision, LinearState, Method, Statistics
 
 
 def magnitude_score(weight: Tensor) -> Tensor:
@@ -21,6 +22,8 @@ def magnitude_score(weight: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Magnitude(Method):
     """Prunes the smallest weights. Exactly one of ``sparsity`` and ``pattern`` is set."""
+
+    settles: ClassVar[frozenset[Decision]] = frozenset({"mask"})
 
     sparsity: float | None = None
     """Share of pruned weights, in [0, 1)."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tulle.core.masks import check_sparsity
 from tulle.errors import UserError
-from tulle.methods.contract import Method, Stage, Statistic, Survey
+from tulle.methods.contract import Decision, Method, Stage, Statistic, Survey
 
 
 def outlier_share(scores: Sequence[Tensor], multiple: float = 5.0) -> float:
@@ -46,7 +46,7 @@ class OWL(Method):
 
     stages: ClassVar[tuple[Stage, ...]] = ("model",)
     needs: ClassVar[frozenset[Statistic]] = frozenset({"column_norm"})
-    allocates: ClassVar[bool] = True
+    settles: ClassVar[frozenset[Decision]] = frozenset({"sparsities"})
 
     sparsity: float
     """S, mean share of pruned weights."""

@@ -29,7 +29,7 @@ from tulle.core.masks import Pattern
 from tulle.core.permutation import efficacy, search
 from tulle.core.transform import Permutation, unfold
 from tulle.errors import UserError
-from tulle.methods.contract import BlockState, Method, Stage, Statistic, Survey
+from tulle.methods.contract import BlockState, Decision, Method, Stage, Statistic, Survey
 
 RESIDUAL = ("qkv", "gate_up")
 MOST_SCORES = 1 << 26
@@ -41,10 +41,14 @@ class PermuteChannels(Method):
     """Orders input channels so that an N:M mask retains the most; targets say which."""
 
     stages: ClassVar[tuple[Stage, ...]] = ("model", "block")
+    settles: ClassVar[frozenset[Decision]] = frozenset({"order"})
 
     pattern: str = "2:4"
+    """``"N:M"`` of the pruning step that follows."""
     score: Literal["magnitude", "wanda"] = "wanda"
+    """What is retained: the weights' sizes, or those times the norms of their inputs."""
     power: float = 2.0
+    """p, the power of a score that is summed up; 2 counts squared errors."""
     residual: bool = True
     """Permute the residual stream for q, k, v and gate, up."""
     effort: float = 1.0

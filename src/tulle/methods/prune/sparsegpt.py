@@ -26,12 +26,12 @@ from torch import Tensor
 
 from tulle.core import compiled
 from tulle.core.descent import descend
-from tulle.core.grid import Grid, Quantised, code, find_steps
+from tulle.core.grid import Grid, GroupSize, Quantised, code, find_steps
 from tulle.core.hessian import Factor
 from tulle.core.masks import Pattern, check_sparsity, keep, keep_pattern, largest, within
 from tulle.core.swaps import check_swaps
 from tulle.core.sweep import sweep
-from tulle.methods.contract import LinearState, Statistic, Statistics
+from tulle.methods.contract import Decision, LinearState, Statistic, Statistics
 from tulle.methods.pruner import Pruner
 
 
@@ -136,10 +136,12 @@ class SparseGPT(Pruner):
     refit: bool = True
     """Fit the kept weights exactly after the sweep (with ``bits``: coordinate descent on codes and steps)."""
     bits: int | None = None
-    """Round the kept weights to this many bits in the same sweep; None leaves them in floating point."""
-    group_size: int | None = None
-    """Input channels per step; None: one step per output channel."""
+    """Round the kept weights to this many bits in the same sweep; null leaves them in floating point."""
+    group_size: GroupSize = None
+    """Input channels per step. ``auto`` (``auto-64``, ``auto-32``): the largest number of at most 128 (64, 32) that
+    fits, for every linear (:func:`tulle.core.grid.fitting_group`). Null: one step per output channel."""
     symmetric: bool = True
+    """True: codes lie around 0, no zero points; false: every step has a zero point of its own."""
     clip_search: int = 20
     """Clip ratios tried for every step, weighted by the Hessian's diagonal; 0 takes the extremes."""
     descent: int = 4
@@ -152,16 +154,20 @@ class SparseGPT(Pruner):
         check_swaps(self.swaps, self.refit and self.bits is None)
         self._grid()
 
-    def _grid(self) -> Grid | None:
-        return None if self.bits is None else Grid(self.bits, self.group_size, self.symmetric)
+    @property
+    def settles(self) -> frozenset[Decision]:  # type: ignore[override]
+        return frozenset({"mask"} if self.bits is None else {"mask", "codes"})
+
+    def _grid(self, columns: int | None = None) -> Grid | None:
+        return None if self.bits is None else Grid.of(self.bits, self.group_size, self.symmetric, columns)
 
     def validate(self, name: str, shape: tuple[int, int]) -> None:
         super().validate(name, shape)
-        if grid := self._grid():
+        if grid := self._grid(shape[1]):
             grid.check(name, shape[1])
 
     def apply_linear(self, linear: LinearState, statistics: Statistics) -> None:
-        hessian, grid = statistics.hessian, self._grid()
+        hessian, grid = statistics.hessian, self._grid(linear.weight.shape[1])
         assert hessian is not None
         pattern = check_sparsity(self.sparsity, self.pattern)
         factor = hessian.factor(self.damping)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tulle.core.token_grid import TokenGrid
-from tulle.methods.contract import BlockState, Method, Stage
+from tulle.methods.contract import BlockState, Decision, Method, Stage
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,12 @@ class Activations(Method):
     """Rounds the inputs of linears per token to ``bits``."""
 
     stages: ClassVar[tuple[Stage, ...]] = ("block",)
+    settles: ClassVar[frozenset[Decision]] = frozenset({"inputs"})
 
     bits: int = 4
+    """Bits of an input's code, 2 to 8."""
     symmetric: bool = False
+    """True: codes lie around 0; false: every token has a zero point of its own."""
     clip: float = 1.0
     """The range of a token is multiplied by this ratio before it is divided into steps."""
 

@@ -39,11 +39,15 @@ class AffineQuant(Learned):
     """Learned block-diagonal affine maps with learned clipping; comes after ``activations``."""
 
     block: int = 128
+    """Channels that one matrix mixes; a width that it does not divide takes its largest divisor below."""
     alpha: float = 0.1
-    """Of entries off the diagonal: their gradients shrink with it."""
+    """Factor of the entries off the diagonal: their gradients shrink with it."""
     epochs: int = 20
+    """Passes over the calibration sequences, per block; the mask opens over them."""
     rate: float = 5e-3
+    """Peak learning rate of the matrices."""
     clip_rate: float = 1e-2
+    """Peak learning rate of the clip ratios' logits."""
     inputs: bool = True
     """Learn the clip ratio of activations too."""
 
@@ -76,7 +80,7 @@ class AffineQuant(Learned):
             )
             for role in roles
         }
-        linears = fake_linears(block, groups, self.grid(), roles, learn_clip=True)
+        linears = fake_linears(block, groups, self.grid, roles, learn_clip=True)
         schedule = Schedule(self.epochs, self.rate, self.clip_rate)
         history = learn_block(block, linears, groups, schedule, widen, keep_best=False)
         self.keep_clips(block, groups, linears)

@@ -32,7 +32,7 @@ from torch import Tensor
 from tulle.core.rotation import greedy_rotation, random_permutation, zigzag
 from tulle.core.transform import BlockMatrix, Hadamard, Permutation, Transform
 from tulle.errors import UserError
-from tulle.methods.contract import BlockState, GroupState, Method, Stage, Statistic
+from tulle.methods.contract import BlockState, Decision, GroupState, Method, Stage, Statistic
 
 
 def block_size(columns: int, wanted: int) -> int:
@@ -46,6 +46,7 @@ class DuQuant(Method):
 
     stages: ClassVar[tuple[Stage, ...]] = ("block",)
     needs: ClassVar[frozenset[Statistic]] = frozenset({"rows", "absmax"})
+    settles: ClassVar[frozenset[Decision]] = frozenset({"rotation"})
 
     steps: int = 256
     """N, steps of the greedy search."""
@@ -55,8 +56,11 @@ class DuQuant(Method):
     permutations: int = 1
     """How many times a permutation and another rotation follow R̂₁."""
     permutation: Literal["zigzag", "random", "none"] = "zigzag"
+    """How channels are dealt to the blocks: back and forth by falling maximum, at random, or not at all."""
     rotation: Literal["greedy", "hadamard", "none"] = "greedy"
+    """The matrix of a block: the paper's search, a fixed Hadamard matrix, or none."""
     choose: Literal["channel", "row_index"] = "channel"
+    """Which channel a greedy step takes: that of the largest input (paper), or the maximum's row (public code)."""
 
     def __post_init__(self) -> None:
         if self.block < 2 or self.block & (self.block - 1):

@@ -57,14 +57,16 @@ class FlatQuant(Learned):
     start: Size = "rms"
     """c starts as (‖X_j‖/‖W_j‖)^½, or with ``max`` as the authors' SmoothQuant scale of α = 0.3."""
     epochs: int = 15
+    """Passes over the calibration sequences, per block."""
     rate: float = 5e-3
+    """Peak learning rate of P₁ and P₂."""
     clip_rate: float = 5e-2
     """Of clipping logits and of c: ten times the maps', as the authors have it."""
 
     def prepare(self, block: BlockState, roles: tuple[str, ...]) -> None:
         maps = {role: _Maps(block, role, self.start) for role in roles}
         groups = {role: maps[role].group() for role in roles}
-        linears = fake_linears(block, groups, self.grid(), roles, learn_clip=True)
+        linears = fake_linears(block, groups, self.grid, roles, learn_clip=True)
         history = learn_block(block, linears, groups, Schedule(self.epochs, self.rate, self.clip_rate))
         self.keep_clips(block, groups, linears)
         for role in roles:

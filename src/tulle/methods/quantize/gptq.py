@@ -24,11 +24,11 @@ from torch import Tensor
 
 from tulle.core import compiled
 from tulle.core.descent import descend
-from tulle.core.grid import Grid, Quantised, code, find_steps
+from tulle.core.grid import Grid, GroupSize, Quantised, code, find_steps
 from tulle.core.hessian import Factor, check_damping
 from tulle.core.sweep import sweep
 from tulle.core.token_grid import TokenGrid
-from tulle.methods.contract import LinearState, Method, Statistic, Statistics
+from tulle.methods.contract import Decision, LinearState, Method, Statistic, Statistics
 
 
 class _Rounder:
@@ -78,10 +78,14 @@ class GPTQ(Method):
     needs: ClassVar[frozenset[Statistic]] = frozenset({"hessian"})
 
     bits: int = 4
-    group_size: int | None = None
-    """Input channels per step; None: one step per output channel."""
+    """Bits of a weight's code, 2 to 8."""
+    group_size: GroupSize = None
+    """Input channels per step. ``auto`` (``auto-64``, ``auto-32``): the largest number of at most 128 (64, 32) that
+    fits, for every linear (:func:`tulle.core.grid.fitting_group`). Null: one step per output channel."""
     symmetric: bool = True
+    """True: codes lie around 0, no zero points; false: every step has a zero point of its own."""
     act_order: bool = True
+    """Round the channels of the largest inputs first (falling diagonal of the Hessian)."""
     clip_search: int = 20
     """Clip ratios tried for every step; 0 takes the extremes."""
     descent: int = 4
@@ -93,21 +97,25 @@ class GPTQ(Method):
     block: int = 32
     """Columns between two updates of the rest of the matrix; changes the speed alone."""
     input_bits: Literal[4, 6, 8] | None = None
-    """Quantise the linear's input per token, symmetric and dynamic; None leaves it alone. The step ``activations`` does
+    """Quantise the linear's input per token, symmetric and dynamic; null leaves it alone. The step ``activations`` does
     the same before the statistics are taken, with more settings."""
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
         self._grid()
 
-    def _grid(self) -> Grid:
-        return Grid(self.bits, self.group_size, self.symmetric)
+    @property
+    def settles(self) -> frozenset[Decision]:  # type: ignore[override]
+        return frozenset({"codes"} if self.input_bits is None else {"codes", "inputs"})
+
+    def _grid(self, columns: int | None = None) -> Grid:
+        return Grid.of(self.bits, self.group_size, self.symmetric, columns)
 
     def validate(self, name: str, shape: tuple[int, int]) -> None:
-        self._grid().check(name, shape[1])
+        self._grid(shape[1]).check(name, shape[1])
 
     def apply_linear(self, linear: LinearState, statistics: Statistics) -> None:
-        hessian, grid = statistics.hessian, self._grid()
+        hessian, grid = statistics.hessian, self._grid(linear.weight.shape[1])
         assert hessian is not None
         factor = hessian.factor(self.damping, self.act_order)
         linear.notes += hessian.remarks(self.damping, factor.damping)

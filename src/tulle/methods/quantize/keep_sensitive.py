@@ -7,7 +7,8 @@ scored by its output error on sampled tokens
 
 The ``count`` largest keep ``keep_bits`` (16: not quantised at all). "Enabling High-Sparsity Foundational Llama Models"
 (Agarwalla et al. 2024) leaves the 5 linears with the largest output error out of W8A8. Where a linear keeps its input's
-bits, its siblings share that input.
+bits, its siblings share that input. By default the siblings keep their weights' bits too: readers that compute q, k, v
+or gate, up as one linear want one scheme for them.
 
 The score is of plain rounding, before any smoothing or rotation but those of the residual stream that come first.
 """
@@ -19,10 +20,10 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from tulle.core.grid import Grid, find_steps, grouped, round_to_grid
+from tulle.core.grid import Grid, GroupSize, find_steps, grouped, round_to_grid
 from tulle.core.token_grid import TokenGrid
 from tulle.errors import UserError
-from tulle.methods.contract import Method, Stage, Statistic, Survey
+from tulle.methods.contract import Decision, Method, Stage, Statistic, Survey
 
 
 def output_error(weight: Tensor, x: Tensor, grid: Grid, tokens: TokenGrid | None, relative: bool = True) -> float:
@@ -42,17 +43,27 @@ class KeepSensitive(Method):
 
     stages: ClassVar[tuple[Stage, ...]] = ("model",)
     needs: ClassVar[frozenset[Statistic]] = frozenset({"rows"})
+    settles: ClassVar[frozenset[Decision]] = frozenset({"bits"})
 
     count: int = 5
+    """Linears that are chosen, in the whole model."""
     keep_bits: int = 16
+    """Bits that they keep: 2 to 8, or 16 for not quantised."""
+    siblings: bool = True
+    """Keep the bits of a chosen linear's siblings (q, k, v; gate, up) too. Readers such as vLLM fuse them and refuse a
+    model that gives them different schemes."""
     bits: int = 8
-    """Of the weights, as the recipe is going to quantise them."""
-    group_size: int | None = None
+    """Bits of a weight's code, as the recipe is going to quantise."""
+    group_size: GroupSize = None
+    """Input channels per step, as the recipe is going to quantise."""
     symmetric: bool = True
+    """Whether the weights' codes lie around 0."""
     input_bits: int | None = 8
-    """Of the inputs; None: not quantised."""
+    """Bits of an input's code; null: not quantised."""
     input_symmetric: bool = True
+    """Whether the inputs' codes lie around 0."""
     error: Literal["relative", "absolute"] = "relative"
+    """Score by e, or by its numerator per token."""
 
     def __post_init__(self) -> None:
         self._grids()
@@ -61,15 +72,14 @@ class KeepSensitive(Method):
         if not 2 <= self.keep_bits <= 8 and self.keep_bits != 16:
             raise UserError(f"expected keep_bits of 2 to 8, or 16, found {self.keep_bits}; 16 is not quantised")
 
-    def _grids(self) -> tuple[Grid, TokenGrid | None]:
+    def _grids(self, columns: int | None = None) -> tuple[Grid, TokenGrid | None]:
         tokens = None if self.input_bits is None else TokenGrid(self.input_bits, self.input_symmetric)
-        return Grid(self.bits, self.group_size, self.symmetric), tokens
+        return Grid.of(self.bits, self.group_size, self.symmetric, columns), tokens
 
     def validate(self, name: str, shape: tuple[int, int]) -> None:
-        self._grids()[0].check(name, shape[1])
+        self._grids(shape[1])[0].check(name, shape[1])
 
     def plan(self, survey: Survey, roles: tuple[str, ...]) -> None:
-        grid, tokens = self._grids()
         scores: dict[str, float] = {}
         siblings: dict[str, list[str]] = {}
         for index in range(survey.layers):
@@ -79,10 +89,17 @@ class KeepSensitive(Method):
                 for name, full in zip(survey.roles[role], names, strict=True):
                     weight = tensors[f"{name}.weight"]
                     x = survey.rows(index, role)
+                    grid, tokens = self._grids(weight.shape[1])
                     scores[full] = output_error(weight, x, grid, tokens, self.error == "relative")
                     siblings[full] = names
         for name in sorted(scores, key=lambda n: (-scores[n], n))[: self.count]:
             survey.kept[name] = self.keep_bits
+            note = f"{name} keeps {self.keep_bits} bits: output error {scores[name]:.3g}"
             for sibling in siblings[name]:
                 survey.kept_inputs[sibling] = self.keep_bits
-            survey.notes.append(f"{name} keeps {self.keep_bits} bits: output error {scores[name]:.3g}")
+            others = [sibling for sibling in siblings[name] if sibling != name] if self.siblings else []
+            survey.kept |= dict.fromkeys(others, self.keep_bits)
+            if others:
+                also = " and ".join(sibling.rpartition(".")[2] for sibling in others)
+                note += f"; {also} keep{'s' if len(others) == 1 else ''} them too, for readers that fuse the group"
+            survey.notes.append(note)

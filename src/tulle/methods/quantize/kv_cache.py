@@ -7,12 +7,14 @@ the transform covers its largest factor that has a Hadamard matrix. Values are r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from tulle.core.head_grids import HeadGrids
 from tulle.core.token_grid import TokenGrid
-from tulle.methods.contract import BlockState, Method, Stage
+from tulle.methods.contract import BlockState, Decision, Method, Stage
+from tulle.models.description import ROLES
 
 
 @dataclass(frozen=True)
@@ -20,13 +22,21 @@ class KVCache(Method):
     """Rounds keys and values (and queries, if asked) to ``bits``. Targets do not matter."""
 
     stages: ClassVar[tuple[Stage, ...]] = ("block",)
+    settles: ClassVar[frozenset[Decision]] = frozenset({"cache"})
 
     bits: int = 4
+    """Bits of a cached key's or value's code, 2 to 8."""
     query_bits: int | None = None
-    """Queries are not cached; DuQuant rounds them all the same. None leaves them alone."""
+    """Bits of a query's code. Queries are not cached; DuQuant rounds them all the same. Null leaves them alone."""
     symmetric: bool = False
+    """True: codes lie around 0; false: every token and head has a zero point of its own."""
     clip: float = 1.0
+    """The range of a token and head is multiplied by this ratio before it is divided into steps."""
     hadamard: bool = True
+    """Spread queries and keys over head_dim by a Hadamard matrix before they are rounded."""
+
+    def settled_roles(self, decision: Decision, roles: Sequence[str]) -> Sequence[str]:
+        return ROLES  # targets do not matter
 
     def __post_init__(self) -> None:
         self._grids()

@@ -28,11 +28,15 @@ class LearnedClipping(Learned):
     """Learns the ends of the weights' grids; comes after transforms and ``activations``."""
 
     epochs: int = 20
+    """Passes over the calibration sequences, per block."""
     rate: float = 5e-3
-    """Learning rate: 5e-3 in the paper, 1e-2 in the authors' code."""
+    """Learning rate of the clip ratios' logits: 5e-3 in the paper, 1e-2 in the authors' code."""
     inputs: bool = False
+    """Learn the clip ratio of the activations too, one per group of linears."""
     scales: bool = False
+    """Learn a scale per input channel too (OmniQuant's equivalent transformation)."""
     scale_rate: float = 5e-3
+    """Learning rate of the scales' logarithms."""
 
     def prepare(self, block: BlockState, roles: tuple[str, ...]) -> None:
         scales, groups = {}, {}
@@ -42,7 +46,7 @@ class LearnedClipping(Learned):
                 scales[role] = LearnedScale(block, role, torch.ones(block.groups[role].linears[0].dense.shape[1]))
                 group.before, group.parameters = scales[role].maps, [scales[role].parameter]
             groups[role] = group
-        linears = fake_linears(block, groups, self.grid(), roles, learn_clip=True)
+        linears = fake_linears(block, groups, self.grid, roles, learn_clip=True)
         history = learn_block(block, linears, groups, Schedule(self.epochs, self.scale_rate, self.rate))
         self.keep_clips(block, groups, linears)
         for role, scale in scales.items():

@@ -26,7 +26,7 @@ from tulle.core.paley import hadamard_block
 from tulle.core.rotation import greedy_rotation, zigzag
 from tulle.core.transform import BlockMatrix, Hadamard, Permutation
 from tulle.errors import UserError
-from tulle.methods.contract import BlockState, Method, Stage, Statistic
+from tulle.methods.contract import BlockState, Decision, Method, Stage, Statistic
 
 
 def zigzag_within_heads(absmax: Tensor, heads: int, kv_heads: int, head_dim: int, block: int) -> Tensor:
@@ -46,16 +46,19 @@ class PeRQ(Method):
 
     stages: ClassVar[tuple[Stage, ...]] = ("block",)
     needs: ClassVar[frozenset[Statistic]] = frozenset({"rows", "absmax"})
+    settles: ClassVar[frozenset[Decision]] = frozenset({"rotation"})
 
     block: int = 128
     """Channels that the rotation mixes; a width it does not divide takes its largest fitting divisor. 0: the whole
     width, where it has a Hadamard matrix."""
     permute: bool = True
+    """Deal the channels to the blocks before the rotation."""
     gather: bool = True
     """Permute at run time where the permutation cannot be folded."""
     rotation: Literal["hadamard", "greedy"] = "hadamard"
+    """The matrix of a block: a Hadamard matrix with random signs, or DuQuant's search."""
     steps: int = 256
-    """Of the greedy search."""
+    """Steps of the greedy search."""
 
     def __post_init__(self) -> None:
         if self.block < 0 or self.block & (self.block - 1):

@@ -26,7 +26,7 @@ from tulle.core.hadamard import hadamard_matrix
 from tulle.core.paley import hadamard_block
 from tulle.core.transform import Diagonal, Hadamard, Kronecker
 from tulle.errors import UserError
-from tulle.methods.contract import BlockState, Method, Stage, Survey
+from tulle.methods.contract import BlockState, Decision, Method, Stage, Survey
 
 
 def random_signs(count: int, generator: torch.Generator) -> Tensor:
@@ -39,14 +39,20 @@ class QuaRot(Method):
     """The rotations of QuaRot; each can be left out. Targets do not matter."""
 
     stages: ClassVar[tuple[Stage, ...]] = ("model", "block")
+    settles: ClassVar[frozenset[Decision]] = frozenset({"rotation"})
 
     residual: bool = True
+    """Rotate the residual stream, offline."""
     heads: bool = True
-    """v and o, head by head, offline."""
+    """Rotate v and o, head by head, offline."""
     across_heads: bool = True
-    """o's input across heads, at run time (where the number of heads has a Hadamard matrix)."""
+    """Rotate o's input across heads, at run time (where the number of heads has a Hadamard matrix)."""
     down: bool = True
-    """down's input, at run time."""
+    """Rotate down's input, at run time."""
+
+    def settled_roles(self, decision: Decision, roles: Sequence[str]) -> Sequence[str]:
+        # Of rotations at run time; targets do not matter. Bases of the stream and the values: see plan.
+        return [role for role, rotated in (("o", self.across_heads), ("down", self.down)) if rotated]
 
     def changes_residual_basis(self, roles: Sequence[str]) -> bool:
         return self.residual

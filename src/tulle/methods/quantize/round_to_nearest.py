@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tulle.core.grid import Grid, Quantised, code, extremes, find_steps, grouped, row_chunks
+from tulle.core.grid import Grid, GroupSize, Quantised, code, extremes, find_steps, grouped, row_chunks
 from tulle.core.token_grid import TokenGrid
 from tulle.errors import UserError
-from tulle.methods.contract import LinearState, Method, Statistics
+from tulle.methods.contract import Decision, LinearState, Method, Statistics
 
 
 def round_to_nearest(
@@ -42,15 +42,18 @@ class RoundToNearest(Method):
     """Rounds weights to ``bits``; keeps a mask that exists."""
 
     bits: int = 8
-    group_size: int | None = None
-    """Input channels per step; None: one step per output channel."""
+    """Bits of a weight's code, 2 to 8."""
+    group_size: GroupSize = None
+    """Input channels per step. ``auto`` (``auto-64``, ``auto-32``): the largest number of at most 128 (64, 32) that
+    fits, for every linear (:func:`tulle.core.grid.fitting_group`). Null: one step per output channel."""
     symmetric: bool = True
+    """True: codes lie around 0, no zero points; false: every step has a zero point of its own."""
     clip_search: int = 0
     """Clip ratios tried for every step; 0 takes the extremes."""
     clip: float = 1.0
     """Fixed ratio of the extremes (DuQuant without learned clipping takes 0.8)."""
     input_bits: Literal[4, 6, 8] | None = None
-    """Quantise the linear's input per token, symmetric and dynamic; None leaves it alone. The step ``activations`` does
+    """Quantise the linear's input per token, symmetric and dynamic; null leaves it alone. The step ``activations`` does
     the same before the statistics are taken, with more settings."""
 
     def __post_init__(self) -> None:
@@ -58,14 +61,18 @@ class RoundToNearest(Method):
         if not 0 < self.clip <= 1:
             raise UserError(f"expected a weight clip above 0 and at most 1, found {self.clip}; try 0.8")
 
-    def _grid(self) -> Grid:
-        return Grid(self.bits, self.group_size, self.symmetric)
+    @property
+    def settles(self) -> frozenset[Decision]:  # type: ignore[override]
+        return frozenset({"codes"} if self.input_bits is None else {"codes", "inputs"})
+
+    def _grid(self, columns: int | None = None) -> Grid:
+        return Grid.of(self.bits, self.group_size, self.symmetric, columns)
 
     def validate(self, name: str, shape: tuple[int, int]) -> None:
-        self._grid().check(name, shape[1])
+        self._grid(shape[1]).check(name, shape[1])
 
     def apply_linear(self, linear: LinearState, statistics: Statistics) -> None:
-        ranges, grid = linear.ranges, self._grid()
+        ranges, grid = linear.ranges, self._grid(linear.weight.shape[1])
         if ranges is None and self.clip < 1:
             ranges = extremes(linear.weight, grid, linear.mask)
         if ranges is not None:

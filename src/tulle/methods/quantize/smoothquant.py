@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tulle.errors import UserError
-from tulle.methods.contract import BlockState, Method, Stage, Statistic
+from tulle.methods.contract import BlockState, Decision, Method, Stage, Statistic
 from tulle.methods.smoothing import Size, group_smoothing
 
 
@@ -26,10 +26,10 @@ class SmoothQuant(Method):
 
     stages: ClassVar[tuple[Stage, ...]] = ("block",)
     needs: ClassVar[frozenset[Statistic]] = frozenset({"absmax", "column_norm"})
+    settles: ClassVar[frozenset[Decision]] = frozenset({"smoothing"})
 
     alpha: float = 0.5
-    """How much of the difficulty moves to the weights; DuQuant takes 0.6."""
-
+    """How much of the difficulty moves to the weights, from 0 to 1; DuQuant takes 0.6."""
     size: Size = "max"
     """``rms`` takes norms for the maxima, which is right in front of a rotation (:mod:`tulle.methods.smoothing`)."""
 

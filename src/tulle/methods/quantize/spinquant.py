@@ -49,13 +49,17 @@ class SpinQuant(Method):
     needs: ClassVar[frozenset[Statistic]] = frozenset({"rows"})
 
     bits: int = 4
-    """Of the weights."""
+    """Bits of a weight's code, as the rotation is fitted to."""
     symmetric: bool = True
+    """Whether the weights' codes lie around 0."""
     input_bits: int = 4
+    """Bits of an input's code."""
     input_symmetric: bool = False
+    """Whether the inputs' codes lie around 0."""
     input_clip: float = 1.0
+    """The range of a token's inputs is multiplied by this ratio."""
     steps: int = 200
-    """Each on every linear that reads the stream of one block, in turn."""
+    """Gradient steps, each on every linear that reads the stream of one block, in turn."""
     rate: float = 0.5
     """Length of a step on the manifold (norm of η·Y), falling linearly to 0."""
 

@@ -64,6 +64,7 @@ class BitNet(TrainingMethod):
     """Trains with ternary weights and rounded inputs. Settings as in the equations above."""
 
     sharded: ClassVar[bool] = False  # α is a mean over the whole matrix
+    settles: ClassVar[frozenset[str]] = frozenset({"forward"})
 
     input_bits: int | None = 8
     """Of Q(x); null leaves the inputs as they are."""

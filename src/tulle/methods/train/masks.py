@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ class HeldMasks(TrainingMethod):
 
     ``prepare`` raises ``UserError`` for a model without any.
     """
+
+    settles: ClassVar[frozenset[str]] = frozenset({"mask"})
 
     native: bool = False
     """Compute with the kept entries only (``sparse_linear``: float32 on the CPU, one parameter vector per linear, which

@@ -56,6 +56,14 @@ METHODS: dict[str, str] = {
 """Name in a training recipe → settings class, imported when a recipe asks for it."""
 
 
+DOES = {
+    "mask": "chooses or holds the mask",
+    "forward": "puts other weights into the forward pass",
+    "selection": "selects inputs",
+}
+"""What two methods cannot both do to one role, in a message."""
+
+
 @dataclasses.dataclass(eq=False)
 class TrainingMethod:
     """A method that does nothing; subclasses override what they need."""
@@ -67,6 +75,8 @@ class TrainingMethod:
     """``loss_terms`` wants the model's outputs with ``hidden_states``."""
     sharded: ClassVar[bool] = True
     """Works when FSDP2 has sharded the weights."""
+    settles: ClassVar[frozenset[str]] = frozenset()
+    """Keys of :data:`DOES`: what no other method of a stage may do to the same role."""
 
     def __post_init__(self) -> None:
         for role in self.targets:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -52,11 +52,14 @@ class QSparse(TrainingMethod):
     Raises ``UserError`` for fractions outside their range, roles that do not exist, and ``end`` without Top-K.
     """
 
+    settles: ClassVar[frozenset[str]] = frozenset({"selection"})
+
     share: float = 0.3
     """Fraction of the inputs that is dropped, in every token."""
     shares: dict[str, float] = field(default_factory=dict)
     """Role → its own fraction."""
     kind: Literal["top_k", "relu", "none"] = "top_k"
+    """``top_k`` keeps the largest inputs of a token; ``relu`` puts ReLU behind the norms; ``none`` drops nothing."""
     block: int | None = None
     """Channels that compete with each other; None: all of the token."""
     unit: int = 1

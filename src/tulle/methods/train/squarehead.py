@@ -58,11 +58,13 @@ class SquareHead(TrainingMethod):
     teacher: str = ""
     """In a recipe: a model folder, or the name of an earlier stage. In Python call :meth:`teach` instead."""
     weight: float = 1.0
-    """Of the layer-wise term."""
+    """Weight of the layer-wise term."""
     kl: float = 0.0
     """Weight of the term on the logits."""
     temperature: float = 1.0
+    """T, which divides the logits of both models."""
     epsilon: float = 1e-6
+    """ε, added to the mean square of the teacher's states."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -60,6 +60,8 @@ class STE(TrainingMethod):
     ``prepare`` raises ``UserError`` for linears whose input channels are no multiple of M.
     """
 
+    settles: ClassVar[frozenset[str]] = frozenset({"mask", "forward"})
+
     pattern: str = "2:4"
     """N kept in every M consecutive input channels."""
 
@@ -131,7 +133,7 @@ class SRSTE(STE):
     """STE with the decay of pruned weights in the gradient."""
 
     decay: float = 2e-4  # type: ignore[misc]
-    """λ."""
+    """λ, the decay of the pruned weights that is added to the gradient."""
 
 
 @dataclass(eq=False)

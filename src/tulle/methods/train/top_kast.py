@@ -79,13 +79,14 @@ class TopKAST(TrainingMethod):
     """
 
     sharded: ClassVar[bool] = False
+    settles: ClassVar[frozenset[str]] = frozenset({"mask", "forward"})
 
     forward_sparsity: float = 0.8
-    """1 − D."""
+    """1 − D: share of the weights that the forward pass leaves out."""
     backward_sparsity: float = 0.5
-    """1 − (D + M)."""
+    """1 − (D + M): share of the weights that get no gradient."""
     penalty: float = 1e-4
-    """λ."""
+    """λ of the penalty on the weights that are trained."""
     refresh: int = 100
     """Optimizer steps between two choices of the masks."""
     explore: float = 0.5
