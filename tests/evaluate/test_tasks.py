@@ -49,6 +49,12 @@ def test_multiple_choice(tmp_path: Path) -> None:
     assert found["accuracy_stderr"] == pytest.approx(math.sqrt(2 / 3 * 1 / 3 / 2))
 
 
+def test_one_row_has_no_standard_error(tmp_path: Path) -> None:
+    row = {"query": "The sky is", "choices": ["blue", "xqzk"], "gold": 0}
+    found = evaluate_task(spells("blue"), TOKENIZER, write(tmp_path / "sky.jsonl", row))
+    assert (found["accuracy"], found["accuracy_stderr"], found["accuracy_norm_stderr"]) == (1.0, None, None)
+
+
 def test_length_normalisation_does_not_favour_short_choices(tmp_path: Path) -> None:
     # "green" has likely pairs only; "x" is one unlikely letter, so its sum is greater, but not per byte.
     model = spells("green")

@@ -107,6 +107,7 @@ def test_task_table() -> None:
     }
     text = printed(task_table("m", [task]))
     assert "25.0 % ± 3.1" in text and "–" in text and "200" in text
+    assert "± " not in printed(task_table("m", [task | {"accuracy_stderr": None}]))
 
 
 def test_outliers_are_lines() -> None:

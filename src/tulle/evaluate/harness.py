@@ -41,7 +41,7 @@ def evaluate_named(model: Any, tokenizer: Any, name: str, *, limit: int | None =
     return TaskScore(
         task=name,
         accuracy=_value(results, "acc"),
-        accuracy_stderr=_value(results, "acc_stderr"),
+        accuracy_stderr=_optional(results, "acc_stderr"),
         accuracy_norm=_optional(results, "acc_norm"),
         accuracy_norm_stderr=_optional(results, "acc_norm_stderr"),
         examples=int(found.get("n-samples", {}).get(name, {}).get("effective", 0)),

@@ -28,11 +28,11 @@ ROW_KINDS = "query+choices+gold, context_options+continuation+gold, or context+c
 
 
 class TaskScore(TypedDict):
-    """Accuracies in [0, 1]; ``accuracy_norm`` is None for tasks without choices."""
+    """Accuracies in [0, 1]; ``accuracy_norm`` is None for tasks without choices, standard errors for a single row."""
 
     task: str
     accuracy: float
-    accuracy_stderr: float
+    accuracy_stderr: float | None
     accuracy_norm: float | None
     accuracy_norm_stderr: float | None
     examples: int
@@ -138,5 +138,5 @@ def evaluate_task(
     )
 
 
-def _standard_error(p: float, n: int) -> float:
-    return math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else math.nan
+def _standard_error(p: float, n: int) -> float | None:
+    return math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else None

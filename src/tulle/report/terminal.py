@@ -172,7 +172,9 @@ def demo_table(found: Mapping[str, Any], width: int = WIDE) -> Table:
 
 
 def _accuracy(value: float | None, error: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} % ± {100 * (error or 0):.1f}"
+    if value is None:
+        return "–"
+    return f"{100 * value:.1f} %" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
 def _table(*columns: str, title: str | None = None) -> Table:
