@@ -349,15 +349,20 @@ def replaced(file: Path, state: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("what", ["all", "one number of one tensor"])
 def test_weights_replaced_with_size_and_mtime_kept(what: str, tmp_path: Path) -> None:
-    """The engine's copy of the weights is made again: no mixture of old linears and new embeddings."""
-    model = write_checkpoint(tmp_path / "m")
+    """The engine's copy of the weights is made again: no mixture of old linears and new embeddings. The one number
+    stands outside of the page that the key holds, so that ctime alone tells."""
+    model = write_checkpoint(tmp_path / "m", intermediate_size=4096)
     first = by_engine(tmp_path / "m")
     assert (tmp_path / "m/.engine").is_dir()
     state = {k: v.clone() for k, v in model.state_dict().items()}
     if what == "all":
         state = {k: v + 0.2 for k, v in state.items()}
     else:
-        state["model.layers.1.mlp.up_proj.weight"][5, 7] += 3
+        name = "model.layers.1.mlp.up_proj.weight"
+        table = state[name].view(-1)
+        page, size = identity.page(name, 0, table.nbytes)
+        at = (page + size) % table.nbytes // table.itemsize + 128
+        table[at] += 100
     replaced(tmp_path / "m/model.safetensors", state)
     model.load_state_dict(state)
     assert_computes(tmp_path / "m", model)
