@@ -314,6 +314,15 @@ def changed(content: Any, choice: random.Random) -> Any:
     return content
 
 
+def load_recipes() -> None:
+    """All methods, so that their import counts for no input."""
+    from tulle.compression.recipe import METHODS, method_class
+    from tulle.training.recipe import TrainRecipe  # noqa: F401
+
+    for name in METHODS:
+        method_class(name)
+
+
 def instrument() -> None:
     """Makes Tulle's functions report what they reach. (atheris' own import hook sees nothing of an editable install,
     which brings its own.)"""
@@ -327,11 +336,7 @@ def instrument() -> None:
 def main() -> None:
     reader = READERS[sys.argv[1]]
     if reader is recipe:
-        from tulle.compression.recipe import METHODS, method_class
-        from tulle.training.recipe import TrainRecipe  # noqa: F401
-
-        for name in METHODS:
-            method_class(name)
+        load_recipes()
     instrument()
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MORE_MEMORY, resource.RLIM_INFINITY))

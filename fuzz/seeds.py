@@ -30,7 +30,7 @@ SMALL = {
 }  # fmt: skip
 
 
-# The engine ------------------------------------------------------------------------------------------------------------
+# The engine ----------------------------------------------------------------------------------------------------
 
 LAYOUTS, KINDS = range(6), range(5)
 
@@ -83,7 +83,7 @@ def configs() -> Iterator[dict[str, Any]]:
     for scaling in (
         {"rope_type": "linear", "factor": 2.0},
         {"rope_type": "dynamic", "factor": 2.0},
-        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 32, "truncate": False},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "truncate": False},
         {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
          "original_max_position_embeddings": 32},
         {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
@@ -215,9 +215,9 @@ def tokenizers() -> Iterator[dict[str, Any]]:
 
 
 def templates() -> Iterator[bytes]:
-    yield b"{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ m.content | trim }}{% endif %}{% endfor %}"
+    yield b"{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
     yield b"{%- set ns = namespace(x=1) -%}{% generation %}{{ tools | tojson(indent=2) }}{% endgeneration %}"
-    yield b"{{ raise_exception('no') }}{{ strftime_now('%d %b %Y') }}{% macro f(a) %}{{ a[1:] }}{% endmacro %}{{ f('ab') }}"
+    yield b"{{ raise_exception('no') }}{{ strftime_now('%d') }}{% macro f(a) %}{{ a[1:] }}{% endmacro %}{{ f('b') }}"
 
 
 def sentence_pieces() -> Iterator[bytes]:
