@@ -77,11 +77,16 @@ build/bochs/bochs:
 		--disable-docbook --with-nogui
 	$(MAKE) -C build/bochs bochs
 
-# Damaged models, made by a fuzzer, for SECONDS seconds.
+# Untrusted files, by fuzzers with coverage feedback, for SECONDS seconds: the engine's checks and kernels (libFuzzer,
+# clang, under the sanitizers) and the Python readers (atheris). What they find is kept in build/fuzz.
 SECONDS ?= 60
+CLANG ?= clang++
 fuzz: $(INSTALLED)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,fuzz]'
-	$(BIN)/python fuzz/loader.py -max_total_time=$(SECONDS)
+	$(BIN)/cmake -S . -B build/fuzz-native -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+		-DCMAKE_CXX_COMPILER=$(CLANG) -DTULLE_FUZZ=ON -DCMAKE_DISABLE_FIND_PACKAGE_OpenMP=ON
+	$(BIN)/cmake --build build/fuzz-native --target tulle_fuzz
+	$(BIN)/python fuzz/run.py --seconds $(SECONDS)
 
 # torch first, alone: its version is settled before anything that merely depends on it.
 $(INSTALLED): $(BUILT_FROM)

@@ -84,7 +84,7 @@ tulle::Linear linear(nb::handle from, Kept& kept) {
   return l;
 }
 
-// The numbers of a transform are copied, as many as its kind has.
+// A transform, its numbers copied.
 tulle::Transform transform(nb::handle from) {
   using Kind = tulle::Transform::Kind;
   tulle::Transform t;
@@ -96,51 +96,15 @@ tulle::Transform transform(nb::handle from) {
   t.shared = get<bool>(from, "shared");
   t.left = size(from, "left");
   t.right = size(from, "right");
-  if (t.channels == 0) throw std::invalid_argument("channels: expected 1 to 2^24");
-  const auto divides = [&](std::size_t part) {
-    if (part == 0 || t.channels % part != 0) {
-      throw std::invalid_argument("block of a transform: expected a divisor of " + std::to_string(t.channels) +
-                                  ", found " + std::to_string(part));
-    }
+  const auto copy = [&](const char* name, auto& to) {
+    using T = typename std::decay_t<decltype(to)>::value_type;
+    if (field(from, name).is_none()) return;
+    const auto found = get<Vector<T>>(from, name);
+    to.assign(found.data(), found.data() + found.shape(0));
   };
-  std::size_t count = 0;
-  switch (t.kind) {
-    case Kind::diagonal: count = t.channels; break;
-    case Kind::permutation: break;
-    case Kind::hadamard:
-      divides(t.block);
-      if (t.base == 0 || t.block % t.base != 0 || ((t.block / t.base) & (t.block / t.base - 1)) != 0) {
-        throw std::invalid_argument("block of a Hadamard transform: expected base times a power of two");
-      }
-      count = t.base > 1 ? t.base * t.base : 0;
-      break;
-    case Kind::block_matrix:
-      divides(t.block);
-      count = t.block * (t.shared ? t.block : t.channels);
-      break;
-    case Kind::kronecker:
-      divides(t.left);
-      if (t.left * t.right != t.channels) throw std::invalid_argument("Kronecker factors do not fit the channels");
-      count = t.left * t.left + t.right * t.right;
-  }
-  if (count > 0) {
-    const auto found = get<Vector<float>>(from, "numbers");
-    if (found.shape(0) != count) {
-      throw std::invalid_argument("numbers of a transform: expected " + std::to_string(count) + " elements, found " +
-                                  std::to_string(found.shape(0)));
-    }
-    t.numbers.assign(found.data(), found.data() + count);
-  }
-  if (t.kind != Kind::permutation) return t;
-  const auto found = get<Vector<std::int32_t>>(from, "index");
-  if (found.shape(0) != t.channels) throw std::invalid_argument("index of a permutation: wrong length");
-  for (std::size_t i = 0; i < t.channels; ++i) {
-    const std::int32_t value = found.data()[i];
-    if (value < 0 || static_cast<std::size_t>(value) >= t.channels) {
-      throw std::invalid_argument("index of a permutation: expected channels, found " + std::to_string(value));
-    }
-    t.index.push_back(value);
-  }
+  copy("numbers", t.numbers);
+  copy("index", t.index);
+  tulle::check(t);
   return t;
 }
 

@@ -75,7 +75,8 @@ struct Model {
 // then chosen as from the head that was stored.
 constexpr std::size_t kExactLogits = 64;
 
-// Throws std::invalid_argument where sizes do not fit each other.
+// Throws std::invalid_argument where sizes do not fit each other, or a transform its numbers.
+void check(const Transform& transform);
 void check(const Model& model);
 
 class Engine {

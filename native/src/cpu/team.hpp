@@ -20,6 +20,15 @@ void in_team(std::size_t threads, const Work& work) {
 #endif
 }
 
+// Of the calling thread within its team.
+inline std::size_t thread_number() {
+#if defined(_OPENMP)
+  return static_cast<std::size_t>(omp_get_thread_num());
+#else
+  return 0;
+#endif
+}
+
 // Until all of the team are here.
 inline void wait() {
 #if defined(_OPENMP)

@@ -7,6 +7,52 @@
 #include "tulle/engine.hpp"
 
 namespace tulle {
+namespace {
+
+// 0 bits: no grid.
+void check(const Grid& grid, int most) {
+  require(grid.bits == 0 || (grid.bits >= 2 && grid.bits <= most), "bits of a grid, 2 to", static_cast<std::size_t>(most),
+          static_cast<std::size_t>(grid.bits));
+}
+
+}  // namespace
+
+void check(const Transform& t) {
+  using Kind = Transform::Kind;
+  constexpr std::size_t kMost = std::size_t{1} << 24;  // so that products of two stay whole numbers
+  require(t.channels >= 1 && t.channels <= kMost, "channels of a transform, at most", kMost, t.channels);
+  const auto divides = [&](std::size_t part) {
+    require(part > 0 && t.channels % part == 0, "block of a transform: a divisor of", t.channels, part);
+  };
+  std::size_t count = 0;
+  switch (t.kind) {
+    case Kind::diagonal: count = t.channels; break;
+    case Kind::permutation: break;
+    case Kind::hadamard: {
+      divides(t.block);
+      const bool whole = t.base > 0 && t.block % t.base == 0;
+      const std::size_t run = whole ? t.block / t.base : 0;
+      require(whole && (run & (run - 1)) == 0, "block of a Hadamard transform: base times a power of two", t.base,
+              t.block);
+      count = t.base > 1 ? t.base * t.base : 0;
+      break;
+    }
+    case Kind::block_matrix:
+      divides(t.block);
+      count = t.block * (t.shared ? t.block : t.channels);
+      break;
+    case Kind::kronecker:
+      divides(t.left);
+      require_equal("right factor of a Kronecker transform", t.channels / t.left, t.right);
+      count = t.left * t.left + t.right * t.right;
+  }
+  require_equal("numbers of a transform", count, t.numbers.size());
+  require_equal("index of a transform", t.kind == Kind::permutation ? t.channels : 0, t.index.size());
+  for (const std::int32_t value : t.index) {
+    require(value >= 0 && static_cast<std::size_t>(value) < t.channels, "index of a permutation, below", t.channels,
+            static_cast<std::size_t>(value));
+  }
+}
 
 void check(const Model& m) {
   require(m.hidden > 0 && m.heads > 0 && m.kv_heads > 0 && m.vocabulary > 0, "sizes of the model", 1, 0);
@@ -27,8 +73,9 @@ void check(const Model& m) {
       require_equal("inputs of a linear", inputs, linear.weight.columns);
       require_equal("outputs of a linear", rows, linear.weight.rows);
       tulle::check(linear.selection, inputs);
+      check(linear.input, 16);
       if (!linear.weight.is_codes()) continue;
-      require(linear.input.bits >= 2 && linear.input.bits <= 16, "bits of the inputs", 8, linear.input.bits);
+      require(linear.input.bits != 0, "bits of the inputs", 8, 0);
       require_equal("inputs left over by scales", 0, inputs % linear.weight.scales_per_row());
       const std::size_t real = inputs / linear.weight.scales_per_row();
       const std::size_t room = linear.weight.segment * linear.weight.segments_per_scale;
@@ -44,6 +91,7 @@ void check(const Model& m) {
     fits(layer.down, m.intermediate, {m.hidden});
   }
   fits(m.head, m.hidden, {m.vocabulary});
+  for (const Grid& grid : {m.query, m.key, m.value}) check(grid, 8);
   if (m.head_rotation.channels) require_equal("channels of the head rotation", m.head_dim, m.head_rotation.channels);
 }
 

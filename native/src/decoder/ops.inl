@@ -12,7 +12,7 @@ namespace ops {
 static inline float exponential(float x) {
   const float clipped = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
   const float t = clipped * 1.44269504f;
-  const float n = (t + 12582912.0f) - 12582912.0f;
+  const float moved = t + 12582912.0f, n = moved - 12582912.0f;
   const float f = (clipped - n * 0.693145752f) - n * 1.42860677e-6f;
   float p = 1.98412698e-4f;
   p = p * f + 1.38888889e-3f;
@@ -22,7 +22,10 @@ static inline float exponential(float x) {
   p = p * f + 0.5f;
   p = p * f + 1.0f;
   p = p * f + 1.0f;
-  const std::int32_t bits = (static_cast<std::int32_t>(n) + 127) << 23;
+  // n + 127 from the low bits of `moved`: NaN has no whole number that it could be cast to, and stays NaN by p.
+  std::uint32_t bits;
+  std::memcpy(&bits, &moved, sizeof bits);
+  bits = (bits - 0x4b400000u + 127u) << 23;
   float power;
   std::memcpy(&power, &bits, sizeof power);
   return p * power;
@@ -34,6 +37,12 @@ static inline float nearest(float x) { return (x + 12582912.0f) - 12582912.0f; }
 static inline float limited(float x, float low, float high) {
   const float above = x < low ? low : x;
   return above > high ? high : above;
+}
+
+// The whole number of a quotient; of NaN the least one.
+static inline std::int32_t whole(float x, GridRange r) {
+  const float n = nearest(x / r.step), above = n > r.low ? n : r.low;
+  return static_cast<std::int32_t>(above > r.high ? r.high : above);
 }
 
 static void rms_norm(const float* x, const float* gain, std::size_t n, float eps, float* y) {
@@ -107,22 +116,21 @@ static GridRange range(const float* x, std::size_t n, Grid grid) {
   const float top = static_cast<float>((1 << grid.bits) - 1), start = low * grid.clip;
   float step = (high * grid.clip - start) / top;
   step = step > 0 ? step : 1.0f;
-  const float zero = nearest(-start / step);
+  const float found = nearest(-start / step), zero = found > 0 ? found : 0.0f;  // NaN where the step is infinite
   return {step, -zero, top - zero};
 }
 
 static void quantise(const float* x, std::size_t n, GridRange r, std::int8_t* high, std::int8_t* low) {
   if (low == nullptr) {
     for (std::size_t i = 0; i < n; ++i) {
-      high[i] = static_cast<std::int8_t>(static_cast<std::int32_t>(limited(nearest(x[i] / r.step), r.low, r.high)));
+      high[i] = static_cast<std::int8_t>(whole(x[i], r));
     }
     return;
   }
   for (std::size_t i = 0; i < n; ++i) {
-    const std::int32_t whole = static_cast<std::int32_t>(limited(nearest(x[i] / r.step), r.low, r.high));
-    const std::int32_t upper = (whole + 128) >> 8;
+    const std::int32_t both = whole(x[i], r), upper = (both + 128) >> 8;
     high[i] = static_cast<std::int8_t>(upper);
-    low[i] = static_cast<std::int8_t>(whole - upper * 256);
+    low[i] = static_cast<std::int8_t>(both - upper * 256);
   }
 }
 
@@ -232,8 +240,8 @@ static void append_to_cache(const CacheView& c, std::size_t position, const floa
       std::uint8_t* keys = static_cast<std::uint8_t*>(c.keys) + at;
       std::uint8_t* values = static_cast<std::uint8_t*>(c.values) + position * d;
       for (std::size_t i = 0; i < d; ++i) {
-        keys[i * kKeyBlock] = static_cast<std::uint8_t>(limited(nearest(key[i] / kr.step), kr.low, kr.high) - kr.low);
-        values[i] = static_cast<std::uint8_t>(limited(nearest(value[i] / vr.step), vr.low, vr.high) - vr.low);
+        keys[i * kKeyBlock] = static_cast<std::uint8_t>(whole(key[i], kr) - static_cast<std::int32_t>(kr.low));
+        values[i] = static_cast<std::uint8_t>(whole(value[i], vr) - static_cast<std::int32_t>(vr.low));
       }
       float* scales = c.scales + position * 4;
       scales[0] = kr.step;

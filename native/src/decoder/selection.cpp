@@ -1,12 +1,12 @@
 #include "tulle/selection.hpp"
 
-#include <omp.h>
-
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "cpu/team.hpp"
 
 namespace tulle {
 namespace {
@@ -83,7 +83,7 @@ void keep_largest_mask(const OpsKernels& ops, const float* size, std::size_t row
     const float* from = size + row * n;
     bool* to = mask + row * n;
     const TopKThreshold cut =
-        ops.top_k_threshold(from, n, keep, spare.data() + static_cast<std::size_t>(omp_get_thread_num()) * (n + 16));
+        ops.top_k_threshold(from, n, keep, spare.data() + thread_number() * (n + 16));
     for (std::size_t i = 0; i < n; ++i) to[i] = from[i] >= cut.value;
     drop_surplus(from, n, cut, keep, [&](std::size_t i) { to[i] = false; });
   }

@@ -78,13 +78,13 @@ std::size_t input_major_scratch_bytes(std::size_t tokens) {
 }
 
 void check(const LinearView& w, const LinearSizes& sizes) {
-  constexpr std::size_t kMost = std::size_t{1} << 31;  // of rows and columns, so that no product below overflows
+  constexpr std::size_t kMost = std::size_t{1} << 30;  // of rows and padded columns: no product below overflows
   if (w.rows < 1 || w.rows > kMost || w.columns < 1 || w.columns > kMost) refuse("rows or columns", 1, w.rows);
   if (w.segment < 8 || w.segment > kChunkInputs || w.segment % 8 != 0)
     refuse("inputs of a segment", kChunkInputs, w.segment);
   if (w.segments < 1 || w.segments > kMost || w.segments_per_scale < 1) refuse("segments", 1, w.segments);
   require("segments that share scales evenly", 0, w.segments % w.segments_per_scale);
-  if (w.padded() < w.columns) refuse("inputs of all segments", w.columns, w.padded());
+  if (w.padded() < w.columns || w.padded() > kMost) refuse("inputs of all segments", w.columns, w.padded());
   const std::uint64_t weights = static_cast<std::uint64_t>(w.tiles()) * kTileRows * w.padded();
   if (w.is_codes()) {
     const std::uint64_t scales = static_cast<std::uint64_t>(w.tiles()) * w.scales_per_row() * kTileRows;

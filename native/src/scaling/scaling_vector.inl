@@ -231,16 +231,16 @@ static void float_chosen(const Matrix& w, const std::int32_t* list, std::size_t 
 
 static void chosen(const Matrix& w, const std::int32_t* list, std::size_t count, const RowInputs& x, std::size_t token,
                    float* y) {
-  const float* in = x.floats + token * x.stride;
-  if (w.kind == WeightKind::f32) return float_chosen<float>(w, list, count, in, y);
-  if (w.kind == WeightKind::bf16) return float_chosen<std::uint16_t>(w, list, count, in, y);
+  const std::size_t in = token * x.stride;
+  if (w.kind == WeightKind::f32) return float_chosen<float>(w, list, count, x.floats + in, y);
+  if (w.kind == WeightKind::bf16) return float_chosen<std::uint16_t>(w, list, count, x.floats + in, y);
   const std::uint8_t* values = static_cast<const std::uint8_t*>(w.values);
   for (std::size_t i = 0; i < count; ++i) {
     const std::size_t row = static_cast<std::size_t>(list[i]);
     const std::uint8_t* upcoming =
         values + static_cast<std::size_t>(list[upcoming_row(w.columns, i, count)]) * w.columns;
     const std::int32_t total =
-        dot_codes<true>(values + row * w.columns, x.codes + token * x.stride, w.columns, x.sums[token], upcoming);
+        dot_codes<true>(values + row * w.columns, x.codes + in, w.columns, x.sums[token], upcoming);
     y[i] = finished(w, row, x, token, total);
   }
 }

@@ -6,10 +6,8 @@
 #include <new>
 #include <stdexcept>
 #include <string>
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 
+#include "cpu/team.hpp"
 #include "tulle/dispatch.hpp"
 
 namespace tulle {
@@ -86,7 +84,7 @@ void in_parallel(std::size_t count, std::size_t threads, const Work& work) {
 #if defined(_OPENMP)
 #pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(dynamic, 1)
   for (std::int64_t i = 0; i < static_cast<std::int64_t>(count); ++i) {
-    work(static_cast<std::size_t>(i), scratch[static_cast<std::size_t>(omp_get_thread_num())]);
+    work(static_cast<std::size_t>(i), scratch[thread_number()]);
   }
 #else
   for (std::size_t i = 0; i < count; ++i) work(i, scratch[0]);

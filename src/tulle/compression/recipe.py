@@ -63,6 +63,9 @@ METHODS: dict[str, str] = {
 """Step name in a recipe → its settings class, imported when a recipe asks for it."""
 
 
+MOST_VALUES, DEEPEST = 100_000, 50
+"""Of a recipe file."""
+
 STAGES: tuple[Stage, ...] = ("model", "block", "linear", "refine")
 """Order of a recipe's steps (:mod:`tulle.methods.contract`); linear steps may follow a refine step."""
 
@@ -153,17 +156,32 @@ def load_recipe(recipe: str | os.PathLike[str]) -> Recipe:
                 + _nearest(str(recipe), names)
             )
         path = recipes_folder() / f"{recipe}.yaml"
+    if not path.exists():
+        raise UserError(f"expected a recipe file, found nothing at {path}; shipped recipes: {', '.join(shipped())}")
+    return parse_recipe(read_yaml(path), default_name=path.stem)
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds: plain data. Raises ``UserError``, also for a few lines whose aliases stand for more than
+    :data:`MOST_VALUES` values."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"expected a recipe file, found nothing at {path}; shipped recipes: {', '.join(shipped())}"
-        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"expected a recipe file, found {path} unreadable ({error}); check the path") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"expected YAML in {path}, found {' '.join(str(error).split())}") from None
-    return parse_recipe(content, default_name=path.stem)
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # ValueError: no such date
+        raise UserError(f"expected a readable YAML recipe in {path}, found {' '.join(str(error).split())}") from None
+    left = MOST_VALUES
+    waiting = [(content, 0)]
+    while waiting:
+        value, depth = waiting.pop()
+        left -= 1
+        if left < 0 or depth > DEEPEST:
+            raise UserError(
+                f"expected at most {MOST_VALUES} values, {DEEPEST} deep, in {path}, found more; write out its aliases"
+            )
+        parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+        waiting += [(part, depth + 1) for part in parts] if isinstance(parts, list | tuple | set) else []
+    return content
 
 
 def parse_recipe(content: Any, default_name: str = "recipe") -> Recipe:

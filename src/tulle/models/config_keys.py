@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 from collections.abc import Mapping
@@ -15,6 +16,9 @@ TRAINING = "matters only in training"
 GENERATION = "a default of generation, moved to generation_config.json since"
 TASK = "for heads of other tasks, which a language model does not have"
 OUTPUT = "what transformers returns besides the logits"
+
+DEEPEST, LARGEST = 10_000, 1 << 40
+"""Layers that a config may ask for, each of which takes memory before any tensor is looked for; other sizes."""
 
 HARMLESS: dict[str, str] = {
     "model_type": "read by describe",
@@ -142,6 +146,9 @@ class ConfigKeys:
         value = null if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise self.refused(key, "a positive whole number", value)
+        most = DEEPEST if key == "num_hidden_layers" else LARGEST
+        if value > most:
+            raise self.refused(key, f"a number up to {most}", value)
         return value
 
     def size_or_none(self, key: str, default: int | None) -> int | None:
@@ -195,9 +202,13 @@ class ConfigKeys:
 
 def positive(value: Any, key: str) -> float:
     """A positive finite number as float."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    number = float("nan")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # a whole number of hundreds of digits
+            number = float(value)
+    if not math.isfinite(number) or number <= 0:
         raise UserError(f"expected a positive number for {key} in config.json, found {value!r}; repair the config")
-    return float(value)
+    return number
 
 
 def same(a: Any, b: Any) -> bool:

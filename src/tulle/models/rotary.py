@@ -15,13 +15,28 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from tulle.errors import UserError
 from tulle.models.description import Rotary
 
 Array = NDArray[np.float64]
 
 
 def frequencies(rotary: Rotary, length: int) -> tuple[NDArray[np.float32], float]:
-    """f ``[dim/2]`` for a text of ``length`` tokens, and the factor of all cosines and sines."""
+    """f ``[dim/2]`` for a text of ``length`` tokens, and the factor of all cosines and sines.
+
+    Raises ``UserError`` for parameters that give no finite numbers.
+    """
+    try:
+        with np.errstate(all="ignore"):
+            f, scaling = _frequencies(rotary, length)
+            if np.isfinite(f).all() and math.isfinite(scaling):
+                return f, scaling
+    except (ArithmeticError, TypeError, ValueError):  # TypeError: a root of a negative number is complex
+        pass
+    raise UserError(f"expected rope parameters that give frequencies, found {rotary}; repair the config")
+
+
+def _frequencies(rotary: Rotary, length: int) -> tuple[NDArray[np.float32], float]:
     scaling = 1.0
     if rotary.kind == "dynamic":
         f = 1 / _powers(_dynamic_theta(rotary, length), rotary.dim)

@@ -299,7 +299,10 @@ def _files(folder: Path, weight_map: Mapping[str, str]) -> list[Path]:
 def _require_inside(folder: Path, name: str) -> None:
     """Raises ``UserError`` for a shard that an index looks for outside of the folder."""
     if not Path(name).is_absolute() and ".." not in Path(name).parts:
-        target, home = (folder / name).resolve(), folder.resolve()
+        try:
+            target, home = (folder / name).resolve(), folder.resolve()
+        except (ValueError, OSError, RuntimeError):  # no name that a file can have, or links in a circle
+            raise UserError(f"expected names of files in {INDEX}, found {name!r}; copy the index again") from None
         blobs = home.parent.parent / "blobs"  # the hub's cache: snapshots/REVISION/… are links into it
         if target.is_relative_to(home) or (home.parent.name == "snapshots" and target.is_relative_to(blobs)):
             return

@@ -71,8 +71,8 @@ def _parse(data: bytes) -> SentencePieceModel:
     for number, value in _fields(data):
         if number == 1:
             piece = dict(_fields(_bytes(value)))
-            (score,) = struct.unpack("<f", piece.get(2, bytes(4)))
-            pieces.append(Piece(_bytes(piece.get(1, b"")).decode(), score, piece.get(3, NORMAL)))
+            (score,) = struct.unpack("<f", _bytes(piece.get(2, bytes(4))))
+            pieces.append(Piece(_bytes(piece.get(1, b"")).decode(), score, _number(piece.get(3, NORMAL))))
         elif number == 2:
             trainer = dict(_fields(_bytes(value)))
         elif number == 3:
@@ -82,12 +82,12 @@ def _parse(data: bytes) -> SentencePieceModel:
 
     def token(field: int, default: int) -> int | None:
         # A negative number (none) comes as 2⁶⁴ less one.
-        found = trainer.get(field, default)
+        found = _number(trainer.get(field, default))
         return found if 0 <= found < len(pieces) else None
 
     return SentencePieceModel(
         pieces,
-        trainer.get(3, UNIGRAM),
+        _number(trainer.get(3, UNIGRAM)),
         bool(trainer.get(35, 0)),
         token(40, 0),
         token(41, 1),
@@ -101,6 +101,12 @@ def _parse(data: bytes) -> SentencePieceModel:
 def _bytes(value: object) -> bytes:
     if not isinstance(value, bytes):
         raise ValueError("a number where a text should be")
+    return value
+
+
+def _number(value: object) -> int:
+    if not isinstance(value, int):
+        raise ValueError("a text where a number should be")
     return value
 
 

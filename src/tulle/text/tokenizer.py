@@ -45,6 +45,10 @@ class ModelTokenizer:
             found: list[int] = self.tokenizer.encode(text, add_special_tokens=special).ids
         except (UnicodeEncodeError, TypeError):
             raise not_utf8(text) from None
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(
+                f"expected a tokenizer.json that encodes any text, found one that fails ({error}); save it again"
+            ) from None
         return found
 
     def decode(self, tokens: Sequence[int], keep_special: bool = False) -> str:

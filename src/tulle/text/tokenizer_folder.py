@@ -183,6 +183,17 @@ class _Tokens:
 
 def read_tokenizer(folder: Path) -> ModelTokenizer:
     """The tokenizer of a model folder. Raises ``UserError`` where there is none, or a file of it is broken."""
+    try:
+        return _read_tokenizer(folder)
+    except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
+        # Half a dozen files that may nest anything: what is a list where a text should be is not looked for everywhere.
+        raise UserError(
+            f"expected tokenizer files of the kinds that transformers writes in {folder}, found {error}; save the "
+            "tokenizer again"
+        ) from error
+
+
+def _read_tokenizer(folder: Path) -> ModelTokenizer:
     settings, config = read_object(folder / "tokenizer_config.json"), read_object(folder / "config.json")
     file = folder / "tokenizer.json"
     content = _bytes_of(file) if file.exists() else None
@@ -235,7 +246,8 @@ def _bytes_of(path: Path) -> bytes:
 
 def _from_json(content: bytes, folder: Path) -> Tokenizer:
     try:
-        return Tokenizer.from_buffer(content)
+        # Not from_buffer: it ends the process where an error message holds bytes that are no UTF-8.
+        return Tokenizer.from_str(content.decode("utf-8"))
     except Exception as error:  # the library raises plain Exception
         raise UserError(
             f"expected a tokenizer.json in {folder}, found none that can be read ({error}); save it with transformers' "

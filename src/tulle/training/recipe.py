@@ -26,7 +26,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from tulle.compression.recipe import recipes_folder
+from tulle.compression.recipe import read_yaml, recipes_folder
 from tulle.errors import UserError
 from tulle.training.architecture import TAGS, AnyModel, Llama, OtherModel
 
@@ -214,13 +214,7 @@ def load_recipe(recipe: str | Path | Mapping[str, Any]) -> TrainRecipe:
     if isinstance(recipe, Mapping):
         return _parsed(recipe, "the recipe")
     path = _path(recipe)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"expected {path} to be a readable YAML recipe, found: {reason}; try to mend the file"
-        ) from None
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise UserError(
             f"expected {path} to map keys to values, found {type(content).__name__}; see recipes/reference.yaml"

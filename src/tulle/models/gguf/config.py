@@ -73,8 +73,8 @@ class _Keys:
     def size(self, key: str, default: int | None = None) -> int:
         """A positive whole number; of a list (one per layer), the number that all of it is."""
         value = self.get(key, default)
-        if isinstance(value, np.ndarray | list):
-            numbers = {int(v) for v in value}
+        if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
+            numbers = set(value.tolist())
             if len(numbers) != 1:
                 raise self.refused(key, "one number for all layers", sorted(numbers))
             value = numbers.pop()
@@ -114,9 +114,9 @@ def shortest(value: float) -> float:
 def family_of(metadata: Mapping[str, Any]) -> Family:
     """Raises ``UserError`` for an architecture that is not known, by its name."""
     architecture = metadata.get("general.architecture")
-    if architecture not in FAMILIES:
+    if not isinstance(architecture, str) or architecture not in FAMILIES:
         raise UserError(f"expected a GGUF architecture of {', '.join(FAMILIES)}, found {architecture!r}")
-    return FAMILIES[str(architecture)]
+    return FAMILIES[architecture]
 
 
 def config_of(
@@ -201,6 +201,8 @@ def _llama3(context: int, head_dim: int, theta: float, ratios: NDArray[np.float3
     """The parameters of Llama 3's stretched frequencies that give these ratios ``[head_dim / 2]``."""
     if np.all(ratios == 1):
         return None
+    if len(ratios) != head_dim // 2:
+        raise UserError(f"expected {head_dim // 2} numbers in rope_freqs.weight, found {len(ratios)}; convert it again")
     plain, _ = frequencies(Rotary(head_dim, theta), context)
     factor = shortest(float(ratios.max(initial=1.0)))
     candidate = Rotary(

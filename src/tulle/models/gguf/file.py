@@ -186,6 +186,8 @@ class GgufFile:
             ) from None
         block, size = GGML_QUANT_SIZES[of]
         width = shape[-1] if shape else 1
+        if 0 in shape:
+            raise self._broken(f"sizes of {name} above 0, found {list(shape)}")
         if width % block:
             raise self._broken(f"rows of {name} in whole blocks of {block}, found {width}")
         count = math.prod(shape) // block * size

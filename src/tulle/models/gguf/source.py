@@ -106,6 +106,8 @@ class GgufSource:
         kind = file.tensors[theirs].type
         if kind in STORED:
             return None
+        if len(file.tensors[theirs].shape) != 2:
+            raise UserError(f"expected a matrix in {theirs}, found the shape {list(file.tensors[theirs].shape)}")
         found = blocks.decode(file.raw(theirs), kind)
         numbers = (found.scale,) if found.minimum is None else (found.scale, found.minimum)
         if not all(np.isfinite(n).all() for n in numbers):
@@ -177,7 +179,8 @@ class GgufSource:
             return None
         key = "num_attention_heads" if "attn_q" in theirs else "num_key_value_heads"
         heads, head_dim = self.config[key], self.config["head_dim"]
-        rows = self._find(str(names.ours(theirs)))[0].tensors[theirs].shape[0]
+        shape = self._find(str(names.ours(theirs)))[0].tensors[theirs].shape
+        rows = shape[0] if shape else 1
         if rows != heads * head_dim or head_dim % 2:
             raise UserError(f"expected {heads} heads of {head_dim} channels in {theirs}, found {rows} rows")
         return names.restored_rows(heads, head_dim)

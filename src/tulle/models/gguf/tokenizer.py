@@ -95,8 +95,8 @@ def tokenizer_of(metadata: Mapping[str, Any]) -> GgufTokenizer:
     model = metadata.get("tokenizer.ggml.model")
     if model in WITHOUT and isinstance(whole := metadata.get(WHOLE), str):
         return _whole(metadata, whole)
-    tokens, kinds = _tokens(metadata)
     try:
+        tokens, kinds = _tokens(metadata)
         if model == "gpt2":
             tokenizer, bos = _byte_level(metadata, tokens)
         elif model == "llama":
