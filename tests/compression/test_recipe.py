@@ -1,5 +1,6 @@
 """Recipes: what is accepted, and what is refused with which hint."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -196,3 +197,24 @@ def test_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected YAML in") as error:
         load_recipe(file)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a: &a [x, x, x, x, x, x, x, x, x, x]\n"
+        + "".join(f"{n}: &{n} [{', '.join(['*' + m] * 10)}]\n" for m, n in itertools.pairwise("abcdefghij")),
+        "steps: &a [*a]",
+        "steps: " + "[" * 100 + "]" * 100,
+        "steps: " + "[" * 10_000,
+        "name: 2001-99-99",
+    ],
+    ids=["billion laughs", "a list in itself", "deep", "deeper", "no date"],
+)  # fmt: skip
+def test_yaml_that_is_more_than_it_seems(content: str, tmp_path: Path) -> None:
+    from tulle.training.recipe import load_recipe as load_training_recipe
+
+    (tmp_path / "x.yaml").write_text(content)
+    for load in (load_recipe, load_training_recipe):
+        with pytest.raises(UserError, match="values|YAML"):
+            load(tmp_path / "x.yaml")

@@ -169,7 +169,7 @@ def read_yaml(path: Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"expected a recipe file, found {path} unreadable ({error}); check the path") from None
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # ValueError: no such date
-        raise UserError(f"expected a readable YAML recipe in {path}, found {' '.join(str(error).split())}") from None
+        raise UserError(f"expected YAML in {path}, found no readable YAML: {' '.join(str(error).split())}") from None
     left = MOST_VALUES
     waiting = [(content, 0)]
     while waiting:

@@ -301,6 +301,7 @@ def _require_inside(folder: Path, name: str) -> None:
     if not Path(name).is_absolute() and ".." not in Path(name).parts:
         try:
             target, home = (folder / name).resolve(), folder.resolve()
+            target.is_file()
         except (ValueError, OSError, RuntimeError):  # no name that a file can have, or links in a circle
             raise UserError(f"expected names of files in {INDEX}, found {name!r}; copy the index again") from None
         blobs = home.parent.parent / "blobs"  # the hub's cache: snapshots/REVISION/… are links into it
