@@ -170,8 +170,6 @@ def main() -> None:
     parser.add_argument("--skip", nargs="*", default=[], choices=["tokens", "exact", "perplexity", "speed"])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "gguf_peer.json")
     options = parser.parse_args()
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
     from tulle.engine import Engine
     from tulle.export import export
 
