@@ -41,6 +41,22 @@ def test_a_tokenizer_json_that_is_no_utf8(tmp_path: Path) -> None:
         read_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("merges", [["a é"], [["a", "é"]], ["a"], [5], [["a", None]]])
+def test_a_prefix_that_merges_lack(tmp_path: Path, merges: list[Any]) -> None:
+    """The library cut é in two, and ended the whole process when it said so."""
+    model = TOKENIZER["model"] | {"vocab": {"a": 0, "é": 1}, "continuing_subword_prefix": "#", "merges": merges}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(TOKENIZER | {"model": model}))
+    with pytest.raises(UserError, match="tokenizer.json"):
+        read_tokenizer(tmp_path)
+
+
+def test_a_prefix_of_merges(tmp_path: Path) -> None:
+    vocabulary = {"a": 0, "#é": 1, "aé": 2}
+    model = TOKENIZER["model"] | {"vocab": vocabulary, "continuing_subword_prefix": "#", "merges": [["a", "#é"]]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(TOKENIZER | {"model": model}))
+    assert read_tokenizer(tmp_path).encode("aé") == [2]
+
+
 def test_an_unknown_token_that_is_none() -> None:
     tokenizer = Tokenizer(models.Unigram([("a", -1.0)], None, False))
     with pytest.raises(UserError, match="encodes any text"):

@@ -247,12 +247,32 @@ def _bytes_of(path: Path) -> bytes:
 def _from_json(content: bytes, folder: Path) -> Tokenizer:
     try:
         # Not from_buffer: it ends the process where an error message holds bytes that are no UTF-8.
-        return Tokenizer.from_str(content.decode("utf-8"))
+        text = content.decode("utf-8")
+        _require_whole_merges(json.loads(text))
+        return Tokenizer.from_str(text)
     except Exception as error:  # the library raises plain Exception
         raise UserError(
             f"expected a tokenizer.json in {folder}, found none that can be read ({error}); save it with transformers' "
             "save_pretrained"
         ) from None
+
+
+def _require_whole_merges(tokenizer: Any) -> None:
+    """Raises ``ValueError`` for merges that lack ``continuing_subword_prefix``.
+
+    The library cuts as many bytes as that has from the right side of every merge. Where they are not the prefix, it may
+    cut a character in two, and ends the process when it says so.
+    """
+    model = tokenizer.get("model") if isinstance(tokenizer, dict) else None
+    if not isinstance(model, dict):
+        return
+    prefix = model.get("continuing_subword_prefix")
+    if not prefix or not isinstance(prefix, str):
+        return
+    for merge in model.get("merges") or []:
+        sides = merge.split(" ", 1) if isinstance(merge, str) else merge
+        if len(sides) != 2 or not isinstance(sides[1], str) or not sides[1].startswith(prefix):
+            raise ValueError(f"the merge {merge!r} does not continue with the prefix {prefix!r}")
 
 
 def _from_other_files(
