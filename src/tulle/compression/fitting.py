@@ -30,10 +30,8 @@ class Mismatch:
         """``weight``: W ``[C_out, C_in]``; ``stream``: whether :meth:`add` is given H̃ − H."""
         self._weight = weight
         outputs, inputs = weight.shape
-        self._outputs_first = outputs < inputs
-        sums = torch.zeros_like(weight)
-        self._outputs = sums if stream or self._outputs_first else None
-        self._cross = None if self._outputs_first else sums.new_zeros(inputs, inputs)
+        self._cross = weight.new_zeros(inputs, inputs) if outputs >= inputs else None
+        self._outputs = torch.zeros_like(weight) if stream or self._cross is None else None
 
     def add(self, wanted: Tensor, x: Tensor, behind: Tensor | None) -> None:
         """Takes X̃ and X ``[T, C_in]`` and, for the residual stream, H̃ − H ``[T, C_out]``, in X's dtype.
@@ -52,8 +50,11 @@ class Mismatch:
 
     def result(self) -> Tensor:
         """R."""
-        found = torch.zeros_like(self._weight) if self._outputs is None else self._outputs
-        return found if self._cross is None else found + self._weight @ self._cross
+        if self._cross is None:
+            assert self._outputs is not None
+            return self._outputs
+        found = self._weight @ self._cross
+        return found if self._outputs is None else found + self._outputs
 
 
 def fit_to_dense(group: GroupState, mismatch: Tensor, damping: float) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tulle import _native
+from tulle.core.statistics import bfloat16_bits
 
 WIDEST = 256
 """Channels of the widest head that the compiled attention takes."""
@@ -24,10 +23,10 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, 
     batch, heads, length, width = q.shape
     out = torch.empty(batch, length, heads, width, dtype=q.dtype).transpose(1, 2)
     _native.flash_attention(
-        _bits(q),
-        _bits(k),
-        _bits(v),
-        _bits(out),
+        bfloat16_bits(q),
+        bfloat16_bits(k),
+        bfloat16_bits(v),
+        bfloat16_bits(out),
         window=length if window is None else window,
         scale=width**-0.5 if scale is None else scale,
         threads=torch.get_num_threads(),
@@ -50,9 +49,3 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and q.shape[-1] <= WIDEST
         and _native.has_flash_attention()
     )
-
-
-def _bits(x: Tensor) -> NDArray[np.int16]:
-    """int16: NumPy has no bfloat16."""
-    bits: NDArray[np.int16] = x.detach().view(torch.int16).numpy()
-    return bits

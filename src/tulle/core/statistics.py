@@ -22,7 +22,12 @@ def accumulate_outer(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, be
     """
     if takes_bfloat16(total, a, b):
         _native.accumulate_outer(
-            total.numpy(), _bits(a), None if a is b else _bits(b), alpha, beta, torch.get_num_threads()
+            total.numpy(),
+            bfloat16_bits(a.contiguous()),
+            None if a is b else bfloat16_bits(b.contiguous()),
+            alpha,
+            beta,
+            torch.get_num_threads(),
         )
         return
     if a is not b:
@@ -48,7 +53,7 @@ def takes_bfloat16(total: Tensor, a: Tensor, b: Tensor) -> bool:
     )
 
 
-def _bits(x: Tensor) -> NDArray[np.int16]:
-    """int16: NumPy has no bfloat16."""
-    bits: NDArray[np.int16] = x.detach().contiguous().view(torch.int16).numpy()
+def bfloat16_bits(x: Tensor) -> NDArray[np.int16]:
+    """A view of bfloat16 as int16, with x's strides: NumPy has no bfloat16."""
+    bits: NDArray[np.int16] = x.detach().view(torch.int16).numpy()
     return bits

@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tulle import _native
+from tulle.cache import FOLDER
 from tulle.engine import scaling
 from tulle.engine.checkpoint import Checkpoint, Source
 from tulle.engine.choose import check_layout, choose_layout, layouts_for
-from tulle.engine.prepare import FOLDER, Progress, prepared
+from tulle.engine.prepare import Progress, prepared
 from tulle.engine.sampling import Sampler, Sampling
 from tulle.engine.settings import settings_of
 from tulle.errors import UserError

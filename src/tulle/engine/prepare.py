@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tulle import cache
 from tulle.engine.checkpoint import Source, StoredLinear
 from tulle.engine.files import TensorWriter, resident
 from tulle.engine.layout import LINE_OUTPUTS, ModelLayout, for_kernels, input_major_kind
@@ -30,7 +30,6 @@ LAYOUT = 12
 HEADS = ("int8", "int4", "bf16", "as stored")
 HEADS_AS_CODED = ("int8", "as stored")
 """What asks for a head that is stored in codes (a GGUF file's) as it is stored: it has 8 bits at most."""
-FOLDER = ".engine"
 Progress = Callable[[str, int, int], None]
 Packed = tuple[str, LinearFacts, dict[str, NDArray[Any]]]
 """Name, facts and arrays of linears that are fused (under the first one's name), or of the head."""
@@ -94,10 +93,9 @@ def _written(
 
 def cache_folders(source: Source) -> tuple[Path, Path]:
     """Where what is made of a model may be kept."""
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tulle"
     path = source.path
-    beside = path / FOLDER if path.is_dir() else path.with_name(path.name + FOLDER)
-    return beside, user / hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]
+    beside = path / cache.FOLDER if path.is_dir() else path.with_name(path.name + cache.FOLDER)
+    return beside, cache.user_folder() / hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]
 
 
 def convert(

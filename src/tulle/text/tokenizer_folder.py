@@ -22,6 +22,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from tulle import cache
 from tulle.errors import UserError
 from tulle.text import sentencepiece
 from tulle.text.chat_template import DEFAULT
@@ -32,8 +33,6 @@ NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 """Special tokens that every model may have."""
 GENERIC = "TokenizersBackend"
 """The class that takes ``tokenizer.json`` as it is."""
-CACHE = ".engine"
-"""Folder inside a model's for a converted ``tokenizer.model``."""
 CONVERSION = 1
 """Counts changes of the conversion."""
 
@@ -302,16 +301,16 @@ def _from_other_files(
 def _converted(path: Path) -> Tokenizer:
     """A SentencePiece model, converted once: beside the model, under a name that its content decides."""
     content = _bytes_of(path)
-    cache = path.parent / CACHE / f"tokenizer-{CONVERSION}-{hashlib.sha256(content).hexdigest()[:32]}.json"
+    file = path.parent / cache.FOLDER / f"tokenizer-{CONVERSION}-{hashlib.sha256(content).hexdigest()[:32]}.json"
     try:
-        return Tokenizer.from_file(str(cache))
+        return Tokenizer.from_file(str(file))
     except Exception:  # the library raises plain Exception; there is none, or a broken one
         tokenizer = sentencepiece.tokenizer_of(sentencepiece.parse(content))
-    temporary = cache.with_name(f"{cache.name}.{os.getpid()}.partial")
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.partial")
     try:
-        cache.parent.mkdir(exist_ok=True)
+        file.parent.mkdir(exist_ok=True)
         temporary.write_text(tokenizer.to_str(), encoding="utf-8")
-        os.replace(temporary, cache)
+        os.replace(temporary, file)
     except OSError:  # a folder that cannot be written to: convert again next time
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

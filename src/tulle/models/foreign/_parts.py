@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +11,9 @@ from numpy.typing import NDArray
 from tulle.errors import UserError
 from tulle.models.description import Decoder, describe
 from tulle.models.tensor_file import TensorInfo, as_float32
+
+if TYPE_CHECKING:
+    from tulle.models.source import TensorSource
 
 HARMLESS = ("rotary_emb.inv_freq", "masked_bias", "self_attn.bias", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 """Ends of names of buffers that old versions of transformers saved; they are computed, not read."""
@@ -22,28 +24,6 @@ INPUT_SUFFIXES = (
 """Of a linear or an attention: how inputs, or keys and values, are quantised at run time. They stay floats here."""
 
 
-class Stored(Protocol):
-    """The checkpoint that a format reads."""
-
-    path: Path
-    files: Sequence[Path]
-    config: dict[str, Any]
-    notes: list[str]
-
-    @property
-    def tokenizer(self) -> Path: ...
-
-    def names(self) -> list[str]: ...
-
-    def __contains__(self, name: object) -> bool: ...
-
-    def info(self, name: str) -> TensorInfo: ...
-
-    def read(self, name: str) -> NDArray[Any]: ...
-
-    def identity(self) -> str: ...
-
-
 class Format(Protocol):
     """How one tool stores linears."""
 
@@ -52,19 +32,19 @@ class Format(Protocol):
     suffixes: tuple[str, ...]
     """All that a quantised linear may have, besides the bias."""
 
-    def linears(self, stored: Stored) -> set[str]:
+    def linears(self, stored: TensorSource) -> set[str]:
         """Names of the quantised linears."""
         ...
 
-    def holder(self, stored: Stored, name: str) -> str:
+    def holder(self, stored: TensorSource, name: str) -> str:
         """The tensor that holds a linear's codes."""
         ...
 
-    def dequantise(self, stored: Stored, name: str, shape: tuple[int, int]) -> NDArray[np.float32]:
+    def dequantise(self, stored: TensorSource, name: str, shape: tuple[int, int]) -> NDArray[np.float32]:
         """W ``[C_out, C_in]`` of a linear by name. Raises ``UserError`` for tensors that do not fit ``shape``."""
         ...
 
-    def check(self, stored: Stored, name: str, shape: tuple[int, int]) -> None:
+    def check(self, stored: TensorSource, name: str, shape: tuple[int, int]) -> None:
         """By headers alone: raises ``UserError`` where :meth:`dequantise` would."""
         ...
 
@@ -74,11 +54,12 @@ class Dequantised:
 
     plain = False
 
-    def __init__(self, stored: Stored, form: Format):
+    def __init__(self, stored: TensorSource, form: Format):
         self._stored, self._format = stored, form
         self.path, self.tokenizer, self.files = stored.path, stored.tokenizer, stored.files
         self.config = {k: v for k, v in stored.config.items() if k != "quantization_config"}
-        shapes = linear_shapes(describe(self.config))
+        model = describe(self.config)
+        shapes = linear_shapes(model)
         found = form.linears(stored)
         for name in sorted(found - shapes.keys()):
             raise UserError(
@@ -88,7 +69,7 @@ class Dequantised:
         self._linears = {name: shapes[name] for name in sorted(found)}
         for name, shape in self._linears.items():
             form.check(stored, name, shape)
-        self._plain_names = self._understood(describe(self.config))
+        self._plain_names = self._understood(model)
         self.notes = [
             *stored.notes,
             f"{len(self._linears)} linears are stored in {form.title}; they are read as the float32 numbers they mean",
@@ -147,7 +128,7 @@ class Dequantised:
         return not as_float32(self._stored.read(name), self._stored.info(name).dtype).any()
 
 
-def open_foreign(stored: Stored) -> Dequantised:
+def open_foreign(stored: TensorSource) -> Dequantised:
     """A folder whose ``quantization_config`` names another tool's method.
 
     Raises ``UserError`` for a method, or a variant of it, that is not read, by its name.
@@ -202,12 +183,12 @@ def words_of(count: int, bits: int) -> int:
     return -(-count * bits // 32)
 
 
-def with_suffix(stored: Stored, suffix: str) -> set[str]:
+def with_suffix(stored: TensorSource, suffix: str) -> set[str]:
     """Names in front of a suffix."""
     return {name.removesuffix(f".{suffix}") for name in stored.names() if name.endswith(f".{suffix}")}
 
 
-def rows_of(stored: Stored, name: str) -> int:
+def rows_of(stored: TensorSource, name: str) -> int:
     """First of a matrix' two sizes. Raises ``UserError`` for a tensor that is none."""
     shape = stored.info(name).shape
     if len(shape) != 2 or 0 in shape:
@@ -233,7 +214,7 @@ def scale_rows(
     return weight
 
 
-def groups_of(stored: Stored, name: str, inputs: int, count: int) -> NDArray[Any]:
+def groups_of(stored: TensorSource, name: str, inputs: int, count: int) -> NDArray[Any]:
     """``[C_in]``: group of each input, from the tensor ``name`` or, where there is none, in order and of one size."""
     if name not in stored:
         return np.arange(inputs) // (inputs // count)
@@ -245,7 +226,7 @@ def groups_of(stored: Stored, name: str, inputs: int, count: int) -> NDArray[Any
     return found
 
 
-def require(stored: Stored, name: str, dtypes: Sequence[str], *shapes: tuple[int, ...]) -> None:
+def require(stored: TensorSource, name: str, dtypes: Sequence[str], *shapes: tuple[int, ...]) -> None:
     """Raises ``UserError`` unless a tensor has one of these dtypes and one of these shapes."""
     info = stored.info(name)
     if info.dtype not in dtypes or info.shape not in shapes:
@@ -256,7 +237,7 @@ def require(stored: Stored, name: str, dtypes: Sequence[str], *shapes: tuple[int
         )
 
 
-def floats(stored: Stored, name: str) -> NDArray[np.float32]:
+def floats(stored: TensorSource, name: str) -> NDArray[np.float32]:
     """A float tensor in float32; scales may also be powers of two in 8 bits (E8M0)."""
     info = stored.info(name)
     if info.dtype == "F8_E8M0":

@@ -14,13 +14,16 @@ Field k of a word (bits 4k … 4k + 3) belongs to output ORDER[k] of the word's 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tulle.errors import UserError
-from tulle.models.foreign._parts import Stored, floats, require, rows_of, unpack_words, with_suffix
+from tulle.models.foreign._parts import floats, require, rows_of, unpack_words, with_suffix
+
+if TYPE_CHECKING:
+    from tulle.models.source import TensorSource
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 FIELD = np.argsort(ORDER)
@@ -31,13 +34,13 @@ class Awq:
     title = "AWQ's format"
     suffixes = ("qweight", "qzeros", "scales")
 
-    def linears(self, stored: Stored) -> set[str]:
+    def linears(self, stored: TensorSource) -> set[str]:
         return with_suffix(stored, "qweight")
 
-    def holder(self, stored: Stored, name: str) -> str:
+    def holder(self, stored: TensorSource, name: str) -> str:
         return f"{name}.qweight"
 
-    def check(self, stored: Stored, name: str, shape: tuple[int, int]) -> None:
+    def check(self, stored: TensorSource, name: str, shape: tuple[int, int]) -> None:
         outputs, inputs = shape
         groups = rows_of(stored, f"{name}.scales")
         if outputs % 8 or inputs % groups:
@@ -49,7 +52,7 @@ class Awq:
         require(stored, f"{name}.qzeros", ("I32",), (groups, outputs // 8))
         require(stored, f"{name}.scales", ("F16", "BF16", "F32"), (groups, outputs))
 
-    def dequantise(self, stored: Stored, name: str, shape: tuple[int, int]) -> NDArray[np.float32]:
+    def dequantise(self, stored: TensorSource, name: str, shape: tuple[int, int]) -> NDArray[np.float32]:
         outputs, inputs = shape
         scales = floats(stored, f"{name}.scales")
         groups = len(scales)

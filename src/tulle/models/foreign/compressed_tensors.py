@@ -18,7 +18,7 @@ naive-quantized is one of the last two. How inputs are quantised at run time is 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 from tulle.errors import UserError
 from tulle.models.foreign._parts import (
     E4M3,
-    Stored,
     floats,
     groups_of,
     require,
@@ -36,6 +35,9 @@ from tulle.models.foreign._parts import (
     with_suffix,
     words_of,
 )
+
+if TYPE_CHECKING:
+    from tulle.models.source import TensorSource
 
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "dense", "mixed-precision")
 SCALES = ("BF16", "F16", "F32")
@@ -48,14 +50,14 @@ class CompressedTensors:
     def __init__(self, bits: set[int], block: tuple[int, int] | None):
         self._bits_allowed, self._block = bits, block
 
-    def linears(self, stored: Stored) -> set[str]:
+    def linears(self, stored: TensorSource) -> set[str]:
         return with_suffix(stored, "weight_packed") | with_suffix(stored, "weight_scale")
 
-    def holder(self, stored: Stored, name: str) -> str:
+    def holder(self, stored: TensorSource, name: str) -> str:
         packed = f"{name}.weight_packed"
         return packed if packed in stored else f"{name}.weight"
 
-    def check(self, stored: Stored, name: str, shape: tuple[int, int]) -> None:
+    def check(self, stored: TensorSource, name: str, shape: tuple[int, int]) -> None:
         outputs, inputs = shape
         if f"{name}.weight_packed" in stored:
             bits = self._bits(stored, name, inputs)
@@ -75,7 +77,7 @@ class CompressedTensors:
                 shapes.append((words_of(outputs, self._bits(stored, name, inputs)), found[1]))
             require(stored, f"{name}.weight_zero_point", ("I32", "I8", *SCALES, "F8_E4M3"), *shapes)
 
-    def dequantise(self, stored: Stored, name: str, shape: tuple[int, int]) -> NDArray[np.float32]:
+    def dequantise(self, stored: TensorSource, name: str, shape: tuple[int, int]) -> NDArray[np.float32]:
         outputs, inputs = shape
         if f"{name}.weight_packed" in stored:
             self._require_shape(stored, name, shape)
@@ -95,7 +97,7 @@ class CompressedTensors:
         group = groups_of(stored, "" if ordered else index, inputs, scale.shape[1])
         return scale_rows(weight, scale, zero, group, outputs // len(scale))
 
-    def _bits(self, stored: Stored, name: str, inputs: int) -> int:
+    def _bits(self, stored: TensorSource, name: str, inputs: int) -> int:
         rows_of(stored, f"{name}.weight_packed")
         words = stored.info(f"{name}.weight_packed").shape[-1]
         fitting = [bits for bits in range(1, 9) if words_of(inputs, bits) == words]
@@ -107,7 +109,7 @@ class CompressedTensors:
             )
         return chosen[0]
 
-    def _scale_shapes(self, stored: Stored, scale: str, outputs: int, inputs: int) -> list[tuple[int, ...]]:
+    def _scale_shapes(self, stored: TensorSource, scale: str, outputs: int, inputs: int) -> list[tuple[int, ...]]:
         shapes: list[tuple[int, ...]] = [(), (1,), (1, 1), (outputs, 1), (outputs,)]
         found = stored.info(scale).shape
         if len(found) == 2 and found[0] == outputs and found[1] and inputs % found[1] == 0:
@@ -121,7 +123,7 @@ class CompressedTensors:
         assert self._block is not None
         return -(-outputs // self._block[0]), -(-inputs // self._block[1])
 
-    def _require_shape(self, stored: Stored, name: str, shape: tuple[int, int]) -> None:
+    def _require_shape(self, stored: TensorSource, name: str, shape: tuple[int, int]) -> None:
         if f"{name}.weight_shape" in stored:
             found = tuple(int(n) for n in stored.read(f"{name}.weight_shape"))
             if found != shape:
@@ -131,7 +133,7 @@ class CompressedTensors:
                 )
 
     def _zeros(
-        self, stored: Stored, name: str, bits: int, outputs: int, shape: tuple[int, ...]
+        self, stored: TensorSource, name: str, bits: int, outputs: int, shape: tuple[int, ...]
     ) -> NDArray[np.float32] | None:
         zero = f"{name}.weight_zero_point"
         if zero not in stored:

@@ -14,13 +14,16 @@ A linear W ``[C_out, C_in]``:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tulle.errors import UserError
-from tulle.models.foreign._parts import E4M3, Stored, floats, require, scale_rows, with_suffix
+from tulle.models.foreign._parts import E4M3, floats, require, scale_rows, with_suffix
+
+if TYPE_CHECKING:
+    from tulle.models.source import TensorSource
 
 SCALES = ("F32", "BF16", "F16", "F8_E8M0")
 
@@ -32,13 +35,13 @@ class Fp8:
     def __init__(self, block: tuple[int, int] | None):
         self.block = block
 
-    def linears(self, stored: Stored) -> set[str]:
+    def linears(self, stored: TensorSource) -> set[str]:
         return {name for name in with_suffix(stored, "weight") if stored.info(f"{name}.weight").dtype.startswith("F8")}
 
-    def holder(self, stored: Stored, name: str) -> str:
+    def holder(self, stored: TensorSource, name: str) -> str:
         return f"{name}.weight"
 
-    def check(self, stored: Stored, name: str, shape: tuple[int, int]) -> None:
+    def check(self, stored: TensorSource, name: str, shape: tuple[int, int]) -> None:
         outputs, inputs = shape
         require(stored, f"{name}.weight", ("F8_E4M3",), shape)
         scale, shapes = self._scale(stored, name), [(), (1,), (1, 1), (outputs,), (outputs, 1)]
@@ -46,7 +49,7 @@ class Fp8:
             shapes.append(self._blocks(outputs, inputs))
         require(stored, scale, SCALES, *shapes)
 
-    def dequantise(self, stored: Stored, name: str, shape: tuple[int, int]) -> NDArray[np.float32]:
+    def dequantise(self, stored: TensorSource, name: str, shape: tuple[int, int]) -> NDArray[np.float32]:
         outputs, inputs = shape
         weight = E4M3[stored.read(f"{name}.weight")]
         scale = floats(stored, self._scale(stored, name))
@@ -60,7 +63,7 @@ class Fp8:
         assert self.block is not None
         return -(-outputs // self.block[0]), -(-inputs // self.block[1])
 
-    def _scale(self, stored: Stored, name: str) -> str:
+    def _scale(self, stored: TensorSource, name: str) -> str:
         both = [f"{name}.{suffix}" for suffix in ("weight_scale_inv", "weight_scale")]
         found = [scale for scale in both if scale in stored]
         if len(found) != 1:

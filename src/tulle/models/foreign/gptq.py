@@ -16,14 +16,13 @@ zero of 0 borrows from its neighbour. "gptq_v2" stores z.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tulle.errors import UserError
 from tulle.models.foreign._parts import (
-    Stored,
     floats,
     groups_of,
     require,
@@ -33,6 +32,9 @@ from tulle.models.foreign._parts import (
     with_suffix,
     words_of,
 )
+
+if TYPE_CHECKING:
+    from tulle.models.source import TensorSource
 
 BITS = (2, 3, 4, 8)
 FORMATS = {"gptq": 1, "gptq_v2": 0}
@@ -46,13 +48,13 @@ class Gptq:
     def __init__(self, offset: int):
         self.offset = offset
 
-    def linears(self, stored: Stored) -> set[str]:
+    def linears(self, stored: TensorSource) -> set[str]:
         return with_suffix(stored, "qweight")
 
-    def holder(self, stored: Stored, name: str) -> str:
+    def holder(self, stored: TensorSource, name: str) -> str:
         return f"{name}.qweight"
 
-    def check(self, stored: Stored, name: str, shape: tuple[int, int]) -> None:
+    def check(self, stored: TensorSource, name: str, shape: tuple[int, int]) -> None:
         outputs, inputs = shape
         bits = self._bits(stored, name, inputs)
         groups = rows_of(stored, f"{name}.scales")
@@ -64,7 +66,7 @@ class Gptq:
         elif inputs % groups:
             raise UserError(f"expected {name}.g_idx for {groups} groups of {inputs} inputs, found none; copy it again")
 
-    def dequantise(self, stored: Stored, name: str, shape: tuple[int, int]) -> NDArray[np.float32]:
+    def dequantise(self, stored: TensorSource, name: str, shape: tuple[int, int]) -> NDArray[np.float32]:
         outputs, inputs = shape
         bits = self._bits(stored, name, inputs)
         codes = unpack_words(stored.read(f"{name}.qweight").T, bits, inputs)  # [C_out, C_in]
@@ -73,7 +75,7 @@ class Gptq:
         group = groups_of(stored, f"{name}.g_idx", inputs, scales.shape[1])
         return scale_rows(codes.astype(np.float32), scales, zeros, group)
 
-    def _bits(self, stored: Stored, name: str, inputs: int) -> int:
+    def _bits(self, stored: TensorSource, name: str, inputs: int) -> int:
         """By the shape, since a checkpoint may mix them."""
         rows = rows_of(stored, f"{name}.qweight")
         for bits in BITS:

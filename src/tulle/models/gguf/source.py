@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tulle import cache
 from tulle.errors import UserError
 from tulle.models.gguf import blocks, names
 from tulle.models.gguf.config import config_of, family_of
@@ -132,8 +133,7 @@ class GgufSource:
         """A folder with ``tokenizer.json``, ``tokenizer_config.json``, ``generation_config.json`` and ``config.json``,
         made of the file's own data and kept in the user's cache."""
         header = hashlib.sha256(self._files[0].header_bytes().data).hexdigest()
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = cache / "tulle" / f"gguf-{TOKENIZER_VERSION}-{header[:32]}"
+        folder = cache.user_folder() / f"gguf-{TOKENIZER_VERSION}-{header[:32]}"
         if (folder / "tokenizer_config.json").is_file():
             return folder
         try:
