@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tulle.engine.kv_cache import PAGE
-from tulle.engine.grammar import Grammar, Grammars
+
 from tulle.engine.request import Constraint
 from tulle.errors import UserError
 from tulle.serve.errors import ApiError
@@ -56,7 +56,7 @@ class ServedModel:
         self.tokens = TokenTexts(self.text)
         self.format: ToolFormat = detect(self.text, str(engine.config.get("model_type", "")))
         self.defaults = sampling_defaults(folder)
-        self._grammars: Grammars | None = None
+        self._grammars: Any = None
         template = self.text.templates.get(WITH_TOOLS, "") + self.text.templates.get(DEFAULT, "")
         self.template = template
         """The source of the chat template, to see which variables it reads."""
@@ -103,31 +103,16 @@ class ServedModel:
         return await asyncio.to_thread(self._compile, kind, text)
 
     def _compile(self, kind: str, text: str) -> Callable[[], Constraint]:
+        from tulle.engine.grammar import Grammar, Grammars
+
         if self._grammars is None:
             self._grammars = Grammars(self.text)
         return self._grammars.compile(Grammar(kind, text))
-
-    def prompt(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, variables: dict[str, Any]
-    ) -> tuple[str, list[int]]:
-        """The text and the tokens of a conversation."""
-        if not self.text.templates:
-            raise ApiError(
-                400, "expected a model with a chat template, found none; use /v1/completions", code="no_chat_template"
-            )
-        text = self.text.chat(prepare(messages, tools, self.format), tools=tools or None, **variables)
-        return text, self.encode(text, special=False)
 
 
 def room_of(engine: EngineLike) -> int:
     """Tokens that one sequence may have."""
     return min(engine.context, engine.scheduler.cache.pages * PAGE)
-
-
-def prepare(
-    messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, format: ToolFormat
-) -> list[dict[str, Any]]:
-    return messages
 
 
 def sampling_defaults(folder: Path | None) -> dict[str, float]:
