@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import secrets
 import weakref
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
