@@ -20,14 +20,20 @@ def _option(name: str, metavar: str, help: str, **more: Any) -> Any:
 def serve(
     models: Annotated[
         list[str] | None,
-        typer.Argument(metavar="MODEL...", help="Folders, .gguf files, 'reference' or hub ids; the first loads at once."),
+        typer.Argument(
+            metavar="MODEL...", help="Folders, .gguf files, 'reference' or hub ids; the first loads at once."
+        ),
     ] = None,
-    host: Annotated[str | None, _option("--host", "ADDRESS", "Where to listen; 0.0.0.0: everywhere [127.0.0.1].")] = None,
+    host: Annotated[
+        str | None, _option("--host", "ADDRESS", "Where to listen; 0.0.0.0: everywhere [127.0.0.1].")
+    ] = None,
     port: Annotated[int | None, _option("--port", "N", "0 takes a free one [8080].")] = None,
     served_name: Annotated[
         list[str] | None, _option("--served-name", "NAME", "What clients call a model; may be repeated, in order.")
     ] = None,
-    api_key: Annotated[list[str] | None, _option("--api-key", "KEY", "A key clients must send; may be repeated.")] = None,
+    api_key: Annotated[
+        list[str] | None, _option("--api-key", "KEY", "A key clients must send; may be repeated.")
+    ] = None,
     api_key_file: Annotated[Path | None, _option("--api-key-file", "FILE", "Keys, one per line.")] = None,
     threads: Annotated[int | None, _option("--threads", "N", "Of the engine [all physical cores].")] = None,
     sequences: Annotated[int | None, _option("--sequences", "N", "Run at once; others wait [16].")] = None,
@@ -40,8 +46,12 @@ def serve(
     cache: Annotated[
         str | None, _option("--cache", "KIND", "Keys and values in f32, bf16, int8, int4 [as fits the model].")
     ] = None,
-    queue: Annotated[int | None, _option("--queue", "N", "Sequences that wait at most; then clients get 503 [128].")] = None,
-    timeout: Annotated[float | None, _option("--timeout", "S", "Seconds of a request that says nothing [none].")] = None,
+    queue: Annotated[
+        int | None, _option("--queue", "N", "Sequences that wait at most; then clients get 503 [128].")
+    ] = None,
+    timeout: Annotated[
+        float | None, _option("--timeout", "S", "Seconds of a request that says nothing [none].")
+    ] = None,
     memory: Annotated[
         str | None, _option("--memory", "SIZE", "Of all loaded models; unused ones make room [no bound].")
     ] = None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -18,8 +17,19 @@ from tulle.errors import UserError
 from tulle.serve.access import AccessLog
 from tulle.serve.errors import ApiError, busy, of_validation, response_of
 from tulle.serve.registry import Registry
-from tulle.serve.routes import chat, health, models
+from tulle.serve.routes import (
+    chat,
+    completions,
+    embeddings,
+    health,
+    messages,
+    models,
+    responses,
+    score,
+    tokens,
+)
 from tulle.serve.security import Gate, Keys, read_keys
+from tulle.serve.static import page_routes
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -39,8 +49,9 @@ def create_app(registry: Registry) -> FastAPI:
 
     app = FastAPI(title="Tulle", version=tulle.__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.registry, app.state.settings = registry, settings
-    for part in (chat, models, health):
+    for part in (chat, completions, responses, embeddings, messages, models, tokens, score, health):
         app.include_router(part.routes)
+    app.router.routes.extend(page_routes())
     _add_errors(app)
     hosts = None if settings.host not in LOOPBACK or "*" in settings.allow_host else frozenset(settings.allow_host)
     keys = Keys(read_keys(settings.api_key, settings.api_key_file))
@@ -71,9 +82,6 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def other(request: Request, error: Exception) -> Response:
         # uvicorn logs the traceback.
-        return response_of(request.url.path, ApiError(500, f"expected an answer, found a fault: {type(error).__name__}"))
-
-
-def openapi(app: FastAPI) -> dict[str, Any]:
-    """The application's description of itself."""
-    return app.openapi()
+        return response_of(
+            request.url.path, ApiError(500, f"expected an answer, found a fault: {type(error).__name__}")
+        )

@@ -74,9 +74,7 @@ def render(model: ServedModel, talk: Talk) -> tuple[str, list[int]]:
 
 async def prompt_of(model: ServedModel, talk: Talk) -> tuple[str, list[int]]:
     """See :func:`render`; in a thread where it is long."""
-    found: tuple[str, list[int]] = await model.off_loop(
-        characters(talk.messages, talk.tools), render, model, talk
-    )
+    found: tuple[str, list[int]] = await model.off_loop(characters(talk.messages, talk.tools), render, model, talk)
     return found
 
 
@@ -102,12 +100,10 @@ async def begin(model: ServedModel, body: Generating, http: HttpRequest, talk: T
     parsers = [
         model.format.parser(talk.offered, text, eager=eager) if marked else PlainText() for _ in range(talk.count)
     ]
-    return Run(job, parsers, len(prompt))
+    return Run(job, parsers, len(prompt), talk.count)
 
 
-async def _constraint(
-    model: ServedModel, body: Generating, talk: Talk, prompt: str
-) -> Callable[[], Constraint] | None:
+async def _constraint(model: ServedModel, body: Generating, talk: Talk, prompt: str) -> Callable[[], Constraint] | None:
     """Of calls that must come, of the answer's schema, or of a grammar in the request."""
     own = body.grammar is not None or body.regex is not None
     if talk.must_call:

@@ -64,11 +64,20 @@ def response_of(path: str, error: HTTPException) -> JSONResponse:
 
 
 def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """400 for the first of pydantic's errors, which names the field and not its value."""
-    first = errors[0] if errors else {"loc": (), "msg": "something else"}
-    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    """400 for one of pydantic's errors, which names the field and not its value."""
+    # Of a field with several types, the error that was written for people comes first, then that of the type that fits
+    # best: the deepest one.
+    best = max(errors, key=lambda error: (error["type"] == "value_error", len(error["loc"])), default=None)
+    if best is None:
+        return ApiError(400, "expected another body")
+    place = [str(part) for part in best["loc"] if part not in ("body", "query", "path") and not _is_type(part)]
     param = ".".join(place) or None
-    message = str(first["msg"]).removeprefix("Value error, ")
+    message = str(best["msg"]).removeprefix("Value error, ")
     if message.startswith("expected"):
         return ApiError(400, message, param=param)
     return ApiError(400, f"expected another value of {param or 'the body'}: {message}", param=param)
+
+
+def _is_type(part: object) -> bool:
+    """A place in a union is the name of a type."""
+    return isinstance(part, str) and (part in ("str", "int", "float", "bool") or not part.replace("_", "a").isalnum())

@@ -25,9 +25,19 @@ SMALLEST_TOP_P = 1e-6
 """What a top_p of 0 means: the most likely token."""
 TIMEOUT_HEADER = "x-request-timeout"
 DIRECT = (
-    "min_p", "typical_p", "xtc_probability", "xtc_threshold", "dry_multiplier", "dry_base", "dry_allowed_length",
-    "dry_penalty_last_n", "presence_penalty", "frequency_penalty", "repetition_penalty", "repeat_last_n",
-)  # fmt: skip
+    "min_p",
+    "typical_p",
+    "xtc_probability",
+    "xtc_threshold",
+    "dry_multiplier",
+    "dry_base",
+    "dry_allowed_length",
+    "dry_penalty_last_n",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "repeat_last_n",
+)
 """Fields whose name and meaning are the engine's."""
 
 
@@ -104,9 +114,9 @@ class Piece:
 class Run:
     """A job, with a parser for each of its answers."""
 
-    def __init__(self, job: Job, parsers: Sequence[Parsing], prompt_tokens: int):
+    def __init__(self, job: Job, parsers: Sequence[Parsing], prompt_tokens: int, per_prompt: int = 1):
         self.job, self.prompt_tokens = job, prompt_tokens
-        self._parsers = parsers
+        self._parsers, self._per_prompt = parsers, per_prompt
 
     async def steps(self) -> AsyncIterator[list[Piece]]:
         """The pieces of each step until all answers have ended; an empty list where nothing came for long.
@@ -126,6 +136,11 @@ class Run:
                 pieces.append(Piece(number, deltas, event))
             yield pieces
 
+    async def to_the_end(self) -> None:
+        """Waits until all sequences have ended. Raises ``ApiError`` as :meth:`steps` does."""
+        async for _ in self.steps():
+            pass
+
     def _check_end(self, event: Event) -> None:
         if event.finish == "error":
             self.job.cancel()
@@ -135,6 +150,11 @@ class Run:
         if event.finish == "deadline" and event.sequence.first_token is None:
             self.job.cancel()
             raise ApiError(504, "expected a first token within the timeout, found none; allow more", code="timeout")
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of all prompts, found in the cache."""
+        return sum(sequence.cached_tokens for sequence in self.job.sequences[:: self._per_prompt])
 
     @property
     def generated(self) -> int:
@@ -147,7 +167,7 @@ class Run:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": generated,
             "total_tokens": self.prompt_tokens + generated,
-            "prompt_tokens_details": {"cached_tokens": self.job.cached_tokens},
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
 

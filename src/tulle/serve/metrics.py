@@ -64,8 +64,8 @@ class ModelMetrics:
 
 
 class _Engines(Collector):
-    """Reads the schedulers of the loaded models. Their numbers are written by other threads, one at a time, so that each
-    is right and two of them may be of different steps."""
+    """Reads the schedulers of the loaded models. Other threads write the numbers: two of them may be of different
+    steps."""
 
     def __init__(self, models: Callable[[], list[ServedModel]]):
         self._models = models

@@ -84,7 +84,7 @@ class Registry:
             entry = Entry(name, folder, file_bytes(folder), int(folder.stat().st_mtime))
             if settings.memory is not None and entry.stored > settings.memory:
                 raise UserError(
-                    f"expected models of at most {settings.memory} bytes, found {entry.stored} of {name}; raise --memory"
+                    f"expected models of at most {settings.memory} bytes, found {entry.stored} of {name}; raise it"
                 )
             self.entries[name] = entry
 
@@ -153,7 +153,9 @@ class Registry:
             await self._make_room(entry)
             begun = time.monotonic()
             try:
-                engine = entry.engine or await asyncio.to_thread(self._open, entry.folder, self.settings)
+                engine = entry.engine
+                if engine is None:
+                    engine = await asyncio.to_thread(self._open, entry.folder, self.settings)
                 facts = await asyncio.to_thread(self._facts, entry, engine)
             except UserError as error:
                 logger.error("model %s cannot be loaded: %s", entry.name, error)
@@ -167,9 +169,10 @@ class Registry:
                 asyncio.get_running_loop(),
             )
             entry.memory = max(entry.stored, facts.weight_bytes) + facts.cache_bytes
-            entry.served = await asyncio.to_thread(ServedModel, entry.name, engine, worker, entry.folder, facts)
+            served = await asyncio.to_thread(ServedModel, entry.name, engine, worker, entry.folder, facts)
+            entry.served = served
             logger.info("model=%s loaded in %.1f s", entry.name, time.monotonic() - begun)
-            return entry.served
+            return served
 
     def _facts(self, entry: Entry, engine: EngineLike) -> Facts:
         facts = read_facts(entry.name, entry.folder)

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tulle.engine.kv_cache import PAGE
-
 from tulle.engine.request import Constraint
 from tulle.errors import UserError
 from tulle.serve.errors import ApiError
@@ -94,9 +93,7 @@ class ServedModel:
         if len(tokens) > self.room - (1 if generates else 0):
             raise self.too_long(str(len(tokens)))
         if max(tokens) >= self.engine.vocabulary:
-            raise ApiError(
-                400, f"expected tokens below {self.engine.vocabulary}, found {max(tokens)}", param="prompt"
-            )
+            raise ApiError(400, f"expected tokens below {self.engine.vocabulary}, found {max(tokens)}", param="prompt")
 
     async def constraint(self, kind: str, text: str) -> Callable[[], Constraint]:
         """Compiles a grammar in a thread. Raises ``UserError`` for one that is wrong or too large."""

@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, Protocol
 
-from tulle.engine.request import Event, Request
 from tulle.engine.kv_cache import KVCache
+from tulle.engine.request import Event, Request
 from tulle.engine.request import Sequence as Running
 from tulle.engine.scheduler import Stats
 from tulle.errors import UserError
@@ -74,7 +74,7 @@ class Job:
         self.first_token: float | None = None
         self.cancelled: Literal["", "gone", "slow", "drain"] = ""
         """Why it was cancelled: its client went away, reads too slowly, or the server stops."""
-        self.on_cancel: Callable[[], None] | None = None
+        self.on_cancel: Callable[[], object] | None = None
         """Called on the event loop when the job is cancelled because its reader does not read."""
         self._pending: list[tuple[int, Event]] = []
         self._error: Exception | None = None
@@ -87,11 +87,6 @@ class Job:
     def done(self) -> bool:
         """All events have been given."""
         return self.open == 0 and not self._pending
-
-    @property
-    def cached_tokens(self) -> int:
-        """Of the prompt of the first sequence, found in the cache."""
-        return self.sequences[0].cached_tokens if self.sequences else 0
 
     async def events(self) -> list[tuple[int, Event]]:
         """What came since the last call, as (number of the sequence, event); waits for it. Empty after
@@ -149,6 +144,8 @@ class Worker:
 
     def submit(self, requests: Sequence[Request]) -> Job:
         """Queues requests, all or none. Their events come from the job."""
+        if len(requests) > self._most:
+            raise ApiError(400, f"expected at most {self._most} answers of one request, found {len(requests)}")
         if self.live + len(requests) > self._most:
             raise busy(f"expected room in the queue for {len(requests)} more, found {self.live} requests; try later")
         job = Job(self, requests)

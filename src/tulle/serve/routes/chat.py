@@ -11,13 +11,20 @@ from starlette.responses import Response
 from tulle.engine.sampling import TokenLogprobs
 from tulle.serve.conversation import Talk, begin
 from tulle.serve.errors import ApiError, unsupported
-from tulle.serve.generation import Run, finish_reason, watched
+from tulle.serve.generation import Run, finish_reason
 from tulle.serve.routes.common import (
-    answer, compact, fingerprint, log_texts, new_id, note, now, quote, registry_of, router, with_errors,
-)  # fmt: skip
+    compact,
+    fingerprint,
+    log_texts,
+    new_id,
+    now,
+    quote,
+    respond,
+    router,
+)
 from tulle.serve.schemas.openai import ChatCompletion, ChatRequest, NamedTool
 from tulle.serve.served import ServedModel
-from tulle.serve.streaming import COMMENT, DONE, EventStream
+from tulle.serve.streaming import COMMENT, DONE
 from tulle.serve.token_text import TokenTexts
 from tulle.text.tool_formats import Arguments, Content, Delta, Reasoning, ToolCall
 
@@ -27,27 +34,15 @@ routes = router()
 @routes.post("/v1/chat/completions", response_model=ChatCompletion, tags=["OpenAI"])
 async def chat_completions(body: ChatRequest, http: Request) -> Response:
     """Answers a conversation; with ``stream`` as server-sent events."""
-    registry = registry_of(http)
-    model = await registry.take(body.model)
-    streams = False
-    try:
-        note(http, model)
-        run = await begin(model, body, http, talk_of(body, model))
-        log_texts(http, messages=[message.model_dump(exclude_none=True) for message in body.messages])
-        if body.stream:
-            streams = True
-
-            def finished() -> None:
-                registry.give_back(model)
-                note(http, model, run)
-
-            pieces = with_errors(http.url.path, _stream(run, model, body))
-            return EventStream(pieces, run.job, finished)
-        async with watched(http, run.job):
-            return answer(await _whole(http, run, model, body))
-    finally:
-        if not streams:
-            registry.give_back(model)
+    log_texts(http, messages=[message.model_dump(exclude_none=True) for message in body.messages])
+    return await respond(
+        http,
+        body.model,
+        bool(body.stream),
+        lambda model: begin(model, body, http, talk_of(body, model)),
+        lambda run, model: _stream(run, model, body),
+        lambda run, model: _whole(http, run, model, body),
+    )
 
 
 def talk_of(body: ChatRequest, model: ServedModel) -> Talk:
@@ -149,7 +144,6 @@ async def _whole(http: Request, run: Run, model: ServedModel, body: ChatRequest)
                 logprobs[piece.number].append(logprobs_json(model.tokens, piece.event.logprobs))
             if piece.event.finish is not None:
                 finish[piece.number] = piece.event.finish
-    note(http, model, run)
     choices = []
     for number, spoken in enumerate(answers):
         choice = {
@@ -183,7 +177,7 @@ async def _stream(run: Run, model: ServedModel, body: ChatRequest) -> AsyncItera
         "id": new_id("chatcmpl-"), "object": "chat.completion.chunk", "created": now(), "model": model.name,
         "system_fingerprint": fingerprint(),
     }  # fmt: skip
-    tail = (",\"usage\":null" if usage else "") + "}\n\n"
+    tail = (',"usage":null' if usage else "") + "}\n\n"
     opening = "data: " + compact(head)[:-1] + ',"choices":['
     count = body.n or 1
     before = [f'{opening}{{"index":{number},"delta":' for number in range(count)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from json.encoder import encode_basestring_ascii
 from typing import Any
 
@@ -16,11 +16,12 @@ from starlette.responses import Response
 import tulle
 from tulle.errors import UserError
 from tulle.serve.errors import body_of
-from tulle.serve.generation import Run
+from tulle.serve.generation import Run, watched
 from tulle.serve.registry import Registry
 from tulle.serve.schemas.common import ErrorResponse
 from tulle.serve.security import BoundedRoute
 from tulle.serve.served import ServedModel
+from tulle.serve.streaming import EventStream
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse, "description": what}
@@ -87,13 +88,48 @@ async def with_errors(path: str, pieces: AsyncIterator[str]) -> AsyncIterator[st
         yield sse(content, "error" if content.get("type") == "error" else None)
 
 
+async def respond(
+    http: Request,
+    name: str,
+    streams: bool,
+    begin: Callable[[ServedModel], Awaitable[Run]],
+    pieces: Callable[[Run, ServedModel], AsyncIterator[str]],
+    whole: Callable[[Run, ServedModel], Awaitable[Any]],
+) -> Response:
+    """The answer of a model called ``name``: a stream of ``pieces``, or JSON of the ``whole``.
+
+    The model is in use until the answer ends, and the run is cancelled when its client goes away.
+    """
+    registry = registry_of(http)
+    model = await registry.take(name)
+    handed_on = False
+    try:
+        note(http, model)
+        run = await begin(model)
+        if not streams:
+            async with watched(http, run.job):
+                content = await whole(run, model)
+            note(http, model, run)
+            return answer(content)
+
+        def finished() -> None:
+            registry.give_back(model)
+            note(http, model, run)
+
+        handed_on = True
+        return EventStream(with_errors(http.url.path, pieces(run, model)), run.job, finished)
+    finally:
+        if not handed_on:
+            registry.give_back(model)
+
+
 def note(http: Request, model: ServedModel, run: Run | None = None, **more: Any) -> None:
     """Adds to the request's line in the log."""
     details = http.scope["tulle.log"]
     details["model"] = model.name
     if run is not None:
         job = run.job
-        details |= {"prompt": run.prompt_tokens, "cached": job.cached_tokens, "generated": run.generated}
+        details |= {"prompt": run.prompt_tokens, "cached": run.cached_tokens, "generated": run.generated}
         if job.first_token is not None:
             details["first"] = f"{job.first_token - job.created:.3f}s"
         if job.cancelled:

@@ -20,7 +20,7 @@ MOST_LOGPROBS = 20
 
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
-Tokens = Annotated[list[Token], Field(min_length=1, max_length=MOST_TOKENS)]
+Tokens = Annotated[list[Token], Field(min_length=1, max_length=MOST_TOKENS, fail_fast=True)]
 Name = Annotated[str, Field(max_length=256)]
 
 
@@ -94,7 +94,7 @@ class Generating(Body):
     """By token id."""
     seed: int | None = Field(None, ge=0, lt=2**62)
     """Equal seeds give equal answers; of n answers, the i-th has ``seed`` + i."""
-    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     """Go on after an end token."""
     grammar: Annotated[str, Field(min_length=1, max_length=LONGEST_GRAMMAR)] | None = None

@@ -53,9 +53,9 @@ class Message(Strict):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[Part], Field(max_length=1024)] | None = None
+    content: str | Annotated[list[Part], Field(max_length=1024, fail_fast=True)] | None = None
     name: Name | None = None
-    tool_calls: Annotated[list[CalledTool], Field(max_length=128)] | None = None
+    tool_calls: Annotated[list[CalledTool], Field(max_length=128, fail_fast=True)] | None = None
     tool_call_id: Annotated[str, Field(max_length=256)] | None = None
     reasoning_content: str | None = None
     audio: None = None
@@ -119,7 +119,7 @@ class StreamOptions(Strict):
 class ChatRequest(Generating):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     n: int | None = Field(None, ge=1, le=MOST_CHOICES)
@@ -127,7 +127,7 @@ class ChatRequest(Generating):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
@@ -197,9 +197,9 @@ class ChatCompletion(BaseModel):
 
 Prompt = (
     str
-    | Annotated[list[str], Field(min_length=1, max_length=MOST_TEXTS)]
+    | Annotated[list[str], Field(min_length=1, max_length=MOST_TEXTS, fail_fast=True)]
     | Tokens
-    | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_TEXTS)]
+    | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_TEXTS, fail_fast=True)]
 )
 
 
@@ -208,7 +208,7 @@ class CompletionRequest(Generating):
 
     refused = Generating.refused | {"suffix": "the model cannot fill in; leave it out"}
 
-    prompt: Prompt = "<|endoftext|>"
+    prompt: Prompt
     max_tokens: int | None = Field(None, ge=0, lt=2**31)
     """[16]"""
     n: int | None = Field(None, ge=1, le=MOST_CHOICES)
@@ -326,8 +326,8 @@ class TokenizeRequest(Body):
     content: str | None = None
     prompt: str | None = None
     """Another name of ``content``."""
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     add_special: bool | None = None
     """With what the tokenizer puts around a text, such as BOS [false]."""
     with_pieces: bool | None = None
@@ -352,7 +352,7 @@ class DetokenizeRequest(Body):
     """``POST /detokenize``."""
 
     model: Annotated[str, Field(max_length=1024)] = ""
-    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=1 << 20)]
+    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=1 << 20, fail_fast=True)]
     keep_special: bool | None = None
     """With special tokens in the text."""
 
@@ -368,7 +368,7 @@ class ScoreRequest(Body):
 
     model: Annotated[str, Field(max_length=1024)] = ""
     prompt: str | Tokens
-    continuations: Annotated[list[str | Tokens], Field(min_length=1, max_length=MOST_TEXTS)]
+    continuations: Annotated[list[str | Tokens], Field(min_length=1, max_length=MOST_TEXTS, fail_fast=True)]
     timeout: float | None = Field(None, gt=0, le=86400)
 
 
