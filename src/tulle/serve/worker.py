@@ -85,8 +85,8 @@ class Job:
 
     @property
     def done(self) -> bool:
-        """All events have been given."""
-        return self.open == 0 and not self._pending
+        """All events have been given, and no error is to be raised."""
+        return self.open == 0 and not self._pending and self._error is None
 
     async def events(self) -> list[tuple[int, Event]]:
         """What came since the last call, as (number of the sequence, event); waits for it. Empty after
@@ -190,6 +190,9 @@ class Worker:
                 self._call(self._fail, jobs, ApiError(503, "expected a running model, found it unloaded; try again"))
                 return
             accepted, refused = self._obey(commands, owned)
+            if accepted or refused:
+                # Before the step: a stream begins while its prompt is computed.
+                self._call(self._deliver, accepted, refused, [])
             try:
                 events = self.scheduler.step()
             except Exception as error:  # the request's fault would be a UserError of add: this one is ours
@@ -198,14 +201,13 @@ class Worker:
                 for sequences in owned.values():
                     self._forget(sequences)
                 owned.clear()
-                self._call(self._deliver, accepted, refused, [])
                 self._call(self._fail, failed, ApiError(500, f"expected a step of the engine, found {error!r}"))
                 continue
             for event in events:
                 if event.finish is not None:
                     self._drop(event.sequence, owned)
-            if accepted or refused or events:
-                self._call(self._deliver, accepted, refused, events)
+            if events:
+                self._call(self._deliver, [], [], events)
 
     def _obey(
         self, commands: Iterable[tuple[str, Job]], owned: dict[Job, list[Running]]

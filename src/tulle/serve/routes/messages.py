@@ -14,7 +14,7 @@ from tulle.engine.request import Sequence as Running
 from tulle.serve.conversation import Talk, begin, prompt_of
 from tulle.serve.errors import ApiError, unsupported
 from tulle.serve.generation import Run
-from tulle.serve.routes.chat import Spoken
+from tulle.serve.routes.chat import Spoken, effort
 from tulle.serve.routes.common import answer, log_texts, new_id, note, quote, registry_of, respond, router, sse
 from tulle.serve.schemas.anthropic import (
     AnthropicMessage,
@@ -38,8 +38,10 @@ async def messages(body: MessagesRequest, http: Request) -> Response:
 
     async def start(model: ServedModel) -> Run:
         talk = talk_of(body, model)
-        if body.output_config is not None and body.output_config.format is not None:
-            talk.schema = body.output_config.format.schema_
+        if body.output_config is not None:
+            if body.output_config.format is not None:
+                talk.schema = body.output_config.format.schema_
+            talk.variables |= effort(body.output_config.effort, model)
         talk.max_tokens = body.max_tokens
         log_texts(http, messages=talk.messages)
         return await begin(model, body, http, talk)

@@ -45,4 +45,4 @@ def _card(entry: Entry) -> dict[str, Any]:
 async def info(http: Request, model: str = "") -> Response:
     """Facts of a model, which is loaded for it; of the first one without a name."""
     async with registry_of(http).use(model) as served:
-        return answer({"version": tulle.__version__, "model": asdict(served.facts)})
+        return answer(asdict(served.facts) | {"version": tulle.__version__})

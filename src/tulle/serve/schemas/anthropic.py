@@ -8,6 +8,10 @@ from pydantic import BaseModel, Field, model_validator
 
 from tulle.serve.schemas.common import LONGEST_STOP, MOST_STOPS, Body, Generating, Name, Strict
 
+NO_DIFFERENCE = {
+    "context_management", "cache_control", "diagnostics", "inference_geo", "speed", "user_profile_id", "workspace_id",
+}  # fmt: skip
+"""Fields of Anthropic's own service."""
 READABLE = ("text", "tool_use", "tool_result", "thinking", "redacted_thinking")
 
 
@@ -90,6 +94,8 @@ class OutputFormat(Strict):
 
 class OutputConfig(Strict):
     format: OutputFormat | None = None
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    """For models whose template knows it."""
 
 
 class Prompted(Strict):
@@ -105,7 +111,7 @@ class Prompted(Strict):
 class CountRequest(Prompted, Body):
     """``POST /v1/messages/count_tokens``."""
 
-    harmless: ClassVar[frozenset[str]] = Generating.harmless | {"context_management", "cache_control"}
+    harmless: ClassVar[frozenset[str]] = Generating.harmless | NO_DIFFERENCE
     refused: ClassVar[dict[str, str]] = {"mcp_servers": "this server calls no others"}
 
     model: Annotated[str, Field(max_length=1024)] = ""
@@ -115,7 +121,7 @@ class CountRequest(Prompted, Body):
 class MessagesRequest(Prompted, Generating):
     """``POST /v1/messages``."""
 
-    harmless: ClassVar[frozenset[str]] = Generating.harmless | {"context_management", "cache_control"}
+    harmless: ClassVar[frozenset[str]] = Generating.harmless | NO_DIFFERENCE
     refused: ClassVar[dict[str, str]] = Generating.refused | {
         "mcp_servers": "this server calls no others",
         "container": "this server runs nothing",

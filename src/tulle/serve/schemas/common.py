@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from tulle.serve.errors import unsupported
 
@@ -16,12 +16,24 @@ MOST_TEXTS = 256
 MOST_TOKENS = 1 << 20
 """Of a prompt that is given as tokens, before the model's context is looked at."""
 LONGEST_GRAMMAR = 1 << 16
+MOST_BIASES = 1024
 MOST_LOGPROBS = 20
 
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Tokens = Annotated[list[Token], Field(min_length=1, max_length=MOST_TOKENS, fail_fast=True)]
 Name = Annotated[str, Field(max_length=256)]
+
+
+def at_most(count: int) -> BeforeValidator:
+    """Refuses a larger object before its entries are looked at, each of which could be an error of its own."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > count:
+            raise ValueError(f"expected at most {count} entries, found {len(value)}")
+        return value
+
+    return BeforeValidator(check)
 
 
 class Strict(BaseModel):
@@ -88,9 +100,12 @@ class Generating(Body):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
     repeat_last_n: int | None = Field(None, ge=-1, lt=2**31)
-    logit_bias: dict[Annotated[str, Field(max_length=10)], Annotated[float, Field(ge=-100, le=100)]] | None = Field(
-        None, max_length=1024
-    )
+    logit_bias: (
+        Annotated[
+            dict[Annotated[str, Field(max_length=10)], Annotated[float, Field(ge=-100, le=100)]], at_most(MOST_BIASES)
+        ]
+        | None
+    ) = None
     """By token id."""
     seed: int | None = Field(None, ge=0, lt=2**62)
     """Equal seeds give equal answers; of n answers, the i-th has ``seed`` + i."""

@@ -16,6 +16,7 @@ from tulle.serve.schemas.common import (
     Strict,
     Tokens,
     Usage,
+    at_most,
 )
 
 # Chat ------------------------------------------------------------------------------------------------------------
@@ -132,9 +133,9 @@ class ChatRequest(Generating):
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     """For models whose template knows it."""
-    chat_template_kwargs: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")], Any] | None = Field(
-        None, max_length=32
-    )
+    chat_template_kwargs: (
+        Annotated[dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")], Any], at_most(32)] | None
+    ) = None
     """Values that the model's template reads, such as ``enable_thinking``."""
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from tulle.serve.schemas.common import MOST_LOGPROBS, Generating, Name, Strict
+from tulle.serve.schemas.common import MOST_LOGPROBS, Generating, Name, Strict, at_most
 from tulle.serve.schemas.openai import StreamOptions
 
 TEXT_PARTS = ("input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text")
@@ -127,9 +127,9 @@ class ResponsesRequest(Generating):
     background: Literal[False] | None = None
     store: bool | None = None
     """Nothing is stored, whatever this says."""
-    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = Field(
-        None, max_length=16
-    )
+    metadata: (
+        Annotated[dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], at_most(16)] | None
+    ) = None
     """Given back as it is."""
 
 
