@@ -9,7 +9,7 @@ BUILT_FROM := pyproject.toml CMakeLists.txt constraints.txt $(shell find native 
 $(shell mkdir -p build; find src/tulle -type d -not -name __pycache__ -not -path '*/.*' | sort > build/packages.now; \
 	cmp -s build/packages.now build/packages || cp build/packages.now build/packages)
 
-.PHONY: demo test check docs bench reference sanitize amx fuzz
+.PHONY: demo test check docs bench reference sanitize amx fuzz wheel
 
 demo: $(INSTALLED)
 	$(BIN)/tulle demo -o demo
@@ -29,6 +29,12 @@ docs: $(INSTALLED)
 	$(BIN)/python -m pip install -q -c constraints.txt mkdocs-material  # the extra "docs"
 	$(BIN)/python docs/generate.py --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# The wheel, and what a user gets of it in an empty environment: its size, and that it runs and serves.
+wheel: $(INSTALLED)
+	rm -rf build/wheel
+	$(BIN)/python -m pip wheel -q --no-deps -w build/wheel .
+	PYTHONPATH=tests/install $(BIN)/python tests/install/check_wheel.py build/wheel/tulle-*.whl build/wheel
 
 # See benchmarks/README.md for DATA and PEER_PYTHON.
 bench: $(INSTALLED)
