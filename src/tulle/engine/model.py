@@ -17,6 +17,7 @@ from tulle.cache import FOLDER
 from tulle.engine import scaling
 from tulle.engine.checkpoint import Checkpoint, Source
 from tulle.engine.choose import check_layout, choose_layout, layouts_for
+from tulle.engine.native_model import consecutive_pages
 from tulle.engine.prepare import Progress, prepared
 from tulle.engine.sampling import Sampler, Sampling
 from tulle.engine.settings import settings_of
@@ -92,8 +93,8 @@ class Engine:
     """A model in memory, ready to generate.
 
     ``threads`` [all physical cores]; ``context`` tokens per sequence [the model's, at most 4096]; ``sequences`` that
-    run at once; ``cache``: keys and values in f32, bf16 or int8 [int8 where the model quantises them anyway, else f32
-    up to 256 MB, then bf16]; ``activations``: ``as quantised`` (as the recipe said; 16 bits where it left the inputs of
+    run at once; ``cache``: keys and values in f32, bf16, int8 or int4 [int8 where the model quantises them
+    anyway, else f32 up to 256 MB, then bf16]; ``activations``: ``as quantised`` (as the recipe said; 16 bits where it left the inputs of
     integer weights unquantised) or ``int8`` (8 bits per token there, faster); ``head``: the output head in int8, int4
     (not of a Scaling Transformer), bf16, or as stored; ``layout`` of the weights: ``sparse``, ``dense`` (pruned ones
     densified), ``input-major``, ``dense input-major`` (inputs that are left out are not read) or what is faster here,
@@ -120,8 +121,8 @@ class Engine:
         if activations not in (AS_QUANTISED, "int8"):
             hint = f"; its name is {AS_QUANTISED} now" if activations == "recorded" else ""
             raise UserError(f"expected activations {AS_QUANTISED} or int8, found {activations!r}{hint}")
-        if cache not in ("auto", "bf16", "f32", "int8"):
-            raise UserError(f"expected a cache in auto, bf16, f32 or int8, found {cache!r}")
+        if cache not in ("auto", "bf16", "f32", "int8", "int4"):
+            raise UserError(f"expected a cache in auto, bf16, f32, int8 or int4, found {cache!r}")
         if sequences < 1 or (threads is not None and threads < 1) or (context is not None and context < 1):
             raise UserError("expected at least one thread, sequence and token of context, found fewer")
         self.sequences, self.threads = sequences, threads or default_threads()
@@ -131,6 +132,7 @@ class Engine:
         if context is not None and limit is not None and context > limit:
             raise UserError(f"expected a context of at most {limit} tokens, as the model has, found {context}")
         self.context = context or min(limit or CONTEXT, CONTEXT)
+        self._tables = consecutive_pages(self.sequences, self.context)
         self._text: ModelTokenizer | None = None
         try:
             if self.config.get("model_type") == scaling.MODEL_TYPE:
@@ -165,7 +167,9 @@ class Engine:
         self.vocabulary = model.vocabulary
         settings = settings_of(source, file, facts, bits, range(len(model.layers)))
         self._native: _native.Engine | _native.ScalingEngine
-        self._native = _native.Engine(settings, self.sequences, self.context, BATCH, cache, self.threads)
+        self._native = _native.Engine(
+            settings, self._tables.size, self.sequences, self.context, BATCH, cache, self.threads
+        )
 
     def _open_scaling(self, cache: str, weights: str, head: str, layout: str, progress: Progress | None) -> None:
         check_layout(layout)
@@ -173,7 +177,9 @@ class Engine:
         self.layouts, self.layout, self.vocabulary = ["dense"], "dense", shape.vocabulary
         if cache == "auto":
             cache = self._fine_or_bf16(shape.layers * shape.hidden)
-        self._native = _native.ScalingEngine(settings, self.sequences, self.context, BATCH, cache, self.threads)
+        self._native = _native.ScalingEngine(
+            settings, self._tables.size, self.sequences, self.context, BATCH, cache, self.threads
+        )
 
     def _fine_or_bf16(self, numbers: int) -> str:
         """Of a cache with so many keys, and as many values, per token."""
@@ -226,7 +232,7 @@ class Engine:
             first, last = np.searchsorted(rows, [part.start, part.stop])
             here = np.ascontiguousarray(rows[first:last] - start, np.int32)
             try:
-                self._native.forward(ids[part], slot[part], place[part], here, logits[first:last])
+                self._native.forward(ids[part], slot[part], place[part], self._tables, here, logits[first:last])
             except ValueError as error:
                 raise UserError(str(error)) from None
         return logits

@@ -15,6 +15,20 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 
+PAGE = 16
+"""Tokens of a page of the KV cache, of all layers (kKeyBlock in ops.hpp)."""
+
+
+def page_count(context: int) -> int:
+    """Pages of a sequence of so many tokens."""
+    return -(-context // PAGE)
+
+
+def consecutive_pages(slots: int, context: int) -> NDArray[np.int32]:
+    """Page tables ``[slots, pages]`` of sequences that share nothing: slot s has its own pages, one after the other."""
+    pages = page_count(context)
+    return np.arange(slots * pages, dtype=np.int32).reshape(slots, pages)
+
 
 class WeightKind(StrEnum):
     """How a weight is stored. Codes of 2 bits are input-major only."""
