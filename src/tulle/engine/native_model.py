@@ -13,11 +13,9 @@ from typing import Any, get_type_hints
 import numpy as np
 from numpy.typing import NDArray
 
+from tulle.engine.kv_cache import PAGE
+
 Floats = NDArray[np.float32]
-
-PAGE = 16
-"""Tokens of a page of the KV cache, of all layers (kKeyBlock in ops.hpp)."""
-
 
 def page_count(context: int) -> int:
     """Pages of a sequence of so many tokens."""
