@@ -103,7 +103,7 @@ class ServedModel:
         from tulle.engine.grammar import Grammar, Grammars
 
         if self._grammars is None:
-            self._grammars = Grammars(self.text)
+            self._grammars = Grammars(self.text, vocabulary=self.engine.vocabulary)
         return self._grammars.compile(Grammar(kind, text))
 
 
