@@ -11,6 +11,7 @@ llguidance cannot hold is refused by name.
 from __future__ import annotations
 
 import json
+import math
 import re
 import threading
 from collections import OrderedDict
@@ -31,7 +32,7 @@ from tulle.text.tokenizer import ModelTokenizer
 
 Kind = Literal["json_schema", "json_object", "regex", "lark", "gbnf", "choice"]
 
-SECONDS = 0.9
+SECONDS = 0.8
 """Within which a grammar is accepted or refused."""
 AT_ONCE = 2
 """Grammars that are compiled at the same time."""
@@ -43,7 +44,7 @@ MOST = {
     "properties of one object": 1000,
     "properties": 5000,
     "values of enum": 10_000,
-    "lists and objects in values of enum and const": 1000,
+    "lists and objects in values of enum and const": 2000,
     "alternatives": 1000,
     "combinations of alternatives in one allOf": 100,
 }
@@ -265,7 +266,10 @@ _stack_lock = threading.Lock()
 
 def _line(message: str) -> str:
     """The library's message in one line, without the state of its parser."""
-    return " ".join(re.split(r"<state>|<backtrace>", message)[0].split())[:300]
+    own = re.search(r"ValueError\(\\?[\"'](.*?)\\?[\"']\), traceback", message)
+    if own:
+        return own[1]
+    return " ".join(re.split(r"<state>|<backtrace>|<non-verbose/>", message)[0].split())[:300]
 
 
 def _matcher(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
@@ -273,10 +277,13 @@ def _matcher(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
     if not found.is_error():
         # The first mask costs more than others, and finds what cannot begin.
         found.compute_bitmask()
-    if found.is_error():
-        raise UserError(f"expected a {grammar.kind} that is valid, found: {_line(found.get_error())}")
-    if found.is_stopped() and not found.is_accepting():
-        raise UserError(f"expected a {grammar.kind} that allows a text, found one that allows none")
+    wrong = _line(found.get_error()) if found.is_error() else ""
+    if wrong.startswith("NoExtension"):
+        raise UserError(
+            f"expected a {grammar.kind} that allows a text of the model's tokens, found one that allows none"
+        )
+    if wrong:
+        raise UserError(f"expected a {grammar.kind} that is valid, found: {wrong}")
     return found
 
 
@@ -292,6 +299,12 @@ def _source(grammar: Grammar) -> str:
         _check_schema(schema)
         options: Any = {"lenient": False, "whitespace_flexible": True, "whitespace_pattern": WHITESPACE}
         return LLMatcher.grammar_from_json_schema(text, overrides=options)
+    if grammar.kind != "choice":
+        run = max(re.findall(r'[^"/|\n()\[\]*+?.{}]+', text), key=len, default="")
+        if len(run) > LONGEST_STRING:
+            raise UserError(
+                f"expected constants of at most {LONGEST_STRING} characters, found {len(run)}: {run[:40]!r}…"
+            )
     if grammar.kind == "regex":
         return LLMatcher.grammar_from_regex(text)
     if grammar.kind == "choice":
@@ -379,18 +392,15 @@ def _check_schema(schema: dict[str, Any]) -> None:
             inner += [c for c in content if isinstance(c, list | dict)]
         found["alternatives"] += sum(_alternatives(node))
         parts = node.get("allOf")
-        product = 1
-        for part in [*(parts if isinstance(parts, list) else ()), node]:
-            for count in _alternatives(part):
-                product *= max(count, 1)
-        key = "combinations of alternatives in one allOf"
-        found[key] = max(found[key], min(product, 1 << 30))
+        counts = [c for part in [*(parts if isinstance(parts, list) else ()), node] for c in _alternatives(part)]
+        if len(counts) > 1:
+            key = "combinations of alternatives in one allOf"
+            found[key] = max(found[key], min(math.prod(counts), 1 << 30))
         multiple = node.get("multipleOf")
         if isinstance(multiple, int | float) and not isinstance(multiple, bool):
-            digits = Decimal(repr(multiple)).as_tuple().digits
-            exponent = Decimal(repr(multiple)).as_tuple().exponent
-            size = int("".join(map(str, digits)) or "0") * 10 ** max(exponent if isinstance(exponent, int) else 0, 0)
-            multiples += size
+            number = Decimal(repr(multiple)).normalize().as_tuple()
+            zeros = number.exponent if isinstance(number.exponent, int) and number.exponent > 0 else 0
+            multiples += int("".join(map(str, number.digits))) * 10 ** min(zeros, 9)
     for name, most in MOST.items():
         if found[name] > most:
             raise UserError(f"expected a JSON schema of at most {most} {name}, found {found[name]}")
