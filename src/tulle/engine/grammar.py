@@ -112,8 +112,8 @@ class Matcher:
     def accept(self, token: int) -> None:
         """The token that was chosen. Raises ``UserError`` for one that the mask does not allow."""
         if not self._matcher.consume_token(token):
-            self._check()
-            raise UserError(f"expected a token that the grammar allows, found {token}")
+            why = _line(self._matcher.get_error())
+            raise UserError(f"expected a token that the grammar allows, found {token} ({why})")
 
     @property
     def finished(self) -> bool:
@@ -211,7 +211,8 @@ class _Tokens:
 
     def __init__(self, tokenizer: Tokenizer, size: int, ends: Sequence[int]):
         self._library = tokenizer
-        self.tokens = token_bytes(tokenizer)[:size]
+        # The library takes a first byte of 255, which no text in UTF-8 has, for the mark of a special token.
+        self.tokens = [b"" if token.startswith(b"\xff") else token for token in token_bytes(tokenizer)[:size]]
         self.tokens += [b""] * (size - len(self.tokens))
         special = {i for i in special_ids(tokenizer) if i < size} | set(ends)
         self.special_token_ids = sorted(special)

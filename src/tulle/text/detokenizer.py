@@ -120,11 +120,12 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
     kinds = {spec["type"] for spec in _flat(json.loads(tokenizer.decoder.__getstate__()))} if tokenizer.decoder else ()
     if "ByteLevel" in kinds:
         return [b"" if token is None else _own_bytes(token) for token in tokens]
-    # After a token of one letter, so that none is the first.
-    before = next((n for n, token in enumerate(tokens) if token is not None and re.fullmatch("[a-z]", token)), 0)
-    pairs = [[before] if token is None else [before, number] for number, token in enumerate(tokens)]
-    start = len(tokenizer.decode([before], skip_special_tokens=False))
-    found = [text[start:].encode() for text in tokenizer.decode_batch(pairs, skip_special_tokens=False)]
+    # Between tokens of one letter, so that none is the first or the last.
+    letter = next((n for n, token in enumerate(tokens) if token is not None and re.fullmatch("[a-z]", token)), 0)
+    start, both = (len(tokenizer.decode([letter] * n, skip_special_tokens=False)) for n in (1, 2))
+    triples = [[letter] * 2 if token is None else [letter, number, letter] for number, token in enumerate(tokens)]
+    texts = tokenizer.decode_batch(triples, skip_special_tokens=False)
+    found = [text[start : len(text) - (both - start)].encode() for text in texts]
     if "ByteFallback" in kinds:
         for number, token in enumerate(tokens):
             if token is not None and _BYTE.fullmatch(token):
