@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 
 from checkpoints import write_checkpoint
 from tulle.engine import Engine, Sampling
-from tulle.engine.sampling import Sampler, likely
 from tulle.errors import UserError
 
 
@@ -104,40 +103,6 @@ def test_bad_calls(folder: Path, call: object, message: str) -> None:
 def test_bad_options(folder: Path, options: dict[str, object]) -> None:
     with pytest.raises(UserError, match="expected"):
         Engine(folder, **options)  # type: ignore[arg-type]
-
-
-def test_top_k_and_top_p() -> None:
-    logits = np.log(np.array([0.1, 0.4, 0.2, 0.3]))
-    tokens, weights = likely(logits, 0, 1.0)
-    assert tokens.tolist() == [1, 3, 2, 0] and np.allclose(weights, [0.4, 0.3, 0.2, 0.1])
-    tokens, weights = likely(logits, 2, 1.0)
-    assert tokens.tolist() == [1, 3] and np.allclose(weights, [4 / 7, 3 / 7])
-    assert likely(logits, 0, 0.6)[0].tolist() == [1, 3]
-    assert likely(logits, 0, 0.1)[0].tolist() == [1]
-    assert likely(logits, 9, 1.0)[0].tolist() == [1, 3, 2, 0]
-
-
-def test_sampled_shares_follow_the_probabilities() -> None:
-    sampler = Sampler(Sampling(temperature=2.0, seed=0))
-    logits = np.array([0.0, 2.0, 4.0], np.float32)
-    counts = np.bincount([sampler.choose(logits) for _ in range(4000)], minlength=3) / 4000
-    expected = np.exp(logits / 2) / np.exp(logits / 2).sum()
-    assert np.abs(counts - expected).max() < 0.03
-
-
-def test_repetition_penalty() -> None:
-    sampler = Sampler(Sampling(repetition_penalty=2.0))
-    assert sampler.choose(np.array([1.0, 1.9, 0.0], np.float32), [1]) == 0
-    assert sampler.choose(np.array([-1.5, -1.0, -9.0], np.float32), [1]) == 0
-    assert sampler.choose(np.array([1.0, 2.1, 0.0], np.float32), [1]) == 1
-
-
-@pytest.mark.parametrize(
-    "settings", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.5}, {"repetition_penalty": 0}]
-)
-def test_bad_sampling(settings: dict[str, float]) -> None:
-    with pytest.raises(UserError, match="expected"):
-        Sampling(**settings)  # type: ignore[arg-type]
 
 
 def chain(folder: Path, following: dict[int, int], vocabulary: int) -> None:
