@@ -41,8 +41,8 @@ def prepare_messages(
     - Content is text: parts are joined by newlines, None is ''.
     - ``developer`` is ``system`` where the template does not know it; a system message that it does not know goes into
       the first user message.
-    - Arguments of calls are objects, or JSON text where the template wants text. Results have their call's ``name``. Ids
-      are as the template takes them.
+    - Arguments of calls are objects, or JSON text where the template wants text. Results have their call's ``name``.
+      Ids are as the template takes them.
     - Where the template has no tools, they are described in the system message; calls are lines of JSON, and results
       are the user's.
 
