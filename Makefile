@@ -92,5 +92,5 @@ fuzz: $(INSTALLED)
 $(INSTALLED): $(BUILT_FROM)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,export,data]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,train,export,data,uvloop]'
 	touch $@

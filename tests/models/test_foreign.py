@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ from tulle.engine import Engine
 from tulle.errors import UserError
 from tulle.evaluate.loading import load_model
 from tulle.models.checkpoint import Checkpoint
+from tulle.models.foreign import awq as awq_format
+from tulle.models.foreign import compressed_tensors as ct_format
+from tulle.models.foreign import fp8 as fp8_format
+from tulle.models.foreign import gptq as gptq_format
 from tulle.models.source import open_source
 
 SHAPES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
@@ -315,6 +320,43 @@ def test_refused_by_name(what: str, tmp_path: Path) -> None:
         checkpoint = Checkpoint.open(tmp_path / "m")
         checkpoint.read(f"{Q}.weight")
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def places(settings: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where in the settings something stands."""
+    inner = (
+        settings.items() if isinstance(settings, dict) else enumerate(settings) if isinstance(settings, list) else ()
+    )
+    for key, value in inner:
+        yield (*path, key)
+        yield from places(value, (*path, key))
+
+
+WRONG = (None, True, -1, 10**30, 0.5, "x", [], [None], {}, {"x": 1})
+ALL_KEYS = {
+    "compressed-tensors": {"sparsity_config": {"format": "dense"}, "transform_config": {"config_groups": {}}},
+    "gptq": {"checkpoint_format": "gptq", "is_marlin_format": False},
+    "awq": {"version": "gemm", "zero_point": True},
+    "fp8": {"fmt": "e4m3", "weight_block_size": [48, 32]},
+}
+
+
+@pytest.mark.parametrize("method", ALL_KEYS)
+def test_settings_of_any_type_are_read_or_refused(method: str) -> None:
+    readers = {"gptq": gptq_format, "awq": awq_format, "compressed-tensors": ct_format, "fp8": fp8_format}
+    found = [case for case, _ in CASES.values() if case["quant_method"] == method]
+    for case in [found[0] | ALL_KEYS[method], found[-1] | ALL_KEYS[method]]:
+        for path in places(case):
+            for wrong in WRONG:
+                settings = copy.deepcopy(case)
+                inner: Any = settings
+                for key in path[:-1]:
+                    inner = inner[key]
+                inner[path[-1]] = wrong
+                try:
+                    readers[method].from_config(settings)
+                except UserError as error:
+                    assert "\n" not in str(error)
 
 
 def test_biases_of_zeros_and_scales_of_inputs_are_passed_over(tmp_path: Path) -> None:

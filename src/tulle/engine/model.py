@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import abc, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +19,16 @@ from tulle.cache import FOLDER
 from tulle.engine import scaling
 from tulle.engine.checkpoint import Checkpoint, Source
 from tulle.engine.choose import check_layout, choose_layout, layouts_for
+from tulle.engine.kv_cache import PAGE, KVCache, PageTable
 from tulle.engine.prepare import Progress, prepared
-from tulle.engine.sampling import Sampler, Sampling
+from tulle.engine.request import Event, Finish, Request
+from tulle.engine.sampling import Sampling
+from tulle.engine.scheduler import Scheduler
 from tulle.engine.settings import settings_of
 from tulle.errors import UserError
 from tulle.models.description import describe, families
 from tulle.models.source import open_source
-from tulle.text.tokenizer import ModelTokenizer, TextStream
+from tulle.text.tokenizer import ModelTokenizer
 from tulle.text.tokenizer_folder import read_tokenizer
 
 BATCH = 256
@@ -32,6 +37,8 @@ FINE_CACHE = 1 << 28
 """Bytes up to which keys and values stay in float32."""
 AS_QUANTISED = "as quantised"
 """Inputs of integer weights as the recipe quantised them; in 16 bits where it did not."""
+CACHES = ("f32", "bf16", "int8", "int4")
+"""How keys and values are kept."""
 CONTEXT = 4096
 """Tokens, where the model allows more and nothing else is asked."""
 
@@ -49,6 +56,12 @@ def default_threads() -> int:
             return len(allowed)
         cores.add(siblings.strip())
     return max(len(cores), 1)
+
+
+def _page_bytes(cache: str, layers: int, heads: int, head_dim: int) -> int:
+    """Of a page of keys and values; with steps and zero points where they are quantised."""
+    bits, steps = {"f32": (32, 0), "bf16": (16, 0), "int8": (8, 16), "int4": (4, 16)}[cache]
+    return PAGE * layers * heads * (2 * head_dim * bits // 8 + steps)
 
 
 def _limit(config: Mapping[str, Any]) -> int | None:
@@ -70,37 +83,26 @@ class Generation:
     """From the prompt to the first token."""
     decode_seconds: float
     """Of the tokens after the first."""
-    finish: Literal["length", "end", "stop"] = "length"
-
-
-@dataclass
-class _Running:
-    """One sequence of a batch."""
-
-    number: int
-    slot: int
-    tokens: list[int]
-    sampler: Sampler
-    stream: TextStream
-    left: int
-    given: list[int] = field(default_factory=list)
-    pieces: list[str] = field(default_factory=list)
-    finish: Literal["length", "end", "stop"] = "length"
+    finish: Finish = "length"
+    cached_tokens: int = 0
+    """Of the prompt, that were found in the cache."""
 
 
 class Engine:
     """A model in memory, ready to generate.
 
     ``threads`` [all physical cores]; ``context`` tokens per sequence [the model's, at most 4096]; ``sequences`` that
-    run at once; ``cache``: keys and values in f32, bf16 or int8 [int8 where the model quantises them anyway, else f32
-    up to 256 MB, then bf16]; ``activations``: ``as quantised`` (as the recipe said; 16 bits where it left the inputs of
-    integer weights unquantised) or ``int8`` (8 bits per token there, faster); ``head``: the output head in int8, int4
-    (not of a Scaling Transformer), bf16, or as stored; ``layout`` of the weights: ``sparse``, ``dense`` (pruned ones
-    densified), ``input-major``, ``dense input-major`` (inputs that are left out are not read) or what is faster here,
-    which is tried once [``auto``];
-    ``weights`` of a Scaling Transformer: f32, bf16, int8 [as stored], int8 with inputs of 8 bits whatever
-    ``activations`` says (see :mod:`tulle.engine.scaling`). Raises ``UserError`` for a folder that is broken or a model
-    that is not supported.
+    run at once; ``cache``: keys and values in f32, bf16, int8 or int4 [int8 where the model quantises them anyway,
+    else f32 up to 256 MB, then bf16]; ``activations``: ``as quantised`` (as the recipe said; 16 bits where it left the
+    inputs of integer weights unquantised) or ``int8`` (8 bits per token there, faster); ``head``: the output head in
+    int8, int4 (not of a Scaling Transformer), bf16, or as stored; ``layout`` of the weights: ``sparse``, ``dense``
+    (pruned ones densified), ``input-major``, ``dense input-major`` (inputs that are left out are not read) or what is
+    faster here, which is tried once [``auto``]; ``weights`` of a Scaling Transformer: f32, bf16, int8 [as stored], int8
+    with inputs of 8 bits whatever ``activations`` says (see :mod:`tulle.engine.scaling`); ``cache_memory``: bytes of
+    keys and values, reserved at once [what ``sequences`` need].
+
+    Several threads may use an engine: one waits for the other. Raises ``UserError`` for a folder that is broken or a
+    model that is not supported.
     """
 
     def __init__(
@@ -115,13 +117,14 @@ class Engine:
         layout: str = "auto",
         progress: Progress | None = None,
         weights: str = "as stored",
+        cache_memory: int | None = None,
     ):
         folder = Path(path)
         if activations not in (AS_QUANTISED, "int8"):
             hint = f"; its name is {AS_QUANTISED} now" if activations == "recorded" else ""
             raise UserError(f"expected activations {AS_QUANTISED} or int8, found {activations!r}{hint}")
-        if cache not in ("auto", "bf16", "f32", "int8"):
-            raise UserError(f"expected a cache in auto, bf16, f32 or int8, found {cache!r}")
+        if cache not in ("auto", *CACHES):
+            raise UserError(f"expected a cache in auto, {', '.join(CACHES)}, found {cache!r}")
         if sequences < 1 or (threads is not None and threads < 1) or (context is not None and context < 1):
             raise UserError("expected at least one thread, sequence and token of context, found fewer")
         self.sequences, self.threads = sequences, threads or default_threads()
@@ -132,6 +135,13 @@ class Engine:
             raise UserError(f"expected a context of at most {limit} tokens, as the model has, found {context}")
         self.context = context or min(limit or CONTEXT, CONTEXT)
         self._text: ModelTokenizer | None = None
+        self._scheduler: Scheduler | None = None
+        # Of :meth:`forward`: whose past lies where.
+        self._tables = np.full((sequences, -(-self.context // PAGE)), -1, np.int32)
+        self._pages: dict[int, PageTable] = {}
+        self._lengths: dict[int, int] = {}
+        self._lock = threading.RLock()
+        self._cache_memory = cache_memory
         try:
             if self.config.get("model_type") == scaling.MODEL_TYPE:
                 self._open_scaling(cache, weights, head, layout, progress)
@@ -164,8 +174,10 @@ class Engine:
             cache = "int8" if attention and attention.key and attention.value else plain
         self.vocabulary = model.vocabulary
         settings = settings_of(source, file, facts, bits, range(len(model.layers)))
+        pages = self._count_pages(_page_bytes(cache, len(model.layers), mixer.kv_heads, mixer.head_dim))
         self._native: _native.Engine | _native.ScalingEngine
-        self._native = _native.Engine(settings, self.sequences, self.context, BATCH, cache, self.threads)
+        self._native = _native.Engine(settings, pages, self.sequences, self.context, BATCH, cache, self.threads)
+        self._kv, self.hidden = KVCache(pages), model.hidden
 
     def _open_scaling(self, cache: str, weights: str, head: str, layout: str, progress: Progress | None) -> None:
         check_layout(layout)
@@ -173,7 +185,26 @@ class Engine:
         self.layouts, self.layout, self.vocabulary = ["dense"], "dense", shape.vocabulary
         if cache == "auto":
             cache = self._fine_or_bf16(shape.layers * shape.hidden)
-        self._native = _native.ScalingEngine(settings, self.sequences, self.context, BATCH, cache, self.threads)
+        pages = self._count_pages(_page_bytes(cache, shape.layers, shape.heads, shape.hidden // shape.heads))
+        # Every page's end may be where another sequence goes on.
+        self._native = _native.ScalingEngine(
+            settings, pages, self.sequences, self.context, BATCH, cache, self.threads, pages
+        )
+        self._kv, self.hidden = KVCache(pages, pages if self._native.state_bytes else 0), shape.hidden
+
+    def _count_pages(self, page_bytes: int) -> int:
+        """Pages that fit into the memory for keys and values, or that all sequences need. Raises ``UserError`` where
+        not even one page fits."""
+        whole = -(-self.context // PAGE)
+        if self._cache_memory is None:
+            return self.sequences * whole
+        pages = self._cache_memory // page_bytes
+        if pages < 1:
+            raise UserError(
+                f"expected memory for at least one page of {page_bytes} bytes of keys and values, found "
+                f"{self._cache_memory}; give more"
+            )
+        return pages
 
     def _fine_or_bf16(self, numbers: int) -> str:
         """Of a cache with so many keys, and as many values, per token."""
@@ -202,17 +233,34 @@ class Engine:
         """Bytes of keys and values, once the context is full."""
         return int(self._native.cache_bytes)
 
+    @property
+    def scheduler(self) -> Scheduler:
+        """Runs requests; made on first use. What prompts left in the cache serves the next ones."""
+        if self._scheduler is None:
+            self._scheduler = Scheduler(
+                self._native,
+                self._kv,
+                self.text,
+                slots=self.sequences,
+                context=self.context,
+                batch=BATCH,
+                vocabulary=self.vocabulary,
+                hidden=self.hidden,
+            )
+        return self._scheduler
+
     def forward(
         self,
-        tokens: Sequence[int],
-        slots: Sequence[int] | int = 0,
-        positions: Sequence[int] | int = 0,
-        wanted: Sequence[int] | None = None,
+        tokens: abc.Sequence[int],
+        slots: abc.Sequence[int] | int = 0,
+        positions: abc.Sequence[int] | int = 0,
+        wanted: abc.Sequence[int] | None = None,
     ) -> NDArray[np.float32]:
-        """Logits ``[len(wanted), V]`` (default: of every token), keys and values being kept.
+        """Logits ``[len(wanted), V]`` (default: of every token), keys and values being kept until text is generated.
 
         Token i stands at ``positions[i]`` of sequence ``slots[i]``; one number stands for one sequence, or for
-        consecutive positions from there on. Raises ``UserError`` for tokens or positions out of range.
+        consecutive positions from there on. Raises ``UserError`` for tokens or positions out of range, for a position
+        whose past was not given, and while requests run.
         """
         n = len(tokens)
         ids = np.asarray(tokens, np.int32)
@@ -221,123 +269,123 @@ class Engine:
         place = np.asarray(places, np.int32)
         rows = np.arange(n) if wanted is None else np.asarray(wanted, np.int64)
         logits = np.empty((len(rows), self.vocabulary), np.float32)
-        for start in range(0, n, BATCH):
-            part = slice(start, min(start + BATCH, n))
-            first, last = np.searchsorted(rows, [part.start, part.stop])
-            here = np.ascontiguousarray(rows[first:last] - start, np.int32)
-            try:
-                self._native.forward(ids[part], slot[part], place[part], here, logits[first:last])
-            except ValueError as error:
-                raise UserError(str(error)) from None
+        with self._lock:
+            self._check_idle()
+            for start in range(0, n, BATCH):
+                part = slice(start, min(start + BATCH, n))
+                first, last = np.searchsorted(rows, [part.start, part.stop])
+                here = np.ascontiguousarray(rows[first:last] - start, np.int32)
+                self._make_room(slot[part], place[part])
+                try:
+                    self._native.forward(ids[part], slot[part], place[part], self._tables, here, logits[first:last])
+                except ValueError as error:
+                    raise UserError(str(error)) from None
+                for one, position in zip(slot[part].tolist(), place[part].tolist(), strict=True):
+                    self._lengths[one] = position + 1
         return logits
+
+    def _make_room(self, slots: NDArray[np.int32], positions: NDArray[np.int32]) -> None:
+        """Pages for tokens of :meth:`forward`; what is out of range is left to the native engine to refuse."""
+        lengths = dict(self._lengths)
+        for slot, position in zip(slots.tolist(), positions.tolist(), strict=True):
+            if not (0 <= slot < self.sequences and 0 <= position < self.context):
+                return
+            if position > lengths.get(slot, 0):
+                raise UserError(
+                    f"position of sequence {slot}: expected at most {lengths.get(slot, 0)}, up to where its past was "
+                    f"given, found {position}"
+                )
+            lengths[slot] = position + 1
+        for slot, length in lengths.items():
+            if slot not in self._pages:
+                self._pages[slot] = PageTable(self._kv, self._tables[slot])
+            if not self._pages[slot].grow(length):
+                raise UserError(f"expected a cache with room for {length} tokens of a sequence, found it full")
+
+    def _check_idle(self) -> None:
+        if self._scheduler is not None and not self._scheduler.idle:
+            raise UserError("expected an engine that does nothing else, found one whose scheduler runs requests")
+
+    def _forget(self) -> None:
+        """Gives back the pages of :meth:`forward`."""
+        for table in self._pages.values():
+            table.close()
+        self._pages.clear()
+        self._lengths.clear()
 
     def generate(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | abc.Sequence[int],
         max_tokens: int = 128,
         sampling: Sampling | None = None,
-        stop: Sequence[str] = (),
+        stop: abc.Sequence[str] = (),
         on_text: Callable[[str], None] | None = None,
         ignore_end: bool = False,
     ) -> Generation:
         """Continues a prompt (text or tokens). ``on_text`` gets the text piece by piece as it becomes certain."""
         tokens = self.text.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        request = Request(tokens, max_tokens, sampling or Sampling(), stop, ignore_end)
         begun = time.perf_counter()
-        run = self._run([tokens], max_tokens, [sampling or Sampling()], stop, on_text, ignore_end)
-        found = next(run)
-        first = time.perf_counter()
-        for _ in run:
-            pass
+        first = None
+        pieces = []
+        for event in self._run([request]):
+            first = first or time.perf_counter()
+            if event.text:
+                pieces.append(event.text)
+                if on_text:
+                    on_text(event.text)
         ended = time.perf_counter()
-        return Generation("".join(found.pieces), found.given, len(tokens), first - begun, ended - first, found.finish)
+        sequence = event.sequence
+        return Generation(
+            text="".join(pieces),
+            tokens=sequence.tokens,
+            prompt_tokens=len(tokens),
+            prefill_seconds=(first or ended) - begun,
+            decode_seconds=ended - (first or ended),
+            finish=sequence.finish or "length",
+            cached_tokens=sequence.cached_tokens,
+        )
 
     def generate_many(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: abc.Sequence[str | abc.Sequence[int]],
         max_tokens: int = 128,
-        sampling: Sampling | Sequence[Sampling] | None = None,
-        stop: Sequence[str] = (),
+        sampling: Sampling | abc.Sequence[Sampling] | None = None,
+        stop: abc.Sequence[str] = (),
     ) -> list[str]:
         """Continuations of several prompts, up to ``sequences`` of them at once. A sequence gets the text that it gets
         alone, up to rounding."""
         tokens = [self.text.encode(p) if isinstance(p, str) else list(p) for p in prompts]
-        each = [sampling or Sampling()] * len(tokens) if not isinstance(sampling, Sequence) else list(sampling)
+        each = [sampling or Sampling()] * len(tokens) if not isinstance(sampling, abc.Sequence) else list(sampling)
         if len(each) != len(tokens):
             raise UserError(f"expected one sampling per prompt, found {len(each)} for {len(tokens)}")
-        texts = [""] * len(tokens)
-        for running in self._run(tokens, max_tokens, each, stop, None, False):
-            texts[running.number] = "".join(running.pieces)
-        return texts
+        requests = [Request(t, max_tokens, own, stop) for t, own in zip(tokens, each, strict=True)]
+        texts: dict[int, str] = defaultdict(str)
+        numbers: list[int] = []
+        for event in self._run(requests, numbers):
+            texts[event.sequence.number] += event.text
+        return [texts[number] for number in numbers]
 
-    def _run(
-        self,
-        prompts: Sequence[list[int]],
-        max_tokens: int,
-        sampling: Sequence[Sampling],
-        stop: Sequence[str],
-        on_text: Callable[[str], None] | None,
-        ignore_end: bool,
-    ) -> Iterator[_Running]:
-        """Yields a sequence whenever it got a token. Waiting prompts take the slots of finished ones."""
-        for tokens in prompts:
-            if not tokens:
-                raise UserError("expected a prompt of at least one token, found none")
-            if len(tokens) + max_tokens > self.context:
-                raise UserError(
-                    f"expected prompt and continuation within {self.context} tokens, found {len(tokens)} and "
-                    f"{max_tokens}; raise the context or ask for fewer tokens"
-                )
-        if max_tokens < 1:
-            raise UserError(f"expected at least one token to generate, found {max_tokens}")
-        waiting = list(range(len(prompts)))[::-1]
-        active: list[_Running] = []
-        free = list(range(self.sequences))[::-1]
-        ends = frozenset() if ignore_end else self.text.end_tokens
-        while waiting or active:
-            while waiting and free:
-                number = waiting.pop()
-                stream = self.text.stream(prompts[number], stop)
-                new = _Running(number, free.pop(), list(prompts[number]), Sampler(sampling[number]), stream, max_tokens)
-                logits = self.forward(new.tokens, new.slot, 0, [len(new.tokens) - 1])
-                yield self._take(new, logits[0], ends, on_text)
-                if new.left:
-                    active.append(new)
-                else:
-                    free.append(new.slot)
-            if not active:
-                continue
-            logits = self.forward(
-                [r.tokens[-1] for r in active], [r.slot for r in active], [len(r.tokens) - 1 for r in active]
-            )
-            for running, row in zip(active, logits, strict=True):
-                yield self._take(running, row, ends, on_text)
-            free += [r.slot for r in active if not r.left]
-            active = [r for r in active if r.left]
-
-    def _take(
-        self,
-        running: _Running,
-        logits: NDArray[np.float32],
-        ends: frozenset[int],
-        on_text: Callable[[str], None] | None,
-    ) -> _Running:
-        """Chooses the sequence's next token and keeps its text; ``left`` 0 says that it was the last."""
-        token = running.sampler.choose(logits, running.tokens)
-        running.tokens.append(token)
-        running.left -= 1
-        if token in ends:
-            running.left, running.finish, piece = 0, "end", ""
-        else:
-            running.given.append(token)
-            piece = running.stream.add(token)
-            if running.stream.stopped:
-                running.left, running.finish = 0, "stop"
-        if running.left == 0:
-            piece += running.stream.finish()
-            if running.stream.stopped:
-                running.finish = "stop"
-        if piece:
-            running.pieces.append(piece)
-            if on_text:
-                on_text(piece)
-        return running
+    def _run(self, requests: abc.Sequence[Request], numbers: list[int] | None = None) -> Iterator[Event]:
+        """The events of requests until all have ended; none is left where the caller stops early. ``numbers`` gets the
+        sequences' numbers."""
+        with self._lock:
+            self._check_idle()
+            self._forget()
+            scheduler = self.scheduler
+            sequences = []
+            try:
+                for request in requests:
+                    sequences.append(scheduler.add(request))
+                if numbers is not None:
+                    numbers += [sequence.number for sequence in sequences]
+                while not scheduler.idle:
+                    for event in scheduler.step():
+                        if event.finish == "error":
+                            raise UserError(event.sequence.error or "expected a sequence to end, found a fault")
+                        yield event
+            finally:
+                for sequence in sequences:
+                    scheduler.cancel(sequence)
+                while not scheduler.idle:
+                    scheduler.step()

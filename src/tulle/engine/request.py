@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tulle.engine.sampling import Sampling
+from tulle.engine.sampling import Sampling, TokenLogprobs
 from tulle.errors import UserError
 
 Finish = Literal["end", "stop", "length", "cancelled", "deadline", "error"]
@@ -71,16 +71,6 @@ class Request:
             raise UserError(f"expected at least one token to generate, found {self.max_tokens}")
         if self.max_tokens == 0 and self.prompt_logprobs is None and self.embedding is None:
             raise UserError("expected at least one token to generate, found 0")
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """Of one token, from the model's own logits: before temperature, penalties and constraints."""
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
-    """The most likely tokens and their log-probabilities, falling."""
 
 
 @dataclass(frozen=True)

@@ -154,6 +154,16 @@ def open_foreign(stored: TensorSource) -> Dequantised:
     return Dequantised(stored, readers[method](settings))
 
 
+def object_of(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """An object among the settings, empty where it is missing or null. Raises ``UserError`` for anything else."""
+    found = settings.get(name)
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise UserError(f"expected an object as {name}, found {found!r:.80}; repair config.json")
+    return found
+
+
 def linear_shapes(model: Decoder) -> dict[str, tuple[int, int]]:
     """``(C_out, C_in)`` of every linear by full name, the head included."""
     shapes = {layer.prefix + linear.name: linear.shape for layer in model.layers for linear in layer.linears()}

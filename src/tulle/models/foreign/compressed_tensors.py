@@ -28,6 +28,7 @@ from tulle.models.foreign._parts import (
     E4M3,
     floats,
     groups_of,
+    object_of,
     require,
     rows_of,
     scale_rows,
@@ -150,9 +151,8 @@ class CompressedTensors:
 
 def from_config(settings: Mapping[str, Any]) -> CompressedTensors:
     """Raises ``UserError`` for a format that is not read."""
-    groups = settings.get("config_groups") or {}
-    if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
-        raise UserError(f"expected config_groups as objects, found {groups!r:.80}; repair config.json")
+    parts = object_of(settings, "config_groups")
+    groups = {name: object_of(parts, name) for name in parts}
     formats = [settings.get("format") or "dense", *(group.get("format") or "dense" for group in groups.values())]
     for found in formats:
         if found not in FORMATS:
@@ -160,18 +160,18 @@ def from_config(settings: Mapping[str, Any]) -> CompressedTensors:
                 f"expected a compressed-tensors format of {', '.join(FORMATS)}, found {found!r}; give the unquantised "
                 "checkpoint"
             )
-    sparsity = settings.get("sparsity_config") or {}
-    if sparsity and sparsity.get("format", "dense") != "dense":
+    sparsity = object_of(settings, "sparsity_config")
+    if sparsity.get("format", "dense") != "dense":
         raise UserError(
             f"expected weights that are not stored sparse, found sparsity_config {sparsity.get('format')!r}; give the "
             "unquantised checkpoint"
         )
-    if (settings.get("transform_config") or {}).get("config_groups"):
+    if object_of(settings, "transform_config").get("config_groups"):
         raise UserError("expected weights without transforms, found transform_config; give the unquantised checkpoint")
     bits: set[int] = set()
     block: tuple[int, int] | None = None
     for group in groups.values():
-        weights = group.get("weights") or {}
+        weights = object_of(group, "weights")
         if isinstance(weights.get("num_bits"), int):
             bits.add(weights["num_bits"])
         if weights.get("strategy") == "block":

@@ -97,7 +97,7 @@ def from_config(settings: Mapping[str, Any]) -> Gptq:
     """Raises ``UserError`` for a variant that is not read."""
     found = settings.get("checkpoint_format") or settings.get("format") or "gptq"
     found = "marlin" if settings.get("is_marlin_format") else found
-    if found not in FORMATS:
+    if not isinstance(found, str) or found not in FORMATS:
         raise UserError(
             f"expected a GPTQ checkpoint_format of {', '.join(FORMATS)}, found {found!r}; save it as gptq or give the "
             "unquantised checkpoint"
