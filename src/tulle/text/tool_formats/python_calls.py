@@ -9,7 +9,8 @@ import ast
 import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Any
 
 from tulle.text.tool_formats.contract import ToolFormat
@@ -25,7 +26,7 @@ DEPTH, LENGTH = 60, 200_000
 """Deeper or longer calls are refused."""
 _NAME, _PLAIN = re.compile(r"[^\s()\[\]{}\"'=,;`]*"), re.compile(r"[^\"'\\()\[\]{}]*")
 _IN_STRING = {quote: re.compile(rf"[^\\{quote[0]}]*") for quote in ("'", '"', "'''", '"""')}
-_WORDS = {"true": True, "false": False, "null": None}
+_LITERALS = (str, int, float, bool, type(None))
 
 
 class PythonList(ToolFormat):
@@ -150,37 +151,59 @@ def _arguments(text: str, tool: Tool) -> str:
         if len(call.args) > len(names) or any(word.arg is None for word in call.keywords):
             raise NoMatch
         nodes = [*zip(names, call.args, strict=False), *((str(word.arg), word.value) for word in call.keywords)]
-        found = {name: _value(node, whole) for name, node in nodes}
-        if len(found) < len(nodes):
+        if len(dict(nodes)) < len(nodes):
             raise NoMatch
-        return to_json(found)
+        written = _Written(whole)
+        return _object((to_json(name), _value(node, written)) for name, node in nodes)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise NoMatch from None
 
 
-def _value(node: ast.expr, text: str) -> Any:
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        segment = ast.get_source_segment(text, node) or ""
-        try:
-            # The two languages read a few escapes differently.
-            return json.loads(segment)
-        except ValueError:
-            return node.value
-    if isinstance(node, ast.Constant) and (node.value is None or isinstance(node.value, bool | int | float)):
-        return node.value
-    if isinstance(node, ast.Name) and node.id in _WORDS:
-        return _WORDS[node.id]
+class _Written:
+    """A text, by the places that the parser gives: ``ast.get_source_segment`` reads all of it for every node."""
+
+    def __init__(self, text: str):
+        self._text = text.encode()
+        self._lines = [0, *accumulate(map(len, self._text.splitlines(keepends=True)))]
+
+    def of(self, node: ast.expr) -> str:
+        end = self._lines[(node.end_lineno or 1) - 1] + (node.end_col_offset or 0)
+        return self._text[self._lines[node.lineno - 1] + node.col_offset : end].decode()
+
+
+def _object(items: Iterable[tuple[str, str]]) -> str:
+    return "{" + ", ".join(f"{key}: {value}" for key, value in items) + "}"
+
+
+def _value(node: ast.expr, text: _Written) -> str:
+    """JSON of a literal; as it is written where it is JSON: the languages read a few escapes differently."""
+    if isinstance(node, ast.Name) and node.id in ("true", "false", "null"):
+        return node.id
     if isinstance(node, ast.List | ast.Tuple):
-        return [_value(item, text) for item in node.elts]
-    if isinstance(node, ast.Dict) and None not in node.keys:
-        keys = [_value(key, text) for key in node.keys if key is not None]
-        if all(isinstance(key, str) for key in keys):
-            return dict(zip(keys, (_value(item, text) for item in node.values), strict=True))
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
-        value = _value(node.operand, text)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return -value if isinstance(node.op, ast.USub) else value
+        return "[" + ", ".join(_value(item, text) for item in node.elts) + "]"
+    if isinstance(node, ast.Dict):
+        keys = [_value(key, text) if key else "" for key in node.keys]
+        if all(key.startswith('"') for key in keys):
+            return _object(zip(keys, (_value(item, text) for item in node.values), strict=True))
+    signed = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd)
+    constant = node.operand if isinstance(node, ast.UnaryOp) and signed else node
+    if isinstance(constant, ast.Constant) and type(constant.value) in ((int, float) if signed else _LITERALS):
+        segment = text.of(node)
+        return segment if is_json(segment) else to_json(ast.literal_eval(segment))
     raise NoMatch
+
+
+def is_json(text: str) -> bool:
+    """Whether the text is JSON, without the words that only Python's reader takes."""
+    try:
+        json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _refuse(word: str) -> None:
+    raise ValueError(word)
 
 
 def to_json(value: Any) -> str:

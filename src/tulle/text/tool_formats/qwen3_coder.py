@@ -5,7 +5,6 @@ Values of parameters whose schema says string are text as it stands; others are 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from tulle.text.tool_formats.contract import ToolFormat
 from tulle.text.tool_formats.lark import Lark, either, repeated
 from tulle.text.tool_formats.parser import Parser
-from tulle.text.tool_formats.python_calls import ordered, to_json
+from tulle.text.tool_formats.python_calls import is_json, ordered, to_json
 from tulle.text.tool_formats.source import NoMatch, Reading, Source
 from tulle.text.tool_formats.tools import Tool
 
@@ -113,15 +112,7 @@ def _value(source: Source, give: Callable[[str], None]) -> Reading[str]:
 def _as_json(text: str) -> str:
     """A value that is not said to be a string: as JSON where it is, also in Python's words, and else a string."""
     text = text.strip()
-
-    def refuse(word: str) -> None:
-        raise ValueError(word)
-
-    try:
-        json.loads(text, parse_constant=refuse)
-    except (ValueError, RecursionError):
-        return _WORDS.get(text) or to_json(text)
-    return text
+    return text if is_json(text) else _WORDS.get(text) or to_json(text)
 
 
 def _is_text(schema: Mapping[str, Any]) -> bool:
