@@ -47,12 +47,12 @@ TOOLS = [
 END_OF_TEXT = "<end>"
 
 
-def byte_tokenizer(special: Sequence[str] = (), **options: Any) -> ModelTokenizer:
+def byte_tokenizer(added: Sequence[str] = (), **options: Any) -> ModelTokenizer:
     """A token per byte, and the special ones."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.add_special_tokens([END_OF_TEXT, *special])
+    tokenizer.add_special_tokens([END_OF_TEXT, *added])
     return ModelTokenizer(tokenizer, **options)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from tulle.errors import UserError
 from tulle.text.chat_template import render
 
-KEY, VALUE, WORD = "probe_key", 'probe "value"', "probe_word"
+KEY, VALUE, WORD, RESULT = "probe_key", 'probe "value"', "probe_word", "probe_result"
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ def _facts(template: str, special: tuple[tuple[str, str], ...]) -> TemplateFacts
         return {"role": "assistant", "content": "", "tool_calls": [call]}
 
     def history(arguments: object) -> str:
-        result = {"role": "tool", "name": "probe_name", "tool_call_id": "a1b2c3d4e", "content": WORD}
-        return shown([user, called(arguments), result, user], [tool])
+        result = {"role": "tool", "name": "probe_name", "tool_call_id": "a1b2c3d4e", "content": RESULT}
+        return shown([user, called(arguments), result], [tool])
 
     as_object, as_text = history({KEY: VALUE}), history(json.dumps({KEY: VALUE}))
     # An object that is written as it is shows Python's quotes; text that is written as JSON, escaped ones.
@@ -77,7 +77,6 @@ def _facts(template: str, special: tuple[tuple[str, str], ...]) -> TemplateFacts
         system=WORD in shown([system, user]),
         developer=WORD in shown([{**system, "role": "developer"}, user]),
         calls=KEY in as_object or KEY in as_text,
-        results=WORD in shown([user, called({KEY: VALUE}), {"role": "tool", "content": WORD}, user])
-        or as_object.count(WORD) > shown([user, called({KEY: VALUE})], [tool]).count(WORD),
+        results=RESULT in as_object or RESULT in as_text,
         text_arguments=good_text and not good_object,
     )
