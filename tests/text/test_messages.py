@@ -55,6 +55,7 @@ LLAMA3 = (
     "{%- endif %}{%- set call = message.tool_calls[0].function %}<|assistant|>"
     "{{ '{\"name\": \"' + call.name + '\", ' }}{{ '\"parameters\": ' }}{{ call.arguments | tojson }}{{ '}' }}<|eot_id|>"
     "{%- else %}<|{{ message.role }}|>{{ message.content | trim }}<|eot_id|>{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}<|assistant|>{%- endif %}"
 )
 MISTRAL = (
     "{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set messages = "
@@ -165,13 +166,21 @@ def test_detection_by_tokens_and_type() -> None:
     assert of(MISTRAL, ["[THINK]", "[/THINK]"]).reasoning.start == "[THINK]"
     assert of(HERMES, ["<think>", "</think>"]).keep_special
     assert of(HERMES, [], kind="tool_use").name == "hermes"
-    assert of(GEMMA_CALLS.replace("<start_function_call>", "<|tool_call>"), []).name == "gemma4"
+    assert (
+        of(GEMMA_CALLS.replace("<start_function_call>", "<|tool_call>").replace("<escape>", '<|"|>'), []).name
+        == "gemma4"
+    )
     shows = "{{ messages[-1].content }}{% for t in tools or [] %}{{ t | tojson }}{% endfor %}"
     assert (of(shows, []).name, of(shows, []).supports_tools) == ("generic", False)
     assert of(shows, [], "llama4_text").name == "python"
     assert of(shows, ["<|python_tag|>"], "llama").name == "llama3"
     told = of(shows + '{"name": "f", "arguments": {}}', [])
     assert (told.name, told.supports_tools) == ("generic", True)
+    # A format that does not read what the template itself writes does not count.
+    other = HERMES.replace('{"name": "{{', '{"call": "{{')
+    assert (of(other, []).name, of(other, []).supports_tools) == ("generic", False)
+    # An answer that begins with reasoning, which the history does not show.
+    assert of(HERMES.replace("assistant\n{%- endif %}", "assistant\n<think>\n{%- endif %}"), []).name == "hermes"
     glm = shows + "<tool_call>name<arg_key>k</arg_key>"
     assert (of(glm, []).name, of(glm, []).supports_tools) == ("generic", False)
     assert of("{{ messages[-1].content }}", [], "gpt_oss").name == "harmony"
@@ -225,11 +234,11 @@ def test_what_templates_render() -> None:
         found = template_facts(template, {"bos_token": "<s>", "eos_token": "</s>"})
         return " ".join(name for name, value in vars(found).items() if value)
 
-    assert facts(HERMES) == "tools system calls results"
-    assert facts(HARMONY) == "tools system developer calls results"
-    assert facts(MISTRAL) == "tools system calls results"
+    assert facts(HERMES) == "tools system call results"
+    assert facts(HARMONY) == "tools system developer call results"
+    assert facts(MISTRAL) == "tools system call results"
     assert facts(GEMMA2) == ""
-    assert facts(TEXT_ARGUMENTS) == "tools system developer calls results text_arguments"
+    assert facts(TEXT_ARGUMENTS) == "tools system developer call results text_arguments"
     assert facts("{% if %}") == ""
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 
 from tulle.text.chat_template import DEFAULT, WITH_TOOLS
 from tulle.text.detokenizer import special_ids
 from tulle.text.reasoning import detect_reasoning
-from tulle.text.template_facts import template_facts
+from tulle.text.template_facts import ARGUMENTS, TOOL, template_facts
 from tulle.text.tokenizer import ModelTokenizer
 from tulle.text.tool_formats import gemma, harmony, llama3, mistral, python_calls, qwen3_coder
 from tulle.text.tool_formats.contract import ToolFormat
+from tulle.text.tool_formats.delta import Arguments, joined
 from tulle.text.tool_formats.generic import Generic
 from tulle.text.tool_formats.hermes import Hermes
 
@@ -32,24 +34,39 @@ FORMATS: tuple[type[ToolFormat], ...] = (
 def detect(tokenizer: ModelTokenizer, model_type: str = "") -> ToolFormat:
     """The format of a model's tool calls and reasoning. ``model_type``: of its ``config.json``.
 
-    A model whose template shows no tools, or calls in a form that is not known, gets the generic JSON format with
-    ``supports_tools`` False: the tools then go into the system message.
+    The template shows how the model writes calls: a format counts only where it reads the call that the template
+    writes. A model whose template shows no tools, or calls in a form that is not known, gets the generic JSON format
+    with ``supports_tools`` False: the tools then go into the system message.
     """
     template = tokenizer.templates.get(WITH_TOOLS) or tokenizer.templates.get(DEFAULT) or ""
     library = tokenizer.tokenizer
     tokens = {token.content: number for number, token in library.get_added_tokens_decoder().items()}
     hidden = special_ids(library)
+    facts = template_facts(template, tokenizer.special)
     kind = _kind(template, tokens, model_type)
-    shows_tools = bool(template) and template_facts(template, tokenizer.special).tools
-    if not shows_tools and kind is not harmony.Harmony:
+
+    def made(kind: type[ToolFormat], supports_tools: bool) -> ToolFormat:
+        return kind(
+            supports_tools=supports_tools,
+            tokens=tokens,
+            special=frozenset(text for text, number in tokens.items() if number in hidden),
+            reasoning=None if kind is harmony.Harmony else detect_reasoning(template, tokens),
+        )
+
+    if kind is harmony.Harmony:
         # Channels are there with and without tools.
-        kind = None
-    return (kind or Generic)(
-        supports_tools=kind is not None and shows_tools,
-        tokens=tokens,
-        special=frozenset(text for text, number in tokens.items() if number in hidden),
-        reasoning=None if kind is harmony.Harmony else detect_reasoning(template, tokens),
-    )
+        return made(kind, facts.tools)
+    if kind is None or not facts.tools or not _reads(made(kind, True), facts.call):
+        return made(Generic, False)
+    return made(kind, True)
+
+
+def _reads(format: ToolFormat, call: str) -> bool:
+    """Whether the format reads the call that a template writes, where it writes one."""
+    parser = format.parser([TOOL], eager=False)
+    deltas = joined([*parser.push(call), *parser.end()])
+    found = [delta.text for delta in deltas if isinstance(delta, Arguments)]
+    return not call or [json.loads(text) for text in found] == [ARGUMENTS]
 
 
 def _kind(template: str, tokens: Collection[str], model_type: str) -> type[ToolFormat] | None:
