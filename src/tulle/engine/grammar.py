@@ -362,7 +362,7 @@ def _with_options(lark: str) -> str:
             continue  # the library says what is wrong
         _check_schema(schema)
         own = schema.get("x-guidance")
-        schema["x-guidance"] = (own if isinstance(own, dict) else {}) | JSON_OPTIONS
+        schema["x-guidance"] = JSON_OPTIONS | (own if isinstance(own, dict) else {}) | {"lenient": False}
         parts += [lark[place : match.end()], json.dumps(schema)]
         place = end
     return "".join(parts) + lark[place:]
