@@ -11,7 +11,8 @@ export class Failure extends Error {
 }
 
 const sentence = (text) => {
-  const line = String(text).trim().replace(/\s+/g, " ");
+  const said = String(text).trim().replace(/\s+/g, " ");
+  const line = said.charAt(0).toUpperCase() + said.slice(1);
   return /[.!?…]$/.test(line) ? line : `${line}.`;
 };
 
@@ -21,7 +22,7 @@ async function failure(response) {
   let said = "";
   try {
     const body = JSON.parse(text);
-    said = body.error?.message ?? body.detail ?? body.message ?? "";
+    said = body?.error?.message ?? body?.detail ?? body?.message ?? "";
     if (typeof said !== "string") said = JSON.stringify(said);
   } catch {
     said = text.trimStart().startsWith("<") ? "" : text.slice(0, 300);
@@ -72,12 +73,11 @@ export async function models() {
   return Array.isArray(data) ? data.map((model) => String(model.id)) : [];
 }
 
-/** Facts about a model, or null where the server has none. */
+/** Facts about a model, which is loaded for it, or null where the server has none. */
 export async function info(model) {
   try {
-    const found = await json(`v1/tulle/info?model=${encodeURIComponent(model)}`);
-    if (!Array.isArray(found.models)) return found;
-    return { ...found, ...(found.models.find((one) => (one.id ?? one.name) === model) ?? found.models[0]) };
+    const { version, model: facts } = await json(`v1/tulle/info?model=${encodeURIComponent(model)}`);
+    return { version, ...facts };
   } catch {
     return null; // the facts are a courtesy; chatting tells what is wrong
   }
@@ -110,11 +110,11 @@ async function* events(body) {
 }
 
 /**
- * A streamed chat completion: yields its chunks, then returns how many parts could not be read.
+ * A streamed completion, of a chat (`messages`) or of a text (`prompt`): yields its chunks, then returns how many parts could not be read.
  * Throws Failure, or AbortError when `signal` stops it.
  */
 export async function* complete(body, signal) {
-  const response = await request("v1/chat/completions", {
+  const response = await request(body.messages ? "v1/chat/completions" : "v1/completions", {
     method: "POST",
     headers: { "Content-Type": "application/json" },
     body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),

@@ -115,7 +115,7 @@ const range = (start, end) => Array.from({ length: Math.max(0, end - start) }, (
 
 /** The list that begins with line `i`. Models indent by two, three or four columns; all mean the same. */
 function readList(lines, i, first) {
-  const base = first[1].length;
+  let base = first[1].length;
   const ordered = first[2].length > 1;
   const items = [];
   let loose = false;
@@ -130,15 +130,15 @@ function readList(lines, i, first) {
       if (next === lines.length) break;
       const follows = ITEM.exec(lines[next]);
       if (indent(lines[next]) >= offset) items[items.length - 1].push("");
-      else if (!follows || follows[1].length < base) break;
-      else if (isRule(lines[next]) || follows[1].length < base + 2 && follows[2].length > 1 !== ordered) break;
+      else if (!follows || isRule(lines[next]) || (follows[1].length < base + 2 && follows[2].length > 1 !== ordered)) break;
       loose = true;
       i = next - 1;
     } else if (items.length && indent(line) >= offset) {
       items[items.length - 1].push(line.slice(offset));
     } else if (items.length && item && item[1].length >= base + 2) {
       items[items.length - 1].push(line.slice(item[1].length));
-    } else if (item && !isRule(line) && item[1].length >= base && item[2].length > 1 === ordered) {
+    } else if (item && !isRule(line) && item[2].length > 1 === ordered) {
+      base = item[1].length;
       offset = item[1].length + item[2].length + (item[3].length > 4 ? 1 : item[3].length || 1);
       items.push([line.slice(offset)]);
     } else if (interrupts(line) || item || (items.length && blank(lines[i - 1]))) {
@@ -310,6 +310,17 @@ export function inline(text) {
     i = close + ticks.length;
   };
 
+  const angleLink = () => {
+    const found = /<(https?:\/\/[^\s<>]{1,2000})>/y;
+    found.lastIndex = i;
+    const url = found.exec(text)?.[1];
+    const href = url && address(url);
+    if (!href) return false;
+    add(link(href, url));
+    i = found.lastIndex;
+    return true;
+  };
+
   const bareLink = () => {
     const found = /https?:\/\/[^\s<>"'`|]{1,2000}/y;
     found.lastIndex = i;
@@ -350,7 +361,7 @@ export function inline(text) {
     } else if (char === "<" && /^<br ?\/?>/i.test(text.slice(i, i + 6))) {
       add(h("br"));
       i = text.indexOf(">", i) + 1;
-    } else if (char !== "h" || !bareLink()) {
+    } else if (!(char === "h" && bareLink()) && !(char === "<" && angleLink())) {
       plain += char;
       i++;
     }
