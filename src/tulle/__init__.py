@@ -15,6 +15,8 @@ __version__ = metadata.version("tulle")
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("compress", "load"):
+        importlib.import_module("tulle.extras").needs("compress", f"tulle.{name}")
     if name == "compress":
         return importlib.import_module("tulle.compression.job").compress
     if name == "load":

@@ -129,7 +129,7 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_named_task_needs_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install lm-eval"):
+    with pytest.raises(UserError, match=r"pip install 'tulle\[tasks\]'"):
         check_task_name("arc_easy")
 
 

@@ -319,7 +319,7 @@ def test_other_bad_input(tmp_path, monkeypatch):
         export(source, "dense", out)
     assert os.listdir(out) == ["mine"]
     monkeypatch.setitem(sys.modules, "compressed_tensors", None)
-    with pytest.raises(UserError, match="pip install compressed-tensors"):
+    with pytest.raises(UserError, match=r"pip install 'tulle\[export\]'"):
         export(source, "compressed-tensors", tmp_path / "other")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,9 +13,11 @@ from tulle.errors import UserError
 from tulle.text.tokenizer import ModelTokenizer
 
 
-def streamed(tokenizer: ModelTokenizer, prompt: list[int], tokens: list[int], stop: list[str]) -> tuple[str, bool, int]:
+def streamed(
+    tokenizer: ModelTokenizer, prompt: list[int], tokens: list[int], stop: list[str], keep_special: bool = False
+) -> tuple[str, bool, int]:
     """The text, whether it stopped, and after how many tokens."""
-    stream, pieces = tokenizer.stream(prompt, stop), []
+    stream, pieces = tokenizer.stream(prompt, stop, keep_special), []
     for number, token in enumerate(tokens, 1):
         pieces.append(stream.add(token))
         if stream.stopped:
@@ -24,17 +28,22 @@ def streamed(tokenizer: ModelTokenizer, prompt: list[int], tokens: list[int], st
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(deadline=None, max_examples=30)
-@given(data=st.data())
-def test_text_ends_before_the_first_stop_string(kind: str, data: st.DataObject) -> None:
+@given(data=st.data(), keep_special=st.booleans())
+def test_text_ends_before_the_first_stop_string(kind: str, data: st.DataObject, keep_special: bool) -> None:
     tokenizer = ModelTokenizer(tokenizer_of_kind(kind))
     ids = tokenizer.encode(data.draw(st.sampled_from(SCRIPTS)))
+    for token in data.draw(st.lists(st.sampled_from(["<s>", "<|im_end|>", "<think>"]), max_size=3)):
+        ids.insert(data.draw(st.integers(0, len(ids))), tokenizer.tokenizer.token_to_id(token))
     cut = data.draw(st.integers(0, len(ids)))
-    whole, _, _ = streamed(tokenizer, ids[:cut], ids[cut:], [])
+    whole, _, _ = streamed(tokenizer, ids[:cut], ids[cut:], [], keep_special)
+    known = tokenizer.decode(ids[:cut], keep_special)
+    both = tokenizer.decode(ids, keep_special)
+    assert whole == both[len(os.path.commonprefix([known, both])) :]
     stops = ["never in there"]
     if whole:
         start = data.draw(st.integers(0, len(whole) - 1))
         stops.append(whole[start : start + data.draw(st.integers(1, 8))])
-    found, stopped, _ = streamed(tokenizer, ids[:cut], ids[cut:], stops)
+    found, stopped, _ = streamed(tokenizer, ids[:cut], ids[cut:], stops, keep_special)
     places = [whole.index(s) for s in stops if s in whole]
     assert (found, stopped) == (whole[: min(places)], True) if places else (whole, False)
 
@@ -59,6 +68,14 @@ def test_a_special_token_may_stop(stop: list[str], text: str, tokens: int) -> No
     ids = [*map(single.__getitem__, "one"), added["<|im_end|>"], *map(single.__getitem__, "\ntwo"), added["<think>"]]
     found, stopped, count = streamed(tokenizer, [], ids, stop)
     assert (found, stopped, count) == (text, "<think>" not in text, tokens)
+
+
+def test_special_tokens_may_be_part_of_the_text() -> None:
+    tokenizer = ModelTokenizer(byte_level())
+    ids = tokenizer.encode("a<|im_end|>b<s>c")
+    assert streamed(tokenizer, [], ids, []) == ("abc", False, 5)
+    assert streamed(tokenizer, [], ids, [], True) == ("a<|im_end|>b<s>c", False, 5)
+    assert streamed(tokenizer, [], ids, ["b<s>"], True) == ("a<|im_end|>", True, 4)
 
 
 def test_truncation_and_padding_are_switched_off() -> None:

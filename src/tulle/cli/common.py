@@ -7,13 +7,15 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 
+from tulle import extras
 from tulle.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,6 +43,33 @@ Documents = Annotated[
 MinChars = Annotated[
     int, typer.Option("--min-chars", metavar="N", min=1, help="Leave out documents with fewer characters.")
 ]
+
+NEEDS = {
+    "compress": "compress",
+    "demo": "compress",
+    "export": "compress",
+    "inspect": "compress",
+    "law fit": "compress",
+    "law optimum": "compress",
+    "train": "train",
+}
+"""The extra of pyproject.toml that a command cannot do without. ``eval`` asks by itself, as its backend wants."""
+
+Parameters = ParamSpec("Parameters")
+
+
+def checked(name: str) -> Callable[[Callable[Parameters, None]], Callable[Parameters, None]]:
+    """Decorates a command of ``NEEDS``: it asks for its extra before anything else. Its help needs none."""
+
+    def decorate(function: Callable[Parameters, None]) -> Callable[Parameters, None]:
+        @wraps(function)
+        def command(*arguments: Parameters.args, **options: Parameters.kwargs) -> None:
+            extras.needs(NEEDS[name], f"tulle {name}")
+            function(*arguments, **options)
+
+        return command
+
+    return decorate
 
 
 def console() -> Console:

@@ -11,6 +11,7 @@ import typer
 from tulle.cli import common
 
 
+@common.checked("compress")
 def compress(
     model: common.Model,
     recipe: Annotated[

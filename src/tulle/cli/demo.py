@@ -10,6 +10,7 @@ import typer
 from tulle.cli import common
 
 
+@common.checked("demo")
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The folder to write.")] = Path("demo"),
     json_file: common.JsonFile = None,

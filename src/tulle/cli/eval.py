@@ -11,6 +11,7 @@ import typer
 from tulle.cli import common
 from tulle.cli.engine import Activations, Weights
 from tulle.errors import UserError
+from tulle.extras import needs
 
 if TYPE_CHECKING:
     from tulle.evaluate import TaskScore, TextScore
@@ -56,13 +57,14 @@ def evaluate(
     if backend == "torch" and options != {"activations": "as quantised", "weights": "as stored"}:
         raise UserError("expected --activations and --weights with --backend engine, found them with torch; add that")
     chosen = common.parse_range(documents)
+    if backend == "torch":
+        needs("compress", "tulle eval", "run the model with --backend engine")
     from tulle.evaluate import Protocol, evaluate_text, held_out_text
-    from tulle.evaluate.loading import load_model
     from tulle.evaluate.text import read_documents
     from tulle.models.hub import local_folder
 
     folder = local_folder(model)
-    runs = [(name, _task(name, limit)) for name in tasks or ()]
+    runs = [(name, _task(name, limit, backend)) for name in tasks or ()]
     protocol = Protocol(length, bos)
     passage = None
     if text is not None:
@@ -75,6 +77,8 @@ def evaluate(
 
         loaded, tokenizer = load_engine(folder, **options)
     else:
+        from tulle.evaluate.loading import load_model
+
         loaded, tokenizer = load_model(folder, device, dtype)
     score: TextScore | None = None
     with common.progress_bars() as progress:
@@ -104,7 +108,7 @@ def _not_finite(score: TextScore) -> str:
     return f"an infinite one ({bits:.1f} bits per byte)" if math.isfinite(bits) else "a token of probability 0"
 
 
-def _task(name: str, limit: int | None) -> Any:
+def _task(name: str, limit: int | None, backend: str) -> Any:
     """``run(model, tokenizer, progress)`` of one task; what cannot run is refused here, before the model is loaded."""
     from tulle.evaluate.tasks import evaluate_task, read_examples
 
@@ -114,6 +118,11 @@ def _task(name: str, limit: int | None) -> Any:
         return lambda model, tokenizer, progress: evaluate_task(model, tokenizer, file, limit=limit, progress=progress)
     if file.suffix == ".jsonl" or "/" in name:
         raise UserError(f"expected a JSONL file, found nothing at {name}; check the path")
+    if backend == "engine":
+        raise UserError(
+            f"expected a JSONL file for a task on the engine, found the name {name!r}; leave out --backend engine, or "
+            "start tulle serve and let lm-eval ask it (its model local-completions)"
+        )
     from tulle.evaluate.harness import check_task_name, evaluate_named
 
     check_task_name(name)

@@ -11,6 +11,7 @@ import typer
 from tulle.cli import common
 
 
+@common.checked("export")
 def export(
     model: common.Model,
     to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="compressed-tensors, dense or gguf.")],

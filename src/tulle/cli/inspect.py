@@ -13,6 +13,7 @@ from tulle.errors import UserError
 SAMPLES, LENGTH = 8, 512
 
 
+@common.checked("inspect")
 def inspect(
     model: common.Model,
     output: Annotated[

@@ -22,6 +22,7 @@ PUBLISHED = "published"
 
 
 @app.command("fit")
+@common.checked("law fit")
 def fit(
     runs: Annotated[
         Path, typer.Argument(metavar="RUNS", help="JSON, JSONL or CSV with size, sparsity, loss (and weights).")
@@ -69,6 +70,7 @@ def fit(
 
 
 @app.command("optimum")
+@common.checked("law optimum")
 def optimum(
     law: Annotated[
         str,

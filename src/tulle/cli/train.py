@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
+from tulle.cli import common
 
+
+@common.checked("train")
 def train(
     recipe: Annotated[
         str, typer.Argument(metavar="RECIPE", help="A training recipe: a YAML file, or the name of a shipped one.")

@@ -19,10 +19,11 @@ from __future__ import annotations
 import math
 import secrets
 import weakref
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,12 @@ MOST_BREAKERS, LONGEST_BREAKER, LONGEST_TAIL = 32, 40, 20
 LARGEST_BIAS = 10_000.0
 LARGEST_PENALTY = 1e30
 """Of DRY; two tokens that it takes out remain equal."""
+
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+_BANS = np.where(_BITS, 0, -np.inf).astype(np.float32)
+"""What each byte of a mask adds to the logits of its eight tokens."""
+FEW = 1024
+"""Scores that are simply sorted."""
 
 Floats = NDArray[np.float32]
 Tokens = NDArray[np.int64]
@@ -168,10 +175,11 @@ def log_probabilities(logits: Floats, token: int, top: int = 0) -> TokenLogprobs
     """Of ``token`` and of the ``top`` most likely ones, from logits ``[V]``."""
     most = logits.max()
     total = float(most) + math.log(np.exp(logits - most).sum())
-    largest = _largest(logits, top) if top else ()
-    return TokenLogprobs(
-        token, float(logits[token]) - total, tuple((int(t), float(logits[t]) - total) for t in largest)
-    )
+    pairs: tuple[tuple[int, float], ...] = ()
+    if top:
+        tokens, found = largest(logits, top)
+        pairs = tuple(zip(tokens.tolist(), (found.astype(np.float64) - total).tolist(), strict=True))
+    return TokenLogprobs(token, float(logits[token]) - total, pairs)
 
 
 class Sampler:
@@ -221,13 +229,15 @@ class Sampler:
         penalised = (self._penalties or self._dry) and len(seen) > 0
         if allowed is None and not penalised and not len(self._biased):
             return logits
-        scores = logits.copy()
+        if allowed is None:
+            scores = logits.copy()
+        else:
+            # Bits to 0 and minus infinity, eight at a time.
+            scores = _BANS.take(allowed.view(np.uint8), axis=0).reshape(-1)[: len(logits)]
+            scores += logits
         if len(self._biased):
             self.settings.check(len(logits))
             scores[self._biased] += self._bias
-        if allowed is not None:
-            may = np.unpackbits(allowed.view(np.uint8), count=len(logits), bitorder="little").view(np.bool_)
-            scores[~may] = -np.inf
         if penalised:
             tokens = self._history.follow(seen)
             if self._penalties:
@@ -395,9 +405,9 @@ def _before_breaker(text: Sequence[int], breakers: Breakers) -> int:
 
 
 def candidates(settings: Sampling, scores: Floats, generator: np.random.Generator) -> tuple[Tokens | None, Floats]:
-    """Tokens that remain, and their scores, falling: after top-k, typical, top-p, min-p and XTC.
+    """Tokens that remain after top-k, typical, top-p, min-p and XTC, and their scores; equal scores by token.
 
-    ``None`` and all scores, by token, where every token remains. XTC asks ``generator`` for one number, every time.
+    ``None`` and all scores, by token, where that is no more work. XTC asks ``generator`` for one number, every time.
     """
     s = settings
     xtc = s.xtc_probability > 0 and generator.random() < s.xtc_probability and s.xtc_threshold <= 0.5
@@ -405,22 +415,20 @@ def candidates(settings: Sampling, scores: Floats, generator: np.random.Generato
     tokens: Tokens | None = None
     left = scores
     if 0 < s.top_k < len(scores):
-        tokens = _largest(scores, s.top_k)
-        left = scores[tokens]
+        tokens, left = largest(scores, s.top_k)
     if s.typical_p < 1:
-        tokens, left = _typical(tokens, left, s.typical_p)
+        tokens, left = _taken(tokens, left, _typical(left, s.typical_p))
     if s.top_p < 1:
-        tokens, left = _top_p(tokens, left, s.top_p)
+        tokens, left = _taken(tokens, left, _top_p(left, s.top_p))
     if s.min_p > 0:
-        least = left.max() + math.log(s.min_p)
-        if tokens is None:
-            tokens, left = _falling(scores, np.flatnonzero(scores >= least))
-        else:
-            count = int((left >= least).sum())
-            tokens, left = tokens[:count], left[:count]
+        tokens, left = _taken(tokens, left, np.flatnonzero(left >= left.max() + math.log(s.min_p)))
     if xtc:
-        tokens, left = _without_top(tokens, left, s.xtc_threshold)
+        left = _without_top(left, s.xtc_threshold)
     return tokens, left
+
+
+def _taken(tokens: Tokens | None, left: Floats, places: Tokens) -> tuple[Tokens, Floats]:
+    return places if tokens is None else tokens[places], left[places]
 
 
 def _check(most: np.floating) -> None:
@@ -431,92 +439,102 @@ def _check(most: np.floating) -> None:
         raise UserError(f"expected logits that are numbers, found {most}; the model's weights may be broken")
 
 
-def _falling(scores: Floats, tokens: Tokens) -> tuple[Tokens, Floats]:
-    """These tokens, in order of number, by falling score."""
-    found = scores[tokens]
-    order = np.argsort(-found, kind="stable")
-    return tokens[order], found[order]
+def largest(scores: Floats, count: int) -> tuple[Tokens, Floats]:
+    """The ``count`` tokens of the largest scores, and these, falling.
 
-
-def _largest(scores: Floats, count: int) -> Tokens:
-    """The ``count`` tokens of the largest scores, falling; of equal ones the lowest first, of minus infinity none."""
+    Of equal scores the lowest tokens; of minus infinity none.
+    """
     width = len(scores) // 64
     # The largest of 64 rows each: `count` of these are as many scores, so that none of the `count` largest scores is
     # below them all. Few others reach them.
-    from_ = scores[: 64 * width].reshape(64, width).max(axis=0) if count < width else scores
-    place = len(from_) - min(count, len(from_))
-    least = np.partition(from_, place)[place]
-    reach = scores >= least if least > -np.inf else scores > -np.inf
-    return _falling(scores, np.flatnonzero(reach))[0][:count]
+    within = scores[: 64 * width].reshape(64, width).max(axis=0) if count < width else scores
+    place = len(within) - min(count, len(within))
+    least = np.partition(within, place)[place]
+    tokens = np.flatnonzero(scores >= least if least > -np.inf else scores > -np.inf)
+    found = scores[tokens]
+    order = np.argsort(-found, kind="stable")[:count]
+    return tokens[order], found[order]
 
 
-def _weights(left: Floats) -> NDArray[np.float64]:
-    """Probabilities of falling scores, but for their sum."""
-    return np.exp(left.astype(np.float64) - float(left[0]))
+def _fewest(keys: Floats, weights: NDArray[np.floating], needed: float, beyond: bool = False) -> Tokens:
+    """Places, rising, of the fewest smallest keys whose weights add up to ``needed``, or to more if ``beyond``.
+
+    Keys are 0 or more. Of equal keys the lowest places. The key that crosses the line is in.
+    """
+    side: Literal["left", "right"] = "right" if beyond else "left"
+    before, some, keep = 0.0, np.arange(len(keys)), np.zeros(len(keys), np.bool_)
+    if len(keys) > FEW:
+        # The first bits of a float that is not negative order it: sort only the keys that share those of the one that
+        # crosses. Minus infinity as a score makes the largest key, infinity.
+        bucket = keys.view(np.int32) >> 16
+        reach = np.bincount(bucket, weights).cumsum()
+        cross = min(int(np.searchsorted(reach, needed, side)), len(reach) - 1)
+        before, some = float(reach[cross - 1]) if cross else 0.0, np.flatnonzero(bucket == cross)
+        keep = bucket < cross
+    some = some[np.argsort(keys[some], kind="stable")]
+    count = int(np.searchsorted(before + weights[some].cumsum(dtype=np.float64), needed, side)) + 1
+    keep[some[:count]] = True
+    return np.flatnonzero(keep)
 
 
-def _typical(tokens: Tokens | None, left: Floats, p: float) -> tuple[Tokens, Floats]:
-    most = float(left.max())
-    shifted = left.astype(np.float64) - most
-    weights = np.exp(shifted)
-    total = weights.sum()
-    information = math.log(total) - shifted
-    # 0 · inf is 0 here.
-    entropy = (weights * np.where(weights > 0, information, 0)).sum() / total
-    order = np.argsort(np.abs(information - entropy), kind="stable")
-    count = int(np.searchsorted(weights[order].cumsum(), p * total, "right")) + 1
-    kept = np.sort(order[:count])
-    found, scores = _falling(left, kept)
-    return found if tokens is None else tokens[found], scores
+def _top_p(left: Floats, p: float) -> Tokens:
+    keys = np.abs(left.max() - left)  # without -0.0
+    shares = np.exp(-keys)
+    needed = p * float(shares.sum(dtype=np.float64))
+    # Most often few tokens carry that much.
+    for least in (1e-2, 1e-4, 1e-6) if len(left) > FEW else ():
+        places = np.flatnonzero(shares >= least)
+        some = shares[places]
+        if some.sum(dtype=np.float64) > needed:
+            return places[_fewest(keys[places], some, needed)]
+    return _fewest(keys, shares, needed)
 
 
-def _top_p(tokens: Tokens | None, left: Floats, p: float) -> tuple[Tokens, Floats]:
-    if tokens is None:
-        weights = np.exp(left - left.max())
-        needed = p * float(weights.sum(dtype=np.float64))
-        # The most likely tokens carry most of it: sort no others unless need be.
-        for least in (1e-2, 1e-3, 1e-4, 0.0):
-            tokens = np.flatnonzero(weights >= least)
-            if least == 0 or float(weights[tokens].sum(dtype=np.float64)) >= needed:
-                break
-        tokens, left = _falling(left, tokens)
-        shares = _weights(left)
-    else:
-        shares = _weights(left)
-        needed = p * float(shares.sum())
-    # The token that crosses the line is still in.
-    count = int(np.searchsorted(shares.cumsum(), needed)) + 1
-    return tokens[:count], left[:count]
+def _typical(left: Floats, p: float) -> Tokens:
+    shifted = left - left.max()
+    shares = np.exp(shifted)
+    total = float(shares.sum(dtype=np.float64))
+    # Information is log(total) - shifted; 0 · inf is 0 here.
+    mean = float((shares * np.maximum(shifted, -1e30)).sum(dtype=np.float64)) / total
+    return _fewest(np.abs(shifted - np.float32(mean)), shares, p * total, beyond=True)
 
 
-def _without_top(tokens: Tokens | None, left: Floats, threshold: float) -> tuple[Tokens | None, Floats]:
-    """XTC (exclude top choices)."""
-    if tokens is None:
-        tokens, left = _falling(left, np.flatnonzero(left > -np.inf))
-    shares = _weights(left)
-    above = int((shares >= threshold * shares.sum()).sum())
-    return (tokens[above - 1 :], left[above - 1 :]) if above > 1 else (tokens, left)
+def _without_top(left: Floats, threshold: float) -> Floats:
+    """XTC (exclude top choices): minus infinity for them."""
+    shares = np.exp(left - left.max())
+    above = np.flatnonzero((shares >= threshold * shares.sum(dtype=np.float64)) & (left > -np.inf))
+    if len(above) < 2:
+        return left
+    # The least likely of them stays; of several the last, as if they were sorted.
+    stays = len(above) - 1 - int(left[above][::-1].argmin())
+    left = left.copy()
+    left[np.delete(above, stays)] = -np.inf
+    return left
 
 
 def _draw(tokens: Tokens | None, left: Floats, temperature: float, chance: float) -> int:
     """A token by its share; ``chance`` in [0, 1)."""
     with np.errstate(over="ignore"):  # a very small temperature: minus infinity is right
-        if tokens is not None:
-            shares = np.exp((left.astype(np.float64) - float(left[0])) / temperature)
-            return int(tokens[_place(shares.cumsum(), chance)])
         shares = np.exp((left - left.max()) / np.float32(max(temperature, 1e-30)))
-    # First one of the blocks of 256, then one in it.
+    place = _place(shares, chance)
+    return place if tokens is None else int(tokens[place])
+
+
+def _place(shares: Floats, chance: float) -> int:
+    """The first place up to which there is more than this part of the whole."""
+    if len(shares) <= FEW:
+        return _first(shares.cumsum(dtype=np.float64), chance)
+    # First one of the blocks of 256, then one in it: a sum over all places in turn would be slow.
     whole = len(shares) // 256 * 256
-    sums = shares[:whole].reshape(-1, 256).sum(axis=1, dtype=np.float32).astype(np.float64)
+    sums = shares[:whole].reshape(-1, 256).sum(axis=1).astype(np.float64)
     reach = np.append(sums, shares[whole:].sum(dtype=np.float64)).cumsum()
-    block = _place(reach, chance)
+    block = _first(reach, chance)
     before = reach[block - 1] if block else 0.0
     inside = shares[256 * block : 256 * block + 256].cumsum(dtype=np.float64)
-    rest = (chance * reach[-1] - before) / (reach[block] - before)
-    return 256 * block + _place(inside, rest)
+    return 256 * block + _first(inside, (chance * reach[-1] - before) / (reach[block] - before))
 
 
-def _place(reach: NDArray[np.float64], chance: float) -> int:
-    """The first place that reaches over this share of the whole; one that adds something."""
+def _first(reach: NDArray[np.float64], chance: float) -> int:
     place = int(np.searchsorted(reach, chance * reach[-1], "right"))
+    # Rounding may ask for the end: then the last place that adds something.
     return place if place < len(reach) else int(np.searchsorted(reach, reach[-1]))

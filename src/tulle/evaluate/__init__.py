@@ -1,4 +1,4 @@
-"""Evaluation: perplexity, bits per byte, tasks. Importing it imports torch."""
+"""Evaluation: perplexity, bits per byte, tasks. Nothing here imports torch before a model of torch is scored."""
 
 from tulle.evaluate.perplexity import TextScore, evaluate_text, held_out_text
 from tulle.evaluate.tasks import TaskScore, evaluate_task

@@ -1,21 +1,18 @@
-"""Tasks by name, through EleutherAI's lm-eval (``pip install lm-eval``), whose data come from the hub."""
+"""Tasks by name, through EleutherAI's lm-eval (the extra ``tasks``), whose data come from the hub."""
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 from tulle.errors import UserError
 from tulle.evaluate.tasks import TaskScore
+from tulle.extras import needs
 from tulle.network import require_hub
 
 
 def check_task_name(name: str) -> None:
     """Raises ``UserError`` at once if a named task cannot run here: no lm-eval, or no way to its data."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(
-            f"expected a JSONL file or lm-eval for the task {name!r}, found neither; try a file or pip install lm-eval"
-        )
+    needs("tasks", f"the task {name!r}", "give the path of a JSONL file")
     require_hub(f"the data of the task {name!r}", "give the path of a JSONL file")
 
 

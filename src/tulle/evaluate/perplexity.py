@@ -32,7 +32,7 @@ def evaluate_text(
     protocol: Protocol | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> TextScore:
-    """Scores a text under ``model``, a transformers causal language model.
+    """Scores a text under ``model`` (see :func:`tulle.evaluate.scoring.score_sequences`).
 
     Raises ``UserError`` if the text is too short, or the length is beyond the model's context.
     """

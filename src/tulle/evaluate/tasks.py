@@ -22,7 +22,7 @@ from typing import Any, TypedDict
 
 from tulle.errors import UserError
 from tulle.evaluate.scoring import score_sequences
-from tulle.evaluate.text import encode_with_offsets
+from tulle.evaluate.text import bos_id, encode_with_offsets
 
 ROW_KINDS = "query+choices+gold, context_options+continuation+gold, or context+continuation"
 
@@ -95,7 +95,8 @@ def encode_pair(context: str, continuation: str, tokenizer: Any, longest: int) -
     context = context.rstrip()
     ids, offsets = encode_with_offsets(f"{context} {continuation}", tokenizer)
     start = next((k for k, (_, end) in enumerate(offsets) if end > len(context) + 1), len(ids) - 1)
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    first = bos_id(tokenizer)
+    bos = [] if first is None else [first]
     keep = longest - len(bos)
     dropped = max(0, len(ids) - keep)
     ids, start = [*bos, *ids[dropped:]], max(0, start - dropped) + len(bos)
@@ -110,7 +111,7 @@ def evaluate_task(
     limit: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> TaskScore:
-    """Accuracy of ``model`` (a transformers causal model) on a JSONL task; ``limit``: only the first rows."""
+    """Accuracy on a JSONL task; ``limit``: only the first rows. ``model`` as for ``score_sequences``."""
     examples = read_examples(file, limit)
     longest = getattr(model.config, "max_position_embeddings", 2048)
     encoded = [encode_pair(*pair, tokenizer, longest) for e in examples for pair in e.pairs]

@@ -19,6 +19,7 @@ from typing import Any
 
 from tulle.errors import UserError
 from tulle.text.reading import Text, read_text
+from tulle.text.tokenizer import ModelTokenizer
 
 DEFAULT_LENGTH = 2048
 
@@ -104,14 +105,25 @@ def describe(text: Text, protocol: Protocol, length: int, windows: int, has_bos:
 
 def begins_with_bos(tokenizer: Any, protocol: Protocol) -> bool:
     """Whether documents and streams begin with BOS."""
-    return bool(protocol.bos and tokenizer.bos_token_id is not None)
+    return protocol.bos and bos_id(tokenizer) is not None
+
+
+def bos_id(tokenizer: Any) -> int | None:
+    """The id of BOS, of transformers' tokenizer or of Tulle's; None where the model has none."""
+    found: int | None = (
+        tokenizer.special_id("bos_token") if isinstance(tokenizer, ModelTokenizer) else tokenizer.bos_token_id
+    )
+    return found
 
 
 def encode_with_offsets(text: str, tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
     """Ids without special tokens, and the ``(start, end)`` characters of each.
 
-    Raises ``UserError`` for a tokenizer without offsets.
+    ``tokenizer``: transformers' or Tulle's. Raises ``UserError`` for a tokenizer without offsets.
     """
+    if isinstance(tokenizer, ModelTokenizer):
+        own = tokenizer.tokenizer.encode(text, add_special_tokens=False)
+        return list(own.ids), list(own.offsets)
     if not tokenizer.is_fast:
         raise UserError("expected a tokenizer with offsets, found none; try a model folder with tokenizer.json")
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -133,6 +145,7 @@ def _encode(text: str, tokenizer: Any, bos: bool) -> tuple[list[int], list[int]]
             total += len(text[done:character].encode())
             done = character
         ends.append(total)
-    if bos and tokenizer.bos_token_id is not None:
-        return [tokenizer.bos_token_id, *ids], [0, *ends]
+    first = bos_id(tokenizer) if bos else None
+    if first is not None:
+        return [first, *ids], [0, *ends]
     return ids, ends

@@ -29,6 +29,7 @@ from tulle.errors import UserError
 from tulle.export.dense import stored_dtype
 from tulle.export.folder import Entry
 from tulle.export.plan import InputRule, Plan, linear_entry, unpacked_entries
+from tulle.extras import needs
 from tulle.format.spec import LinearSpec
 from tulle.hf.packed_linear import dequantise, unpack_integer_weight
 from tulle.models.checkpoint import Checkpoint
@@ -40,12 +41,9 @@ Scheme = tuple[int, int | None, bool, int | None]
 
 def plan(checkpoint: Checkpoint, linears: Mapping[str, LinearSpec], dtype: torch.dtype | None) -> Plan:
     """Raises ``UserError`` when the library is missing or a linear has no counterpart in the format."""
-    try:
-        import compressed_tensors
-    except ImportError:
-        raise UserError(
-            "expected the package compressed-tensors, found none; pip install compressed-tensors or use --to dense"
-        ) from None
+    needs("export", "--to compressed-tensors", "use --to dense")
+    import compressed_tensors
+
     quantised = {name: spec for name, spec in linears.items() if _is_quantised(name, spec)}
     if not quantised:
         raise UserError("expected quantised linears for --to compressed-tensors, found none; use --to dense")

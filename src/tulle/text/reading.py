@@ -10,13 +10,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from tulle.errors import UserError
+from tulle.extras import needs
 from tulle.network import require_hub
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FOLDER_SUFFIXES = (".txt", ".md", ".py", ".raw", ".jsonl")
 TEXT_KEYS = ("text", "content")
@@ -82,6 +83,8 @@ def sequences(
     ``samples``: that many of them; documents from the first on, windows of a stream drawn without repetition by
     ``seed``. Raises ``UserError`` when the text gives fewer.
     """
+    import torch
+
     if text.separate:
         wanted = text.documents if samples is None else text.documents[:samples]
         found = [torch.tensor(ids[:length]) for ids in tokenizer(list(wanted))["input_ids"] if len(ids) > 1]
@@ -113,6 +116,8 @@ def _excerpt(documents: Sequence[str], characters: int | None, seed: int) -> lis
     """Documents in a seeded order until there are enough characters; all, as they stand, when there are no more."""
     if characters is None or sum(map(len, documents)) <= characters:
         return list(documents)
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     chosen: list[str] = []
     for i in torch.randperm(len(documents), generator=generator).tolist():
@@ -170,12 +175,9 @@ def _json_rows(content: str, path: Path) -> list[str]:
 
 
 def _data_set(name: str) -> list[str]:
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            f"expected the datasets package to read {name!r}, found none; pip install datasets, or give a file"
-        ) from None
+    needs("data", f"the data set {name!r}", "give a file")
+    import datasets
+
     require_hub(f"the data set {name!r}", "give a text file, a JSONL file or a folder instead")
     split = datasets.load_dataset(name, split="train", streaming=True)
     rows = []

@@ -84,22 +84,32 @@ class ModelTokenizer:
             variables={**self.special, **variables},
         )
 
-    def stream(self, prompt: Sequence[int] = (), stop: Sequence[str] = ()) -> TextStream:
-        """The text that follows ``prompt``, up to the first of the ``stop`` strings."""
-        return TextStream(self, prompt, stop)
+    def stream(self, prompt: Sequence[int] = (), stop: Sequence[str] = (), keep_special: bool = False) -> TextStream:
+        """The text that follows ``prompt``, up to the first of the ``stop`` strings.
+
+        ``keep_special``: special tokens are part of the text.
+        """
+        return TextStream(self, prompt, stop, keep_special)
 
 
 class TextStream:
     """Tokens in, text out, as soon as it is certain: never half a character, never the beginning of a stop string.
 
-    A stop string may be a special token, or hold one, though special tokens are not part of the text.
+    A stop string may be a special token, or hold one, even where special tokens are not part of the text.
     """
 
-    def __init__(self, tokenizer: ModelTokenizer, prompt: Sequence[int] = (), stop: Sequence[str] = ()):
+    def __init__(
+        self,
+        tokenizer: ModelTokenizer,
+        prompt: Sequence[int] = (),
+        stop: Sequence[str] = (),
+        keep_special: bool = False,
+    ):
         library = tokenizer.tokenizer
-        self._detokenizer = Detokenizer(library, prompt, clean_up=tokenizer.clean_up)
+        self._detokenizer = Detokenizer(library, prompt, keep_special=keep_special, clean_up=tokenizer.clean_up)
         self._stop = [s for s in stop if s]
-        contents = {i: str(library.id_to_token(i)) for i in special_ids(library)} if self._stop else {}
+        unseen = special_ids(library) if self._stop and not keep_special else ()
+        contents = {i: str(library.id_to_token(i)) for i in unseen}
         self._hidden = {i: content for i, content in contents.items() if any(content in s for s in self._stop)}
         self._held = ""
         self._unseen: list[tuple[int, int]] = []

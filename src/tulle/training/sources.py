@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tulle.errors import UserError
+from tulle.extras import needs
 from tulle.network import require_hub
 from tulle.text import standard_library
 from tulle.text.standard_library import STDLIB, Document, order_key
@@ -216,12 +217,9 @@ def _fetched(source: Source, cache: Path) -> Path:
     file = cache / f"dataset-{key}.jsonl"
     if file.is_file():
         return file
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            f"expected the datasets package to read {source.dataset!r}, found none; pip install datasets"
-        ) from None
+    needs("data", f"the data set {source.dataset!r}", "name a file or a folder by path:")
+    import datasets
+
     require_hub(f"the data set {source.dataset!r}", "name a file or a folder by path: instead")
     partial = file.with_suffix(".partial")
     try:

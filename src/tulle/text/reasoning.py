@@ -1,0 +1,63 @@
+"""What a model thinks before it answers: between marks, of which the prompt may already hold the first."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tulle.text.tool_formats.lark import Lark
+    from tulle.text.tool_formats.parser import Parser
+    from tulle.text.tool_formats.source import Source
+
+
+@dataclass(frozen=True)
+class ReasoningMarks:
+    """The marks around reasoning. They count at the beginning of an answer: later they are text like any other."""
+
+    start: str
+    end: str
+
+    def opened(self, prompt: str) -> bool:
+        """Whether the prompt ends inside reasoning, as templates that force it do."""
+        return prompt.rfind(self.start) > prompt.rfind(self.end) and prompt.rstrip().endswith(self.start.rstrip())
+
+    def read(self, source: Source, opened: bool, parser: Parser) -> Generator[None, None, None]:
+        """Reads reasoning, if there is; to the end of the text where it is never closed."""
+        if not opened:
+            space = yield from source.spaces()
+            if not (yield from source.literal(self.start)):
+                parser.content(space)
+                return
+        if (yield from source.until((self.end,), parser.reasoning)):
+            source.take(len(self.end))
+        parser.end_reasoning()
+
+    def grammar(self, lark: Lark, opened: bool) -> str:
+        """An expression for reasoning and the white space after it, where it may come."""
+        thoughts = f"{lark.before(self.end)} {_SPACES}?"
+        return f"{thoughts} " if opened else f"({lark.text(self.start)} {thoughts})? "
+
+
+_SPACES = "/[ \\t\\r\\n]{1,4}/"
+KNOWN = (
+    ReasoningMarks("<think>", "</think>"),
+    ReasoningMarks("[THINK]", "[/THINK]"),
+    ReasoningMarks("<|channel>thought\n", "<channel|>"),
+    ReasoningMarks("<|START_THINKING|>", "<|END_THINKING|>"),
+    ReasoningMarks("<seed:think>", "</seed:think>"),
+    ReasoningMarks("<reasoning>", "</reasoning>"),
+)
+"""Of Qwen, DeepSeek and most others; Mistral; Gemma 4; Command; Seed; and fine-tunes."""
+
+
+def detect_reasoning(template: str, tokens: Collection[str]) -> ReasoningMarks | None:
+    """The marks that a chat template or the tokenizer's added tokens name; None where there are none."""
+    for marks in KNOWN:
+        start = marks.start.rstrip()
+        if (start in tokens or start.split("thought")[0] in tokens) and marks.end in tokens:
+            return marks
+        if marks.end in template:
+            return marks
+    return None

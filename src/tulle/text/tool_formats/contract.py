@@ -1,0 +1,93 @@
+"""What a format of tool calls is: how they are written, read back and enforced."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from tulle.text.reasoning import ReasoningMarks
+from tulle.text.tool_formats.delta import call_id
+from tulle.text.tool_formats.lark import Lark
+from tulle.text.tool_formats.parser import Parser
+from tulle.text.tool_formats.source import Reading
+from tulle.text.tool_formats.tools import Choice, Tool, chosen_tools, read_tools
+
+
+@dataclass(frozen=True)
+class ToolFormat(ABC):
+    """How a model writes tool calls and reasoning."""
+
+    name: ClassVar[str]
+    marks: ClassVar[tuple[str, ...]] = ()
+    """Texts around calls that may be tokens of their own."""
+
+    supports_tools: bool = True
+    """The chat template knows tools. Otherwise they are described in the system message: see
+    :func:`tulle.text.messages.prepare_messages`."""
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    """The tokenizer's added tokens by their text."""
+    special: frozenset[str] = frozenset()
+    """Which of them decoding leaves out."""
+    reasoning: ReasoningMarks | None = None
+
+    @property
+    def keep_special(self) -> bool:
+        """Whether marks are special tokens, which the stream of text must then keep."""
+        marks = self.marks + ((self.reasoning.start, self.reasoning.end) if self.reasoning else ())
+        return any(token in mark for token in self.special for mark in marks)
+
+    def parser(
+        self,
+        tools: Sequence[Mapping[str, Any] | Tool] | None = None,
+        prompt: str = "",
+        *,
+        eager: bool = True,
+        ids: Callable[[], str] = call_id,
+    ) -> Parser:
+        """A parser of one answer.
+
+        ``prompt``: the rendered prompt, whose end tells whether the model already thinks. Without tools nothing is a
+        call. ``eager``: see :class:`Parser`; False for answers that are not streamed.
+        """
+        return Parser(lambda parser: self._read(parser, prompt), read_tools(tools), eager=eager, ids=ids)
+
+    def grammar(
+        self,
+        tools: Sequence[Mapping[str, Any] | Tool],
+        choice: Choice = "required",
+        parallel: bool = True,
+        prompt: str = "",
+    ) -> str:
+        """A Lark grammar of llguidance, of which every text is one or more valid calls, after reasoning where there is.
+
+        ``choice`` is ``required``, or a mapping that names a function: then exactly that call comes. Raises
+        ``UserError`` for a tool that is not there.
+        """
+        chosen = chosen_tools(read_tools(tools), choice)
+        lark = Lark(self.tokens)
+        calls = self._calls(lark, chosen, parallel and not isinstance(choice, Mapping))
+        return lark.start(f"{self._thoughts(lark, prompt)}{calls}")
+
+    def template_id(self, id: str) -> str:
+        """A call's id as the model's chat template takes it."""
+        return id
+
+    @abstractmethod
+    def _read_answer(self, parser: Parser) -> Reading[None]:
+        """Reads content and calls, with at least one tool."""
+
+    @abstractmethod
+    def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
+        """An expression for the calls."""
+
+    def _read(self, parser: Parser, prompt: str) -> Reading[None]:
+        if self.reasoning:
+            yield from self.reasoning.read(parser.source, self.reasoning.opened(prompt), parser)
+        if parser.tools:
+            yield from self._read_answer(parser)
+        yield from parser.source.until((), parser.content)
+
+    def _thoughts(self, lark: Lark, prompt: str) -> str:
+        return self.reasoning.grammar(lark, self.reasoning.opened(prompt)) if self.reasoning else ""
