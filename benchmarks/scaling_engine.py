@@ -48,6 +48,7 @@ from tulle.engine.native_model import (  # noqa: E402
     ScalingLayer,
     ScalingModel,
     WeightKind,
+    consecutive_pages,
 )
 from tulle.format.pack import f32_to_bf16  # noqa: E402
 
@@ -207,7 +208,8 @@ class Case:
 
     def __init__(self, settings: ScalingModel, rounds: int, tokens: int, threads: int):
         context = PROMPT + (rounds + 1) * tokens
-        self.engine = _native.ScalingEngine(settings, 1, context, PROMPT, "f32", threads)
+        self.tables = consecutive_pages(1, context)
+        self.engine = _native.ScalingEngine(settings, self.tables.size, 1, context, PROMPT, "f32", threads)
         self.vocabulary, self.position = settings.vocabulary, 0
         self.logits = np.empty((1, self.vocabulary), np.float32)
         self.generator = np.random.default_rng(2)
@@ -217,7 +219,7 @@ class Case:
         tokens = self.generator.integers(0, self.vocabulary, count).astype(np.int32)
         positions = np.arange(self.position, self.position + count, dtype=np.int32)
         slots, rows = np.zeros(count, np.int32), np.full(1, count - 1, np.int32)
-        self.engine.forward(tokens, slots, positions, rows, self.logits)
+        self.engine.forward(tokens, slots, positions, self.tables, rows, self.logits)
         self.position += count
 
     def time(self, tokens: int) -> float:

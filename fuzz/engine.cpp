@@ -449,6 +449,41 @@ void places(tulle::Grid& grid, Places& to) {
   to.field(grid.clip);
 }
 
+constexpr std::size_t kBatch = 5, kContext = 20, kBlocks = (kContext + tulle::kKeyBlock - 1) / tulle::kKeyBlock;
+constexpr std::size_t kSlots = 2, kPages = 3, kSnapshots = 2;
+
+tulle::EngineSizes sizes_of(tulle::CacheKind cache, std::size_t threads) {
+  return {kPages, kSlots, kContext, kBatch, cache, threads, kSnapshots};
+}
+
+// Passes that the check lets through, and some that it refuses: any page tables, slots and positions.
+template <typename Engine>
+void any_passes(Engine& engine, Bytes& bytes, std::size_t vocabulary, float* outputs) {
+  std::vector<std::int32_t> tables(kSlots * kBlocks);
+  for (std::int32_t& page : tables) page = static_cast<std::int32_t>(bytes.below(kPages + 2)) - 1;
+  for (std::size_t number = 0; number < 4 && !bytes.empty(); ++number) {
+    const std::size_t n = 1 + bytes.below(kBatch + 1);
+    std::vector<std::int32_t> tokens, slots, positions, rows;
+    for (std::size_t i = 0; i < n; ++i) {
+      tokens.push_back(static_cast<std::int32_t>(bytes.below(vocabulary)));
+      slots.push_back(static_cast<std::int32_t>(bytes.below(kSlots)));
+      positions.push_back(static_cast<std::int32_t>(bytes.below(kContext + 1)));
+      if (bytes.flag()) rows.push_back(static_cast<std::int32_t>(i));
+    }
+    const tulle::PassInput pass{tokens.data(), slots.data(), positions.data(), n,
+                                tables.data(), rows.data(),  rows.size()};
+    try {
+      if (bytes.flag()) engine.forward(pass, outputs);
+      else engine.embed(pass, outputs);
+      engine.copy_page(bytes.below(kPages + 1), bytes.below(kPages + 1));
+      engine.save_state(bytes.below(kSlots + 1), bytes.below(kSnapshots + 1));
+      engine.load_state(bytes.below(kSnapshots + 1), bytes.below(kSlots + 1));
+    } catch (const std::invalid_argument& error) {
+      if (std::strchr(error.what(), '\n') != nullptr) __builtin_trap();
+    }
+  }
+}
+
 template <typename Engine>
 void pass(Engine& engine, Bytes& bytes, std::size_t vocabulary, std::size_t batch) {
   const std::size_t n = 1 + bytes.below(batch);
@@ -460,16 +495,20 @@ void pass(Engine& engine, Bytes& bytes, std::size_t vocabulary, std::size_t batc
     rows.push_back(static_cast<std::int32_t>(i));
   }
   if (n * vocabulary > 4 * kMost) throw TooLarge();
-  const std::unique_ptr<float[]> logits(new float[n * vocabulary]);
-  engine.forward(tokens.data(), slots.data(), positions.data(), n, rows.data(), n, logits.get());
+  const std::unique_ptr<float[]> logits(new float[n * vocabulary]), hidden(new float[n * engine.hidden()]);
+  // The last page first.
+  const std::int32_t tables[kSlots * kBlocks] = {2, 0, -1, 1};
+  engine.forward({tokens.data(), slots.data(), positions.data(), n, tables, rows.data(), n}, logits.get());
+  engine.embed({tokens.data(), slots.data(), positions.data(), n, tables, rows.data(), n}, hidden.get());
   const std::int32_t next = static_cast<std::int32_t>(n), slot = 0, row = 0;
-  engine.forward(tokens.data(), &slot, &next, 1, &row, 1, logits.get());
+  engine.forward({tokens.data(), &slot, &next, 1, tables, &row, 1}, logits.get());
+  const std::size_t most = std::max(vocabulary, engine.hidden());
+  const std::unique_ptr<float[]> outputs(new float[(kBatch + 1) * most]);
+  any_passes(engine, bytes, vocabulary, outputs.get());
   engine.take_reads();
   engine.weight_bytes();
   engine.work_bytes();
 }
-
-constexpr std::size_t kBatch = 5, kContext = 20;
 
 struct LayerParts {
   GroupParts qkv, o, gate_up, down;
@@ -499,7 +538,7 @@ void decoder(Bytes& bytes) {
   if (grids & 4) m.value = {4, false, 0.9f};
   const std::size_t layers = grids >> 7 ? 2 : 1;
   if (grids & 8) make(m.head_rotation, m.head_dim, bytes, random);
-  auto cache = static_cast<tulle::CacheKind>((grids >> 4 & 3) % 3);
+  auto cache = static_cast<tulle::CacheKind>(grids >> 4 & 3);
   const std::size_t q = m.heads * m.head_dim, kv = m.kv_heads * m.head_dim;
   std::vector<LayerParts> parts(layers);
   for (LayerParts& layer : parts) {
@@ -562,7 +601,7 @@ void decoder(Bytes& bytes) {
     if (parts[i].head_norms) m.layers[i].query_norm = m.layers[i].key_norm = head_norm.as<float>();
   }
   const std::size_t vocabulary = m.vocabulary;
-  tulle::Engine engine(std::move(m), 2, kContext, kBatch, cache, threads);
+  tulle::Engine engine(std::move(m), sizes_of(cache, threads));
   pass(engine, tokens, vocabulary, kBatch);
 }
 
@@ -639,7 +678,7 @@ void scaling(Bytes& bytes) {
   m.embedding_kind = flags & 8 ? WeightKind::bf16 : WeightKind::f32;
   std::size_t frequencies = flags & 16 ? m.hidden / m.heads / 2 : 0;
   const bool exact = flags & 32, biased = flags & 64;
-  const auto cache = static_cast<tulle::CacheKind>(bytes.below(3));
+  const auto cache = static_cast<tulle::CacheKind>(bytes.below(4));
   const std::size_t d = m.hidden, f = m.intermediate, size = d / modules, rank = 1 + bytes.below(8);
   const std::uint8_t kinds = bytes.next();
 
@@ -725,7 +764,7 @@ void scaling(Bytes& bytes) {
   else m.head = head.view;
   if (exact) m.exact_head = exact_head.view;
   const std::size_t vocabulary = m.vocabulary;
-  tulle::ScalingEngine engine(std::move(m), 2, kContext, kBatch, cache, 1);
+  tulle::ScalingEngine engine(std::move(m), sizes_of(cache, 1));
   pass(engine, tokens, vocabulary, kBatch);
 }
 

@@ -98,7 +98,7 @@ inline tulle::ScaleKind scale_kind(nb::handle from) {
 }
 
 inline tulle::CacheKind cache_kind(const std::string& name) {
-  static const char* names[] = {"f32", "bf16", "int8"};
+  static const char* names[] = {"f32", "bf16", "int8", "int4"};
   return one_of<tulle::CacheKind>(names, "cache", name);
 }
 

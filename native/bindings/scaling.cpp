@@ -137,6 +137,12 @@ tulle::ScalingModel model(nb::handle from, Kept& kept) {
 void define_scaling(nb::module_& m) {
   using Scaling = Bound<tulle::ScalingEngine, model>;
   define_bound<Scaling>(m, "ScalingEngine")
-      .def_prop_ro("units_read", [](const Scaling& b) { return b.engine().units_read(); })
-      .def_prop_ro("units_skipped", [](const Scaling& b) { return b.engine().units_skipped(); });
+      .def_prop_ro("units_read", [](const Scaling& b) {
+        nb::gil_scoped_release release;
+        return b.engine().units_read();
+      })
+      .def_prop_ro("units_skipped", [](const Scaling& b) {
+        nb::gil_scoped_release release;
+        return b.engine().units_skipped();
+      });
 }

@@ -37,40 +37,94 @@ def keep_largest(scores: NDArray[np.float32], keep: int, mask: NDArray[np.bool_]
 def read_bandwidth(bytes: int, threads: int, passes: int) -> float: ...
 
 class Engine:
-    def __init__(self, model: Model, slots: int, context: int, batch: int, cache: str, threads: int) -> None: ...
+    def __init__(
+        self,
+        model: Model,
+        pages: int,
+        slots: int,
+        context: int,
+        batch: int,
+        cache: str,
+        threads: int,
+        snapshots: int = 0,
+    ) -> None: ...
     def forward(
         self,
         tokens: NDArray[np.int32],
         slots: NDArray[np.int32],
         positions: NDArray[np.int32],
+        tables: NDArray[np.int32],
         rows: NDArray[np.int32],
         logits: NDArray[np.float32],
     ) -> None: ...
+    def embed(
+        self,
+        tokens: NDArray[np.int32],
+        slots: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        tables: NDArray[np.int32],
+        rows: NDArray[np.int32],
+        hidden: NDArray[np.float32],
+    ) -> None: ...
+    def copy_page(self, source: int, target: int) -> None: ...
+    def save_state(self, slot: int, snapshot: int) -> None: ...
+    def load_state(self, snapshot: int, slot: int) -> None: ...
     def take_bytes_per_token(self) -> float: ...
     @property
     def weight_bytes(self) -> int: ...
+    @property
+    def state_bytes(self) -> int: ...
+    @property
+    def page_bytes(self) -> int: ...
     @property
     def cache_bytes(self) -> int: ...
     @property
     def work_bytes(self) -> int: ...
 
 class ScalingEngine:
-    def __init__(self, model: ScalingModel, slots: int, context: int, batch: int, cache: str, threads: int) -> None: ...
+    def __init__(
+        self,
+        model: ScalingModel,
+        pages: int,
+        slots: int,
+        context: int,
+        batch: int,
+        cache: str,
+        threads: int,
+        snapshots: int = 0,
+    ) -> None: ...
     def forward(
         self,
         tokens: NDArray[np.int32],
         slots: NDArray[np.int32],
         positions: NDArray[np.int32],
+        tables: NDArray[np.int32],
         rows: NDArray[np.int32],
         logits: NDArray[np.float32],
     ) -> None: ...
+    def embed(
+        self,
+        tokens: NDArray[np.int32],
+        slots: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        tables: NDArray[np.int32],
+        rows: NDArray[np.int32],
+        hidden: NDArray[np.float32],
+    ) -> None: ...
+    def copy_page(self, source: int, target: int) -> None: ...
+    def save_state(self, slot: int, snapshot: int) -> None: ...
+    def load_state(self, snapshot: int, slot: int) -> None: ...
+    def take_bytes_per_token(self) -> float: ...
     @property
     def weight_bytes(self) -> int: ...
+    @property
+    def state_bytes(self) -> int: ...
+    @property
+    def page_bytes(self) -> int: ...
     @property
     def cache_bytes(self) -> int: ...
     @property
     def work_bytes(self) -> int: ...
-    def take_bytes_per_token(self) -> float: ...
     @property
     def units_read(self) -> int: ...
     @property

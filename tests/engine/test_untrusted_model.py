@@ -34,12 +34,12 @@ def small() -> Model:
 
 
 def engine(model: Model) -> object:
-    return _native.Engine(model, slots=1, context=16, batch=2, cache="f32", threads=1)
+    return _native.Engine(model, pages=1, slots=1, context=16, batch=2, cache="f32", threads=1)
 
 
 def test_the_small_model_runs() -> None:
     zero, logits = np.zeros(1, np.int32), np.empty((1, 12), np.float32)
-    engine(small()).forward(zero, zero, zero, zero, logits)  # type: ignore[attr-defined]
+    engine(small()).forward(zero, zero, zero, zero[None], zero, logits)  # type: ignore[attr-defined]
     assert np.isfinite(logits).all()
 
 

@@ -8,6 +8,7 @@
 
 #include "tulle/linear.hpp"
 #include "tulle/ops.hpp"
+#include "tulle/pass.hpp"
 #include "tulle/selection.hpp"
 
 namespace tulle {
@@ -79,17 +80,23 @@ constexpr std::size_t kExactLogits = 64;
 void check(const Transform& transform);
 void check(const Model& model);
 
+// Threads may share one: a call waits until another's is done.
 class Engine {
  public:
-  // `slots` sequences of up to `context` tokens, `batch` tokens per forward pass at the most.
-  Engine(Model model, std::size_t slots, std::size_t context, std::size_t batch, CacheKind cache, std::size_t threads);
+  Engine(Model model, const EngineSizes& sizes);
   ~Engine();
 
-  // tokens, slots, positions [n], n <= batch: token i stands at positions[i] of sequence slots[i]; what a sequence
-  // holds before has been given in earlier calls or earlier in this one. logits [wanted][vocabulary] of the
-  // tokens `rows` [wanted]. Throws std::invalid_argument on anything out of range.
-  void forward(const std::int32_t* tokens, const std::int32_t* slots, const std::int32_t* positions, std::size_t n,
-               const std::int32_t* rows, std::size_t wanted, float* logits);
+  // logits [wanted][vocabulary]. Throws std::invalid_argument on anything out of range (see PassCheck).
+  void forward(const PassInput& pass, float* logits);
+  // The hidden states after the last norm instead, [wanted][hidden].
+  void embed(const PassInput& pass, float* hidden);
+  // Page `target` becomes what page `source` is, in all layers.
+  void copy_page(std::size_t source, std::size_t target);
+  // What a sequence carries beside its keys and values (see RecurrentStates). A decoder's carry nothing:
+  // state_bytes() is 0, and these throw std::invalid_argument.
+  void save_state(std::size_t slot, std::size_t snapshot);
+  void load_state(std::size_t snapshot, std::size_t slot);
+  std::uint64_t state_bytes() const { return 0; }
 
   std::uint64_t weight_bytes() const;  // read per token where all inputs are active
   // What single tokens (passes of one token) have read, inputs left out not counted, and how many there were, since the
@@ -99,9 +106,12 @@ class Engine {
     std::uint64_t tokens;
   };
   Reads take_reads();
-  std::uint64_t cache_bytes() const;
+  std::uint64_t page_bytes() const;
+  std::uint64_t cache_bytes() const;  // of all pages, and of recurrent states with their snapshots
   std::uint64_t work_bytes() const;
   std::size_t vocabulary() const;
+  std::size_t hidden() const;
+  const EngineSizes& sizes() const;
 
  private:
   struct State;

@@ -8,23 +8,29 @@
 
 namespace tulle {
 
-// Tokens of a key block: keys are stored [block][head_dim][kKeyBlock], so that one query is multiplied with a block's
-// keys as vectors.
+// Tokens of a page. A page's keys are stored [head_dim][kKeyBlock], so that one query is multiplied with them as vectors.
 constexpr std::size_t kKeyBlock = 16;
 // Queries that share a pass over keys and values.
 constexpr std::size_t kQueries = 4;
 
-enum class CacheKind : std::uint8_t { f32, bf16, u8 };
+enum class CacheKind : std::uint8_t { f32, bf16, u8, u4 };
 enum class Gate : std::uint8_t { silu, relu, relu2, gelu_tanh };
 
-// One layer's keys and values of one sequence and KV head.
+// One layer's keys and values of one KV head, in pages of which a sequence has some.
+//
+//   keys     [head_dim][kKeyBlock]. u4: [⌈head_dim / 2⌉][kKeyBlock] bytes, of an even channel (low) and the next one
+//   values   [kKeyBlock][head_dim]. u4: [kKeyBlock][⌈head_dim / 32⌉][16] bytes, of channel j (low) and 16 + j of 32
+//   scales   u8, u4: [4][kKeyBlock]: key steps, key zero points, value steps, value zero points: x = step · (u − zero)
 struct CacheView {
   CacheKind kind;
   std::size_t head_dim;
-  void* keys;     // [capacity / kKeyBlock][head_dim][kKeyBlock]
-  void* values;   // [capacity][head_dim]
-  float* scales;  // u8: [capacity][4], key step, key zero point, value step, value zero point: x = step · (u − zero)
+  std::uint8_t *keys, *values;  // of page 0; those of page p lie p · (key_bytes, value_bytes) further
+  float* scales;                // likewise, p · kPageScales
+  std::size_t key_bytes, value_bytes;
+  const std::int32_t* table;    // the sequence's pages: tokens [b · kKeyBlock, …) are in page table[b]
 };
+
+constexpr std::size_t kPageScales = 4 * kKeyBlock;
 
 // A quantiser of one vector (docs/reference/format.md, "Quantised inputs").
 struct Grid {
@@ -66,7 +72,7 @@ struct OpsKernels {
   float (*dot)(const float* x, const float* w, std::size_t n);
   // Sylvester butterflies over runs of n = 2^k, `count` runs in a row, times `factor`.
   void (*butterflies)(float* x, std::size_t n, std::size_t count, float factor);
-  // Key and value of the token at `position` into the cache; ranges are of u8 caches.
+  // Key and value of the token at `position` into the cache; ranges are of u8 and u4 caches.
   void (*append_to_cache)(const CacheView& cache, std::size_t position, const float* key, const float* value,
                    GridRange key_range, GridRange value_range);
   // out[r][head_dim] for up to kQueries rows: row r attends to positions [begin[r], end[r]). `scores`: kQueries times

@@ -135,20 +135,28 @@ void check(const ScalingModel& model);
 class ScalingEngine {
  public:
   // As of Engine (engine.hpp).
-  ScalingEngine(ScalingModel model, std::size_t slots, std::size_t context, std::size_t batch, CacheKind cache,
-                std::size_t threads);
+  ScalingEngine(ScalingModel model, const EngineSizes& sizes);
   ~ScalingEngine();
 
-  // As Engine::forward. With sparse attention a sequence begins at position 0 or goes on where it was: the
-  // convolutions keep the two tokens before.
-  void forward(const std::int32_t* tokens, const std::int32_t* slots, const std::int32_t* positions, std::size_t n,
-               const std::int32_t* rows, std::size_t wanted, float* logits);
+  // As of Engine. With sparse attention a sequence begins at position 0, or goes on where it was or where a state was
+  // saved that has been loaded: the convolutions keep the two tokens before.
+  void forward(const PassInput& pass, float* logits);
+  void embed(const PassInput& pass, float* hidden);
+  void copy_page(std::size_t source, std::size_t target);
+  // The state of a slot's sequence, to go on from it later, in any slot. Without sparse attention there is none:
+  // state_bytes() is 0, and these throw std::invalid_argument.
+  void save_state(std::size_t slot, std::size_t snapshot);
+  void load_state(std::size_t snapshot, std::size_t slot);
+  std::uint64_t state_bytes() const;  // of one
 
   // Read per token, if no chosen unit is at zero.
   std::uint64_t weight_bytes() const;
+  std::uint64_t page_bytes() const;
   std::uint64_t cache_bytes() const;
   std::uint64_t work_bytes() const;
   std::size_t vocabulary() const;
+  std::size_t hidden() const;
+  const EngineSizes& sizes() const;
   // As Engine::take_reads: rows of w2 that relu's zeros left out are not counted.
   Engine::Reads take_reads();
   // Chosen units so far whose row of w2 was read, and whose was not, since relu gave zero.

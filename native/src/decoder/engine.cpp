@@ -1,8 +1,8 @@
 #include "tulle/engine.hpp"
 
+#include <stdexcept>
 #include <utility>
 
-#include "decoder/pass.hpp"
 #include "decoder/state.hpp"
 
 namespace tulle {
@@ -33,20 +33,38 @@ double Linear::bytes_per_input() const {
   return static_cast<double>(w.offsets[w.panels()]) / static_cast<double>(w.padded()) + starts;
 }
 
-Engine::Engine(Model model, std::size_t slots, std::size_t context, std::size_t batch, CacheKind cache,
-               std::size_t threads) {
+Engine::Engine(Model model, const EngineSizes& sizes) {
   check(model);
-  state_ = std::make_unique<State>(std::move(model), slots, context, batch, cache, threads);
+  state_ = std::make_unique<State>(std::move(model), sizes);
 }
 
 Engine::~Engine() = default;
 
-void Engine::forward(const std::int32_t* tokens, const std::int32_t* slots, const std::int32_t* positions,
-                     std::size_t n, const std::int32_t* rows, std::size_t wanted, float* logits) {
-  State& s = *state_;
-  check_pass({s.model.vocabulary, s.slots, s.context, s.batch}, tokens, slots, positions, n, rows, wanted);
-  s.forward(tokens, slots, positions, n, rows, wanted, logits);
+void Engine::forward(const PassInput& pass, float* logits) {
+  const std::lock_guard<std::mutex> lock(state_->busy);
+  state_->check.run(pass);
+  state_->forward(pass, logits, nullptr);
 }
+
+void Engine::embed(const PassInput& pass, float* hidden) {
+  const std::lock_guard<std::mutex> lock(state_->busy);
+  state_->check.run(pass);
+  state_->forward(pass, nullptr, hidden);
+}
+
+void Engine::copy_page(std::size_t source, std::size_t target) {
+  State& s = *state_;
+  const std::lock_guard<std::mutex> lock(s.busy);
+  s.check.page(source);
+  s.check.page(target);
+  s.cache.copy(source, target);
+}
+
+void Engine::save_state(std::size_t, std::size_t) {
+  throw std::invalid_argument("recurrent state: expected a model that has one, found none");
+}
+
+void Engine::load_state(std::size_t snapshot, std::size_t slot) { save_state(slot, snapshot); }
 
 std::uint64_t Engine::weight_bytes() const {
   std::uint64_t bytes = 0;
@@ -58,12 +76,21 @@ std::uint64_t Engine::weight_bytes() const {
   return bytes + state_->model.head.linears[0].bytes();
 }
 
-Engine::Reads Engine::take_reads() { return std::exchange(state_->reads, Reads{0, 0}); }
+Engine::Reads Engine::take_reads() {
+  const std::lock_guard<std::mutex> lock(state_->busy);
+  return std::exchange(state_->reads, Reads{0, 0});
+}
+
+std::uint64_t Engine::page_bytes() const { return state_->cache.page_bytes(); }
 
 std::uint64_t Engine::cache_bytes() const { return state_->cache.bytes(); }
 
 std::uint64_t Engine::work_bytes() const { return state_->work_bytes(); }
 
 std::size_t Engine::vocabulary() const { return state_->model.vocabulary; }
+
+std::size_t Engine::hidden() const { return state_->model.hidden; }
+
+const EngineSizes& Engine::sizes() const { return state_->sizes; }
 
 }  // namespace tulle

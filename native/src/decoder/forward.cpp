@@ -24,10 +24,10 @@ float* Engine::State::vector(const Pass& pass, std::size_t number) const {
   return of_thread[pass.thread].vectors.data() + number * vector_floats;
 }
 
-void Engine::State::forward(const std::int32_t* tokens, const std::int32_t* slots_of, const std::int32_t* positions,
-                            std::size_t n, const std::int32_t* rows, std::size_t wanted, float* logits) {
+void Engine::State::forward(const PassInput& input, float* logits, float* embeddings) {
+  const std::size_t n = input.n;
   const bool one = n == 1;
-  attention.group(slots_of, n);
+  attention.group(input.slots, n);
   for (LayerPlans& of : plans) {
     for (Plan* plan : {&of.qkv, &of.o, &of.gate_up, &of.down}) plan->restart();
   }
@@ -35,7 +35,7 @@ void Engine::State::forward(const std::int32_t* tokens, const std::int32_t* slot
   if (one) ++reads.tokens;
   in_team(threads, [&](std::size_t thread, std::size_t team) {
     ThreadMemory& memory = of_thread[thread];
-    Pass pass{tokens, slots_of, positions, n, thread, team, one, 0, n, hidden.data(), &inputs};
+    Pass pass{input, thread, team, one, 0, n, hidden.data(), &inputs};
     if (one) {
       pass.hidden = memory.hidden.data();
       pass.inputs = &memory.inputs;
@@ -44,12 +44,12 @@ void Engine::State::forward(const std::int32_t* tokens, const std::int32_t* slot
       pass.last = n * (thread + 1) / team;
     }
     for (std::size_t t = pass.first; t < pass.last; ++t) {
-      copy_row(model.embedding_kind, model.embedding, static_cast<std::size_t>(tokens[t]), model.hidden,
+      copy_row(model.embedding_kind, model.embedding, static_cast<std::size_t>(pass.tokens[t]), model.hidden,
                pass.hidden + t * model.hidden);
-      if (!one || thread == 0) rotary.set(t, positions[t]);  // known to all when the first products are
+      if (!one || thread == 0) rotary.set(t, pass.positions[t]);  // known to all when the first products are
     }
     for (std::size_t index = 0; index < model.layers.size(); ++index) layer(pass, index);
-    if (wanted > 0) head(pass, rows, wanted, logits);
+    if (pass.wanted > 0) head(pass, logits, embeddings);
   });
 }
 
@@ -98,8 +98,8 @@ void Engine::State::attend(const Pass& pass, std::size_t index) {
   const Vectors queries{wide.data(), plans[index].qkv.outputs}, outputs{attended.data(), q};
   float* const scores = of_thread[pass.thread].scores.data();
   const auto run = [&](std::size_t kv_head, const QueryBlock& block) {
-    const CacheView view = cache.view(index, attention.slot_of(block, pass.slots), kv_head);
-    attention.run(ops, view, kv_head, block, pass.positions, l.window, queries, outputs, scores);
+    const CacheView pages = view(pass, index, kv_head, attention.slot_of(block, pass.slots));
+    attention.run(ops, pages, kv_head, block, pass.positions, l.window, queries, outputs, scores);
   };
   if (model.kv_heads % pass.team == 0) {
     // All threads get as many KV heads, and a head's queries and keys are one thread's business.
@@ -133,20 +133,26 @@ void Engine::State::append_head(const Pass& pass, std::size_t index, std::size_t
     reduce(pass, l.qkv, plan, partial_sums.wide, pass.n, wide.data(), t, first, first + d, row + first);
     return row + first;
   };
-  if (head < model.heads) return finish_head(pass, of(head * d), l.query_norm, model.query, true, t);
+  if (head < model.heads) {
+    float* const query = of(head * d);
+    finish_head(pass, query, l.query_norm, t);
+    if (model.query.bits > 0) ops.fake_quantise(query, d, ops.range(query, d, model.query));
+    return;
+  }
   head -= model.heads;
   float *const key = of(q + head * d), *const value = of(q + kv + head * d);
-  // An 8-bit cache quantises by itself.
-  const bool quantise = cache.kind() != CacheKind::u8;
-  finish_head(pass, key, l.key_norm, model.key, quantise, t);
-  if (quantise && model.value.bits > 0) ops.fake_quantise(value, d, ops.range(value, d, model.value));
-  const CacheView view = cache.view(index, static_cast<std::size_t>(pass.slots[t]), head);
-  cache.append(ops, view, static_cast<std::size_t>(pass.positions[t]), key, value, model.key, model.value);
+  finish_head(pass, key, l.key_norm, t);
+  cache.append(ops, view(pass, index, head, static_cast<std::size_t>(pass.slots[t])),
+               static_cast<std::size_t>(pass.positions[t]), key, value, model.key, model.value);
 }
 
-// Norm, position, rotation and quantisation of one query or key head.
-void Engine::State::finish_head(const Pass& pass, float* x, const float* gain, const Grid& grid, bool quantise,
-                                std::size_t t) {
+// Keys and values of a slot.
+CacheView Engine::State::view(const Pass& pass, std::size_t layer, std::size_t kv_head, std::size_t slot) const {
+  return cache.view(layer, kv_head, pass.tables + slot * table_width);
+}
+
+// Norm, position and rotation of one query or key head.
+void Engine::State::finish_head(const Pass& pass, float* x, const float* gain, std::size_t t) {
   const std::size_t d = model.head_dim;
   if (gain != nullptr) ops.rms_norm(x, gain, d, model.eps, x);
   rotary.rotate(ops, t, x);
@@ -155,7 +161,6 @@ void Engine::State::finish_head(const Pass& pass, float* x, const float* gain, c
     model.head_rotation.run(ops, x, rotated, vector(pass, 1));
     std::memcpy(x, rotated, d * sizeof(float));
   }
-  if (quantise && grid.bits > 0) ops.fake_quantise(x, d, ops.range(x, d, grid));
 }
 
 // From gate and up in `wide` to the inputs of down. Of one token, each thread computes a part of the channels.
@@ -182,8 +187,10 @@ void Engine::State::feed_forward(const Pass& pass, std::size_t index) {
   pass.publish();
 }
 
-void Engine::State::head(const Pass& pass, const std::int32_t* rows, std::size_t wanted, float* logits) {
+void Engine::State::head(const Pass& pass, float* logits, float* embeddings) {
   const std::size_t d = model.hidden, vocabulary = model.vocabulary, step = pass.replicated ? 1 : pass.team;
+  const std::size_t wanted = pass.wanted;
+  const std::int32_t* const rows = pass.rows;
   const std::size_t begin = pass.replicated ? 0 : pass.thread;
   // Kept for the exact head. `back` is free once it has been added.
   const auto normed = [&](std::size_t row) { return pass.replicated ? vector(pass, 0) : back.data() + row * d; };
@@ -191,7 +198,11 @@ void Engine::State::head(const Pass& pass, const std::int32_t* rows, std::size_t
     const std::size_t row = static_cast<std::size_t>(rows[i]);
     if (!model.layers.empty()) add_to_residual(pass, model.layers.back().down, plans.back().down, row);
     ops.rms_norm(pass.hidden + row * d, model.norm, d, model.eps, normed(row));
+    if (embeddings != nullptr && (!pass.replicated || pass.thread == 0)) {
+      std::memcpy(embeddings + i * d, normed(row), d * sizeof(float));
+    }
   }
+  if (embeddings != nullptr) return;
   pass.publish();  // the steps of down's inputs have been read
   for (std::size_t i = begin; i < wanted; i += step) {
     quantise_inputs(pass, model.head, head_plan, normed(static_cast<std::size_t>(rows[i])), i);

@@ -1,4 +1,5 @@
-// Keys and values of all layers, sequences ("slots") and KV heads. Shared by the decoder and the Scaling Transformer.
+// Keys and values of all layers and KV heads, in pages of kKeyBlock tokens. Which pages a sequence has is said with every
+// pass (PassInput::tables). Shared by the decoder and the Scaling Transformer.
 #pragma once
 
 #include <cstddef>
@@ -9,29 +10,32 @@
 
 namespace tulle {
 
-// [layer][slot][KV head], of each
-//
-//   keys     [context / 16][head_dim][16]    one query times 16 keys is head_dim multiply-adds of a vector
-//   values   [context][head_dim]
-//   scales   [context][4]                    8-bit caches only: step and zero point of the key, of the value
+// [layer][KV head][page] of what CacheView describes: pages that follow each other are one run of memory.
 class KvCache {
  public:
-  KvCache(CacheKind kind, std::size_t layers, std::size_t slots, std::size_t heads, std::size_t context,
-          std::size_t head_dim);
+  // Reserved at once, and only as resident as it is used. Throws std::invalid_argument for sizes that no memory holds.
+  KvCache(CacheKind kind, std::size_t layers, std::size_t pages, std::size_t heads, std::size_t head_dim);
 
-  CacheKind kind() const { return kind_; }
-  CacheView view(std::size_t layer, std::size_t slot, std::size_t head) const;
+  std::size_t pages() const { return pages_; }
+  // `table`: the pages of a sequence.
+  CacheView view(std::size_t layer, std::size_t head, const std::int32_t* table) const;
 
-  // Appends the token at `position`. `key_grid`, `value_grid`: of 8-bit caches; one of 0 bits stands for 8 bits,
-  // asymmetric.
-  void append(const OpsKernels& ops, const CacheView& view, std::size_t position, const float* key, const float* value,
+  // Appends the token at `position`. `key_grid`, `value_grid`: the model's; one of 0 bits is none. Numbers on a grid of
+  // as many bits as a cache of codes has, or fewer, are kept exactly; others on a plain asymmetric one.
+  void append(const OpsKernels& ops, const CacheView& view, std::size_t position, float* key, float* value,
               const Grid& key_grid, const Grid& value_grid) const;
+  // Page `target` becomes what page `source` is.
+  void copy(std::size_t source, std::size_t target);
 
-  std::uint64_t bytes() const { return keys_.bytes() + values_.bytes() + scales_.bytes(); }
+  std::uint64_t page_bytes() const;
+  std::uint64_t bytes() const { return page_bytes() * pages_; }
 
  private:
+  bool codes() const { return kind_ == CacheKind::u8 || kind_ == CacheKind::u4; }
+
   CacheKind kind_;
-  std::size_t slots_, heads_, context_, head_dim_;
+  std::size_t layers_, pages_, heads_, head_dim_;
+  std::size_t key_bytes_, value_bytes_;  // of a page, layer and head
   Buffer<std::uint8_t> keys_, values_;
   Buffer<float> scales_;
 };

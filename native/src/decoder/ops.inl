@@ -3,7 +3,7 @@
 //
 //   sums over a vector   parts[j] += x[16·i + j], j < 16: sixteen lanes, added up at the end in one order, so that
 //                        every instruction set gives the same bits
-//   attention, scores    sums[row] += query[row][i] · keys[block][i][0 … 15]      16 scores of a query in a register
+//   attention, scores    sums[row] += query[row][i] · keys[page][i][0 … 15]       16 scores of a query in a register
 //   attention, values    sums[row][k] += p[row][t] · value[t][16·k … 16·k + 15]   rows share every load of a value
 
 namespace ops {
@@ -223,33 +223,68 @@ static inline std::uint16_t to_bf16(float x) {
   return static_cast<std::uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// A page's part of a vector: where its keys or values begin.
+template <typename T>
+static inline T* page_keys(const CacheView& c, std::size_t block) {
+  return reinterpret_cast<T*>(c.keys + static_cast<std::size_t>(c.table[block]) * c.key_bytes);
+}
+template <typename T>
+static inline T* page_values(const CacheView& c, std::size_t block) {
+  return reinterpret_cast<T*>(c.values + static_cast<std::size_t>(c.table[block]) * c.value_bytes);
+}
+static inline float* page_scales(const CacheView& c, std::size_t block) {
+  return c.scales + static_cast<std::size_t>(c.table[block]) * kPageScales;
+}
+
+// Of u4 caches: values of 32 channels share 16 bytes.
+static inline std::size_t nibble_byte(std::size_t channel) { return channel / 32 * 16 + channel % 16; }
+static inline bool in_high_nibble(std::size_t channel) { return channel % 32 >= 16; }
+
+static inline unsigned code_of(float x, GridRange r) {
+  return static_cast<unsigned>(whole(x, r) - static_cast<std::int32_t>(r.low));
+}
+
 static void append_to_cache(const CacheView& c, std::size_t position, const float* key, const float* value,
                             GridRange kr, GridRange vr) {
-  const std::size_t d = c.head_dim;
-  const std::size_t at = position / kKeyBlock * kKeyBlock * d + position % kKeyBlock;
+  const std::size_t d = c.head_dim, block = position / kKeyBlock, at = position % kKeyBlock;
   switch (c.kind) {
-    case CacheKind::f32:
-      for (std::size_t i = 0; i < d; ++i) static_cast<float*>(c.keys)[at + i * kKeyBlock] = key[i];
-      std::memcpy(static_cast<float*>(c.values) + position * d, value, d * sizeof(float));
+    case CacheKind::f32: {
+      float* keys = page_keys<float>(c, block) + at;
+      for (std::size_t i = 0; i < d; ++i) keys[i * kKeyBlock] = key[i];
+      std::memcpy(page_values<float>(c, block) + at * d, value, d * sizeof(float));
       return;
-    case CacheKind::bf16:
-      for (std::size_t i = 0; i < d; ++i) static_cast<std::uint16_t*>(c.keys)[at + i * kKeyBlock] = to_bf16(key[i]);
-      for (std::size_t i = 0; i < d; ++i) static_cast<std::uint16_t*>(c.values)[position * d + i] = to_bf16(value[i]);
+    }
+    case CacheKind::bf16: {
+      std::uint16_t *keys = page_keys<std::uint16_t>(c, block) + at, *values = page_values<std::uint16_t>(c, block);
+      for (std::size_t i = 0; i < d; ++i) keys[i * kKeyBlock] = to_bf16(key[i]);
+      for (std::size_t i = 0; i < d; ++i) values[at * d + i] = to_bf16(value[i]);
       return;
+    }
     case CacheKind::u8: {
-      std::uint8_t* keys = static_cast<std::uint8_t*>(c.keys) + at;
-      std::uint8_t* values = static_cast<std::uint8_t*>(c.values) + position * d;
+      std::uint8_t *keys = page_keys<std::uint8_t>(c, block) + at, *values = page_values<std::uint8_t>(c, block) + at * d;
       for (std::size_t i = 0; i < d; ++i) {
-        keys[i * kKeyBlock] = static_cast<std::uint8_t>(whole(key[i], kr) - static_cast<std::int32_t>(kr.low));
-        values[i] = static_cast<std::uint8_t>(whole(value[i], vr) - static_cast<std::int32_t>(vr.low));
+        keys[i * kKeyBlock] = static_cast<std::uint8_t>(code_of(key[i], kr));
+        values[i] = static_cast<std::uint8_t>(code_of(value[i], vr));
       }
-      float* scales = c.scales + position * 4;
-      scales[0] = kr.step;
-      scales[1] = -kr.low;
-      scales[2] = vr.step;
-      scales[3] = -vr.low;
+      break;
+    }
+    case CacheKind::u4: {
+      const std::size_t row = c.value_bytes / kKeyBlock;
+      std::uint8_t *keys = page_keys<std::uint8_t>(c, block) + at, *values = page_values<std::uint8_t>(c, block) + at * row;
+      std::memset(values, 0, row);
+      for (std::size_t i = 0; i < d; ++i) {
+        const unsigned k = code_of(key[i], kr), v = code_of(value[i], vr);
+        std::uint8_t &pair = keys[i / 2 * kKeyBlock], &both = values[nibble_byte(i)];
+        pair = static_cast<std::uint8_t>(i % 2 == 0 ? k : pair | k << 4);
+        both = static_cast<std::uint8_t>(both | (in_high_nibble(i) ? v << 4 : v));
+      }
     }
   }
+  float* scales = page_scales(c, block) + at;
+  scales[0] = kr.step;
+  scales[kKeyBlock] = -kr.low;
+  scales[2 * kKeyBlock] = vr.step;
+  scales[3 * kKeyBlock] = -vr.low;
 }
 
 // 16 numbers that stay in registers: arrays of sums end up in memory where loops over rows surround them.
@@ -272,40 +307,98 @@ static inline Lanes lanes(const std::uint16_t* from) {
   return found;
 }
 
-static inline Lanes lanes(const std::uint8_t* from) {
-  typedef std::uint8_t Bytes __attribute__((vector_size(kKeyBlock)));
+typedef std::uint8_t Bytes __attribute__((vector_size(kKeyBlock)));
+
+static inline Lanes lanes(Bytes codes) {
   typedef std::int32_t Words __attribute__((vector_size(kKeyBlock * 4)));
-  Bytes codes;
-  std::memcpy(&codes, from, sizeof codes);
   return __builtin_convertvector(__builtin_convertvector(codes, Words), Lanes);
 }
 
-// Products of kRows queries with the kKeyBlock keys at `keys`, [d][kKeyBlock].
-template <std::size_t kRows, typename T>
-static inline void query_key_products(const T* keys, std::size_t d, const float* const* queries, float* const* to) {
+static inline Bytes bytes(const std::uint8_t* from) {
+  Bytes found;
+  std::memcpy(&found, from, sizeof found);
+  return found;
+}
+
+static inline Lanes lanes(const std::uint8_t* from) { return lanes(bytes(from)); }
+
+// In what a kind of cache is stored.
+template <CacheKind kKind>
+struct Stored {
+  typedef std::uint8_t Type;
+};
+template <>
+struct Stored<CacheKind::f32> {
+  typedef float Type;
+};
+template <>
+struct Stored<CacheKind::bf16> {
+  typedef std::uint16_t Type;
+};
+
+template <CacheKind kKind>
+constexpr bool kCodes = kKind == CacheKind::u8 || kKind == CacheKind::u4;
+
+// Products of kRows queries with the keys of a page.
+template <std::size_t kRows, CacheKind kKind>
+static inline void query_key_products(const typename Stored<kKind>::Type* keys, std::size_t d,
+                                      const float* const* queries, float* const* to) {
   Lanes sums[kRows] = {};
-  for (std::size_t i = 0; i < d; ++i) {
-    const Lanes column = lanes(keys + i * kKeyBlock);
-    for (std::size_t r = 0; r < kRows; ++r) sums[r] += queries[r][i] * column;
+  if constexpr (kKind == CacheKind::u4) {
+    std::size_t i = 0;
+    for (; i + 2 <= d; i += 2) {
+      const Bytes pairs = bytes(keys + i / 2 * kKeyBlock);
+      const Lanes even = lanes(pairs & 15), odd = lanes(pairs >> 4);
+      for (std::size_t r = 0; r < kRows; ++r) sums[r] += queries[r][i] * even;
+      for (std::size_t r = 0; r < kRows; ++r) sums[r] += queries[r][i + 1] * odd;
+    }
+    if (i < d) {
+      const Lanes last = lanes(bytes(keys + i / 2 * kKeyBlock) & 15);
+      for (std::size_t r = 0; r < kRows; ++r) sums[r] += queries[r][i] * last;
+    }
+  } else {
+    for (std::size_t i = 0; i < d; ++i) {
+      const Lanes column = lanes(keys + i * kKeyBlock);
+      for (std::size_t r = 0; r < kRows; ++r) sums[r] += queries[r][i] * column;
+    }
   }
   for (std::size_t r = 0; r < kRows; ++r) std::memcpy(to[r], &sums[r], sizeof sums[r]);
 }
 
-// out[r][...] = Σ_t p[r][t] · value t / totals[r] for kWide · kKeyBlock channels from `at` on.
-template <std::size_t kRows, std::size_t kWide, typename T>
+// kWide · kKeyBlock channels from `at` on, of the value that begins at `from`. Of u4, `at` is a multiple of 32.
+template <std::size_t kWide, CacheKind kKind>
+static inline void value_lanes(const typename Stored<kKind>::Type* from, std::size_t at, Lanes* value) {
+  if constexpr (kKind == CacheKind::u4) {
+    const Bytes both = bytes(from + at / 2);
+    value[0] = lanes(both & 15);
+    if constexpr (kWide == 2) value[1] = lanes(both >> 4);
+  } else {
+    for (std::size_t k = 0; k < kWide; ++k) value[k] = lanes(from + at + k * kKeyBlock);
+  }
+}
+
+// out[r][...] = Σ_t p[r][t] · value t / totals[r] for kWide · kKeyBlock channels from `at` on. `first` begins a page.
+template <std::size_t kRows, std::size_t kWide, CacheKind kKind>
 static inline void weighted_values(const CacheView& c, std::size_t first, std::size_t last, std::size_t at,
-                               const float* scores, std::size_t width, const float* totals, float* const* out) {
+                                   const float* scores, std::size_t width, const float* totals, float* const* out) {
+  typedef typename Stored<kKind>::Type T;
+  const std::size_t row = c.value_bytes / kKeyBlock / sizeof(T);
   Lanes sums[kRows][kWide] = {};
-  for (std::size_t t = first; t < last; ++t) {
-    const T* from = static_cast<const T*>(c.values) + t * c.head_dim + at;
-    Lanes value[kWide];
-    for (std::size_t k = 0; k < kWide; ++k) {
-      value[k] = lanes(from + k * kKeyBlock);
-      if (c.kind == CacheKind::u8) value[k] = (value[k] - c.scales[t * 4 + 3]) * c.scales[t * 4 + 2];
-    }
-    for (std::size_t r = 0; r < kRows; ++r) {
-      const float p = scores[r * width + t - first];
-      for (std::size_t k = 0; k < kWide; ++k) sums[r][k] += p * value[k];
+  for (std::size_t start = first; start < last; start += kKeyBlock) {
+    const T* from = page_values<T>(c, start / kKeyBlock);
+    const float* scales = kCodes<kKind> ? page_scales(c, start / kKeyBlock) : nullptr;
+    const float* weights = scores + (start - first);
+    const std::size_t count = last - start < kKeyBlock ? last - start : kKeyBlock;
+    for (std::size_t t = 0; t < count; ++t, from += row) {
+      Lanes value[kWide];
+      value_lanes<kWide, kKind>(from, at, value);
+      if constexpr (kCodes<kKind>) {
+        for (std::size_t k = 0; k < kWide; ++k) value[k] = (value[k] - scales[3 * kKeyBlock + t]) * scales[2 * kKeyBlock + t];
+      }
+      for (std::size_t r = 0; r < kRows; ++r) {
+        const float p = weights[r * width + t];
+        for (std::size_t k = 0; k < kWide; ++k) sums[r][k] += p * value[k];
+      }
     }
   }
   for (std::size_t r = 0; r < kRows; ++r) {
@@ -314,6 +407,19 @@ static inline void weighted_values(const CacheView& c, std::size_t first, std::s
       std::memcpy(out[r] + at + k * kKeyBlock, &found, sizeof found);
     }
   }
+}
+
+// Channel `at` of a value.
+template <CacheKind kKind>
+static inline float value_channel(const typename Stored<kKind>::Type* from, std::size_t at) {
+  float value;
+  if constexpr (kKind == CacheKind::u4) {
+    const unsigned both = from[nibble_byte(at)];
+    value = static_cast<float>(in_high_nibble(at) ? both >> 4 : both & 15u);
+  } else {
+    widen(from + at, 1, &value);
+  }
+  return value;
 }
 
 // e^(score − the largest) in place; returns their sum. `width`: whole blocks, scores that are masked far below.
@@ -333,16 +439,17 @@ static inline float exponentials(float* scores, std::size_t width) {
   return total;
 }
 
-template <std::size_t kRows, typename T>
+template <std::size_t kRows, CacheKind kKind>
 static void attend_rows(const CacheView& c, const float* const* queries, const std::size_t* begin,
                         const std::size_t* end, float factor, float* const* out, float* scores) {
+  typedef typename Stored<kKind>::Type T;
   const std::size_t d = c.head_dim;
   std::size_t first = begin[0], last = end[0];
   float query_sums[kRows] = {};
   for (std::size_t r = 0; r < kRows; ++r) {
     first = begin[r] < first ? begin[r] : first;
     last = end[r] > last ? end[r] : last;
-    if (c.kind == CacheKind::u8) {
+    if (kCodes<kKind>) {
       for (std::size_t i = 0; i < d; ++i) query_sums[r] += queries[r][i];
     }
   }
@@ -352,14 +459,13 @@ static void attend_rows(const CacheView& c, const float* const* queries, const s
     const std::size_t start = first + b;
     float* rows[kRows];
     for (std::size_t r = 0; r < kRows; ++r) rows[r] = scores + r * width + b;
-    query_key_products<kRows>(static_cast<const T*>(c.keys) + start * d, d, queries, rows);
+    query_key_products<kRows, kKind>(page_keys<T>(c, start / kKeyBlock), d, queries, rows);
+    const float* scales = kCodes<kKind> ? page_scales(c, start / kKeyBlock) : nullptr;
     for (std::size_t r = 0; r < kRows; ++r) {
       for (std::size_t j = 0; j < kKeyBlock; ++j) {
         const std::size_t position = start + j;
         float score = rows[r][j];
-        if (c.kind == CacheKind::u8) {
-          score = (score - c.scales[position * 4 + 1] * query_sums[r]) * c.scales[position * 4];
-        }
+        if (kCodes<kKind>) score = (score - scales[kKeyBlock + j] * query_sums[r]) * scales[j];
         rows[r][j] = position < begin[r] || position >= end[r] ? -1e30f : score * factor;
       }
     }
@@ -368,18 +474,22 @@ static void attend_rows(const CacheView& c, const float* const* queries, const s
   for (std::size_t r = 0; r < kRows; ++r) totals[r] = exponentials(scores + r * width, width);
   std::size_t at = 0;
   for (; at + 2 * kKeyBlock <= d; at += 2 * kKeyBlock) {
-    weighted_values<kRows, 2, T>(c, first, last, at, scores, width, totals, out);
+    weighted_values<kRows, 2, kKind>(c, first, last, at, scores, width, totals, out);
   }
   for (; at + kKeyBlock <= d; at += kKeyBlock) {
-    weighted_values<kRows, 1, T>(c, first, last, at, scores, width, totals, out);
+    weighted_values<kRows, 1, kKind>(c, first, last, at, scores, width, totals, out);
   }
+  const std::size_t row = c.value_bytes / kKeyBlock / sizeof(T);
   for (; at < d; ++at) {
     for (std::size_t r = 0; r < kRows; ++r) {
       float sum = 0;
       for (std::size_t t = first; t < last; ++t) {
-        float value;
-        widen(static_cast<const T*>(c.values) + t * d + at, 1, &value);
-        if (c.kind == CacheKind::u8) value = (value - c.scales[t * 4 + 3]) * c.scales[t * 4 + 2];
+        const std::size_t block = t / kKeyBlock, j = t % kKeyBlock;
+        float value = value_channel<kKind>(page_values<T>(c, block) + j * row, at);
+        if (kCodes<kKind>) {
+          const float* scales = page_scales(c, block);
+          value = (value - scales[3 * kKeyBlock + j]) * scales[2 * kKeyBlock + j];
+        }
         sum += scores[r * width + t - first] * value;
       }
       out[r][at] = sum / totals[r];
@@ -387,23 +497,24 @@ static void attend_rows(const CacheView& c, const float* const* queries, const s
   }
 }
 
-template <typename T>
+template <CacheKind kKind>
 static void attend_kind(const CacheView& c, std::size_t rows, const float* const* queries, const std::size_t* begin,
                         const std::size_t* end, float factor, float* const* out, float* scores) {
   switch (rows) {
-    case 1: return attend_rows<1, T>(c, queries, begin, end, factor, out, scores);
-    case 2: return attend_rows<2, T>(c, queries, begin, end, factor, out, scores);
-    case 3: return attend_rows<3, T>(c, queries, begin, end, factor, out, scores);
-    default: return attend_rows<4, T>(c, queries, begin, end, factor, out, scores);
+    case 1: return attend_rows<1, kKind>(c, queries, begin, end, factor, out, scores);
+    case 2: return attend_rows<2, kKind>(c, queries, begin, end, factor, out, scores);
+    case 3: return attend_rows<3, kKind>(c, queries, begin, end, factor, out, scores);
+    default: return attend_rows<4, kKind>(c, queries, begin, end, factor, out, scores);
   }
 }
 
 static void attend(const CacheView& c, std::size_t rows, const float* const* queries, const std::size_t* begin,
                    const std::size_t* end, float factor, float* const* out, float* scores) {
   switch (c.kind) {
-    case CacheKind::f32: return attend_kind<float>(c, rows, queries, begin, end, factor, out, scores);
-    case CacheKind::bf16: return attend_kind<std::uint16_t>(c, rows, queries, begin, end, factor, out, scores);
-    case CacheKind::u8: return attend_kind<std::uint8_t>(c, rows, queries, begin, end, factor, out, scores);
+    case CacheKind::f32: return attend_kind<CacheKind::f32>(c, rows, queries, begin, end, factor, out, scores);
+    case CacheKind::bf16: return attend_kind<CacheKind::bf16>(c, rows, queries, begin, end, factor, out, scores);
+    case CacheKind::u8: return attend_kind<CacheKind::u8>(c, rows, queries, begin, end, factor, out, scores);
+    case CacheKind::u4: return attend_kind<CacheKind::u4>(c, rows, queries, begin, end, factor, out, scores);
   }
 }
 

@@ -3,33 +3,38 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "cpu/buffer.hpp"
+#include "tulle/pass.hpp"
 
 namespace tulle {
 
-struct Limits {
-  std::size_t vocabulary, slots, context, batch;
-};
+// The sizes themselves. Throws std::invalid_argument where one is out of range.
+const EngineSizes& checked(const EngineSizes& sizes);
 
-// Throws std::invalid_argument, one line, for anything out of range.
-inline void check_pass(const Limits& limits, const std::int32_t* tokens, const std::int32_t* slots,
-                       const std::int32_t* positions, std::size_t n, const std::int32_t* rows, std::size_t wanted) {
-  require(n >= 1 && n <= limits.batch, "tokens of one pass, at most", limits.batch, n);
-  require(wanted <= n, "rows of logits, at most", n, wanted);
-  const auto inside = [](const char* what, std::int32_t value, std::size_t limit) {
-    require(value >= 0 && static_cast<std::size_t>(value) < limit, what, limit, static_cast<std::size_t>(value));
+class PassCheck {
+ public:
+  PassCheck(std::size_t vocabulary, const EngineSizes& sizes);
+
+  // Throws std::invalid_argument, one line, for anything out of range; for a position without a page, and for a page
+  // that is written to and belongs to more than one block of a sequence; for a position that is given twice.
+  void run(const PassInput& pass);
+  void slot(std::size_t number) const;
+  void page(std::size_t number) const;
+
+ private:
+  // Of a page that this pass writes to.
+  struct Written {
+    std::size_t pass;      // number of the pass that wrote last, from 1 on
+    std::size_t cell;      // slot · blocks + block
+    std::uint32_t tokens;  // a bit each
   };
-  for (std::size_t i = 0; i < n; ++i) {
-    inside("tokens below", tokens[i], limits.vocabulary);
-    inside("slots below", slots[i], limits.slots);
-    inside("positions below", positions[i], limits.context);
-  }
-  for (std::size_t i = 0; i < wanted; ++i) {
-    inside("rows below", rows[i], n);
-    require(i == 0 || rows[i] > rows[i - 1], "rising rows; more than",
-            i == 0 ? 0 : static_cast<std::size_t>(rows[i - 1]), static_cast<std::size_t>(rows[i]));
-  }
-}
+
+  std::size_t vocabulary_, pages_, slots_, context_, batch_, blocks_;
+  std::size_t pass_ = 0;
+  Buffer<Written> written_;        // [pages]
+  std::vector<std::size_t> used_;  // [slots]: blocks that the pass reads
+};
 
 }  // namespace tulle

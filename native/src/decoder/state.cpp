@@ -20,16 +20,15 @@ GroupInputs group_inputs(std::size_t count, const InputSizes& sizes, std::size_t
 
 }  // namespace
 
-Engine::State::State(Model m, std::size_t slots_, std::size_t context_, std::size_t batch_, CacheKind kind,
-                     std::size_t threads_)
-    : model(std::move(m)), slots(slots_), context(round_up(context_, kKeyBlock)), batch(batch_),
-      threads(std::max<std::size_t>(threads_, 1)), linear(*active_isa().linear), ops(*active_isa().ops),
-      plans(model.layers.size()),
-      cache(kind, model.layers.size(), slots, model.kv_heads, context, model.head_dim),
-      rotary(batch, model.inverse_frequencies, model.rope_scale),
-      attention(model.heads, model.kv_heads, model.head_dim, batch) {
-  require(slots >= 1 && context_ >= 1 && batch >= 1, "slots, context and batch of at least", 1, 0);
-  InputSizes sizes;
+Engine::State::State(Model m, const EngineSizes& s)
+    : model(std::move(m)), sizes(checked(s)), table_width(round_up(sizes.context, kKeyBlock) / kKeyBlock),
+      threads(std::max<std::size_t>(sizes.threads, 1)), linear(*active_isa().linear),
+      ops(*active_isa().ops), plans(model.layers.size()),
+      cache(sizes.cache, model.layers.size(), sizes.pages, model.kv_heads, model.head_dim), check(model.vocabulary, sizes),
+      rotary(sizes.batch, model.inverse_frequencies, model.rope_scale),
+      attention(model.heads, model.kv_heads, model.head_dim, sizes.batch) {
+  const std::size_t batch = sizes.batch;
+  InputSizes input_sizes;
   std::size_t input_kinds = 1, panel = 0;
   const auto add = [&](const Group& group, Plan& plan, std::size_t& partial) {
     plan = plan_of(group, threads);
@@ -38,7 +37,7 @@ Engine::State::State(Model m, std::size_t slots_, std::size_t context_, std::siz
     for (const Linear& l : group.linears) {
       if (l.weight.input_major()) panel = std::max(panel, l.weight.panel_outputs());
     }
-    for (const Linear* l : plan.inputs) sizes.add(*l);
+    for (const Linear* l : plan.inputs) input_sizes.add(*l);
   };
   std::size_t partial_in = 0, partial_back = 0;
   for (std::size_t i = 0; i < plans.size(); ++i) {
@@ -51,7 +50,7 @@ Engine::State::State(Model m, std::size_t slots_, std::size_t context_, std::siz
 
   const std::size_t q = model.heads * model.head_dim, kv = model.kv_heads * model.head_dim;
   const std::size_t outputs = std::max(q + 2 * kv, 2 * model.intermediate);
-  inputs = group_inputs(input_kinds, sizes, batch);
+  inputs = group_inputs(input_kinds, input_sizes, batch);
   partial_sums.wide = Buffer<float>(batch * partial_in);
   partial_sums.back = Buffer<float>(batch * partial_back);
   hidden = Buffer<float>(batch * model.hidden);
@@ -63,11 +62,11 @@ Engine::State::State(Model m, std::size_t slots_, std::size_t context_, std::siz
   for (std::size_t t = 0; t < threads; ++t) {
     ThreadMemory memory;
     memory.vectors = Buffer<float>(kVectors * vector_floats);
-    memory.scores = Buffer<float>(kQueries * context);
+    memory.scores = Buffer<float>(kQueries * table_width * kKeyBlock);
     memory.panel_sums = Buffer<float>(std::min(batch, kInputMajorTokens) * panel);
     memory.kernel_scratch = Buffer<std::uint8_t>(
         std::max(scratch_bytes(batch), panel > 0 ? input_major_scratch_bytes(kInputMajorTokens) : 0));
-    memory.inputs = group_inputs(input_kinds, sizes, 1);
+    memory.inputs = group_inputs(input_kinds, input_sizes, 1);
     memory.hidden = Buffer<float>(model.hidden);
     memory.outputs = Buffer<float>(std::max(outputs, model.hidden));
     of_thread.push_back(std::move(memory));

@@ -7,11 +7,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
 #include <vector>
 
 #include "cpu/buffer.hpp"
 #include "decoder/attention.hpp"
 #include "decoder/kv_cache.hpp"
+#include "decoder/pass.hpp"
 #include "decoder/plan.hpp"
 #include "decoder/quantised_inputs.hpp"
 #include "decoder/rotary.hpp"
@@ -49,21 +51,24 @@ struct Engine::State {
     Plan qkv, o, gate_up, down;
   };
 
-  State(Model model, std::size_t slots, std::size_t context, std::size_t batch, CacheKind kind, std::size_t threads);
+  State(Model model, const EngineSizes& sizes);
 
-  // tokens, slots, positions [n]; logits [wanted][vocabulary] of the tokens `rows` [wanted].
-  void forward(const std::int32_t* tokens, const std::int32_t* slots, const std::int32_t* positions, std::size_t n,
-               const std::int32_t* rows, std::size_t wanted, float* logits);
+  // A pass that has been checked. One of `logits` and `embeddings` is null.
+  void forward(const PassInput& input, float* logits, float* embeddings);
   std::uint64_t work_bytes() const;
 
   const Model model;
-  const std::size_t slots, context, batch, threads;
+  const EngineSizes sizes;
+  const std::size_t table_width;  // pages of a sequence, at most
+  const std::size_t threads;
+  std::mutex busy;  // held by whoever uses what follows
   const LinearKernels& linear;
   const OpsKernels& ops;
 
   std::vector<LayerPlans> plans;
   Plan head_plan;
   KvCache cache;
+  PassCheck check;
   RotaryTables rotary;
   Attention attention;
 
@@ -97,10 +102,11 @@ struct Engine::State {
   void layer(const Pass& pass, std::size_t index);
   void attend(const Pass& pass, std::size_t index);
   void append_head(const Pass& pass, std::size_t index, std::size_t head, std::size_t t);
-  void finish_head(const Pass& pass, float* x, const float* gain, const Grid& grid, bool quantise, std::size_t t);
+  void finish_head(const Pass& pass, float* x, const float* gain, std::size_t t);
   void feed_forward(const Pass& pass, std::size_t index);
   void add_to_residual(const Pass& pass, const Group& group, const Plan& plan, std::size_t t);
-  void head(const Pass& pass, const std::int32_t* rows, std::size_t wanted, float* logits);
+  void head(const Pass& pass, float* logits, float* embeddings);
+  CacheView view(const Pass& pass, std::size_t layer, std::size_t kv_head, std::size_t slot) const;
   float* vector(const Pass& pass, std::size_t number) const;
 };
 
@@ -109,9 +115,8 @@ struct Engine::State {
 // Several tokens: a thread computes the vectors of its own tokens [first, last), in memory that all share, and waits
 // before others read them. One token: every thread has a copy of the residual stream and of the quantised inputs, and
 // computes both for itself, so that threads wait for each other six times a layer only.
-struct Pass {
-  const std::int32_t *tokens, *slots, *positions;  // [n]
-  std::size_t n, thread, team;
+struct Pass : PassInput {
+  std::size_t thread, team;
   bool replicated;  // one token
   std::size_t first, last;
   float* hidden;  // [n][hidden]

@@ -2,32 +2,58 @@
 
 #include <utility>
 
-#include "decoder/pass.hpp"
 #include "scaling/state.hpp"
 
 namespace tulle {
 
-ScalingEngine::ScalingEngine(ScalingModel model, std::size_t slots, std::size_t context, std::size_t batch,
-                             CacheKind cache, std::size_t threads) {
+ScalingEngine::ScalingEngine(ScalingModel model, const EngineSizes& sizes) {
   check(model);
-  state_ = std::make_unique<State>(std::move(model), slots, context, batch, cache, threads);
+  state_ = std::make_unique<State>(std::move(model), sizes);
 }
 
 ScalingEngine::~ScalingEngine() = default;
 
-void ScalingEngine::forward(const std::int32_t* tokens, const std::int32_t* slots, const std::int32_t* positions,
-                            std::size_t n, const std::int32_t* rows, std::size_t wanted, float* logits) {
-  State& s = *state_;
-  check_pass({s.model.vocabulary, s.slots, s.context, s.batch}, tokens, slots, positions, n, rows, wanted);
-  if (s.model.modules > 0) s.past.find(slots, positions, n);
-  const std::uint64_t before = units_skipped();
-  s.forward(tokens, slots, positions, n, rows, wanted, logits);
-  if (n == 1) {
-    ++s.single_tokens;
-    s.single_skipped += units_skipped() - before;
-  }
-  if (s.model.modules > 0) s.past.advance(slots, positions, n);
+void ScalingEngine::forward(const PassInput& pass, float* logits) {
+  const std::lock_guard<std::mutex> lock(state_->busy);
+  state_->run(pass, logits, nullptr);
 }
+
+void ScalingEngine::embed(const PassInput& pass, float* hidden) {
+  const std::lock_guard<std::mutex> lock(state_->busy);
+  state_->run(pass, nullptr, hidden);
+}
+
+void ScalingEngine::State::run(const PassInput& pass, float* logits, float* embeddings) {
+  check.run(pass);
+  if (model.modules > 0) past.find(pass.slots, pass.positions, pass.n);
+  const std::uint64_t before = skipped();
+  forward(pass, logits, embeddings);
+  if (pass.n == 1) {
+    ++single_tokens;
+    single_skipped += skipped() - before;
+  }
+  if (model.modules > 0) past.advance(pass.slots, pass.positions, pass.n);
+}
+
+void ScalingEngine::copy_page(std::size_t source, std::size_t target) {
+  State& s = *state_;
+  const std::lock_guard<std::mutex> lock(s.busy);
+  s.check.page(source);
+  s.check.page(target);
+  s.cache.copy(source, target);
+}
+
+void ScalingEngine::save_state(std::size_t slot, std::size_t snapshot) {
+  const std::lock_guard<std::mutex> lock(state_->busy);
+  state_->states.save(slot, snapshot);
+}
+
+void ScalingEngine::load_state(std::size_t snapshot, std::size_t slot) {
+  const std::lock_guard<std::mutex> lock(state_->busy);
+  state_->states.load(snapshot, slot);
+}
+
+std::uint64_t ScalingEngine::state_bytes() const { return state_->states.record_bytes(); }
 
 std::uint64_t ScalingEngine::weight_bytes() const {
   const ScalingModel& m = state_->model;
@@ -46,16 +72,21 @@ std::uint64_t ScalingEngine::weight_bytes() const {
   return bytes;
 }
 
-std::uint64_t ScalingEngine::cache_bytes() const {
-  return state_->cache.bytes() + state_->past.kept_bytes();
-}
+std::uint64_t ScalingEngine::page_bytes() const { return state_->cache.page_bytes(); }
+
+std::uint64_t ScalingEngine::cache_bytes() const { return state_->cache.bytes() + state_->states.bytes(); }
 
 std::uint64_t ScalingEngine::work_bytes() const { return state_->work_bytes(); }
 
 std::size_t ScalingEngine::vocabulary() const { return state_->model.vocabulary; }
 
+std::size_t ScalingEngine::hidden() const { return state_->model.hidden; }
+
+const EngineSizes& ScalingEngine::sizes() const { return state_->sizes; }
+
 Engine::Reads ScalingEngine::take_reads() {
   State& s = *state_;
+  const std::lock_guard<std::mutex> lock(s.busy);
   double skipped = 0;
   if (s.single_skipped > 0) {
     // Only sparse feed-forwards skip, and all layers' rows are of one size.
@@ -69,16 +100,22 @@ Engine::Reads ScalingEngine::take_reads() {
   return found;
 }
 
+std::uint64_t ScalingEngine::State::skipped() const {
+  std::uint64_t count = 0;
+  for (const ScalingScratch& t : scratch) count += t.skipped;
+  return count;
+}
+
 std::uint64_t ScalingEngine::units_read() const {
+  const std::lock_guard<std::mutex> lock(state_->busy);
   std::uint64_t count = 0;
   for (const ScalingScratch& t : state_->scratch) count += t.read;
   return count;
 }
 
 std::uint64_t ScalingEngine::units_skipped() const {
-  std::uint64_t count = 0;
-  for (const ScalingScratch& t : state_->scratch) count += t.skipped;
-  return count;
+  const std::lock_guard<std::mutex> lock(state_->busy);
+  return state_->skipped();
 }
 
 }  // namespace tulle

@@ -22,22 +22,20 @@ void each_modules(const ScalingPass& pass, std::size_t count, const Act& act) {
 
 }  // namespace
 
-void ScalingEngine::State::forward(const std::int32_t* tokens, const std::int32_t* slots_of,
-                                   const std::int32_t* positions, std::size_t n, const std::int32_t* rows,
-                                   std::size_t wanted, float* logits) {
-  attention.group(slots_of, n);
+void ScalingEngine::State::forward(const PassInput& input, float* logits, float* embeddings) {
+  attention.group(input.slots, input.n);
   in_team(threads, [&](std::size_t thread, std::size_t team) {
-    const ScalingPass pass{tokens, slots_of, positions, n, thread, team, begin_of(n, thread, team),
-                           begin_of(n, thread + 1, team), scratch[thread]};
+    const ScalingPass pass{input, thread, team, begin_of(input.n, thread, team), begin_of(input.n, thread + 1, team),
+                           scratch[thread]};
     for (std::size_t t = pass.first; t < pass.last; ++t) {
-      copy_row(model.embedding_kind, model.embedding, static_cast<std::size_t>(tokens[t]), model.hidden,
+      copy_row(model.embedding_kind, model.embedding, static_cast<std::size_t>(pass.tokens[t]), model.hidden,
                hidden.data() + t * model.hidden);
-      rotary.set(t, positions[t]);
+      rotary.set(t, pass.positions[t]);
       if (!model.layers.empty()) norm(model.layers[0].input_norm, t);
     }
     wait();
     for (std::size_t index = 0; index < model.layers.size(); ++index) layer(pass, index);
-    head(pass, rows, wanted, logits);
+    head(pass, logits, embeddings);
   });
 }
 
@@ -106,15 +104,21 @@ void ScalingEngine::State::attend(const ScalingPass& pass, std::size_t index) {
       const std::size_t at = t * d + head * head_dim;
       rotary.rotate(ops, t, q.data() + at);
       rotary.rotate(ops, t, k.data() + at);
-      cache.append(ops, cache.view(index, static_cast<std::size_t>(pass.slots[t]), head),
+      cache.append(ops, view(pass, index, head, static_cast<std::size_t>(pass.slots[t])),
                    static_cast<std::size_t>(pass.positions[t]), k.data() + at, v.data() + at, plain, plain);
     }
     for (const QueryBlock& block : attention.blocks()) {
-      attention.run(ops, cache.view(index, attention.slot_of(block, pass.slots), head), head, block, pass.positions, 0,
+      attention.run(ops, view(pass, index, head, attention.slot_of(block, pass.slots)), head, block, pass.positions, 0,
                     {q.data(), d}, {attended.data(), d}, pass.scratch.scores.data());
     }
   }
   wait();
+}
+
+// Keys and values of a slot.
+CacheView ScalingEngine::State::view(const ScalingPass& pass, std::size_t layer, std::size_t head,
+                                     std::size_t slot) const {
+  return cache.view(layer, head, pass.tables + slot * table_width);
 }
 
 // To `partials`.
@@ -146,14 +150,15 @@ void ScalingEngine::State::feed_forward(const ScalingPass& pass, const ScalingLa
   }
 }
 
-void ScalingEngine::State::head(const ScalingPass& pass, const std::int32_t* rows, std::size_t wanted, float* logits) {
-  const std::size_t d = model.hidden;
+void ScalingEngine::State::head(const ScalingPass& pass, float* logits, float* embeddings) {
+  const std::size_t d = model.hidden, wanted = pass.wanted;
   const std::size_t from = begin_of(wanted, pass.thread, pass.team), to = begin_of(wanted, pass.thread + 1, pass.team);
   for (std::size_t i = from; i < to; ++i) {
-    float* x = normed.data() + i * d;
-    ops.rms_norm(hidden.data() + static_cast<std::size_t>(rows[i]) * d, model.norm, d, model.eps, x);
-    quantise(x, d, i);
+    float* x = embeddings != nullptr ? embeddings + i * d : normed.data() + i * d;
+    ops.rms_norm(hidden.data() + static_cast<std::size_t>(pass.rows[i]) * d, model.norm, d, model.eps, x);
+    if (embeddings == nullptr) quantise(x, d, i);
   }
+  if (embeddings != nullptr) return;
   wait();
   if (model.loss_modules == 0) {
     if (wanted > 0) project(pass, {model.head, nullptr}, normed.data(), wanted, logits);

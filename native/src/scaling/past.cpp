@@ -7,16 +7,16 @@
 
 namespace tulle {
 
-ConvolutionPast::ConvolutionPast(std::size_t layers, std::size_t slots, std::size_t batch, std::size_t image)
-    : slots_(slots), size_(image), images_(batch * image), past_(layers * slots * kPast * image), zeros_(image),
-      next_(slots), origins_(batch * kPast), last_of_(slots), kept_(batch) {}
+ConvolutionPast::ConvolutionPast(RecurrentStates& states, std::size_t slots, std::size_t batch, std::size_t image)
+    : states_(states), size_(image), images_(batch * image), zeros_(image), origins_(batch * kPast), last_of_(slots),
+      kept_(batch) {}
 
 void ConvolutionPast::find(const std::int32_t* slots, const std::int32_t* positions, std::size_t n) {
   std::fill(last_of_.begin(), last_of_.end(), 0);
   for (std::size_t t = 0; t < n; ++t) {
     const std::size_t slot = static_cast<std::size_t>(slots[t]), position = static_cast<std::size_t>(positions[t]);
     const std::size_t before = last_of_[slot];
-    const std::size_t expected = before > 0 ? static_cast<std::size_t>(positions[before - 1]) + 1 : next_[slot];
+    const std::size_t expected = before > 0 ? static_cast<std::size_t>(positions[before - 1]) + 1 : states_.next(slot);
     if (position != expected && (position != 0 || before > 0)) {
       throw std::invalid_argument("position of sequence " + std::to_string(slot) + ": expected " +
                                   std::to_string(expected) + " or a start at 0, found " + std::to_string(position) +
@@ -25,11 +25,11 @@ void ConvolutionPast::find(const std::int32_t* slots, const std::int32_t* positi
     for (std::size_t tap = 0; tap < kPast; ++tap) {
       const std::size_t back = kPast - tap;
       Origin& o = origins_[t * kPast + tap];
-      if (position < back) o = {Place::before_the_first, 0};
-      else if (before > 0 && back == 1) o = {Place::this_pass, before - 1};
+      if (position < back) o = {Place::before_the_first, 0, slot};
+      else if (before > 0 && back == 1) o = {Place::this_pass, before - 1, slot};
       // The token before has found its own past.
       else if (before > 0) o = origins_[(before - 1) * kPast + tap + 1];
-      else o = {Place::kept, slot * kPast + (position - back) % kPast};
+      else o = {Place::kept, (position - back) % kPast, slot};
     }
     last_of_[slot] = t + 1;
   }
@@ -40,7 +40,7 @@ void ConvolutionPast::find(const std::int32_t* slots, const std::int32_t* positi
 
 void ConvolutionPast::advance(const std::int32_t* slots, const std::int32_t* positions, std::size_t n) {
   for (std::size_t t = 0; t < n; ++t) {
-    next_[static_cast<std::size_t>(slots[t])] = static_cast<std::size_t>(positions[t]) + 1;
+    states_.set_next(static_cast<std::size_t>(slots[t]), static_cast<std::size_t>(positions[t]) + 1);
   }
 }
 
@@ -48,14 +48,14 @@ const float* ConvolutionPast::tap(std::size_t layer, std::size_t t, std::size_t 
   if (tap == kPast) return images_.data() + t * size_;
   const Origin& o = origins_[t * kPast + tap];
   if (o.place == Place::this_pass) return images_.data() + o.index * size_;
-  if (o.place == Place::kept) return past_.data() + (layer * slots_ * kPast + o.index) * size_;
+  if (o.place == Place::kept) return states_.of(o.slot) + (layer * kPast + o.index) * size_;
   return zeros_.data();
 }
 
 void ConvolutionPast::keep(std::size_t layer, std::size_t t, std::int32_t slot, std::int32_t position) {
   if (!kept_[t]) return;
-  const std::size_t index = static_cast<std::size_t>(slot) * kPast + static_cast<std::size_t>(position) % kPast;
-  std::memcpy(past_.data() + (layer * slots_ * kPast + index) * size_, image(t), size_ * sizeof(float));
+  const std::size_t index = layer * kPast + static_cast<std::size_t>(position) % kPast;
+  std::memcpy(states_.of(static_cast<std::size_t>(slot)) + index * size_, image(t), size_ * sizeof(float));
 }
 
 }  // namespace tulle

@@ -20,14 +20,16 @@ bool any_codes(const ScalingModel& m) {
 
 }  // namespace
 
-ScalingEngine::State::State(ScalingModel m, std::size_t slots_, std::size_t context_, std::size_t batch_,
-                            CacheKind kind, std::size_t threads_)
-    : model(std::move(m)), slots(slots_), context(round_up(context_, kKeyBlock)), batch(batch_),
-      threads(std::max<std::size_t>(threads_, 1)), kernels(*active_isa().scaling), ops(*active_isa().ops),
-      cache(kind, model.layers.size(), slots, model.heads, context, model.head_dim()),
-      rotary(batch, model.inverse_frequencies, 1.0f), attention(model.heads, model.heads, model.head_dim(), batch),
-      past(model.layers.size(), slots, batch, image_of(model)) {
-  require(slots >= 1 && context_ >= 1 && batch >= 1, "slots, context and batch of at least", 1, 0);
+ScalingEngine::State::State(ScalingModel m, const EngineSizes& s)
+    : model(std::move(m)), sizes(checked(s)), table_width(round_up(sizes.context, kKeyBlock) / kKeyBlock),
+      threads(std::max<std::size_t>(sizes.threads, 1)),
+      kernels(*active_isa().scaling), ops(*active_isa().ops),
+      cache(sizes.cache, model.layers.size(), sizes.pages, model.heads, model.head_dim()), check(model.vocabulary, sizes),
+      rotary(sizes.batch, model.inverse_frequencies, 1.0f),
+      attention(model.heads, model.heads, model.head_dim(), sizes.batch),
+      states(sizes.slots, sizes.snapshots, ConvolutionPast::floats(model.layers.size(), image_of(model))),
+      past(states, sizes.slots, sizes.batch, image_of(model)) {
+  const std::size_t batch = sizes.batch;
   const std::size_t d = model.hidden, f = model.intermediate;
   std::size_t rank = 0;
   for (const ScalingLayer& l : model.layers) rank = std::max(rank, l.c1.rows);
@@ -44,16 +46,16 @@ ScalingEngine::State::State(ScalingModel m, std::size_t slots_, std::size_t cont
   const std::size_t columns = model.modules > 0 ? round_up(model.module_size(), kPanel) : 0;
   const std::size_t loss_columns = model.loss_modules > 0 ? model.loss.e.panels() * kPanel : 0;
   for (std::size_t t = 0; t < threads; ++t) {
-    ScalingScratch s;
-    s.scores = Buffer<float>(kQueries * context);
-    s.scaled = Buffer<float>(std::max(model.modules, model.loss_modules) * kInputs);
-    s.modules = Buffer<float>(std::max(model.modules * columns, model.loss_modules * loss_columns));
+    ScalingScratch own;
+    own.scores = Buffer<float>(kQueries * table_width * kKeyBlock);
+    own.scaled = Buffer<float>(std::max(model.modules, model.loss_modules) * kInputs);
+    own.modules = Buffer<float>(std::max(model.modules * columns, model.loss_modules * loss_columns));
     if (model.block > 0) {
-      s.logits = Buffer<float>(round_up(f, kPanel) + kPanel);
-      s.active = Buffer<float>(f / model.block);
-      s.units = Buffer<std::int32_t>(f / model.block);
+      own.logits = Buffer<float>(round_up(f, kPanel) + kPanel);
+      own.active = Buffer<float>(f / model.block);
+      own.units = Buffer<std::int32_t>(f / model.block);
     }
-    scratch.push_back(std::move(s));
+    scratch.push_back(std::move(own));
   }
 }
 

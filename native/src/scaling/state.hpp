@@ -10,11 +10,14 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
 #include <vector>
 
 #include "cpu/buffer.hpp"
 #include "decoder/attention.hpp"
 #include "decoder/kv_cache.hpp"
+#include "decoder/pass.hpp"
+#include "decoder/recurrent_states.hpp"
 #include "decoder/rotary.hpp"
 #include "scaling/past.hpp"
 #include "tulle/dispatch.hpp"
@@ -43,21 +46,25 @@ struct ScalingScratch {
 struct ScalingPass;
 
 struct ScalingEngine::State {
-  State(ScalingModel model, std::size_t slots, std::size_t context, std::size_t batch, CacheKind kind,
-        std::size_t threads);
+  State(ScalingModel model, const EngineSizes& sizes);
 
-  // As ScalingEngine::forward.
-  void forward(const std::int32_t* tokens, const std::int32_t* slots, const std::int32_t* positions, std::size_t n,
-               const std::int32_t* rows, std::size_t wanted, float* logits);
+  // One of `logits` and `embeddings` is null.
+  void run(const PassInput& pass, float* logits, float* embeddings);
+  std::uint64_t skipped() const;  // of units, as ScalingEngine::units_skipped
   std::uint64_t work_bytes() const;
 
   const ScalingModel model;
-  const std::size_t slots, context, batch, threads;
+  const EngineSizes sizes;
+  const std::size_t table_width;  // pages of a sequence, at most
+  const std::size_t threads;
+  std::mutex busy;  // held by whoever uses what follows
   const ScalingKernels& kernels;
   const OpsKernels& ops;
   KvCache cache;
+  PassCheck check;
   RotaryTables rotary;
   Attention attention;
+  RecurrentStates states;
   ConvolutionPast past;
 
   // Of all tokens of a pass.
@@ -76,6 +83,9 @@ struct ScalingEngine::State {
   std::uint64_t single_tokens = 0, single_skipped = 0;
 
  private:
+  // A pass that has been checked.
+  void forward(const PassInput& input, float* logits, float* embeddings);
+
   // products.cpp
   void quantise(const float* x, std::size_t n, std::size_t t);
   RowInputs inputs_of(const Matrix& w, const float* x, std::size_t tokens) const;
@@ -94,14 +104,14 @@ struct ScalingEngine::State {
   void queries_keys_values(const ScalingPass& pass, std::size_t index);
   void attend(const ScalingPass& pass, std::size_t index);
   void feed_forward(const ScalingPass& pass, const ScalingLayer& l);
-  void head(const ScalingPass& pass, const std::int32_t* rows, std::size_t wanted, float* logits);
+  void head(const ScalingPass& pass, float* logits, float* embeddings);
+  CacheView view(const ScalingPass& pass, std::size_t layer, std::size_t head, std::size_t slot) const;
   void norm(const float* gain, std::size_t t);
 };
 
 // A pass as one thread sees it; it computes the vectors of tokens [first, last).
-struct ScalingPass {
-  const std::int32_t *tokens, *slots, *positions;  // [n]
-  std::size_t n, thread, team, first, last;
+struct ScalingPass : PassInput {
+  std::size_t thread, team, first, last;
   ScalingScratch& scratch;
 };
 

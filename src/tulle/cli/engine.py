@@ -19,7 +19,7 @@ Context = Annotated[
     int | None, typer.Option("--context", metavar="T", min=1, help="Tokens, prompt included [the model's, up to 4096].")
 ]
 Cache = Annotated[
-    str, typer.Option("--cache", metavar="KIND", help="Keys and values in bf16, f32, int8, or as fits the model.")
+    str, typer.Option("--cache", metavar="KIND", help="Keys and values in bf16, f32, int8, int4, or as fits the model.")
 ]
 Activations = Annotated[
     str,

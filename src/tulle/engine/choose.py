@@ -22,7 +22,7 @@ from tulle import _native
 from tulle.engine.checkpoint import Source
 from tulle.engine.files import json_object
 from tulle.engine.layout import ModelLayout
-from tulle.engine.native_model import LinearFacts, Model, copied, nbytes
+from tulle.engine.native_model import LinearFacts, Model, consecutive_pages, copied, nbytes
 from tulle.engine.prepare import HEADS, LAYOUT, cache_folders, convert
 from tulle.engine.settings import settings_of
 from tulle.errors import UserError
@@ -33,6 +33,7 @@ LAYOUTS = (AUTO, *ModelLayout)
 SAMPLE = 1 << 29
 """Bytes of weights; more than any cache holds."""
 ROUNDS, TOKENS = 5, 4
+CONTEXT = 64
 CHOICES = "layouts.json"
 
 
@@ -125,12 +126,13 @@ def faster(
 
     ``models``: of one block, as the native engine takes them; ``engine`` is that engine.
     """
-    built = {}
+    built, tables = {}, consecutive_pages(1, CONTEXT)
     for layout, one in models.items():
         block = one.layers[0]
         count = min(layers, max(1, SAMPLE // max(nbytes(block), 1)))
         # Copies, so that each block is read from bytes of its own, as in the model.
-        built[layout] = engine(replace(one, layers=[copied(block) for _ in range(count)]), 1, 64, 1, "f32", threads)
+        blocks = [copied(block) for _ in range(count)]
+        built[layout] = engine(replace(one, layers=blocks), tables.size, 1, CONTEXT, 1, "f32", threads)
     logits = np.empty((0, next(iter(models.values())).vocabulary), np.float32)
     zero, none = np.zeros(1, np.int32), np.zeros(0, np.int32)
     seconds: dict[ModelLayout, list[float]] = {layout: [] for layout in built}
@@ -138,7 +140,7 @@ def faster(
         for layout, found in built.items():
             begun = time.perf_counter()
             for position in range(TOKENS):
-                found.forward(zero, zero, np.full(1, position, np.int32), none, logits)
+                found.forward(zero, zero, np.full(1, position, np.int32), tables, none, logits)
             if number:
                 seconds[layout].append((time.perf_counter() - begun) / TOKENS)
     # Other work on the machine only adds time, and what is chosen now is kept.

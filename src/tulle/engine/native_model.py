@@ -13,7 +13,19 @@ from typing import Any, get_type_hints
 import numpy as np
 from numpy.typing import NDArray
 
+from tulle.engine.kv_cache import PAGE
+
 Floats = NDArray[np.float32]
+
+def page_count(context: int) -> int:
+    """Pages of a sequence of so many tokens."""
+    return -(-context // PAGE)
+
+
+def consecutive_pages(slots: int, context: int) -> NDArray[np.int32]:
+    """Page tables ``[slots, pages]`` of sequences that share nothing: slot s has its own pages, one after the other."""
+    pages = page_count(context)
+    return np.arange(slots * pages, dtype=np.int32).reshape(slots, pages)
 
 
 class WeightKind(StrEnum):
