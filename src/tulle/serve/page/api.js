@@ -29,12 +29,12 @@ async function failure(response) {
   }
   const { status } = response;
   const after = Number(response.headers.get("retry-after"));
+  if (status === 401)
+    return new Failure(apiKey() ? "The server does not know this API key. Enter another one below." : "The server wants an API key. Enter it below.", status);
   const what = said ? sentence(said) : `The server answered ${status} ${response.statusText}`.trim() + ".";
   const wait = after > 0 ? `in ${after} s` : "in a moment";
   const hints = {
     400: "Change the settings or the message, then try again.",
-    401: "Enter an API key below.",
-    403: "Enter another API key below.",
     404: "Choose another model above, or reload the page.",
     413: "Shorten the message or start a new chat.",
     422: "Change the settings or the message, then try again.",

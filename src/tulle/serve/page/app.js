@@ -48,8 +48,8 @@ async function loadModels() {
   try {
     models = await api.models();
   } catch (error) {
-    notice(error.message, error.status === 401 || error.status === 403 ? null : loadModels);
-    if (error.status === 401 || error.status === 403) askForKey();
+    notice(error.message, error.status === 401 ? null : loadModels);
+    if (error.status === 401) askForKey();
     return false;
   }
   notice("");
@@ -84,7 +84,7 @@ const FACTS = [
   ["Sparsity", (f) => typeof f.sparsity === "number" && (f.sparsity ? `${Number((100 * f.sparsity).toFixed(1))} %` : "dense")],
   ["Size", (f) => f.file_bytes && bytes(f.file_bytes)],
   ["Read per token", (f) => f.weight_bytes && bytes(f.weight_bytes)],
-  ["Context", (f) => f.context && `${count(f.context)} tokens`],
+  ["Context, tokens", (f) => f.context && count(f.context)],
   ["KV cache", (f) => f.cache && String(f.cache)],
   ["Threads", (f) => f.threads && count(f.threads)],
 ];
@@ -333,7 +333,7 @@ async function answer() {
     } else if (error.name !== "AbortError") {
       turn.error = error instanceof api.Failure ? error.message : `The page failed: ${error.message}. Try again, or reload.`;
       if (!(error instanceof api.Failure)) console.error(error);
-      if (error.status === 401 || error.status === 403) askForKey();
+      if (error.status === 401) askForKey();
     }
   }
   turn.calls = turn.calls.filter(Boolean);
