@@ -7,7 +7,12 @@ import json
 import re
 import shutil
 import socket
+import subprocess
+import sys
 import threading
+import time
+import urllib.error
+import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +26,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+import tulle
 from tulle.serve.static import HEADERS, page_files, page_routes
 
 PAGE = Path(__file__).parents[2] / "src" / "tulle" / "serve" / "page"
@@ -69,7 +75,7 @@ class Server:
         return self.refused(request) or JSONResponse({"data": [{"id": name} for name in self.models]})
 
     async def facts(self, request: Request) -> Response:
-        return self.refused(request) or JSONResponse({"version": "0.1.0", "model": self.known})
+        return self.refused(request) or JSONResponse(self.known | {"version": "0.1.0"})
 
     async def chat(self, request: Request) -> Response:
         refused = self.refused(request)
@@ -248,9 +254,6 @@ def settings(page: Page) -> Locator:
 
 
 def test_headers_types_and_caching(server: Server) -> None:
-    import urllib.error
-    import urllib.request
-
     def get(path: str, **headers: str) -> tuple[int, Any, bytes]:
         try:
             with urllib.request.urlopen(urllib.request.Request(server.origin + path, headers=headers)) as response:
@@ -536,6 +539,7 @@ def test_no_server(server: Server, page: Page) -> None:
     page.unroute("**/v1/**")
     page.get_by_role("alert").get_by_role("button", name="Try again").click()
     expect(page.get_by_role("alert")).to_be_hidden()
+    expect(page.locator("#welcome-title")).to_have_text("tiny")
 
 
 def test_api_key(server: Server, visit: Visit) -> None:
@@ -775,8 +779,15 @@ def test_several_chats_export_and_clear(server: Server, page: Page) -> None:
     chats.nth(1).click()
     expect(page.locator(".bubble")).to_have_text("First chat")
     expect(chats.nth(1)).to_have_attribute("aria-current", "true")
+    # Deleted in the middle of an answer, it does not come back.
+    page.locator("#chat-list li").first.locator(".chat").click()
+    server.script = ["Some", threading.Event()]
+    send(page, "More")
+    expect(answers(page).last.locator(".prose").last).to_have_text("Some")
     page.locator("#chat-list li").first.hover()
     page.get_by_role("button", name="Delete “Second chat”").click()
+    assert server.left.wait(5)
+    expect(page.locator("#welcome")).to_be_visible()
     assert chats.all_inner_texts() == ["First chat"]
     page.get_by_role("button", name="Clear all chats").click()
     expect(chats).to_have_count(1)  # it asks first
@@ -1035,4 +1046,75 @@ def test_copy(browser: Browser, server: Server) -> None:
     page.get_by_role("button", name="Copy this answer").click()
     page.wait_for_timeout(50)
     assert page.evaluate("navigator.clipboard.readText()") == server.script[0]
+    visit.end()
+
+
+# The real server
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of ``tulle serve`` with the packaged model, which gets a chat template."""
+    folder = tmp_path_factory.mktemp("real") / "little"
+    folder.mkdir()
+    for file in (Path(tulle.__file__).parent / "reference").iterdir():
+        (folder / file.name).symlink_to(file)
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    (folder / "chat_template.jinja").write_text(template)
+    options = ["--port", "0", "--threads", "1", "--sequences", "2", "--context", "512"]
+    command = [sys.executable, "-c", "from tulle.cli.main import main; main()", "serve", str(folder), *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if found := re.search(r" on (http://\S+)$", line.strip()):
+                break
+        else:
+            pytest.fail("".join(said))
+        reader = threading.Thread(target=process.stderr.read, daemon=True)  # a full pipe would stop it
+        reader.start()
+        yield found[1]
+        process.terminate()
+        process.wait(20)
+        reader.join(20)
+
+
+def ask(url: str, body: Any = None) -> str:
+    data = None if body is None else json.dumps(body).encode()
+    with urllib.request.urlopen(urllib.request.Request(url, data, {"Content-Type": "application/json"})) as response:
+        return response.read().decode()
+
+
+def test_with_the_real_server(browser: Browser, real: str) -> None:
+    visit = Visit(browser, Server(real))
+    page = visit.page
+    page.goto("/")
+    expect(page.locator("#welcome-title")).to_have_text("little")
+    for label in ["Parameters", "Bits per weight", "Size", "Read per token", "Context", "KV cache", "Threads"]:
+        expect(page.locator("#tiles")).to_contain_text(label)
+    panel = settings(page)
+    panel.get_by_label("Temperature").fill("0")
+    panel.get_by_label("Max tokens").fill("24")
+    send(page, "import the module and define a function that reads a file")
+    answer = done(page)
+    stats = answer.locator(".stats")
+    expect(stats).to_have_text(re.compile(r"^[\d.,]+ tokens/s · first token [\d.]+ s · \d+ tokens · prompt \d+"))
+    chat = json.loads(page.evaluate("localStorage[Object.keys(localStorage).find((k) => k.startsWith('tulle.chat.'))]"))
+    messages = [{"role": "user", "content": chat["turns"][0]["text"]}]
+    body = {"messages": messages, "temperature": 0, "max_tokens": 24}
+    direct = json.loads(ask(f"{real}/v1/chat/completions", body))["choices"][0]["message"]["content"]
+    assert chat["turns"][1]["text"] == direct and direct.strip()
+    # The second turn begins with the first one, whose keys and values are held.
+    send(page, "and another one")
+    expect(done(page, 2).locator(".stats")).to_contain_text("from the cache")
+    # Stopped, the engine works for nobody.
+    panel.get_by_label("Max tokens").fill("400")
+    send(page, "and a long one")
+    expect(answers(page).last.locator(".prose").last).not_to_be_empty()
+    page.keyboard.press("Escape")
+    expect(done(page, 3)).to_contain_text("stopped")
+    until = time.monotonic() + 5
+    while not re.search(r"^tulle_sequences_running\S* 0", ask(f"{real}/metrics"), re.MULTILINE):
+        assert time.monotonic() < until
     visit.end()

@@ -76,8 +76,7 @@ export async function models() {
 /** Facts about a model, which is loaded for it, or null where the server has none. */
 export async function info(model) {
   try {
-    const { version, model: facts } = await json(`v1/tulle/info?model=${encodeURIComponent(model)}`);
-    return { version, ...facts };
+    return await json(`v1/tulle/info?model=${encodeURIComponent(model)}`);
   } catch {
     return null; // the facts are a courtesy; chatting tells what is wrong
   }

@@ -157,6 +157,7 @@ function showChats() {
   find("chat-list").replaceChildren(...list.map((one) => h("li", {},
     h("button", { type: "button", class: "chat", "aria-current": one.id === chat.id ? "true" : false, onclick: () => openChat(one) }, one.title || "Untitled"),
     h("button", { type: "button", class: "quiet remove", "aria-label": `Delete “${one.title || "Untitled"}”`, onclick: () => {
+      if (one.id === chat.id) stop(); // which saves it
       store.removeChat(one);
       if (one.id === chat.id) newChat();
       else showChats();
@@ -336,6 +337,7 @@ async function answer() {
       if (error.status === 401) askForKey();
     }
   }
+  if (!turn.error && !models.length) loadModels(); // the server was away when the page came
   turn.calls = turn.calls.filter(Boolean);
   if (clock.tokens) turn.stats.tokens = clock.tokens;
   // Of the tokens after the first. Where all came at once, as through a buffering proxy, no speed was seen.
@@ -385,6 +387,7 @@ function exportChat() {
 function clearChats() {
   const button = find("clear");
   if (button.dataset.sure) {
+    stop();
     store.removeChats();
     newChat();
   }
