@@ -43,10 +43,10 @@ class Lark:
         return name
 
     def before(self, marker: str, pattern: str = "(?s:.*)") -> str:
-        """An expression for text up to the first ``marker``, which is part of it."""
-        token = self._tokens.get(marker)
-        if token is not None:
-            return f"/{pattern}/ <[{token}]>"
+        """An expression for text up to the first ``marker``, which is part of it. A token may end the marker."""
+        token = next((text for text in self._tokens if marker.endswith(text)), "")
+        if token:
+            return f"/{pattern}{_escaped(marker.removesuffix(token))}/ <[{self._tokens[token]}]>"
         return self.rule(f"/{pattern}/", "before", f"[suffix={_quoted(marker)}]")
 
     def start(self, body: str) -> str:
@@ -61,6 +61,10 @@ def either(options: Sequence[str]) -> str:
 def repeated(call: str, separator: str, parallel: bool) -> str:
     """One call, or with ``parallel`` one and more."""
     return f"{call} ({separator} {call})*" if parallel else call
+
+
+def _escaped(text: str) -> str:
+    return re.escape(text).replace("\n", "n").replace("/", "\\/")
 
 
 def _quoted(text: str) -> str:
