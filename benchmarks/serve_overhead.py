@@ -160,7 +160,7 @@ def main() -> None:
     each = used / (options.streams * options.tokens)
     share = each * options.streams * options.rate
     print(
-        f"{options.streams} streams of {options.tokens} tokens in {seconds:.1f} s: {1e6 * each:.0f} µs of CPU per token, "
+        f"{options.streams} streams of {options.tokens} tokens in {seconds:.1f} s: {1e6 * each:.0f} µs per token, "
         f"{100 * share:.1f} % of a core at {options.rate:.0f} tokens/s each"
     )
     server.terminate()

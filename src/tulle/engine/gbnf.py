@@ -100,7 +100,10 @@ def _body(found: list[tuple[str, str, int]], place: int) -> tuple[Body, int]:
         elif kind == "times":
             if before != "element":
                 raise _error(line, word, "something to repeat before it")
-            body.append((kind, re.sub(r"[ \t]", "", word)))
+            times = re.sub(r"[ \t]", "", word)
+            if re.fullmatch(r"\{0+(,0+)?\}", times):
+                raise _error(line, word, "repeats of at least one")
+            body.append((kind, times))
             before = "times"
         elif kind == "is":
             raise _error(line, word)

@@ -10,6 +10,7 @@ llguidance cannot hold is refused by name.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -38,6 +39,8 @@ AT_ONCE = 2
 """Grammars that are compiled at the same time."""
 LONGEST, LONGEST_CHOICE = 1 << 17, 1 << 20
 """Characters of a grammar, and of a list of choices."""
+DEEPEST = 200
+"""Groups in each other."""
 LONGEST_STRING = 4096
 """Characters of a constant."""
 MOST = {
@@ -54,9 +57,9 @@ LARGEST_MULTIPLE = 20_000
 MOST_RULES, MOST_ALTERNATIVES = 1000, 4000
 """Of a Lark grammar."""
 MOST_CHOICES = 20_000
-WHITESPACE = r"[ \t\r\n]{1,32}"
-"""Between the parts of JSON: a model that goes on with spaces for ever cannot."""
-LIMITS = LLParserLimits(max_items_in_row=12_000, verbose_errors=False)
+JSON_OPTIONS = {"lenient": False, "whitespace_flexible": True, "whitespace_pattern": r"[ \t\r\n]{1,32}"}
+"""Keywords that llguidance does not know are refused; white space ends, which some models do not by themselves."""
+LIMITS = LLParserLimits(max_items_in_row=12_000, initial_lexer_fuel=100_000, verbose_errors=False)
 KNOWN, KNOWN_CHARACTERS = 64, 1 << 21
 """Compiled grammars that are kept, and characters of them together."""
 STACK = 1 << 26
@@ -95,7 +98,7 @@ class Matcher:
     def __init__(self, matcher: LLMatcher, vocabulary: int, size: int):
         self._matcher, self._vocabulary, self._size = matcher, vocabulary, size
 
-    def mask(self) -> NDArray[np.uint32] | None:
+    def mask(self) -> NDArray[np.uint32]:
         """Allowed tokens, a bit each, ``[(V + 31) / 32]``: end tokens where the text may end, no padding.
 
         Raises ``UserError`` where a step is beyond the limits.
@@ -120,9 +123,20 @@ class Matcher:
         """Nothing may follow but an end token."""
         return bool(self._matcher.is_stopped())
 
-    def forced(self) -> list[int]:
-        """Tokens that must follow, as the tokenizer would write them; they are not accepted yet."""
-        return list(self._matcher.compute_ff_tokens())
+    def forced(self, most: int = 16) -> list[int]:
+        """Tokens that must follow, at most so many: as long as one token alone is allowed. They are not accepted yet.
+
+        Of a text that must follow, such as a key, several beginnings are tokens; those are no force.
+        """
+        ahead = Matcher(self._matcher.deep_copy(), self._vocabulary, self._size)
+        found: list[int] = []
+        while len(found) < most and not ahead.finished:
+            tokens = np.flatnonzero(np.unpackbits(ahead.mask().view(np.uint8), bitorder="little"))
+            if len(tokens) != 1:
+                break
+            found.append(int(tokens[0]))
+            ahead.accept(found[-1])
+        return found
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -214,39 +228,13 @@ class _Tokens:
         # The library takes a first byte of 255, which no text in UTF-8 has, for the mark of a special token.
         self.tokens = [b"" if token.startswith(b"\xff") else token for token in token_bytes(tokenizer)[:size]]
         self.tokens += [b""] * (size - len(self.tokens))
-        special = {i for i in special_ids(tokenizer) if i < size} | set(ends)
-        self.special_token_ids = sorted(special)
+        self.special_token_ids = sorted({i for i in special_ids(tokenizer) if i < size} | set(ends))
         self.eos_token_id, self.bos_token_id = ends[0], None
-        self._special = special
-        self._numbers: dict[bytes, int] = {}
-        for number, token in enumerate(self.tokens):
-            if token and number not in special:
-                self._numbers.setdefault(token, number)
-        self._longest = max(map(len, self._numbers), default=0)
 
     def __call__(self, text: bytes | str) -> list[int]:
-        """Tokens that have exactly these bytes, as the tokenizer gives them where it does."""
-        content = text if isinstance(text, bytes) else text.encode()
-        try:
-            found: list[int] = self._library.encode(content.decode(), add_special_tokens=False).ids
-        except UnicodeDecodeError:
-            return self._greedy(content)
-        if not self._special.intersection(found) and b"".join(self.tokens[i] for i in found) == content:
-            return found
-        return self._greedy(content)
-
-    def _greedy(self, content: bytes) -> list[int]:
-        """The longest token each time."""
-        found, place = [], 0
-        while place < len(content):
-            for length in range(min(self._longest, len(content) - place), 0, -1):
-                number = self._numbers.get(content[place : place + length])
-                if number is not None:
-                    break
-            else:
-                raise ValueError(f"no token of the tokenizer can write {content[place : place + 1]!r}")
-            found.append(number)
-            place += length
+        """The library asks once in the beginning, and where it forces text, which :func:`_lark` switches off."""
+        content = text.decode(errors="replace") if isinstance(text, bytes) else text
+        found: list[int] = self._library.encode(content, add_special_tokens=False).ids
         return found
 
 
@@ -266,11 +254,8 @@ _stack_lock = threading.Lock()
 
 
 def _line(message: str) -> str:
-    """The library's message in one line, without the state of its parser."""
-    own = re.search(r"ValueError\(\\?[\"'](.*?)\\?[\"']\), traceback", message)
-    if own:
-        return own[1]
-    return " ".join(re.split(r"<state>|<backtrace>|<non-verbose/>", message)[0].split())[:300]
+    """The library's message in one line, without the state of its parser and without the grammar."""
+    return " ".join(re.split(r"<state>|<backtrace>|<non-verbose/>|\n *\d+ \|", message)[0].split())[:300]
 
 
 def _matcher(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
@@ -298,16 +283,18 @@ def _source(grammar: Grammar) -> str:
         if not isinstance(schema, dict):
             raise UserError(f"expected a JSON schema as an object, found {text[:40]!r}")
         _check_schema(schema)
-        options: Any = {"lenient": False, "whitespace_flexible": True, "whitespace_pattern": WHITESPACE}
-        return LLMatcher.grammar_from_json_schema(text, overrides=options)
+        return _lark(f"start: %json {json.dumps(schema | {'x-guidance': JSON_OPTIONS})}")
     if grammar.kind != "choice":
         run = max(re.findall(r'[^"/|\n()\[\]*+?.{}]+', text), key=len, default="")
         if len(run) > LONGEST_STRING:
             raise UserError(
                 f"expected constants of at most {LONGEST_STRING} characters, found {len(run)}: {run[:40]!r}…"
             )
+        depth = max(itertools.accumulate(1 if c == "(" else -1 for c in re.findall("[()]", text)), default=0)
+        if depth > DEEPEST:
+            raise UserError(f"expected at most {DEEPEST} groups in each other, found {depth}")
     if grammar.kind == "regex":
-        return LLMatcher.grammar_from_regex(text)
+        return _lark(_lark_of_regex(text))
     if grammar.kind == "choice":
         choices = _json(text)
         if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c for c in choices):
@@ -315,7 +302,7 @@ def _source(grammar: Grammar) -> str:
         if len(choices) > MOST_CHOICES:
             raise UserError(f"expected at most {MOST_CHOICES} choices, found {len(choices)}")
         _check_strings(choices)
-        return LLMatcher.grammar_from_regex("|".join(map(_literal, choices)))
+        return _lark(_lark_of_regex("|".join(map(_literal, choices))))
     if grammar.kind == "gbnf":
         text = lark_of_gbnf(text)
     rules, alternatives = len(re.findall(r"(?m)^[ \t]*[?!]?\w[^\n\"/:]*:", text)), text.count("|")
@@ -324,7 +311,31 @@ def _source(grammar: Grammar) -> str:
             f"expected a grammar of at most {MOST_RULES} rules and {MOST_ALTERNATIVES} alternatives, found {rules} and "
             f"{alternatives}; a choice may have more"
         )
-    return LLMatcher.grammar_from_lark(_with_whitespace(text))
+    return _lark(_with_options(text))
+
+
+def _lark_of_regex(expression: str) -> str:
+    """The library knows what to escape."""
+    found: str = json.loads(LLMatcher.grammar_from_regex(expression))["grammars"][0]["lark_grammar"]
+    return found
+
+
+def _lark(text: str) -> str:
+    """A grammar in Lark that forces nothing.
+
+    By itself the library works out, before every mask, all the text that must follow, and allows the tokens alone that
+    the tokenizer would choose for it. That text may be of any length, such as that of ``((a{1000}){1000}){1000}``, and
+    its limits do not hold there.
+    """
+    options: dict[str, Any] = {}
+    match = re.match(r"\s*%llguidance\s*(?=\{)", text)
+    if match:
+        try:
+            found, end = json.JSONDecoder().raw_decode(text, match.end())
+        except (ValueError, RecursionError):
+            raise UserError(f"expected JSON after %llguidance, found {text[match.end() :][:40]!r}") from None
+        options, text = dict(found), text[end:]
+    return LLMatcher.grammar_from_lark(f"%llguidance {json.dumps(options | {'no_forcing': True})}\n{text}")
 
 
 def _literal(text: str) -> str:
@@ -339,8 +350,8 @@ def _json(text: str) -> Any:
         raise UserError(f"expected JSON, found {text[:40]!r} ({_line(str(error))[:80]})") from None
 
 
-def _with_whitespace(lark: str) -> str:
-    """``%json`` schemas in a Lark grammar, checked as others are and with :data:`WHITESPACE`."""
+def _with_options(lark: str) -> str:
+    """``%json`` schemas in a Lark grammar, checked as others are and with :data:`JSON_OPTIONS`."""
     decoder, parts, place = json.JSONDecoder(), [], 0
     for match in re.finditer(r"%json\s*(?=\{)", lark):
         if match.start() < place:
@@ -351,7 +362,7 @@ def _with_whitespace(lark: str) -> str:
             continue  # the library says what is wrong
         _check_schema(schema)
         own = schema.get("x-guidance")
-        schema["x-guidance"] = {"whitespace_pattern": WHITESPACE} | (own if isinstance(own, dict) else {})
+        schema["x-guidance"] = JSON_OPTIONS | (own if isinstance(own, dict) else {}) | {"lenient": False}
         parts += [lark[place : match.end()], json.dumps(schema)]
         place = end
     return "".join(parts) + lark[place:]

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from starlette.requests import Request as HttpRequest
 
@@ -19,6 +19,9 @@ from tulle.serve.served import ServedModel, random_seed
 from tulle.serve.streaming import cancel_when_gone
 from tulle.serve.worker import Job
 from tulle.text.tool_formats import Content, Delta
+
+if TYPE_CHECKING:
+    from tulle.engine.grammar import Kind
 
 NEUTRAL_TEMPERATURE = 1.0
 SMALLEST_TOP_P = 1e-6
@@ -201,10 +204,10 @@ def requests_of(
 
 
 async def constraint_of(
-    model: ServedModel, body: Generating, format: tuple[str, str] | None
+    model: ServedModel, body: Generating, format: tuple[Kind, str] | None
 ) -> Callable[[], Constraint] | None:
     """What the whole answer must follow: one of ``grammar``, ``regex`` and the request's format (kind, text)."""
-    given = [] if format is None else [format]
+    given: list[tuple[Kind, str]] = [] if format is None else [format]
     if body.grammar is not None:
         given.append(("gbnf" if "::=" in body.grammar else "lark", body.grammar))
     if body.regex is not None:

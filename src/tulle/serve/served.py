@@ -7,7 +7,7 @@ import json
 import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,9 @@ from tulle.serve.worker import Scheduler, Worker
 from tulle.text.chat_template import DEFAULT, WITH_TOOLS
 from tulle.text.tokenizer import ModelTokenizer
 from tulle.text.tool_formats import ToolFormat, detect
+
+if TYPE_CHECKING:
+    from tulle.engine.grammar import Kind
 
 SHORT = 8192
 """Characters up to which a text is tokenized on the event loop; longer ones are in a thread."""
@@ -95,11 +98,11 @@ class ServedModel:
         if max(tokens) >= self.engine.vocabulary:
             raise ApiError(400, f"expected tokens below {self.engine.vocabulary}, found {max(tokens)}", param="prompt")
 
-    async def constraint(self, kind: str, text: str) -> Callable[[], Constraint]:
+    async def constraint(self, kind: Kind, text: str) -> Callable[[], Constraint]:
         """Compiles a grammar in a thread. Raises ``UserError`` for one that is wrong or too large."""
         return await asyncio.to_thread(self._compile, kind, text)
 
-    def _compile(self, kind: str, text: str) -> Callable[[], Constraint]:
+    def _compile(self, kind: Kind, text: str) -> Callable[[], Constraint]:
         from tulle.engine.grammar import Grammar, Grammars
 
         if self._grammars is None:

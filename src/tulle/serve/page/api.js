@@ -11,7 +11,8 @@ export class Failure extends Error {
 }
 
 const sentence = (text) => {
-  const line = String(text).trim().replace(/\s+/g, " ");
+  const said = String(text).trim().replace(/\s+/g, " ");
+  const line = said.charAt(0).toUpperCase() + said.slice(1);
   return /[.!?…]$/.test(line) ? line : `${line}.`;
 };
 
@@ -21,19 +22,19 @@ async function failure(response) {
   let said = "";
   try {
     const body = JSON.parse(text);
-    said = body.error?.message ?? body.detail ?? body.message ?? "";
+    said = body?.error?.message ?? body?.detail ?? body?.message ?? "";
     if (typeof said !== "string") said = JSON.stringify(said);
   } catch {
     said = text.trimStart().startsWith("<") ? "" : text.slice(0, 300);
   }
   const { status } = response;
   const after = Number(response.headers.get("retry-after"));
+  if (status === 401)
+    return new Failure(apiKey() ? "The server does not know this API key. Enter another one below." : "The server wants an API key. Enter it below.", status);
   const what = said ? sentence(said) : `The server answered ${status} ${response.statusText}`.trim() + ".";
   const wait = after > 0 ? `in ${after} s` : "in a moment";
   const hints = {
     400: "Change the settings or the message, then try again.",
-    401: "Enter an API key below.",
-    403: "Enter another API key below.",
     404: "Choose another model above, or reload the page.",
     413: "Shorten the message or start a new chat.",
     422: "Change the settings or the message, then try again.",
@@ -72,12 +73,10 @@ export async function models() {
   return Array.isArray(data) ? data.map((model) => String(model.id)) : [];
 }
 
-/** Facts about a model, or null where the server has none. */
+/** Facts about a model, which is loaded for it, or null where the server has none. */
 export async function info(model) {
   try {
-    const found = await json(`v1/tulle/info?model=${encodeURIComponent(model)}`);
-    if (!Array.isArray(found.models)) return found;
-    return { ...found, ...(found.models.find((one) => (one.id ?? one.name) === model) ?? found.models[0]) };
+    return await json(`v1/tulle/info?model=${encodeURIComponent(model)}`);
   } catch {
     return null; // the facts are a courtesy; chatting tells what is wrong
   }
@@ -110,11 +109,11 @@ async function* events(body) {
 }
 
 /**
- * A streamed chat completion: yields its chunks, then returns how many parts could not be read.
+ * A streamed completion, of a chat (`messages`) or of a text (`prompt`): yields its chunks, then returns how many parts could not be read.
  * Throws Failure, or AbortError when `signal` stops it.
  */
 export async function* complete(body, signal) {
-  const response = await request("v1/chat/completions", {
+  const response = await request(body.messages ? "v1/chat/completions" : "v1/completions", {
     method: "POST",
     headers: { "Content-Type": "application/json" },
     body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),

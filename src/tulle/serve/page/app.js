@@ -8,6 +8,8 @@ import { AnswerView, ToolView, UserView } from "./turns.js";
 
 const NEAR = 80; // pixels from the end within which the view follows an answer
 const SAVE_EVERY = 1000; // milliseconds, while an answer arrives
+const PLAIN_TOKENS = 256; // of a continuation, where the settings say nothing; the API's own default is 16
+const SHORTEST = 0.02; // seconds over which a speed means something
 
 const wide = window.matchMedia("(min-width: 1000px)");
 const roomy = window.matchMedia("(min-width: 1280px)");
@@ -18,7 +20,9 @@ const scroller = find("scroll");
 let chat = store.newChat();
 let views = [];
 let models = [];
-let running = null; // { turn, controller, stopped } while an answer arrives
+let facts = {}; // of the chosen model
+let factsCame = Promise.resolve();
+let running = null; // { turn, controller, stopped, left } while an answer arrives
 let following = true;
 
 // Notices
@@ -44,8 +48,8 @@ async function loadModels() {
   try {
     models = await api.models();
   } catch (error) {
-    notice(error.message, error.status === 401 || error.status === 403 ? null : loadModels);
-    if (error.status === 401 || error.status === 403) askForKey();
+    notice(error.message, error.status === 401 ? null : loadModels);
+    if (error.status === 401) askForKey();
     return false;
   }
   notice("");
@@ -56,7 +60,7 @@ async function loadModels() {
   if (models.includes(chosen)) menu.value = chosen;
   menu.disabled = models.length === 0;
   menu.classList.toggle("single", models.length === 1);
-  await showFacts();
+  factsCame = showFacts();
   return true;
 }
 
@@ -71,31 +75,44 @@ function scaled(value, units, base) {
   return `${value >= 100 || i === 0 ? Math.round(value) : value.toPrecision(3).replace(/\.?0+$/, "")} ${units[i]}`.trim();
 }
 
-// [label, from the facts to a value and what explains it]; what a server does not say is left out
+const bytes = (value) => scaled(value, ["B", "kB", "MB", "GB", "TB"], 1000);
+
+// [label, from the facts to its value]; what a server does not say is left out
 const FACTS = [
-  ["Parameters", (f) => f.parameters && [scaled(f.parameters, ["", "thousand", "million", "billion"], 1000)]],
-  ["Bits per weight", (f) => f.bits_per_weight && [Number(f.bits_per_weight).toFixed(2).replace(/\.?0+$/, "")]],
-  ["Sparsity", (f) => typeof f.sparsity === "number" && [`${(100 * f.sparsity).toFixed(1).replace(/\.0$/, "")} %`, f.sparsity ? "of the weights are zero" : "dense"]],
-  ["Weights", (f) => (f.bytes ?? f.weight_bytes) && [scaled(f.bytes ?? f.weight_bytes, ["B", "kB", "MB", "GB", "TB"], 1000)]],
-  ["Context", (f) => f.context && [count(f.context), "tokens"]],
-  ["KV cache", (f) => (f.cache ?? f.kv_cache) && [String(f.cache ?? f.kv_cache)]],
-  ["Threads", (f) => f.threads && [count(f.threads)]],
+  ["Parameters", (f) => f.parameters && scaled(f.parameters, ["", "thousand", "million", "billion"], 1000)],
+  ["Bits per weight", (f) => f.bits_per_weight && String(Number(Number(f.bits_per_weight).toFixed(2)))],
+  ["Sparsity", (f) => typeof f.sparsity === "number" && (f.sparsity ? `${Number((100 * f.sparsity).toFixed(1))} %` : "dense")],
+  ["Size", (f) => f.file_bytes && bytes(f.file_bytes)],
+  ["Read per token", (f) => f.weight_bytes && bytes(f.weight_bytes)],
+  ["Context, tokens", (f) => f.context && count(f.context)],
+  ["KV cache", (f) => f.cache && String(f.cache)],
+  ["Threads", (f) => f.threads && count(f.threads)],
 ];
+
+/** Whether the model can only continue a text. */
+const continues = () => facts.chat === false;
 
 async function showFacts() {
   const name = find("model").value;
   find("welcome-title").textContent = name || "Tulle";
   document.title = name ? `${name} · Tulle` : "Tulle";
-  const facts = (name && (await api.info(name))) || {};
-  if (name !== find("model").value) return; // another one was chosen meanwhile
-  const shown = FACTS.flatMap(([label, of]) => {
-    const found = of(facts);
-    return found ? [[label, ...found]] : [];
-  });
-  find("tiles").replaceChildren(...shown.map(([label, value, detail]) => h("div", { class: "tile" },
-    h("div", { class: "label" }, label), h("div", { class: "value" }, value), detail ? h("div", { class: "detail" }, detail) : null)));
+  showTiles(name, {});
+  const slow = setTimeout(() => (find("welcome-note").textContent = "Loading …"), 400);
+  const found = (name && (await api.info(name))) || {};
+  clearTimeout(slow);
+  if (name === find("model").value) showTiles(name, found); // else another one was chosen meanwhile
+}
+
+function showTiles(name, found) {
+  facts = found;
+  settings.showDefaults(facts.defaults ?? {});
+  const version = facts.version ? `Served by Tulle ${facts.version}.` : "";
+  find("welcome-note").textContent = continues() ? `It has no chat template: it continues what you write. ${version}` : version;
+  const shown = FACTS.map(([label, of]) => [label, of(facts)]).filter(([, value]) => value);
+  find("tiles").replaceChildren(...shown.map(([label, value]) =>
+    h("div", { class: "tile" }, h("div", { class: "label" }, label), h("div", { class: "value" }, value))));
   find("facts").replaceChildren(h("dt", {}, "Name"), h("dd", {}, name || "none"),
-    ...shown.flatMap(([label, value, detail]) => [h("dt", {}, label), h("dd", {}, detail ? `${value} ${detail}` : value)]));
+    ...shown.flatMap(([label, value]) => [h("dt", {}, label), h("dd", {}, value)]));
 }
 
 // The conversation
@@ -140,6 +157,7 @@ function showChats() {
   find("chat-list").replaceChildren(...list.map((one) => h("li", {},
     h("button", { type: "button", class: "chat", "aria-current": one.id === chat.id ? "true" : false, onclick: () => openChat(one) }, one.title || "Untitled"),
     h("button", { type: "button", class: "quiet remove", "aria-label": `Delete “${one.title || "Untitled"}”`, onclick: () => {
+      if (one.id === chat.id) stop(); // which saves it
       store.removeChat(one);
       if (one.id === chat.id) newChat();
       else showChats();
@@ -197,6 +215,18 @@ function messages(end) {
   return list;
 }
 
+/** The chat as one text, for a model that continues it. */
+function plainText() {
+  return chat.turns.reduce((text, turn) => (/\S$/.test(text) && turn.role === "user" ? `${text}\n${turn.text}` : text + turn.text), "");
+}
+
+function requestBody(model) {
+  const fields = { ...(model && { model }), ...settings.requestFields() };
+  if (!continues()) return { ...fields, messages: messages(chat.turns.length) };
+  delete fields.tools;
+  return { max_tokens: PLAIN_TOKENS, ...fields, prompt: plainText() };
+}
+
 function send(text) {
   stop();
   chat.turns.push({ role: "user", text });
@@ -233,7 +263,7 @@ function take(chunk, turn, clock) {
   }
   const choice = chunk.choices?.[0];
   if (!choice) return;
-  const delta = choice.delta ?? {};
+  const delta = choice.delta ?? { content: choice.text };
   const now = performance.now();
   if (delta.content || delta.reasoning_content || delta.tool_calls?.length) {
     clock.first ??= now;
@@ -257,8 +287,7 @@ function take(chunk, turn, clock) {
 async function answer() {
   const model = find("model").value;
   const turn = { role: "assistant", text: "", reasoning: "", calls: [], model, stats: {}, finish: "", error: "" };
-  const body = { ...(model && { model }), messages: messages(chat.turns.length), ...settings.requestFields() };
-  const mine = { turn, controller: new AbortController(), stopped: false };
+  const mine = { turn, controller: new AbortController(), stopped: false, left: false };
   const home = chat;
   running = mine;
   chat.turns.push(turn);
@@ -281,7 +310,9 @@ async function answer() {
     follow();
   };
   try {
-    const chunks = api.complete(body, mine.controller.signal);
+    await factsCame; // they tell how this model is to be asked
+    mine.controller.signal.throwIfAborted();
+    const chunks = api.complete(requestBody(model), mine.controller.signal);
     for (;;) {
       const { value, done } = await chunks.next();
       if (mine.stopped) break;
@@ -298,15 +329,20 @@ async function answer() {
       }
     }
   } catch (error) {
-    if (error.name !== "AbortError") {
+    if (mine.left) {
+      turn.finish = "left"; // the browser cut the connection, not the server
+    } else if (error.name !== "AbortError") {
       turn.error = error instanceof api.Failure ? error.message : `The page failed: ${error.message}. Try again, or reload.`;
       if (!(error instanceof api.Failure)) console.error(error);
-      if (error.status === 401 || error.status === 403) askForKey();
+      if (error.status === 401) askForKey();
     }
   }
+  if (!turn.error && !models.length) loadModels(); // the server was away when the page came
   turn.calls = turn.calls.filter(Boolean);
   if (clock.tokens) turn.stats.tokens = clock.tokens;
-  if (clock.tokens > 1 && clock.last > clock.first) turn.stats.rate = (clock.tokens - 1) / ((clock.last - clock.first) / 1000);
+  // Of the tokens after the first. Where all came at once, as through a buffering proxy, no speed was seen.
+  const span = (clock.last - clock.first) / 1000;
+  if (clock.tokens > 1 && span > SHORTEST) turn.stats.rate = (clock.tokens - 1) / span;
   if (mine.stopped) turn.finish = "stopped";
   if (running === mine) running = null;
   home.updated = Date.now();
@@ -351,6 +387,7 @@ function exportChat() {
 function clearChats() {
   const button = find("clear");
   if (button.dataset.sure) {
+    stop();
     store.removeChats();
     newChat();
   }
@@ -466,7 +503,7 @@ find("key").addEventListener("submit", async (event) => {
 });
 find("model").addEventListener("change", () => {
   store.saveModel(find("model").value);
-  showFacts();
+  factsCame = showFacts();
 });
 find("new-chat").addEventListener("click", newChat);
 find("export").addEventListener("click", exportChat);
@@ -481,8 +518,14 @@ scroller.addEventListener("scroll", () => {
   find("latest").hidden = following || !chat.turns.length;
 });
 document.addEventListener("keydown", onKey);
-window.addEventListener("pagehide", () => running && save());
+window.addEventListener("pagehide", () => {
+  if (!running) return;
+  running.left = true;
+  running.turn.finish = "left";
+  save();
+});
 window.addEventListener("storage", showChats); // another tab's chats
+new ResizeObserver(follow).observe(scroller); // a panel opens, the message grows, a phone's keyboard comes up
 wide.addEventListener("change", arrangePanels);
 roomy.addEventListener("change", () => find("settings").open && find("settings").close());
 window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", showTheme);

@@ -1,13 +1,16 @@
 // Elements made from code. Strings become text nodes, never markup.
 
-/** An element; attributes whose name begins with "on" are listeners, true and false set and leave out. */
+/**
+ * An element. Attributes whose name begins with "on" are listeners; true and false set and leave out. Children are nodes,
+ * strings or lists of them (a long list as arguments would overflow the stack); null, undefined and false are nothing.
+ */
 export function h(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else if (value !== false && value !== null && value !== undefined) element.setAttribute(name, value === true ? "" : value);
   }
-  element.append(...children.filter((child) => child !== null && child !== undefined && child !== false));
+  for (const child of children.flat()) if (child !== null && child !== undefined && child !== false) element.append(child);
   return element;
 }
 

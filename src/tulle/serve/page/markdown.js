@@ -115,7 +115,7 @@ const range = (start, end) => Array.from({ length: Math.max(0, end - start) }, (
 
 /** The list that begins with line `i`. Models indent by two, three or four columns; all mean the same. */
 function readList(lines, i, first) {
-  const base = first[1].length;
+  let base = first[1].length;
   const ordered = first[2].length > 1;
   const items = [];
   let loose = false;
@@ -130,15 +130,15 @@ function readList(lines, i, first) {
       if (next === lines.length) break;
       const follows = ITEM.exec(lines[next]);
       if (indent(lines[next]) >= offset) items[items.length - 1].push("");
-      else if (!follows || follows[1].length < base) break;
-      else if (isRule(lines[next]) || follows[1].length < base + 2 && follows[2].length > 1 !== ordered) break;
+      else if (!follows || isRule(lines[next]) || (follows[1].length < base + 2 && follows[2].length > 1 !== ordered)) break;
       loose = true;
       i = next - 1;
     } else if (items.length && indent(line) >= offset) {
       items[items.length - 1].push(line.slice(offset));
     } else if (items.length && item && item[1].length >= base + 2) {
       items[items.length - 1].push(line.slice(item[1].length));
-    } else if (item && !isRule(line) && item[1].length >= base && item[2].length > 1 === ordered) {
+    } else if (item && !isRule(line) && item[2].length > 1 === ordered) {
+      base = item[1].length;
       offset = item[1].length + item[2].length + (item[3].length > 4 ? 1 : item[3].length || 1);
       items.push([line.slice(offset)]);
     } else if (interrupts(line) || item || (items.length && blank(lines[i - 1]))) {
@@ -159,28 +159,32 @@ function build(block, depth) {
         h("pre", { tabindex: "0" }, h("code", {}, text)));
     }
     case "heading": // the page's own headings are h1 and h2
-      return h(`h${Math.min(6, block.level + 2)}`, { class: `level-${block.level}` }, ...inline(block.text));
+      return h(`h${Math.min(6, block.level + 2)}`, { class: `level-${block.level}` }, inline(block.text));
     case "rule":
       return h("hr");
     case "quote":
-      return h("blockquote", {}, ...blocks(block.lines, depth + 1).map((part) => build(part, depth + 1)));
+      return h("blockquote", {}, blocks(block.lines, depth + 1).map((part) => build(part, depth + 1)));
     case "list":
       return h(block.ordered ? "ol" : "ul",
         { class: block.loose ? "loose" : "tight", start: block.ordered && block.from !== 1 ? String(block.from) : false },
-        ...block.items.map((item) => h("li", {}, ...blocks(item, depth + 1).map((part) => build(part, depth + 1)))));
+        block.items.map((item) => h("li", {}, blocks(item, depth + 1).map((part) => build(part, depth + 1)))));
     case "table": {
       const side = (column) => {
         const rule = block.rule[column] ?? "";
         if (!rule.endsWith(":")) return false;
         return rule.startsWith(":") ? "center" : "right";
       };
-      const row = (tag, texts) => h("tr", {}, ...block.rule.map((_, column) => h(tag, { class: side(column) }, ...inline(texts[column] ?? ""))));
+      const row = (tag, texts) => h("tr", {}, block.rule.map((_, column) => h(tag, { class: side(column) }, inline(texts[column] ?? ""))));
       return h("div", { class: "table", tabindex: "0" },
-        h("table", {}, h("thead", {}, row("th", block.rows[0])), h("tbody", {}, ...block.rows.slice(1).map((texts) => row("td", texts)))));
+        h("table", {}, h("thead", {}, row("th", block.rows[0])), h("tbody", {}, block.rows.slice(1).map((texts) => row("td", texts)))));
     }
     default:
-      return h("p", {}, ...inline(block.text));
+      return h("p", {}, inline(block.text));
   }
+}
+
+function move(from, to) {
+  for (const node of from) to.push(node);
 }
 
 const SPACE = /\s/;
@@ -188,13 +192,14 @@ const WORD = /[\p{L}\p{N}]/u;
 const PUNCTUATION = /[!-/:-@[-`{-~]/;
 const FORMULAS = [["\\(", "\\)"], ["\\[", "\\]"], ["$$", "$$"]];
 
-/** The address, if a link may lead there; null: it stays text. */
+/** The address, if a link may lead there; null: it stays text, as what is not absolute and has no meaning here. */
 function address(text) {
+  if (!/^(https?|mailto):/i.test(text)) return null;
   try {
     const url = new URL(text);
     return LINK_SCHEMES.has(url.protocol) ? url.href : null;
   } catch {
-    return null; // not absolute: it has no meaning here
+    return null;
   }
 }
 
@@ -205,6 +210,7 @@ export function inline(text) {
   const stack = [{ mark: "", children: [] }]; // what is open, outermost first
   const unclosed = new Set(); // runs of backticks and formulas whose end was sought in vain
   let plain = "";
+  let paren = 0; // the next ")"; it is sought again only when it is passed
   let i = 0;
 
   const top = () => stack[stack.length - 1];
@@ -220,7 +226,8 @@ export function inline(text) {
     flush();
     while (stack.length - 1 > level) {
       const frame = stack.pop();
-      top().children.push(frame.mark, ...frame.children);
+      top().children.push(frame.mark);
+      move(frame.children, top().children);
     }
   };
   const open = (mark) => {
@@ -249,7 +256,7 @@ export function inline(text) {
       unwind(level);
       const frame = stack.pop();
       left -= frame.mark.length;
-      add(h(char === "~" ? "s" : frame.mark.length === 2 ? "strong" : "em", {}, ...frame.children));
+      add(h(char === "~" ? "s" : frame.mark.length === 2 ? "strong" : "em", {}, frame.children));
     }
     while (opens && left > 0 && stack.length < OPEN && !(char === "~" && left === 1)) {
       const size = Math.min(2, left);
@@ -259,25 +266,33 @@ export function inline(text) {
     plain += char.repeat(left);
   };
 
+  const target = () => {
+    if (text[i] !== "(") return null;
+    if (paren >= 0 && paren <= i) paren = text.indexOf(")", i);
+    const limit = Math.min(text.length, i + 2000);
+    return paren > i && paren < limit ? destination(text, i + 1, limit) : null;
+  };
+
   const closeBracket = () => {
     i++;
     const level = lastOpen((frame) => frame.mark === "[" || frame.mark === "![");
-    const target = level && !stack[level].dead && text[i] === "(" && destination(text, i + 1);
     if (level === 0) {
       plain += "]";
       return;
     }
     unwind(level);
     const frame = stack.pop();
-    const href = target && address(target.url);
+    const found = frame.dead ? null : target();
+    const href = found && address(found.url);
     if (!href) {
       // Without a target, or with one that a link may not have, it stays as it is written.
       add(frame.mark);
-      top().children.push(...frame.children, "]");
+      move(frame.children, top().children);
+      top().children.push("]");
       return;
     }
-    i = target.end;
-    add(frame.mark === "![" ? link(href, "Picture: ", ...frame.children) : link(href, ...frame.children));
+    i = found.end;
+    add(frame.mark === "![" ? link(href, "Picture: ", frame.children) : link(href, frame.children));
     for (const outer of stack) if (outer.mark === "[") outer.dead = true; // no links within links
   };
 
@@ -308,6 +323,17 @@ export function inline(text) {
     if (content.startsWith(" ") && content.endsWith(" ") && content.trim()) content = content.slice(1, -1);
     add(h("code", {}, content));
     i = close + ticks.length;
+  };
+
+  const angleLink = () => {
+    const found = /<(https?:\/\/[^\s<>]{1,2000})>/y;
+    found.lastIndex = i;
+    const url = found.exec(text)?.[1];
+    const href = url && address(url);
+    if (!href) return false;
+    add(link(href, url));
+    i = found.lastIndex;
+    return true;
   };
 
   const bareLink = () => {
@@ -350,7 +376,7 @@ export function inline(text) {
     } else if (char === "<" && /^<br ?\/?>/i.test(text.slice(i, i + 6))) {
       add(h("br"));
       i = text.indexOf(">", i) + 1;
-    } else if (char !== "h" || !bareLink()) {
+    } else if (!(char === "h" && bareLink()) && !(char === "<" && angleLink())) {
       plain += char;
       i++;
     }
@@ -359,9 +385,8 @@ export function inline(text) {
   return stack[0].children;
 }
 
-/** `url)` or `url "title")` from position `i`: { url, end }, or null. */
-function destination(text, i) {
-  const limit = Math.min(text.length, i + 2000);
+/** `url)` or `url "title")` from position `i`: { url, end }, or null; it ends before `limit`. */
+function destination(text, i, limit) {
   let depth = 0;
   let end = i;
   for (; end < limit; end++) {

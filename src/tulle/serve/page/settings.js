@@ -5,18 +5,19 @@ import * as store from "./store.js";
 
 // [name in the request, label, what it does, lowest, highest, step]
 const NUMBERS = [
-  ["temperature", "Temperature", "0 takes the likeliest token; more is more varied", 0, 5, "any"],
-  ["top_p", "Top p", "likeliest tokens with this share together", 0, 1, "any"],
-  ["top_k", "Top k", "so many of the likeliest tokens; 0: all", 0, 1e6, 1],
-  ["min_p", "Min p", "tokens with this share of the likeliest one's", 0, 1, "any"],
-  ["max_tokens", "Max tokens", "longest answer", 1, 1e7, 1],
-  ["seed", "Seed", "equal seeds, equal answers", 0, 2 ** 53 - 1, 1],
-  ["presence_penalty", "Presence penalty", "against tokens that occurred", -2, 2, "any"],
-  ["frequency_penalty", "Frequency penalty", "by how often they occurred", -2, 2, "any"],
-  ["repetition_penalty", "Repetition penalty", "divides their logits; 1: none", 0.01, 10, "any"],
+  ["temperature", "Temperature", "0: always the likeliest token; higher: more varied", 0, 5, "any"],
+  ["top_p", "Top p", "Keeps the likeliest tokens up to this total probability", 0, 1, "any"],
+  ["top_k", "Top k", "Keeps so many of the likeliest tokens; 0: all", 0, 1e6, 1],
+  ["min_p", "Min p", "Drops tokens below this fraction of the likeliest one's probability", 0, 1, "any"],
+  ["max_tokens", "Max tokens", "Length of an answer, at most", 1, 1e7, 1],
+  ["seed", "Seed", "The same seed gives the same answer", 0, 2 ** 53 - 1, 1],
+  ["presence_penalty", "Presence penalty", "Lowers tokens that have occurred", -2, 2, "any"],
+  ["frequency_penalty", "Frequency penalty", "Lowers tokens by how often they occurred", -2, 2, "any"],
+  ["repetition_penalty", "Repetition penalty", "Divides the logits of earlier tokens; 1: off", 0.01, 10, "any"],
 ];
 
 let held = {};
+let shownDefaults = {};
 
 const isObject = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
 
@@ -99,9 +100,19 @@ export function build() {
       held = {};
       store.saveSettings(held);
       build();
+      showDefaults(shownDefaults);
       find("defaults").focus();
     } }, "Back to defaults"),
   );
+}
+
+/** What holds where a field is empty, as far as the server says it. */
+export function showDefaults(defaults) {
+  for (const [name] of NUMBERS) {
+    const value = defaults[name];
+    find(`set-${name}`).placeholder = typeof value === "number" ? String(Number(value.toPrecision(4))) : "default";
+  }
+  shownDefaults = defaults;
 }
 
 export const systemPrompt = () => (typeof held.system === "string" ? held.system.trim() : "");

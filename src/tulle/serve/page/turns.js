@@ -3,13 +3,13 @@
 import { copyButton, fit, h } from "./dom.js";
 import { Markdown } from "./markdown.js";
 
-const LABELS = { stopped: "stopped", length: "reached the limit of tokens; raise Max tokens in the settings for more" };
+const LABELS = { stopped: "stopped", left: "broke off when the page was left", length: "reached the limit of tokens; raise Max tokens in the settings for more" };
 
 const seconds = (value) => `${value < 9.95 ? value.toFixed(value < 0.995 ? 2 : 1) : Math.round(value)} s`;
 const rate = (value) => (value < 10 ? value.toFixed(1) : Math.round(value).toLocaleString("en"));
 
 /** "31 tokens/s · first token 0.12 s · …", from what is known. */
-function statsText({ stats = {}, finish, error, model }, running, several) {
+function statsText({ stats = {}, finish, model }, several) {
   const parts = [];
   if (stats.rate) parts.push(`${rate(stats.rate)} tokens/s`);
   if (stats.first !== undefined) parts.push(`first token ${seconds(stats.first)}`);
@@ -20,7 +20,6 @@ function statsText({ stats = {}, finish, error, model }, running, several) {
   }
   if (several && model) parts.push(model);
   if (stats.unread) parts.push(`${stats.unread} unreadable ${stats.unread === 1 ? "part" : "parts"} left out`);
-  if (!running && !finish && !error) parts.push("broke off when the page was left");
   if (LABELS[finish]) parts.push(LABELS[finish]);
   return parts.join(" · ");
 }
@@ -117,7 +116,7 @@ export class AnswerView {
     this.reasoning.hidden = !reasoning;
     if (reasoning) {
       const done = !running || text;
-      const thought = stats?.thought !== undefined ? ` for ${seconds(stats.thought)}` : "";
+      const thought = stats?.thought >= 0.05 ? ` for ${seconds(stats.thought)}` : "";
       this.thoughtsLine.textContent = done ? `Thought${thought}` : "Thinking…";
       this.showThoughts();
     }
@@ -129,7 +128,7 @@ export class AnswerView {
     this.again.setAttribute("aria-label", error ? "Try again" : "Regenerate this answer");
     this.actions.hidden = running;
     this.actions.firstChild.hidden = !text;
-    this.stats.textContent = statsText(turn, running, several);
+    this.stats.textContent = statsText(turn, several);
   }
 
   showThoughts() {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
 from starlette.responses import Response
@@ -34,6 +34,9 @@ from tulle.serve.schemas.openai import Completion, CompletionRequest
 from tulle.serve.served import ServedModel
 from tulle.serve.streaming import COMMENT, DONE
 from tulle.text.tool_formats import Content
+
+if TYPE_CHECKING:
+    from tulle.engine.grammar import Kind
 
 DEFAULT_TOKENS = 16
 """As at OpenAI."""
@@ -74,7 +77,7 @@ async def prompts_of(model: ServedModel, given: Any, special: bool) -> list[list
 
 async def _begin(model: ServedModel, body: CompletionRequest, http: Request, prompts: Sequence[Sequence[int]]) -> Run:
     deadline = deadline_of(body.timeout, http)
-    format = None
+    format: tuple[Kind, str] | None = None
     if body.response_format is not None and body.response_format.type != "text":
         schema = {"type": "object"} if (named := body.response_format.json_schema) is None else named.schema_
         format = ("json_schema", compact(schema))
