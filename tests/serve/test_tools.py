@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
+from pathlib import Path
 from typing import Any
 
 import anthropic
 import openai
 import pytest
-from live_server import LiveServer
+from live_server import TEMPLATE, LiveServer, demo_folder
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOL: Any = {"type": "function", "function": {"name": "weather", "description": "Tells.", "parameters": PARAMETERS}}
@@ -166,7 +168,6 @@ def test_an_answer_by_schema(client: openai.OpenAI, server: LiveServer) -> None:
     [
         {"grammar": "start: ("},
         {"regex": "("},
-        {"regex": "(a{1,1000}){1,1000}{1,1000}"},
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nothing"}}}},
         {"grammar": 'start: "x"', "regex": "x"},
         {"tools": [TOOL, TOOL]},
@@ -178,6 +179,33 @@ def test_refused(server: LiveServer, wrong: dict[str, Any]) -> None:
     found = server.post("/v1/chat/completions", {"messages": ASKED, "max_tokens": 5} | wrong)
     assert found.status_code == 400, found.text
     assert found.json()["error"]["message"].startswith("expected")
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        {"regex": "a{1000000}"},
+        {"regex": "(a{1,1000}){1,1000}{1,1000}"},
+        {"regex": "(.*a){1,2000}b{1000}"},
+        {"regex": "(x+x+)+y"},
+        {"grammar": "\n".join(["start: a0", *(f"a{n}: a{n + 1} a{n + 1}" for n in range(40)), 'a40: "x"'])},
+        {"grammar": 'start: a\na: a a a a | "x" | ""'},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}},
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"schema": {"pattern": "^(a+)+$", "minLength": 10**6}},
+            }
+        },
+    ],
+    ids=range(8),
+)
+def test_hostile_grammars(server: LiveServer, grammar: dict[str, Any]) -> None:
+    """Followed or refused, within a second."""
+    begun = time.process_time()
+    found = server.post("/v1/chat/completions", {"messages": ASKED, "max_tokens": 5} | grammar)
+    assert found.status_code in (200, 400), found.text
+    assert time.process_time() - begun < 1
 
 
 def test_anthropic_stops_and_errors(claude: anthropic.Anthropic, server: LiveServer) -> None:
@@ -196,3 +224,39 @@ def test_anthropic_stops_and_errors(claude: anthropic.Anthropic, server: LiveSer
     prefill: Any = [*ASKED, {"role": "assistant", "content": "It"}]
     with pytest.raises(anthropic.BadRequestError, match="prefill"):
         claude.messages.create(model="demo", max_tokens=1, messages=prefill)
+
+
+def test_reasoning(tmp_path: Path) -> None:
+    """Comes apart in every API, streamed or not; a format of the answer holds for what follows it."""
+    folder = demo_folder(tmp_path / "demo", TEMPLATE + "{% if enable_thinking is false %}<think></think>{% endif %}")
+    server = LiveServer(folder)
+    try:
+        server.engine.say("<think>\nHm, well.\n</think>\n\nRain.")
+        body = {"messages": ASKED, "temperature": 0}
+        found = server.post("/v1/chat/completions", body).json()
+        message = found["choices"][0]["message"]
+        assert (message["reasoning_content"], message["content"]) == ("Hm, well.", "Rain.")
+        assert 3 < found["usage"]["completion_tokens_details"]["reasoning_tokens"] < found["usage"]["completion_tokens"]
+        thoughts, text = "", ""
+        with server.http.stream("POST", "/v1/chat/completions", json=body | {"stream": True}) as response:
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    delta = json.loads(line[6:])["choices"][0]["delta"]
+                    thoughts += delta.get("reasoning_content", "")
+                    text += delta.get("content", "")
+        assert (thoughts, text) == ("Hm, well.", "Rain.")
+        claude = server.post("/v1/messages", body | {"max_tokens": 50}).json()
+        assert [block["type"] for block in claude["content"]] == ["thinking", "text"]
+        responses = server.post("/v1/responses", {"input": "x", "temperature": 0}).json()
+        assert [item["type"] for item in responses["output"]] == ["reasoning", "message"]
+        assert responses["usage"]["output_tokens_details"]["reasoning_tokens"] > 3
+        for more in ({"reasoning_effort": "none"}, {"chat_template_kwargs": {"enable_thinking": False}}):
+            prompt = server.post("/v1/chat/completions", body | more).json()["usage"]["prompt_tokens"]
+            assert prompt > found["usage"]["prompt_tokens"]
+        server.engine.say("")
+        schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+        form = {"type": "json_schema", "json_schema": {"schema": schema | {"additionalProperties": False}}}
+        answered = server.post("/v1/chat/completions", body | {"response_format": form, "seed": 1}).json()
+        assert set(json.loads(answered["choices"][0]["message"]["content"])) == {"a"}
+    finally:
+        server.close()

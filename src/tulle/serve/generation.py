@@ -18,7 +18,7 @@ from tulle.serve.schemas.common import Generating
 from tulle.serve.served import ServedModel, random_seed
 from tulle.serve.streaming import cancel_when_gone
 from tulle.serve.worker import Job
-from tulle.text.tool_formats import Content, Delta
+from tulle.text.tool_formats import Content, Delta, Reasoning
 
 if TYPE_CHECKING:
     from tulle.engine.grammar import Kind
@@ -120,6 +120,10 @@ class Run:
     def __init__(self, job: Job, parsers: Sequence[Parsing], prompt_tokens: int, per_prompt: int = 1):
         self.job, self.prompt_tokens = job, prompt_tokens
         self._parsers, self._per_prompt = parsers, per_prompt
+        self._silent: dict[int, int] = {}
+        """Tokens of each answer since the last one that gave something."""
+        self.reasoning_tokens = 0
+        """Of all answers, those that gave reasoning; a token whose text is held back counts as what comes next."""
 
     async def steps(self) -> AsyncIterator[list[Piece]]:
         """The pieces of each step until all answers have ended; an empty list where nothing came for long.
@@ -136,6 +140,11 @@ class Run:
                 deltas = parser.push(event.text) if event.text else []
                 if event.finish is not None:
                     deltas = [*deltas, *parser.end()]
+                if deltas:
+                    tokens = self._silent.pop(number, 0) + (event.token is not None)
+                    self.reasoning_tokens += tokens if isinstance(deltas[0], Reasoning) else 0
+                elif event.token is not None:
+                    self._silent[number] = self._silent.get(number, 0) + 1
                 pieces.append(Piece(number, deltas, event))
             yield pieces
 
@@ -174,6 +183,7 @@ class Run:
             "completion_tokens": generated,
             "total_tokens": self.prompt_tokens + generated,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
         }
 
 

@@ -284,7 +284,7 @@ class _Output:
             "input_tokens": run.prompt_tokens,
             "input_tokens_details": {"cached_tokens": run.cached_tokens},
             "output_tokens": run.generated,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": run.reasoning_tokens},
             "total_tokens": run.prompt_tokens + run.generated,
         }
 
