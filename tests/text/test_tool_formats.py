@@ -344,6 +344,41 @@ def test_wrong_tools_are_refused(tools: list[dict[str, object]], choice: object,
         format_named("hermes").grammar(tools, choice)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"minLength": "x", "type": "string"},
+        {"type": "array", "minItems": []},
+        {"anyOf": 3},
+        {"enum": 3},
+        {"enum": [{1}]},
+        {"type": {}},
+        True,
+        7,
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_schemas_without_sense_are_the_clients_fault(name: str, schema: object) -> None:
+    tool = {"name": "f", "parameters": {"properties": {"a": schema}, "required": 3}}
+    try:
+        assert isinstance(format_named(name).grammar([tool]), str)  # or llguidance refuses it
+    except UserError as error:
+        assert "JSON Schema as parameters" in str(error)
+
+
+def test_a_schema_that_holds_itself() -> None:
+    node = {"type": "object", "properties": {k: {"$ref": "#/$defs/Node"} for k in "ab"}, "additionalProperties": False}
+    schema = {"type": "object", "$defs": {"Node": node}, "properties": {"n": node}, "required": ["n"]}
+    for name in NAMES:
+        grammar = format_named(name).grammar([{"name": "f", "parameters": schema}], parallel=False)
+        ids = sample(byte_tokenizer(), grammar, random.Random(0), ENDS)
+        text = byte_tokenizer().decode(ids)
+        deltas = flat(read(format_named(name), text, tools=[{"name": "f"}]))
+        ((_, arguments),) = (found for found in deltas if found[0] == "f")
+        Draft202012Validator(schema).validate(json.loads(arguments))
+
+
 def sample(tokenizer: ModelTokenizer, grammar: str, rng: random.Random, ends: list[str]) -> list[int]:
     """Tokens that the grammar allows, drawn evenly, with some of the ``ends`` where they may come."""
     library = llguidance.LLTokenizer(

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 
 from tulle.text.tool_formats.contract import ToolFormat
 from tulle.text.tool_formats.json_text import json_value
-from tulle.text.tool_formats.lark import Lark, either
+from tulle.text.tool_formats.lark import ANY, Lark, either
 from tulle.text.tool_formats.parser import Parser
 from tulle.text.tool_formats.python_calls import ordered, to_json
 from tulle.text.tool_formats.source import NoMatch, Reading
-from tulle.text.tool_formats.tools import Tool
+from tulle.text.tool_formats.tools import Tool, allowed_values
 
 DEPTH = 60
 _NAME, _KEY = re.compile(r"[^\s{}<>]*"), re.compile(r"[^\s{}\[\]<>:,\"]*")
@@ -100,49 +100,47 @@ class FunctionGemma(ToolFormat):
         parser.arguments('"')
 
     def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
-        def one(tool: Tool) -> str:
-            def argument(name: str, schema: Any) -> str:
-                return f"{lark.text(name + ':')} {self._value_grammar(lark, tool, schema)}"
-
-            return f'{lark.text(tool.name + "{")} {ordered(lark, tool, argument, _COMMA)} "}}"'
-
-        body = either([one(tool) for tool in tools])
+        body = either([f"{lark.text(t.name)} {self._object_grammar(lark, t, t.parameters)}" for t in tools])
         call = lark.rule(f"{lark.text(self.start + 'call:')} {body} {lark.text(self.end)}", "call")
         return f"{call}+" if parallel else call
 
-    def _value_grammar(self, lark: Lark, tool: Tool, schema: Any, depth: int = 0) -> str:
+    def _value_grammar(self, lark: Lark, tool: Tool, schema: Any) -> str:
         """An expression for a value. Of strings, lengths and values count; of objects, properties."""
+        reference = schema.get("$ref") if isinstance(schema, Mapping) else None
+        if isinstance(reference, str):
+            # Schemas may hold themselves.
+            return lark.shared(
+                f"{tool.name} {reference}", lambda: self._value_grammar(lark, tool, tool.resolved(schema))
+            )
         found = tool.resolved(schema)
-        values = found.get("enum", [found["const"]] if "const" in found else None)
+        values, kinds = allowed_values(found), found.get("type")
         if values:
             return either([lark.text(self._written(value)) for value in values])
         options = found.get("anyOf") or found.get("oneOf")
-        kinds = found.get("type")
-        if depth > DEPTH:
-            return '"null"'
+        if not options and isinstance(kinds, list):
+            options = [{**found, "type": kind} for kind in kinds]
         if options:
-            return either([self._value_grammar(lark, tool, option, depth + 1) for option in options])
-        if isinstance(kinds, list):
-            every = [self._value_grammar(lark, tool, {**found, "type": kind}, depth + 1) for kind in kinds]
-            return either(every)
+            return either([self._value_grammar(lark, tool, option) for option in options])
         if kinds == "string" or kinds is None:
-            least, most = int(found.get("minLength", 0)), found.get("maxLength", "")
-            pattern = f"(?s:.{{{least},{most}}})" if least or most != "" else "(?s:.*)"
-            return f"{lark.text(self.quote)} {lark.before(self.quote, pattern)}"
+            least, most = int(found.get("minLength", 0)), found.get("maxLength")
+            bounded = f"(?s:.{{{least},{'' if most is None else int(most)}}})"
+            return f"{lark.text(self.quote)} {lark.before(self.quote, bounded if least or most is not None else ANY)}"
         if kinds == "array":
-            item = self._value_grammar(lark, tool, found.get("items", {}), depth + 1)
+            item = lark.rule(self._value_grammar(lark, tool, found.get("items", {})), "item")
             least, most = int(found.get("minItems", 0)), found.get("maxItems")
             more = f"{{{max(least - 1, 0)},{'' if most is None else max(int(most) - 1, 0)}}}"
             items = f"{item} ({_COMMA} {item}){more}"
             return f'"[" {items} "]"' if least else f'"[" ({items})? "]"'
         if kinds == "object":
-            inner = Tool("", parameters={**tool.whole(found)})
-
-            def argument(name: str, part: Any) -> str:
-                return f"{lark.text(name + ':')} {self._value_grammar(lark, tool, part, depth + 1)}"
-
-            return f'"{{" {ordered(lark, inner, argument, _COMMA)} "}}"'
+            return self._object_grammar(lark, tool, found)
         return lark.json(tool.whole(found))
+
+    def _object_grammar(self, lark: Lark, tool: Tool, schema: Mapping[str, Any]) -> str:
+        def argument(name: str, part: Any) -> str:
+            return f"{lark.text(name + ':')} {self._value_grammar(lark, tool, part)}"
+
+        part = Tool("", parameters=schema)
+        return f'"{{" {ordered(lark, part.properties, part.required, argument, _COMMA)} "}}"'
 
     def _written(self, value: Any) -> str:
         if isinstance(value, str):

@@ -9,7 +9,7 @@ import ast
 import json
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -223,19 +223,20 @@ def python_grammar(lark: Lark, tools: Sequence[Tool]) -> str:
         def argument(name: str, schema: Any) -> str:
             return f"{lark.text(name + '=')} {lark.json(tool.whole(schema))}"
 
-        return f'{lark.text(tool.name + "(")} {ordered(lark, tool, argument, _COMMA)} ")"'
+        return f'{lark.text(tool.name + "(")} {ordered(lark, tool.properties, tool.required, argument, _COMMA)} ")"'
 
     return lark.rule(either([one(tool) for tool in tools]), "call")
 
 
-def ordered(lark: Lark, tool: Tool, write: Any, separator: str) -> str:
+def ordered(
+    lark: Lark, properties: Mapping[str, Any], required: Sequence[str], write: Callable[[str, Any], str], separator: str
+) -> str:
     """An expression for the properties in their order, without some of those that are not required."""
     rest, first = '""', '""'
-    for name, schema in reversed(tool.properties.items()):
-        argument = write(name, schema)
-        with_rest = f"{separator} {argument} {rest}" if separator else f"{argument} {rest}"
-        as_first = f"{argument} {rest}"
-        if name not in tool.required:
+    for name, schema in reversed(list(properties.items())):
+        argument = lark.rule(write(name, schema), "argument")
+        with_rest, as_first = f"{separator} {argument} {rest}", f"{argument} {rest}"
+        if name not in required:
             with_rest, as_first = f"{with_rest} | {rest}", f"{as_first} | {first}"
         rest, first = lark.rule(with_rest, "rest"), lark.rule(as_first, "first")
     return first

@@ -14,7 +14,7 @@ from tulle.text.tool_formats.lark import Lark, either, repeated
 from tulle.text.tool_formats.parser import Parser
 from tulle.text.tool_formats.python_calls import is_json, ordered, to_json
 from tulle.text.tool_formats.source import NoMatch, Reading, Source
-from tulle.text.tool_formats.tools import Tool
+from tulle.text.tool_formats.tools import Tool, allowed_values
 
 START, END = "<tool_call>", "</tool_call>"
 FUNCTION, FUNCTION_END = "<function=", "</function>"
@@ -73,7 +73,8 @@ class Qwen3Coder(ToolFormat):
                 return f"{lark.text(f'{PARAMETER}{name}>' + NEWLINE)} {_value_grammar(lark, tool, schema)}"
 
             head = f"{FUNCTION}{tool.name}>{NEWLINE}"
-            return f"{lark.text(head)} {ordered(lark, tool, argument, '')} {lark.text(FUNCTION_END)}"
+            arguments = ordered(lark, tool.properties, tool.required, argument, "")
+            return f"{lark.text(head)} {arguments} {lark.text(FUNCTION_END)}"
 
         functions = lark.rule(either([one(tool) for tool in tools]), "function")
         call = lark.rule(f"{lark.text(START + NEWLINE)} {functions} {lark.text(NEWLINE + END)}", "call")
@@ -116,8 +117,8 @@ def _as_json(text: str) -> str:
 
 
 def _is_text(schema: Mapping[str, Any]) -> bool:
-    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
-    if "type" not in schema and isinstance(values, list):
+    values = allowed_values(schema)
+    if "type" not in schema and values:
         return all(isinstance(value, str) for value in values)
     return schema.get("type") == "string"
 
@@ -127,7 +128,7 @@ def _value_grammar(lark: Lark, tool: Tool, schema: Any) -> str:
     end = f"{NEWLINE}{PARAMETER_END}{NEWLINE}"
     if not _is_text(found):
         return f"{lark.json(tool.whole(schema))} {lark.text(end)}"
-    values = found.get("enum", [found["const"]] if "const" in found else None)
+    values = allowed_values(found)
     if values:
         return either([lark.text(f"{value}{end}") for value in values if isinstance(value, str)])
     least, most = found.get("minLength"), found.get("maxLength")

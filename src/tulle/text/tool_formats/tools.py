@@ -53,6 +53,12 @@ class Tool:
         return {**{key: self.parameters[key] for key in ("$defs", "definitions") if key in self.parameters}, **schema}
 
 
+def allowed_values(schema: Mapping[str, Any]) -> list[Any]:
+    """The values that ``enum`` or ``const`` allow; none where every value may come."""
+    values = schema.get("enum", [schema["const"]] if "const" in schema else [])
+    return list(values) if isinstance(values, Sequence) and not isinstance(values, str) else []
+
+
 def read_tools(tools: Sequence[Mapping[str, Any] | Tool] | None) -> list[Tool]:
     """Tools from OpenAI's form, ``{"type": "function", "function": {...}}``, or from the function alone.
 
