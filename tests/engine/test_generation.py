@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 from checkpoints import write_checkpoint
 from tulle.engine import Engine, Request, Sampling
-from tulle.engine.sampling import Sampler
 from tulle.errors import UserError
 
 
@@ -171,29 +170,6 @@ def test_bad_calls(folder: Path, call: object, message: str) -> None:
 def test_bad_options(folder: Path, options: dict[str, object]) -> None:
     with pytest.raises(UserError, match="expected"):
         Engine(folder, **options)  # type: ignore[arg-type]
-
-
-def test_sampled_shares_follow_the_probabilities() -> None:
-    sampler = Sampler(Sampling(temperature=2.0, seed=0))
-    logits = np.array([0.0, 2.0, 4.0], np.float32)
-    counts = np.bincount([sampler.choose(logits) for _ in range(4000)], minlength=3) / 4000
-    expected = np.exp(logits / 2) / np.exp(logits / 2).sum()
-    assert np.abs(counts - expected).max() < 0.03
-
-
-def test_repetition_penalty() -> None:
-    sampler = Sampler(Sampling(repetition_penalty=2.0))
-    assert sampler.choose(np.array([1.0, 1.9, 0.0], np.float32), [1]) == 0
-    assert sampler.choose(np.array([-1.5, -1.0, -9.0], np.float32), [1]) == 0
-    assert sampler.choose(np.array([1.0, 2.1, 0.0], np.float32), [1]) == 1
-
-
-@pytest.mark.parametrize(
-    "settings", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.5}, {"repetition_penalty": 0}]
-)
-def test_bad_sampling(settings: dict[str, float]) -> None:
-    with pytest.raises(UserError, match="expected"):
-        Sampling(**settings)  # type: ignore[arg-type]
 
 
 def chain(folder: Path, following: dict[int, int], vocabulary: int) -> None:

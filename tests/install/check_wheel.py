@@ -8,16 +8,12 @@ Makes the environment FOLDER/venv, prints its size, and runs what must run there
 from __future__ import annotations
 
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 import venv
 from pathlib import Path
 
-from light_install import chatting_model
+from light_install import chatting_model, served
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ("pip", "setuptools", "_distutils_hack", "distutils-precedence.pth")
@@ -40,27 +36,6 @@ def expect(condition: bool, what: str, shown: object = "") -> None:
     print(("ok    " if condition else "FAILS ") + what, flush=True)
     if not condition:
         sys.exit(f"{what}: {shown}")
-
-
-def check_server(tulle: Path, model: str, cwd: Path) -> None:
-    """Answers /health, ends within ten seconds of SIGTERM."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen([tulle, "serve", model, "--port", str(port)], cwd=cwd, stderr=subprocess.PIPE, text=True)
-    try:
-        answer = 0
-        for _ in range(100):
-            try:
-                answer = urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).status
-                break
-            except OSError:
-                time.sleep(0.2)
-        expect(answer == 200, "tulle serve answers /health", answer)
-        server.send_signal(signal.SIGTERM)
-        expect(server.wait(10) == 0, "tulle serve ends at SIGTERM", server.returncode)
-    finally:
-        server.kill()
 
 
 def main() -> None:
@@ -97,7 +72,10 @@ def main() -> None:
         found.returncode == 2 and "pip install 'tulle[compress]'" in found.stderr and found.stderr.count("\n") == 1,
         "tulle compress says what it needs", found.stderr,
     )  # fmt: skip
-    check_server(tulle, model, work)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    code, answer = served([str(tulle)], model, work, environment)
+    expect(answer["choices"][0]["message"]["role"] == "assistant", "tulle serve answers", answer)
+    expect(code == 0, "tulle serve ends at SIGTERM", code)
 
 
 if __name__ == "__main__":

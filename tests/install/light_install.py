@@ -7,14 +7,18 @@ interpreter that sees nothing else. ``make wheel`` installs a real wheel into a 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
 
@@ -100,13 +104,33 @@ def environment(site_packages: Path) -> Mapping[str, str]:
     return os.environ | {"PYTHONPATH": str(site_packages), "PYTHONNOUSERSITE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
+def served(command: Sequence[str], model: str, cwd: Path, environment: Mapping[str, str]) -> tuple[int, dict[str, Any]]:
+    """Starts ``tulle serve`` (``command`` is how to call ``tulle``), asks once, ends it: exit code and answer."""
+    arguments = [*command, "serve", model, "--port", "0", "--served-name", "m"]
+    server = subprocess.Popen(arguments, cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        assert server.stderr is not None
+        told = next((line for line in server.stderr if "http://" in line), "")
+        address = re.search(r"http://[\w.:]+", told)
+        assert address is not None, "the server ended before it said where it listens"
+        body = json.dumps({"model": "m", "max_tokens": 4, "messages": [{"role": "user", "content": "hello"}]}).encode()
+        request = urllib.request.Request(
+            f"{address[0]}/v1/chat/completions", body, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as response:
+            answer = json.load(response)
+        server.send_signal(signal.SIGTERM)
+        server.communicate(timeout=30)
+        return server.returncode, answer
+    finally:
+        server.kill()
+
+
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 
 
 def chatting_model(folder: Path) -> Path:
     """The bundled model with a chat template, which it has none of."""
-    import json
-
     bundled = Path(tulle.__file__).parent / "reference"
     folder.mkdir()
     for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json"):

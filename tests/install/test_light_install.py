@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 import typer
-from light_install import chatting_model, closure, installed_bytes, link, requirements, run
+from light_install import (
+    MAIN,
+    chatting_model,
+    closure,
+    environment,
+    installed_bytes,
+    link,
+    requirements,
+    run,
+    served,
+)
 
 from tulle.cli.common import NEEDS
 from tulle.cli.main import app
@@ -134,6 +144,8 @@ def test_what_runs_on_it(light: Path, tmp_path: Path) -> None:
     assert scored.returncode == 0, scored.stderr
     found = json.loads(scored.stdout)
     assert 1 < found["perplexity"] < 1000 and found["tasks"][0]["accuracy"] in (0, 1)
+    code, answer = served([sys.executable, "-S", "-c", MAIN], model, tmp_path, environment(light))
+    assert (code, answer["choices"][0]["finish_reason"]) == (0, "length")
     refused = run(light, ["compress", model, "-r", "sparse50-w4", "-o", "out"], tmp_path)
     assert refused.returncode == 2 and "pip install 'tulle[compress]'" in refused.stderr
 
