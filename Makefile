@@ -9,26 +9,41 @@ BUILT_FROM := pyproject.toml CMakeLists.txt constraints.txt $(shell find native 
 $(shell mkdir -p build; find src/tulle -type d -not -name __pycache__ -not -path '*/.*' | sort > build/packages.now; \
 	cmp -s build/packages.now build/packages || cp build/packages.now build/packages)
 
-.PHONY: demo test check docs bench reference sanitize amx fuzz
+.PHONY: demo test check docs bench reference sanitize amx fuzz wheel browser
 
 demo: $(INSTALLED)
 	$(BIN)/tulle demo -o demo
 
 # One process per core; more threads inside each would only fight for the same cores.
-test: $(INSTALLED)
+test: $(INSTALLED) browser
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n auto --maxprocesses=8
+
+# A Chromium for the test of the server's page: the system's, else Debian's, else Playwright's own build. Where none can
+# be had, that test says so.
+browser: $(INSTALLED)
+	@command -v chromium || command -v chromium-browser || command -v google-chrome \
+		|| { test "$$(id -u)" = 0 && apt-get update -qq \
+			&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-liberation; } \
+		|| $(BIN)/playwright install chromium || echo "no Chromium: apt-get install chromium"
 
 check: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	if test -x $(BIN)/hadolint; then $(BIN)/hadolint deploy/Dockerfile; fi
 
 # The documentation's site, in build/site; what comes from the code must be up to date, and links must lead somewhere.
 docs: $(INSTALLED)
 	$(BIN)/python -m pip install -q -c constraints.txt mkdocs-material  # the extra "docs"
 	$(BIN)/python docs/generate.py --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# The wheel, and what a user gets of it in an empty environment: its size, and that it runs and serves.
+wheel: $(INSTALLED)
+	rm -rf build/wheel
+	$(BIN)/python -m pip wheel -q --no-deps -w build/wheel .
+	PYTHONPATH=tests/install $(BIN)/python tests/install/check_wheel.py build/wheel/tulle-*.whl build/wheel
 
 # See benchmarks/README.md for DATA and PEER_PYTHON.
 bench: $(INSTALLED)

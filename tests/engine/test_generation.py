@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,7 @@ from tokenizers_in_memory import byte_fallback
 from transformers import AutoModelForCausalLM
 
 from checkpoints import write_checkpoint
-from tulle.engine import Engine, Sampling
-from tulle.engine.sampling import Sampler, likely
+from tulle.engine import Engine, Request, Sampling
 from tulle.errors import UserError
 
 
@@ -65,11 +65,77 @@ def test_stop_strings_and_streaming(folder: Path) -> None:
 def test_the_end_token_ends(folder: Path) -> None:
     engine = Engine(folder, threads=1)
     end = min(engine.text.end_tokens)
-    logits = np.zeros(engine.vocabulary, np.float32)
-    logits[end] = 1e9
-    engine.forward = lambda *a, **k: logits[None]  # type: ignore[method-assign]
-    found = engine.generate("x", 10)
+    found = engine.generate("x", 10, Sampling(logit_bias={end: 1e4}))
     assert (found.finish, found.tokens, found.text) == ("end", [], "")
+    assert len(engine.generate("x", 10, Sampling(logit_bias={end: 1e4}), ignore_end=True).tokens) == 10
+
+
+def test_a_prompt_that_goes_on_is_taken_from_the_cache(folder: Path) -> None:
+    prompt = list(range(40))
+    engine = Engine(folder, threads=1, sequences=2, cache="f32")
+    first = engine.generate(prompt, 20, ignore_end=True)
+    turn = [*prompt, *first.tokens, 5, 6, 7]
+    second = engine.generate(turn, 20, ignore_end=True)
+    assert (first.cached_tokens, second.cached_tokens) == (0, 48)
+    assert second.tokens == Engine(folder, threads=1, cache="f32").generate(turn, 20, ignore_end=True).tokens
+    assert engine.generate(turn, 20, ignore_end=True).cached_tokens == 48
+
+
+def test_two_threads_on_one_engine(folder: Path) -> None:
+    engine = Engine(folder, threads=1, sequences=2)
+    prompts = [f"{number}, the text of thread {number}" for number in range(6)]
+    alone = [Engine(folder, threads=1).generate(prompt, 24).tokens for prompt in prompts]
+    logits = engine.forward(list(range(30)))
+    found: dict[int, list[int]] = {}
+
+    def run(number: int) -> None:
+        for _ in range(3):
+            found[number] = engine.generate(prompts[number], 24).tokens
+            assert np.array_equal(engine.forward(list(range(30))), logits)
+
+    with ThreadPoolExecutor(6) as pool:
+        for done in [pool.submit(run, number) for number in range(6)]:
+            done.result()
+    assert [found[number] for number in range(6)] == alone
+
+
+def test_an_engine_that_serves_refuses_what_would_disturb_it(folder: Path) -> None:
+    engine = Engine(folder, threads=1)
+    engine.scheduler.add(Request([1, 2, 3], 5))
+    for call in (lambda: engine.forward([1]), lambda: engine.generate("a", 2)):
+        with pytest.raises(UserError, match="whose scheduler runs requests"):
+            call()
+    while not engine.scheduler.idle:
+        engine.scheduler.step()
+    engine.generate("a", 2)
+
+
+def test_text_made_by_hand_is_forgotten_when_text_is_generated(folder: Path) -> None:
+    engine = Engine(folder, threads=1)
+    engine.forward([1, 2, 3])
+    engine.forward([4], 0, 3)
+    with pytest.raises(UserError, match="expected at most 4, up to where its past was given, found 9"):
+        engine.forward([4], 0, 9)
+    engine.generate("a", 2)
+    with pytest.raises(UserError, match="expected at most 0"):
+        engine.forward([4], 0, 4)
+
+
+def test_embeddings_and_memory(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    prompt = list(range(40))
+    engine = Engine(folder, threads=1, cache="f32", cache_memory=5 << 20)
+    assert engine.cache_bytes <= 5 << 20
+    with torch.inference_mode():
+        hidden = model.model(torch.tensor([prompt])).last_hidden_state[0].numpy()
+    for kind, expected in (("mean", hidden.mean(0)), ("last", hidden[-1])):
+        sequence = engine.scheduler.add(Request(prompt, 0, embedding=kind))  # type: ignore[arg-type]
+        while not engine.scheduler.idle:
+            engine.scheduler.step()
+        assert sequence.embedding is not None
+        assert np.abs(sequence.embedding - expected).max() < 1e-4 * np.abs(expected).max()
+    with pytest.raises(UserError, match="at least one page"):
+        Engine(folder, cache_memory=100)
 
 
 @pytest.mark.parametrize(
@@ -104,40 +170,6 @@ def test_bad_calls(folder: Path, call: object, message: str) -> None:
 def test_bad_options(folder: Path, options: dict[str, object]) -> None:
     with pytest.raises(UserError, match="expected"):
         Engine(folder, **options)  # type: ignore[arg-type]
-
-
-def test_top_k_and_top_p() -> None:
-    logits = np.log(np.array([0.1, 0.4, 0.2, 0.3]))
-    tokens, weights = likely(logits, 0, 1.0)
-    assert tokens.tolist() == [1, 3, 2, 0] and np.allclose(weights, [0.4, 0.3, 0.2, 0.1])
-    tokens, weights = likely(logits, 2, 1.0)
-    assert tokens.tolist() == [1, 3] and np.allclose(weights, [4 / 7, 3 / 7])
-    assert likely(logits, 0, 0.6)[0].tolist() == [1, 3]
-    assert likely(logits, 0, 0.1)[0].tolist() == [1]
-    assert likely(logits, 9, 1.0)[0].tolist() == [1, 3, 2, 0]
-
-
-def test_sampled_shares_follow_the_probabilities() -> None:
-    sampler = Sampler(Sampling(temperature=2.0, seed=0))
-    logits = np.array([0.0, 2.0, 4.0], np.float32)
-    counts = np.bincount([sampler.choose(logits) for _ in range(4000)], minlength=3) / 4000
-    expected = np.exp(logits / 2) / np.exp(logits / 2).sum()
-    assert np.abs(counts - expected).max() < 0.03
-
-
-def test_repetition_penalty() -> None:
-    sampler = Sampler(Sampling(repetition_penalty=2.0))
-    assert sampler.choose(np.array([1.0, 1.9, 0.0], np.float32), [1]) == 0
-    assert sampler.choose(np.array([-1.5, -1.0, -9.0], np.float32), [1]) == 0
-    assert sampler.choose(np.array([1.0, 2.1, 0.0], np.float32), [1]) == 1
-
-
-@pytest.mark.parametrize(
-    "settings", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.5}, {"repetition_penalty": 0}]
-)
-def test_bad_sampling(settings: dict[str, float]) -> None:
-    with pytest.raises(UserError, match="expected"):
-        Sampling(**settings)  # type: ignore[arg-type]
 
 
 def chain(folder: Path, following: dict[int, int], vocabulary: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -209,7 +209,13 @@ def _engine(
 
     folder: Path = local_folder(model)
     with common.progress_bars() as progress:
-        options = {"cache": cache, "activations": activations, "head": head, "layout": layout, "weights": weights}
+        options: dict[str, Any] = {
+            "cache": cache,
+            "activations": activations,
+            "head": head,
+            "layout": layout,
+            "weights": weights,
+        }
         return Engine(folder, threads, context, 1, **options, progress=progress)
 
 

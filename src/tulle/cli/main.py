@@ -21,6 +21,7 @@ from tulle.cli.eval import evaluate
 from tulle.cli.export import export
 from tulle.cli.inspect import inspect
 from tulle.cli.law import app as law
+from tulle.cli.serve import serve
 from tulle.cli.train import train
 from tulle.errors import UserError
 
@@ -40,6 +41,7 @@ app.command("inspect", short_help="Structure, bits, sparsity, outliers, sensitiv
 app.command("export", short_help="Write a compressed model in another format.")(export)
 app.command("generate", short_help="Continue a text with the native engine.")(generate)
 app.command("chat", short_help="Talk to a model.")(chat)
+app.command("serve", short_help="Serve models over HTTP, as OpenAI's clients expect.")(serve)
 app.command("bench", short_help="Prefill and decode speed of the engine.")(bench)
 app.command("train", short_help="Train by a recipe: new, continued, fine-tuned, sparse.")(train)
 

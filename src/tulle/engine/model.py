@@ -290,7 +290,8 @@ class Engine:
         for slot, position in zip(slots.tolist(), positions.tolist(), strict=True):
             if not (0 <= slot < self.sequences and 0 <= position < self.context):
                 return
-            if position > lengths.get(slot, 0):
+            # What a recurrent state goes on from, the native engine knows better.
+            if position > lengths.get(slot, 0) and not self._kv.recurrent:
                 raise UserError(
                     f"position of sequence {slot}: expected at most {lengths.get(slot, 0)}, up to where its past was "
                     f"given, found {position}"

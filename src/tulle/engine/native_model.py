@@ -17,6 +17,7 @@ from tulle.engine.kv_cache import PAGE
 
 Floats = NDArray[np.float32]
 
+
 def page_count(context: int) -> int:
     """Pages of a sequence of so many tokens."""
     return -(-context // PAGE)

@@ -478,7 +478,7 @@ def _fewest(keys: Floats, weights: NDArray[np.floating], needed: float, beyond: 
 
 
 def _top_p(left: Floats, p: float) -> Tokens:
-    keys = left.max() - left
+    keys = np.abs(left.max() - left)  # without -0.0
     shares = np.exp(-keys)
     needed = p * float(shares.sum(dtype=np.float64))
     # Most often few tokens carry that much.

@@ -180,9 +180,9 @@ class Scheduler:
         room = min(self._context, self._cache.pages * PAGE)
         prompt, wanted = len(request.prompt), request.max_tokens
         if prompt + (1 if wanted is None else wanted) > room:
-            tokens = f"{prompt}" if wanted is None else f"{prompt} and {wanted}"
+            found = f"{prompt}" if wanted is None else f"{prompt} and {wanted}"
             raise UserError(
-                f"expected prompt and continuation within {room} tokens, found {tokens}; raise the context or ask for "
+                f"expected prompt and continuation within {room} tokens, found {found}; raise the context or ask for "
                 "fewer tokens"
             )
         if self.queue_limit is not None and len(self._waiting) - len(self._free) >= self.queue_limit:
@@ -190,8 +190,7 @@ class Scheduler:
         sequence = Sequence(request, self._arrivals, added=self._clock())
         tokens = list(request.prompt)
         sampler = Sampler(request.sampling, self._text)
-        options = {"keep_special": True} if request.keep_special else {}
-        stream = self._text.stream(tokens, request.stop, **options)
+        stream = self._text.stream(tokens, request.stop, keep_special=request.keep_special)
         constraint = request.constraint() if request.constraint is not None else None
         left = room - prompt if wanted is None else wanted
         self._arrivals += 1

@@ -110,6 +110,37 @@ def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset(number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special)
 
 
+def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
+    """What every token adds to the bytes of a text, in the middle of it; nothing for ids without a token.
+
+    A token that is read differently beside another (CTC's repeats, patterns over the joined text) is read alone.
+    """
+    count = max(tokenizer.get_vocab().values(), default=-1) + 1
+    tokens = [tokenizer.id_to_token(number) for number in range(count)]
+    kinds = {spec["type"] for spec in _flat(json.loads(tokenizer.decoder.__getstate__()))} if tokenizer.decoder else ()
+    if "ByteLevel" in kinds:
+        return [b"" if token is None else _own_bytes(token) for token in tokens]
+    # Between tokens of one letter, so that none is the first or the last.
+    letter = next((n for n, token in enumerate(tokens) if token is not None and re.fullmatch("[a-z]", token)), 0)
+    start, both = (len(tokenizer.decode([letter] * n, skip_special_tokens=False)) for n in (1, 2))
+    triples = [[letter] * 2 if token is None else [letter, number, letter] for number, token in enumerate(tokens)]
+    texts = tokenizer.decode_batch(triples, skip_special_tokens=False)
+    found = [text[start : len(text) - (both - start)].encode() for text in texts]
+    if "ByteFallback" in kinds:
+        for number, token in enumerate(tokens):
+            if token is not None and _BYTE.fullmatch(token):
+                found[number] = bytes([int(token[3:5], 16)])
+    return found
+
+
+def _own_bytes(token: str) -> bytes:
+    """Of byte-level BPE."""
+    try:
+        return bytes([BYTE_OF[character] for character in token])
+    except KeyError:
+        return token.encode()
+
+
 def _steps(decoder: Any, clean_up: bool) -> list[_Step]:
     """The chain of a decoder, followed by the cleaning up."""
     steps: list[_Step] = []
@@ -279,11 +310,7 @@ class _ByteLevel:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: str) -> list[str]:
-        try:
-            found = bytes([BYTE_OF[character] for character in token])
-        except KeyError:
-            found = token.encode()
-        return [self._decoder.decode(found)]
+        return [self._decoder.decode(_own_bytes(token))]
 
     def end(self) -> list[str]:
         return [self._decoder.decode(b"", True)]

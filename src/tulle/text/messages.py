@@ -41,8 +41,8 @@ def prepare_messages(
     - Content is text: parts are joined by newlines, None is ''.
     - ``developer`` is ``system`` where the template does not know it; a system message that it does not know goes into
       the first user message.
-    - Arguments of calls are objects, or JSON text where the template wants text. Results have their call's ``name``. Ids
-      are as the template takes them.
+    - Arguments of calls are objects, or JSON text where the template wants text. Results have their call's ``name``.
+      Ids are as the template takes them.
     - Where the template has no tools, they are described in the system message; calls are lines of JSON, and results
       are the user's.
 
@@ -51,7 +51,7 @@ def prepare_messages(
     known = read_tools(tools)
     facts = template_facts(chosen_template(tokenizer.templates, None, known or None), tokenizer.special)
     prepared = _named([_message(message, tool_format) for message in messages])
-    prepared = [message for part in prepared for message in _calls(part, facts)]
+    prepared = [message for part in prepared for message in _calls(part, facts, tool_format.supports_tools)]
     if known and not tool_format.supports_tools:
         prepared = _with_system(prepared, describe_tools(known, choice))
     prepared = _merged_results(_roles(prepared, facts))
@@ -124,14 +124,14 @@ def _named(messages: Messages) -> Messages:
     return messages
 
 
-def _calls(message: dict[str, Any], facts: TemplateFacts) -> Messages:
-    """The message, with calls and results in a form that the template shows."""
-    if message["role"] == "tool" and not facts.results:
+def _calls(message: dict[str, Any], facts: TemplateFacts, native: bool) -> Messages:
+    """The message, with calls and results in a form that the template shows; ``native``: the format is its own."""
+    if message["role"] == "tool" and not (facts.results and native):
         title = f"Result of {message['name']}:" if "name" in message else "Result of the tool:"
         return [{"role": "user", "content": f"{title}\n{message['content']}", "is_result": True}]
     if "tool_calls" not in message:
         return [message]
-    if not facts.calls:
+    if not (facts.call and native):
         lines = [json.dumps(call["function"], ensure_ascii=False) for call in message["tool_calls"]]
         text = "\n".join([*([message["content"]] if message["content"] else []), *lines])
         return [{**{k: v for k, v in message.items() if k != "tool_calls"}, "content": text}]

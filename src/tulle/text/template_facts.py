@@ -7,6 +7,7 @@ on small conversations, and what comes out tells.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +16,17 @@ from typing import Any
 from tulle.errors import UserError
 from tulle.text.chat_template import render
 
-KEY, VALUE, WORD = "probe_key", 'probe "value"', "probe_word"
+NAME, RESULT = "probe_name", "probe_result"
+ARGUMENTS = {"probe_key": 'probe "value"'}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": NAME,
+        "description": "Tries.",
+        "parameters": {"type": "object", "properties": {"other_key": {"type": "string", "description": "A word."}}},
+    },
+}
+"""What templates are tried with."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +39,9 @@ class TemplateFacts:
     """It shows a system message."""
     developer: bool
     """It shows a message of the role ``developer``."""
-    calls: bool
-    """It shows the calls of an assistant's message."""
+    call: str
+    """What it writes for a call of :data:`TOOL` with :data:`ARGUMENTS`, which is what the model learnt to write; ''
+    where it shows no calls."""
     results: bool
     """It shows messages of the role ``tool``."""
     text_arguments: bool
@@ -43,41 +55,46 @@ def template_facts(template: str, special: Mapping[str, str] | None = None) -> T
 
 @lru_cache(maxsize=16)
 def _facts(template: str, special: tuple[tuple[str, str], ...]) -> TemplateFacts:
-    def shown(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+    def shown(messages: Sequence[Mapping[str, Any]], tools: bool = False, prompt: bool = True) -> str:
         try:
-            return render(template, messages, tools=tools, variables=dict(special))
+            return render(
+                template,
+                messages,
+                tools=[TOOL] if tools else None,
+                add_generation_prompt=prompt,
+                variables=dict(special),
+            )
         except UserError:
             return ""
 
     user = {"role": "user", "content": "Hi"}
-    tool = {
-        "type": "function",
-        "function": {
-            "name": WORD,
-            "description": "Tries.",
-            "parameters": {"type": "object", "properties": {KEY: {"type": "string", "description": "A word."}}},
-        },
-    }
 
     def called(arguments: object) -> dict[str, Any]:
-        call = {"id": "a1b2c3d4e", "type": "function", "function": {"name": "probe_name", "arguments": arguments}}
+        call = {"id": "a1b2c3d4e", "type": "function", "function": {"name": NAME, "arguments": arguments}}
         return {"role": "assistant", "content": "", "tool_calls": [call]}
 
     def history(arguments: object) -> str:
-        result = {"role": "tool", "name": "probe_name", "tool_call_id": "a1b2c3d4e", "content": WORD}
-        return shown([user, called(arguments), result, user], [tool])
+        result = {"role": "tool", "name": NAME, "tool_call_id": "a1b2c3d4e", "content": RESULT}
+        return shown([user, called(arguments), result], tools=True)
 
-    as_object, as_text = history({KEY: VALUE}), history(json.dumps({KEY: VALUE}))
+    text = json.dumps(ARGUMENTS)
+    (key,) = ARGUMENTS
+    as_object, as_text = history(ARGUMENTS), history(text)
     # An object that is written as it is shows Python's quotes; text that is written as JSON, escaped ones.
-    good_object = bool(as_object) and f"'{KEY}'" not in as_object
-    good_text = f'"{KEY}"' in as_text and f'\\"{KEY}' not in as_text
-    system = {"role": "system", "content": WORD}
+    good_object = bool(as_object) and f"'{key}'" not in as_object
+    good_text = f'"{key}"' in as_text and f'\\"{key}' not in as_text
+    wants_text = good_text and not good_object
+    before = shown([user], tools=True)
+    after = shown([user, called(text if wants_text else ARGUMENTS)], tools=True, prompt=False)
+    # Some begin the answer otherwise than the history shows it, such as with reasoning.
+    known = before if after.startswith(before) else shown([user], tools=True, prompt=False)
+    call = after[len(os.path.commonprefix([known, after])) :]
+    system = {"role": "system", "content": RESULT}
     return TemplateFacts(
-        tools=WORD in shown([user], [tool]),
-        system=WORD in shown([system, user]),
-        developer=WORD in shown([{**system, "role": "developer"}, user]),
-        calls=KEY in as_object or KEY in as_text,
-        results=WORD in shown([user, called({KEY: VALUE}), {"role": "tool", "content": WORD}, user])
-        or as_object.count(WORD) > shown([user, called({KEY: VALUE})], [tool]).count(WORD),
-        text_arguments=good_text and not good_object,
+        tools=NAME in before,
+        system=RESULT in shown([system, user]),
+        developer=RESULT in shown([{**system, "role": "developer"}, user]),
+        call=call if key in call else "",
+        results=RESULT in as_object or RESULT in as_text,
+        text_arguments=wants_text,
     )

@@ -1,7 +1,7 @@
 """Tool calls and reasoning in a model's text: formats of several families, one small file each.
 
-:func:`detect` finds a model's format. Its parser turns text into deltas while it comes. Its grammar makes calls come where
-they must.
+:func:`detect` finds a model's format. Its parser turns text into deltas while it comes. Its grammar makes calls come
+where they must.
 """
 
 from tulle.text.tool_formats.contract import ToolFormat

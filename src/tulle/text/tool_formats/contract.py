@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from tulle.errors import UserError
 from tulle.text.reasoning import ReasoningMarks
 from tulle.text.tool_formats.delta import call_id
 from tulle.text.tool_formats.lark import Lark
@@ -63,11 +64,16 @@ class ToolFormat(ABC):
         """A Lark grammar of llguidance, of which every text is one or more valid calls, after reasoning where there is.
 
         ``choice`` is ``required``, or a mapping that names a function: then exactly that call comes. Raises
-        ``UserError`` for a tool that is not there.
+        ``UserError`` for a tool that is not there, and for a schema that makes no sense.
         """
         chosen = chosen_tools(read_tools(tools), choice)
         lark = Lark(self.tokens)
-        calls = self._calls(lark, chosen, parallel and not isinstance(choice, Mapping))
+        try:
+            calls = self._calls(lark, chosen, parallel and not isinstance(choice, Mapping))
+        except (AttributeError, RecursionError, TypeError, ValueError) as error:
+            raise UserError(
+                f"expected a JSON Schema as parameters of every tool, found one that cannot be read: {error}"
+            ) from None
         return lark.start(f"{self._thoughts(lark, prompt)}{calls}")
 
     def template_id(self, id: str) -> str:

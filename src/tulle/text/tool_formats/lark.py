@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """White space as Python's ``json`` and the templates' ``tojson`` write it."""
-ANY = "/(?s:.*)/"
-SPACES = "/[ \\t\\r\\n]{1,4}/"
+ANY = "(?s:.*)"
+"""A pattern of any text."""
 
 
 class Lark:
@@ -21,6 +21,7 @@ class Lark:
         longest_first = sorted(tokens, key=len, reverse=True)
         self._split = re.compile("|".join(map(re.escape, longest_first))) if tokens else None
         self._rules: dict[str, str] = {}
+        self._shared: dict[str, str] = {}
 
     def text(self, text: str) -> str:
         """An expression for exactly this text."""
@@ -42,11 +43,18 @@ class Lark:
         self._rules[name + options] = body
         return name
 
-    def before(self, marker: str, pattern: str = "(?s:.*)") -> str:
-        """An expression for text up to the first ``marker``, which is part of it."""
-        token = self._tokens.get(marker)
-        if token is not None:
-            return f"/{pattern}/ <[{token}]>"
+    def shared(self, key: str, write: Callable[[], str]) -> str:
+        """The one rule of this key, which may lead to itself; ``write`` gives its body."""
+        if key not in self._shared:
+            self._shared[key] = name = self.rule("", "shared")
+            self._rules[name] = write()
+        return self._shared[key]
+
+    def before(self, marker: str, pattern: str = ANY) -> str:
+        """An expression for text up to the first ``marker``, which is part of it. A token may end the marker."""
+        token = next((text for text in self._tokens if marker.endswith(text)), "")
+        if token:
+            return f"/{pattern}{_escaped(marker.removesuffix(token))}/ <[{self._tokens[token]}]>"
         return self.rule(f"/{pattern}/", "before", f"[suffix={_quoted(marker)}]")
 
     def start(self, body: str) -> str:
@@ -61,6 +69,10 @@ def either(options: Sequence[str]) -> str:
 def repeated(call: str, separator: str, parallel: bool) -> str:
     """One call, or with ``parallel`` one and more."""
     return f"{call} ({separator} {call})*" if parallel else call
+
+
+def _escaped(text: str) -> str:
+    return re.escape(text).replace("\n", "n").replace("/", "\\/")
 
 
 def _quoted(text: str) -> str:

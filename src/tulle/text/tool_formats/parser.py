@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from tulle.text.tool_formats.delta import Arguments, Content, Delta, Reasoning, ToolCall
-from tulle.text.tool_formats.source import SPACE, NoMatch, Reading, Source
+from tulle.text.tool_formats.source import SPACE, Found, NoMatch, Reading, Source
 from tulle.text.tool_formats.tools import Tool
 
 
 class Parser:
     """Text in, deltas out, as soon as they are certain.
 
-    However the text is cut, the joined deltas are the same. What is no valid call of one of the tools is content: nothing
-    is lost but the markers, and white space next to calls and reasoning.
+    However the text is cut, the joined deltas are the same. What is no valid call of one of the tools is content:
+    nothing is lost but the markers, and white space next to calls and reasoning.
 
-    ``eager``: the arguments of a call are given as they come. A call that goes wrong after its arguments began was given
-    by then: its arguments do not parse, and the text goes on as content. Otherwise a call is held until it is whole, and
-    one that goes wrong is content from its beginning.
+    ``eager``: the arguments of a call are given as they come. A call that goes wrong after its arguments began was
+    given by then: its arguments do not parse, and the text goes on as content. Otherwise a call is held until it is
+    whole, and one that goes wrong is content from its beginning.
     """
 
     def __init__(
@@ -117,19 +117,21 @@ class Parser:
         self._close_call()
         self._drop_space = True
 
-    def attempt(self, reading: Reading[None]) -> Reading[None]:
-        """Reads what may be calls. Where it goes wrong, what was read of the call that is not finished is content."""
+    def attempt(self, reading: Reading[Found]) -> Reading[Found | None]:
+        """Reads what may be calls. Where it goes wrong, what was read of the unfinished call is content; gives None."""
         self.source.record.clear()
         self.source.recording = True
         try:
-            yield from reading
+            return (yield from reading)
         except NoMatch:
             text = "".join(self.source.record)
             if self._open and self._eager:
                 self._close_call()
             self._open, self._held = False, []
             self.content(text)
-        self.source.recording = False
+            return None
+        finally:
+            self.source.recording = False
 
     def _give(self, delta: Delta) -> None:
         if self._eager:

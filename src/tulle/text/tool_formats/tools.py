@@ -22,9 +22,41 @@ class Tool:
     """JSON Schema of its arguments, which are an object."""
 
     @property
-    def properties(self) -> Mapping[str, Any]:
+    def properties(self) -> dict[str, Any]:
+        """Schemas of the arguments by their names, also of those that are only said to be required."""
         found = self.parameters.get("properties")
-        return found if isinstance(found, Mapping) else {}
+        properties = dict(found) if isinstance(found, Mapping) else {}
+        return properties | {name: {} for name in self.required if name not in properties}
+
+    @property
+    def required(self) -> list[str]:
+        found = self.parameters.get("required")
+        return [str(name) for name in found] if isinstance(found, Sequence) and not isinstance(found, str) else []
+
+    def resolved(self, schema: Any) -> dict[str, Any]:
+        """The schema that a chain of local references leads to; {} for one that allows anything."""
+        for _ in range(16):
+            reference = schema.get("$ref") if isinstance(schema, Mapping) else None
+            if not isinstance(reference, str):
+                break
+            found: Any = self.parameters
+            for part in reference.removeprefix("#").split("/")[1:]:
+                part = part.replace("~1", "/").replace("~0", "~")
+                found = found.get(part) if isinstance(found, Mapping) else None
+            schema = found
+        return dict(schema) if isinstance(schema, Mapping) else {}
+
+    def whole(self, schema: Any) -> Any:
+        """The schema of a part, with the definitions that it may refer to."""
+        if not isinstance(schema, Mapping):
+            return schema
+        return {**{key: self.parameters[key] for key in ("$defs", "definitions") if key in self.parameters}, **schema}
+
+
+def allowed_values(schema: Mapping[str, Any]) -> list[Any]:
+    """The values that ``enum`` or ``const`` allow; none where every value may come."""
+    values = schema.get("enum", [schema["const"]] if "const" in schema else [])
+    return list(values) if isinstance(values, Sequence) and not isinstance(values, str) else []
 
 
 def read_tools(tools: Sequence[Mapping[str, Any] | Tool] | None) -> list[Tool]:

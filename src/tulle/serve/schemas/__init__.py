@@ -1,0 +1,1 @@
+"""What clients send, as pydantic models: bounded, strict, and with a word for what is not supported."""

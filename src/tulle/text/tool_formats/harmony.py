@@ -1,0 +1,92 @@
+"""gpt-oss: messages on channels. ``analysis`` is reasoning; calls are messages to ``functions.NAME``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from tulle.text.tool_formats.calls import arguments_schema
+from tulle.text.tool_formats.contract import ToolFormat
+from tulle.text.tool_formats.json_text import json_value
+from tulle.text.tool_formats.lark import Lark, either
+from tulle.text.tool_formats.parser import Parser
+from tulle.text.tool_formats.source import NoMatch, Reading
+from tulle.text.tool_formats.tools import Tool
+
+START, CHANNEL, MESSAGE, CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"
+END, CALL, RETURN = "<|end|>", "<|call|>", "<|return|>"
+NAMESPACE = "functions."
+_ROLE = re.compile("[a-z]*")
+_CHANNEL, _RECIPIENT = re.compile(r"<\|channel\|>\s*(\w+)"), re.compile(r"\bto=([^\s<]+)")
+_OPEN = re.compile(r"<\|channel\|>(\w+)[^<]*<\|message\|>[^<]*\Z")
+"""A prompt that ends inside a message."""
+
+
+class Harmony(ToolFormat):
+    """A call ends the answer, so that there is one at most."""
+
+    name = "harmony"
+    marks = (START, CHANNEL, MESSAGE, CONSTRAIN, END, CALL, RETURN)
+
+    def _read(self, parser: Parser, prompt: str) -> Reading[None]:
+        source = parser.source
+        opened = _OPEN.search(prompt)
+        if opened:
+            yield from self._read_body(parser, opened[1])
+        while (yield from source.peek()):
+            channel = yield from parser.attempt(self._read_message(parser))
+            if channel is None:
+                # No message: content up to where one may begin.
+                if (yield from source.peek()) == "<":
+                    parser.content(source.take(1))
+                yield from source.until((START, CHANNEL), parser.content)
+            elif channel:
+                yield from self._read_body(parser, channel)
+
+    def _read_answer(self, parser: Parser) -> Reading[None]:
+        raise NotImplementedError
+
+    def _read_message(self, parser: Parser) -> Reading[str]:
+        """A message's head, and all of it where it is a call: then ''. Gives the channel."""
+        source = parser.source
+        if (yield from source.literal(START)):
+            yield from source.span(_ROLE)
+        if not (yield from source.literal(CHANNEL, " to=")):
+            raise NoMatch
+        pieces: list[str] = []
+        if (yield from source.until((MESSAGE, START, END, CALL, RETURN), pieces.append)) != MESSAGE:
+            raise NoMatch
+        head = "".join(source.record)
+        source.take(len(MESSAGE))
+        recipient = _RECIPIENT.search(head)
+        if recipient:
+            yield from source.spaces()
+            if (yield from source.peek()) != "{":
+                raise NoMatch
+            parser.begin_call(recipient[1].removeprefix(NAMESPACE))
+            yield from json_value(source, parser.arguments)
+            parser.end_call()
+            yield from source.spaces()
+            yield from source.literal(CALL, END, RETURN)
+            return ""
+        channel = _CHANNEL.search(head)
+        if not channel:
+            raise NoMatch
+        return channel[1]
+
+    def _read_body(self, parser: Parser, channel: str) -> Reading[None]:
+        give = parser.reasoning if channel == "analysis" else parser.content
+        if (yield from parser.source.until((END, CALL, RETURN, START), give)) != START:
+            yield from parser.source.literal(END, CALL, RETURN)
+        if channel == "analysis":
+            parser.end_reasoning()
+
+    def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
+        head, tail = f"{CHANNEL}commentary to={NAMESPACE}", f" {CONSTRAIN}json{MESSAGE}"
+        options = [f"{lark.text(head + tool.name + tail)} {lark.json(arguments_schema(tool))}" for tool in tools]
+        return lark.rule(either(options), "call")
+
+    def _thoughts(self, lark: Lark, prompt: str) -> str:
+        opened = _OPEN.search(prompt)
+        body = f"{lark.before(END)} {lark.text(START + 'assistant')}"
+        return f"{body} " if opened else f"({lark.text(f'{CHANNEL}analysis{MESSAGE}')} {body})? "

@@ -1,0 +1,198 @@
+"""Calls of tools, reasoning and forced formats, in all three APIs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import anthropic
+import openai
+import pytest
+from live_server import LiveServer
+
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TOOL: Any = {"type": "function", "function": {"name": "weather", "description": "Tells.", "parameters": PARAMETERS}}
+ASKED: Any = [{"role": "user", "content": "Weather in Ulm?"}]
+CALL = 'Let me see.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm"}}\n</tool_call>'
+
+
+def test_chat_calls(client: openai.OpenAI, server: LiveServer) -> None:
+    server.engine.say(CALL)
+    whole = client.chat.completions.create(model="demo", messages=ASKED, tools=[TOOL], temperature=0).choices[0]
+    assert whole.finish_reason == "tool_calls" and whole.message.content == "Let me see."
+    call: Any = whole.message.tool_calls[0]
+    assert (call.function.name, json.loads(call.function.arguments)) == ("weather", {"city": "Ulm"})
+    text, name, arguments, reason = "", "", "", None
+    for chunk in client.chat.completions.create(model="demo", messages=ASKED, tools=[TOOL], temperature=0, stream=True):
+        delta = chunk.choices[0].delta
+        text += delta.content or ""
+        for part in delta.tool_calls or ():
+            assert part.index == 0
+            name += part.function.name or ""
+            arguments += part.function.arguments or ""
+        reason = chunk.choices[0].finish_reason or reason
+    assert (text, name, json.loads(arguments), reason) == ("Let me see.", "weather", {"city": "Ulm"}, "tool_calls")
+    # Without tools, or with tool_choice none, the same text is text.
+    for more in ({}, {"tools": [TOOL], "tool_choice": "none"}):
+        plain = client.chat.completions.create(model="demo", messages=ASKED, temperature=0, **more).choices[0]
+        assert plain.finish_reason == "stop" and "<tool_call>" in plain.message.content
+
+
+def test_conversation_with_results(server: LiveServer) -> None:
+    """A call and its result come back into the prompt, in every API's form alike."""
+    function = {"name": "weather", "arguments": '{"city": "Ulm"}'}
+    call = {"id": "c1", "type": "function", "function": function}
+    chat = {
+        "messages": [
+            *ASKED,
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c1", "content": "rain"},
+        ],
+        "tools": [TOOL],
+    }
+    tokens = server.post("/tokenize", chat).json()["tokens"]
+    text = server.engine.text.decode(tokens)
+    assert '<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm"}}\n</tool_call>' in text and "rain" in text
+    use = {"type": "tool_use", "id": "c1", "name": "weather", "input": {"city": "Ulm"}}
+    claude = {
+        "messages": [
+            *ASKED,
+            {"role": "assistant", "content": [use]},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c1", "content": "rain"}]},
+        ],
+        "tools": [{"name": "weather", "description": "Tells.", "input_schema": PARAMETERS}],
+    }
+    assert server.post("/v1/messages/count_tokens", claude).json() == {"input_tokens": len(tokens)}
+    responses = {
+        "input": [
+            *ASKED,
+            {"type": "function_call", "call_id": "c1", **function},
+            {"type": "function_call_output", "call_id": "c1", "output": "rain"},
+        ],
+        "tools": [{"type": "function", **TOOL["function"]}],
+        "max_output_tokens": 1,
+    }
+    assert server.post("/v1/responses", responses).json()["usage"]["input_tokens"] == len(tokens)
+
+
+def test_anthropic_calls(claude: anthropic.Anthropic, server: LiveServer) -> None:
+    server.engine.say(CALL)
+    tools: Any = [{"name": "weather", "description": "Tells.", "input_schema": PARAMETERS}]
+    asked: Any = {"model": "demo", "max_tokens": 100, "messages": ASKED, "tools": tools}
+    whole = claude.messages.create(**asked)
+    assert whole.stop_reason == "tool_use"
+    assert [block.type for block in whole.content] == ["text", "tool_use"]
+    with claude.messages.stream(**asked) as stream:
+        streamed = stream.get_final_message()
+    for one in (whole, streamed):
+        text, use = one.content
+        assert (text.text, use.name, use.input) == ("Let me see.", "weather", {"city": "Ulm"})
+    assert streamed.stop_reason == "tool_use"
+    assert streamed.usage.output_tokens == whole.usage.output_tokens
+    assert whole.usage.input_tokens + whole.usage.cache_read_input_tokens == (
+        streamed.usage.input_tokens + streamed.usage.cache_read_input_tokens
+    )
+
+
+def test_responses_calls(client: openai.OpenAI, server: LiveServer) -> None:
+    server.engine.say(CALL)
+    tools: Any = [{"type": "function", "name": "weather", "description": "Tells.", "parameters": PARAMETERS}]
+    asked: Any = {"model": "demo", "input": "Weather in Ulm?", "tools": tools, "temperature": 0}
+    whole = client.responses.create(**asked)
+    assert whole.status == "completed" and whole.output_text == "Let me see."
+    events = list(client.responses.create(**asked, stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    last = events[-1]
+    assert last.type == "response.completed"
+    for one in (whole, last.response):
+        message, call = one.output
+        assert (message.type, call.type) == ("message", "function_call")
+        assert (call.name, json.loads(call.arguments)) == ("weather", {"city": "Ulm"})
+    text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    arguments = "".join(event.delta for event in events if event.type == "response.function_call_arguments.delta")
+    assert (text, json.loads(arguments)) == ("Let me see.", {"city": "Ulm"})
+    with client.responses.stream(**asked) as stream:
+        assert stream.get_final_response().output_text == "Let me see."
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_a_call_that_must_come(client: openai.OpenAI, choice: Any) -> None:
+    """A model that speaks by chance makes a valid call all the same."""
+    hot = {"properties": {"hot": {"type": "boolean"}}, "required": ["hot"]}
+    schema = {"type": "object", "additionalProperties": False, **hot}
+    tool: Any = {"type": "function", "function": {"name": "weather", "parameters": schema}}
+    found = client.chat.completions.create(
+        model="demo",
+        messages=ASKED,
+        tools=[tool],
+        tool_choice=choice,
+        seed=2,
+        parallel_tool_calls=False,
+    ).choices[0]
+    assert found.finish_reason == "tool_calls" and not found.message.content
+    (call,) = found.message.tool_calls
+    assert call.function.name == "weather" and set(json.loads(call.function.arguments)) == {"hot"}
+
+
+def test_an_answer_by_schema(client: openai.OpenAI, server: LiveServer) -> None:
+    schema: Any = {
+        "type": "object",
+        "properties": {"kind": {"enum": ["cat", "dog"]}, "old": {"type": "boolean"}},
+        "required": ["kind", "old"],
+        "additionalProperties": False,
+    }
+    form: Any = {"type": "json_schema", "json_schema": {"name": "pet", "schema": schema}}
+    found = client.chat.completions.create(model="demo", messages=ASKED, response_format=form, seed=1, max_tokens=60)
+    content = json.loads(found.choices[0].message.content)
+    assert content["kind"] in ("cat", "dog") and isinstance(content["old"], bool)
+    assert found.choices[0].finish_reason == "stop"
+    response = client.responses.create(
+        model="demo", input="x", text={"format": {"type": "json_schema", "name": "pet", "schema": schema}}
+    )
+    assert json.loads(response.output_text)["kind"] in ("cat", "dog")
+    body = {"prompt": "x", "max_tokens": 60, "seed": 3}
+    digits = server.post("/v1/completions", body | {"regex": "[0-9]{3}-[0-9]{2}"}).json()["choices"][0]
+    assert len(digits["text"]) == 6 and digits["text"][3] == "-" and digits["finish_reason"] == "stop"
+    yes = server.post("/v1/completions", body | {"grammar": 'start: "yes" | "no"'}).json()["choices"][0]["text"]
+    assert yes in ("yes", "no")
+    gbnf = server.post("/v1/completions", body | {"grammar": 'root ::= "yes" | "no"'}).json()["choices"][0]["text"]
+    assert gbnf in ("yes", "no")
+    whole = server.post("/v1/completions", body | {"response_format": form})
+    assert set(json.loads(whole.json()["choices"][0]["text"])) == {"kind", "old"}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"grammar": "start: ("},
+        {"regex": "("},
+        {"regex": "(a{1,1000}){1,1000}{1,1000}"},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nothing"}}}},
+        {"grammar": 'start: "x"', "regex": "x"},
+        {"tools": [TOOL, TOOL]},
+        {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "absent"}}},
+        {"tools": [{"type": "web_search"}]},
+    ],
+)
+def test_refused(server: LiveServer, wrong: dict[str, Any]) -> None:
+    found = server.post("/v1/chat/completions", {"messages": ASKED, "max_tokens": 5} | wrong)
+    assert found.status_code == 400, found.text
+    assert found.json()["error"]["message"].startswith("expected")
+
+
+def test_anthropic_stops_and_errors(claude: anthropic.Anthropic, server: LiveServer) -> None:
+    server.engine.say("One two three.")
+    found = claude.messages.create(model="demo", max_tokens=50, messages=ASKED, stop_sequences=["absent", " three"])
+    assert (found.content[0].text, found.stop_reason, found.stop_sequence) == ("One two", "stop_sequence", " three")
+    short = claude.messages.create(model="demo", max_tokens=1, messages=ASKED, system="Be brief.")
+    assert short.stop_reason == "max_tokens"
+    with pytest.raises(anthropic.NotFoundError) as absent:
+        claude.messages.create(model="other", max_tokens=1, messages=ASKED)
+    assert absent.value.body["error"]["type"] == "not_found_error"
+    with pytest.raises(anthropic.BadRequestError) as wrong:
+        image: Any = {"type": "image", "source": {"type": "url", "url": "https://example.org/x.png"}}
+        claude.messages.create(model="demo", max_tokens=1, messages=[{"role": "user", "content": [image]}])
+    assert "text alone" in wrong.value.body["error"]["message"]
+    prefill: Any = [*ASKED, {"role": "assistant", "content": "It"}]
+    with pytest.raises(anthropic.BadRequestError, match="prefill"):
+        claude.messages.create(model="demo", max_tokens=1, messages=prefill)
