@@ -172,7 +172,7 @@ class Engine:
             attention = source.packed.attention if source.packed else None
             plain = self._fine_or_bf16(len(model.layers) * mixer.kv_heads * mixer.head_dim)
             cache = "int8" if attention and attention.key and attention.value else plain
-        self.vocabulary = model.vocabulary
+        self.vocabulary, self.cache_kind = model.vocabulary, cache
         settings = settings_of(source, file, facts, bits, range(len(model.layers)))
         pages = self._count_pages(_page_bytes(cache, len(model.layers), mixer.kv_heads, mixer.head_dim))
         self._native: _native.Engine | _native.ScalingEngine
@@ -185,6 +185,7 @@ class Engine:
         self.layouts, self.layout, self.vocabulary = ["dense"], "dense", shape.vocabulary
         if cache == "auto":
             cache = self._fine_or_bf16(shape.layers * shape.hidden)
+        self.cache_kind = cache
         pages = self._count_pages(_page_bytes(cache, shape.layers, shape.heads, shape.hidden // shape.heads))
         # Every page's end may be where another sequence goes on.
         self._native = _native.ScalingEngine(

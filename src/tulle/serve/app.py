@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -53,6 +54,7 @@ def create_app(registry: Registry) -> FastAPI:
         app.include_router(part.routes)
     app.router.routes.extend(page_routes())
     _add_errors(app)
+    _describe(app)
     hosts = None if settings.host not in LOOPBACK or "*" in settings.allow_host else frozenset(settings.allow_host)
     keys = Keys(read_keys(settings.api_key, settings.api_key_file))
     # The last one added is met first.
@@ -85,3 +87,19 @@ def _add_errors(app: FastAPI) -> None:
         return response_of(
             request.url.path, ApiError(500, f"expected an answer, found a fault: {type(error).__name__}")
         )
+
+
+def _describe(app: FastAPI) -> None:
+    """What is wrong in a body is answered with 400, not with FastAPI's 422."""
+    plain = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        found = plain()
+        for path in found["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            found["components"]["schemas"].pop(name, None)
+        return found
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -147,7 +147,10 @@ class Run:
     def _check_end(self, event: Event) -> None:
         if event.finish == "error":
             self.job.cancel()
-            raise ApiError(500, event.sequence.error or "expected an answer, found a fault of the engine")
+            message = event.sequence.error or "expected an answer, found a fault of the engine"
+            # A grammar may turn out to be too large only when it is followed.
+            theirs = event.sequence.request.constraint is not None and "grammar" in message
+            raise ApiError(400 if theirs else 500, message)
         if event.finish == "cancelled" and self.job.cancelled == "drain":
             raise ApiError(503, "expected a running server, found one that stops; try again", code="stopping")
         if event.finish == "deadline" and event.sequence.first_token is None:

@@ -93,6 +93,7 @@ def serve(settings: Settings, started: Callable[[str, Registry], None] | None = 
         app = create_app(registry)
         registry.open_first()
         sys.setswitchinterval(SWITCH_INTERVAL)
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)
         config = uvicorn.Config(
             app,
             loop="uvloop" if importlib.util.find_spec("uvloop") else "asyncio",

@@ -10,6 +10,7 @@ from json.encoder import encode_basestring_ascii
 from typing import Any
 
 from fastapi import APIRouter, Request
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -23,20 +24,21 @@ from tulle.serve.security import BoundedRoute
 from tulle.serve.served import ServedModel
 from tulle.serve.streaming import EventStream
 
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse, "description": what}
-    for status, what in {
-        400: "A request that is wrong", 401: "No valid key", 403: "A Host that is not served", 404: "No such model",
-        413: "A body that is too large", 503: "Too many requests, or the server stops",
-    }.items()
+ERRORS = {
+    400: "A request that is wrong", 401: "No valid key", 403: "A Host that is not served", 404: "No such model",
+    413: "A body that is too large", 500: "A fault of the server", 503: "Too many requests, or the server stops",
+    504: "No token within the timeout",
 }  # fmt: skip
 quote: Callable[[str], str] = encode_basestring_ascii
 """A string as JSON, in ASCII: lines of an event stream must not be cut by characters that some clients take for one."""
 
 
-def router() -> APIRouter:
-    """A router whose bodies are bounded."""
-    return APIRouter(route_class=BoundedRoute, responses=ERRORS)
+def router(error: type[BaseModel] = ErrorResponse) -> APIRouter:
+    """A router whose bodies are bounded; ``error``: the shape of its errors."""
+    responses: dict[int | str, dict[str, Any]] = {
+        status: {"model": error, "description": what} for status, what in ERRORS.items()
+    }
+    return APIRouter(route_class=BoundedRoute, responses=responses)
 
 
 def registry_of(http: Request) -> Registry:

@@ -17,6 +17,7 @@ from tulle.serve.generation import Run
 from tulle.serve.routes.chat import Spoken, effort
 from tulle.serve.routes.common import answer, log_texts, new_id, note, quote, registry_of, respond, router, sse
 from tulle.serve.schemas.anthropic import (
+    AnthropicError,
     AnthropicMessage,
     Block,
     CountedTokens,
@@ -29,7 +30,7 @@ from tulle.serve.served import ServedModel
 from tulle.serve.streaming import COMMENT
 from tulle.text.tool_formats import Arguments, Content, Delta, Reasoning, ToolCall
 
-routes = router()
+routes = router(AnthropicError)
 
 
 @routes.post("/v1/messages", response_model=AnthropicMessage, tags=["Anthropic"])

@@ -175,3 +175,15 @@ class CountedTokens(BaseModel):
     """The answer of ``/v1/messages/count_tokens``."""
 
     input_tokens: int
+
+
+class AnthropicErrorBody(BaseModel):
+    type: str
+    message: str
+
+
+class AnthropicError(BaseModel):
+    """Anthropic's shape of errors."""
+
+    type: Literal["error"]
+    error: AnthropicErrorBody
