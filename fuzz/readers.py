@@ -22,8 +22,9 @@ import struct
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import atheris
@@ -48,6 +49,10 @@ MORE_MEMORY = 1 << 30
 MOST_DATA = 1 << 16
 """Bytes of a file that the target makes from a header."""
 FOLDER = Path(tempfile.mkdtemp(prefix="tulle-fuzz-"))
+CHAT_TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }}<tool_call>{% endif %}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}"
+)
 NUMBERS = (0, 1, -1, 2, 3, 7, 8, 64, 255, 256, 2**31 - 1, 2**31, 2**32, 2**53, 2**63, 2**64, 10**12, 10**400)
 VALUES: tuple[Any, ...] = (
     None, True, False, "", "x", "a\nb", "\ud800", [], {}, [[]], {"x": 1}, 0.0, -1.5, 1e308, float("nan"), float("inf"),
@@ -158,10 +163,71 @@ def recipe(data: bytes) -> None:
     load_training_recipe(path)
 
 
+def request(data: bytes) -> None:
+    """A body as a client sends it: its bounds, every schema that takes it, and the prompt of what is a conversation."""
+    # Here, since the server's libraries come with them.
+    from pydantic import ValidationError
+    from starlette.exceptions import HTTPException
+
+    from tulle.serve import conversation
+    from tulle.serve.errors import ApiError, of_validation
+    from tulle.serve.routes import chat, messages, responses
+    from tulle.serve.schemas import anthropic, openai
+    from tulle.serve.schemas.responses import ResponsesRequest
+    from tulle.serve.security import parse_json
+
+    model: Any = served_model()
+    talks: dict[Any, Callable[[Any, Any], Any]] = {
+        openai.ChatRequest: chat.talk_of, ResponsesRequest: responses.talk_of,
+        anthropic.MessagesRequest: messages.talk_of, anthropic.CountRequest: messages.talk_of,
+    }  # fmt: skip
+    plain = (
+        openai.CompletionRequest, openai.EmbeddingRequest, openai.ScoreRequest, openai.TokenizeRequest,
+        openai.DetokenizeRequest,
+    )  # fmt: skip
+
+    def one(schema: Any, content: Any) -> None:
+        try:
+            body = schema.model_validate(content)
+        except ValidationError as error:
+            raise of_validation(error.errors()) from None
+        if schema in talks:
+            conversation.render(model, talks[schema](body, model))
+
+    def answered(read: Callable[[], Any]) -> Any:
+        """What the server would answer is an error of the client's, in one line."""
+        try:
+            return read()
+        except HTTPException as error:
+            assert isinstance(error, ApiError) and 400 <= error.status_code < 500, repr(error)
+            raise UserError(str(error.detail)) from None
+
+    content = answered(lambda: parse_json(data))
+    for schema in (*talks, *plain):
+        attempt(lambda schema=schema: answered(lambda: one(schema, content)))
+
+
+@lru_cache
+def served_model() -> Any:
+    """What of a served model makes prompts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    from tulle.text.tokenizer import ModelTokenizer
+    from tulle.text.tool_formats import detect
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    library = Tokenizer(models.BPE({character: number for number, character in enumerate(alphabet)}, []))
+    library.pre_tokenizer, library.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    text = ModelTokenizer(library, {"eos_token": "</s>"}, templates={"default": CHAT_TEMPLATE})
+    return SimpleNamespace(
+        text=text, format=detect(text, "llama"), template=CHAT_TEMPLATE + " enable_thinking", encode=text.encode
+    )
+
+
 READERS: dict[str, Callable[[bytes], None]] = {
     "safetensors": safetensors, "folder": folder, "config": config, "packed": packed, "tokenizer": tokenizer,
     "template": template, "sentencepiece": sentence_piece, "gguf": gguf, "gguf-metadata": gguf_metadata,
-    "recipe": recipe,
+    "recipe": recipe, "request": request,
 }  # fmt: skip
 
 
@@ -337,6 +403,8 @@ def main() -> None:
     reader = READERS[sys.argv[1]]
     if reader is recipe:
         load_recipes()
+    if reader is request:  # what it imports is instrumented, too
+        attempt(lambda: request(b"{}"))
     instrument()
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MORE_MEMORY, resource.RLIM_INFINITY))

@@ -277,6 +277,63 @@ def gguf_files() -> Iterator[dict[str, Any]]:
         yield {"metadata": metadata, "tensors": tensors}
 
 
+def requests() -> Iterator[dict[str, Any]]:
+    """A body of every route, with its less usual fields."""
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    function = {"name": "weather", "description": "Tells.", "parameters": schema}
+    called = {"name": "weather", "arguments": '{"city": "Ulm"}'}
+    user = {"role": "user", "content": "Weather in Ulm?"}
+    settings = {"model": "m", "temperature": 0.7, "top_p": 0.9, "seed": 3, "stop": ["\n"], "logit_bias": {"5": -1.5}}
+    yield settings | {
+        "messages": [
+            {"role": "developer", "content": [{"type": "text", "text": "Be brief."}]},
+            user,
+            {"role": "assistant", "tool_calls": [{"id": "c1", "type": "function", "function": called}]},
+            {"role": "tool", "tool_call_id": "c1", "content": "rain"},
+        ],
+        "tools": [{"type": "function", "function": function}],
+        "tool_choice": {"type": "function", "function": {"name": "weather"}},
+        "logprobs": True, "top_logprobs": 2, "n": 2, "stream": True, "stream_options": {"include_usage": True},
+        "chat_template_kwargs": {"enable_thinking": False}, "reasoning_effort": "low",
+    }  # fmt: skip
+    form = {"type": "json_schema", "json_schema": {"name": "pet", "schema": schema}}
+    yield {"messages": [user], "response_format": form, "max_tokens": 5, "dry_sequence_breakers": ["\n"]}
+    yield {"prompt": ["a", "b"], "max_tokens": 3, "best_of": 3, "echo": True, "logprobs": 2, "regex": "[a-z]+"}
+    yield {"prompt": [[1, 2], [3]], "grammar": 'root ::= "x"', "timeout": 3.5}
+    yield {"input": ["a", "b"], "encoding_format": "base64", "pooling": "last", "normalize": False}
+    yield {"prompt": "a", "continuations": ["b", [1, 2]]}
+    yield {"content": "a", "with_pieces": True}
+    yield {"tokens": [1, 2, 3], "keep_special": True}
+    yield {
+        "input": [
+            {"type": "message", **user},
+            {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]},
+            {"type": "function_call", "call_id": "c1", **called},
+            {"type": "function_call_output", "call_id": "c1", "output": "rain"},
+        ],
+        "instructions": "Be brief.", "tools": [{"type": "function", **function}], "tool_choice": "required",
+        "text": {"format": {"type": "json_schema", "name": "pet", "schema": schema}}, "metadata": {"a": "b"},
+        "reasoning": {"effort": "low"}, "include": ["message.output_text.logprobs"], "store": False,
+    }  # fmt: skip
+    yield {
+        "max_tokens": 5, "system": [{"type": "text", "text": "Be brief."}],
+        "messages": [
+            user,
+            {"role": "assistant", "content": [
+                {"type": "thinking", "thinking": "Hm.", "signature": ""},
+                {"type": "tool_use", "id": "c1", "name": "weather", "input": {"city": "Ulm"}},
+            ]},
+            {"role": "user", "content": [
+                {"type": "tool_result", "tool_use_id": "c1", "content": [{"type": "text", "text": "rain"}]},
+            ]},
+        ],
+        "tools": [{"name": "weather", "input_schema": schema}], "tool_choice": {"type": "any"},
+        "thinking": {"type": "enabled", "budget_tokens": 99}, "stop_sequences": ["x"],
+        "output_config": {"format": {"type": "json_schema", "schema": schema}, "effort": "low"},
+    }  # fmt: skip
+    yield {"messages": [user], "system": "Be brief.", "thinking": {"type": "disabled"}}
+
+
 def seeds() -> dict[str, list[bytes]]:
     """By the name of the target."""
     config = {"model_type": "llama", **SMALL}
@@ -294,6 +351,7 @@ def seeds() -> dict[str, list[bytes]]:
         "sentencepiece": list(sentence_pieces()),
         "gguf": [readers.gguf_bytes(content) for content in gguf_files()],
         "gguf-metadata": [_json(content) for content in gguf_files()],
+        "request": [_json(content) for content in requests()],
         "recipe": [file.read_bytes() for file in sorted(recipes_folder().glob("*.yaml"))],
     }
 

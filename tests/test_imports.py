@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-HEAVY = {"torch", "transformers"}
+HEAVY = {"torch", "transformers", "scipy", "matplotlib"}
 
 
 def imported_by(statement: str) -> set[str]:
@@ -22,6 +22,7 @@ def imported_by(statement: str) -> set[str]:
         "import tulle.native",
         "import tulle.format.spec, tulle.format.pack",
         "import tulle.engine, tulle.engine.bench",
+        "import tulle.serve.server, tulle.cli.serve",
     ],
 )  # fmt: skip
 def test_deployment_rooms_stay_free_of_torch(statement: str) -> None:

@@ -66,9 +66,6 @@ def serve(
     drain_timeout: Annotated[
         float | None, _option("--drain-timeout", "S", "Seconds running requests get after SIGTERM [60].")
     ] = None,
-    deterministic: Annotated[
-        bool | None, typer.Option("--deterministic", help="Equal bits whatever else runs; slower.")
-    ] = None,
     activations: Annotated[str | None, _option("--activations", "KIND", "As for generate.")] = None,
     head: Annotated[str | None, _option("--head", "KIND", "As for generate.")] = None,
     layout: Annotated[str | None, _option("--layout", "KIND", "As for generate.")] = None,

@@ -80,8 +80,6 @@ class Settings(BaseModel):
     """Write prompts and answers into the log."""
     drain_timeout: float = Field(60.0, ge=0, allow_inf_nan=False)
     """Seconds that running requests get to end after SIGTERM or Ctrl-C."""
-    deterministic: bool = False
-    """Equal requests give equal bits whatever else runs; slower."""
 
 
 def load(file: Path | None, given: dict[str, Any]) -> Settings:
