@@ -452,6 +452,25 @@ def test_several_threads_at_once(grammars: Grammars) -> None:
     assert len(texts) == 8 and all(isinstance(json.loads(t), dict) for t in texts)
 
 
+def test_special_tokens_that_a_grammar_names(grammars: Grammars) -> None:
+    text = grammars._text
+    special = text.tokenizer.token_to_id("<s>")
+    style = {"x-guidance": {"whitespace_flexible": False, "key_separator": ": "}}
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    matcher = grammars.compile(Grammar("lark", f"start: <[{special}]> %json {json.dumps(schema | style)}"))()
+    assert allowed(matcher) == [special]
+    matcher.accept(special)
+    for token in text.encode('{"a": 1', special=False):
+        assert token in allowed(matcher)
+        matcher.accept(token)
+    assert not set(text.encode(" \n\t", special=False)) & set(allowed(matcher))
+
+
 def test_white_space_ends(grammars: Grammars) -> None:
     for grammar in (Grammar("json_object"), Grammar("lark", 'start: "x" %json {"type": "object"}')):
         start = "x" if grammar.kind == "lark" else ""

@@ -64,7 +64,8 @@ def test_codes_are_exact_on_grids_of_the_model(model: Model) -> None:
     """Of 4 bits or fewer for int4, of 8 for int8; finer grids are rounded again."""
 
     def logits(cache: str, key: Grid, value: Grid) -> np.ndarray:
-        return Runner(replace(model, key=key, value=value), cache=cache).forward(IDS)
+        # Of one layer: in a second one, a sum that differs in its last bit may be rounded the other way.
+        return Runner(replace(model, key=key, value=value, layers=model.layers[:1]), cache=cache).forward(IDS)
 
     for bits, exact in ((2, CACHES[2:]), (4, CACHES[2:]), (5, ["int8"]), (8, ["int8"])):
         grids = Grid(bits, False, 0.9), Grid(bits, True, 1.0)

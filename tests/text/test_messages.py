@@ -153,7 +153,8 @@ def with_template(template: str) -> ModelTokenizer:
 def test_formats_are_detected(name: str) -> None:
     found = detect(with_template(TEMPLATES[name]))
     assert (found.name, found.supports_tools) == (name, name != "generic")
-    assert found.reasoning == (KNOWN[0] if name == "hermes" else None)
+    assert found.reasoning == (KNOWN[0] if name == "hermes" else format_named(name).reasoning)
+    assert (found.reasoning is not None) == (name in ("hermes", "harmony"))
     assert not found.keep_special
 
 

@@ -31,6 +31,7 @@ from tulle.text.tool_formats import (
     read_tools,
 )
 from tulle.text.tool_formats.detection import FORMATS
+from tulle.text.tool_formats.lark import Lark
 
 NAMES = [kind.name for kind in FORMATS]
 THINK = KNOWN[0]
@@ -134,7 +135,8 @@ texts = st.lists(fragments, max_size=8).map("".join)
 @settings(deadline=None, max_examples=40)
 @given(data=st.data())
 def test_however_it_is_cut(name: str, eager: bool, data: st.DataObject) -> None:
-    format = format_named(name, reasoning=data.draw(st.sampled_from([None, THINK])) if name != "harmony" else None)
+    thinks = data.draw(st.booleans())
+    format = format_named(name, **({"reasoning": THINK} if thinks and name != "harmony" else {}))
     text = data.draw(st.one_of(texts, st.sampled_from([two_calls(n) for n in NAMES])))
     cuts = data.draw(st.one_of(st.lists(st.integers(0, 400), max_size=12), st.just(list(range(len(text))))))
     whole = read(format, text, eager=eager)
@@ -145,7 +147,8 @@ def test_however_it_is_cut(name: str, eager: bool, data: st.DataObject) -> None:
     assert all(json.loads(found).__class__ is dict for kind, found in calls if kind in PARAMETERS)
     if name == "harmony":
         return
-    if not any(isinstance(delta, ToolCall | Reasoning) for delta in whole) and "</think>" not in text:
+    thinks = thinks and text.lstrip().startswith("<think>")
+    if not thinks and not any(isinstance(delta, ToolCall) for delta in whole):
         assert "".join(delta.text for delta in whole if isinstance(delta, Content)) == text
     left = text
     for delta in whole:
@@ -409,8 +412,8 @@ ENDS = ['"', "}", '"}', "</parameter>", "\n</parameter>", "<escape>", '<|"|>', "
 @pytest.mark.parametrize("special", [True, False], ids=["special tokens", "text"])
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_grammar_allows_is_read_back(name: str, special: bool) -> None:
-    reasoning = None if name == "harmony" else THINK
     kind = format_named(name)
+    reasoning = kind.reasoning or THINK
     marks = [*kind.marks, "<think>", "</think>"] if special else []
     tokenizer = byte_tokenizer(marks)
     tokens = {mark: tokenizer.tokenizer.token_to_id(mark) for mark in marks}
@@ -421,7 +424,7 @@ def test_what_a_grammar_allows_is_read_back(name: str, special: bool) -> None:
     for number in range(5):
         named = {"type": "function", "function": {"name": ("weather", "plot", "now")[number % 3]}}
         choice, parallel = ("required", number != 1) if number < 2 else (named, True)
-        prompt = "<think>\n" if number == 3 and reasoning else ""
+        prompt = reasoning.start if number == 3 else ""
         grammar = format.grammar(TOOLS, choice, parallel, prompt)  # type: ignore[arg-type]
         ids = sample(tokenizer, grammar, rng, ENDS)
         stream = tokenizer.stream(keep_special=format.keep_special)
@@ -439,6 +442,27 @@ def test_what_a_grammar_allows_is_read_back(name: str, special: bool) -> None:
         counts.append(len(calls))
         names |= {n for n, _ in calls}
     assert names == set(PARAMETERS)
+
+
+@pytest.mark.parametrize("special", [True, False], ids=["special tokens", "text"])
+@pytest.mark.parametrize("name", ["hermes", "harmony"])
+def test_an_answer_after_reasoning_may_have_a_grammar(name: str, special: bool) -> None:
+    """How the server writes ``response_format`` for models that reason."""
+    marks = [*format_named(name).marks, "<think>", "</think>"] if special else []
+    tokenizer = byte_tokenizer(marks)
+    tokens = {mark: tokenizer.tokenizer.token_to_id(mark) for mark in marks}
+    reasoning = format_named(name).reasoning or THINK
+    format = format_named(name, tokens=tokens, reasoning=reasoning)
+    kinds = set()
+    for number, prompt in enumerate(["", "", "", reasoning.start]):
+        lark = Lark(tokens)
+        before = reasoning.grammar(lark, reasoning.opened(prompt))
+        ids = sample(tokenizer, lark.start(before + lark.json(PARAMETERS["weather"])), random.Random(number), ENDS)
+        *thoughts, answer = read(format, tokenizer.decode(ids, keep_special=True), tools=[], prompt=prompt)
+        assert isinstance(answer, Content) and all(isinstance(delta, Reasoning) for delta in thoughts)
+        Draft202012Validator(PARAMETERS["weather"]).validate(json.loads(answer.text))
+        kinds.add(len(thoughts))
+    assert kinds == {0, 1}
 
 
 def test_tools_in_words() -> None:

@@ -287,32 +287,83 @@ static void append_to_cache(const CacheView& c, std::size_t position, const floa
   scales[3 * kKeyBlock] = -vr.low;
 }
 
-// 16 numbers that stay in registers: arrays of sums end up in memory where loops over rows surround them.
+// 16 numbers that stay in registers: arrays of sums end up in memory where loops over rows surround them, and so does,
+// with GCC 12, a vector that is wider than a register.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+typedef float Half __attribute__((vector_size(kKeyBlock / 2 * sizeof(float))));
+struct Lanes {
+  Half low, high;
+};
+static inline Lanes lanes(const float* from) {
+  Lanes found;
+  std::memcpy(&found.low, from, sizeof found.low);
+  std::memcpy(&found.high, from + kKeyBlock / 2, sizeof found.high);
+  return found;
+}
+static inline void store(const Lanes& x, float* to) {
+  std::memcpy(to, &x.low, sizeof x.low);
+  std::memcpy(to + kKeyBlock / 2, &x.high, sizeof x.high);
+}
+// sum += factor · x
+static inline void add_product(Lanes& sum, float factor, const Lanes& x) {
+  sum.low += factor * x.low;
+  sum.high += factor * x.high;
+}
+// (x − offset) / total
+static inline Lanes normalised(const Lanes& x, float offset, float total) {
+  return {(x.low - offset) / total, (x.high - offset) / total};
+}
+#else
 typedef float Lanes __attribute__((vector_size(kKeyBlock * sizeof(float))));
-
 static inline Lanes lanes(const float* from) {
   Lanes found;
   std::memcpy(&found, from, sizeof found);
   return found;
 }
-
-static inline Lanes lanes(const std::uint16_t* from) {
-  typedef std::uint16_t Halves __attribute__((vector_size(kKeyBlock * 2)));
-  typedef std::uint32_t Words __attribute__((vector_size(kKeyBlock * 4)));
-  Halves bits;
-  std::memcpy(&bits, from, sizeof bits);
-  const Words wide = __builtin_convertvector(bits, Words) << 16;
-  Lanes found;
-  std::memcpy(&found, &wide, sizeof found);
-  return found;
-}
+static inline void store(const Lanes& x, float* to) { std::memcpy(to, &x, sizeof x); }
+static inline void add_product(Lanes& sum, float factor, const Lanes& x) { sum += factor * x; }
+static inline Lanes normalised(const Lanes& x, float offset, float total) { return (x - offset) / total; }
+#endif
 
 typedef std::uint8_t Bytes __attribute__((vector_size(kKeyBlock)));
 
-static inline Lanes lanes(Bytes codes) {
-  typedef std::int32_t Words __attribute__((vector_size(kKeyBlock * 4)));
-  return __builtin_convertvector(__builtin_convertvector(codes, Words), Lanes);
+// Conversions by name where there are instructions for them: GCC 12 takes vectors apart, number by number.
+#if defined(__AVX512F__)
+static inline Lanes lanes(const std::uint16_t* from) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return reinterpret_cast<Lanes>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
+
+static inline Lanes lanes(Bytes codes) {
+  return reinterpret_cast<Lanes>(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(reinterpret_cast<__m128i>(codes))));
+}
+#elif defined(__AVX2__)
+static inline Lanes lanes(const std::uint16_t* from) {
+  const auto half = [&](std::size_t at) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + at));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  };
+  return {half(0), half(8)};
+}
+
+static inline Lanes lanes(Bytes codes) {
+  const auto half = [](__m128i bytes) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)); };
+  const __m128i all = reinterpret_cast<__m128i>(codes);
+  return {half(all), half(_mm_srli_si128(all, 8))};
+}
+#else
+static inline Lanes lanes(const std::uint16_t* from) {
+  float wide[kKeyBlock];
+  widen(from, kKeyBlock, wide);
+  return lanes(wide);
+}
+
+static inline Lanes lanes(Bytes codes) {
+  float wide[kKeyBlock];
+  for (std::size_t i = 0; i < kKeyBlock; ++i) wide[i] = static_cast<float>(codes[i]);
+  return lanes(wide);
+}
+#endif
 
 static inline Bytes bytes(const std::uint8_t* from) {
   Bytes found;
@@ -321,6 +372,12 @@ static inline Bytes bytes(const std::uint8_t* from) {
 }
 
 static inline Lanes lanes(const std::uint8_t* from) { return lanes(bytes(from)); }
+
+// A number that a template takes from an argument.
+template <std::size_t kCount>
+struct Count {
+  constexpr std::size_t operator()() const { return kCount; }
+};
 
 // In what a kind of cache is stored.
 template <CacheKind kKind>
@@ -339,72 +396,115 @@ struct Stored<CacheKind::bf16> {
 template <CacheKind kKind>
 constexpr bool kCodes = kKind == CacheKind::u8 || kKind == CacheKind::u4;
 
-// Products of kRows queries with the keys of a page.
-template <std::size_t kRows, CacheKind kKind>
-static inline void query_key_products(const typename Stored<kKind>::Type* keys, std::size_t d,
+// How many sums of kRows rows are added to at once: as many as registers hold, so that no sum waits for itself.
+#if defined(__AVX512F__)
+template <std::size_t kRows>
+constexpr std::size_t kPagesAtOnce = kRows > 2 ? 2 : 4;
+constexpr std::size_t kWidest = 4;
+#else
+template <std::size_t kRows>
+constexpr std::size_t kPagesAtOnce = kRows > 2 ? 1 : 2;
+constexpr std::size_t kWidest = 2;
+#endif
+
+// Products of kRows queries with the keys of kPages pages, to[row][page · kKeyBlock …].
+template <std::size_t kRows, std::size_t kPages, CacheKind kKind>
+static inline void query_key_products(const typename Stored<kKind>::Type* const* keys, std::size_t d,
                                       const float* const* queries, float* const* to) {
-  Lanes sums[kRows] = {};
-  if constexpr (kKind == CacheKind::u4) {
-    std::size_t i = 0;
-    for (; i + 2 <= d; i += 2) {
-      const Bytes pairs = bytes(keys + i / 2 * kKeyBlock);
-      const Lanes even = lanes(pairs & 15), odd = lanes(pairs >> 4);
-      for (std::size_t r = 0; r < kRows; ++r) sums[r] += queries[r][i] * even;
-      for (std::size_t r = 0; r < kRows; ++r) sums[r] += queries[r][i + 1] * odd;
+  Lanes sums[kRows][kPages] = {};
+  const auto add = [&](std::size_t i, const Lanes* column) {
+    for (std::size_t r = 0; r < kRows; ++r) {
+      for (std::size_t k = 0; k < kPages; ++k) add_product(sums[r][k], queries[r][i], column[k]);
     }
-    if (i < d) {
-      const Lanes last = lanes(bytes(keys + i / 2 * kKeyBlock) & 15);
-      for (std::size_t r = 0; r < kRows; ++r) sums[r] += queries[r][i] * last;
+  };
+  Lanes column[kPages];
+  if constexpr (kKind == CacheKind::u4) {
+    for (std::size_t i = 0; i < d; i += 2) {
+      Bytes pairs[kPages];
+      for (std::size_t k = 0; k < kPages; ++k) {
+        pairs[k] = bytes(keys[k] + i / 2 * kKeyBlock);
+        column[k] = lanes(pairs[k] & 15);
+      }
+      add(i, column);
+      if (i + 1 == d) break;
+      for (std::size_t k = 0; k < kPages; ++k) column[k] = lanes(pairs[k] >> 4);
+      add(i + 1, column);
     }
   } else {
     for (std::size_t i = 0; i < d; ++i) {
-      const Lanes column = lanes(keys + i * kKeyBlock);
-      for (std::size_t r = 0; r < kRows; ++r) sums[r] += queries[r][i] * column;
+      for (std::size_t k = 0; k < kPages; ++k) column[k] = lanes(keys[k] + i * kKeyBlock);
+      add(i, column);
     }
   }
-  for (std::size_t r = 0; r < kRows; ++r) std::memcpy(to[r], &sums[r], sizeof sums[r]);
+  for (std::size_t r = 0; r < kRows; ++r) {
+    for (std::size_t k = 0; k < kPages; ++k) store(sums[r][k], to[r] + k * kKeyBlock);
+  }
 }
 
 // kWide · kKeyBlock channels from `at` on, of the value that begins at `from`. Of u4, `at` is a multiple of 32.
 template <std::size_t kWide, CacheKind kKind>
 static inline void value_lanes(const typename Stored<kKind>::Type* from, std::size_t at, Lanes* value) {
   if constexpr (kKind == CacheKind::u4) {
-    const Bytes both = bytes(from + at / 2);
-    value[0] = lanes(both & 15);
-    if constexpr (kWide == 2) value[1] = lanes(both >> 4);
+    for (std::size_t k = 0; k < kWide; k += 2) {
+      const Bytes both = bytes(from + at / 2 + k * kKeyBlock / 2);
+      value[k] = lanes(both & 15);
+      if (k + 1 < kWide) value[k + 1] = lanes(both >> 4);
+    }
   } else {
     for (std::size_t k = 0; k < kWide; ++k) value[k] = lanes(from + at + k * kKeyBlock);
   }
 }
 
-// out[r][...] = Σ_t p[r][t] · value t / totals[r] for kWide · kKeyBlock channels from `at` on. `first` begins a page.
+// Of the rows of a block: out = (Σ_t weights[t] · value t − offset) / total.
+struct RowSums {
+  float total, offset;
+};
+
+// The weights of values that are codes times their steps; the zero points are left to the offsets.
+template <std::size_t kRows>
+static inline void scale_weights(const CacheView& c, std::size_t first, float* scores, std::size_t width,
+                                 RowSums* sums) {
+  float parts[kRows][kKeyBlock] = {};
+  for (std::size_t b = 0; b < width; b += kKeyBlock) {
+    const float *steps = page_scales(c, (first + b) / kKeyBlock) + 2 * kKeyBlock, *zeros = steps + kKeyBlock;
+    for (std::size_t r = 0; r < kRows; ++r) {
+      float* weights = scores + r * width + b;
+      for (std::size_t j = 0; j < kKeyBlock; ++j) {
+        // Behind the last token a page holds what it was left with.
+        const float weight = weights[j] > 0 ? weights[j] * steps[j] : 0.0f;
+        weights[j] = weight;
+        parts[r][j] += weight > 0 ? weight * zeros[j] : 0.0f;
+      }
+    }
+  }
+  for (std::size_t r = 0; r < kRows; ++r) {
+    for (float part : parts[r]) sums[r].offset += part;
+  }
+}
+
+// kWide · kKeyBlock channels of the outputs from `at` on. `first` begins a page.
 template <std::size_t kRows, std::size_t kWide, CacheKind kKind>
 static inline void weighted_values(const CacheView& c, std::size_t first, std::size_t last, std::size_t at,
-                                   const float* scores, std::size_t width, const float* totals, float* const* out) {
+                                   const float* scores, std::size_t width, const RowSums* rows, float* const* out) {
   typedef typename Stored<kKind>::Type T;
   const std::size_t row = c.value_bytes / kKeyBlock / sizeof(T);
   Lanes sums[kRows][kWide] = {};
   for (std::size_t start = first; start < last; start += kKeyBlock) {
     const T* from = page_values<T>(c, start / kKeyBlock);
-    const float* scales = kCodes<kKind> ? page_scales(c, start / kKeyBlock) : nullptr;
     const float* weights = scores + (start - first);
     const std::size_t count = last - start < kKeyBlock ? last - start : kKeyBlock;
     for (std::size_t t = 0; t < count; ++t, from += row) {
       Lanes value[kWide];
       value_lanes<kWide, kKind>(from, at, value);
-      if constexpr (kCodes<kKind>) {
-        for (std::size_t k = 0; k < kWide; ++k) value[k] = (value[k] - scales[3 * kKeyBlock + t]) * scales[2 * kKeyBlock + t];
-      }
       for (std::size_t r = 0; r < kRows; ++r) {
         const float p = weights[r * width + t];
-        for (std::size_t k = 0; k < kWide; ++k) sums[r][k] += p * value[k];
+        for (std::size_t k = 0; k < kWide; ++k) add_product(sums[r][k], p, value[k]);
       }
     }
   }
   for (std::size_t r = 0; r < kRows; ++r) {
     for (std::size_t k = 0; k < kWide; ++k) {
-      const Lanes found = sums[r][k] / totals[r];
-      std::memcpy(out[r] + at + k * kKeyBlock, &found, sizeof found);
+      store(normalised(sums[r][k], rows[r].offset, rows[r].total), out[r] + at + k * kKeyBlock);
     }
   }
 }
@@ -455,44 +555,51 @@ static void attend_rows(const CacheView& c, const float* const* queries, const s
   }
   first = first / kKeyBlock * kKeyBlock;
   const std::size_t width = (last - first + kKeyBlock - 1) / kKeyBlock * kKeyBlock;
+  const auto products = [&](auto pages, std::size_t b) {
+    const T* keys[pages()];
+    float* rows[kRows];
+    for (std::size_t k = 0; k < pages(); ++k) keys[k] = page_keys<T>(c, (first + b) / kKeyBlock + k);
+    for (std::size_t r = 0; r < kRows; ++r) rows[r] = scores + r * width + b;
+    query_key_products<kRows, pages(), kKind>(keys, d, queries, rows);
+  };
+  std::size_t done = 0;
+  constexpr std::size_t kAtOnce = kPagesAtOnce<kRows>;
+  for (; done + kAtOnce * kKeyBlock <= width; done += kAtOnce * kKeyBlock) products(Count<kAtOnce>(), done);
+  for (; done < width; done += kKeyBlock) products(Count<1>(), done);
   for (std::size_t b = 0; b < width; b += kKeyBlock) {
     const std::size_t start = first + b;
-    float* rows[kRows];
-    for (std::size_t r = 0; r < kRows; ++r) rows[r] = scores + r * width + b;
-    query_key_products<kRows, kKind>(page_keys<T>(c, start / kKeyBlock), d, queries, rows);
     const float* scales = kCodes<kKind> ? page_scales(c, start / kKeyBlock) : nullptr;
     for (std::size_t r = 0; r < kRows; ++r) {
+      float* row = scores + r * width + b;
       for (std::size_t j = 0; j < kKeyBlock; ++j) {
         const std::size_t position = start + j;
-        float score = rows[r][j];
+        float score = row[j];
         if (kCodes<kKind>) score = (score - scales[kKeyBlock + j] * query_sums[r]) * scales[j];
-        rows[r][j] = position < begin[r] || position >= end[r] ? -1e30f : score * factor;
+        row[j] = position < begin[r] || position >= end[r] ? -1e30f : score * factor;
       }
     }
   }
-  float totals[kRows];
-  for (std::size_t r = 0; r < kRows; ++r) totals[r] = exponentials(scores + r * width, width);
+  RowSums sums[kRows];
+  for (std::size_t r = 0; r < kRows; ++r) sums[r] = {exponentials(scores + r * width, width), 0.0f};
+  if (kCodes<kKind>) scale_weights<kRows>(c, first, scores, width, sums);
   std::size_t at = 0;
-  for (; at + 2 * kKeyBlock <= d; at += 2 * kKeyBlock) {
-    weighted_values<kRows, 2, kKind>(c, first, last, at, scores, width, totals, out);
-  }
-  for (; at + kKeyBlock <= d; at += kKeyBlock) {
-    weighted_values<kRows, 1, kKind>(c, first, last, at, scores, width, totals, out);
-  }
+  const auto values = [&](auto wide) {
+    for (; at + wide() * kKeyBlock <= d; at += wide() * kKeyBlock) {
+      weighted_values<kRows, wide(), kKind>(c, first, last, at, scores, width, sums, out);
+    }
+  };
+  if constexpr (kWidest > 2) values(Count<kWidest>());
+  values(Count<2>());
+  values(Count<1>());
   const std::size_t row = c.value_bytes / kKeyBlock / sizeof(T);
   for (; at < d; ++at) {
     for (std::size_t r = 0; r < kRows; ++r) {
       float sum = 0;
       for (std::size_t t = first; t < last; ++t) {
-        const std::size_t block = t / kKeyBlock, j = t % kKeyBlock;
-        float value = value_channel<kKind>(page_values<T>(c, block) + j * row, at);
-        if (kCodes<kKind>) {
-          const float* scales = page_scales(c, block);
-          value = (value - scales[3 * kKeyBlock + j]) * scales[2 * kKeyBlock + j];
-        }
-        sum += scores[r * width + t - first] * value;
+        const T* from = page_values<T>(c, t / kKeyBlock) + t % kKeyBlock * row;
+        sum += scores[r * width + t - first] * value_channel<kKind>(from, at);
       }
-      out[r][at] = sum / totals[r];
+      out[r][at] = (sum - sums[r].offset) / sums[r].total;
     }
   }
 }

@@ -1,4 +1,6 @@
 // The decoder's vector loops (see ops.inl) for AVX2: 8 floats in a register.
+#include <immintrin.h>
+
 #include <cstring>
 
 #include "cpu/tables.hpp"

@@ -351,7 +351,7 @@ def _json(text: str) -> Any:
 
 
 def _with_options(lark: str) -> str:
-    """``%json`` schemas in a Lark grammar, checked as others are and with :data:`JSON_OPTIONS`."""
+    """``%json`` schemas in a Lark grammar, checked as others are, with :data:`JSON_OPTIONS` or options of their own."""
     decoder, parts, place = json.JSONDecoder(), [], 0
     for match in re.finditer(r"%json\s*(?=\{)", lark):
         if match.start() < place:
@@ -362,7 +362,7 @@ def _with_options(lark: str) -> str:
             continue  # the library says what is wrong
         _check_schema(schema)
         own = schema.get("x-guidance")
-        schema["x-guidance"] = JSON_OPTIONS | (own if isinstance(own, dict) else {}) | {"lenient": False}
+        schema["x-guidance"] = (own if isinstance(own, dict) else JSON_OPTIONS) | {"lenient": False}
         parts += [lark[place : match.end()], json.dumps(schema)]
         place = end
     return "".join(parts) + lark[place:]

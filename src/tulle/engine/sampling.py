@@ -16,11 +16,13 @@ the shares of top-p and of the others are those of the tokens that may.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 import secrets
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Literal
@@ -29,7 +31,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tulle.errors import UserError
-from tulle.text.detokenizer import overlap
 from tulle.text.tokenizer import ModelTokenizer
 
 BREAKERS = ("\n", ":", '"', "*")
@@ -293,15 +294,43 @@ Breakers = Mapping[int, Sequence[tuple[int, ...]]]
 """Tokens in which a breaker ends or begins: the tokens that must follow for all of it to be there; none: it is."""
 
 _known_breakers: OrderedDict[tuple[int, tuple[str, ...]], Breakers] = OrderedDict()
-_known_texts: dict[int, list[str]] = {}
+_known_texts: dict[int, _Texts] = {}
 
 
-def _texts(tokenizer: ModelTokenizer) -> list[str]:
-    """What every token decodes to alone; special tokens too."""
-    library, key = tokenizer.tokenizer, id(tokenizer)
-    if key not in _known_texts:
+class _Texts:
+    """What every token decodes to alone, special tokens too, in an order to search."""
+
+    def __init__(self, tokenizer: ModelTokenizer):
+        library = tokenizer.tokenizer
         count = library.get_vocab_size()
-        _known_texts[key] = library.decode_batch([[token] for token in range(count)], skip_special_tokens=False)
+        self._texts = library.decode_batch([[token] for token in range(count)], skip_special_tokens=False)
+        self._joined = "\0".join(self._texts)
+        self._starts = list(itertools.accumulate((len(text) + 1 for text in self._texts), initial=0))
+        self._reversed = sorted((text[::-1], token) for token, text in enumerate(self._texts))
+
+    def holding(self, string: str) -> Iterator[int]:
+        """Tokens that hold a string."""
+        place = self._joined.find(string)
+        while place >= 0:
+            token = bisect.bisect_right(self._starts, place) - 1
+            if string in self._texts[token]:
+                yield token
+            place = self._joined.find(string, self._starts[token + 1])
+
+    def ending(self, string: str) -> Iterator[int]:
+        """Tokens that end with a string."""
+        wanted = string[::-1]
+        for place in range(bisect.bisect_left(self._reversed, (wanted, -1)), len(self._reversed)):
+            text, token = self._reversed[place]
+            if not text.startswith(wanted):
+                return
+            yield token
+
+
+def _texts(tokenizer: ModelTokenizer) -> _Texts:
+    key = id(tokenizer)
+    if key not in _known_texts:
+        _known_texts[key] = _Texts(tokenizer)
         weakref.finalize(tokenizer, _forget, key)
     return _known_texts[key]
 
@@ -325,19 +354,13 @@ def breakers(tokenizer: ModelTokenizer, strings: Sequence[str]) -> Breakers:
     found: dict[int, list[tuple[int, ...]]] = {}
     texts = _texts(tokenizer)
     for string in strings:
-        rests: dict[int, tuple[int, ...]] = {}
-        beginnings = set(string[:-1])
-        for token, text in enumerate(texts):
-            if string in text:
-                tail: tuple[int, ...] = ()
-            elif text and text[-1] in beginnings and (length := overlap(text, string)):
-                if length not in rests:
-                    rests[length] = tuple(tokenizer.encode(string[length:], special=False)[:LONGEST_TAIL])
-                tail = rests[length]
-            else:
-                continue
-            if tail not in found.setdefault(token, []):
-                found[token].append(tail)
+        for token in texts.holding(string):
+            found.setdefault(token, []).append(())
+        for length in range(1, len(string)):
+            tail = tuple(tokenizer.encode(string[length:], special=False)[:LONGEST_TAIL])
+            for token in texts.ending(string[:length]):
+                if tail not in found.setdefault(token, []):
+                    found[token].append(tail)
     _known_breakers[key] = found
     while len(_known_breakers) > 64:
         _known_breakers.popitem(last=False)

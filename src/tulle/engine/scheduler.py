@@ -187,6 +187,7 @@ class Scheduler:
             )
         if self.queue_limit is not None and len(self._waiting) - len(self._free) >= self.queue_limit:
             raise QueueFull(f"expected at most {self.queue_limit} requests to wait, found more; try again later")
+        request.sampling.check(self._logits.shape[1])
         sequence = Sequence(request, self._arrivals, added=self._clock())
         tokens = list(request.prompt)
         sampler = Sampler(request.sampling, self._text)

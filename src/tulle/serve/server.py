@@ -28,12 +28,16 @@ logger = logging.getLogger("tulle.serve")
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens nowhere yet. Raises ``UserError`` where the address cannot be had."""
+    """A socket that listens: two servers cannot have one address, and clients wait while the model loads.
+
+    Raises ``UserError`` where the address cannot be had.
+    """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         found = socket.socket(family[0], socket.SOCK_STREAM)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(family[4])
+        found.listen(BACKLOG)
     except (OSError, UnicodeError) as error:
         what = "a free port" if getattr(error, "errno", None) == errno.EADDRINUSE else "an address of this machine"
         raise UserError(f"expected {what} to listen at, found {host}:{port} ({error}); try another --port") from None

@@ -35,7 +35,7 @@ class ReasoningMarks:
         parser.end_reasoning()
 
     def grammar(self, lark: Lark, opened: bool) -> str:
-        """An expression for reasoning and the white space after it, where it may come."""
+        """An expression for what may come before the answer: reasoning and the white space after it."""
         thoughts = f"{lark.before(self.end)} {_SPACES}?"
         return f"{thoughts} " if opened else f"({lark.text(self.start)} {thoughts})? "
 

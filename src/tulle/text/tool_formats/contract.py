@@ -32,6 +32,7 @@ class ToolFormat(ABC):
     special: frozenset[str] = frozenset()
     """Which of them decoding leaves out."""
     reasoning: ReasoningMarks | None = None
+    """None: the model does not reason. Otherwise answers need the parser also without tools."""
 
     @property
     def keep_special(self) -> bool:

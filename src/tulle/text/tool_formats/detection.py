@@ -50,7 +50,7 @@ def detect(tokenizer: ModelTokenizer, model_type: str = "") -> ToolFormat:
             supports_tools=supports_tools,
             tokens=tokens,
             special=frozenset(text for text, number in tokens.items() if number in hidden),
-            reasoning=None if kind is harmony.Harmony else detect_reasoning(template, tokens),
+            **({} if kind is harmony.Harmony else {"reasoning": detect_reasoning(template, tokens)}),
         )
 
     if kind is harmony.Harmony:

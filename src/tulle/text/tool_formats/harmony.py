@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from tulle.text.reasoning import ReasoningMarks
 from tulle.text.tool_formats.calls import arguments_schema
 from tulle.text.tool_formats.contract import ToolFormat
 from tulle.text.tool_formats.json_text import json_value
@@ -22,11 +24,30 @@ _OPEN = re.compile(r"<\|channel\|>(\w+)[^<]*<\|message\|>[^<]*\Z")
 """A prompt that ends inside a message."""
 
 
+class Channels(ReasoningMarks):
+    """Reasoning is the channel ``analysis``; the answer has a head of its own."""
+
+    def opened(self, prompt: str) -> bool:
+        found = _OPEN.search(prompt)
+        return found is not None and found[1] == "analysis"
+
+    def grammar(self, lark: Lark, opened: bool) -> str:
+        return f"{_thoughts(lark, opened)}{lark.text(f'{CHANNEL}final{MESSAGE}')} "
+
+
+def _thoughts(lark: Lark, opened: bool) -> str:
+    body = f"{lark.before(END)} {lark.text(f'{START}assistant')}"
+    return f"{body} " if opened else f"({lark.text(f'{CHANNEL}analysis{MESSAGE}')} {body})? "
+
+
+@dataclass(frozen=True)
 class Harmony(ToolFormat):
     """A call ends the answer, so that there is one at most."""
 
     name = "harmony"
     marks = (START, CHANNEL, MESSAGE, CONSTRAIN, END, CALL, RETURN)
+
+    reasoning: ReasoningMarks | None = Channels(f"{CHANNEL}analysis{MESSAGE}", END)
 
     def _read(self, parser: Parser, prompt: str) -> Reading[None]:
         source = parser.source
@@ -87,6 +108,4 @@ class Harmony(ToolFormat):
         return lark.rule(either(options), "call")
 
     def _thoughts(self, lark: Lark, prompt: str) -> str:
-        opened = _OPEN.search(prompt)
-        body = f"{lark.before(END)} {lark.text(START + 'assistant')}"
-        return f"{body} " if opened else f"({lark.text(f'{CHANNEL}analysis{MESSAGE}')} {body})? "
+        return _thoughts(lark, self.reasoning is not None and self.reasoning.opened(prompt))
