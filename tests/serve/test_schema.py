@@ -15,7 +15,7 @@ from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance
 
-EXAMPLES = int(os.environ.get("TULLE_EXAMPLES", "5"))
+EXAMPLES = int(os.environ.get("TULLE_EXAMPLES", "3"))
 """Requests per operation and mode."""
 
 

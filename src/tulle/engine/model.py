@@ -186,7 +186,6 @@ class Engine:
         if cache == "auto":
             cache = self._fine_or_bf16(shape.layers * shape.hidden)
         self.cache_kind = cache
-        self.cache_kind = cache
         pages = self._count_pages(_page_bytes(cache, shape.layers, shape.heads, shape.hidden // shape.heads))
         # Every page's end may be where another sequence goes on.
         self._native = _native.ScalingEngine(
