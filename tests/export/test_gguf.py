@@ -12,6 +12,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from checkpoints import write_checkpoint
 from gguf_files import Type, dequantised, permuted, small_config, write_random
 from tiny_models import tokens, write_model
 from tulle.cli.main import run
@@ -21,7 +22,7 @@ from tulle.export import export
 from tulle.models.gguf.file import GgufFile
 from tulle.models.gguf.source import GgufSource
 from tulle.models.gguf.tokenizer import GPT2
-from tulle.models.source import open_source
+from tulle.models.source import describe_source, open_source
 
 SCHEMES = {
     "w4-g32": ({"bits": 4, "group_size": 32}, "Q4_0"),
@@ -113,6 +114,14 @@ def test_a_dense_folder_of_every_family(tmp_path: Path) -> None:
         one, two = GgufSource(tmp_path / f"{family}.gguf"), GgufSource(tmp_path / f"{family}-again.gguf")
         assert one.config == two.config | {key: one.config[key] for key in one.config.keys() - two.config.keys()}
         assert set(one.names()) == set(two.names()) and "no tokenizer" in " ".join(result["notes"])
+
+
+@pytest.mark.parametrize("eps", [1e-5, 9.999999747378752e-06, 1.2345678e-6])
+def test_numbers_that_a_float32_does_not_hold(tmp_path: Path, eps: float) -> None:
+    write_checkpoint(tmp_path / "dense", rms_norm_eps=eps)
+    export(tmp_path / "dense", "gguf", tmp_path / "model.gguf")
+    found = describe_source(open_source(tmp_path / "model.gguf")).final_norm.eps
+    assert np.float32(found) == np.float32(eps)
 
 
 def test_a_window_becomes_the_context(tmp_path: Path) -> None:
