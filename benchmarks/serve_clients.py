@@ -1,7 +1,7 @@
 """Other people's clients against ``tulle serve``: LangChain, LiteLLM and lm-eval's local-completions.
 
     python -m venv build/clients
-    build/clients/bin/pip install langchain-openai langchain-anthropic litellm 'lm-eval[api]'
+    build/clients/bin/pip install langchain-openai langchain-anthropic litellm 'lm-eval[api]' transformers
     tulle serve MODEL --port 8080
     build/clients/bin/python benchmarks/serve_clients.py --model MODEL --port 8080
 
@@ -51,7 +51,13 @@ def langchain_openai(server: Server) -> str:
     whole = chat.invoke(SAID)
     streamed = "".join(str(chunk.content) for chunk in chat.stream(SAID))
     assert whole.content == streamed, (whole.content, streamed)
-    schema = {"title": "pet", "type": "object", "properties": {"old": {"type": "boolean"}}, "required": ["old"]}
+    schema: dict[str, Any] = {
+        "title": "pet",
+        "type": "object",
+        "properties": {"old": {"type": "boolean"}},
+        "required": ["old"],
+    }
+    schema["additionalProperties"] = False
     found = chat.with_structured_output(schema, method="json_schema").invoke("A cat of 20 years.")
     assert isinstance(found["old"], bool), found
     tool = {"title": "weather", "description": "Tells.", "type": "object", "properties": {"city": {"type": "string"}}}
@@ -140,7 +146,7 @@ def main() -> int:
             continue
         try:
             print(f"{name}: {check(server)}", flush=True)
-        except Exception:
+        except Exception:  # whatever another library raises is a line of the report
             failed = True
             print(f"{name}: FAILED\n{traceback.format_exc()}", flush=True)
     return 1 if failed else 0

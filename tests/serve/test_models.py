@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ def test_loaded_on_demand(several: Several) -> None:
     assert several.loaded() == ["first", "b"]
     assert several.ask("first") == several.ask("c") == 200
     assert several.loaded() == ["first", "c"]
+    unloaded = weakref.ref(several.engines.pop(1))
+    several.wait(lambda: unloaded() is None)
     for engine in several.engines:
         engine.model.gate.clear()
     several.wait(lambda: several.idle)

@@ -203,5 +203,10 @@ class Registry:
         served.worker.stop()
         await asyncio.to_thread(served.worker.join)
         del served
+        # A server's process has exempted what was there when it started.
+        exempted = gc.get_freeze_count() > 0
+        gc.unfreeze()
         gc.collect()
+        if exempted:
+            gc.freeze()
         logger.info("model=%s unloaded", entry.name)

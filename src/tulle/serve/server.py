@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import importlib.util
 import logging
 import signal
@@ -118,6 +119,9 @@ def serve(settings: Settings, started: Callable[[str, Registry], None] | None = 
             task = asyncio.ensure_future(server.serve([found]))
             while not server.started and not task.done():
                 await asyncio.sleep(0.01)
+            # What is there now stays: the garbage collector need not look at it while streams wait.
+            gc.collect()
+            gc.freeze()
             if server.started and started is not None:
                 started(address, registry)
             await task
