@@ -20,8 +20,9 @@ template <class EngineType, auto kModel>
 class Bound {
  public:
   Bound(nb::handle settings, std::size_t pages, std::size_t slots, std::size_t context, std::size_t batch,
-        const std::string& cache, std::size_t threads, std::size_t snapshots)
-      : engine_(kModel(settings, kept_), {pages, slots, context, batch, cache_kind(cache), threads, snapshots}) {}
+        const std::string& cache, std::size_t threads, std::size_t snapshots, bool deterministic)
+      : engine_(kModel(settings, kept_),
+                {pages, slots, context, batch, cache_kind(cache), threads, snapshots, deterministic}) {}
 
   using Integers = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
   using Tables = nb::ndarray<const std::int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
@@ -96,8 +97,9 @@ nb::class_<B> define_bound(nb::module_& m, const char* name) {
   nb::class_<B> found(m, name);
   found
       .def(nb::init<nb::handle, std::size_t, std::size_t, std::size_t, std::size_t, const std::string&, std::size_t,
-                    std::size_t>(),
-           "model"_a, "pages"_a, "slots"_a, "context"_a, "batch"_a, "cache"_a, "threads"_a, "snapshots"_a = 0)
+                    std::size_t, bool>(),
+           "model"_a, "pages"_a, "slots"_a, "context"_a, "batch"_a, "cache"_a, "threads"_a, "snapshots"_a = 0,
+           "deterministic"_a = false)
       .def("forward", &B::forward, "tokens"_a.noconvert(), "slots"_a.noconvert(), "positions"_a.noconvert(),
            "tables"_a.noconvert(), "rows"_a.noconvert(), "logits"_a.noconvert())
       .def("embed", &B::embed, "tokens"_a.noconvert(), "slots"_a.noconvert(), "positions"_a.noconvert(),

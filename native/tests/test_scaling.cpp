@@ -84,7 +84,7 @@ struct Tokens {
         sums[t] += codes[t * columns + i];
       }
     }
-    view = {tokens, columns, values.get(), codes.get(), steps.get(), sums.get()};
+    view = {tokens, columns, false, values.get(), codes.get(), steps.get(), sums.get()};
   }
 };
 

@@ -47,6 +47,7 @@ class Engine:
         cache: str,
         threads: int,
         snapshots: int = 0,
+        deterministic: bool = False,
     ) -> None: ...
     def forward(
         self,
@@ -92,6 +93,7 @@ class ScalingEngine:
         cache: str,
         threads: int,
         snapshots: int = 0,
+        deterministic: bool = False,
     ) -> None: ...
     def forward(
         self,

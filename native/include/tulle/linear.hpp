@@ -50,6 +50,12 @@ constexpr std::size_t kPairCodes = 2 * kUnitBytes;
 // Readable bytes behind the last code or value: kernels load whole registers.
 constexpr std::size_t kSlack = 64;
 
+// Of weights that are floats, an output is the sum of two: of the even inputs, and of the odd ones, each added up input
+// after input. One token alone needs two, since none can wait for its own last result; of several tokens there are two
+// as well, so that a token's outputs are the same bits whatever others it is multiplied with. (The scalar file adds up
+// input after input.)
+constexpr std::size_t kFloatSums = 2;
+
 // Lines of a panel, at most: the longer the run that an input's lines are, the nearer memory comes to the speed that it
 // gives to what has no gaps (a machine's gaps of half: 256 bytes 50 %, 1 KiB 70 %, 2 KiB 85 %).
 // Of 2-bit codes half as many: sums of a panel stay in the level-1 and level-2 caches.

@@ -48,6 +48,7 @@ struct Panels {
 // Tokens' inputs of a Matrix: floats for one of floats, whole numbers (x̂ = step · code) for one of codes.
 struct RowInputs {
   std::size_t tokens, stride;  // elements from one token to the next
+  bool one_order;              // sums of one token in the order of several's
   const float* floats;
   const std::int8_t* codes;
   const float* steps;          // [tokens]

@@ -69,7 +69,7 @@ void check_input_major(const LinearView& w, const LinearSizes& sizes) {
 }  // namespace
 
 std::size_t scratch_bytes(std::size_t tokens) {
-  return 2 * kChunkInputs * kTileRows * sizeof(float) + tokens * 2 * kTileRows * sizeof(float);
+  return 2 * kChunkInputs * kTileRows * sizeof(float) + tokens * kFloatSums * 2 * kTileRows * sizeof(float);
 }
 
 std::size_t input_major_scratch_bytes(std::size_t tokens) {

@@ -45,6 +45,12 @@ static inline float input_sum(const Inputs& x, std::size_t token, std::size_t se
   return whole;
 }
 
+// A number that a template takes from an argument.
+template <int kValue>
+struct Int {
+  static constexpr int value = kValue;
+};
+
 static inline std::size_t least(std::size_t a, std::size_t b) { return a < b ? a : b; }
 
 // Outputs of a tile that exist.

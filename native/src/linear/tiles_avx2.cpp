@@ -274,7 +274,7 @@ class Floats {
 template <bool kHalf, bool kSparse>
 void multiply_floats(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y) {
   for (std::size_t tile = first; tile < last; ++tile) {
-    __m256 sum[4][2];
+    __m256 sum[kFloatSums][2];
     for (auto& both : sum) both[0] = both[1] = _mm256_setzero_ps();
     for (std::size_t chunk = 0; chunk < w.chunks(); ++chunk) {
       Floats<kHalf, kSparse> stream(start_of(w, tile, chunk));
@@ -285,17 +285,14 @@ void multiply_floats(const LinearView& w, const Inputs& x, std::size_t first, st
           __m256 even[2], odd[2];
           stream.take(even, odd);
           for (int h = 0; h < 2; ++h) {
-            sum[j][h] = _mm256_fmadd_ps(even[h], _mm256_set1_ps(in[i + j]), sum[j][h]);
-            sum[j + 1][h] = _mm256_fmadd_ps(odd[h], _mm256_set1_ps(in[i + j + 1]), sum[j + 1][h]);
+            sum[0][h] = _mm256_fmadd_ps(even[h], _mm256_set1_ps(in[i + j]), sum[0][h]);
+            sum[1][h] = _mm256_fmadd_ps(odd[h], _mm256_set1_ps(in[i + j + 1]), sum[1][h]);
           }
         }
       }
     }
     alignas(32) float sums[kTileRows];
-    for (int h = 0; h < 2; ++h) {
-      const __m256 half = _mm256_add_ps(_mm256_add_ps(sum[0][h], sum[1][h]), _mm256_add_ps(sum[2][h], sum[3][h]));
-      _mm256_store_ps(sums + 8 * h, half);
-    }
+    for (int h = 0; h < 2; ++h) _mm256_store_ps(sums + 8 * h, _mm256_add_ps(sum[0][h], sum[1][h]));
     write(w, tile, sums, 1.0f, y);
   }
 }
@@ -314,23 +311,37 @@ void expand_floats(const LinearView& w, std::size_t tile, std::size_t chunk, flo
   }
 }
 
+// The two sums of each output lie `apart` floats apart.
 template <int kTokens>
 void multiply_accumulate_floats(const float* weights, const float* in, std::size_t stride, std::size_t inputs,
-                                float* sums) {
-  __m256 sum[2][kTokens];
-  for (int t = 0; t < kTokens; ++t) {
-    for (int h = 0; h < 2; ++h) sum[h][t] = _mm256_load_ps(sums + t * kTileRows + 8 * h);
-  }
-  for (std::size_t k = 0; k < inputs; ++k) {
-    const __m256 lower = _mm256_load_ps(weights + k * kTileRows), upper = _mm256_load_ps(weights + k * kTileRows + 8);
+                                float* sums, std::size_t apart) {
+  __m256 sum[kFloatSums][2][kTokens];
+#pragma GCC unroll 16
+  for (std::size_t j = 0; j < kFloatSums; ++j) {
+#pragma GCC unroll 16
     for (int t = 0; t < kTokens; ++t) {
-      const __m256 one = _mm256_set1_ps(in[t * stride + k]);
-      sum[0][t] = _mm256_fmadd_ps(lower, one, sum[0][t]);
-      sum[1][t] = _mm256_fmadd_ps(upper, one, sum[1][t]);
+      for (int h = 0; h < 2; ++h) sum[j][h][t] = _mm256_load_ps(sums + j * apart + t * kTileRows + 8 * h);
     }
   }
-  for (int t = 0; t < kTokens; ++t) {
-    for (int h = 0; h < 2; ++h) _mm256_store_ps(sums + t * kTileRows + 8 * h, sum[h][t]);
+  for (std::size_t k = 0; k < inputs; k += kFloatSums) {
+#pragma GCC unroll 16
+    for (std::size_t j = 0; j < kFloatSums; ++j) {
+      const float* unit = weights + (k + j) * kTileRows;
+      const __m256 lower = _mm256_load_ps(unit), upper = _mm256_load_ps(unit + 8);
+#pragma GCC unroll 16
+      for (int t = 0; t < kTokens; ++t) {
+        const __m256 one = _mm256_set1_ps(in[t * stride + k + j]);
+        sum[j][0][t] = _mm256_fmadd_ps(lower, one, sum[j][0][t]);
+        sum[j][1][t] = _mm256_fmadd_ps(upper, one, sum[j][1][t]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (std::size_t j = 0; j < kFloatSums; ++j) {
+#pragma GCC unroll 16
+    for (int t = 0; t < kTokens; ++t) {
+      for (int h = 0; h < 2; ++h) _mm256_store_ps(sums + j * apart + t * kTileRows + 8 * h, sum[j][h][t]);
+    }
   }
 }
 
@@ -340,19 +351,31 @@ void run_floats(const LinearView& w, const Inputs& x, std::size_t first, std::si
   if (x.tokens == 1) return multiply_floats<kHalf, kSparse>(w, x, first, last, y);
   float* const weights = reinterpret_cast<float*>(scratch);
   float* const sums = weights + kChunkInputs * kTileRows;
+  const std::size_t apart = x.tokens * kTileRows;
   for (std::size_t tile = first; tile < last; ++tile) {
-    std::memset(sums, 0, x.tokens * kTileRows * sizeof(float));
+    std::memset(sums, 0, kFloatSums * apart * sizeof(float));
     for (std::size_t chunk = 0; chunk < w.chunks(); ++chunk) {
       expand_floats<kHalf, kSparse>(w, tile, chunk, weights);
       const std::size_t inputs = w.segments_of(chunk) * w.segment;
       const float* in = x.floats + chunk * w.chunk_segments() * w.segment;
       std::size_t t = 0;
-      for (; t + 4 <= x.tokens; t += 4)
-        multiply_accumulate_floats<4>(weights, in + t * x.stride, x.stride, inputs, sums + t * kTileRows);
-      for (; t < x.tokens; ++t)
-        multiply_accumulate_floats<1>(weights, in + t * x.stride, x.stride, inputs, sums + t * kTileRows);
+      const auto go = [&](auto count) {
+        constexpr int kTokens = decltype(count)::value;
+        multiply_accumulate_floats<kTokens>(weights, in + t * x.stride, x.stride, inputs, sums + t * kTileRows, apart);
+        t += kTokens;
+      };
+      while (t + 3 <= x.tokens) go(Int<3>());
+      if (t + 2 <= x.tokens) go(Int<2>());
+      if (t < x.tokens) go(Int<1>());
     }
-    for (std::size_t t = 0; t < x.tokens; ++t) write(w, tile, sums + t * kTileRows, 1.0f, y + t * y_stride);
+    for (std::size_t t = 0; t < x.tokens; ++t) {
+      alignas(32) float total[kTileRows];
+      for (int h = 0; h < 2; ++h) {
+        const float* const even = sums + t * kTileRows + 8 * h;
+        _mm256_store_ps(total + 8 * h, _mm256_add_ps(_mm256_load_ps(even), _mm256_load_ps(even + apart)));
+      }
+      write(w, tile, total, 1.0f, y + t * y_stride);
+    }
   }
 }
 

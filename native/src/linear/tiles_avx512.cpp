@@ -175,10 +175,11 @@ class Floats {
   const __m512i zero_ = hidden_zero();
 };
 
+// One token.
 template <bool kHalf, bool kSparse>
 void multiply_floats(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y) {
   for (std::size_t tile = first; tile < last; ++tile) {
-    __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+    __m512 sum[kFloatSums] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     for (std::size_t chunk = 0; chunk < w.chunks(); ++chunk) {
       Floats<kHalf, kSparse> stream(start_of(w, tile, chunk));
       const float* in = x.floats + chunk * w.chunk_segments() * w.segment;
@@ -187,57 +188,72 @@ void multiply_floats(const LinearView& w, const Inputs& x, std::size_t first, st
         for (std::size_t j = 0; j < 4; j += 2) {
           __m512 even, odd;
           stream.take(even, odd);
-          sum[j] = _mm512_fmadd_ps(even, _mm512_set1_ps(in[i + j]), sum[j]);
-          sum[j + 1] = _mm512_fmadd_ps(odd, _mm512_set1_ps(in[i + j + 1]), sum[j + 1]);
+          sum[0] = _mm512_fmadd_ps(even, _mm512_set1_ps(in[i + j]), sum[0]);
+          sum[1] = _mm512_fmadd_ps(odd, _mm512_set1_ps(in[i + j + 1]), sum[1]);
         }
       }
     }
     const __mmask16 real = static_cast<__mmask16>((1u << rows_of(w, tile)) - 1);
-    const __m512 total = _mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3]));
-    _mm512_mask_storeu_ps(y + tile * kTileRows, real, total);
+    _mm512_mask_storeu_ps(y + tile * kTileRows, real, _mm512_add_ps(sum[0], sum[1]));
   }
 }
 
-// `inputs` inputs of two tiles, expanded to [inputs][16] and kChunkInputs · 16 floats apart, with kTokens tokens.
+// `inputs` inputs of kTiles tiles, expanded to [inputs][16] and kChunkInputs · 16 floats apart, with kTokens tokens.
+// The two sums of each output lie `apart` floats apart.
 template <int kTiles, int kTokens>
 void multiply_accumulate_floats(const float* weights, const float* in, std::size_t stride, std::size_t inputs,
-                                float* sums) {
-  __m512 sum[kTiles][kTokens];
+                                float* sums, std::size_t apart) {
+  __m512 sum[kFloatSums][kTiles][kTokens];
 #pragma GCC unroll 16
-  for (int i = 0; i < kTiles; ++i) {
+  for (std::size_t j = 0; j < kFloatSums; ++j) {
 #pragma GCC unroll 16
-    for (int t = 0; t < kTokens; ++t) sum[i][t] = _mm512_load_ps(sums + (t * 2 + i) * kTileRows);
+    for (int i = 0; i < kTiles; ++i) {
+#pragma GCC unroll 16
+      for (int t = 0; t < kTokens; ++t) sum[j][i][t] = _mm512_load_ps(sums + j * apart + (t * 2 + i) * kTileRows);
+    }
   }
-  for (std::size_t k = 0; k < inputs; ++k) {
-    __m512 unit[kTiles];
+  for (std::size_t k = 0; k < inputs; k += kFloatSums) {
 #pragma GCC unroll 16
-    for (int i = 0; i < kTiles; ++i) unit[i] = _mm512_load_ps(weights + (i * kChunkInputs + k) * kTileRows);
+    for (std::size_t j = 0; j < kFloatSums; ++j) {
+      __m512 unit[kTiles];
 #pragma GCC unroll 16
-    for (int t = 0; t < kTokens; ++t) {
-      const __m512 one = _mm512_set1_ps(in[t * stride + k]);
+      for (int i = 0; i < kTiles; ++i) unit[i] = _mm512_load_ps(weights + (i * kChunkInputs + k + j) * kTileRows);
 #pragma GCC unroll 16
-      for (int i = 0; i < kTiles; ++i) sum[i][t] = _mm512_fmadd_ps(unit[i], one, sum[i][t]);
+      for (int t = 0; t < kTokens; ++t) {
+        const __m512 one = _mm512_set1_ps(in[t * stride + k + j]);
+#pragma GCC unroll 16
+        for (int i = 0; i < kTiles; ++i) sum[j][i][t] = _mm512_fmadd_ps(unit[i], one, sum[j][i][t]);
+      }
     }
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < kTiles; ++i) {
+  for (std::size_t j = 0; j < kFloatSums; ++j) {
 #pragma GCC unroll 16
-    for (int t = 0; t < kTokens; ++t) _mm512_store_ps(sums + (t * 2 + i) * kTileRows, sum[i][t]);
+    for (int i = 0; i < kTiles; ++i) {
+#pragma GCC unroll 16
+      for (int t = 0; t < kTokens; ++t) _mm512_store_ps(sums + j * apart + (t * 2 + i) * kTileRows, sum[j][i][t]);
+    }
   }
 }
 
 template <int kTiles>
 void multiply_accumulate_all_floats(const float* weights, const float* in, std::size_t stride, std::size_t inputs,
-                     std::size_t tokens, float* sums) {
+                                    std::size_t tokens, float* sums) {
   std::size_t t = 0;
-  for (; t + 12 <= tokens; t += 12) {
-    multiply_accumulate_floats<kTiles, 12>(weights, in + t * stride, stride, inputs, sums + t * 2 * kTileRows);
-  }
-  for (; t + 4 <= tokens; t += 4) {
-    multiply_accumulate_floats<kTiles, 4>(weights, in + t * stride, stride, inputs, sums + t * 2 * kTileRows);
-  }
-  for (; t < tokens; ++t) {
-    multiply_accumulate_floats<kTiles, 1>(weights, in + t * stride, stride, inputs, sums + t * 2 * kTileRows);
+  const auto run = [&](auto count) {
+    constexpr int kTokens = decltype(count)::value;
+    multiply_accumulate_floats<kTiles, kTokens>(weights, in + t * stride, stride, inputs, sums + t * 2 * kTileRows,
+                                                tokens * 2 * kTileRows);
+    t += kTokens;
+  };
+  while (t + 6 <= tokens) run(Int<6>());
+  switch (tokens - t) {
+    case 5: run(Int<2>()); [[fallthrough]];
+    case 3: return run(Int<3>());
+    case 4: return run(Int<4>());
+    case 2: return run(Int<2>());
+    case 1: return run(Int<1>());
+    default: return;
   }
 }
 
@@ -247,9 +263,10 @@ void multiply_many_floats(const LinearView& w, const Inputs& x, std::size_t firs
   constexpr std::size_t kChunkCodes = kChunkInputs * kTileRows;
   float* const weights = reinterpret_cast<float*>(scratch);
   float* const sums = weights + 2 * kChunkCodes;
+  const std::size_t apart = x.tokens * 2 * kTileRows;
   for (std::size_t tile = first; tile < last; tile += 2) {
     const std::size_t tiles = least(2, last - tile);
-    std::memset(sums, 0, x.tokens * 2 * kTileRows * sizeof(float));
+    std::memset(sums, 0, kFloatSums * apart * sizeof(float));
     for (std::size_t chunk = 0; chunk < w.chunks(); ++chunk) {
       const std::size_t inputs = w.segments_of(chunk) * w.segment;
       for (std::size_t i = 0; i < tiles; ++i) {
@@ -269,8 +286,9 @@ void multiply_many_floats(const LinearView& w, const Inputs& x, std::size_t firs
     for (std::size_t t = 0; t < x.tokens; ++t) {
       for (std::size_t i = 0; i < tiles; ++i) {
         const __mmask16 real = static_cast<__mmask16>((1u << rows_of(w, tile + i)) - 1);
+        const float* const even = sums + (t * 2 + i) * kTileRows;
         _mm512_mask_storeu_ps(y + t * y_stride + (tile + i) * kTileRows, real,
-                              _mm512_load_ps(sums + (t * 2 + i) * kTileRows));
+                              _mm512_add_ps(_mm512_load_ps(even), _mm512_load_ps(even + apart)));
       }
     }
   }

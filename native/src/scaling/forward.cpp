@@ -70,7 +70,8 @@ void ScalingEngine::State::layer(const ScalingPass& pass, std::size_t index) {
   // Of one token, each thread has computed a part of the sparse feed-forward's units.
   const std::size_t parts = pass.n == 1 && model.block > 0 ? pass.team : 1;
   for (std::size_t t = pass.first; t < pass.last; ++t) {
-    for (std::size_t i = 0; i < parts; ++i) ops.add(hidden.data() + t * d, partials.data() + (t + i) * d, d);
+    for (std::size_t i = 1; i < parts; ++i) ops.add(partials.data() + t * d, partials.data() + (t + i) * d, d);
+    ops.add(hidden.data() + t * d, partials.data() + t * d, d);
     if (index + 1 < model.layers.size()) norm(model.layers[index + 1].input_norm, t);
   }
   wait();
@@ -137,16 +138,20 @@ void ScalingEngine::State::feed_forward(const ScalingPass& pass, const ScalingLa
   project(pass, {l.c1, nullptr}, normed.data(), pass.n, ranks.data());
   wait();
   const std::size_t blocks = f / model.block;
-  // One token's units are shared by the threads, of several tokens each thread has its own.
-  if (pass.n == 1) {
-    choose(l, 0, begin_of(blocks, pass.thread, pass.team), begin_of(blocks, pass.thread + 1, pass.team),
-           partials.data() + pass.thread * d, pass.scratch);
-    if (pass.thread == 0 && l.w2.bias != nullptr) ops.add(partials.data(), l.w2.bias, d);
-    return;
-  }
+  // A token's units are added up in as many parts as there are threads, which share the parts of one token. Of several
+  // tokens each thread has its own.
+  const auto part = [&](std::size_t t, std::size_t number, float* to) {
+    choose(l, t, begin_of(blocks, number, pass.team), begin_of(blocks, number + 1, pass.team), to, pass.scratch);
+    if (number == 0 && l.w2.bias != nullptr) ops.add(to, l.w2.bias, d);
+  };
+  if (pass.n == 1) return part(0, pass.thread, partials.data() + pass.thread * d);
   for (std::size_t t = pass.first; t < pass.last; ++t) {
-    choose(l, t, 0, blocks, partials.data() + t * d, pass.scratch);
-    if (l.w2.bias != nullptr) ops.add(partials.data() + t * d, l.w2.bias, d);
+    float* const to = partials.data() + t * d;
+    part(t, 0, to);
+    for (std::size_t number = 1; number < pass.team; ++number) {
+      part(t, number, pass.scratch.part.data());
+      ops.add(to, pass.scratch.part.data(), d);
+    }
   }
 }
 

@@ -17,8 +17,8 @@ void ScalingEngine::State::quantise(const float* x, std::size_t n, std::size_t t
 }
 
 RowInputs ScalingEngine::State::inputs_of(const Matrix& w, const float* x, std::size_t tokens) const {
-  if (w.kind != WeightKind::codes8) return {tokens, w.columns, x, nullptr, nullptr, nullptr};
-  return {tokens, code_stride, nullptr, codes.data(), steps.data(), sums.data()};
+  if (w.kind != WeightKind::codes8) return {tokens, w.columns, sizes.deterministic, x, nullptr, nullptr, nullptr};
+  return {tokens, code_stride, sizes.deterministic, nullptr, codes.data(), steps.data(), sums.data()};
 }
 
 // This thread's rows of y [n][rows] = x·Wᵀ + bias; x [n][columns].

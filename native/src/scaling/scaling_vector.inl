@@ -185,7 +185,7 @@ static void float_rows(const Matrix& w, std::size_t first, std::size_t last, con
   constexpr std::size_t kTokens = kLanes == 16 ? 4 : 2;
   const T* values = static_cast<const T*>(w.values);
   std::size_t row = first;
-  const bool shared = x.tokens > 1 || w.columns * sizeof(float) > kSharedInputBytes;
+  const bool shared = x.tokens > 1 || x.one_order || w.columns * sizeof(float) > kSharedInputBytes;
   for (; shared && row + kRows <= last; row += kRows) {
     std::size_t t = 0;
     for (; t + kTokens <= x.tokens; t += kTokens) row_tile<kTokens, T>(w, row, x, t, y, y_stride);

@@ -51,6 +51,7 @@ ScalingEngine::State::State(ScalingModel m, const EngineSizes& s)
     own.scaled = Buffer<float>(std::max(model.modules, model.loss_modules) * kInputs);
     own.modules = Buffer<float>(std::max(model.modules * columns, model.loss_modules * loss_columns));
     if (model.block > 0) {
+      own.part = Buffer<float>(d);
       own.logits = Buffer<float>(round_up(f, kPanel) + kPanel);
       own.active = Buffer<float>(f / model.block);
       own.units = Buffer<std::int32_t>(f / model.block);
@@ -66,7 +67,7 @@ std::uint64_t ScalingEngine::State::work_bytes() const {
     bytes += b->bytes();
   }
   for (const ScalingScratch& t : scratch) {
-    for (const Buffer<float>* b : {&t.scores, &t.scaled, &t.modules, &t.logits, &t.active}) bytes += b->bytes();
+    for (const Buffer<float>* b : {&t.scores, &t.scaled, &t.modules, &t.logits, &t.active, &t.part}) bytes += b->bytes();
     bytes += t.units.bytes();
   }
   return bytes;

@@ -39,6 +39,7 @@ struct ScalingScratch {
   Buffer<float> scores;           // attention
   Buffer<float> scaled, modules;  // multiplicative layer: inputs times D; outputs of modules
   Buffer<float> logits, active;   // sparse feed-forward: of all units; values of the chosen ones
+  Buffer<float> part;             // a part of a token's outputs, [hidden]
   Buffer<std::int32_t> units;     // the chosen ones
   std::uint64_t read = 0, skipped = 0;
 };
