@@ -18,6 +18,8 @@ class FakeModel:
 
     def __init__(self, pages: int, slots: int, vocabulary: int, recurrent: bool = False, seconds: float = 0.0):
         self.vocabulary, self.recurrent = vocabulary, recurrent
+        self.batch = 256
+        """Tokens of a pass, at most."""
         self.memory = np.full((pages, PAGE), -1, np.int64)
         self.states: list[list[int]] = [[] for _ in range(slots)]
         self.snapshots: dict[int, list[int]] = {}
@@ -40,15 +42,14 @@ class FakeModel:
 
     def _run(self, tokens: Integers, slots: Integers, positions: Integers, tables: Integers) -> list[list[int]]:
         """What each token and all before it in its sequence are, read from the pages."""
-        assert len(tokens) == len(slots) == len(positions) > 0
+        assert len(tokens) == len(slots) == len(positions) and 0 < len(tokens) <= self.batch
         found = []
         self.passes.append(list(zip(slots.tolist(), positions.tolist(), strict=True)))
         self.now += self.seconds * len(tokens)
         for token, slot, position in zip(tokens.tolist(), slots.tolist(), positions.tolist(), strict=True):
             page = tables[slot, position // PAGE]
             assert page >= 0, "a token without a page"
-            others = [row for other, row in enumerate(tables) if other != slot and page in row]
-            assert not others or self.memory[page, position % PAGE] in (-1, token), "wrote to a page of others"
+            assert np.sum(tables == page) == 1, "wrote to a page of others"
             self.memory[page, position % PAGE] = token
             used = tables[slot, : position // PAGE + 1]
             past = self.memory[used].reshape(-1)[: position + 1].tolist()

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -207,3 +208,15 @@ def test_every_way_to_text_keeps_the_first_space(tmp_path: Path) -> None:
     assert engine.generate_many(["Once upon a", once], len(ids)) == [text, text]
     found = engine.generate("Once upon a", len(ids) + 5, stop=["<|im_end|>"])
     assert (found.text, found.finish, len(found.tokens)) == (text, "stop", len(ids) + 1)
+
+
+def test_the_cache_is_reserved_up_front(folder: Path) -> None:
+    engine = Engine(folder, threads=1, cache="f32", cache_memory=96 << 20)
+    before = psutil.Process().memory_info().rss
+    engine.reserve_cache()
+    grown = psutil.Process().memory_info().rss - before
+    assert 0.9 * engine.cache_bytes < grown < 1.1 * engine.cache_bytes
+    assert (
+        engine.generate("The square of", 8).tokens
+        == Engine(folder, threads=1, cache="f32").generate("The square of", 8).tokens
+    )

@@ -27,6 +27,7 @@ def made(
 ) -> tuple[Scheduler, FakeModel]:
     recurrent, seconds = bool(options.pop("recurrent", False)), float(options.pop("seconds", 0.0))  # type: ignore[arg-type]
     model = FakeModel(pages, slots, VOCABULARY, recurrent, seconds)
+    model.batch = batch
     cache = KVCache(pages, pages if recurrent else 0)
     sizes = {"slots": slots, "context": context, "batch": batch, "vocabulary": VOCABULARY, "hidden": 8}
     return Scheduler(model, cache, TEXT, clock=model.clock, **sizes, **options), model  # type: ignore[arg-type]
@@ -181,6 +182,18 @@ def test_a_short_prompt_behind_a_long_one_begins_soon() -> None:
     run(scheduler)
 
 
+@pytest.mark.parametrize("generating", range(0, 12, 3))
+def test_many_long_prompts_fit_into_a_pass(generating: int) -> None:
+    scheduler, model = made(pages=4000, slots=24, context=1024, batch=250)
+    for number in range(generating):
+        scheduler.add(Request(prompt(1, number), 200, ignore_end=True))
+    scheduler.step()
+    for number in range(12):
+        scheduler.add(Request(prompt(600, number + 50), 1, ignore_end=True))
+    run(scheduler)
+    assert max(map(len, model.passes)) == 250
+
+
 def test_order_of_arrival() -> None:
     scheduler, _ = made(slots=1)
     sequences = [scheduler.add(Request(prompt(10 + i, i), 3, ignore_end=True)) for i in range(4)]
@@ -239,6 +252,9 @@ def test_the_queue_has_a_bound() -> None:
         (lambda: Request([1], -2), "at least one token"),
         (lambda: Request(prompt(510), 3), "within 512 tokens, found 510 and 3"),
         (lambda: Request(prompt(512)), "within 512 tokens, found 512"),
+        (lambda: Request([5, VOCABULARY], 3), f"tokens below {VOCABULARY}"),
+        (lambda: Request([5, -1], 3), "found -1"),
+        (lambda: Request([5], 3, Sampling(logit_bias={VOCABULARY: 1.0})), "biases for tokens below"),
     ],
 )
 def test_what_can_never_run_is_refused(request_: Callable[[], Request], message: str) -> None:

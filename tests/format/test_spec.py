@@ -14,6 +14,7 @@ from tulle.format.spec import (
     LinearSpec,
     QuantizationConfig,
     TransformSpec,
+    code_shape,
     parse_pattern,
 )
 
@@ -207,3 +208,9 @@ def test_malformed_config_is_refused(change: dict, message: str) -> None:
 def test_impossible_patterns(pattern: str) -> None:
     with pytest.raises(UserError, match="0 < N <= M"):
         parse_pattern(pattern)
+
+
+@pytest.mark.parametrize("n", [2**53 + 1, 2**1100 + 1])
+def test_sizes_that_no_float_holds(n: int) -> None:
+    """A division as floats lost bytes, or overflowed."""
+    assert code_shape(3, (2, n)) == (2, 3, (n + 7) // 8) and code_shape(4, (n,)) == ((n + 1) // 2,)

@@ -50,6 +50,15 @@ def test_a_prefix_that_merges_lack(tmp_path: Path, merges: list[Any]) -> None:
         read_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("merges", [[["a", "é"]], ["a é"], [["aé", "a"]], [[1, 2]], [{}]])
+def test_a_merge_that_makes_no_token(tmp_path: Path, merges: list[Any]) -> None:
+    """The library panicked where the merge was longer than all tokens."""
+    model = TOKENIZER["model"] | {"vocab": {"a": 0, "é": 1}, "merges": merges}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(TOKENIZER | {"model": model}))
+    with pytest.raises(UserError, match="tokenizer.json"):
+        read_tokenizer(tmp_path)
+
+
 def test_a_prefix_of_merges(tmp_path: Path) -> None:
     vocabulary = {"a": 0, "#é": 1, "aé": 2}
     model = TOKENIZER["model"] | {"vocab": vocabulary, "continuing_subword_prefix": "#", "merges": [["a", "#é"]]}

@@ -43,6 +43,7 @@ Tokens = Annotated[int, typer.Option("--tokens", "-n", metavar="N", min=1, help=
 Temperature = Annotated[float, typer.Option("--temperature", metavar="X", help="0 takes the likeliest token.")]
 TopK = Annotated[int, typer.Option("--top-k", metavar="K", help="Only the K likeliest tokens; 0: all.")]
 TopP = Annotated[float, typer.Option("--top-p", metavar="P", help="Only the likeliest tokens that add up to P.")]
+MinP = Annotated[float, typer.Option("--min-p", metavar="P", help="Only tokens P times as likely as the likeliest.")]
 Penalty = Annotated[float, typer.Option("--repetition-penalty", metavar="X", help="Above 1 avoids what occurred.")]
 Seed = Annotated[int, typer.Option("--seed", metavar="S", help="Equal seeds give equal texts.")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this; may be repeated.")]
@@ -55,6 +56,7 @@ def generate(
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
     repetition_penalty: Penalty = 1.0,
     seed: Seed = 0,
     stop: Stop = None,
@@ -71,7 +73,7 @@ def generate(
 
     Example: tulle generate reference -p 'def fibonacci(n):' -n 64
     """
-    sampling = _sampling(temperature, top_k, top_p, repetition_penalty, seed)
+    sampling = _sampling(temperature, top_k, top_p, repetition_penalty, seed, min_p)
     engine = _engine(model, threads, context, cache, activations, head, layout, weights)
     text = _read_input() if prompt == "-" else prompt
     quiet = str(json_file) == "-"
@@ -92,6 +94,7 @@ def chat(
     temperature: Temperature = 0.7,
     top_k: TopK = 40,
     top_p: TopP = 0.95,
+    min_p: MinP = 0.0,
     repetition_penalty: Penalty = 1.0,
     seed: Seed = 0,
     threads: Threads = None,
@@ -108,7 +111,7 @@ def chat(
     """
     from tulle.text.tokenizer import not_utf8
 
-    sampling = _sampling(temperature, top_k, top_p, repetition_penalty, seed)
+    sampling = _sampling(temperature, top_k, top_p, repetition_penalty, seed, min_p)
     engine = _engine(model, threads, context, cache, activations, head, layout, weights)
     messages = [{"role": "system", "content": system}] if system else []
     engine.text.chat([*messages, {"role": "user", "content": "?"}])  # fails now where there is no template
@@ -188,10 +191,10 @@ def bench(
     common.write_json(json_file, result | ({"other_layouts": [dict(other) for other in others]} if others else {}))
 
 
-def _sampling(temperature: float, top_k: int, top_p: float, penalty: float, seed: int) -> Sampling:
+def _sampling(temperature: float, top_k: int, top_p: float, penalty: float, seed: int, min_p: float) -> Sampling:
     from tulle.engine import Sampling
 
-    return Sampling(temperature, top_k, top_p, penalty, seed)
+    return Sampling(temperature, top_k, top_p, penalty, seed, min_p)
 
 
 def _engine(
@@ -242,7 +245,8 @@ def _write(text: str) -> None:
 
 
 def _speed(found: Generation) -> str:
-    first = f"{found.prompt_tokens} prompt tokens in {found.prefill_seconds:.2f} s"
+    cached = f" ({found.cached_tokens} from the cache)" if found.cached_tokens else ""
+    first = f"{found.prompt_tokens} prompt tokens{cached} in {found.prefill_seconds:.2f} s"
     rest = len(found.tokens) - 1
     if rest < 1 or found.decode_seconds <= 0:
         return first

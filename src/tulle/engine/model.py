@@ -234,6 +234,14 @@ class Engine:
         """Bytes of keys and values, once the context is full."""
         return int(self._native.cache_bytes)
 
+    def reserve_cache(self) -> None:
+        """Takes the memory of all pages from the system now, not when they are first written to: what a server does
+        before it says that it is ready. For an engine that has not run yet."""
+        with self._lock:
+            self._check_idle()
+            for page in range(self._kv.pages):
+                self._native.copy_page(0, page)
+
     @property
     def scheduler(self) -> Scheduler:
         """Runs requests; made on first use. What prompts left in the cache serves the next ones."""

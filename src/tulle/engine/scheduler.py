@@ -10,6 +10,7 @@ computed is often still in the cache when its turn comes again; its text does no
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import abc, deque
 from collections.abc import Callable
@@ -33,6 +34,7 @@ LEAST_PART = PAGE
 LOGPROB_ROWS = 64
 """Tokens of a prompt in one pass where the log-probabilities of all of them are wanted: bounds the logits' memory."""
 
+logger = logging.getLogger(__name__)
 Integers = NDArray[np.int32]
 Floats = NDArray[np.float32]
 
@@ -187,7 +189,10 @@ class Scheduler:
             )
         if self.queue_limit is not None and len(self._waiting) - len(self._free) >= self.queue_limit:
             raise QueueFull(f"expected at most {self.queue_limit} requests to wait, found more; try again later")
-        request.sampling.check(self._logits.shape[1])
+        vocabulary = self._logits.shape[1]
+        if wrong := [token for token in request.prompt if not 0 <= token < vocabulary]:
+            raise UserError(f"expected tokens below {vocabulary} and at least 0, found {wrong[0]}")
+        request.sampling.check(vocabulary)
         sequence = Sequence(request, self._arrivals, added=self._clock())
         tokens = list(request.prompt)
         sampler = Sampler(request.sampling, self._text)
@@ -289,7 +294,7 @@ class Scheduler:
             part = min(run.pending, left)
             if part < run.pending and number + 1 < len(prompts):
                 # A long prompt leaves half to those behind it.
-                part = min(run.pending, max(left // 2, LEAST_PART))
+                part = min(part, max(left // 2, LEAST_PART))
             if run.all_rows:
                 part = min(part, LOGPROB_ROWS)
             if self._cache.recurrent:
@@ -398,6 +403,8 @@ class Scheduler:
         try:
             call(arrays[0], arrays[1], arrays[2], self.tables, wanted, given)
         except ValueError as error:
+            # No request's fault: what a request may say was checked when it came.
+            logger.error("a pass of %d tokens failed: %s", len(tokens), error)
             return [self._fail(run, str(error)) for run, _ in batch]
         self.stats.steps += 1
         self.stats.computed_tokens += len(tokens)

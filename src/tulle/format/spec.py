@@ -244,7 +244,7 @@ class LinearSpec:
         c_out, c_in = self.shape
         tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
         if self.sparse:
-            tensors["mask"] = ("uint8", (c_out, math.ceil(c_in / 8)))
+            tensors["mask"] = ("uint8", (c_out, -(-c_in // 8)))
             if self.bits is None:
                 tensors["values"] = (str(self.values_dtype), (self.stored,))
             else:
@@ -320,8 +320,8 @@ def code_shape(bits: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     if bits == 8:
         return shape
     if bits == 4:
-        return (*rows, math.ceil(n / 2))
-    return (*rows, bits, math.ceil(n / 8))
+        return (*rows, -(-n // 2))
+    return (*rows, bits, -(-n // 8))
 
 
 def parse_pattern(pattern: str) -> tuple[int, int]:

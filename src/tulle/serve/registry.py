@@ -26,8 +26,8 @@ Opener = Callable[[Path, Settings], EngineLike]
 
 
 def open_engine(folder: Path, settings: Settings) -> Engine:
-    """An engine as the settings want it. Raises ``UserError``."""
-    return Engine(
+    """An engine as the settings want it, its memory taken. Raises ``UserError``."""
+    engine = Engine(
         folder,
         threads=settings.threads,
         context=settings.context,
@@ -39,6 +39,8 @@ def open_engine(folder: Path, settings: Settings) -> Engine:
         weights=settings.weights,
         cache_memory=settings.cache_memory,
     )
+    engine.reserve_cache()
+    return engine
 
 
 @dataclass(eq=False)

@@ -247,31 +247,39 @@ def _from_json(content: bytes, folder: Path) -> Tokenizer:
     try:
         # Not from_buffer: it ends the process where an error message holds bytes that are no UTF-8.
         text = content.decode("utf-8")
-        _require_whole_merges(json.loads(text))
+        _check_merges(json.loads(text))
         return Tokenizer.from_str(text)
-    except Exception as error:  # the library raises plain Exception
+    except BaseException as error:  # the library raises plain Exception, and a panic of its own
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise UserError(
             f"expected a tokenizer.json in {folder}, found none that can be read ({error}); save it with transformers' "
             "save_pretrained"
         ) from None
 
 
-def _require_whole_merges(tokenizer: Any) -> None:
-    """Raises ``ValueError`` for merges that lack ``continuing_subword_prefix``.
+def _check_merges(tokenizer: Any) -> None:
+    """Raises ``ValueError`` for merges of BPE that make no token, or that lack ``continuing_subword_prefix``.
 
-    The library cuts as many bytes as that has from the right side of every merge. Where they are not the prefix, it may
-    cut a character in two, and ends the process when it says so.
+    The library joins both sides in a buffer as long as the longest token, and cuts as many bytes as the prefix has off
+    the right one. Where that does not fit, or cuts a character in two, it panics or ends the process.
     """
     model = tokenizer.get("model") if isinstance(tokenizer, dict) else None
-    if not isinstance(model, dict):
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
         return
-    prefix = model.get("continuing_subword_prefix")
-    if not prefix or not isinstance(prefix, str):
+    vocabulary, prefix = model["vocab"], model.get("continuing_subword_prefix") or ""
+    if not isinstance(prefix, str):
         return
+    cut = len(prefix)
     for merge in model.get("merges") or []:
         sides = merge.split(" ", 1) if isinstance(merge, str) else merge
-        if len(sides) != 2 or not isinstance(sides[1], str) or not sides[1].startswith(prefix):
+        if not (isinstance(sides, list) and len(sides) == 2 and all(isinstance(side, str) for side in sides)):
+            raise ValueError(f"the merge {merge!r} is no pair of tokens")
+        left, right = sides
+        if not right.startswith(prefix):
             raise ValueError(f"the merge {merge!r} does not continue with the prefix {prefix!r}")
+        if left + right[cut:] not in vocabulary:
+            raise ValueError(f"the merge {merge!r} makes no token of the vocabulary")
 
 
 def _from_other_files(
