@@ -2,13 +2,14 @@
 
     python benchmarks/serve_overhead.py --streams 16 --tokens 400 --rate 60
 
-The engine's place is taken by one that gives every stream a token ``rate`` times a second. Server and clients are
-processes of their own; what is counted is the CPU time of the server's.
+The engine's place is taken by one that gives every stream a token ``rate`` times a second. The server is a process
+of its own; what is counted is its CPU time.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import multiprocessing
 import resource
@@ -26,6 +27,7 @@ from tulle.engine.scheduler import Stats
 from tulle.text.tokenizer_folder import read_tokenizer
 
 HOST = "127.0.0.1"
+STALL = 30.0
 WORDS = [" the", " quick", " brown", " fox", " jumps", " over", " a", " lazy", " dog", "."]
 
 
@@ -69,7 +71,7 @@ class PacedScheduler:
         return events
 
 
-def serve(port: int, rate: float, result: Any) -> None:
+def serve(port: int, rate: float) -> None:
     """The server's process; its CPU time between two calls of ``/cpu`` is what counts."""
     from fastapi import FastAPI
     from starlette.responses import JSONResponse
@@ -105,19 +107,24 @@ def serve(port: int, rate: float, result: Any) -> None:
     server.serve(Settings(models=[str(folder)], port=port, sequences=64))
 
 
-def read_stream(port: int, path: str, tokens: int, ready: Any) -> None:
-    """One client: reads and throws away."""
+async def read_stream(port: int, path: str, tokens: int) -> None:
+    """One client: reads and throws away. Fails where nothing comes for ``STALL`` seconds."""
     body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True, "max_tokens": tokens}
     content = json.dumps(body).encode()
-    with socket.create_connection((HOST, port)) as connection:
-        connection.sendall(
-            b"POST %s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
-            b"Content-Length: %d\r\n\r\n%s" % (path.encode(), len(content), content)
-        )
-        size = 0
-        while part := connection.recv(1 << 16):
-            size += len(part)
-        assert size > 50 * tokens
+    reader, writer = await asyncio.open_connection(HOST, port)
+    writer.write(
+        b"POST %s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n%s" % (path.encode(), len(content), content)
+    )
+    size = 0
+    while part := await asyncio.wait_for(reader.read(1 << 16), STALL):
+        size += len(part)
+    writer.close()
+    assert size > 50 * tokens, size
+
+
+async def read_streams(port: int, path: str, tokens: int, streams: int) -> None:
+    await asyncio.gather(*(read_stream(port, path, tokens) for _ in range(streams)))
 
 
 def main() -> None:
@@ -130,7 +137,7 @@ def main() -> None:
     with socket.create_server((HOST, 0)) as found:
         port = found.getsockname()[1]
     context = multiprocessing.get_context("spawn")
-    server = context.Process(target=serve, args=(port, options.rate, None), daemon=True)
+    server = context.Process(target=serve, args=(port, options.rate), daemon=True)
     server.start()
     import httpx
 
@@ -145,17 +152,9 @@ def main() -> None:
         except httpx.HTTPError:
             assert time.monotonic() < until, "the server does not start"
             time.sleep(0.1)
-    read_stream(port, options.path, 5, None)
-    before = cpu()
-    clients = [
-        context.Process(target=read_stream, args=(port, options.path, options.tokens, None))
-        for _ in range(options.streams)
-    ]
-    begun = time.monotonic()
-    for client in clients:
-        client.start()
-    for client in clients:
-        client.join()
+    asyncio.run(read_streams(port, options.path, 5, 1))
+    before, begun = cpu(), time.monotonic()
+    asyncio.run(read_streams(port, options.path, options.tokens, options.streams))
     seconds, used = time.monotonic() - begun, cpu() - before
     each = used / (options.streams * options.tokens)
     share = each * options.streams * options.rate
