@@ -394,7 +394,10 @@ def instrument() -> None:
     which brings its own.)"""
     for family in families():
         importlib.import_module(f"tulle.models.families.{family}")
-    functions = [f for f in gc.get_objects() if isinstance(f, FunctionType) and str(f.__module__).startswith("tulle.")]
+    for module in ("compiler", "lexer", "parser"):
+        importlib.import_module(f"jinja2.{module}")
+    ours = ("tulle.", "jinja2.parser", "jinja2.lexer", "jinja2.compiler")  # a template is read by Jinja alone
+    functions = [f for f in gc.get_objects() if isinstance(f, FunctionType) and str(f.__module__).startswith(ours)]
     for function in functions:
         atheris.instrument_func(function)
 

@@ -17,10 +17,13 @@ from gguf_files import Type, add, dequantised, random_bytes, small_config, write
 from tulle.errors import UserError
 from tulle.models.checkpoint import Checkpoint
 from tulle.models.decoder import PlainDecoder
+from tulle.models.description import describe
 from tulle.models.gguf.blocks import RANGES, READERS, decode, encode, encode_q4_1, to_float32
+from tulle.models.gguf.config import config_of
 from tulle.models.gguf.file import GgufFile, is_gguf
 from tulle.models.gguf.names import ours, restored_rows, stored_rows, theirs
 from tulle.models.gguf.source import GgufSource
+from tulle.models.gguf.tokenizer import tokenizer_of
 from tulle.models.source import describe_source, open_source
 
 
@@ -268,6 +271,42 @@ def test_every_cut_of_a_file_is_refused(tmp_path: Path) -> None:
         (tmp_path / "cut.gguf").write_bytes(whole[:size])
         with pytest.raises(UserError):
             GgufFile(tmp_path / "cut.gguf")
+
+
+WRONG: tuple[object, ...] = (
+    "x", "", True, -1, 0, 10**18, 0.5, float("nan"), [], ["x", "y"], [[1], [2]],
+    np.array([1, 2], np.int32), np.array([], np.int32), np.array([0.5, np.inf], np.float32),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_metadata_of_any_type_is_read_or_refused(tmp_path: Path, kind: str) -> None:
+    """A key of an array was taken for a number, and raised a raw error."""
+    write_random(tmp_path / "m.gguf", small_config(), Type.F32)
+    metadata = dict(GgufFile(tmp_path / "m.gguf").metadata)
+    tokens = ["<unk>", "<s>", "</s>", "a", "b", "ab"]
+    metadata |= {f"tokenizer.ggml.{key}": value for key, value in {
+        "model": kind, "pre": "smollm", "tokens": tokens, "token_type": [2, 3, 3, 1, 1, 1], "merges": ["a b"],
+        "scores": np.zeros(6, np.float32), "bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0,
+        "padding_token_id": 0, "eot_token_id": 2, "add_bos_token": True, "add_eos_token": False,
+        "add_space_prefix": True, "remove_extra_whitespaces": False,
+    }.items()}  # fmt: skip
+    architecture = metadata["general.architecture"]
+    metadata |= {f"{architecture}.{key}": value for key, value in {
+        "rope.scaling.type": "yarn", "rope.scaling.factor": 2.0, "rope.scaling.original_context_length": 64,
+        "rope.scaling.attn_factor": 1.0, "rope.scaling.yarn_beta_fast": 32.0, "rope.scale_linear": 1.0,
+        "expert_count": 0, "attention.sliding_window": 0, "attention.scale": 0.0,
+    }.items()}  # fmt: skip
+    metadata |= {"tokenizer.chat_template": "x", "tokenizer.chat_templates": ["t"], "tokenizer.chat_template.t": "y"}
+    describe(config_of(metadata, 256, (), None))
+    tokenizer_of(metadata)
+    for key in metadata:
+        for wrong in WRONG:
+            for read in (lambda m: describe(config_of(m, 256, (), None)), tokenizer_of):
+                try:
+                    read(metadata | {key: wrong})
+                except UserError as error:
+                    assert "\n" not in str(error) and len(str(error)) < 600
 
 
 def test_what_is_taken_for_gguf(tmp_path: Path) -> None:

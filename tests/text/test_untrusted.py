@@ -10,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from tulle.errors import UserError
+from tulle.text import sentencepiece
 from tulle.text.sentencepiece import parse
 from tulle.text.tokenizer import ModelTokenizer
 from tulle.text.tokenizer_folder import read_tokenizer
@@ -77,3 +78,12 @@ def test_sentencepiece_fields_of_other_kinds(piece: bytes) -> None:
     assert len(parse(b"\x0a\x03\x0a\x01a").pieces) == 1
     with pytest.raises(UserError, match="SentencePiece"):
         parse(b"\x0a" + bytes([len(piece)]) + piece)
+
+
+def test_a_sentencepiece_model_with_a_broken_table() -> None:
+    """The library's error was raw (found by the fuzzer)."""
+    data = b"\x0a\x0e\x0a\x05<unk>\x15\x00\x00\x00\x00\x18\x02\x12\x04\x18\x01\x40\x00\x1a\x06\x12\x04abcd"
+    model = sentencepiece.parse(data)
+    assert model.charsmap == b"abcd"
+    with pytest.raises(UserError, match="table of characters"):
+        sentencepiece.tokenizer_of(model)

@@ -187,7 +187,10 @@ def tokenizer_of(model: SentencePieceModel, prefix: Literal["always", "first", "
     if prefix is None:
         prefix = "first" if model.space_prefix else "never"
     if model.charsmap:
-        tokenizer.normalizer = normalizers.Precompiled(model.charsmap)
+        try:
+            tokenizer.normalizer = normalizers.Precompiled(model.charsmap)
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(f"expected a table of characters in the SentencePiece model, found {error}") from None
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prefix, split=False)
     tokenizer.decoder = decoder_of(prefix != "never")
     tokenizer.add_tokens([

@@ -88,9 +88,15 @@ class _Keys:
             raise self.refused(key, "a number", value)
         return shortest(value)
 
+    def text(self, key: str, default: str) -> str:
+        value = self.get(key, default)
+        if not isinstance(value, str):
+            raise self.refused(key, "a text", value)
+        return value
+
     def refused(self, key: str, expected: str, found: object) -> UserError:
         return UserError(
-            f"expected {expected} for {self.architecture}.{key} in the GGUF file, found {found!r}; convert it again"
+            f"expected {expected} for {self.architecture}.{key} in the GGUF file, found {found!r:.80}; convert it again"
         )
 
     def finish(self) -> None:
@@ -131,12 +137,12 @@ def config_of(
         if keys.size(key, head_dim) != head_dim:
             raise keys.refused(key, f"{head_dim}, as many channels as a head has", keys.get(key))
     for key in ("expert_count", "expert_used_count"):
-        if keys.get(key, 0) != 0:
+        if keys.number(key, 0) != 0:
             raise keys.refused(key, "0 (no experts)", keys.get(key))
-    window = keys.get("attention.sliding_window", 0)
-    if window:
+    window = keys.number("attention.sliding_window", 0)
+    if window != 0:
         raise keys.refused("attention.sliding_window", "none", window)
-    if keys.get("attention.scale", 0.0) != 0.0:
+    if keys.number("attention.scale", 0.0) != 0.0:
         raise keys.refused("attention.scale", "none", keys.get("attention.scale"))
     context = keys.size("context_length")
     config: dict[str, Any] = {
@@ -168,11 +174,11 @@ def config_of(
 def _rope_scaling(
     keys: _Keys, context: int, head_dim: int, theta: float, ratios: NDArray[np.float32] | None
 ) -> dict[str, Any] | None:
-    kind = keys.get("rope.scaling.type", "none")
+    kind = keys.text("rope.scaling.type", "none")
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0))
     if kind == "none" and "rope.scale_linear" in keys.read and factor != 1:
         kind = "linear"
-    original = keys.get("rope.scaling.original_context_length", context)
+    original = keys.size("rope.scaling.original_context_length", context)
     attention = keys.number("rope.scaling.attn_factor", 1.0)
     log_multiplier = keys.number("rope.scaling.yarn_log_multiplier", 0.0)
     if kind != "yarn" and attention != 1 or log_multiplier != 0:
@@ -187,10 +193,10 @@ def _rope_scaling(
         return {"rope_type": "linear", "factor": factor}
     if kind != "yarn":
         raise keys.refused("rope.scaling.type", "none, linear or yarn", kind)
-    found = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": int(original)}
+    found = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
     for key, ours in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
-        if (value := keys.get(f"rope.scaling.{key}")) is not None:
-            found[ours] = shortest(value)
+        if keys.get(f"rope.scaling.{key}") is not None:
+            found[ours] = keys.number(f"rope.scaling.{key}", 0.0)
     if attention != 1:
         # llama.cpp multiplies what the paper suggests by this.
         found["attention_factor"] = attention * (0.1 * float(np.log(factor)) + 1.0)

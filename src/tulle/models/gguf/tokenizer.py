@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from tulle.errors import UserError
@@ -93,6 +94,8 @@ def tokenizer_of(metadata: Mapping[str, Any]) -> GgufTokenizer:
     """The tokenizer of a file's metadata. Raises ``UserError`` for a kind or a ``pre`` that is not known, by its name,
     and for tables that do not fit each other."""
     model = metadata.get("tokenizer.ggml.model")
+    if not isinstance(model, str):
+        raise UserError(f"expected a name as tokenizer.ggml.model in the GGUF file, found {model!r:.80}")
     if model in WITHOUT and isinstance(whole := metadata.get(WHOLE), str):
         return _whole(metadata, whole)
     try:
@@ -114,10 +117,17 @@ def tokenizer_of(metadata: Mapping[str, Any]) -> GgufTokenizer:
     except Exception as error:  # the library raises plain Exception
         raise UserError(f"expected a GGUF tokenizer whose tables fit each other, found: {error}") from None
     names = _roles(metadata, dict(enumerate(tokens)))
-    starts = metadata.get("tokenizer.ggml.add_bos_token", bos) and "bos" in names
-    ends = metadata.get("tokenizer.ggml.add_eos_token", False) and "eos" in names
+    starts = _flag(metadata, "add_bos_token", bos) and "bos" in names
+    ends = _flag(metadata, "add_eos_token", False) and "eos" in names
     _surround(tokenizer, names["bos"] if starts else None, names["eos"] if ends else None)
-    return GgufTokenizer(tokenizer, _settings(metadata, names, bool(starts), bool(ends)))
+    return GgufTokenizer(tokenizer, _settings(metadata, names, starts, ends))
+
+
+def _flag(metadata: Mapping[str, Any], key: str, default: bool) -> bool:
+    found = metadata.get(f"tokenizer.ggml.{key}", default)
+    if not isinstance(found, bool):
+        raise UserError(f"expected true or false for tokenizer.ggml.{key} in the GGUF file, found {found!r:.80}")
+    return found
 
 
 def _whole(metadata: Mapping[str, Any], text: str) -> GgufTokenizer:
@@ -175,6 +185,10 @@ def _tokens(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
     if not isinstance(tokens, list) or not tokens or not all(isinstance(t, str) for t in tokens):
         raise UserError("expected tokenizer.ggml.tokens in the GGUF file, found none; the file holds no tokenizer")
     found = metadata.get("tokenizer.ggml.token_type")
+    if found is not None and not (
+        isinstance(found, np.ndarray | list) and all(isinstance(kind, int | np.integer) for kind in found)
+    ):
+        raise UserError(f"expected whole numbers as tokenizer.ggml.token_type, found {found!r:.80}")
     kinds = [NORMAL] * len(tokens) if found is None else [int(kind) for kind in found]
     if len(kinds) != len(tokens):
         raise UserError(f"expected a type for each of {len(tokens)} tokens, found {len(kinds)}; convert the file again")
@@ -220,9 +234,9 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> tuple[Tokeniz
 def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], kinds: list[int]) -> tuple[Tokenizer, bool]:
     """The tokenizer, and whether texts begin with BOS where the file does not say."""
     scores = metadata.get("tokenizer.ggml.scores")
-    if scores is None or len(scores) != len(tokens):
+    if not isinstance(scores, np.ndarray | list) or len(scores) != len(tokens):
         raise UserError(f"expected tokenizer.ggml.scores of {len(tokens)} tokens, found none; convert the file again")
-    if metadata.get("tokenizer.ggml.remove_extra_whitespaces", False):
+    if _flag(metadata, "remove_extra_whitespaces", False):
         raise UserError("expected a llama tokenizer that keeps white space, found remove_extra_whitespaces")
     vocabulary = _vocabulary(tokens)
     merged = [n for n, kind in enumerate(kinds) if kind in (NORMAL, USER_DEFINED, UNUSED)]
@@ -239,7 +253,7 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], kinds: list[i
     bytes_too = BYTE in kinds
     model = models.BPE(vocabulary, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=bytes_too)
     tokenizer = Tokenizer(model)
-    prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    prefix = _flag(metadata, "add_space_prefix", True)
     spaces = normalizers.Replace(" ", "▁")
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
