@@ -181,6 +181,13 @@ def test_refused(server: LiveServer, wrong: dict[str, Any]) -> None:
     assert found.json()["error"]["message"].startswith("expected")
 
 
+@pytest.mark.parametrize("include", [5, "x", [5], [None], ["x"] * 40, {"a": 1}])
+def test_what_a_response_may_include_is_a_list_of_names(server: LiveServer, include: object) -> None:
+    """A number raised a raw error (found by the fuzzer)."""
+    found = server.post("/v1/responses", {"input": "x", "include": include})
+    assert found.status_code == 400 and "include" in found.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     "grammar",
     [

@@ -76,7 +76,7 @@ def talk_of(body: ResponsesRequest, model: ServedModel) -> Talk:
     schema = None
     if form is not None and form.type != "text":
         schema = {"type": "object"} if form.type == "json_object" else form.schema_
-    wants = LOGPROBS in ((body.model_extra or {}).get("include") or ())
+    wants = LOGPROBS in (body.include or ())
     return Talk(
         messages,
         tools,

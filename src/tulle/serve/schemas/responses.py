@@ -102,7 +102,6 @@ class ReasoningSettings(Strict):
 class ResponsesRequest(Generating):
     """``POST /v1/responses``."""
 
-    harmless: ClassVar[frozenset[str]] = Generating.harmless | {"include"}
     refused: ClassVar[dict[str, str]] = Generating.refused | {
         "previous_response_id": "nothing is stored; send the whole conversation as input",
         "conversation": "nothing is stored; send the whole conversation as input",
@@ -125,6 +124,8 @@ class ResponsesRequest(Generating):
     stream_options: StreamOptions | None = None
     truncation: Literal["disabled"] | None = None
     background: Literal[False] | None = None
+    include: Annotated[list[Annotated[str, Field(max_length=128)]], Field(max_length=32, fail_fast=True)] | None = None
+    """What else the answer should hold; log-probabilities are known, the rest is passed over."""
     store: bool | None = None
     """Nothing is stored, whatever this says."""
     metadata: (
