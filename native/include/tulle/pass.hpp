@@ -30,8 +30,8 @@ struct EngineSizes {
   std::size_t threads;
   std::size_t snapshots = 0;  // of recurrent states; see RecurrentStates
   // A token's outputs are the same bits whatever other tokens a pass has and however a prompt is cut into passes, for
-  // one number of threads. Without it that holds as well, but for Scaling Transformers whose weights are floats: their
-  // rows are added up in another order for one token than for several, which is faster.
+  // one number of threads. Without it that holds as well, but for Scaling Transformers: matrices of floats are added up
+  // in another order for one token than for several, which is faster.
   bool deterministic = false;
 };
 
