@@ -70,6 +70,10 @@ def serve(
     head: Annotated[str | None, _option("--head", "KIND", "As for generate.")] = None,
     layout: Annotated[str | None, _option("--layout", "KIND", "As for generate.")] = None,
     weights: Annotated[str | None, _option("--weights", "KIND", "As for generate.")] = None,
+    deterministic: Annotated[
+        bool | None,
+        typer.Option("--deterministic", help="Equal bits whatever else runs, of Scaling Transformers too; slower."),
+    ] = None,
     config: Annotated[Path | None, _option("--config", "FILE", "These options in YAML; those given here win.")] = None,
 ) -> None:
     """Serve models over HTTP, as OpenAI's and Anthropic's clients expect.

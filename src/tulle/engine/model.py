@@ -99,7 +99,9 @@ class Engine:
     (pruned ones densified), ``input-major``, ``dense input-major`` (inputs that are left out are not read) or what is
     faster here, which is tried once [``auto``]; ``weights`` of a Scaling Transformer: f32, bf16, int8 [as stored], int8
     with inputs of 8 bits whatever ``activations`` says (see :mod:`tulle.engine.scaling`); ``cache_memory``: bytes of
-    keys and values, reserved at once [what ``sequences`` need].
+    keys and values [what ``sequences`` need]; ``deterministic``: a sequence gets the same bits whatever else runs with
+    it and however its prompt is cut into passes, for one number of threads. Without it that holds as well, but for
+    Scaling Transformers with matrices of floats, which are faster so.
 
     Several threads may use an engine: one waits for the other. Raises ``UserError`` for a folder that is broken or a
     model that is not supported.
@@ -118,6 +120,7 @@ class Engine:
         progress: Progress | None = None,
         weights: str = "as stored",
         cache_memory: int | None = None,
+        deterministic: bool = False,
     ):
         folder = Path(path)
         if activations not in (AS_QUANTISED, "int8"):
@@ -141,7 +144,7 @@ class Engine:
         self._pages: dict[int, PageTable] = {}
         self._lengths: dict[int, int] = {}
         self._lock = threading.RLock()
-        self._cache_memory = cache_memory
+        self._cache_memory, self._deterministic = cache_memory, deterministic
         try:
             if self.config.get("model_type") == scaling.MODEL_TYPE:
                 self._open_scaling(cache, weights, head, layout, progress)
@@ -189,7 +192,7 @@ class Engine:
         pages = self._count_pages(_page_bytes(cache, shape.layers, shape.heads, shape.hidden // shape.heads))
         # Every page's end may be where another sequence goes on.
         self._native = _native.ScalingEngine(
-            settings, pages, self.sequences, self.context, BATCH, cache, self.threads, pages
+            settings, pages, self.sequences, self.context, BATCH, cache, self.threads, pages, self._deterministic
         )
         self._kv, self.hidden = KVCache(pages, pages if self._native.state_bytes else 0), shape.hidden
 

@@ -38,6 +38,7 @@ def open_engine(folder: Path, settings: Settings) -> Engine:
         layout=settings.layout,
         weights=settings.weights,
         cache_memory=settings.cache_memory,
+        deterministic=settings.deterministic,
     )
     engine.reserve_cache()
     return engine

@@ -68,6 +68,8 @@ class Settings(BaseModel):
     """Of the weights; auto: the fastest here."""
     weights: str = "as stored"
     """Of a Scaling Transformer: f32, bf16, int8, or as stored."""
+    deterministic: bool = False
+    """Equal bits whatever else runs, of Scaling Transformers too; others have them anyway."""
     memory: Size | None = None
     """Of all loaded models together; those unused for longest make room [no bound]."""
     queue: int = Field(128, ge=0)
