@@ -282,6 +282,18 @@ def test_a_second_run_on_the_same_output_waits_outside(model: Path, tmp_path: Pa
     assert refused
 
 
+def test_what_a_killed_write_left_behind_goes(model: Path, finished: Path, tmp_path: Path) -> None:
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage.startswith("block 2/3"):
+            (tmp_path / "o.partial" / "model" / ".tmpKoTlbv").touch()  # as the tokenizers library names its own
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run(model, tmp_path / "o", progress=stop)
+    run(model, tmp_path / "o", resume=True)
+    assert {f.name for f in (tmp_path / "o").iterdir()} == {f.name for f in finished.iterdir()}
+
+
 def test_resuming_another_run_is_refused(model: Path, tmp_path: Path) -> None:
     def stop(stage: str, done: int, total: int) -> None:
         if stage.startswith("block 2/3"):

@@ -1112,7 +1112,8 @@ def test_with_the_real_server(browser: Browser, real: str) -> None:
     send(page, "import the module and define a function that reads a file")
     answer = done(page)
     stats = answer.locator(".stats")
-    expect(stats).to_have_text(re.compile(r"^[\d.,]+ tokens/s · first token [\d.]+ s · \d+ tokens · prompt \d+"))
+    # Where all tokens come at once, on a busy machine, there is no speed to tell.
+    expect(stats).to_have_text(re.compile(r"^([\d.,]+ tokens/s · )?first token [\d.]+ s · \d+ tokens · prompt \d+"))
     chat = json.loads(page.evaluate("localStorage[Object.keys(localStorage).find((k) => k.startsWith('tulle.chat.'))]"))
     messages = [{"role": "user", "content": chat["turns"][0]["text"]}]
     body = {"messages": messages, "temperature": 0, "max_tokens": 24}

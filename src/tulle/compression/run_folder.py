@@ -87,7 +87,9 @@ class RunFolder:
         write_text(self.work / "state.json", json.dumps(dataclasses.asdict(state)))
 
     def publish(self) -> None:
-        """``model/`` becomes ``OUT``, and the rest goes."""
+        """``model/`` becomes ``OUT``, and the rest goes; so do a library's hidden files of a write that was killed."""
+        for stray in self.folder.glob(".*"):
+            stray.unlink()
         if self.output.exists():
             self.output.rmdir()
         self.folder.rename(self.output)
