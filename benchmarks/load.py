@@ -1,7 +1,8 @@
 """Clients of an OpenAI-compatible server, light enough to share the machine with it.
 
 Each client is one connection that sends ``/v1/completions`` requests with token ids, streamed, one after the other. The
-answers are not parsed more than counting needs: a chunk with text or a token is a token.
+answers are not parsed more than timing needs: a chunk with text or a token is a moment. A piece of a character has no
+chunk of its own, so that the number of tokens is taken from the answer's ``usage``.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+USAGE = re.compile(rb'"completion_tokens": ?([0-9]+)')
 
 
 @dataclass
@@ -24,14 +28,16 @@ class Answer:
     first: float = 0.0
     gaps: list[float] = field(default_factory=list)
     """Between one token and the next."""
+    chunks: int = 0
     tokens: int = 0
+    """That the server says it generated."""
     total: float = 0.0
 
 
 async def ask(host: str, port: int, body: dict[str, Any], api_key: str | None = None) -> Answer:
     """Sends one request and reads its stream to the end. Raises ``RuntimeError`` for a status that is not 200."""
     reader, writer = await asyncio.open_connection(host, port)
-    content = json.dumps(body | {"stream": True}).encode()
+    content = json.dumps(body | {"stream": True, "stream_options": {"include_usage": True}}).encode()
     key = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
     head = (
         f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n{key}"
@@ -49,12 +55,14 @@ async def ask(host: str, port: int, body: dict[str, Any], api_key: str | None = 
         now = time.perf_counter() - begun
         *lines, rest = (rest + data).split(b"\n")
         for line in lines:
+            if found := USAGE.search(line):
+                answer.tokens = int(found[1])
             if not line.startswith(b"data: {") or b'"choices":[]' in line or b'"choices": []' in line:
                 continue
             if b'"finish_reason":"' in line and b'"text":""' in line:
                 continue  # the chunk that only says why it ended
-            answer.tokens += 1
-            if answer.tokens == 1:
+            answer.chunks += 1
+            if answer.chunks == 1:
                 answer.first = now
             else:
                 answer.gaps.append(now - last)
