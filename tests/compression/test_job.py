@@ -194,6 +194,54 @@ def test_interrupted_at_every_stage(model: Path, finished: Path, tmp_path: Path,
     assert not (tmp_path / "o.partial").exists()
 
 
+EVERYWHERE = ["qkv", "o", "gate_up", "down", "embedding", "head"]
+ALLOCATED: dict[str, Any] = {
+    "steps": [
+        {"allocate_bits": {"bits": 5.0, "group_sizes": ["auto-32"], "targets": EVERYWHERE}},
+        {"gptq": {"targets": EVERYWHERE}},
+    ],
+    "calibration": {"samples": 4, "length": 40},
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_interrupted_with_quantised_tables(tmp_path: Path, tied: bool) -> None:
+    folder = tmp_path / "dense"
+    write_checkpoint(folder, tie_word_embeddings=tied)
+    run(folder, tmp_path / "whole", ALLOCATED)
+    for stage in ("sensitivity 2/3", "head 2/3" if tied else "sensitivity 3/3", "block 1/3", "block 3/3"):
+        output = tmp_path / stage.replace("/", " of ")
+
+        def stop(seen: str, done: int, total: int, stage: str = stage) -> None:
+            if seen.startswith(stage):
+                raise Interrupted
+
+        with pytest.raises(Interrupted):
+            run(folder, output, ALLOCATED, progress=stop)
+        run(folder, output, ALLOCATED, resume=True)
+        assert digest(output) == digest(tmp_path / "whole")
+
+
+def test_the_first_block_sees_the_embedding_that_is_stored(tmp_path: Path) -> None:
+    """What transformers computes from the stored model is what the walk propagated."""
+    folder = tmp_path / "dense"
+    write_checkpoint(folder, tie_word_embeddings=True)
+    recipe = {
+        "steps": [{"round_to_nearest": {"bits": 2, "targets": ["embedding"]}}, {"gptq": {"bits": 8}}],
+        "calibration": {"samples": 4, "length": 40},
+    }
+    report = run(folder, tmp_path / "o", recipe)
+    table = report["tables"][0]
+    assert (table["name"], table["role"], table["bits"]) == ("model.embed_tokens", "embedding", 2)
+    assert 0.01 < table["weight_error"] < 1
+    # The embedding is all that is rough; o and down then correct the stream, so that the error shrinks.
+    errors = [block["output_error"] for block in report["blocks"]]
+    assert errors[0] > 1e-3
+    with pytest.raises(UserError, match="expected one step for embedding and head of a model that ties them"):
+        steps = [{"gptq": {"targets": ["embedding"]}}, {"round_to_nearest": {"targets": ["head"]}}]
+        run(folder, tmp_path / "two", recipe | {"steps": steps})
+
+
 def test_resume_does_not_repeat_finished_blocks(model: Path, tmp_path: Path) -> None:
     stages: list[str] = []
 

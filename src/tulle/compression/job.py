@@ -102,7 +102,9 @@ def compress(
         with disk_errors(Path(output)):
             # The state is not on disk yet, so that the folder's name must tell other runs apart.
             kept = run.work / f"survey-{run.fingerprint[:16]}"
-            decisions = take_survey(dense, chosen, batches, device, progress, seed, kept, dtype)
+            decisions = take_survey(
+                dense, chosen, batches, device, progress, seed, kept, dtype, begun=state.next_block is not None
+            )
             decisions.notes[:0] = group_sizes(dense.description, chosen)
             decisions.notes.extend(dense.checkpoint.source.notes)
             if decisions.changes_basis and any(zero_share(t) >= SPARSE_FROM for t in dense.read_block(0).values()):

@@ -41,10 +41,12 @@ def take_survey(
     seed: int = 0,
     folder: Path | None = None,
     dtype: torch.dtype = torch.float32,
+    begun: bool = False,
 ) -> Survey:
     """Runs the recipe's model steps and returns what they decided. Equal inputs give equal decisions.
 
-    ``dtype``: what the blocks compute in for the head's Hessian.
+    ``dtype``: what the blocks compute in for the head's Hessian, which is not taken where the walk has ``begun``: a
+    tied table is quantised before the first block.
 
     Every step costs a fixed number of passes over the calibration tokens. With ``folder``, of one run alone, a killed
     survey goes on at the block where it stopped, and what a finished one found is not computed again.
@@ -84,7 +86,7 @@ def take_survey(
                     f"{step.name} after that; put {step.name} first"
                 )
             walk, watched = replace(walk, dense=dense.rewritten(survey.residual, survey.values)), False
-    if walk.dense.tied and any(
+    if not begun and walk.dense.tied and any(
         "hessian" in step.method.needs for step in table_steps(walk.dense.tied, recipe).values()
     ):
         survey.head_hessian = walk.head_hessian(dtype)
