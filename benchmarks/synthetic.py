@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from compress_large import COMMON, SHAPES  # noqa: E402
 from tulle.format.pack import f32_to_bf16, pack_linear  # noqa: E402
 from tulle.format.spec import InputSparsitySpec, LinearSpec, QuantizationConfig  # noqa: E402
+from tulle.models.checkpoint import write_index  # noqa: E402
 from tulle.models.description import describe  # noqa: E402
 
 GROUP = 128
@@ -51,11 +52,18 @@ def write_packed(
         spec, arrays = packed_linear(generator, (size[0], size[1]), bits, sparsity, input_bits, left_out, unit)
         specs[linear] = spec
         block |= {f"{linear}.{suffix}": array for suffix, array in arrays.items()}
+    shards: dict[str, list[str]] = {}
+    size_of_all = 0
     for layer in model.layers:
         tensors = {layer.prefix + name: stored(array) for name, array in block.items()}
-        save_file(tensors, folder / f"model-{layer.index:05d}.safetensors")
+        file = f"model-{layer.index:05d}.safetensors"
+        shards[file] = list(tensors)
+        size_of_all += sum(array.nbytes for array in block.values())
+        save_file(tensors, folder / file)
     outer = {k: f32_to_bf16(0.02 * generator.standard_normal(s, np.float32)) for k, s in model.outer_tensors().items()}
     save_file({k: stored(v) for k, v in outer.items()}, folder / "model-outer.safetensors")
+    shards["model-outer.safetensors"] = list(outer)
+    write_index(folder, shards, size_of_all + sum(v.nbytes for v in outer.values()))
     if bits is not None or sparsity > 0:
         linears = {layer.prefix + name: s for layer in model.layers for name, s in specs.items()}
         config["quantization_config"] = QuantizationConfig(linears).to_json()

@@ -20,6 +20,7 @@ ROLES = {
     "gate_up": ("gate_proj", "up_proj"),
     "down": ("down_proj",),
 }
+TABLES = {"model.embed_tokens": "embedding", "lm_head": "head"}
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -46,9 +47,14 @@ def pack_random(weight: np.ndarray, seed: int = 0, **scheme: Any) -> tuple[Linea
     else:
         scale = f32_to_bf16(((grouped.max(-1) - grouped.min(-1)) / (levels - 1)).astype(np.float32))
         zero = np.clip(np.round(-grouped.min(-1) / bf16_to_f32(scale)), 0, levels - 1)
-    codes = np.round(grouped / bf16_to_f32(scale)[..., None]) + zero[..., None]
+    step, row_scale = bf16_to_f32(scale), None
+    if spec.scale_bits == 8:
+        row_scale = f32_to_bf16(step.max(-1) / 250)
+        scale = np.clip(np.round(step / bf16_to_f32(row_scale)[:, None]), 1, 255).astype(np.uint8)
+        step = scale * bf16_to_f32(row_scale)[:, None]
+    codes = np.round(grouped / step[..., None]) + zero[..., None]
     codes = np.clip(codes, 0, levels - 1).astype(np.uint8).reshape(shape)
-    return spec, pack_linear(spec, codes, mask, scale, None if spec.symmetric else zero.astype(np.uint8))
+    return spec, pack_linear(spec, codes, mask, scale, None if spec.symmetric else zero.astype(np.uint8), row_scale)
 
 
 def as_torch(array: np.ndarray) -> torch.Tensor:
@@ -62,8 +68,8 @@ def write_model(
 ) -> torch.nn.Module:
     """Writes a compressed random Llama (2 layers, d 64, GQA 4/2); returns the dense model of its weights.
 
-    ``schemes``: role ("all" for every role; "q_proj" and the like for one linear) → fields of LinearSpec; other linears
-    stay dense, in ``dtype``.
+    ``schemes``: role ("all" for every role; "q_proj" and the like for one linear; "embedding", "head") → fields of
+    LinearSpec; other linears stay dense, in ``dtype``.
     The returned model computes in float32.
     """
     torch.manual_seed(0)
@@ -84,6 +90,8 @@ def write_model(
     for number, (key, module) in enumerate(model.named_modules()):
         role = next((r for r, names in ROLES.items() if key.rpartition(".")[2] in names), None)
         scheme = schemes.get(key.rpartition(".")[2], schemes.get(role, schemes.get("all"))) if role else None
+        if key in TABLES and f"{key}.weight" in state:
+            scheme = schemes.get(TABLES[key])
         if scheme is None:
             continue
         spec, arrays = pack_random(state.pop(key + ".weight").float().numpy(), number, **dict(scheme))

@@ -183,7 +183,7 @@ void open_levels(Matrix<const std::int16_t> codes, Matrix<const float> step, Mat
 
 void descend(Matrix<const float> hessian, Matrix<float> gradient, Array<float, 3> product, Matrix<std::int16_t> codes,
              Matrix<float> step, Matrix<const float> zero, Optional<Matrix<const bool>> mask, float low, float high,
-             std::size_t sweeps, bool steps_first, std::size_t threads) {
+             std::size_t sweeps, bool steps_first, std::size_t threads, Optional<Vector<const float>> row_scale) {
   const std::size_t rows = codes.shape(0), columns = codes.shape(1), groups = step.shape(1);
   const std::size_t width = width_of(columns, groups);
   require_shape("hessian", hessian, columns, columns);
@@ -194,13 +194,14 @@ void descend(Matrix<const float> hessian, Matrix<float> gradient, Array<float, 3
   require("rows of step", rows, step.shape(0));
   require_shape("zero", zero, rows, groups);
   require_shape("mask", mask, rows, columns);
+  if (row_scale) require("row_scale", rows, row_scale->shape(0));
   const tulle::GridLevels grid = grid_of(low, high, true);
   checked(threads);
   nb::gil_scoped_release release;
   tulle::descend(kernels(),
                  {{rows, columns, width, codes.data(), step.data(), zero.data(), data(mask)},
                   hessian.data(), gradient.data(), product.data(), codes.data(), step.data(), grid, sweeps,
-                  steps_first},
+                  steps_first, row_scale ? row_scale->data() : nullptr},
                  threads);
 }
 
@@ -250,5 +251,5 @@ void define_search(nb::module_& m) {
         "threads"_a);
   m.def("descend", &descend, "hessian"_a.noconvert(), "gradient"_a.noconvert(), "product"_a.noconvert(),
         "codes"_a.noconvert(), "step"_a.noconvert(), "zero"_a.noconvert(), "mask"_a.noconvert().none(), "low"_a,
-        "high"_a, "sweeps"_a, "steps_first"_a, "threads"_a);
+        "high"_a, "sweeps"_a, "steps_first"_a, "threads"_a, "row_scale"_a.noconvert().none() = nb::none());
 }

@@ -235,4 +235,5 @@ def descend(
     sweeps: int,
     steps_first: bool,
     threads: int,
+    row_scale: NDArray[np.float32] | None = None,
 ) -> None: ...

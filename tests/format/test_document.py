@@ -20,14 +20,22 @@ def printed_reader() -> dict:
 
 
 @pytest.mark.parametrize(
-    ("bits", "group_size", "symmetric", "sparse"),
+    ("bits", "group_size", "symmetric", "sparse", "scale_bits", "zero_point_bits"),
     [
-        *itertools.product([2, 3, 4, 5, 6, 7, 8], [None, 13], [True, False], [True, False]),
-        (None, None, True, True),
-        (None, None, True, False),
+        *itertools.product([2, 3, 4, 5, 6, 7, 8], [None, 13], [True, False], [True, False], [16, 8], [None]),
+        *itertools.product([3, 4, 8], [13], [False], [True, False], [16, 8], [8]),
+        (None, None, True, True, 16, None),
+        (None, None, True, False, 16, None),
     ],
 )
-def test_printed_reader(bits: int | None, group_size: int | None, symmetric: bool, sparse: bool) -> None:
+def test_printed_reader(
+    bits: int | None,
+    group_size: int | None,
+    symmetric: bool,
+    sparse: bool,
+    scale_bits: int,
+    zero_point_bits: int | None,
+) -> None:
     rng = np.random.default_rng(11)
     mask = rng.random((5, 39)) < 0.4 if sparse else None
     spec = LinearSpec(
@@ -38,14 +46,18 @@ def test_printed_reader(bits: int | None, group_size: int | None, symmetric: boo
         sparse,
         int(mask.sum()) if mask is not None else None,
         values_dtype="float32" if bits is None else None,
+        scale_bits=scale_bits,
+        zero_point_bits=zero_point_bits,
     )
     if bits is None:
         tensors = pack.pack_linear(spec, rng.standard_normal((5, 39)).astype(np.float32), mask)
     else:
         values, zero = (rng.integers(0, 2**bits, shape, dtype=np.uint8) for shape in [(5, 39), (5, spec.groups)])
         scale = pack.f32_to_bf16(rng.uniform(0.1, 1, (5, spec.groups)).astype(np.float32))
-        tensors = pack.pack_linear(spec, values, mask, scale, None if symmetric else zero)
+        row_scale = None
+        if scale_bits == 8:
+            scale, row_scale = rng.integers(1, 256, scale.shape, dtype=np.uint8), scale[:, 0].copy()
+        tensors = pack.pack_linear(spec, values, mask, scale, None if symmetric else zero, row_scale)
     expected = pack.unpack_linear(spec, tensors)
-    if "scale" in tensors:
-        tensors["scale"] = pack.bf16_to_f32(tensors["scale"])
+    tensors |= {name: pack.bf16_to_f32(t) for name, t in tensors.items() if t.dtype == np.uint16}
     np.testing.assert_array_equal(printed_reader()["weight"](spec.to_json(), tensors), expected)

@@ -21,6 +21,8 @@ def random_linear(
     symmetric: bool,
     density: float | None,
     seed: int,
+    scale_bits: int = 16,
+    zero_point_bits: int | None = None,
 ) -> tuple[LinearSpec, Arrays]:
     """A spec and the arguments of `pack_linear` for it."""
     rng = np.random.default_rng(seed)
@@ -33,15 +35,25 @@ def random_linear(
         sparse=mask is not None,
         nonzeros=None if mask is None else int(mask.sum()),
         values_dtype="float16" if bits is None else None,
+        scale_bits=16 if bits is None else scale_bits,
+        zero_point_bits=None if symmetric else zero_point_bits,
     )
     arrays: Arrays = {} if mask is None else {"mask": mask}
     if bits is None:
         return spec, arrays | {"values": rng.standard_normal((c_out, c_in)).astype(np.float16)}
     arrays["values"] = rng.integers(0, 2**bits, (c_out, c_in), dtype=np.uint8)
     arrays["scale"] = pack.f32_to_bf16(rng.uniform(1e-3, 2, (c_out, spec.groups)).astype(np.float32))
+    if scale_bits == 8:
+        arrays["row_scale"] = arrays["scale"][:, 0].copy()
+        arrays["scale"] = rng.integers(0, 256, (c_out, spec.groups), dtype=np.uint8)
     if not symmetric:
         arrays["zero_point"] = rng.integers(0, 2**bits, (c_out, spec.groups), dtype=np.uint8)
     return spec, arrays
+
+
+def of_bits(bits: np.uint16) -> float:
+    """The number that bits of bfloat16 mean."""
+    return float(np.array(int(bits) << 16, np.uint32).view(np.float32))
 
 
 def meaning(spec: LinearSpec, arrays: Arrays) -> NDArray[np.float64]:
@@ -58,8 +70,12 @@ def meaning(spec: LinearSpec, arrays: Arrays) -> NDArray[np.float64]:
                 continue
             group = 0 if spec.group_size is None else j // spec.group_size
             zero = 2 ** (spec.bits - 1) if spec.symmetric else int(arrays["zero_point"][i, group])
-            scale = np.array(int(arrays["scale"][i, group]) << 16, np.uint32).view(np.float32)
-            weight[i, j] = float(scale) * (u - zero)
+            scale = float(arrays["scale"][i, group])
+            if spec.scale_bits == 8:
+                scale *= of_bits(arrays["row_scale"][i])
+            else:
+                scale = of_bits(arrays["scale"][i, group])
+            weight[i, j] = scale * (u - zero)
     return weight
 
 
@@ -72,6 +88,8 @@ def meaning(spec: LinearSpec, arrays: Arrays) -> NDArray[np.float64]:
     symmetric=st.booleans(),
     density=st.sampled_from([None, 0.0, 0.3, 0.9, 1.0]),
     seed=st.integers(0, 2**32 - 1),
+    scale_bits=st.sampled_from([16, 8]),
+    zero_point_bits=st.sampled_from([None, 8]),
 )
 def test_round_trip(
     bits: int | None,
@@ -82,16 +100,20 @@ def test_round_trip(
     symmetric: bool,
     density: float | None,
     seed: int,
+    scale_bits: int,
+    zero_point_bits: int | None,
 ) -> None:
     quantised = bits is not None
     group_size = width if grouped and quantised else None
-    spec, arrays = random_linear(c_out, groups * width, bits, group_size, symmetric or not quantised, density, seed)
+    spec, arrays = random_linear(
+        c_out, groups * width, bits, group_size, symmetric or not quantised, density, seed, scale_bits, zero_point_bits
+    )
     tensors = pack.pack_linear(spec, **arrays)
     assert {name: array.shape for name, array in tensors.items()} == {
         name: shape for name, (_, shape) in spec.tensors().items()
     }
     assert sum(array.nbytes for array in tensors.values()) == spec.packed_bytes
-    # A bfloat16 has 8 significant bits and u - zero at most 9: float32 holds the product exactly.
+    # Scales have at most 16 significant bits and u - zero 8 and a sign: float32 holds the product exactly.
     np.testing.assert_array_equal(pack.unpack_linear(spec, tensors), meaning(spec, arrays))
     if quantised:
         codes, mask = pack.unpack_linear_codes(spec, tensors)
@@ -153,6 +175,24 @@ def changed(name: str, index: tuple[int, ...], value: int) -> Arrays:
     return {**TENSORS, name: array}
 
 
+def test_zero_points_of_a_byte_are_checked() -> None:
+    spec, arrays = random_linear(3, 21, 4, 7, False, None, seed=5, zero_point_bits=8)
+    tensors = pack.pack_linear(spec, **arrays)
+    tensors["zero_point"][2, 1] = 16
+    with pytest.raises(UserError, match="zero_point: expected values below 16, found 16"):
+        pack.unpack_linear(spec, tensors)
+
+
+def test_row_scales_are_checked() -> None:
+    spec, arrays = random_linear(3, 21, 4, 7, False, None, seed=5, scale_bits=8)
+    tensors = pack.pack_linear(spec, **arrays)
+    with pytest.raises(UserError, match="expected the tensors codes, row_scale, scale, zero_point"):
+        pack.unpack_linear(spec, {name: t for name, t in tensors.items() if name != "row_scale"})
+    tensors["row_scale"][1] = 0x7F80
+    with pytest.raises(UserError, match="row_scale: expected finite numbers"):
+        pack.unpack_linear(spec, tensors)
+
+
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
@@ -171,7 +211,7 @@ def changed(name: str, index: tuple[int, ...], value: int) -> Arrays:
         (changed("mask", (1, 0), int(TENSORS["mask"][1, 0]) ^ 1), "set bits, found"),
         (changed("scale", (0, 0), 0x7F80), "scale: expected finite"),
         (changed("scale", (0, 0), 0x7FC0), "scale: expected finite"),
-        (changed("zero_point", (2, 1), 16), "zero_point: expected values below 16, found 16"),
+        (changed("zero_point", (2, 1), 16), "zero_point: expected zero padding after 3 columns"),
     ],
 )
 def test_damaged_tensors_are_refused(tensors: Arrays, message: str) -> None:

@@ -37,6 +37,14 @@ def test_tensors() -> None:
     }
     assert replace(SPARSE_INT8, bits=4, nonzeros=33, pattern=None).tensors()["values"] == ("uint8", (17,))
     assert replace(SPARSE_INT8, bits=5, nonzeros=33, pattern=None).tensors()["values"] == ("uint8", (5, 5))
+    ASYMMETRIC = replace(INT4, symmetric=False, group_size=32, bits=3, scale_bits=8)
+    assert ASYMMETRIC.tensors() == {
+        "codes": ("uint8", (6, 3, 32)),
+        "scale": ("uint8", (6, 8)),
+        "row_scale": ("bfloat16", (6,)),
+        "zero_point": ("uint8", (6, 3, 1)),
+    }
+    assert replace(ASYMMETRIC, zero_point_bits=8).tensors()["zero_point"] == ("uint8", (6, 8))
     assert SPARSE_BF16.tensors() == {"mask": ("uint8", (6, 3)), "values": ("bfloat16", (33,))}
     assert DENSE_F16.tensors() == {"weight": ("float16", (6, 20))}
     assert TOP_K.stored_tensors() == DENSE_F16.tensors() | {"input_score": ("float32", (20,))}
@@ -99,21 +107,31 @@ def test_json_round_trip(spec: LinearSpec) -> None:
 def test_config_round_trip() -> None:
     config = QuantizationConfig({"model.layers.0.mlp.down_proj": INT4}, {"steps": [{"gptq": {"bits": 4}}]})
     data = config.to_json()
-    assert (data["quant_method"], data["format_version"]) == ("tulle", 3)
+    assert (data["quant_method"], data["format_version"]) == ("tulle", 4)
     assert set(data["linears"]["model.layers.0.mlp.down_proj"]) == {
         *("shape", "bits", "group_size", "symmetric", "sparse", "nonzeros", "pattern", "input_bits"),
         *("input_symmetric", "input_clip", "transform", "transform_of", "values_dtype", "input_sparsity"),
+        *("scale_bits", "zero_point_bits"),
     }
     assert QuantizationConfig.from_json(json.loads(json.dumps(data))) == config
 
 
-def test_version_2_has_no_sparse_inputs() -> None:
-    config = QuantizationConfig({"a.b": INT4})
-    data = config.to_json() | {"format_version": 2}
-    del data["linears"]["a.b"]["input_sparsity"]
+def test_older_versions() -> None:
+    asymmetric = replace(INT4, symmetric=False, zero_point_bits=8)
+    config = QuantizationConfig({"a.b": INT4, "a.c": asymmetric})
+    data = config.to_json() | {"format_version": 3}
+    with pytest.raises(UserError, match="expected no (scale_bits|zero_point_bits) in format_version 3"):
+        QuantizationConfig.from_json(data)
+    for fields in data["linears"].values():
+        del fields["scale_bits"], fields["zero_point_bits"]
     assert QuantizationConfig.from_json(data) == config
+    with pytest.raises(UserError, match="expected the key 'scale_bits'"):
+        QuantizationConfig.from_json(data | {"format_version": 4})
+    for fields in data["linears"].values():
+        del fields["input_sparsity"]
+    assert QuantizationConfig.from_json(data | {"format_version": 2}) == config
     with pytest.raises(UserError, match="expected the key 'input_sparsity'"):
-        QuantizationConfig.from_json(data | {"format_version": 3})
+        QuantizationConfig.from_json(data)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +142,10 @@ def test_version_2_has_no_sparse_inputs() -> None:
         ({"bits": 1}, "expected bits 2-8, found 1"),
         ({"bits": 4, "group_size": 3}, "divides 20 input channels, found 3"),
         ({"bits": 4, "group_size": 0}, "divides 20 input channels, found 0"),
+        ({"bits": 4, "scale_bits": 6}, "expected scale_bits 8 or 16, found 6"),
+        ({"values_dtype": "float16", "scale_bits": 8}, "expected bits with group_size"),
+        ({"bits": 4, "zero_point_bits": 8}, "expected zero_point_bits null"),
+        ({"bits": 4, "symmetric": False, "zero_point_bits": 4}, "expected zero_point_bits null"),
         ({"bits": 4, "values_dtype": "float32"}, "no values_dtype with bits"),
         ({"bits": 4, "input_bits": 9}, "input_bits 2-8 or null, found 9"),
         ({"bits": 4, "input_symmetric": False}, "only with input_bits"),
@@ -191,7 +213,7 @@ def test_missing_key_is_refused() -> None:
     ("change", "message"),
     [
         ({"quant_method": "gptq"}, "quant_method 'tulle', found 'gptq'"),
-        ({"format_version": 1}, "format_version 2 or 3, found 1"),
+        ({"format_version": 1}, "format_version 2 or 3 or 4, found 1"),
         ({"linears": []}, "linears to be dict"),
         (
             {"linears": {"a.b": {}}},

@@ -33,7 +33,10 @@ SCHEMES = {
     "sparse-w4": {"all": {"sparse": True, "bits": 4, "group_size": 32}},
     "2:4-w8-asymmetric": {"all": {"sparse": True, "bits": 8, "pattern": "2:4", "symmetric": False}},
     "mixed": {"qkv": {"bits": 8}, "down": {"bits": 4, "sparse": True}},
+    "w5-byte-scales": {"all": {"bits": 5, "group_size": 16, "symmetric": False, "scale_bits": 8}},
+    "zero points of a byte": {"all": {"bits": 4, "group_size": 32, "symmetric": False, "zero_point_bits": 8}},
 }
+TABLE = {"bits": 6, "group_size": 32, "symmetric": False, "scale_bits": 8}
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -58,6 +61,29 @@ def test_quantised_input(tmp_path):
         expected = dense(tokens()).logits
     # Whole sums against float32's: now and then a later input rounds the other way, a step of 1/127 of its token.
     assert float((found - expected).norm()) < 0.1 * float((exact - expected).norm())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_and_head_in_codes(tmp_path: Path, tied: bool) -> None:
+    folder, again = tmp_path / "m", tmp_path / "again"
+    schemes = {"all": {"bits": 4, "group_size": 32}, "embedding": TABLE} | ({} if tied else {"head": {"bits": 8}})
+    dense = write_model(folder, schemes, tie_word_embeddings=tied)
+    model = tulle.hf.load(folder)
+    assert model.get_input_embeddings().spec.bits == 6
+    assert not any(parameter.ndim > 1 for parameter in model.parameters())
+    expected = dense(tokens()).logits
+    assert torch.equal(model(tokens()).logits, expected)
+    model.save_pretrained(again)
+    assert torch.equal(tulle.hf.load(again)(tokens()).logits, expected)
+    half = tulle.hf.load(folder, dtype=torch.bfloat16)
+    assert half.get_input_embeddings()(tokens()).dtype == torch.bfloat16
+    assert half.get_input_embeddings().codes.dtype == torch.uint8
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    assert torch.equal(half.lm_head(x), x @ dense.lm_head.weight.to(torch.bfloat16).T)
+    model.tie_weights()
+    assert torch.equal(model(tokens()).logits, expected)
+    base = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    assert torch.equal(base.get_input_embeddings()(tokens()), model.get_input_embeddings()(tokens()))
 
 
 @pytest.mark.parametrize(
@@ -182,7 +208,7 @@ def test_broken_folders(tmp_path, loader, damage):
         case "truncated":
             file.write_bytes(file.read_bytes()[:-1000])
     expected = {
-        "version": "format_version 2 or 3, found 99",
+        "version": "format_version 2 or 3 or 4, found 99",
         "missing": "up_proj.scale",
         "shape": r"found .*\[191, 32\]",
         "extra-linear": "router",

@@ -69,6 +69,7 @@ struct DescentRow {
   GridLevels grid;
   std::size_t sweeps;
   bool steps_first;  // all steps of a sweep before its codes; else group by group
+  float row_scale;   // steps are 1 to 255 times this; 0: in bfloat16
 };
 
 // One tile of accumulate_outer: total = beta·total + alpha·Σ over pairs of tokens. A word holds a channel's bfloat16 of
@@ -152,7 +153,8 @@ struct Descent {
   float* step;          // out, may be the start's
   GridLevels grid;
   std::size_t sweeps;
-  bool steps_first;  // see DescentRow
+  bool steps_first;        // see DescentRow
+  const float* row_scale;  // [R], see DescentRow; null: steps in bfloat16
 };
 void descend(const SearchKernels& kernels, const Descent& descent, std::size_t threads);
 

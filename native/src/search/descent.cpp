@@ -53,7 +53,8 @@ void descend(const SearchKernels& kernels, const Descent& d, std::size_t threads
       float* const step = d.step + r * groups;
       if (step != start.step + r * groups) std::copy_n(start.step + r * groups, groups, step);
       kernels.descend({columns, start.width, d.hessian, kept.data(), d.gradient + first, d.product + first,
-                       start.rows * columns, level.data(), step, zero, d.grid, d.sweeps, d.steps_first});
+                       start.rows * columns, level.data(), step, zero, d.grid, d.sweeps, d.steps_first,
+                       d.row_scale == nullptr ? 0.0f : d.row_scale[r]});
       for (std::size_t c = 0; c < columns; ++c) {
         const bool keep = mask == nullptr || mask[c];
         d.codes[first + c] = keep ? static_cast<std::int16_t>(level[c] + zero[c / start.width]) : start.codes[first + c];

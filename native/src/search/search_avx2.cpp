@@ -2,6 +2,7 @@
 // vector.inl for the tiles; the sweep's four Vecs are eight registers of sums.
 #include <immintrin.h>
 
+#include <cmath>
 #include <cstring>
 
 #include "tables.hpp"

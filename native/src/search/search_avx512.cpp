@@ -2,6 +2,7 @@
 // tiles.
 #include <immintrin.h>
 
+#include <cmath>
 #include <cstring>
 
 #include "tables.hpp"

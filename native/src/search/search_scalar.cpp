@@ -124,7 +124,7 @@ bool move_step(const DescentRow& d, std::size_t group) {
   float* const product = d.product + group * d.stride;
   const float slope = dot(d.level + first, d.gradient + first, d.width);
   const float curvature = dot(d.level + first, product + first, d.width);
-  const float step = best_step(d.step[group], slope, curvature), move = step - d.step[group];
+  const float step = best_step(d.step[group], slope, curvature, d.row_scale), move = step - d.step[group];
   if (move == 0.0f) return false;
   d.step[group] = step;
   add(-move, product, d.gradient, d.columns);

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,14 @@ from torch import Tensor
 
 from tulle import machine
 from tulle.compression.calibration import calibration_sequences, calibration_text
-from tulle.compression.recipe import Recipe, read_recipe
-from tulle.compression.report import linear_report, run_report
+from tulle.compression.recipe import Recipe, Step, read_recipe
+from tulle.compression.report import linear_report, run_report, table_report
 from tulle.compression.run_folder import RunFolder, State, disk_errors
-from tulle.compression.survey import take_survey
+from tulle.compression.survey import head_hessian, take_survey
+from tulle.compression.tables import quantise_table, relative_error, table_steps
 from tulle.compression.walker import DENSIFIED, SPARSE_FROM, Walker, compute_dtype
 from tulle.core.grid import Grid, is_automatic, try_instead
+from tulle.core.hessian import Hessian
 from tulle.core.masks import zero_share
 from tulle.errors import UserError
 from tulle.evaluate.compare import compare
@@ -100,14 +102,18 @@ def compress(
         with disk_errors(Path(output)):
             # The state is not on disk yet, so that the folder's name must tell other runs apart.
             kept = run.work / f"survey-{run.fingerprint[:16]}"
-            decisions = take_survey(dense, chosen, batches, device, progress, seed, kept)
+            decisions = take_survey(dense, chosen, batches, device, progress, seed, kept, dtype)
             decisions.notes[:0] = group_sizes(dense.description, chosen)
             decisions.notes.extend(dense.checkpoint.source.notes)
             if decisions.changes_basis and any(zero_share(t) >= SPARSE_FROM for t in dense.read_block(0).values()):
                 decisions.notes.append(DENSIFIED)
             dense = dense.rewritten(decisions.residual, decisions.values)
-            walker = Walker(dense.description, chosen, batches, run.work, decisions, device, dtype, progress, seed)
-            _Job(dense, chosen, walker, run, state).run_to_end()
+            tables = table_steps(dense.tied, chosen)
+            walker = Walker(
+                dense.description, chosen, batches, run.work, decisions, device, dtype, progress, seed,
+                embedding_changes="embedding" in tables,
+            )  # fmt: skip
+            _Job(dense, chosen, walker, run, state, tables, decisions.head_hessian, decisions.grids).run_to_end()
             report = run_report(
                 dense.checkpoint, chosen, state, run.fingerprint, decisions.notes, model=str(model), seed=seed,
                 compute=str(dtype).removeprefix("torch."), calibration=_calibration_facts(text, tokens),
@@ -128,10 +134,13 @@ def compress(
 
 
 def require_fitting(model: Decoder, recipe: Recipe) -> None:
-    """Raises ``UserError`` where a step's settings do not fit a linear that it targets."""
+    """Raises ``UserError`` where a step's settings do not fit a linear or a table that it targets."""
+    tables = table_steps(model.tied, recipe)
     for step in recipe.steps:
         groups = [group for group in model.layers[0].groups if group.role in step.targets]
         size, widths = getattr(step.method, "group_size", None), _roles_by_width(groups)
+        for role in (role for role, chosen in tables.items() if chosen is step):
+            widths.setdefault(model.hidden, []).append(role)
         if isinstance(size, int) and any(width % size for width in widths):
             found = " and ".join(f"{width} ({', '.join(roles)})" for width, roles in widths.items())
             raise UserError(
@@ -175,6 +184,12 @@ class _Job:
     walker: Walker
     run: RunFolder
     state: State
+    tables: dict[str, Step]
+    """What quantises the embedding and the head."""
+    head_hessian: Hessian | None
+    """Of the inputs of a tied table."""
+    grids: Mapping[str, Grid]
+    """Of tables by module name, where a step allotted them."""
 
     def run_to_end(self) -> None:
         """Everything that the state does not count as done."""
@@ -190,9 +205,12 @@ class _Job:
         embedding = self.dense.embedding()
         require_finite(name, embedding)
         # Stored under the embedding's name, as transformers does, whichever of the two a tied checkpoint held.
-        self.run.write(self.state, 0, {name: embedding})
+        tensors, compressed = {name: embedding}, None
         self.state.count({"load": time.perf_counter() - begun})
-        self.walker.begin(embedding)
+        if "embedding" in self.tables:
+            tensors, compressed = self._quantised_table("embedding", name, embedding, self.head_hessian)
+        self.run.write(self.state, 0, tensors)
+        self.walker.begin(embedding, compressed)
         self.state.next_block = 0
         self.run.commit(self.state)
 
@@ -247,11 +265,30 @@ class _Job:
             self.state.specs[linear.name] = spec.to_json()
         return {f"{linear.name}.{suffix}": tensor for suffix, tensor in packed.items()}
 
+    def _quantised_table(
+        self, role: str, name: str, table: Tensor, hessian: Hessian | None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The packed tensors of a table by full name, and what they mean ``[V, d]``."""
+        begun, step = time.perf_counter(), self.tables[role]
+        module = name.removesuffix(".weight")
+        linear = quantise_table(step, role, module, table, hessian, self.grids.get(module))
+        spec = spec_of(linear, table.dtype)
+        packed = self._packed(linear, spec, table.dtype)
+        seconds = time.perf_counter() - begun
+        self.state.count({step.name: seconds})
+        self.state.tables.append(table_report(linear, spec, relative_error(table, linear.weight), seconds))
+        return packed, linear.weight
+
     def finish(self) -> None:
         """Writes what stands behind the blocks, and the folder's small files; the report is not among them."""
         tensors = self.dense.closing()
         for name, tensor in tensors.items():
             require_finite(name, tensor)
+        head = self.dense.description.head
+        if "head" in self.tables and head in tensors:
+            gain = tensors[f"{self.dense.description.final_norm.name}.weight"].float()
+            hessian = head_hessian(self.dense.description, *self.walker.outputs(), gain)
+            tensors |= self._quantised_table("head", head, tensors.pop(head), hessian)[0]
         folder = self.run.folder
         self.run.write(self.state, len(self.dense.description.layers) + 1, tensors)
         write_index(folder, self.state.shards, self.state.packed_bytes)

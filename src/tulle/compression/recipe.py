@@ -9,8 +9,9 @@
       - gptq: {bits: 4, group_size: 128, targets: [qkv, gate_up]}
 
 Every step is one method of ``METHODS`` with its settings; ``targets`` (default: every role) says which linears it is
-applied to. Unknown keys are refused with the nearest valid name, and so are two steps that settle one thing of one role
-(two quantisers, say): the second would work on what the first one left.
+applied to. ``embedding`` and ``head`` are targets only where a quantiser names them. Unknown keys are refused with the
+nearest valid name, and so are two steps that settle one thing of one role (two quantisers, say): the second would work
+on what the first one left.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 import tulle
 from tulle.errors import UserError
 from tulle.methods.contract import Decision, Method, Stage
-from tulle.models.description import ROLES
+from tulle.models.description import ROLES, TABLES
 
 METHODS: dict[str, str] = {
     "magnitude": "tulle.methods.prune.magnitude:Magnitude",
@@ -55,6 +56,8 @@ METHODS: dict[str, str] = {
     "flatquant": "tulle.methods.quantize.flatquant:FlatQuant",
     "affinequant": "tulle.methods.quantize.affinequant:AffineQuant",
     "spinquant": "tulle.methods.quantize.spinquant:SpinQuant",
+    "autoround": "tulle.methods.quantize.autoround:AutoRound",
+    "allocate_bits": "tulle.methods.quantize.allocate_bits:AllocateBits",
     "keep_sensitive": "tulle.methods.quantize.keep_sensitive:KeepSensitive",
     "activation_budget": "tulle.methods.activation.budget:ActivationBudget",
     "teal": "tulle.methods.activation.thresholds:TEAL",
@@ -232,6 +235,7 @@ DOES: dict[Decision, str] = {
     "clipping": "learns the clipping of {}",
     "order": "orders the input channels of {}",
     "bits": "decides which linears keep bits of {}",
+    "grids": "decides bits and groups of {}",
     "sparsities": "decides sparsities of {}",
     "input sparsities": "decides shares of dropped inputs of {}",
     "selection": "selects inputs of {}",
@@ -287,6 +291,13 @@ def _require_respected(steps: tuple[Step, ...]) -> None:
                 f"expected a step that selects inputs of {role}, found none that respects {steps[number].name}; add "
                 "one, such as teal: {share: 0.5}, or narrow the targets"
             )
+    for role, number in settled["grids"].items():
+        codes = settled["codes"].get(role)
+        if codes is None or not steps[codes].method.takes_tables:
+            raise UserError(
+                f"expected a step that quantises {role} on the grids of {steps[number].name}, found none; add one, "
+                "such as gptq: {}, with the same targets"
+            )
     for role, number in settled["sparsities"].items():
         if not any(role in step.targets and step.method.respects_allocation for step in steps):
             raise UserError(
@@ -327,19 +338,20 @@ def _step(content: Any) -> Step:
     cls = method_class(str(name))
     settings = dict(_mapping(settings or {}, f"the settings of {name}"))
     targets = settings.pop("targets", list(ROLES))
+    roles = (*ROLES, *TABLES) if cls.takes_tables else ROLES
     if not isinstance(targets, list) or not targets:
-        raise UserError(f"expected targets of {name} as a list of {', '.join(ROLES)}, found {targets!r}")
+        raise UserError(f"expected targets of {name} as a list of {', '.join(roles)}, found {targets!r}")
     for target in targets:
-        if target not in ROLES:
+        if target not in roles:
             raise UserError(
-                f"expected targets of {', '.join(ROLES)} in {name}, found {target!r}" + _nearest(str(target), ROLES)
+                f"expected targets of {', '.join(roles)} in {name}, found {target!r}" + _nearest(str(target), roles)
             )
     _known(settings, [f.name for f in dataclasses.fields(cls)] + ["targets"], str(name))  # type: ignore[arg-type]
     try:
         method = TypeAdapter(cls).validate_python(settings)
     except ValidationError as error:
         raise UserError(_first(error, str(name))) from None
-    return Step(str(name), method, tuple(role for role in ROLES if role in targets))
+    return Step(str(name), method, tuple(role for role in roles if role in targets))
 
 
 def _mapping(content: Any, what: str, example: str = "key: value") -> Mapping[str, Any]:

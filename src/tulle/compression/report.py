@@ -32,6 +32,7 @@ def run_report(
         **facts,
         "recipe": recipe.to_json(),
         "linears": linears,
+        "tables": state.tables,
         "blocks": state.blocks,
         "attention": state.attention,
         "notes": notes,
@@ -63,6 +64,7 @@ def linear_report(
         "bits": spec.bits,
         "group_size": spec.group_size,
         "symmetric": spec.symmetric,
+        "scale_bits": spec.scale_bits,
         "sparsity": 0.0 if linear.mask is None else 1 - int(linear.mask.sum()) / linear.mask.numel(),
         "pattern": linear.pattern,
         "mask": None if linear.mask is None else mask_structure(linear.mask, linear.pattern),
@@ -78,4 +80,24 @@ def linear_report(
         "output_error": result.output_errors[linear.name],
         "seconds": result.linear_seconds[linear.name],
         "notes": list(dict.fromkeys(linear.notes)),
+    }
+
+
+def table_report(linear: LinearState, spec: LinearSpec, error: float, seconds: float) -> dict[str, Any]:
+    """A quantised embedding's or head's part of the report; ``error`` is ‖W − Ŵ‖²/‖W‖²."""
+    dense = linear.dense
+    return {
+        "name": linear.name,
+        "role": linear.role,
+        "shape": list(spec.shape),
+        "bits": spec.bits,
+        "group_size": spec.group_size,
+        "symmetric": spec.symmetric,
+        "scale_bits": spec.scale_bits,
+        "dense_bytes": dense.numel() * dense.element_size(),
+        "packed_bytes": spec.packed_bytes,
+        "bits_per_weight": spec.bits_per_weight,
+        "weight_error": error,
+        "seconds": seconds,
+        "notes": linear.notes,
     }

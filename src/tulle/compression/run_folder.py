@@ -34,6 +34,8 @@ class State:
     next_block: int | None = None
     """None until the embedding has been written."""
     linears: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    tables: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """Embedding and head, where they are quantised."""
     specs: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     attention: dict[str, Any] | None = None
     blocks: list[dict[str, Any]] = dataclasses.field(default_factory=list)

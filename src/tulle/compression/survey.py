@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from tulle.compression.recipe import Recipe
+from tulle.compression.tables import table_steps
 from tulle.core.hessian import Hessian
 from tulle.core.rotation import Extremes
 from tulle.core.transform import Permutation
 from tulle.errors import UserError
-from tulle.methods.contract import InputTrials, Key, Progress, See, Statistics, Survey, WeightTrials
+from tulle.methods.contract import InputTrials, Key, Progress, See, Statistics, Survey, TableTrials, WeightTrials
 from tulle.models.batches import Batch, batched
-from tulle.models.decoder import DecoderBlock, PlainDecoder, embed
+from tulle.models.decoder import DecoderBlock, PlainDecoder, embed, final_norm
 from tulle.models.description import Decoder
 from tulle.models.fisher import divergences
 from tulle.models.rewrite import DenseModel
@@ -26,6 +27,8 @@ from tulle.models.watch import run_watched
 
 TOKENS = 8192
 """Calibration tokens of the walk; its hidden states are in memory."""
+HEAD_TOKENS = 16384
+"""Calibration tokens of the head's Hessian."""
 
 
 @torch.no_grad()
@@ -37,8 +40,11 @@ def take_survey(
     progress: Progress | None = None,
     seed: int = 0,
     folder: Path | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Survey:
     """Runs the recipe's model steps and returns what they decided. Equal inputs give equal decisions.
+
+    ``dtype``: what the blocks compute in for the head's Hessian.
 
     Every step costs a fixed number of passes over the calibration tokens. With ``folder``, of one run alone, a killed
     survey goes on at the block where it stopped, and what a finished one found is not computed again.
@@ -58,10 +64,13 @@ def take_survey(
         heads=(first.mixer.heads, first.mixer.kv_heads, first.mixer.head_dim),
         seed=seed,
         column_norm=lambda block, role: norms[block, role],
+        table=lambda role: walk.table(role),
+        stored_bytes=sum(dense.checkpoint.info(name).bytes for name in dense.checkpoint.names_of(model)),
+        weight_bytes=lambda name: dense.checkpoint.info(stored_name(dense, name)).bytes,
     )
     walk, watched = _Walk(dense, batches, device, progress, seed, folder), False
     for step in recipe.stage("model"):
-        survey.costs, survey.look = walk.costs, walk.look
+        survey.costs, survey.look, survey.tables = walk.costs, walk.look, table_names(walk.dense)
         if not watched and {"rows", "column_norm"} & step.method.needs:
             walk.watch(seed, found, norms)
             watched = True
@@ -75,6 +84,10 @@ def take_survey(
                     f"{step.name} after that; put {step.name} first"
                 )
             walk, watched = replace(walk, dense=dense.rewritten(survey.residual, survey.values)), False
+    if walk.dense.tied and any(
+        "hessian" in step.method.needs for step in table_steps(walk.dense.tied, recipe).values()
+    ):
+        survey.head_hessian = walk.head_hessian(dtype)
     return survey
 
 
@@ -138,8 +151,22 @@ class _Walk:
                     hessian.add(inputs[role][batch.valid.to(self.device)])
             see(index, tensors, found)
 
+    def head_hessian(self, dtype: torch.dtype) -> Hessian:
+        """H of what the head reads; in memory are one block and the hidden states of about ``HEAD_TOKENS`` tokens."""
+        seen = batched(_drawn(self.batches, HEAD_TOKENS)[0])
+        stream = [hidden.to(dtype) for hidden in self._embedded(seen)]
+        for index, tensors in self._blocks("head"):
+            block = DecoderBlock(self.model, index, tensors, self.device, dtype)
+            stream = [block(hidden) for hidden in stream]
+        gain = self.dense.closing()[f"{self.model.final_norm.name}.weight"].to(self.device, torch.float32)
+        return head_hessian(self.model, seen, stream, gain)
+
     def costs(
-        self, tokens: int, weights: WeightTrials | None = None, inputs: InputTrials | None = None
+        self,
+        tokens: int,
+        weights: WeightTrials | None = None,
+        inputs: InputTrials | None = None,
+        tables: TableTrials | None = None,
     ) -> dict[Key, float]:
         """``Survey.costs``. A killed run goes on from what is in the folder."""
         outer = {self.model.embedding: self.dense.embedding(), **self.dense.closing()}
@@ -147,8 +174,13 @@ class _Walk:
         folder = None if self.folder is None else self.folder / f"costs-{next(self.calls)}"
         chosen = batched(_drawn(self.batches, tokens)[0])
         return divergences(
-            model, chosen, weights=weights, inputs=inputs, seed=self.seed, folder=folder, progress=self.progress
-        )
+            model, chosen, weights=weights, inputs=inputs, tables=tables, seed=self.seed, folder=folder,
+            progress=self.progress,
+        )  # fmt: skip
+
+    def table(self, role: str) -> Tensor:
+        """The embedding or the head ``[V, d]``, as stored."""
+        return self.dense.embedding() if role == "embedding" else self.dense.closing()[self.model.head]
 
     def _embedded(self, batches: Sequence[Batch]) -> list[Tensor]:
         embedding = self.dense.embedding().float()
@@ -159,6 +191,27 @@ class _Walk:
             if self.progress:
                 self.progress(f"{what} {index + 1}/{len(self.model.layers)}", index, len(self.model.layers))
             yield index, self.read_block(index)
+
+
+def table_names(dense: DenseModel) -> dict[str, str]:
+    """``embedding`` and, unless it is tied, ``head`` → module name."""
+    model = dense.description
+    found = {"embedding": model.embedding, **({} if dense.tied else {"head": model.head})}
+    return {role: name.removesuffix(".weight") for role, name in found.items()}
+
+
+def stored_name(dense: DenseModel, module: str) -> str:
+    """Under which a module's weight is stored; a tied model may hold either table."""
+    name = f"{module}.weight"
+    return dense.description.embedding_name(dense.checkpoint) if name == dense.description.embedding else name
+
+
+def head_hessian(model: Decoder, batches: Sequence[Batch], hidden: Iterable[Tensor], gain: Tensor) -> Hessian:
+    """H of the final norm's outputs, from the last block's ``hidden`` ``[B, T, d]`` of every batch."""
+    found = Hessian.zeros(model.hidden, gain.device)
+    for batch, states in zip(batches, hidden, strict=True):
+        found.add(final_norm(model, states[batch.valid.to(states.device)].to(gain.device).float(), gain))
+    return found
 
 
 def _drawn(batches: Sequence[Batch], tokens: int) -> tuple[list[Tensor], list[Tensor]]:

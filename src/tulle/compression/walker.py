@@ -132,7 +132,7 @@ class Walker:
     """Walks the blocks of one model. ``block(i)`` needs the hidden states that ``begin`` or ``block(i − 1)`` left.
 
     ``decisions``: what the recipe's model steps decided; None: nothing. ``dtype``: what the blocks compute in;
-    statistics and weights are float32.
+    statistics and weights are float32. ``embedding_changes``: the compressed model has an embedding of its own.
     """
 
     def __init__(
@@ -146,6 +146,7 @@ class Walker:
         dtype: torch.dtype = torch.float32,
         progress: Progress | None = None,
         seed: int = 0,
+        embedding_changes: bool = False,
     ):
         self._model, self._recipe, self._batches, self._folder = model, recipe, batches, folder
         self._decisions = decisions or Decisions()
@@ -156,18 +157,29 @@ class Walker:
         parked = 2 * tokens * (model.hidden + widest) * dtype.itemsize
         self._parking = Parking(folder, on_disk=parked > PARKED_SHARE * memory_bytes())
         self._seconds: dict[str, float] = {}
+        self._embedding_changes = embedding_changes
 
     def states(self, path: str, block: int) -> HiddenStates:
-        """Inputs of ``block`` on the ``dense`` or the ``compressed`` path; the same file for block 0."""
-        file = self._folder / f"{path if block else 'dense'}-{block}.bin"
+        """Inputs of ``block`` on the ``dense`` or the ``compressed`` path; the same file for block 0 where the
+        embedding is the same."""
+        own = block > 0 or self._embedding_changes
+        file = self._folder / f"{path if own else 'dense'}-{block}.bin"
         return HiddenStates(file, self._batches, self._model.hidden, self._dtype)
 
-    def begin(self, embedding: Tensor) -> None:
-        """Looks the tokens up in the embedding ``[V, d]``."""
-        states = self.states("dense", 0)
-        for i, batch in enumerate(self._batches):
-            hidden = nn.functional.embedding(batch.tokens, embedding).float()
-            states.write(i, hidden * self._model.embedding_scale)
+    def begin(self, embedding: Tensor, compressed: Tensor | None = None) -> None:
+        """Looks the tokens up in the embedding ``[V, d]``, and in the ``compressed`` one where it changes."""
+        for path, table in (("dense", embedding), ("compressed", compressed)):
+            if table is None:
+                continue
+            states = self.states(path, 0)
+            for i, batch in enumerate(self._batches):
+                hidden = nn.functional.embedding(batch.tokens, table).float()
+                states.write(i, hidden * self._model.embedding_scale)
+
+    def outputs(self) -> tuple[Sequence[Batch], Iterator[Tensor]]:
+        """The calibration batches, and the compressed model's hidden states after the last block."""
+        states = self.states("compressed", len(self._model.layers))
+        return self._batches, (states.read(i) for i in range(len(self._batches)))
 
     @torch.no_grad()
     def block(
@@ -238,6 +250,7 @@ class Walker:
             group.statistics = Statistics()
             for linear in group.linears:
                 linear.kept_bits = self._decisions.kept.get(linear.name)
+                linear.allotted_grid = self._decisions.grids.get(linear.name)
                 linear.allotted = self._decisions.sparsity.get(linear.name)
                 linear.weight = linear.folded() if linear.transform else linear.dense
                 hold_zeros(linear)
@@ -430,6 +443,9 @@ class Walker:
         if mismatch is not None:
             with self._timed("statistics"):
                 fit_to_dense(group, mismatch, self._recipe.calibration.target_damping)
+            if self._recipe.stage("refine"):
+                for linear in group.linears:
+                    linear.fitted = linear.weight
         begun = time.perf_counter()
         for step in steps:
             if group.role in step.targets:

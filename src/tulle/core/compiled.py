@@ -160,11 +160,12 @@ def descend(
     mask: Tensor | None,
     sweeps: int,
     steps_first: bool,
+    row_scale: Tensor | None = None,
 ) -> None:
     """``descent.descend`` on codes int16 ``[C_out, C_in]`` and steps ``[C_out, G]``, both changed in place.
 
-    ``steps_first``: every step of a sweep moves before its codes. Costs two products of W's shape with H; the sweeps
-    themselves are cheap.
+    ``steps_first``: every step of a sweep moves before its codes. ``row_scale`` ``[C_out]``: of steps of 8 bits. Costs
+    two products of W's shape with H; the sweeps themselves are cheap.
     """
     columns, groups = weight.shape[1], scale.shape[1]
     threads = torch.get_num_threads()
@@ -180,7 +181,7 @@ def descend(
         product = torch.bmm(level.view(len(rows), groups, -1).transpose(0, 1), by_group)
         _native.descend(
             hessian.numpy(), gradient.numpy(), product.numpy(), q, s, z, masked, grid.low, grid.high, sweeps,
-            steps_first, threads,
+            steps_first, threads, None if row_scale is None else _array(row_scale[part]),
         )  # fmt: skip
 
 

@@ -3,17 +3,19 @@
 E(Ŵ) = tr((W−Ŵ)H(W−Ŵ)ᵀ) is a quadratic in every single code, so the best code of a column given all others is
 the grid point nearest to ŵ_j + ((W−Ŵ)H)_j/H_jj. GPTQ fixes a code once and for all; sweeping again over all
 columns, as QuantEase (Behdin et al. 2023, eq. 9) does, can only lower E. Before its codes, the step of each
-group moves to its own least-squares optimum, rounded to bfloat16, which is the exact minimum over the steps
-that the file can store. E never rises.
+group moves to its own least-squares optimum, rounded to what the file can store, which is the exact minimum over
+such steps. E never rises.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from tulle.core import compiled
-from tulle.core.grid import Quantised, code, to_bfloat16
+from tulle.core.grid import Quantised, code, nearest_step, to_bfloat16
 
 
 def objective(weight: Tensor, compressed: Tensor, hessian: Tensor) -> Tensor:
@@ -41,9 +43,10 @@ def descend(
     if compiled.fits(weight, hessian, mask, quantised.scale, quantised.zero):
         codes, scale = quantised.codes.clone(), quantised.scale.clone()
         compiled.descend(
-            weight, codes, scale, quantised.zero, quantised.grid, hessian, mask, sweeps, steps_first=width > block
-        )
-        return Quantised(quantised.grid, codes, scale, quantised.zero)
+            weight, codes, scale, quantised.zero, quantised.grid, hessian, mask, sweeps, steps_first=width > block,
+            row_scale=quantised.row_scale,
+        )  # fmt: skip
+        return Quantised(quantised.grid, codes, scale, quantised.zero, quantised.row_scale)
     return descend_plain(weight, quantised, hessian, mask, sweeps, block)
 
 
@@ -54,7 +57,7 @@ def descend_plain(
 
     Costs 2·C_out·C_in² operations per sweep, twice that where a group is wider than ``block`` columns.
     """
-    q = Quantised(quantised.grid, quantised.codes.float(), quantised.scale.clone(), quantised.zero)
+    q = replace(quantised, codes=quantised.codes.float(), scale=quantised.scale.clone())
     columns = weight.shape[1]
     width = columns // q.scale.shape[1]
     gradient = (weight - q.dequantise(mask)) @ hessian
@@ -70,13 +73,15 @@ def descend_plain(
             _sweep_block(q, keep, gradient, hessian, start, min(start + block, columns), narrow)
         if torch.equal(q.codes, codes) and torch.equal(q.scale, scale):
             break
-    return Quantised(q.grid, q.codes.to(torch.int16), q.scale, q.zero)
+    return replace(q, codes=q.codes.to(torch.int16))
 
 
-def _best_move(step: Tensor, slope: Tensor, curvature: Tensor) -> Tensor:
-    """Change of a step ``[C_out]`` that minimises curvature·m² − 2·slope·m over the steps that bfloat16 holds."""
-    move = to_bfloat16(step + torch.where(curvature > 0, slope / curvature, 0)) - step
-    return torch.where(move * (move * curvature - 2 * slope) < 0, move, 0)
+def _best_step(step: Tensor, slope: Tensor, curvature: Tensor, row_scale: Tensor | None) -> Tensor:
+    """The step ``[C_out]`` for which curvature·m² − 2·slope·m, m its move, is least among those that can be stored."""
+    wanted = step + torch.where(curvature > 0, slope / curvature, 0)
+    wanted = to_bfloat16(wanted) if row_scale is None else nearest_step(wanted, row_scale)
+    move = wanted - step
+    return torch.where(move * (move * curvature - 2 * slope) < 0, wanted, step)
 
 
 def _refit_steps(q: Quantised, keep: Tensor, gradient: Tensor, hessian: Tensor) -> None:
@@ -87,9 +92,10 @@ def _refit_steps(q: Quantised, keep: Tensor, gradient: Tensor, hessian: Tensor) 
         part = slice(g * width, (g + 1) * width)
         c = (q.codes[:, part] - q.zero[:, g, None]) * keep[:, part]
         product = c @ hessian[part]
-        move = _best_move(q.scale[:, g], (c * gradient[:, part]).sum(1), (c * product[:, part]).sum(1))
-        q.scale[:, g] = to_bfloat16(q.scale[:, g] + move)
-        gradient -= move[:, None] * product
+        slope, curvature = (c * gradient[:, part]).sum(1), (c * product[:, part]).sum(1)
+        step = _best_step(q.scale[:, g], slope, curvature, q.row_scale)
+        gradient -= (step - q.scale[:, g])[:, None] * product
+        q.scale[:, g] = step
 
 
 def _sweep_block(
@@ -109,9 +115,10 @@ def _sweep_block(
         if refit_steps and i % width == 0:
             part = slice(i, i + width)
             c = (codes[part] - zeros[part]) * kept[part]
-            move = _best_move(steps[i], (c * slope[part]).sum(0), (c * (h[part, part] @ c)).sum(0))
-            steps[part] = to_bfloat16(steps[part] + move)
-            slope -= (h[:, part] @ c) * move
+            curvature = (c * (h[part, part] @ c)).sum(0)
+            step = _best_step(steps[i], (c * slope[part]).sum(0), curvature, q.row_scale)
+            slope -= (h[:, part] @ c) * (step - steps[i])
+            steps[part] = step
         target = (codes[i] - zeros[i]) * steps[i] + slope[i] / h[i, i]
         best = code(target, steps[i], zeros[i], q.grid)
         slope.addr_(h[i], (best - codes[i]) * steps[i] * kept[i], alpha=-1)

@@ -1,8 +1,8 @@
 """Uniform integer grids: step, zero point, rounding, groups along the input channels.
 
 A b-bit grid has 2^b levels. Symmetric: w = Δ·q with q in [−2^(b−1), 2^(b−1)−1]; asymmetric: w = Δ·(u − z)
-with u in [0, 2^b−1]. Steps are rounded to bfloat16 *before* weights are coded, because that is what the file
-stores.
+with u in [0, 2^b−1]. Steps are rounded to what the file stores *before* weights are coded: to bfloat16, or to whole
+numbers of one byte times a bfloat16 per output channel.
 """
 
 from __future__ import annotations
@@ -46,14 +46,17 @@ def is_automatic(group_size: GroupSize) -> bool:
 @dataclass(frozen=True)
 class Grid:
     """Settings of a grid: ``bits`` 2-8, ``group_size`` input channels per step (None: one per output
-    channel).
+    channel), ``scale_bits`` of a step: 16, or 8 times one number per output channel.
     """
 
     bits: int
     group_size: int | None = None
     symmetric: bool = True
+    scale_bits: int = 16
 
     def __post_init__(self) -> None:
+        if self.scale_bits not in (8, 16):
+            raise UserError(f"expected scale_bits of 8 or 16, found {self.scale_bits}")
         if not 2 <= self.bits <= 8:
             raise UserError(f"expected 2 to 8 bits, found {self.bits}; 4 and 8 are the usual choices")
         if self.group_size is not None and self.group_size < 1:
@@ -62,13 +65,15 @@ class Grid:
             )
 
     @classmethod
-    def of(cls, bits: int, group_size: GroupSize, symmetric: bool, columns: int | None = None) -> Grid:
+    def of(
+        cls, bits: int, group_size: GroupSize, symmetric: bool, columns: int | None = None, scale_bits: int = 16
+    ) -> Grid:
         """The grid of a linear with ``columns`` input channels. Without them, ``auto`` counts as no groups: enough to
         refuse impossible settings."""
         if isinstance(group_size, str):
             most = int(group_size.partition("-")[2] or 128)
             group_size = None if columns is None else fitting_group(columns, most)
-        return cls(bits, group_size, symmetric)
+        return cls(bits, group_size, symmetric, scale_bits)
 
     def check(self, name: str, columns: int) -> None:
         """Raises ``UserError`` when ``columns`` input channels do not split into groups."""
@@ -104,9 +109,11 @@ class Quantised:
     codes: Tensor
     """int16 ``[C_out, C_in]`` in [grid.low, grid.high]; at pruned positions the value has no meaning."""
     scale: Tensor
-    """float32 ``[C_out, G]``, every value exact in bfloat16."""
+    """float32 ``[C_out, G]``: exact in bfloat16, or whole numbers of 1 to 255 times ``row_scale``."""
     zero: Tensor
     """float32 ``[C_out, G]``: integers in [0, 2^b−1], all zero on a symmetric grid."""
+    row_scale: Tensor | None = None
+    """float32 ``[C_out]``, exact in bfloat16, where ``grid.scale_bits`` is 8."""
 
     def dequantise(self, mask: Tensor | None = None) -> Tensor:
         """``[C_out, C_in]`` float32; zeros where ``mask`` is False."""
@@ -136,6 +143,25 @@ def steps(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 def to_bfloat16(step: Tensor) -> Tensor:
     """Nearest bfloat16 as float32; zero becomes the smallest step."""
     return step.clamp(min=SMALLEST_STEP).bfloat16().float()
+
+
+def byte_steps(step: Tensor, zero: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+    """Steps and zero points ``[C_out, G]`` as ``scale_bits`` 8 stores them, and ``row_scale`` ``[C_out]``.
+
+    The row's largest step is 255 times its row scale or a little less, every other one the nearest whole number. Zero
+    points move with their step, so that the least weight of a group stays where it was.
+    """
+    largest = step.amax(1)
+    row = to_bfloat16(largest / 255)
+    row = torch.where(row * 255 < largest, to_bfloat16(row * (1 + 2**-7)), row)
+    rounded = nearest_step(step, row[:, None])
+    moved = zero if grid.symmetric else (zero * step / rounded).round().clamp(0, grid.high)
+    return rounded, moved, row
+
+
+def nearest_step(step: Tensor, row_scale: Tensor) -> Tensor:
+    """The nearest of 1 to 255 times ``row_scale`` (shapes broadcast)."""
+    return (step / row_scale).round().clamp(1, 255) * row_scale
 
 
 def code(w: Tensor, step: Tensor, zero: Tensor, grid: Grid) -> Tensor:

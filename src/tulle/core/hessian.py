@@ -46,6 +46,11 @@ class Hessian:
     def zeros(cls, channels: int, device: torch.device | str = "cpu") -> Hessian:
         return cls(torch.zeros(channels, channels, device=device))
 
+    @classmethod
+    def identity(cls, channels: int, device: torch.device | str = "cpu") -> Hessian:
+        """H of inputs of which nothing is known: every channel with mean square 1."""
+        return cls(2 * torch.eye(channels, device=device), tokens=1)
+
     def add(self, x: Tensor) -> None:
         """Adds the tokens X ``[T, C_in]`` to the running mean. X is bfloat16 or float32; bfloat16 is faster."""
         x = x.reshape(-1, x.shape[-1])

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tulle.errors import UserError
 from tulle.export.plan import InputRule, Plan
 from tulle.hf import load_checkpoint
+from tulle.hf.packed_embedding import PackedEmbedding, TiedHead
 from tulle.hf.packed_linear import PackedLinear
 from tulle.models.checkpoint import Checkpoint
 
@@ -112,6 +113,11 @@ def _own_logits(source: Checkpoint, tokens: np.ndarray, plan: Plan) -> tuple[np.
             for parameter in model.parameters():
                 parameter.copy_(parameter.to(plan.other_dtype))
         for name, module in list(model.named_modules()):
+            if isinstance(module, PackedEmbedding):
+                table = module.dequantise().to(plan.plain.get(name, plan.weight_dtype)).float()
+                model.set_submodule(name, nn.Embedding.from_pretrained(table))
+                if isinstance(model.get_output_embeddings(), TiedHead):
+                    model.set_output_embeddings(_Table(table))
             if isinstance(module, PackedLinear):
                 plain = name in plan.plain
                 dtype = plan.plain[name] if plain else plan.weight_dtype
@@ -119,6 +125,17 @@ def _own_logits(source: Checkpoint, tokens: np.ndarray, plan: Plan) -> tuple[np.
         model.set_attn_implementation("sdpa")
         expected = model(ids).logits
     return packed.numpy(), expected.numpy()
+
+
+class _Table(nn.Module):
+    """A head with the embedding's table."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
 
 
 class _AsExported(nn.Module):

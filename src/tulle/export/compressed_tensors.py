@@ -31,7 +31,7 @@ from tulle.export.folder import Entry
 from tulle.export.plan import InputRule, Plan, linear_entry, unpacked_entries
 from tulle.extras import needs
 from tulle.format.spec import LinearSpec
-from tulle.hf.packed_linear import dequantise, unpack_integer_weight
+from tulle.hf.packed_linear import dequantise, unpack_integer_weight, unpack_integers, unpack_scale
 from tulle.models.checkpoint import Checkpoint
 from tulle.models.description import Decoder
 
@@ -44,23 +44,28 @@ def plan(checkpoint: Checkpoint, linears: Mapping[str, LinearSpec], dtype: torch
     needs("export", "--to compressed-tensors", "use --to dense")
     import compressed_tensors
 
-    quantised = {name: spec for name, spec in linears.items() if _is_quantised(name, spec)}
+    model = checkpoint.describe()
+    # Readers of the format know no quantised embedding beside a tied head: tables are written as plain weights.
+    tables = {name: spec for name, spec in linears.items() if f"{name}.weight" in (model.embedding, model.head)}
+    blocks = {name: spec for name, spec in linears.items() if name not in tables}
+    quantised = {name: spec for name, spec in blocks.items() if _is_quantised(name, spec)}
     if not quantised:
         raise UserError("expected quantised linears for --to compressed-tensors, found none; use --to dense")
     if checkpoint.config["quantization_config"].get("attention") is not None:
         raise UserError(
             "expected keys and values as they are for --to compressed-tensors, found them quantised; use --to dense"
         )
-    model = checkpoint.describe()
     schemes, notes = fused_schemes(model, {name: _scheme(spec) for name, spec in quantised.items()})
     if not schemes:
         raise UserError(
             "expected q, k, v (gate, up) quantised alike for --to compressed-tensors, found an unquantised one in each "
             "of these groups; compress again with keep_sensitive: {siblings: true} or use --to dense"
         )
-    plain = dict.fromkeys(quantised.keys() - schemes.keys(), dtype or stored_dtype(checkpoint))
-    entries = unpacked_entries(checkpoint, quantised, dtype)
-    for name, spec in quantised.items():
+    plain = dict.fromkeys((quantised.keys() - schemes.keys()) | tables.keys(), dtype or stored_dtype(checkpoint))
+    if tables:
+        notes.append(f"{' and '.join(sorted(tables))} written as {next(iter(plain.values()))}".replace("torch.", ""))
+    entries = unpacked_entries(checkpoint, quantised | tables, dtype)
+    for name, spec in (quantised | tables).items():
         if name in schemes:
             entries += _linear_entries(checkpoint, name, spec, schemes[name])
         else:
@@ -222,7 +227,7 @@ def _linear_entries(checkpoint: Checkpoint, name: str, spec: LinearSpec, scheme:
     groups, zeros = (rows, count), ("zero_point",) if not spec.symmetric else ()
 
     def scale(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> Tensor:
-        return _spread(tensors["scale"], count)
+        return _spread(unpack_scale(spec, tensors).to(kind), count)
 
     def codes(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> Tensor:
         return _signed_codes(spec, tensors, bits, symmetric)
@@ -230,7 +235,9 @@ def _linear_entries(checkpoint: Checkpoint, name: str, spec: LinearSpec, scheme:
     def zero(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> Tensor:
         return _spread(_signed_zero(spec, tensors, bits), count)
 
-    entries = [entry("weight_scale", torch.bfloat16, groups, scale, ("scale",))]
+    # A scale of 8 bits times its row's has 16 significant ones, which bfloat16 would round.
+    kind, parts = (torch.bfloat16, ("scale",)) if spec.scale_bits == 16 else (torch.float32, ("scale", "row_scale"))
+    entries = [entry("weight_scale", kind, groups, scale, parts)]
     if _format(*scheme) == "int-quantized":
         entries.append(entry("weight", torch.int8, spec.shape, codes))
         if not symmetric:
@@ -269,7 +276,9 @@ def _signed_zero(spec: LinearSpec, tensors: Mapping[str, Tensor], bits: int) -> 
     """int8 ``[C_out, G]``: z − 2^(b−1) for b = ``bits``; 0, the middle, for a symmetric grid."""
     if spec.symmetric:
         return torch.zeros(spec.shape[0], 1, dtype=torch.int8)
-    return (tensors["zero_point"].short() - (1 << (bits - 1))).to(torch.int8)
+    assert spec.bits is not None
+    zero = unpack_integers(tensors["zero_point"], spec.zero_point_bits or spec.bits, spec.groups)
+    return (zero.short() - (1 << (bits - 1))).to(torch.int8)
 
 
 def _plain_weight(spec: LinearSpec, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:

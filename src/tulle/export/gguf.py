@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from tulle.errors import UserError
 from tulle.export.dense import unpacked_weight
 from tulle.export.gguf_tokenizer import write_tokenizer
-from tulle.format.pack import bf16_to_f32, f32_to_bf16, unpack_stored
+from tulle.format.pack import bf16_to_f32, f32_to_bf16, unpack_scale, unpack_stored, unpack_zero_point
 from tulle.format.spec import LinearSpec
 from tulle.models.checkpoint import Checkpoint
 from tulle.models.description import Decoder
@@ -277,15 +277,16 @@ def _coded(checkpoint: Checkpoint, linear: str, spec: LinearSpec) -> Stored | No
     rows, columns = spec.shape
     width = columns // spec.groups
     zero = np.full((rows, spec.groups), 1 << (spec.bits - 1), np.int16)
-    if not spec.symmetric:
-        zero = arrays["zero_point"].astype(np.int16)
+    zero_point = unpack_zero_point(spec, arrays)
+    if zero_point is not None:
+        zero = zero_point.astype(np.int16)
     wide = zero.repeat(width, axis=1)
     whole = codes.astype(np.int16) - wide
     if mask is not None:
         whole[~mask] = 0
     # Where all weights of a scale are 0, whatever it is (some quantisers write the least number there) is 0, too.
     zeros_alone = (whole.reshape(rows, spec.groups, width) == 0).all(axis=2)
-    numbers = np.where(zeros_alone, np.float32(0), bf16_to_f32(arrays["scale"]))
+    numbers = np.where(zeros_alone, np.float32(0), unpack_scale(spec, arrays))
     scale = _half(numbers)
     if scale is None:
         return None

@@ -75,14 +75,16 @@ def pack_linear(
     spec: LinearSpec,
     values: NDArray,
     mask: NDArray[np.bool_] | None = None,
-    scale: NDArray[np.uint16] | None = None,
+    scale: NDArray[np.uint16] | NDArray[np.uint8] | None = None,
     zero_point: NDArray[np.uint8] | None = None,
+    row_scale: NDArray[np.uint16] | None = None,
 ) -> dict[str, NDArray]:
     """suffix -> array, exactly the tensors of `spec`.
 
     values [C_out, C_in]: codes u (uint8) of a quantised linear, else the weights as `values_dtype`.
-    mask [C_out, C_in]: True = stored, the other values are ignored. scale [C_out, G]: bfloat16 bits.
-    zero_point [C_out, G]. Raises UserError where an array does not fit the spec.
+    mask [C_out, C_in]: True = stored, the other values are ignored. scale [C_out, G]: bfloat16 bits, or uint8 where
+    `scale_bits` is 8; then row_scale [C_out], bfloat16 bits. zero_point [C_out, G]: one each, not packed. Raises
+    UserError where an array does not fit the spec.
     """
     dtype = np.dtype(STORAGE[spec.values_dtype] if spec.values_dtype else np.uint8)
     _require("values", values, dtype, spec.shape)
@@ -97,7 +99,10 @@ def pack_linear(
         raise UserError("expected a mask only for a sparse linear; set sparse: true or drop the mask")
     name = "values" if spec.sparse else "weight" if spec.bits is None else "codes"
     arrays[name] = np.ascontiguousarray(values) if spec.bits is None else pack_codes(values, spec.bits)
-    for suffix, array in (("scale", scale), ("zero_point", zero_point)):
+    if zero_point is not None and spec.bits is not None:
+        _require("zero_point", zero_point, np.dtype(np.uint8), (spec.shape[0], spec.groups))
+        zero_point = pack_codes(zero_point, spec.zero_point_bits or spec.bits)
+    for suffix, array in (("scale", scale), ("row_scale", row_scale), ("zero_point", zero_point)):
         if array is not None:
             arrays[suffix] = np.ascontiguousarray(array)
     check_tensors(spec, arrays)
@@ -116,15 +121,29 @@ def unpack_linear(spec: LinearSpec, tensors: Mapping[str, NDArray]) -> NDArray[n
         return bf16_to_f32(dense) if spec.values_dtype == "bfloat16" else dense.astype(np.float32)
     codes, mask = unpack_linear_codes(spec, tensors)
     c_out, c_in = spec.shape
-    scale = bf16_to_f32(tensors["scale"])[:, :, None]
-    zero = np.float32(1 << (spec.bits - 1)) if spec.symmetric else tensors["zero_point"][:, :, None]
+    zero_point = unpack_zero_point(spec, tensors)
+    zero = np.float32(1 << (spec.bits - 1)) if zero_point is None else zero_point[:, :, None]
     grouped = codes.reshape(c_out, spec.groups, -1).astype(np.float32)
     grouped -= zero
-    grouped *= scale
+    grouped *= unpack_scale(spec, tensors)[:, :, None]
     weight = grouped.reshape(c_out, c_in)
     if mask is not None:
         weight[~mask] = 0.0
     return weight
+
+
+def unpack_scale(spec: LinearSpec, tensors: Mapping[str, NDArray]) -> NDArray[np.float32]:
+    """Scales [C_out, G] of a quantised linear; with `scale_bits` 8 scale·row_scale, which float32 holds exactly."""
+    if spec.scale_bits == 16:
+        return bf16_to_f32(tensors["scale"])
+    return tensors["scale"].astype(np.float32) * bf16_to_f32(tensors["row_scale"])[:, None]
+
+
+def unpack_zero_point(spec: LinearSpec, tensors: Mapping[str, NDArray]) -> NDArray[np.uint8] | None:
+    """Zero points [C_out, G] of a quantised linear; None where it is symmetric."""
+    if spec.symmetric or spec.bits is None:
+        return None
+    return unpack_codes(tensors["zero_point"], spec.zero_point_bits or spec.bits, spec.groups)
 
 
 def unpack_linear_codes(
@@ -172,11 +191,15 @@ def check_tensors(spec: LinearSpec, tensors: Mapping[str, NDArray]) -> None:
     if spec.bits is None:
         return
     name, n = ("values", spec.stored) if spec.sparse else ("codes", spec.shape[1])
-    if spec.bits != 8:
-        _check_padding(name, tensors[name], n, bits_per_code=4 if spec.bits == 4 else 1)
-    if not np.isfinite(bf16_to_f32(tensors["scale"])).all():
-        raise UserError("scale: expected finite numbers, found NaN or Inf; the file is damaged")
-    largest = 0 if spec.symmetric else int(tensors["zero_point"].max())
+    _check_code_padding(name, tensors[name], n, spec.bits)
+    floats = "scale" if spec.scale_bits == 16 else "row_scale"
+    if not np.isfinite(bf16_to_f32(tensors[floats])).all():
+        raise UserError(f"{floats}: expected finite numbers, found NaN or Inf; the file is damaged")
+    zero_point = unpack_zero_point(spec, tensors)
+    if zero_point is None:
+        return
+    _check_code_padding("zero_point", tensors["zero_point"], spec.groups, spec.zero_point_bits or spec.bits)
+    largest = int(zero_point.max())
     if largest >= 1 << spec.bits:
         raise UserError(f"zero_point: expected values below {1 << spec.bits}, found {largest}")
 
@@ -186,6 +209,11 @@ def _require(name: str, array: NDArray | None, dtype: np.dtype, shape: tuple[int
         raise UserError(f"{name}: expected {dtype} {list(shape)}, found nothing")
     if array.dtype != dtype or array.shape != shape:
         raise UserError(f"{name}: expected {dtype} {list(shape)}, found {array.dtype} {list(array.shape)}")
+
+
+def _check_code_padding(name: str, packed: NDArray[np.uint8], n: int, bits: int) -> None:
+    if bits != 8:
+        _check_padding(name, packed, n, bits_per_code=4 if bits == 4 else 1)
 
 
 def _check_padding(name: str, packed: NDArray[np.uint8], n: int, bits_per_code: int = 1) -> None:

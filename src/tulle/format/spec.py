@@ -15,9 +15,9 @@ from typing import Any, get_type_hints
 from tulle.errors import UserError
 
 QUANT_METHOD = "tulle"
-FORMAT_VERSION = 3
-READABLE_VERSIONS = (2, 3)
-"""Version 2 knows no sparse inputs."""
+FORMAT_VERSION = 4
+READABLE_VERSIONS = (2, 3, 4)
+"""Version 2 knows no sparse inputs; 3 no scales of 8 bits and no packed zero points."""
 
 ITEM_BYTES = {"uint8": 1, "int32": 4, "bfloat16": 2, "float16": 2, "float32": 4}
 SAFETENSORS_DTYPE = {"uint8": "U8", "int32": "I32", "bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -174,6 +174,10 @@ class LinearSpec:
     """The linear that holds this one's transform tensors (they share an input); None: its own."""
     values_dtype: str | None = None
     """Of unquantised weights: bfloat16, float16 or float32."""
+    scale_bits: int = 16
+    """16: scales are bfloat16; 8: whole numbers of one byte, times a bfloat16 per output channel (`row_scale`)."""
+    zero_point_bits: int | None = None
+    """None: zero points are packed like codes; 8: a byte each, as files of version 2 and 3 have them."""
 
     def __post_init__(self) -> None:
         problem = self._problem()
@@ -188,8 +192,8 @@ class LinearSpec:
             if self.values_dtype not in FLOAT_DTYPES:
                 names = ", ".join(FLOAT_DTYPES)
                 return f"expected bits, or values_dtype of {names}, found values_dtype {self.values_dtype}"
-            if self.group_size is not None or not self.symmetric:
-                return "expected bits with group_size or symmetric: false, found none; set bits to 2-8"
+            if self.group_size is not None or not self.symmetric or self.scale_bits != 16:
+                return "expected bits with group_size, symmetric: false or scale_bits, found none; set bits to 2-8"
         else:
             if not 2 <= self.bits <= 8:
                 return f"expected bits 2-8, found {self.bits}"
@@ -197,6 +201,10 @@ class LinearSpec:
                 return f"expected no values_dtype with bits, found {self.values_dtype}"
             if self.group_size is not None and (self.group_size < 1 or c_in % self.group_size):
                 return f"expected a group_size that divides {c_in} input channels, found {self.group_size}"
+            if self.scale_bits not in (8, 16):
+                return f"expected scale_bits 8 or 16, found {self.scale_bits}"
+        if self.zero_point_bits is not None and (self.symmetric or self.zero_point_bits != 8):
+            return f"expected zero_point_bits null, or 8 with symmetric: false, found {self.zero_point_bits}"
         return self._input_problem() or self._sparsity_problem()
 
     def _input_problem(self) -> str | None:
@@ -254,9 +262,12 @@ class LinearSpec:
         else:
             tensors["codes"] = ("uint8", code_shape(self.bits, self.shape))
         if self.bits is not None:
-            tensors["scale"] = ("bfloat16", (c_out, self.groups))
+            grid = (c_out, self.groups)
+            tensors["scale"] = ("bfloat16" if self.scale_bits == 16 else "uint8", grid)
+            if self.scale_bits == 8:
+                tensors["row_scale"] = ("bfloat16", (c_out,))
             if not self.symmetric:
-                tensors["zero_point"] = ("uint8", (c_out, self.groups))
+                tensors["zero_point"] = ("uint8", code_shape(self.zero_point_bits or self.bits, grid))
         return tensors
 
     def transform_tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -380,6 +391,7 @@ class QuantizationConfig:
     """`quantization_config` of config.json: the compressed linears by module name, and the recipe."""
 
     linears: dict[str, LinearSpec]
+    """Of the blocks; the head, and the embedding (C_out: the vocabulary), where they are in codes too."""
     recipe: dict[str, Any] = field(default_factory=dict)
     attention: AttentionSpec | None = None
 
@@ -419,14 +431,22 @@ class QuantizationConfig:
             )
         linears = {}
         for name, entry in fields["linears"].items():
-            if version == 2 and isinstance(entry, dict):
-                entry = {"input_sparsity": None} | entry
+            if version < FORMAT_VERSION and isinstance(entry, dict):
+                entry = _of_older(version, entry)
             try:
                 linears[name] = LinearSpec.from_json(entry)
             except UserError as error:
                 raise UserError(f"quantization_config, {name}: {error}") from None
         attention = None if fields["attention"] is None else AttentionSpec.from_json(fields["attention"])
         return cls(linears, fields["recipe"], attention)
+
+
+def _of_older(version: int, entry: dict[str, Any]) -> dict[str, Any]:
+    """A linear's fields as this version has them."""
+    older = {"scale_bits": 16, "zero_point_bits": 8 if entry.get("symmetric") is False else None}
+    for name in older.keys() & entry.keys():
+        raise UserError(f"expected no {name} in format_version {version}, found {entry[name]!r}")
+    return ({"input_sparsity": None} if version == 2 else {}) | older | entry
 
 
 def _checked(data: object, hints: Mapping[str, Any], what: str) -> dict[str, Any]:

@@ -77,6 +77,7 @@ def spec_of(linear: LinearState, dtype: torch.dtype, holder: str | None = None) 
         bits=linear.quantised.grid.bits if linear.quantised else None,
         group_size=linear.quantised.grid.group_size if linear.quantised else None,
         symmetric=linear.quantised.grid.symmetric if linear.quantised else True,
+        scale_bits=linear.quantised.grid.scale_bits if linear.quantised else 16,
         input_bits=linear.input_bits,
         input_symmetric=linear.input_grid.symmetric if linear.input_grid else True,
         input_clip=float(linear.input_grid.clip) if linear.input_grid else 1.0,
@@ -108,7 +109,11 @@ def packed_tensors(linear: LinearState, spec: LinearSpec, dtype: torch.dtype) ->
         codes = torch.where(linear.mask, codes, q.zero.repeat_interleave(width, 1).to(codes.dtype))
     unsigned = (codes.int() - q.grid.low).to(torch.uint8).cpu().numpy()
     zero = None if q.grid.symmetric else q.zero.to(torch.uint8).cpu().numpy()
-    return _tensors(pack_linear(spec, unsigned, mask, f32_to_bf16(q.scale.cpu().numpy()), zero), spec)
+    scale, row_scale = f32_to_bf16(q.scale.cpu().numpy()), None
+    if q.row_scale is not None:
+        scale = (q.scale / q.row_scale[:, None]).round().to(torch.uint8).cpu().numpy()
+        row_scale = f32_to_bf16(q.row_scale.cpu().numpy())
+    return _tensors(pack_linear(spec, unsigned, mask, scale, zero, row_scale), spec)
 
 
 def _tensors(arrays: dict[str, Any], spec: LinearSpec) -> dict[str, Tensor]:

@@ -137,15 +137,21 @@ def unpack_integer_weight(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> Te
     if spec.symmetric:
         whole = codes.short() - (1 << (spec.bits - 1))
     else:
-        zero = tensors["zero_point"].short()
+        zero = unpack_integers(tensors["zero_point"], spec.zero_point_bits or spec.bits, spec.groups).short()
         whole = codes.short() - zero.repeat_interleave(spec.shape[1] // zero.shape[1], 1)
     return whole if kept is None else whole * kept
+
+
+def unpack_scale(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Scales float32 ``[C_out, G]``, times the row's where they have 8 bits."""
+    scale = tensors["scale"].float()
+    return scale if spec.scale_bits == 16 else scale * tensors["row_scale"].float()[:, None]
 
 
 def dequantise(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> Tensor:
     """The float32 weight ``[C_out, C_in]``, equal bit for bit to :func:`tulle.format.pack.unpack_linear`."""
     if spec.bits is not None:
-        scale = tensors["scale"].float()
+        scale = unpack_scale(spec, tensors)
         return unpack_integer_weight(spec, tensors) * scale.repeat_interleave(spec.shape[1] // scale.shape[1], 1)
     if spec.sparse:
         kept = unpack_bits(tensors["mask"], spec.shape[1]).bool()
@@ -262,7 +268,7 @@ class PackedLinear(nn.Module):
     def _integer_forward(self, x: Tensor, bits: int, grid: TokenGrid) -> Tensor:
         if self._cached is None:
             self._cached = unpack_integer_weight(self.spec, self._buffers).float()  # type: ignore[arg-type]
-        scale = self.get_buffer("scale").float()
+        scale = unpack_scale(self.spec, self._buffers)  # type: ignore[arg-type]
         # Autocast would round the sums to its own dtype.
         with torch.autocast(x.device.type, enabled=False):
             y = integer_linear(x.reshape(-1, self.in_features), self._cached, scale, bits, grid, self.selection)

@@ -26,6 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from tulle.errors import UserError
 from tulle.format.spec import QUANT_METHOD, LinearSpec, QuantizationConfig
 from tulle.hf.attention import IMPLEMENTATION, attach, grids_of
+from tulle.hf.packed_embedding import PackedEmbedding, TiedHead
 from tulle.hf.packed_linear import DTYPES, PackedLinear
 from tulle.models.checkpoint import Checkpoint
 from tulle.models.description import describe, families
@@ -71,6 +72,7 @@ class TulleQuantizer(HfQuantizer):
             require_packed_tensors(Checkpoint.open(Path(files[0]).parent), linears)
         for name, spec in linears.items():
             _replace(model, name, spec)
+        _tie_head(model)
         for name, spec in linears.items():
             if spec.transform_of is not None:
                 _packed(model, name).share_transform(_packed(model, spec.transform_of))
@@ -82,7 +84,7 @@ class TulleQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         for name, module in model.named_modules():
-            if not isinstance(module, PackedLinear):
+            if not isinstance(module, PackedLinear | PackedEmbedding):
                 continue
             for suffix, (kind, _) in module.spec.stored_tensors().items():
                 found = module.get_buffer(suffix)
@@ -216,7 +218,30 @@ def _replace(model: PreTrainedModel, name: str, spec: LinearSpec) -> None:
         linear = model.get_submodule(name)
     except AttributeError:
         raise UserError(f"expected a linear {name}, found none in {type(model).__name__}; {MISMATCH}") from None
+    if isinstance(linear, nn.Embedding) and tuple(linear.weight.shape) == tuple(spec.shape):
+        weight = linear.weight
+        setattr(parent, child, PackedEmbedding(spec, linear.padding_idx, device=weight.device, dtype=weight.dtype))
+        return
     if not isinstance(linear, nn.Linear) or (linear.out_features, linear.in_features) != tuple(spec.shape):
         raise UserError(f"expected {name} as a linear of shape {list(spec.shape)}, found {linear}; {MISMATCH}")
     weight = linear.weight
     setattr(parent, child, PackedLinear(spec, linear.bias is not None, device=weight.device, dtype=weight.dtype))
+
+
+def _tie_head(model: PreTrainedModel) -> None:
+    """Gives a head that is tied to a packed embedding that embedding's table."""
+    embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    if not isinstance(embedding, PackedEmbedding) or not isinstance(head, nn.Linear):
+        return
+    if not model.config.get_text_config().tie_word_embeddings:
+        return
+    if Version(transformers.__version__) < Version("5.0"):
+        raise UserError(
+            "expected transformers 5.0 or newer for an embedding in codes that is tied to the head, found "
+            f"{transformers.__version__}; upgrade it"
+        )
+    model.set_output_embeddings(TiedHead(embedding))
+    # There is no parameter left that transformers could tie.
+    model._tied_weights_keys = {}  # type: ignore[assignment]
+    model.all_tied_weights_keys = {}

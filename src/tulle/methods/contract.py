@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from tulle.core.grid import Quantised, row_chunks
+from tulle.core.grid import Grid, Quantised, row_chunks
 from tulle.core.head_grids import HeadGrids
 from tulle.core.hessian import Hessian
 from tulle.core.token_grid import TokenGrid
@@ -34,7 +34,7 @@ from tulle.errors import UserError
 Statistic = Literal["hessian", "column_norm", "absmax", "rows", "sample"]
 Stage = Literal["model", "block", "linear", "refine"]
 Decision = Literal[
-    "mask", "codes", "inputs", "cache", "smoothing", "rotation", "clipping", "order", "bits", "sparsities",
+    "mask", "codes", "inputs", "cache", "smoothing", "rotation", "clipping", "order", "bits", "grids", "sparsities",
     "input sparsities", "selection",
 ]  # fmt: skip
 """What a step settles once and for all; a second step that settles the same of a role would work on the first one's
@@ -117,6 +117,8 @@ class LinearState:
     pattern: str | None = None
     """``"N:M"`` when the mask has that structure along the input channels."""
     quantised: Quantised | None = None
+    fitted: Tensor | None = None
+    """What the walker fitted the weight to before the linear steps, ``[C_out, C_in]``, where a refine step follows."""
     transform: tuple[Transform, ...] = ()
     """Maps that run on the input; the weight that belongs to x·T is W·T⁻ᵀ. Siblings share one tuple."""
     input_grid: TokenGrid | None = None
@@ -127,6 +129,8 @@ class LinearState:
     """Learned ends (low, high) of the weights' grids, ``[C_out, G]`` each; a quantiser takes them for the extremes."""
     kept_bits: int | None = None
     """A quantiser takes this many bits instead of its own (mixed precision); None: its own."""
+    allotted_grid: Grid | None = None
+    """A quantiser takes this grid instead of its own (an allocation of bits); None: its own."""
     allotted: float | None = None
     """A pruning step takes this share of pruned weights instead of its own ``sparsity`` (an allocation); None: its own.
     A step with a ``pattern`` ignores it."""
@@ -134,6 +138,10 @@ class LinearState:
     """A selecting step drops this share of the inputs instead of its own ``share`` (an allocation); None: its own."""
     notes: list[str] = field(default_factory=list)
     """Lines for the report, e.g. an escalated damping."""
+
+    def wanted(self) -> Tensor:
+        """The weight that was rounded: the dense one with its transforms, fitted to the dense model."""
+        return self.folded() if self.fitted is None else self.fitted
 
     @property
     def input_bits(self) -> int | None:
@@ -354,6 +362,8 @@ class Decisions:
     """Full linear name → bits that quantisers take instead of their own (16: none)."""
     kept_inputs: dict[str, int] = field(default_factory=dict)
     """The same for the quantiser of a linear's input."""
+    grids: dict[str, Grid] = field(default_factory=dict)
+    """Full name of a linear or a table → grid that quantisers take instead of their own."""
     sparsity: dict[str, float] = field(default_factory=dict)
     """Full linear name → share of pruned weights that pruning steps take instead of their own."""
     input_sparsity: dict[str, float] = field(default_factory=dict)
@@ -389,11 +399,21 @@ class Survey(Decisions):
     column_norm: Callable[[int, str], Tensor] | None = None
     """‖X_j‖₂ ``[C_in]`` of a role of a block over the tokens of the walk; for methods that need ``column_norm``."""
     costs: Costs | None = None
-    """``costs(tokens, weights, inputs)``: for every trial the mean KL divergence (nats per token) of the next token's
-    distribution from the dense model's, all the rest being dense, estimated on about ``tokens`` tokens
+    """``costs(tokens, weights, inputs, tables)``: for every trial the mean KL divergence (nats per token) of the next
+    token's distribution from the dense model's, all the rest being dense, estimated on about ``tokens`` tokens
     (:mod:`tulle.models.fisher`): two passes forward and one backward, however many trials there are."""
     look: Callable[[See, Sequence[str]], None] | None = None
     """``look(see, roles)``: walks the model once and shows every block, with H of the inputs of ``roles`` in it."""
+    head_hessian: Hessian | None = None
+    """H of the head's inputs, where a step quantises a tied table."""
+    tables: Mapping[str, str] = field(default_factory=dict)
+    """``embedding`` and ``head`` → module name; a tied model has an embedding alone."""
+    table: Callable[[str], Tensor] | None = None
+    """A table ``[V, d]`` by its key in ``tables``, as stored."""
+    stored_bytes: int = 0
+    """Of all tensors of the checkpoint that belong to the model; a tied table counts once."""
+    weight_bytes: Callable[[str], int] = lambda name: 0
+    """Of the weight of a module by its full name."""
 
 
 See = Callable[[int, dict[str, Tensor], dict[str, Hessian]], None]
@@ -405,13 +425,19 @@ WeightTrials = Callable[[int, Mapping[str, Tensor], Mapping[str, Hessian]], Iter
 those whose place they take) of each trial."""
 InputTrials = Callable[[int, Mapping[str, Tensor]], Iterable[tuple[Key, Mapping[str, Selection]]]]
 """Of a block's number and its tensors: (key, selection of inputs by role) of each trial."""
+TableTrials = Callable[[str, Hessian], Iterable[tuple[Key, Tensor]]]
+"""Of ``embedding``, ``head`` or ``tied`` and H of the head's inputs: (key, table) of each trial, whenever called."""
 
 
 class Costs(Protocol):
     """:attr:`Survey.costs`."""
 
     def __call__(
-        self, tokens: int, weights: WeightTrials | None = None, inputs: InputTrials | None = None
+        self,
+        tokens: int,
+        weights: WeightTrials | None = None,
+        inputs: InputTrials | None = None,
+        tables: TableTrials | None = None,
     ) -> dict[Key, float]: ...
 
 
@@ -433,6 +459,9 @@ class Method:
     settles: ClassVar[frozenset[Decision]] = frozenset()
     """What no other step of a recipe may settle for the same role. A pruning step must follow up ``sparsities``, a
     selecting step ``input sparsities``."""
+
+    takes_tables: ClassVar[bool] = False
+    """Whether a recipe may give it the embedding and the head: a quantiser that sets nothing but ``quantised``."""
 
     def settled_roles(self, decision: Decision, roles: Sequence[str]) -> Sequence[str]:
         """Of the targets, the roles for which it settles ``decision``."""
@@ -461,6 +490,10 @@ class Method:
         """This method with the sparsity that an allocation and the bits that mixed precision give the linear; None
         where those leave it unquantised."""
         own: dict[str, Any] = {}
+        if linear.allotted_grid is not None and "codes" in self.settles:
+            grid = linear.allotted_grid
+            own |= {"bits": grid.bits, "group_size": grid.group_size, "symmetric": grid.symmetric}
+            own["scale_bits"] = grid.scale_bits
         if linear.allotted is not None and self.respects_allocation:
             own["sparsity"] = linear.allotted
         if linear.kept_bits is not None and hasattr(self, "bits"):

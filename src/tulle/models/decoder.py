@@ -272,14 +272,23 @@ class PlainDecoder:
         return self.predict(hidden)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        table = self._outer[self.decoder.embedding_name(self._outer)]
-        return embed(self.decoder, tokens.to(self.device), table)
+        return embed(self.decoder, tokens.to(self.device), self.embedding())
+
+    def embedding(self) -> Tensor:
+        """``[V, d]``."""
+        return self._outer[self.decoder.embedding_name(self._outer)]
+
+    def head(self) -> Tensor:
+        """``[V, d]``."""
+        return self.embedding() if self.decoder.tied else self._outer[self.decoder.head]
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """The final norm of the last block's output."""
+        return final_norm(self.decoder, hidden, self._outer[f"{self.decoder.final_norm.name}.weight"])
 
     def predict(self, hidden: Tensor) -> Tensor:
         """Logits of the last block's output."""
-        decoder, outer = self.decoder, self._outer
-        table = outer[decoder.embedding_name(outer) if decoder.tied else decoder.head]
-        return logits(decoder, final_norm(decoder, hidden, outer[f"{decoder.final_norm.name}.weight"]), table)
+        return logits(self.decoder, self.normed(hidden), self.head())
 
 
 def require_implemented(decoder: Decoder, layer: Layer) -> None:

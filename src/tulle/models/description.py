@@ -21,6 +21,8 @@ from tulle.errors import UserError
 NormKind = Literal["rms", "layer"]
 ROLES = ("qkv", "o", "gate_up", "down")
 """Roles of linear groups that a recipe's steps can target, in the order in which they run."""
+TABLES = ("embedding", "head")
+"""Roles outside the blocks, which a step has only where it names them. A tied model has one table for both."""
 RotaryKind = Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional"]
 
 ACTIVATIONS = {

@@ -13,7 +13,9 @@ single tokens remain. Then
   2015) KL ≈ ½·tr(G·ΔW·M·ΔWᵀ), G = E[g·gᵀ] ``[C_out, C_out]``, M = E[x·xᵀ] ``[C_in, C_in]``: any number of Ŵ costs no
   further pass. Of several linears the costs are added;
 - for selected inputs, δx = x⊙M − x, KL ≈ ½·E[(g_xᵀδx)²] with g_x the gradient at the group's input: the product is
-  taken token by token, and of several groups added up before it is squared.
+  taken token by token, and of several groups added up before it is squared;
+- for another embedding, δh is the difference of the token's rows, and the cost that of its inputs to the first block;
+- for another head no estimate is needed: KL is computed, on some of the tokens.
 
 A trial's cost was measured before by running the rest of the model for every linear and setting, which grows with the
 square of the depth. Here every block is run twice and differentiated once, whatever the number of blocks and trials:
@@ -46,8 +48,13 @@ WeightTrials = Callable[[int, Mapping[str, Tensor], Mapping[str, Hessian]], Iter
 ``self_attn.q_proj.weight``) of each trial."""
 InputTrials = Callable[[int, Mapping[str, Tensor]], Iterable[tuple[Key, Mapping[str, Selection]]]]
 """Of a block's number and its tensors: (key, selection by role) of each trial."""
+TableTrials = Callable[[str, Hessian], Iterable[tuple[Key, Tensor]]]
+"""Of ``embedding``, ``head`` or ``tied`` (one table for both) and H of the head's inputs: (key, table ``[V, d]``) of
+each trial. Called more than once; gives the same every time."""
 Progress = Callable[[str, int, int], None]
 
+HEAD_TOKENS = 2048
+"""Tokens that a head's divergence is computed on."""
 LOGITS = 1 << 25
 """Logits that are in memory at once."""
 
@@ -70,6 +77,7 @@ def divergences(
     *,
     weights: WeightTrials | None = None,
     inputs: InputTrials | None = None,
+    tables: TableTrials | None = None,
     seed: int = 0,
     folder: Path | None = None,
     progress: Progress | None = None,
@@ -86,14 +94,64 @@ def divergences(
     if next_block is None:
         _forward(model, batches, states, progress)
         states.write(f"gradient-{layers}", _label_gradients(model, batches, states.read(f"hidden-{layers}"), seed))
+        if tables is not None:
+            found = _head_costs(model, batches, states, tables)
         next_block = layers - 1
         states.finish_block(layers, found, ())
     for index in range(next_block, -1, -1):
         if progress:
             progress(f"sensitivity {layers - index}/{layers}", layers - 1 - index, layers)
-        found |= _backward(model, index, batches, states, weights, inputs)
+        found |= _backward(model, index, batches, states, weights, inputs, keep=index > 0 or tables is not None)
         spent = [f"hidden-{index + 1}", f"gradient-{index + 1}", *([] if index else ["hidden-0"])]
         states.finish_block(index, found, spent)
+    if tables is not None:
+        for key, cost in _embedding_costs(model, batches, states, tables).items():
+            found[key] = found.get(key, 0.0) + cost
+    return found
+
+
+@torch.no_grad()
+def _head_costs(
+    model: PlainDecoder, batches: Sequence[Sequences], states: _States, tables: TableTrials
+) -> dict[Key, float]:
+    """KL of every head; leaves H of the head's inputs."""
+    decoder = model.decoder
+    hessian, rows = Hessian.zeros(decoder.hidden, model.device), []
+    for batch, hidden in zip(batches, states.read(f"hidden-{len(decoder.layers)}"), strict=True):
+        rows.append(model.normed(hidden[batch.valid.to(hidden.device)]).float())
+        hessian.add(rows[-1])
+    states.write("head", [hessian.matrix])
+    every = torch.cat(rows)
+    x = every[:: -(-len(every) // HEAD_TOKENS)]
+    role, found = "tied" if decoder.tied else "head", {}
+    parts = x.split(max(1, LOGITS // decoder.vocabulary))
+    for key, table in tables(role, hessian):
+        found[key] = 0.0
+        for part in parts:
+            before = (part @ model.head().float().T).log_softmax(-1)
+            after = (part @ table.T).log_softmax(-1)
+            found[key] += float((before.exp() * (before - after)).sum()) / len(x)
+    return found
+
+
+@torch.no_grad()
+def _embedding_costs(
+    model: PlainDecoder, batches: Sequence[Sequences], states: _States, tables: TableTrials
+) -> dict[Key, float]:
+    """½·E[(g_hᵀδh)²] of every embedding, g_h at the input of the first block."""
+    matrix = next(iter(states.read("head", 1)))
+    role = "tied" if model.decoder.tied else "embedding"
+    gradients = list(states.read("gradient-0"))
+    found, old = {}, model.embedding().float()
+    for key, table in tables(role, Hessian(matrix, tokens=1)):
+        lost, tokens = 0.0, 0
+        for batch, gradient in zip(batches, gradients, strict=True):
+            real = batch.valid.to(gradient.device)
+            seen = batch.tokens.to(gradient.device)[real]
+            change = (table[seen] - old[seen]) * model.decoder.embedding_scale
+            lost += float((change * gradient[real].float()).sum(-1).double().square().sum())
+            tokens += len(seen)
+        found[key] = lost / (2 * tokens)
     return found
 
 
@@ -140,8 +198,9 @@ def _backward(
     states: _States,
     weights: WeightTrials | None,
     inputs: InputTrials | None,
+    keep: bool,
 ) -> dict[Key, float]:
-    """Costs of a block's trials. Leaves the gradient of the block's inputs."""
+    """Costs of a block's trials. Leaves the gradient of the block's inputs where that is to be kept."""
     block = model.block(index)
     groups = {group.role: group for group in block.layer.groups}
     tensors = {name: t.detach() for name, t in block.state_dict().items()}
@@ -164,7 +223,7 @@ def _backward(
         for key, chosen in thinned:
             product = sum(_thinned(seen.x[role], seen.of_inputs[role], s) for role, s in chosen.items())
             lost[key] += float(torch.as_tensor(product)[real].double().square().sum())
-    if index:
+    if keep:
         states.write(f"gradient-{index}", before)
     found = {key: value / (2 * tokens) for key, value in lost.items()}
     if weights is not None:
@@ -232,12 +291,13 @@ class _States:
         save_file({str(i): t.detach().cpu().contiguous() for i, t in enumerate(tensors)}, part)
         os.replace(part, self._file(name))
 
-    def read(self, name: str) -> Iterator[Tensor]:
+    def read(self, name: str, count: int | None = None) -> Iterator[Tensor]:
+        """What was written: a tensor per batch, or ``count``."""
         if self._folder is None:
             yield from self._memory[name]
             return
         stored = load_file(self._file(name), self._device)
-        yield from (stored[str(i)] for i in range(self._batches))
+        yield from (stored[str(i)] for i in range(self._batches if count is None else count))
 
     def last(self, what: str, most: int) -> int | None:
         """The largest number under which there is something."""

@@ -141,7 +141,7 @@ def _charts(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         ),
         chart(
             "Size",
-            "All tensors of the files. The rest is embeddings, norms and biases, which stay as they are.",
+            "All tensors of the files. The rest is embedding, head, norms and biases.",
             plots.totals(sizes),
         ),
         chart("Size per block", "Linears only, dense and packed.", plots.size_per_block(dense, packed)),
@@ -183,6 +183,9 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Calibration", f"{', '.join(calibration['source'])}: {amount}, {calibration['tokens']:,} in all"),
         ("Seed", str(report["seed"])),
     ]
+    for table in report.get("tables", ()):
+        sizes = f"{units.size(table['dense_bytes'])} → {units.size(table['packed_bytes'])}"
+        facts.append((table["role"].capitalize(), f"{scheme({'input_bits': None} | table)}, {sizes}"))
     if attention(report):
         facts.append(("Attention", f"{attention(report)}; per token and head"))
     if evaluation:

@@ -19,56 +19,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor
-
-from tulle.core import compiled
 from tulle.core.descent import descend
-from tulle.core.grid import Grid, GroupSize, Quantised, code, find_steps
-from tulle.core.hessian import Factor, check_damping
-from tulle.core.sweep import sweep
+from tulle.core.gptq import gptq
+from tulle.core.grid import Grid, GroupSize, find_steps
+from tulle.core.hessian import check_damping
 from tulle.core.token_grid import TokenGrid
 from tulle.methods.contract import Decision, LinearState, Method, Statistic, Statistics
-
-
-class _Rounder:
-    """Rounds each column of the sweep to its group's grid."""
-
-    def __init__(self, quantised: Quantised, order: Tensor, mask: Tensor | None) -> None:
-        width = quantised.codes.shape[1] // quantised.scale.shape[1]
-        self.quantised, self.channels, self.groups = quantised, order.tolist(), (order // width).tolist()
-        self.step, self.zero = quantised.scale.T.contiguous(), quantised.zero.T.contiguous()
-        self.mask = mask
-
-    def open_block(self, start: int, weight: Tensor) -> None:
-        """Nothing to choose per block."""
-
-    def column(self, j: int, weight: Tensor) -> Tensor:
-        channel, group = self.channels[j], self.groups[j]
-        codes = code(weight[0], self.step[group], self.zero[group], self.quantised.grid)
-        self.quantised.codes[:, channel] = codes.to(torch.int16)
-        rounded = (codes - self.zero[group]) * self.step[group]
-        return rounded if self.mask is None else rounded * self.mask[:, channel]
-
-
-def gptq(
-    weight: Tensor,
-    factor: Factor,
-    grid: Grid,
-    scale: Tensor,
-    zero: Tensor,
-    mask: Tensor | None = None,
-    block: int = 128,
-) -> Quantised:
-    """Quantises W ``[C_out, C_in]`` on a grid with steps and zero points ``[C_out, G]``, in the order of
-    ``factor``.
-    """
-    quantised = Quantised(grid, torch.zeros_like(weight, dtype=torch.int16), scale, zero)
-    if compiled.fits(weight, factor.feedback, scale, zero, mask):
-        compiled.sweep_codes(weight, factor, quantised, mask, max(block, compiled.BLOCK))
-    else:
-        sweep(weight[:, factor.order], factor.upper, _Rounder(quantised, factor.order, mask), block)
-    return quantised
 
 
 @dataclass(frozen=True)
@@ -76,6 +32,7 @@ class GPTQ(Method):
     """Rounds weights to ``bits`` with error compensation; keeps a mask that exists."""
 
     needs: ClassVar[frozenset[Statistic]] = frozenset({"hessian"})
+    takes_tables: ClassVar[bool] = True
 
     bits: int = 4
     """Bits of a weight's code, 2 to 8."""
@@ -84,6 +41,8 @@ class GPTQ(Method):
     fits, for every linear (:func:`tulle.core.grid.fitting_group`). Null: one step per output channel."""
     symmetric: bool = True
     """True: codes lie around 0, no zero points; false: every step has a zero point of its own."""
+    scale_bits: Literal[8, 16] = 16
+    """Bits of a step: 16 (bfloat16), or 8 with one bfloat16 per output channel."""
     act_order: bool = True
     """Round the channels of the largest inputs first (falling diagonal of the Hessian)."""
     clip_search: int = 20
@@ -109,7 +68,7 @@ class GPTQ(Method):
         return frozenset({"codes"} if self.input_bits is None else {"codes", "inputs"})
 
     def _grid(self, columns: int | None = None) -> Grid:
-        return Grid.of(self.bits, self.group_size, self.symmetric, columns)
+        return Grid.of(self.bits, self.group_size, self.symmetric, columns, self.scale_bits)
 
     def validate(self, name: str, shape: tuple[int, int]) -> None:
         self._grid(shape[1]).check(name, shape[1])

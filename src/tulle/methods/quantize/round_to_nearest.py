@@ -8,12 +8,12 @@ group's extremes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from tulle.core.grid import Grid, GroupSize, Quantised, code, extremes, find_steps, grouped, row_chunks
+from tulle.core.grid import Grid, GroupSize, Quantised, byte_steps, code, extremes, find_steps, grouped, row_chunks
 from tulle.core.token_grid import TokenGrid
 from tulle.errors import UserError
 from tulle.methods.contract import Decision, LinearState, Method, Statistics
@@ -30,16 +30,21 @@ def round_to_nearest(
     (low, high), ``[C_out, G]`` each, replaces the extremes.
     """
     scale, zero = find_steps(weight, grid, search=clip_search, mask=mask, ranges=ranges)
+    row_scale = None
+    if grid.scale_bits == 8:
+        scale, zero, row_scale = byte_steps(scale, zero, grid)
     codes = torch.empty(weight.shape, dtype=torch.int16, device=weight.device)
     for rows in row_chunks(weight):
         part = code(grouped(weight[rows], grid.group_size), scale[rows, :, None], zero[rows, :, None], grid)
         codes[rows] = part.reshape(-1, weight.shape[1]).to(torch.int16)
-    return Quantised(grid, codes, scale, zero)
+    return Quantised(grid, codes, scale, zero, row_scale)
 
 
 @dataclass(frozen=True)
 class RoundToNearest(Method):
     """Rounds weights to ``bits``; keeps a mask that exists."""
+
+    takes_tables: ClassVar[bool] = True
 
     bits: int = 8
     """Bits of a weight's code, 2 to 8."""
@@ -48,6 +53,8 @@ class RoundToNearest(Method):
     fits, for every linear (:func:`tulle.core.grid.fitting_group`). Null: one step per output channel."""
     symmetric: bool = True
     """True: codes lie around 0, no zero points; false: every step has a zero point of its own."""
+    scale_bits: Literal[8, 16] = 16
+    """Bits of a step: 16 (bfloat16), or 8 with one bfloat16 per output channel."""
     clip_search: int = 0
     """Clip ratios tried for every step; 0 takes the extremes."""
     clip: float = 1.0
@@ -66,7 +73,7 @@ class RoundToNearest(Method):
         return frozenset({"codes"} if self.input_bits is None else {"codes", "inputs"})
 
     def _grid(self, columns: int | None = None) -> Grid:
-        return Grid.of(self.bits, self.group_size, self.symmetric, columns)
+        return Grid.of(self.bits, self.group_size, self.symmetric, columns, self.scale_bits)
 
     def validate(self, name: str, shape: tuple[int, int]) -> None:
         self._grid(shape[1]).check(name, shape[1])
