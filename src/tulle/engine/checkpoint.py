@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tulle.errors import UserError
-from tulle.format.pack import STORAGE, bf16_to_f32, unpack_stored
+from tulle.format.pack import STORAGE, bf16_to_f32, unpack_stored, unpack_zero_point
 from tulle.format.spec import LinearSpec
 from tulle.models.gguf.source import GgufSource
 from tulle.models.source import TensorSource, describe_source, open_source, packed_by_tulle, require_finite
@@ -194,7 +194,9 @@ class Source(Checkpoint):
             raise UserError(f"{name}, {error}") from None
         if spec.bits is None and spec.values_dtype != "bfloat16":
             values = values.astype(np.float32)
-        return StoredLinear(values, mask, spec.bits, arrays.get("scale"), arrays.get("zero_point"))
+        row_scale = bf16_to_f32(arrays["row_scale"]) if "row_scale" in arrays else None
+        zero_point = unpack_zero_point(spec, arrays)
+        return StoredLinear(values, mask, spec.bits, arrays.get("scale"), zero_point, row_scale=row_scale)
 
     def _as_stored(self, name: str, kind: str) -> NDArray[Any]:
         found = self.tensor(name)
