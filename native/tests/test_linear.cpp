@@ -242,11 +242,12 @@ void refused(const char* what, Change change) {
   refused_of(std::move(w), what, change);
 }
 
-// The same of dense codes with scales of a byte.
+// The same of dense weights, codes with scales of a byte.
 template <typename Change>
 void refused_dense(WeightKind kind, const char* what, Change change) {
   std::mt19937 rng(6);
-  Weights w({kind, false, false, 40, 256, 64, 4, 1, 1, 1, -1, tulle::ScaleKind::u8}, rng);
+  const auto scales = kind <= WeightKind::codes8 ? tulle::ScaleKind::u8 : tulle::ScaleKind::bf16;
+  Weights w({kind, false, false, 40, 256, 64, 4, 1, 1, 1, -1, scales}, rng);
   tulle::check(w.view, w.sizes);
   refused_of(std::move(w), what, change);
 }
@@ -332,6 +333,16 @@ int main(int count, char** arguments) {
       w.minima = exact(std::vector<std::uint8_t>(w.sizes.scales));
       w.view.minima = w.minima.get();
       w.sizes.minima = w.sizes.scales;
+    });
+  }
+  for (WeightKind kind : {WeightKind::codes6, WeightKind::f32}) {
+    refused_dense(kind, "a product of sizes beyond 64 bits", [](Weights& w) {
+      w.view.rows = std::size_t{1} << 30;
+      w.view.segment = 512;
+      w.view.segments = std::size_t{1} << 21;
+      w.view.segments_per_scale = w.view.segments;
+      w.sizes.values = tulle::kSlack;
+      w.sizes.scales = w.sizes.row_scales = w.view.tiles() * tulle::kTileRows;
     });
   }
   std::string names;

@@ -17,8 +17,11 @@ void require(const char* what, std::uint64_t expected, std::uint64_t found) {
   if (expected != found) refuse(what, expected, found);
 }
 
-// Bytes of `count` dense values: whole groups of units, or whole lines.
-std::uint64_t value_bytes(WeightKind kind, std::uint64_t count) { return count * bits_of(kind) / 8; }
+// Bytes of `count` values; of less than 8 bits each, a multiple of 8. Below 2^64 for up to 2^60 of them.
+std::uint64_t value_bytes(WeightKind kind, std::uint64_t count) {
+  const std::uint64_t bits = bits_of(kind);
+  return bits < 8 ? count / 8 * bits : count * (bits / 8);
+}
 
 // Bytes of what `count` bits of a mask keep.
 std::uint64_t kept_bytes(const PackingKernels& kernels, WeightKind kind, const std::uint8_t* mask, std::size_t count) {

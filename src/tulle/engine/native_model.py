@@ -182,8 +182,6 @@ class Linear:
     starts: NDArray[np.uint32] | None
     scales: NDArray[Any] | None
     """uint16 (bits of bfloat16 or half precision), float32 or uint8, as ``facts.scale_kind`` says."""
-    row_scales: Floats | None
-    """Of scales in uint8: ``[tiles · 16]``, what the sums of rows are multiplied with."""
     zeros: NDArray[np.uint8] | None
     minima: NDArray[Any] | None
     """Like ``scales``: what every weight of a scale has added. Of dense codes in tiles."""
@@ -192,6 +190,8 @@ class Linear:
     engine_grid: bool
     """The grid is not the model's but the engine's, which comes after the selection of inputs."""
     selection: Selection | None
+    row_scales: Floats | None = None
+    """Of scales in uint8: ``[tiles · 16]``, what the sums of rows are multiplied with."""
 
 
 @dataclass
