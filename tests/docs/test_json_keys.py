@@ -40,8 +40,11 @@ def test_report(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model")
     (tmp_path / "text.txt").write_text(PROSE)
     recipe = tmp_path / "r.yaml"
-    recipe.write_text("calibration: {samples: 2, length: 32}\nsteps: [wanda: {sparsity: 0.5}]\n")
+    recipe.write_text(
+        "calibration: {samples: 2, length: 32}\nsteps: [wanda: {sparsity: 0.5}, round_to_nearest: {targets: [head]}]\n"
+    )
     report = tulle.compress(tmp_path / "model", recipe, tmp_path / "out", calibration=[str(tmp_path / "text.txt")])
     written = {*report, *report["totals"], *report["linears"][0], *report["blocks"][0], "steps", "total"}
+    written |= report["tables"][0].keys()
     besides = {"output", "protocol", "dense", "compressed"}  # of the summary, and of an evaluation
     assert named("compress") == written | besides

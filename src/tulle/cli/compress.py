@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tulle import machine
 from tulle.cli import common
 
 
@@ -63,6 +64,7 @@ def compress(
     from tulle.models.hub import REFERENCE
     from tulle.report.terminal import compression_table
 
+    machine.keep_freed_memory()
     compared = None
     if evaluation is not None:
         compared = Evaluation(read_documents(evaluation, separator, chosen_eval, min_chars))

@@ -35,56 +35,51 @@ INSIDE = 0.499
 """Largest |V| at the start: codes are then those that were found."""
 
 
-class _RoundThrough(torch.autograd.Function):
-    """round(x) with the gradient of x."""
+class Rounding:
+    """A quantised linear whose rounding and steps are trained.
 
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        return x.round()
+    The gradient g of Ŵ is all that autograd is asked for. What follows from it is written out: ∂/∂V = g·s·a where the
+    code is not clipped, whose sign is g's; ∂/∂a = Σ g·s·(u − z) over the group.
+    """
 
-    @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> Tensor:
-        return gradient
-
-
-class Rounding(nn.Module):
-    """A quantised linear whose rounding and steps are trained."""
-
-    def __init__(self, linear: LinearState, wanted: Tensor):
-        """``wanted`` ``[C_out, C_in]``: the weight that was rounded."""
-        super().__init__()
+    def __init__(self, linear: LinearState, dtype: torch.dtype):
         assert linear.quantised is not None
         q = self.quantised = linear.quantised
         self.linear = linear
-        self.mask = None if linear.mask is None else linear.mask.to(torch.float32)
+        self.mask = None if linear.mask is None else grouped(linear.mask.to(torch.float32), q.grid.group_size)
         self.codes = grouped(q.codes.float(), q.grid.group_size)
         self.scale, self.zero = q.scale[..., None], q.zero[..., None]
-        place = grouped(wanted, q.grid.group_size) / self.scale + self.zero - self.codes
-        self.shift = nn.Parameter(place.clamp(-INSIDE, INSIDE))
-        self.gain = nn.Parameter(torch.ones_like(self.scale))
+        place = grouped(linear.wanted(), q.grid.group_size) / self.scale + self.zero - self.codes
+        self.shift = place.clamp_(-INSIDE, INSIDE)
+        self.gain = torch.ones_like(self.scale)
+        self.levels = torch.empty_like(self.codes)
+        self.weight = nn.Parameter(linear.weight.to(dtype))
+        self.round()
 
-    def rounded(self) -> Tensor:
-        """Codes ``[C_out, G, C_in/G]``."""
-        whole: Tensor = _RoundThrough.apply(self.codes + self.shift)
-        return whole.clamp(self.quantised.grid.low, self.quantised.grid.high)
-
-    def weight(self) -> Tensor:
-        weight = ((self.rounded() - self.zero) * (self.scale * self.gain)).flatten(1)
-        return weight if self.mask is None else weight * self.mask
+    def round(self) -> None:
+        """Makes u − z and Ŵ of V and a as they are."""
+        torch.add(self.codes, self.shift, out=self.levels)
+        self.levels.round_().clamp_(self.quantised.grid.low, self.quantised.grid.high).sub_(self.zero)
+        if self.mask is not None:
+            self.levels.mul_(self.mask)
+        self.weight.data.copy_((self.levels * (self.scale * self.gain)).flatten(1))
 
     def step(self, rate: float, step_rate: float) -> None:
         """Signed gradient descent."""
-        for parameter, size in ((self.shift, rate), (self.gain, step_rate)):
-            if parameter.grad is not None:
-                parameter.sub_(parameter.grad.sign_(), alpha=size)
-                parameter.grad = None
-        self.shift.clamp_(-0.5, 0.5)
-        self.gain.clamp_(0.5, 1.5)
+        assert self.weight.grad is not None
+        g = grouped(self.weight.grad.float(), self.quantised.grid.group_size)
+        self.weight.grad = None
+        slope = (g * self.levels).sum(-1, keepdim=True)
+        self.gain.sub_(slope.sign_(), alpha=step_rate).clamp_(0.5, 1.5)
+        # At the ends V stays within ±1/2 of the clipped code, so that it finds back.
+        self.shift.sub_(g.sign_(), alpha=rate).clamp_(-0.5, 0.5)
+        self.round()
 
     def keep(self) -> None:
         """Leaves codes and steps, as they are stored, in the linear's state."""
         q = self.quantised
-        q.codes = self.rounded().flatten(1).to(torch.int16)
+        codes = (self.codes + self.shift).round_().clamp_(q.grid.low, q.grid.high)
+        q.codes = codes.flatten(1).to(torch.int16)
         step = q.scale * self.gain[..., 0]
         q.scale = to_bfloat16(step) if q.row_scale is None else nearest_step(step, q.row_scale[:, None])
         self.linear.weight = q.dequantise(self.linear.mask)
@@ -120,7 +115,8 @@ class AutoRound(Method):
             return
         batches = list(block.batches())
         before = self._error(block, batches)
-        roundings = [Rounding(linear, linear.wanted()) for linear in linears]
+        fast = torch.bfloat16 if _is_fast(linears[0].weight.device) else torch.float32
+        roundings = [Rounding(linear, fast) for linear in linears]
         old = [(r.quantised.codes, r.quantised.scale, r.linear.weight) for r in roundings]
         with torch.enable_grad(), _in_place_of(block, roundings):
             self._train(block, batches, roundings)
@@ -174,18 +170,20 @@ class AutoRound(Method):
         return lost / max(total, 1e-30)
 
 
-def _fast(device: torch.device) -> torch.autocast:
-    """Products in bfloat16 where the machine has instructions for it."""
+def _is_fast(device: torch.device) -> bool:
+    """Whether the machine has instructions for products in bfloat16."""
     cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu" or cpu)
+    return device.type != "cpu" or cpu
+
+
+def _fast(device: torch.device) -> torch.autocast:
+    """Products in bfloat16 where that is fast."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=_is_fast(device))
 
 
 @contextmanager
 def _in_place_of(block: CompressedBlock, roundings: Sequence[Rounding]) -> Iterator[None]:
-    """The modules of the linears compute with what is trained, for a while; their hooks stay.
-
-    A weight is made once for all batches of an update.
-    """
+    """The modules of the linears compute with what is trained, for a while; their hooks stay."""
     originals = []
     try:
         for r in roundings:
@@ -193,7 +191,7 @@ def _in_place_of(block: CompressedBlock, roundings: Sequence[Rounding]) -> Itera
             bias = module.bias
 
             def forward(x: Tensor, r: Rounding = r, bias: Tensor | None = bias) -> Tensor:
-                return nn.functional.linear(x, r.weight(), bias)
+                return nn.functional.linear(x, r.weight, bias)
 
             originals.append(module)
             module.forward = forward  # type: ignore[method-assign, assignment]
