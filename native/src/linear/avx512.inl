@@ -136,6 +136,9 @@ class Stream {
       unit[0] = expanded(zeros.bytes);
       unit[1] = expanded(zeros.bytes);
     } else {
+      // The instructions between two lines of 2-bit codes are so many that the processor's own prefetchers fall behind:
+      // with inputs of 16 bits a fifth slower without this. Other widths gain nothing.
+      if constexpr (kBits == 2) _mm_prefetch(reinterpret_cast<const char*>(next_) + 2048, _MM_HINT_T0);
       take_dense(unit);
       next_ += kUnits * kBits * kUnitBytes / 8;
     }
