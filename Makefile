@@ -63,6 +63,7 @@ sanitize: $(INSTALLED)
 	build/sanitize/tulle_test_kernels
 	build/sanitize/tulle_test_input_major
 	build/sanitize/tulle_test_linear
+	build/sanitize/tulle_test_pages
 	build/sanitize/tulle_test_scaling
 	build/sanitize/tulle_test_search
 	build/sanitize/tulle_test_sparse_train

@@ -189,15 +189,14 @@ struct Places {
 // A linear with its arrays.
 struct LinearParts {
   tulle::Linear linear;
-  Array values, masks, offsets, starts, scales, zeros, minima, bias, score;
+  Array values, masks, offsets, starts, scales, zeros, minima, row_scales, bias, score;
   bool biased = false, scored = false;
 };
 
 std::uint64_t kept_bytes(const tulle::LinearView& w, const std::uint8_t* mask, std::size_t count) {
   const tulle::PackingKernels& kernels = *tulle::active_isa().packing;
   if (w.kind != WeightKind::codes4) {
-    const std::size_t kept = kernels.count_bits(mask, count);
-    return w.kind == WeightKind::codes8 ? kept : w.kind == WeightKind::bf16 ? 2 * kept : 4 * kept;
+    return kernels.count_bits(mask, count) * tulle::bits_of(w.kind) / 8;
   }
   std::uint64_t bytes = 0;
   for (std::size_t i = 0; i < count; i += tulle::kPairCodes, mask += tulle::kPairCodes / 8) {
@@ -217,47 +216,52 @@ void thin(std::uint8_t* mask, std::size_t bytes, std::size_t density, Random& ra
   }
 }
 
-// A linear that check() lets through: rows × columns, laid out as the bytes say.
-void make(LinearParts& p, std::size_t rows, std::size_t columns, Bytes& bytes, Random& random) {
+// A linear that check() lets through: rows × columns, laid out as the bytes say; codes in dense tiles where it is a table.
+void make(LinearParts& p, std::size_t rows, std::size_t columns, Bytes& bytes, Random& random, bool table = false) {
   tulle::LinearView& w = p.linear.weight;
   w = tulle::LinearView{};
-  w.layout = static_cast<Layout>(bytes.below(6));
-  w.kind = static_cast<WeightKind>(bytes.below(5));
-  if (w.input_major()) {
-    if (w.sparse()) w.kind = WeightKind::codes4;
-    else if (!w.is_codes()) w.kind = WeightKind::codes8;
-  } else if (w.kind == WeightKind::codes2) {
-    w.kind = WeightKind::codes4;
+  w.layout = table ? Layout::tiles : static_cast<Layout>(bytes.below(6));
+  w.kind = static_cast<WeightKind>(bytes.below(table ? tulle::kWeightKinds - 2 : tulle::kWeightKinds));
+  if (w.input_major() && !w.is_codes()) w.kind = WeightKind::codes8;
+  if (w.is_codes() && w.layout != Layout::tiles) {
+    const std::size_t bits = tulle::bits_of(w.kind);
+    if (bits == 2 || bits == 3) w.kind = w.sparse() ? WeightKind::codes4 : WeightKind::codes2;
+    if (bits == 5 || bits == 6) w.kind = WeightKind::codes8;
+    if (w.input_major() && w.sparse()) w.kind = WeightKind::codes4;
+    if (!w.input_major() && w.kind == WeightKind::codes2) w.kind = WeightKind::codes4;
   }
   w.rows = rows;
   w.columns = columns;
-  // Scales that share the inputs evenly, in segments of 8, 16, …
+  // Scales that share the inputs evenly, in segments of one group of units, two, …
   const std::uint8_t cut = bytes.next();
   std::size_t scales = 1 + (cut & 3);
   while (columns % scales != 0) --scales;
   if (!w.is_codes()) scales = 1;
   const std::size_t width = columns / scales;
-  w.segment = std::min<std::size_t>(8 * (1 + (cut >> 2 & 7)), (width + 7) / 8 * 8);
+  const std::size_t step = w.segment_step();
+  w.segment = std::min(step * (1 + (cut >> 2 & 7)), (width + step - 1) / step * step);
   w.segments_per_scale = (width + w.segment - 1) / w.segment;
   w.segments = scales * w.segments_per_scale;
   const std::uint8_t extra = bytes.next();
-  w.scale_kind = static_cast<ScaleKind>((extra & 3) % 3);
+  w.scale_kind = static_cast<ScaleKind>(extra & 3);
+  const bool scale_of_rows = w.scale_kind == ScaleKind::u8 && w.is_codes() && !w.input_major();
+  if (w.scale_kind == ScaleKind::u8 && !scale_of_rows) w.scale_kind = ScaleKind::f32;
   w.zero = extra >> 4;
   const std::size_t tiles = w.tiles(), count = tiles * tulle::kTileRows * w.padded();
   if (count > 4 * kMost) throw TooLarge();
   if (w.is_codes()) {
     const std::size_t numbers = tiles * w.scales_per_row() * tulle::kTileRows;
-    const std::size_t item = w.scale_kind == ScaleKind::f32 ? 4 : 2;
+    const std::size_t item = tulle::scale_bytes(w.scale_kind);
     p.scales = Array(numbers * item, random);
     // Not too large: products stay finite, so that what follows sees numbers.
-    for (std::size_t i = item - 1; i < p.scales.bytes(); i += item) p.scales.raw()[i] = 0x3a;
+    for (std::size_t i = item - 1; item > 1 && i < p.scales.bytes(); i += item) p.scales.raw()[i] = 0x3a;
     if (extra & 4) p.zeros = Array(numbers, random);
-    if (extra & 8 && w.layout == Layout::tiles) p.minima = Array(numbers * item, random);
+    if (scale_of_rows) p.row_scales = Array::floats(tiles * tulle::kTileRows, random);
+    else if (extra & 8 && w.layout == Layout::tiles) p.minima = Array(numbers * item, random);
   }
   const std::uint8_t density = static_cast<std::uint8_t>(bytes.below(5));
   if (!w.sparse()) {
-    const std::size_t bits[] = {2, 4, 8, 16, 32};
-    p.values = Array(count * bits[static_cast<int>(w.kind)] / 8 + tulle::kSlack, random);
+    p.values = Array(count * tulle::bits_of(w.kind) / 8 + tulle::kSlack, random);
     if (!w.is_codes()) {  // exponents of small numbers
       const std::size_t item = w.kind == WeightKind::bf16 ? 2 : 4;
       for (std::size_t i = item - 1; i < p.values.bytes(); i += item) p.values.raw()[i] = 0x3c;
@@ -318,9 +322,9 @@ void make(LinearParts& p, std::size_t rows, std::size_t columns, Bytes& bytes, R
 
 void places(LinearParts& p, Places& to) {
   tulle::LinearView& w = p.linear.weight;
-  to.choice(w.kind, 5);
+  to.choice(w.kind, tulle::kWeightKinds);
   to.choice(w.layout, 6);
-  to.choice(w.scale_kind, 3);
+  to.choice(w.scale_kind, tulle::kScaleKinds);
   for (std::size_t* n : {&w.rows, &w.columns, &w.segment, &w.segments, &w.segments_per_scale}) to.field(*n);
   to.field(w.zero);
   to.field(p.linear.input.bits);
@@ -342,12 +346,13 @@ void places(LinearParts& p, Places& to) {
   to.arrays.push_back({&p.scales, 4});
   to.arrays.push_back({&p.zeros, 1});
   to.arrays.push_back({&p.minima, 4});
+  to.arrays.push_back({&p.row_scales, 4});
 }
 
 // As bindings/engine.cpp does it: pointers, lengths, check().
 void bind(LinearParts& p, Random& random) {
   tulle::LinearView& w = p.linear.weight;
-  const std::size_t item = w.scale_kind == ScaleKind::f32 ? 4 : 2;
+  const std::size_t item = tulle::scale_bytes(w.scale_kind);
   w.values = p.values.raw();
   w.masks = p.masks.raw();
   w.offsets = p.offsets.as<std::uint64_t>();
@@ -355,8 +360,10 @@ void bind(LinearParts& p, Random& random) {
   w.scales = p.scales.raw();
   w.zeros = p.zeros.raw();
   w.minima = p.minima.raw();
+  w.row_scales = p.row_scales.as<float>();
   tulle::check(w, {p.values.bytes(), p.masks.bytes(), p.offsets.bytes() / 8, p.starts.bytes() / 4,
-                   p.scales.bytes() / item, p.zeros.bytes(), p.minima.bytes() / item});
+                   p.scales.bytes() / item, p.zeros.bytes(), p.minima.bytes() / item,
+                   p.row_scales.bytes() / 4});
   if (p.biased) p.bias = Array::floats(w.rows, random);
   if (p.scored) p.score = Array::floats(w.columns, random);
   p.linear.bias = p.bias.as<float>();
@@ -529,9 +536,10 @@ void decoder(Bytes& bytes) {
   const std::uint8_t flags = bytes.next(), grids = bytes.next();
   m.eps = 1e-6f;
   m.gate = static_cast<tulle::Gate>(flags & 3);
-  m.embedding_kind = flags & 4 ? WeightKind::bf16 : WeightKind::f32;
-  m.exact_kind = flags & 8 ? WeightKind::bf16 : WeightKind::f32;
+  m.embedding.kind = flags & 4 ? WeightKind::bf16 : WeightKind::f32;
+  m.exact_head.kind = flags & 8 ? WeightKind::bf16 : WeightKind::f32;
   bool exact = flags & 16;
+  const bool coded = flags & 128, exact_coded = coded && exact && flags & 8;
   std::size_t threads = 1 + (flags >> 5 & 3);
   if (grids & 1) m.query = {8, true, 1.0f};
   if (grids & 2) m.key = {4, false, 1.0f};
@@ -550,6 +558,9 @@ void decoder(Bytes& bytes) {
     layer.down = make_group(m.intermediate, {m.hidden}, bytes, random);
   }
   GroupParts head = make_group(m.hidden, {m.vocabulary}, bytes, random);
+  LinearParts coded_embedding, coded_head;
+  if (coded) make(coded_embedding, m.vocabulary, m.hidden, bytes, random, true);
+  if (exact_coded) make(coded_head, m.vocabulary, m.hidden, bytes, random, true);
   std::size_t frequencies = m.head_dim / 2;
 
   Places to;
@@ -564,6 +575,8 @@ void decoder(Bytes& bytes) {
     for (GroupParts* group : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) places(*group, to);
   }
   places(head, to);
+  if (coded) places(coded_embedding, to);
+  if (exact_coded) places(coded_head, to);
   Bytes tokens = bytes;
   to.damage(bytes);
 
@@ -591,10 +604,19 @@ void decoder(Bytes& bytes) {
     }
     return made;
   };
-  const Array embedding = table(m.embedding_kind), exact_head = exact ? table(m.exact_kind) : Array();
+  const Array embedding = coded ? Array() : table(m.embedding.kind);
+  const Array exact_head = exact && !exact_coded ? table(m.exact_head.kind) : Array();
   const Array norm = Array::floats(m.hidden, random), head_norm = Array::floats(m.head_dim, random);
-  m.embedding = embedding.raw();
-  m.exact_head = exact_head.raw();
+  m.embedding.numbers = embedding.raw();
+  m.exact_head.numbers = exact_head.raw();
+  if (coded) {
+    bind(coded_embedding, random);
+    m.embedding.codes = coded_embedding.linear.weight;
+  }
+  if (exact_coded) {
+    bind(coded_head, random);
+    m.exact_head.codes = coded_head.linear.weight;
+  }
   m.norm = norm.as<float>();
   for (std::size_t i = 0; i < layers; ++i) {
     m.layers[i].input_norm = m.layers[i].post_norm = m.norm;

@@ -82,7 +82,7 @@ Enum one_of(const char* (&names)[kCount], const char* what, const std::string& f
 }
 
 inline tulle::WeightKind weight_kind(nb::handle from) {
-  static const char* names[] = {"codes2", "codes4", "codes8", "bf16", "f32"};
+  static const char* names[] = {"codes2", "codes3", "codes4", "codes5", "codes6", "codes8", "bf16", "f32"};
   return one_of<tulle::WeightKind>(names, "kind", get<std::string>(from, "kind"));
 }
 
@@ -93,7 +93,7 @@ inline tulle::Layout layout(nb::handle from) {
 }
 
 inline tulle::ScaleKind scale_kind(nb::handle from) {
-  static const char* names[] = {"bf16", "f16", "f32"};
+  static const char* names[] = {"bf16", "f16", "f32", "u8"};
   return one_of<tulle::ScaleKind>(names, "scale_kind", get<std::string>(from, "scale_kind"));
 }
 

@@ -49,12 +49,14 @@ tulle::LinearView linear_view(nb::handle from, Kept& kept) {
   w.starts = array<std::uint32_t>(from, "starts", kept, &sizes.starts);
   w.scale_kind = scale_kind(facts);
   const auto numbers = [&](const char* name, std::uint64_t* count) -> const void* {
+    if (w.scale_kind == tulle::ScaleKind::u8) return array<std::uint8_t>(from, name, kept, count);
     if (w.scale_kind == tulle::ScaleKind::f32) return array<float>(from, name, kept, count);
     return array<std::uint16_t>(from, name, kept, count);
   };
   w.scales = numbers("scales", &sizes.scales);
   w.minima = numbers("minima", &sizes.minima);
   w.zeros = array<std::uint8_t>(from, "zeros", kept, &sizes.zeros);
+  w.row_scales = array<float>(from, "row_scales", kept, &sizes.row_scales);
   tulle::check(w, sizes);
   return w;
 }
@@ -115,12 +117,18 @@ tulle::Group group(nb::handle from, Kept& kept) {
   return g;
 }
 
-// A table of `count` numbers in bf16 or f32.
-const void* table(nb::handle from, std::size_t count, Kept& kept, tulle::WeightKind& kind) {
-  kind = weight_kind(from);
-  if (kind == tulle::WeightKind::bf16) return array_of<std::uint16_t>(from, "values", count, kept);
-  if (kind == tulle::WeightKind::f32) return array_of<float>(from, "values", count, kept);
-  throw std::invalid_argument("kind of a table: expected bf16 or f32");
+// A table of `count` numbers in bf16 or f32 (Table), or a linear's codes (Linear).
+tulle::Table table(nb::handle from, std::size_t count, Kept& kept) {
+  tulle::Table t;
+  if (nb::hasattr(from, "facts")) {
+    t.codes = linear_view(from, kept);
+    return t;
+  }
+  t.kind = weight_kind(from);
+  if (t.kind == tulle::WeightKind::bf16) t.numbers = array_of<std::uint16_t>(from, "values", count, kept);
+  else if (t.kind == tulle::WeightKind::f32) t.numbers = array_of<float>(from, "values", count, kept);
+  else throw std::invalid_argument("kind of a table: expected bf16 or f32, or the codes of a linear");
+  return t;
 }
 
 tulle::Layer layer(nb::handle from, const tulle::Model& m, Kept& kept) {
@@ -156,9 +164,9 @@ tulle::Model model(nb::handle from, Kept& kept) {
   const nb::object rotation = field(from, "head_rotation");
   if (!rotation.is_none()) m.head_rotation = transform(rotation);
   const std::size_t elements = m.vocabulary * m.hidden;
-  m.embedding = table(field(from, "embedding"), elements, kept, m.embedding_kind);
+  m.embedding = table(field(from, "embedding"), elements, kept);
   const nb::object exact = field(from, "exact_head");
-  if (!exact.is_none()) m.exact_head = table(exact, elements, kept, m.exact_kind);
+  if (!exact.is_none()) m.exact_head = table(exact, elements, kept);
   m.norm = array_of<float>(from, "norm", m.hidden, kept);
   m.head = group(field(from, "head"), kept);
   for (nb::handle l : get<nb::list>(from, "layers")) m.layers.push_back(layer(l, m, kept));

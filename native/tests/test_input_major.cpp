@@ -34,7 +34,7 @@ Layout layout_of(bool sparse, bool blocks4) {
   return sparse ? Layout::sparse_input_major : Layout::input_major;
 }
 
-int bits_of(WeightKind kind) { return kind == WeightKind::codes2 ? 2 : kind == WeightKind::codes4 ? 4 : 8; }
+int code_bits(WeightKind kind) { return static_cast<int>(tulle::bits_of(kind)); }
 
 std::size_t byte_of(std::size_t output) { return output % 16 / 4 * 16 + output / 16 * 4 + output % 4; }
 
@@ -56,7 +56,7 @@ struct Weights {
     view.segment = c.segment;
     view.segments = c.segments;
     view.segments_per_scale = c.segments_per_scale;
-    const int bits = bits_of(c.kind);
+    const int bits = code_bits(c.kind);
     view.zero = static_cast<std::uint8_t>(1 << (bits - 1));
     const std::size_t tiles = view.tiles(), scale_count = tiles * view.scales_per_row() * kTileRows;
     std::vector<std::uint16_t> s(scale_count);
@@ -258,7 +258,7 @@ void compare(const Case& c, std::mt19937& rng) {
       std::printf(
           "FAILED %s bits=%d sparse=%d blocks4=%d zeros=%d rows=%zu segment=%zu segments=%zu tokens=%zu planes=%zu "
           "density=%g active=%g\n",
-          isa.name, bits_of(c.kind), c.sparse, c.blocks4, c.zeros, c.rows, c.segment, c.segments, c.tokens, c.planes,
+          isa.name, code_bits(c.kind), c.sparse, c.blocks4, c.zeros, c.rows, c.segment, c.segments, c.tokens, c.planes,
           c.density, c.active);
       ++failures;
     }
@@ -374,10 +374,13 @@ int main() {
   // Of 256 rows, which are whole tiles and lines of every kind.
   refused("sparse codes of 8 bits", [](Weights& w) { w.view.kind = WeightKind::codes8; }, "sparse ones of 4 bits");
   refused("floats", [](Weights& w) { w.view.kind = WeightKind::bf16; }, "expected codes");
-  refused("2 bits in tiles", [](Weights& w) {
-    w.view.kind = WeightKind::codes2;
-    w.view.layout = Layout::tiles;
-  }, "found tiles");
+  for (WeightKind kind : {WeightKind::codes3, WeightKind::codes5, WeightKind::codes6}) {
+    refused("3, 5 and 6 bits", [&](Weights& w) {
+      w.view.kind = kind;
+      w.view.layout = Layout::input_major;
+    }, "input-major ones of 2, 4 or 8");
+  }
+  refused("scales of one byte", [](Weights& w) { w.view.scale_kind = tulle::ScaleKind::u8; }, "scales of rows");
   lists();
   std::printf("input-major linears: %zu cases on %zu instruction sets, %d failures\n", cases,
               tulle::supported_isas().size(), failures);

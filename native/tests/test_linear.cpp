@@ -35,13 +35,14 @@ struct Case {
   bool minima = false;
 };
 
-// Numbers of either sign; of half precision, numbers below its smallest normal one too.
+// Numbers of either sign; of half precision, numbers below its smallest normal one too; of a byte, all of them.
 std::unique_ptr<std::uint8_t[]> numbers(std::size_t n, tulle::ScaleKind kind, std::mt19937& rng) {
-  std::vector<std::uint8_t> bytes(n * (kind == tulle::ScaleKind::f32 ? 4 : 2));
+  std::vector<std::uint8_t> bytes(n * tulle::scale_bytes(kind));
   for (std::size_t i = 0; i < n; ++i) {
     const float sign = rng() % 2 ? 1.0f : -1.0f, value = sign * (1 + static_cast<float>(rng() & 0xffff) / 65536);
     std::uint32_t bits;
     std::memcpy(&bits, &value, 4);
+    if (kind == tulle::ScaleKind::u8) bits = rng() & 0xff;
     if (kind == tulle::ScaleKind::bf16) bits = bits >> 16;
     if (kind == tulle::ScaleKind::f16) bits = (rng() & 0x83ff) | (rng() % 4 == 0 ? 0 : 0x3c00);
     std::memcpy(&bytes[i * (bytes.size() / n)], &bits, bytes.size() / n);
@@ -56,6 +57,7 @@ struct Weights {
   std::unique_ptr<std::uint8_t[]> values, masks, zeros;
   std::unique_ptr<std::uint64_t[]> offsets;
   std::unique_ptr<std::uint8_t[]> scales, minima;
+  std::unique_ptr<float[]> row_scales;
 
   Weights(const Case& c, std::mt19937& rng) {
     view.kind = c.kind;
@@ -65,19 +67,15 @@ struct Weights {
     view.segment = c.segment;
     view.segments = c.segments;
     view.segments_per_scale = c.segments_per_scale;
-    view.zero = c.kind == WeightKind::codes4 ? 8 : 128;
+    const std::size_t bits = tulle::bits_of(c.kind);
+    view.zero = static_cast<std::uint8_t>(1u << (std::min<std::size_t>(bits, 8) - 1));
     const std::size_t count = view.tiles() * tulle::kTileRows * view.padded();
-    const auto bytes_of = [&](std::size_t n) {
-      return c.kind == WeightKind::codes4   ? (n + 1) / 2
-             : c.kind == WeightKind::codes8 ? n
-             : c.kind == WeightKind::bf16   ? 2 * n
-                                            : 4 * n;
-    };
+    const auto bytes_of = [&](std::size_t n) { return n * bits / 8; };
     std::size_t stored = bytes_of(count);
     if (c.sparse) {
-      std::vector<std::uint8_t> bits(count / 8, 0);
+      std::vector<std::uint8_t> kept_bits(count / 8, 0);
       std::bernoulli_distribution keep(c.density);
-      for (std::size_t i = 0; i < count; ++i) bits[i / 8] |= static_cast<std::uint8_t>(keep(rng) << (i % 8));
+      for (std::size_t i = 0; i < count; ++i) kept_bits[i / 8] |= static_cast<std::uint8_t>(keep(rng) << (i % 8));
       std::vector<std::uint64_t> ends = {0};
       std::size_t at = 0;
       for (std::size_t tile = 0; tile < view.tiles(); ++tile) {
@@ -85,7 +83,7 @@ struct Weights {
           const std::size_t n = view.segments_of(chunk) * view.segment * tulle::kTileRows;
           std::size_t kept = 0, bytes = 0, pair[2] = {0, 0};
           for (std::size_t i = 0; i < n; ++i, ++at) {
-            const std::size_t bit = (bits[at / 8] >> (at % 8)) & 1;
+            const std::size_t bit = (kept_bits[at / 8] >> (at % 8)) & 1;
             kept += bit;
             pair[i / tulle::kUnitBytes % 2] += bit;
             if (i % tulle::kPairCodes == tulle::kPairCodes - 1) {
@@ -97,9 +95,9 @@ struct Weights {
         }
       }
       stored = ends.back();
-      masks = exact(bits);
+      masks = exact(kept_bits);
       offsets = exact(ends);
-      sizes.masks = bits.size();
+      sizes.masks = kept_bits.size();
       sizes.offsets = ends.size();
     }
     std::vector<std::uint8_t> bytes(stored + tulle::kSlack);
@@ -110,10 +108,10 @@ struct Weights {
       const std::size_t size = c.kind == WeightKind::bf16 ? 2 : 4;
       for (std::size_t i = 0; i + size <= stored; i += size) {
         const float value = normal(rng);
-        std::uint32_t bits;
-        std::memcpy(&bits, &value, 4);
-        if (size == 2) bits >>= 16;
-        std::memcpy(&bytes[i], &bits, size);
+        std::uint32_t number;
+        std::memcpy(&number, &value, 4);
+        if (size == 2) number >>= 16;
+        std::memcpy(&bytes[i], &number, size);
       }
     }
     values = exact(bytes);
@@ -123,13 +121,19 @@ struct Weights {
       view.scale_kind = c.scales;
       scales = numbers(n, c.scales, rng);
       sizes.scales = n;
+      if (c.scales == tulle::ScaleKind::u8) {
+        std::vector<float> rows(view.tiles() * tulle::kTileRows);
+        for (auto& r : rows) r = 1 + static_cast<float>(rng() & 0xffff) / 65536;
+        row_scales = exact(rows);
+        sizes.row_scales = rows.size();
+      }
       if (c.minima) {
         minima = numbers(n, c.scales, rng);
         sizes.minima = n;
       }
       if (c.zeros) {
         std::vector<std::uint8_t> z(n);
-        for (auto& x : z) x = static_cast<std::uint8_t>(rng() & (c.kind == WeightKind::codes4 ? 15 : 255));
+        for (auto& x : z) x = static_cast<std::uint8_t>(rng() & ((1u << bits) - 1));
         zeros = exact(z);
         sizes.zeros = n;
       }
@@ -140,6 +144,7 @@ struct Weights {
     view.scales = scales.get();
     view.zeros = zeros.get();
     view.minima = minima.get();
+    view.row_scales = row_scales.get();
   }
 };
 
@@ -222,8 +227,8 @@ void compare(const Case& c, std::mt19937& rng) {
     const double limit = weights.view.is_codes() ? 0.0 : 2e-6 * static_cast<double>(c.columns);
     if (worst > limit || std::isnan(worst)) {
       std::printf(
-          "FAILED %s kind=%d sparse=%d zeros=%d rows=%zu columns=%zu segment=%zu tokens=%zu planes=%zu: off by %g\n",
-          isa.name, static_cast<int>(c.kind), c.sparse, c.zeros, c.rows, c.columns, c.segment, c.tokens, c.planes,
+          "FAILED %s kind=%d sparse=%d zeros=%d scales=%d minima=%d rows=%zu columns=%zu segment=%zu tokens=%zu planes=%zu: off by %g\n",
+          isa.name, static_cast<int>(c.kind), c.sparse, c.zeros, static_cast<int>(c.scales), c.minima, c.rows, c.columns, c.segment, c.tokens, c.planes,
           worst);
       ++failures;
     }
@@ -237,6 +242,16 @@ void refused(const char* what, Change change) {
   refused_of(std::move(w), what, change);
 }
 
+// The same of dense weights, codes with scales of a byte.
+template <typename Change>
+void refused_dense(WeightKind kind, const char* what, Change change) {
+  std::mt19937 rng(6);
+  const auto scales = kind <= WeightKind::codes8 ? tulle::ScaleKind::u8 : tulle::ScaleKind::bf16;
+  Weights w({kind, false, false, 40, 256, 64, 4, 1, 1, 1, -1, scales}, rng);
+  tulle::check(w.view, w.sizes);
+  refused_of(std::move(w), what, change);
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -247,10 +262,15 @@ int main(int count, char** arguments) {
   const Shape shapes[] = {{16, 64, 64, 1, 1}, {1, 8, 8, 1, 1}, {40, 256, 128, 2, 1}, {33, 1024, 512, 2, 2},
                           {70, 1100, 376, 3, 3}, {17, 96, 32, 3, 1}, {64, 24, 8, 3, 1}, {50, 1536, 384, 4, 2}};
   std::size_t cases = 0, compared = 0;
-  for (WeightKind kind : {WeightKind::codes4, WeightKind::codes8, WeightKind::bf16, WeightKind::f32}) {
-    const bool codes = kind == WeightKind::codes4 || kind == WeightKind::codes8;
-    for (const Shape& s : shapes) {
+  for (std::size_t number = 0; number < tulle::kWeightKinds; ++number) {
+    const auto kind = static_cast<WeightKind>(number);
+    const bool codes = kind <= WeightKind::codes8;
+    const bool dense_alone = codes && kind != WeightKind::codes4 && kind != WeightKind::codes8;
+    const std::size_t step = std::max<std::size_t>(8, 4 * tulle::group_units(kind));
+    for (Shape s : shapes) {
+      if (dense_alone) s.segment = (s.segment + step - 1) / step * step;
       for (double density : {-1.0, 0.0, 0.3, 0.5, 1.0}) {
+        if (dense_alone && density >= 0) continue;
         for (std::size_t tokens : {1, 2, 3, 5, 12, 17, 29, 32, 70}) {
           if (tokens > 29 && ((density != 0.3 && density >= 0) || !codes || s.columns > 300)) continue;
           for (std::size_t planes = 1; planes <= (codes ? 2u : 1u); ++planes) {
@@ -263,8 +283,10 @@ int main(int count, char** arguments) {
             }
             // Scales of other kinds, with and without minima, in turn.
             if (!codes || cases % every != 0) continue;
-            for (tulle::ScaleKind scales : {tulle::ScaleKind::bf16, tulle::ScaleKind::f16, tulle::ScaleKind::f32}) {
-              const bool minima = density < 0 && (compared % 2 == 0 || scales == tulle::ScaleKind::bf16);
+            for (tulle::ScaleKind scales :
+                 {tulle::ScaleKind::bf16, tulle::ScaleKind::f16, tulle::ScaleKind::f32, tulle::ScaleKind::u8}) {
+              const bool minima = density < 0 && scales != tulle::ScaleKind::u8 &&
+                                  (compared % 2 == 0 || scales == tulle::ScaleKind::bf16);
               ++compared;
               compare({kind, density >= 0, false, s.rows, s.columns, s.segment, s.segments, s.per_scale, tokens, planes,
                        density, scales, minima},
@@ -294,6 +316,35 @@ int main(int count, char** arguments) {
   refused("rows without end", [](Weights& w) { w.view.rows = ~std::size_t{0} - 7; });
   refused("scales for parts of segments", [](Weights& w) { w.view.segments_per_scale = 3; });
   refused("more columns than segments hold", [](Weights& w) { w.view.columns = 257; });
+  for (WeightKind kind : {WeightKind::codes2, WeightKind::codes3, WeightKind::codes5, WeightKind::codes6}) {
+    refused_dense(kind, "too few bytes of a group", [](Weights& w) { --w.sizes.values; });
+    refused_dense(kind, "too many bytes", [](Weights& w) { ++w.sizes.values; });
+    refused_dense(kind, "segments of parts of groups", [](Weights& w) {
+      w.view.segment = 8;
+      w.view.segments = 32;
+      w.view.segments_per_scale = 8;
+    });
+    refused_dense(kind, "too few scales of rows", [](Weights& w) { --w.sizes.row_scales; });
+    refused_dense(kind, "no scales of rows", [](Weights& w) { w.view.row_scales = nullptr; });
+    refused_dense(kind, "scales of rows beside others", [](Weights& w) { w.view.scale_kind = tulle::ScaleKind::f16; });
+    refused_dense(kind, "sparse ones", [](Weights& w) { w.view.layout = tulle::Layout::sparse_tiles; });
+    refused_dense(kind, "input-major ones", [](Weights& w) { w.view.layout = tulle::Layout::input_major; });
+    refused_dense(kind, "minima beside scales of a byte", [](Weights& w) {
+      w.minima = exact(std::vector<std::uint8_t>(w.sizes.scales));
+      w.view.minima = w.minima.get();
+      w.sizes.minima = w.sizes.scales;
+    });
+  }
+  for (WeightKind kind : {WeightKind::codes6, WeightKind::f32}) {
+    refused_dense(kind, "a product of sizes beyond 64 bits", [](Weights& w) {
+      w.view.rows = std::size_t{1} << 30;
+      w.view.segment = 512;
+      w.view.segments = std::size_t{1} << 21;
+      w.view.segments_per_scale = w.view.segments;
+      w.sizes.values = tulle::kSlack;
+      w.sizes.scales = w.sizes.row_scales = w.view.tiles() * tulle::kTileRows;
+    });
+  }
   std::string names;
   bool found = false;
   for (const tulle::Isa& isa : all_isas()) {

@@ -21,7 +21,9 @@ SCHEMES = {
         "qkv": {"bits": 4, "group_size": 32, "sparse": True, "symmetric": False, "input_bits": 8},
         "o": {"bits": 8, "sparse": True, "pattern": "2:4"},
         "gate_up": {"sparse": True, "values_dtype": "bfloat16"},
-        "down": {"bits": 3, "group_size": 24},
+        "down": {"bits": 5, "group_size": 64, "scale_bits": 8},
+        "embedding": {"bits": 3, "group_size": 32, "scale_bits": 8},
+        "head": {"bits": 6, "group_size": 16, "symmetric": False},
     },
     "input-major": {
         "qkv": {"bits": 4, "group_size": 32, "sparse": True, "symmetric": False, "input_sparsity": HALF},

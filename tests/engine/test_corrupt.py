@@ -85,7 +85,7 @@ def damage_facts(name: str, value: object) -> dict[str, object]:
 def test_facts_are_read_back_or_refused() -> None:
     facts = LinearFacts(WeightKind.CODES4, Layout.SPARSE_INPUT_MAJOR_BLOCKS4, 16, 64, 64, 1, 1, 8)
     assert LinearFacts.from_json(json.loads(json.dumps(facts.to_json()))) == facts
-    for name, value in (("kind", "codes3"), ("layout", "rows"), ("rows", True), ("rows", "16"), ("zero", 8.0)):
+    for name, value in (("kind", "codes7"), ("layout", "rows"), ("rows", True), ("rows", "16"), ("zero", 8.0)):
         assert LinearFacts.from_json(damage_facts(name, value)) is None
     assert LinearFacts.from_json(damage_facts("fours", False)) is None
     assert LinearFacts.from_json([]) is None

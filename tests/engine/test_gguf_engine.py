@@ -7,17 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dense_codes import in_order_of_units
 
 from gguf_files import Type, random_bytes, small_config, write_random
 from tulle.engine import Engine
 from tulle.engine.checkpoint import Source
 from tulle.engine.layout import for_kernels
-from tulle.engine.native_model import ScaleKind, WeightKind
+from tulle.engine.native_model import ScaleKind
 from tulle.engine.prepare import quantised_head
 from tulle.models.gguf.blocks import READERS, decode
 
-WIDE = {Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.Q5_K, Type.Q6_K, Type.IQ4_NL, Type.IQ4_XS, Type.MXFP4}
-"""Types whose codes take 8 bits in the engine."""
+WIDTHS = {
+    Type.Q5_0: 5, Type.Q5_1: 5, Type.Q5_K: 5, Type.Q6_K: 6, Type.Q2_K: 2, Type.TQ1_0: 2, Type.TQ2_0: 2, Type.Q8_0: 8,
+    Type.IQ4_NL: 8, Type.IQ4_XS: 8, Type.MXFP4: 8,
+}  # fmt: skip
+"""Bits of codes in the engine, where not 4. Q3_K has a scale per 16 weights, half a group of 3 bits."""
 CLOSE = 3e-4
 """Of the largest logit: inputs have 16 bits. Scales rounded to bfloat16 would be off by 2e-3 each."""
 TYPES = [Type.F32, Type.F16, Type.BF16, *READERS]
@@ -49,7 +53,7 @@ def test_codes_run_as_they_are_stored(tmp_path: Path, kind: Type) -> None:
     stored = Source(tmp_path / "model.gguf").linear("model.layers.0.mlp.down_proj")
     assert stored.mask is None and stored.bits == coded.bits and stored.zero == coded.zero
     facts, arrays = for_kernels(stored)
-    assert facts.kind is (WeightKind.CODES8 if kind in WIDE else WeightKind.CODES4)
+    assert facts.kind == f"codes{WIDTHS.get(kind, 4)}"
     assert facts.scale_kind is (ScaleKind.F16 if coded.scale.dtype == np.float16 else ScaleKind.F32)
     assert ("minima" in arrays) == (kind in (Type.Q4_1, Type.Q5_1, Type.Q2_K, Type.Q4_K, Type.Q5_K))
     numbers = [_by_row(arrays[name], facts) for name in ("scales", "minima") if name in arrays]
@@ -66,7 +70,7 @@ def test_a_quantised_head_is_run_as_it_is_stored(tmp_path: Path) -> None:
     source = Source(tmp_path / "model.gguf")
     expected = source.coded("lm_head.weight", (96, 256))
     assert expected is not None
-    for head in ("int8", "as stored"):
+    for head in ("int8", "bf16", "as stored"):
         found = quantised_head(source, head)
         np.testing.assert_array_equal(found.values, expected.values)
         np.testing.assert_array_equal(found.scale, expected.scale)
@@ -113,9 +117,6 @@ def _by_row(numbers: np.ndarray, facts: object) -> np.ndarray:
 
 def _codes(values: np.ndarray, facts: object) -> np.ndarray:
     """Codes ``[rows, columns]`` of dense tiles."""
-    values = values[:-64]
-    if facts.kind is WeightKind.CODES4:  # type: ignore[attr-defined]
-        pairs = values.reshape(-1, 64)
-        values = np.stack([pairs & 15, pairs >> 4], axis=1).reshape(-1)
+    values = in_order_of_units(facts.kind, values[:-64])  # type: ignore[attr-defined]
     units = values.reshape(-(-facts.rows // 16), -1, 16, 4)  # type: ignore[attr-defined]
     return units.transpose(0, 2, 1, 3).reshape(units.shape[0] * 16, -1).astype(np.float32)

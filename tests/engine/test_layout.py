@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dense_codes import in_order_of_units
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -21,15 +22,18 @@ from tulle.engine.layout import (
     arrange_input_major,
     for_kernels,
     geometry,
+    segment_step,
+    tiles_kind,
 )
-from tulle.engine.native_model import Layout, WeightKind
+from tulle.engine.native_model import Layout, ScaleKind, WeightKind
 
 
 def read_back(kind: str, cut: Geometry, arrays: dict[str, NDArray[Any]]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """Weights ``[C_out, C_in]`` and which of them are stored, one at a time as linear.hpp says."""
     inputs = UNIT_INPUTS[WeightKind(kind)]
-    dtype = {"codes4": np.uint8, "codes8": np.uint8, "bf16": np.uint16, "f32": np.float32}[kind]
+    dtype = {"bf16": np.uint16, "f32": np.float32}.get(kind, np.uint8)
     sparse = "masks" in arrays
+    codes = in_order_of_units(kind, arrays["values"][:-SLACK]) if kind.startswith("codes") and not sparse else None
     found = np.zeros((cut.tiles * TILE, cut.padded), dtype)
     stored = np.ones(found.shape, bool)
     chunk = max(1, 512 // cut.segment) * cut.segment * TILE
@@ -56,8 +60,8 @@ def read_back(kind: str, cut: Geometry, arrays: dict[str, NDArray[Any]]) -> tupl
                 odd = i // 64 % 2
                 found[row, column] = run[of_pair[odd]] >> (odd * 4) & 15
                 of_pair[odd] += 1
-            elif kind == "codes4":
-                found[row, column] = run[number // 128 * 64 + number % 64] >> (number // 64 % 2 * 4) & 15
+            elif codes is not None:
+                found[row, column] = codes[number]
             else:
                 size = np.dtype(dtype).itemsize
                 found[row, column] = run[number * size : (number + 1) * size].view(dtype)[0]
@@ -69,16 +73,21 @@ def read_back(kind: str, cut: Geometry, arrays: dict[str, NDArray[Any]]) -> tupl
     return found[: cut.rows][:, columns], stored[: cut.rows][:, columns]
 
 
-@pytest.mark.parametrize("kind", ["codes4", "codes8", "bf16", "f32"])
-@pytest.mark.parametrize("density", [None, 0.0, 0.3, 1.0])
+KINDS = [
+    *((kind, density) for kind in ("codes4", "codes8", "bf16", "f32") for density in (None, 0.0, 0.3, 1.0)),
+    *((kind, None) for kind in ("codes2", "codes3", "codes5", "codes6")),
+]
+
+
+@pytest.mark.parametrize(("kind", "density"), KINDS)
 @pytest.mark.parametrize(("shape", "scales"), [((18, 40), 1), ((5, 96), 3), ((33, 600), 1), ((16, 72), 6), ((2, 7), 1)])
 def test_every_weight_is_where_the_kernels_look(
     kind: str, density: float | None, shape: tuple[int, int], scales: int
 ) -> None:
     generator = np.random.default_rng(0)
-    cut = geometry(shape, scales)
+    cut = geometry(shape, scales, step=segment_step(WeightKind(kind), density is not None))
     if kind.startswith("codes"):
-        values: NDArray[Any] = generator.integers(0, 16 if kind == "codes4" else 256, shape, np.uint8)
+        values: NDArray[Any] = generator.integers(0, 1 << int(kind[-1]), shape, np.uint8)
     else:
         values = generator.standard_normal(shape, np.float32)
         values = (values.view(np.uint32) >> 16).astype(np.uint16) if kind == "bf16" else values
@@ -89,12 +98,21 @@ def test_every_weight_is_where_the_kernels_look(
     assert np.array_equal(found[kept], values[kept])
 
 
-@given(st.integers(1, 40), st.integers(1, 1200), st.integers(1, 3))
-def test_geometry(rows: int, width: int, scales: int) -> None:
-    cut = geometry((rows, width * scales), scales)
-    assert cut.segment % 8 == 0 and 8 <= cut.segment <= 512
+@given(st.integers(1, 40), st.integers(1, 1200), st.integers(1, 3), st.sampled_from([8, 16, 32]))
+def test_geometry(rows: int, width: int, scales: int, step: int) -> None:
+    cut = geometry((rows, width * scales), scales, step=step)
+    assert cut.segment % step == 0 and step <= cut.segment <= 512
     room = cut.segment * cut.segments_per_scale
-    assert room >= width and room - width < max(8 * cut.segments_per_scale, 8)
+    assert room >= width and room - width < max(step * cut.segments_per_scale, step)
+
+
+def test_codes_take_the_fewest_bytes() -> None:
+    for bits, kind in ((2, "codes2"), (3, "codes3"), (4, "codes4"), (5, "codes5"), (6, "codes6"), (7, "codes8")):
+        assert tiles_kind(bits, False, 128) == kind
+    assert tiles_kind(3, False, 16) == "codes4"  # a group of 32 inputs would be half padding
+    assert tiles_kind(5, False, 16) == "codes6"
+    assert tiles_kind(6, False, 24) == "codes8"
+    assert (tiles_kind(3, True, 128), tiles_kind(5, True, 128)) == ("codes4", "codes8")
 
 
 def test_real_widths_are_not_padded() -> None:
@@ -105,11 +123,18 @@ def test_real_widths_are_not_padded() -> None:
 def test_facts_of_linears() -> None:
     codes, scale = np.zeros((20, 64), np.uint8), np.zeros((20, 2), np.uint16)
     facts, arrays = for_kernels(StoredLinear(codes, None, 3, scale))
-    assert (facts.kind, facts.zero, facts.segments_per_scale) == (WeightKind.CODES4, 4, 1)
+    assert (facts.kind, facts.zero, facts.segments_per_scale) == (WeightKind.CODES3, 4, 1)
     assert arrays["scales"].shape == (2 * 2 * 16,)
     facts, arrays = for_kernels(StoredLinear(codes, None, 8, scale[:, :1], np.ones((20, 1), np.uint8)))
     assert (facts.kind, facts.zero) == (WeightKind.CODES8, 0)
     assert np.array_equal(arrays["zeros"], [1] * 20 + [0] * 12)
+    bytes_of_scales, rows = scale.astype(np.uint8) + 3, np.arange(20, dtype=np.float32)
+    facts, arrays = for_kernels(StoredLinear(codes, None, 3, bytes_of_scales, row_scale=rows))
+    assert (facts.scale_kind, arrays["scales"].dtype) == (ScaleKind.U8, np.uint8)
+    assert np.array_equal(arrays["row_scales"], [*range(20), *[0] * 12])
+    facts, arrays = for_kernels(StoredLinear(codes, None, 3, bytes_of_scales, row_scale=rows), 1)
+    assert (facts.scale_kind, "row_scales" in arrays) == (ScaleKind.F32, False)
+    assert np.array_equal(arrays["scales"].reshape(2, -1)[1, :20], 3 * rows)
     facts, _ = for_kernels(StoredLinear(np.zeros((3, 8), np.uint16), np.ones((3, 8), bool)))
     assert (facts.kind, facts.layout) == (WeightKind.BF16, Layout.SPARSE_TILES)
     facts, _ = for_kernels(StoredLinear(codes, np.ones(codes.shape, bool), 2, scale), 4)

@@ -9,7 +9,7 @@ namespace tulle {
 
 // Elements of the arrays that a LinearView points to.
 struct LinearSizes {
-  std::uint64_t values, masks, offsets, starts, scales, zeros, minima = 0;
+  std::uint64_t values, masks, offsets, starts, scales, zeros, minima = 0, row_scales = 0;
 };
 
 // Throws std::invalid_argument, one line, unless every array is as long as the kernels will read, and masks and

@@ -54,6 +54,17 @@ struct Layer {
   std::size_t window = 0;  // tokens that attention reaches back, itself included; 0: all
 };
 
+// Embedding or head row by row, [vocabulary][hidden]: numbers, or the codes of a linear in dense tiles.
+struct Table {
+  const void* numbers = nullptr;
+  WeightKind kind = WeightKind::f32;  // of the numbers, f32 or bf16
+  LinearView codes{};                 // where there are no numbers
+
+  bool present() const { return numbers != nullptr || codes.values != nullptr; }
+  // x [hidden]. Of codes scale · (code − zero point) + minimum, in floats; on every instruction set the same bits.
+  void copy_row(std::size_t row, std::size_t hidden, float* x) const;
+};
+
 struct Model {
   std::size_t hidden = 0, intermediate = 0, heads = 0, kv_heads = 0, head_dim = 0, vocabulary = 0;
   float eps = 0;
@@ -62,14 +73,12 @@ struct Model {
   float rope_scale = 1;                    // of cosines and sines
   Grid query{0, true, 1}, key{0, true, 1}, value{0, true, 1};
   Transform head_rotation;  // channels 0: none
-  const void* embedding = nullptr;  // [vocabulary][hidden]
-  WeightKind embedding_kind = WeightKind::f32;  // f32 or bf16
+  Table embedding;
   std::vector<Layer> layers;
   const float* norm = nullptr;
   Group head;
-  // The head as it was stored, [vocabulary][hidden] in f32 or bf16, where `head` is a rougher copy; or null.
-  const void* exact_head = nullptr;
-  WeightKind exact_kind = WeightKind::f32;
+  // The head as it was stored, where `head` is a rougher copy; or not present.
+  Table exact_head;
 };
 
 // Of every row of logits, so many of the largest are computed again from the exact head: what is chosen from them is

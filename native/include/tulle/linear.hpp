@@ -32,9 +32,27 @@
 // Two codes of 4 bits share a byte, of a unit (low) and of the next one (high): the j-th codes, of a sparse linear the
 // j-th kept ones, so that a pair of units takes as many bytes as the fuller one keeps codes.
 //
+// Of other widths that do not fill a byte, dense tiles alone: as many units as fill whole *parts* of 64 bytes are a
+// *group*. Byte i of a part holds code i of as many units as fit, the first in the lowest bits. What is left at the top
+// of the bytes, 2 bits (of 3 and 6) or 3 bits (of 5), are the codes of the group's last units, highest bits first:
+//
+//   bits   units   parts   byte of a part, lowest bits first        units in the bits that are left
+//     2      4       1     [u0 u1 u2 u3]
+//     3      8       3     [u0 u1 +] [u2 u3 +] [u4 u5 +]             u6: bits 1–2 of part 0, bit 0 the lower one of part 2
+//                                                                    u7: bits 1–2 of part 1, bit 0 the upper one of part 2
+//     5      8       5     [u0 +] [u1 +] [u2 +] [u3 +] [u4 +]        u5: bits 2–4 of part 0, 0–1 the upper ones of part 3
+//                                                                    u6: bits 2–4 of part 1, 0–1 the upper ones of part 4
+//                                                                    u7: bits 2–4 of part 2, bit 0 the lowest of part 3,
+//                                                                        bit 1 the lowest of part 4
+//     6      4       3     [u0 +] [u1 +] [u2 +]                      u3: bits 4–5 of part 0, 2–3 of part 1, 0–1 of part 2
+//
+// Segments are whole groups. Codes of 7 bits take 8; sparse ones and input-major ones the next of 2 (dense input-major
+// alone), 4 and 8.
+//
 // Codes are unsigned, activations signed 8-bit integers in one or two planes (x = hi, or 256·hi + lo). A pruned weight
 // is the code of its zero point, so that Σ w·x = Σ u·x − z·Σ x holds as integers, dense or sparse. Where scales come
-// with a minimum, weight = scale·(u − z) + minimum, and minimum·Σ x is added per scale, in floats.
+// with a minimum, weight = scale·(u − z) + minimum, and minimum·Σ x is added per scale, in floats. Scales of a byte are
+// whole numbers, and a row has a float that all of them are multiplied with, after the row's sum.
 #pragma once
 
 #include <cstddef>
@@ -63,11 +81,27 @@ constexpr std::size_t kPanelLines = 96;
 // Bytes of a sparse line's masks, of one input.
 constexpr std::size_t kLineMaskBytes = 16;
 
-// codes2 is input-major only.
-enum class WeightKind : std::uint8_t { codes2, codes4, codes8, bf16, f32 };
+// Sparse codes have 4 or 8 bits, input-major ones 2, 4 or 8.
+enum class WeightKind : std::uint8_t { codes2, codes3, codes4, codes5, codes6, codes8, bf16, f32 };
+constexpr std::size_t kWeightKinds = 8;
+
+constexpr std::size_t bits_of(WeightKind kind) {
+  constexpr std::size_t bits[kWeightKinds] = {2, 3, 4, 5, 6, 8, 16, 32};
+  return bits[static_cast<std::size_t>(kind)];
+}
+
+// Units of dense tiles that share bytes, and how many bytes those are.
+constexpr std::size_t group_units(WeightKind kind) {
+  constexpr std::size_t units[kWeightKinds] = {4, 8, 2, 8, 4, 1, 1, 1};
+  return units[static_cast<std::size_t>(kind)];
+}
 
 // Of scales and minima. f16 is IEEE half precision; f32 holds products of two smaller scales exactly (GGUF's K-quants).
-enum class ScaleKind : std::uint8_t { bf16, f16, f32 };
+// u8: whole numbers, with LinearView::row_scales and without minima; in tiles.
+enum class ScaleKind : std::uint8_t { bf16, f16, f32, u8 };
+constexpr std::size_t kScaleKinds = 4;
+
+constexpr std::size_t scale_bytes(ScaleKind kind) { return kind == ScaleKind::u8 ? 1 : kind == ScaleKind::f32 ? 4 : 2; }
 
 // Input-major layouts hold codes, sparse ones of 4 bits.
 enum class Layout : std::uint8_t {
@@ -83,7 +117,7 @@ struct LinearView {
   WeightKind kind;
   Layout layout;
   std::size_t rows, columns;
-  std::size_t segment;           // inputs per segment, a multiple of 8, at most kChunkInputs
+  std::size_t segment;           // inputs per segment, a multiple of segment_step(), at most kChunkInputs
   std::size_t segments;          // per row
   std::size_t segments_per_scale;
   const std::uint8_t* values;    // dense: units tile by tile; sparse: what the masks keep, chunks aligned to bytes
@@ -98,6 +132,7 @@ struct LinearView {
   std::uint8_t zero;
   ScaleKind scale_kind = ScaleKind::bf16;
   const void* minima = nullptr;  // dense codes in tiles: like scales, or null where all are 0
+  const float* row_scales = nullptr;  // scales of one byte: [tiles][16], which a row's sum is multiplied with
 
   bool is_codes() const { return kind <= WeightKind::codes8; }
   bool sparse() const {
@@ -130,6 +165,11 @@ struct LinearView {
   std::size_t line_mask_bytes() const { return kLineMaskBytes * block_inputs(); }  // bytes of them
   std::size_t chunk_segments() const { return segment >= kChunkInputs ? 1 : kChunkInputs / segment; }
   std::size_t chunks() const { return (segments + chunk_segments() - 1) / chunk_segments(); }
+  // Whole groups of units; at least 8 inputs.
+  std::size_t segment_step() const {
+    const std::size_t group = layout == Layout::tiles ? 4 * group_units(kind) : 8;
+    return group < 8 ? 8 : group;
+  }
   std::size_t unit_inputs() const { return is_codes() ? 4 : kind == WeightKind::bf16 ? 2 : 1; }
   std::size_t scales_per_row() const { return segments / segments_per_scale; }
   // Where a tile's scales (and zero points) of a segment are. Input-major, those of all tiles follow each other, as an

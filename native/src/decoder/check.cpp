@@ -59,9 +59,22 @@ void check(const Model& m) {
   require(m.head_dim > 0 && m.head_dim % 2 == 0, "an even head_dim", 2, m.head_dim);
   require_equal("query heads left over by KV heads", 0, m.heads % m.kv_heads);
   require_equal("frequencies", m.head_dim / 2, m.inverse_frequencies.size());
-  require(m.embedding != nullptr && m.norm != nullptr, "embedding and norm", 1, 0);
+  require(m.embedding.present() && m.norm != nullptr, "embedding and norm", 1, 0);
+  const auto even_scales = [](std::size_t inputs, const LinearView& w) {
+    require_equal("inputs left over by scales", 0, inputs % w.scales_per_row());
+    const std::size_t real = inputs / w.scales_per_row(), room = w.segment * w.segments_per_scale;
+    require(real <= room, "inputs per scale, at most", room, real);
+  };
+  for (const Table* table : {&m.embedding, &m.exact_head}) {
+    if (!table->present() || table->numbers != nullptr) continue;
+    const LinearView& w = table->codes;
+    require(w.is_codes() && w.layout == Layout::tiles, "a table of codes in dense tiles", 1, 0);
+    require_equal("rows of a table", m.vocabulary, w.rows);
+    require_equal("columns of a table", m.hidden, w.columns);
+    even_scales(m.hidden, w);
+  }
   require_equal("linears of the head", 1, m.head.linears.size());
-  const auto fits = [](const Group& group, std::size_t inputs, std::initializer_list<std::size_t> outputs) {
+  const auto fits = [&](const Group& group, std::size_t inputs, std::initializer_list<std::size_t> outputs) {
     // Input-major ones may be fused to one, its outputs one linear's behind another's.
     std::vector<std::size_t> wanted(outputs);
     if (group.linears.size() == 1) wanted = {std::accumulate(outputs.begin(), outputs.end(), std::size_t{0})};
@@ -76,10 +89,7 @@ void check(const Model& m) {
       check(linear.input, 16);
       if (!linear.weight.is_codes()) continue;
       require(linear.input.bits != 0, "bits of the inputs", 8, 0);
-      require_equal("inputs left over by scales", 0, inputs % linear.weight.scales_per_row());
-      const std::size_t real = inputs / linear.weight.scales_per_row();
-      const std::size_t room = linear.weight.segment * linear.weight.segments_per_scale;
-      require(real <= room, "inputs per scale, at most", room, real);
+      even_scales(inputs, linear.weight);
     }
   };
   const std::size_t q = m.heads * m.head_dim, kv = m.kv_heads * m.head_dim;

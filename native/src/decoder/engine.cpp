@@ -12,17 +12,14 @@ std::uint64_t Linear::bytes() const {
   const std::uint64_t weights = static_cast<std::uint64_t>(w.tiles()) * kTileRows * w.padded();
   std::uint64_t bytes = 0;
   if (w.is_codes()) {
-    const std::uint64_t number = w.scale_kind == ScaleKind::f32 ? 4 : 2;
+    const std::uint64_t number = scale_bytes(w.scale_kind);
     const std::uint64_t per_scale = number + (w.minima ? number : 0) + (w.zeros ? 1 : 0);
     bytes += static_cast<std::uint64_t>(w.tiles()) * kTileRows * w.scales_per_row() * per_scale;
+    if (w.row_scales) bytes += static_cast<std::uint64_t>(w.tiles()) * kTileRows * sizeof(float);
   }
   if (w.input_major()) return bytes + static_cast<std::uint64_t>(bytes_per_input() * static_cast<double>(w.padded()));
   if (w.sparse()) return bytes + weights / 8 + w.offsets[w.tiles() * w.chunks()];
-  const unsigned bits = w.kind == WeightKind::codes4   ? 4
-                        : w.kind == WeightKind::codes8 ? 8
-                        : w.kind == WeightKind::bf16   ? 16
-                                                       : 32;
-  return bytes + weights * bits / 8;
+  return bytes + weights * bits_of(w.kind) / 8;
 }
 
 double Linear::bytes_per_input() const {

@@ -6,7 +6,6 @@
 #include <cstring>
 
 #include "cpu/team.hpp"
-#include "decoder/embedding.hpp"
 #include "decoder/state.hpp"
 #include "decoder/top_logits.hpp"
 
@@ -44,8 +43,7 @@ void Engine::State::forward(const PassInput& input, float* logits, float* embedd
       pass.last = n * (thread + 1) / team;
     }
     for (std::size_t t = pass.first; t < pass.last; ++t) {
-      copy_row(model.embedding_kind, model.embedding, static_cast<std::size_t>(pass.tokens[t]), model.hidden,
-               pass.hidden + t * model.hidden);
+      model.embedding.copy_row(static_cast<std::size_t>(pass.tokens[t]), model.hidden, pass.hidden + t * model.hidden);
       if (!one || thread == 0) rotary.set(t, pass.positions[t]);  // known to all when the first products are
     }
     for (std::size_t index = 0; index < model.layers.size(); ++index) layer(pass, index);
@@ -212,13 +210,21 @@ void Engine::State::head(const Pass& pass, float* logits, float* embeddings) {
   for (std::size_t i = pass.thread; i < wanted; i += pass.team) {
     float* const row = logits + i * vocabulary;
     reduce(pass, model.head, head_plan, partial_sums.wide, wanted, logits, i, 0, vocabulary, row);
-    if (model.exact_head == nullptr) continue;
+    if (!model.exact_head.present()) continue;
     const float *const x = normed(static_cast<std::size_t>(rows[i])), *const bias = model.head.linears[0].bias;
     recompute_top_logits(row, vocabulary, [&](std::size_t token) {
+      const Table& exact = model.exact_head;
       const std::size_t at = token * d;
-      const float logit = model.exact_kind == WeightKind::bf16
-          ? ops.dot_bf16(x, static_cast<const std::uint16_t*>(model.exact_head) + at, d)
-          : ops.dot(x, static_cast<const float*>(model.exact_head) + at, d);
+      float logit;
+      if (exact.numbers == nullptr) {
+        float* const weights = vector(pass, 1);
+        exact.copy_row(token, d, weights);
+        logit = ops.dot(x, weights, d);
+      } else if (exact.kind == WeightKind::bf16) {
+        logit = ops.dot_bf16(x, static_cast<const std::uint16_t*>(exact.numbers) + at, d);
+      } else {
+        logit = ops.dot(x, static_cast<const float*>(exact.numbers) + at, d);
+      }
       return logit + (bias != nullptr ? bias[token] : 0.0f);
     });
   }

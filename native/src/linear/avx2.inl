@@ -92,11 +92,11 @@ struct Count {
   static constexpr int value = kValue;
 };
 
-// Adds Σ over the four inputs of each of 8 outputs. 16-bit sums of two products stay below 2^15 where codes have 4
+// Adds Σ over the four inputs of each of 8 outputs. 16-bit sums of two products stay below 2^15 where codes have up to 7
 // bits; those of 8 are widened, first and third apart from second and fourth.
-template <bool kNibbles>
+template <int kBits>
 __m256i dot(__m256i total, __m256i codes, __m256i x) {
-  if constexpr (kNibbles) {
+  if constexpr (kBits < 8) {
     return _mm256_add_epi32(total, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), _mm256_set1_epi16(1)));
   } else {
     const __m256i even = _mm256_madd_epi16(_mm256_and_si256(codes, _mm256_set1_epi16(255)),
@@ -115,6 +115,10 @@ __m256i correction(const LinearView& w, std::size_t scale, std::size_t h, std::i
 
 // Eight scales or minima from number `at` on.
 __m256 scales_at(const void* from, ScaleKind kind, std::size_t at) {
+  if (kind == ScaleKind::u8) {
+    const void* const bytes = static_cast<const std::uint8_t*>(from) + at;
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(bytes))));
+  }
   if (kind == ScaleKind::f32) return _mm256_loadu_ps(static_cast<const float*>(from) + at);
   const void* const halves = static_cast<const std::uint16_t*>(from) + at;
   const __m128i bits = _mm_loadu_si128(static_cast<const __m128i*>(halves));
@@ -124,7 +128,7 @@ __m256 scales_at(const void* from, ScaleKind kind, std::size_t at) {
 
 // kTokens tokens from `token` on with `units` units of one segment of a tile; in[plane]: the first token's inputs of
 // these, `stride` bytes from one token to the next; sums [tokens][16].
-template <bool kNibbles, int kTokens>
+template <int kBits, int kTokens>
 void multiply_accumulate(const LinearView& w, const Inputs& x, std::size_t scale, std::size_t segment,
                          std::size_t token, const std::uint8_t* codes, std::size_t units, const std::int8_t* const* in,
                          std::size_t stride, float* sums) {
@@ -142,8 +146,8 @@ void multiply_accumulate(const LinearView& w, const Inputs& x, std::size_t scale
       const __m256i lower = load(codes + u * kUnitBytes), upper = load(codes + u * kUnitBytes + 32);
       for (int t = 0; t < kTokens; ++t) {
         const __m256i four = broadcast4(in[p] + t * stride + 4 * u);
-        total[0][t] = dot<kNibbles>(total[0][t], lower, four);
-        total[1][t] = dot<kNibbles>(total[1][t], upper, four);
+        total[0][t] = dot<kBits>(total[0][t], lower, four);
+        total[1][t] = dot<kBits>(total[1][t], upper, four);
       }
     }
     for (int t = 0; t < kTokens; ++t) {
@@ -169,14 +173,14 @@ void multiply_accumulate(const LinearView& w, const Inputs& x, std::size_t scale
 }
 
 // All tokens with one segment of a tile; sums [tokens][16].
-template <bool kNibbles>
+template <int kBits>
 void multiply_accumulate_all(const LinearView& w, const Inputs& x, std::size_t tile, std::size_t segment,
                              const std::uint8_t* codes, float* sums) {
   const std::size_t scale = w.scale_at(tile, segment);
   const auto some = [&](auto count, std::size_t t) {
     const std::int8_t* in[2];
     for (std::size_t p = 0; p < x.planes; ++p) in[p] = x.plane[p] + t * x.stride + segment * w.segment;
-    multiply_accumulate<kNibbles, decltype(count)::value>(w, x, scale, segment, t, codes, w.segment / 4, in, x.stride,
+    multiply_accumulate<kBits, decltype(count)::value>(w, x, scale, segment, t, codes, w.segment / 4, in, x.stride,
                                                           sums);
   };
   std::size_t t = 0;

@@ -17,15 +17,10 @@ void require(const char* what, std::uint64_t expected, std::uint64_t found) {
   if (expected != found) refuse(what, expected, found);
 }
 
-// Bytes of `count` dense values; of 4 bits, whole pairs of units.
+// Bytes of `count` values; of less than 8 bits each, a multiple of 8. Below 2^64 for up to 2^60 of them.
 std::uint64_t value_bytes(WeightKind kind, std::uint64_t count) {
-  switch (kind) {
-    case WeightKind::codes2: return count / 4;
-    case WeightKind::codes4: return count / 2;
-    case WeightKind::codes8: return count;
-    case WeightKind::bf16: return 2 * count;
-    default: return 4 * count;
-  }
+  const std::uint64_t bits = bits_of(kind);
+  return bits < 8 ? count / 8 * bits : count * (bits / 8);
 }
 
 // Bytes of what `count` bits of a mask keep.
@@ -82,6 +77,7 @@ void check(const LinearView& w, const LinearSizes& sizes) {
   if (w.rows < 1 || w.rows > kMost || w.columns < 1 || w.columns > kMost) refuse("rows or columns", 1, w.rows);
   if (w.segment < 8 || w.segment > kChunkInputs || w.segment % 8 != 0)
     refuse("inputs of a segment", kChunkInputs, w.segment);
+  require("inputs of a segment beyond whole groups of units", 0, w.segment % w.segment_step());
   if (w.segments < 1 || w.segments > kMost || w.segments_per_scale < 1) refuse("segments", 1, w.segments);
   require("segments that share scales evenly", 0, w.segments % w.segments_per_scale);
   if (w.padded() < w.columns || w.padded() > kMost) refuse("inputs of all segments", w.columns, w.padded());
@@ -92,6 +88,11 @@ void check(const LinearView& w, const LinearSizes& sizes) {
     if (w.zeros != nullptr) require("zero points", scales, sizes.zeros);
     if (w.minima != nullptr) require("minima", scales, sizes.minima);
   }
+  const bool of_rows = w.is_codes() && w.scale_kind == ScaleKind::u8;
+  require("scales of rows", of_rows ? w.tiles() * kTileRows : 0, w.row_scales != nullptr ? sizes.row_scales : 0);
+  if (of_rows && (w.input_major() || w.minima != nullptr)) {
+    throw std::invalid_argument("scales of one byte: expected tiles without minima, found others");
+  }
   if (w.minima != nullptr && w.layout != Layout::tiles) {
     throw std::invalid_argument("minima: expected them with dense codes in tiles, found another layout");
   }
@@ -99,8 +100,9 @@ void check(const LinearView& w, const LinearSizes& sizes) {
   if (w.input_major() && (!w.is_codes() || (w.sparse() && w.kind != WeightKind::codes4))) {
     throw std::invalid_argument("input-major weights: expected codes, sparse ones of 4 bits, found others");
   }
-  if (w.kind == WeightKind::codes2 && !w.input_major()) {
-    throw std::invalid_argument("codes of 2 bits: expected them input-major, found tiles");
+  const bool lanes = w.kind == WeightKind::codes4 || w.kind == WeightKind::codes8;
+  if (w.is_codes() && w.layout != Layout::tiles && !lanes && (w.sparse() || w.kind != WeightKind::codes2)) {
+    throw std::invalid_argument("codes: expected sparse ones of 4 or 8 bits, input-major ones of 2, 4 or 8, found others");
   }
   if (!w.sparse()) {
     require("bytes of the weights", value_bytes(w.kind, weights) + kSlack, sizes.values);

@@ -26,6 +26,7 @@ static inline float from_f16(std::uint16_t bits) {
 
 // Number `at` of scales or minima.
 static inline float scale_value(const void* from, ScaleKind kind, std::size_t at) {
+  if (kind == ScaleKind::u8) return static_cast<float>(static_cast<const std::uint8_t*>(from)[at]);
   if (kind == ScaleKind::f32) {
     float value;
     std::memcpy(&value, static_cast<const float*>(from) + at, sizeof value);
@@ -52,6 +53,11 @@ struct Int {
 };
 
 static inline std::size_t least(std::size_t a, std::size_t b) { return a < b ? a : b; }
+
+// What a row's sum is multiplied with before a token's step.
+static inline float row_scaled(const LinearView& w, std::size_t row, float sum) {
+  return w.row_scales ? sum * w.row_scales[row] : sum;
+}
 
 // Outputs of a tile that exist.
 static inline std::size_t rows_of(const LinearView& w, std::size_t tile) {

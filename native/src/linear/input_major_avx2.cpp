@@ -185,7 +185,7 @@ void run_one(const LinearView& w, const Inputs& x, std::size_t panel, std::size_
 }
 
 // The same for all tokens, with all inputs.
-template <bool kNibbles>
+template <int kBits>
 void run_all(const LinearView& w, const Inputs& x, std::size_t panel, std::size_t segment, float* sums,
              std::size_t stride, std::uint8_t* scratch) {
   float* const tile_sums = reinterpret_cast<float*>(scratch + kChunkInputs * w.line_tiles() * kTileRows);
@@ -201,7 +201,7 @@ void run_all(const LinearView& w, const Inputs& x, std::size_t panel, std::size_
       for (std::size_t t = 0; t < x.tokens; ++t) {
         std::memcpy(tile_sums + t * kTileRows, sums + t * stride + i * kTileRows, kTileRows * sizeof(float));
       }
-      multiply_accumulate_all<kNibbles>(w, x, line * w.line_tiles() + i, segment,
+      multiply_accumulate_all<kBits>(w, x, line * w.line_tiles() + i, segment,
                                         scratch + i * w.segment / 4 * kUnitBytes, tile_sums);
       for (std::size_t t = 0; t < x.tokens; ++t) {
         std::memcpy(sums + t * stride + i * kTileRows, tile_sums + t * kTileRows, kTileRows * sizeof(float));
@@ -266,7 +266,7 @@ void multiply_accumulate_quads(const Inputs& x, const Quads& quads, const QuadRa
           const __m256i four = broadcast4(quads.in[p] + 4 * quad);
           for (int k = 0; k < kAtOnce; ++k) {
             for (int i = 0; i < 4; ++i)
-              total[k][i] = dot<(kPerByte > 1)>(total[k][i], code<kPerByte>(units[i], first + k), four);
+              total[k][i] = dot<8 / kPerByte>(total[k][i], code<kPerByte>(units[i], first + k), four);
           }
         }
         prefetch = false;
@@ -347,8 +347,8 @@ void avx2_run_input_major(const LinearView& w, const Inputs& x, std::size_t pane
   }
   for (std::size_t segment = first; segment < last; ++segment) {
     if (x.tokens > kFew) {
-      if (w.kind == WeightKind::codes8) run_all<false>(w, x, panel, segment, sums, stride, scratch);
-      else run_all<true>(w, x, panel, segment, sums, stride, scratch);
+      if (w.kind == WeightKind::codes8) run_all<8>(w, x, panel, segment, sums, stride, scratch);
+      else run_all<4>(w, x, panel, segment, sums, stride, scratch);
       continue;
     }
     for (std::size_t t = 0; t < x.tokens; ++t) run_one(w, x, panel, segment, t, sums + t * stride, scratch);

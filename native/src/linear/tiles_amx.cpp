@@ -105,7 +105,7 @@ void add_segment(const LinearView& w, const Inputs& x, std::size_t tile, std::si
   }
 }
 
-template <class Tiles, bool kNibbles, bool kSparse>
+template <class Tiles, int kBits, bool kSparse>
 void multiply(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y,
               std::size_t y_stride, std::uint8_t* scratch) {
   const std::size_t step = step_inputs(w);
@@ -121,7 +121,7 @@ void multiply(const LinearView& w, const Inputs& x, std::size_t first, std::size
     const std::size_t tiles = least(2, last - tile);
     std::memset(sums, 0, x.tokens * 2 * kTileRows * sizeof(float));
     for (std::size_t chunk = 0; chunk < w.chunks(); ++chunk) {
-      for (std::size_t i = 0; i < tiles; ++i) expand<kNibbles, kSparse>(w, tile + i, chunk, scratch + i * kChunkCodes);
+      for (std::size_t i = 0; i < tiles; ++i) expand<kBits, kSparse>(w, tile + i, chunk, scratch + i * kChunkCodes);
       const std::size_t start = chunk * w.chunk_segments(), inputs = w.segments_of(chunk) * w.segment;
       // The last tokens, fewer than a tile has rows: with zeros behind them.
       if (whole_tokens < x.tokens) {
@@ -162,12 +162,18 @@ void run(const LinearView& w, const Inputs& x, std::size_t first, std::size_t la
   if (!w.is_codes() || x.tokens < kFewest || step_inputs(w) == 0) {
     return avx512_linear.run(w, x, first, last, y, y_stride, scratch);
   }
-  if (w.kind == WeightKind::codes4) {
-    if (w.sparse()) return multiply<Tiles, true, true>(w, x, first, last, y, y_stride, scratch);
-    return multiply<Tiles, true, false>(w, x, first, last, y, y_stride, scratch);
+  switch (w.kind) {
+    case WeightKind::codes2: return multiply<Tiles, 2, false>(w, x, first, last, y, y_stride, scratch);
+    case WeightKind::codes3: return multiply<Tiles, 3, false>(w, x, first, last, y, y_stride, scratch);
+    case WeightKind::codes5: return multiply<Tiles, 5, false>(w, x, first, last, y, y_stride, scratch);
+    case WeightKind::codes6: return multiply<Tiles, 6, false>(w, x, first, last, y, y_stride, scratch);
+    case WeightKind::codes4:
+      if (w.sparse()) return multiply<Tiles, 4, true>(w, x, first, last, y, y_stride, scratch);
+      return multiply<Tiles, 4, false>(w, x, first, last, y, y_stride, scratch);
+    default:
+      if (w.sparse()) return multiply<Tiles, 8, true>(w, x, first, last, y, y_stride, scratch);
+      return multiply<Tiles, 8, false>(w, x, first, last, y, y_stride, scratch);
   }
-  if (w.sparse()) return multiply<Tiles, false, true>(w, x, first, last, y, y_stride, scratch);
-  return multiply<Tiles, false, false>(w, x, first, last, y, y_stride, scratch);
 }
 
 template <class Tiles>

@@ -6,7 +6,8 @@
 //        even, odd  = x[4u … 4u+3], x[4u+4 … 4u+7], broadcast to every 32-bit lane
 //        total[h]   = 8 sums of 32 bits, outputs 8h … 8h+7
 //
-//   4 bits: vpmaddubsw(a, even) → 16-bit sums of two products; 8 units are added before vpmaddwd widens them
+//   up to 6 bits: vpmaddubsw(a, even) → 16-bit sums of two products; of 4 bits, 8 units are added before vpmaddwd widens
+//           them (kNarrow)
 //   8 bits: codes and x widened to 16 bits, even and odd bytes apart, vpmaddwd
 //
 // Pruned codes: AVX2 has no vpexpandb. avx2.inl counts the set bits before each byte and shuffles. One token: from the
@@ -35,17 +36,80 @@ void zeros_at(const LinearView& w, std::size_t scale, __m256i zeros[2]) {
   }
 }
 
-// A tile's codes, a pair of units at a time of one chunk.
-template <bool kNibbles, bool kSparse>
+// Units that are taken at once: a group of codes that share bytes (linear.hpp), at least a pair.
+template <int kBits>
+constexpr int kUnits = kBits == 3 || kBits == 5 ? 8 : kBits == 2 || kBits == 6 ? 4 : 2;
+
+// Units whose sums of two products are added in 16 bits before they are widened: kNarrow · 2 · (2^kBits − 1) · 128 < 2^15.
+template <int kBits>
+constexpr int kNarrow = kBits == 8 ? 1 : 128 >> kBits;
+
+// Every byte's bits from kFirst on, shifted to the right by as many; those of the mask remain.
+template <int kFirst>
+__m256i bits_at(__m256i bytes, int mask) {
+  return _mm256_and_si256(_mm256_srli_epi16(bytes, kFirst), _mm256_set1_epi8(static_cast<char>(mask)));
+}
+__m256i either(__m256i a, __m256i b) { return _mm256_or_si256(a, b); }
+
+// 32 codes of each of a group's units, `from` their first part.
+template <int kBits>
+TULLE_INLINE void group_codes(const std::uint8_t* from, __m256i unit[kUnits<kBits>]) {
+  const auto part = [&](std::size_t number) { return load(from + number * kUnitBytes); };
+  const __m256i a = part(0);
+  if constexpr (kBits == 2) {
+    unit[0] = bits_at<0>(a, 3);
+    unit[1] = bits_at<2>(a, 3);
+    unit[2] = bits_at<4>(a, 3);
+    unit[3] = bits_at<6>(a, 3);
+  } else if constexpr (kBits == 3) {
+    const __m256i b = part(1), c = part(2);
+    unit[0] = bits_at<0>(a, 7);
+    unit[1] = bits_at<3>(a, 7);
+    unit[2] = bits_at<0>(b, 7);
+    unit[3] = bits_at<3>(b, 7);
+    unit[4] = bits_at<0>(c, 7);
+    unit[5] = bits_at<3>(c, 7);
+    unit[6] = either(bits_at<5>(a, 6), bits_at<6>(c, 1));
+    unit[7] = either(bits_at<5>(b, 6), bits_at<7>(c, 1));
+  } else if constexpr (kBits == 4) {
+    unit[0] = part_of<Part::low>(a);
+    unit[1] = part_of<Part::high>(a);
+  } else if constexpr (kBits == 5) {
+    const __m256i b = part(1), c = part(2), d = part(3), e = part(4);
+    unit[0] = bits_at<0>(a, 31);
+    unit[1] = bits_at<0>(b, 31);
+    unit[2] = bits_at<0>(c, 31);
+    unit[3] = bits_at<0>(d, 31);
+    unit[4] = bits_at<0>(e, 31);
+    unit[5] = either(bits_at<3>(a, 0x1c), bits_at<6>(d, 3));
+    unit[6] = either(bits_at<3>(b, 0x1c), bits_at<6>(e, 3));
+    unit[7] = either(bits_at<3>(c, 0x1c), either(bits_at<5>(d, 1), bits_at<4>(e, 2)));
+  } else if constexpr (kBits == 6) {
+    const __m256i b = part(1), c = part(2);
+    unit[0] = bits_at<0>(a, 63);
+    unit[1] = bits_at<0>(b, 63);
+    unit[2] = bits_at<0>(c, 63);
+    unit[3] = either(bits_at<2>(a, 0x30), either(bits_at<4>(b, 0x0c), bits_at<6>(c, 3)));
+  } else {
+    unit[0] = a;
+    unit[1] = part(1);
+  }
+}
+
+// A tile's codes, kUnits at a time of one chunk.
+template <int kBits, bool kSparse>
 class Stream {
  public:
+  static_assert(!kSparse || kBits == 4 || kBits == 8, "sparse codes");
+
   explicit Stream(const Start& start) : next_(start.values), masks_(start.masks) {}
 
-  // Two units, in halves of 32; `zeros`: zero points.
-  void take(const __m256i zeros[2], __m256i first[2], __m256i second[2]) {
+  // In halves of 32; `zeros`: zero points, of sparse weights.
+  TULLE_INLINE void take(const __m256i zeros[2], __m256i half[2][kUnits<kBits>]) {
     if constexpr (kSparse) {
       prefetch_streams(next_, masks_);
-      if constexpr (kNibbles) {
+      __m256i first[2], second[2];
+      if constexpr (kBits == 4) {
         const std::size_t n = expand_unit<Part::low>(next_, masks_, zeros, first);
         const std::size_t m = expand_unit<Part::high>(next_, masks_ + 8, zeros, second);
         next_ += n > m ? n : m;
@@ -54,17 +118,13 @@ class Stream {
         next_ += expand_unit<Part::whole>(next_, masks_ + 8, zeros, second);
       }
       masks_ += 16;
-    } else if constexpr (kNibbles) {
-      for (int h = 0; h < 2; ++h, next_ += 32) {
-        first[h] = part_of<Part::low>(load(next_));
-        second[h] = part_of<Part::high>(load(next_));
+      for (int h = 0; h < 2; ++h) {
+        half[h][0] = first[h];
+        half[h][1] = second[h];
       }
     } else {
-      for (int h = 0; h < 2; ++h, next_ += 32) {
-        first[h] = load(next_);
-        second[h] = load(next_ + kUnitBytes);
-      }
-      next_ += kUnitBytes;
+      for (int h = 0; h < 2; ++h) group_codes<kBits>(next_ + 32 * h, half[h]);
+      next_ += kUnits<kBits> * kBits * kUnitBytes / 8;
     }
   }
 
@@ -75,21 +135,24 @@ class Stream {
 
 // y of a tile's rows.
 void write(const LinearView& w, std::size_t tile, const float* sums, float step, float* y) {
-  for (std::size_t row = 0; row < rows_of(w, tile); ++row) y[tile * kTileRows + row] = sums[row] * step;
+  for (std::size_t row = 0; row < rows_of(w, tile); ++row) {
+    const std::size_t at = tile * kTileRows + row;
+    y[at] = row_scaled(w, at, sums[row]) * step;
+  }
 }
 
 // One token.
-template <bool kNibbles, bool kSparse, int kPlanes>
+template <int kBits, bool kSparse, int kPlanes>
 void multiply(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y) {
-  // Sums of two products of 4-bit codes are added in 16 bits, 8 of them, before they are widened: 8 · 2 · 15 · 128 <
-  // 2^15.
-  constexpr std::size_t kNarrow = 8;
+  // Groups that are added in 16 bits before they are widened; or parts of a group that are, each with sums of its own.
+  constexpr int kTaken = kUnits<kBits>, kGroups = kNarrow<kBits> > kTaken ? kNarrow<kBits> / kTaken : 1;
+  constexpr int kParts = kBits < 8 && kNarrow<kBits> < kTaken ? kTaken / kNarrow<kBits> : 1;
   const std::size_t units = w.segment / 4;
   for (std::size_t tile = first; tile < last; ++tile) {
     __m256 sum[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
     std::size_t segment = 0;
     for (std::size_t chunk = 0; chunk < w.chunks(); ++chunk) {
-      Stream<kNibbles, kSparse> stream(start_of(w, tile, chunk));
+      Stream<kBits, kSparse> stream(start_of(w, tile, chunk));
       const std::size_t end = segment + w.segments_of(chunk);
       for (; segment < end; ++segment) {
         const std::size_t scale = w.scale_at(tile, segment);
@@ -102,28 +165,36 @@ void multiply(const LinearView& w, const Inputs& x, std::size_t first, std::size
           for (std::size_t h = 0; h < 2; ++h) total[p][h] = correction(w, scale, h, x.sums[p][segment]);
         }
         for (std::size_t u = 0; u < units;) {
-          const std::size_t stop = least(units, u + kNarrow);
-          __m256i narrow[kPlanes][2];
-          for (int p = 0; p < kPlanes; ++p) narrow[p][0] = narrow[p][1] = _mm256_setzero_si256();
-          for (; u < stop; u += 2) {
-            __m256i a[2], b[2];
-            stream.take(zeros, a, b);
-            for (int p = 0; p < kPlanes; ++p) {
-              const __m256i even = broadcast4(in[p] + 4 * u), odd = broadcast4(in[p] + 4 * u + 4);
-              for (int h = 0; h < 2; ++h) {
-                if constexpr (kNibbles) {
-                  narrow[p][h] = _mm256_add_epi16(narrow[p][h], _mm256_maddubs_epi16(a[h], even));
-                  narrow[p][h] = _mm256_add_epi16(narrow[p][h], _mm256_maddubs_epi16(b[h], odd));
-                } else {
-                  total[p][h] = dot<false>(dot<false>(total[p][h], a[h], even), b[h], odd);
+          const std::size_t stop = least(units, u + kGroups * kTaken);
+          __m256i narrow[kPlanes][2][kParts];
+          for (int p = 0; p < kPlanes; ++p) {
+            for (int i = 0; i < kParts; ++i) narrow[p][0][i] = narrow[p][1][i] = _mm256_setzero_si256();
+          }
+          for (; u < stop; u += kTaken) {
+            __m256i half[2][kTaken];
+            stream.take(zeros, half);
+#pragma GCC unroll 16
+            for (int i = 0; i < kTaken; ++i) {
+              for (int p = 0; p < kPlanes; ++p) {
+                const __m256i four = broadcast4(in[p] + 4 * (u + static_cast<std::size_t>(i)));
+                for (int h = 0; h < 2; ++h) {
+                  if constexpr (kBits < 8) {
+                    __m256i& part = narrow[p][h][i * kParts / kTaken];
+                    part = _mm256_add_epi16(part, _mm256_maddubs_epi16(half[h][i], four));
+                  } else {
+                    total[p][h] = dot<8>(total[p][h], half[h][i], four);
+                  }
                 }
               }
             }
           }
-          if constexpr (kNibbles) {
+          if constexpr (kBits < 8) {
             for (int p = 0; p < kPlanes; ++p) {
               for (int h = 0; h < 2; ++h) {
-                total[p][h] = _mm256_add_epi32(total[p][h], _mm256_madd_epi16(narrow[p][h], _mm256_set1_epi16(1)));
+                for (int i = 0; i < kParts; ++i) {
+                  const __m256i wide = _mm256_madd_epi16(narrow[p][h][i], _mm256_set1_epi16(1));
+                  total[p][h] = _mm256_add_epi32(total[p][h], wide);
+                }
               }
             }
           }
@@ -147,49 +218,49 @@ void multiply(const LinearView& w, const Inputs& x, std::size_t first, std::size
 }
 
 // Codes of a tile's chunk, pruned ones at their zero point.
-template <bool kNibbles, bool kSparse>
+template <int kBits, bool kSparse>
 const std::uint8_t* expand(const LinearView& w, std::size_t tile, std::size_t chunk, std::uint8_t* codes) {
   const Start start = start_of(w, tile, chunk);
-  if (!kNibbles && !kSparse) return start.values;
-  Stream<kNibbles, kSparse> stream(start);
+  if (kBits == 8 && !kSparse) return start.values;
+  Stream<kBits, kSparse> stream(start);
   std::uint8_t* to = codes;
   for (std::size_t s = 0; s < w.segments_of(chunk); ++s) {
     __m256i zeros[2];
     if constexpr (kSparse) zeros_at(w, w.scale_at(tile, chunk * w.chunk_segments() + s), zeros);
-    for (std::size_t u = 0; u < w.segment / 4; u += 2, to += 2 * kUnitBytes) {
-      __m256i a[2], b[2];
-      stream.take(zeros, a, b);
-      for (std::size_t h = 0; h < 2; ++h) {
-        store(to + 32 * h, a[h]);
-        store(to + kUnitBytes + 32 * h, b[h]);
+    for (std::size_t u = 0; u < w.segment / 4; u += kUnits<kBits>) {
+      __m256i half[2][kUnits<kBits>];
+      stream.take(zeros, half);
+      for (int i = 0; i < kUnits<kBits>; ++i, to += kUnitBytes) {
+        store(to, half[0][i]);
+        store(to + 32, half[1][i]);
       }
     }
   }
   return codes;
 }
 
-template <bool kNibbles, bool kSparse>
+template <int kBits, bool kSparse>
 void multiply_many(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y,
                    std::size_t y_stride, std::uint8_t* scratch) {
   float* const sums = reinterpret_cast<float*>(scratch + kChunkInputs * kTileRows * sizeof(float));
   for (std::size_t tile = first; tile < last; ++tile) {
     std::memset(sums, 0, x.tokens * kTileRows * sizeof(float));
     for (std::size_t chunk = 0; chunk < w.chunks(); ++chunk) {
-      const std::uint8_t* codes = expand<kNibbles, kSparse>(w, tile, chunk, scratch);
+      const std::uint8_t* codes = expand<kBits, kSparse>(w, tile, chunk, scratch);
       for (std::size_t s = 0; s < w.segments_of(chunk); ++s, codes += w.segment * kTileRows) {
-        multiply_accumulate_all<kNibbles>(w, x, tile, chunk * w.chunk_segments() + s, codes, sums);
+        multiply_accumulate_all<kBits>(w, x, tile, chunk * w.chunk_segments() + s, codes, sums);
       }
     }
     for (std::size_t t = 0; t < x.tokens; ++t) write(w, tile, sums + t * kTileRows, x.steps[t], y + t * y_stride);
   }
 }
 
-template <bool kNibbles, bool kSparse>
+template <int kBits, bool kSparse>
 void run_codes(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y,
                std::size_t y_stride, std::uint8_t* scratch) {
-  if (x.tokens > 1) return multiply_many<kNibbles, kSparse>(w, x, first, last, y, y_stride, scratch);
-  if (x.planes == 1) return multiply<kNibbles, kSparse, 1>(w, x, first, last, y);
-  multiply<kNibbles, kSparse, 2>(w, x, first, last, y);
+  if (x.tokens > 1) return multiply_many<kBits, kSparse>(w, x, first, last, y, y_stride, scratch);
+  if (x.planes == 1) return multiply<kBits, kSparse, 1>(w, x, first, last, y);
+  multiply<kBits, kSparse, 2>(w, x, first, last, y);
 }
 
 // For 8 mask bits: where each of 8 numbers comes from, the highest bit set where its own is clear. Of two bytes each as
@@ -385,9 +456,12 @@ void run(const LinearView& w, const Inputs& x, std::size_t first, std::size_t la
     (w.sparse() ? sparse : dense)(w, x, first, last, y, y_stride, scratch);
   };
   switch (w.kind) {
-    case WeightKind::codes2: return;  // input-major only
-    case WeightKind::codes4: return go(run_codes<true, false>, run_codes<true, true>);
-    case WeightKind::codes8: return go(run_codes<false, false>, run_codes<false, true>);
+    case WeightKind::codes2: return run_codes<2, false>(w, x, first, last, y, y_stride, scratch);
+    case WeightKind::codes3: return run_codes<3, false>(w, x, first, last, y, y_stride, scratch);
+    case WeightKind::codes5: return run_codes<5, false>(w, x, first, last, y, y_stride, scratch);
+    case WeightKind::codes6: return run_codes<6, false>(w, x, first, last, y, y_stride, scratch);
+    case WeightKind::codes4: return go(run_codes<4, false>, run_codes<4, true>);
+    case WeightKind::codes8: return go(run_codes<8, false>, run_codes<8, true>);
     case WeightKind::bf16: return go(run_floats<true, false>, run_floats<true, true>);
     case WeightKind::f32: return go(run_floats<false, false>, run_floats<false, true>);
   }

@@ -7,6 +7,7 @@
 //                             with minima      sum = fma(float(Σx), minima, sum)
 //
 //   4 bits: 64 bytes hold both units, a = low nibbles, b = high ones, left times 16 (its sums are divided once)
+//   2, 3, 5 and 6 bits: groups of four or eight units, some of them times a power of two (avx512.inl)
 //   sparse: vpexpandb spreads the next kept bytes over the set bits of a 64-bit mask, zero points elsewhere
 //
 // One token: from the stream of weights into four accumulators. Several tokens: chunks of two tiles are expanded into
@@ -24,47 +25,58 @@ namespace {
 #include "linear/avx512_multiply_accumulate.inl"
 
 // One token.
-template <bool kNibbles, bool kSparse, int kPlanes>
+template <int kBits, bool kSparse, int kPlanes>
 void multiply(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y) {
-  constexpr int kWays = kPlanes == 1 ? 4 : 2;  // accumulators in turn, so that none waits for its own last result
+  using P = Packed<kBits>;
+  // Groups in turn, each with sums of its own, so that none waits for its own last result.
+  constexpr int kTurns = kPlanes == 1 && P::kUnits < 8 ? 2 : 1, kSums = kTurns * P::kWays;
   const std::size_t units = w.segment / 4;
   for (std::size_t tile = first; tile < last; ++tile) {
     __m512 sum = _mm512_setzero_ps();
     std::size_t segment = 0;
     for (std::size_t chunk = 0; chunk < w.chunks(); ++chunk) {
-      Stream<kNibbles, kSparse> stream(start_of(w, tile, chunk));
+      Stream<kBits, kSparse> stream(start_of(w, tile, chunk));
       const std::size_t end = segment + w.segments_of(chunk);
       for (; segment < end; ++segment) {
         const std::size_t scale = (tile * w.scales_per_row() + segment / w.segments_per_scale) * kTileRows;
         const Zeros zeros = zeros_at(w, scale);
         const std::int8_t* in[kPlanes];
-        __m512i total[kPlanes][kWays];
+        __m512i total[kPlanes][kSums];
         for (int p = 0; p < kPlanes; ++p) {
           in[p] = x.plane[p] + segment * w.segment;
           total[p][0] = correction(w, zeros, x.sums[p][segment]);
-          for (int way = 1; way < kWays; ++way) total[p][way] = _mm512_setzero_si512();
+#pragma GCC unroll 16
+          for (int way = 1; way < kSums; ++way) total[p][way] = _mm512_setzero_si512();
         }
-        const auto pair = [&](std::size_t u, int way) {
-          __m512i a, b;
-          stream.take(zeros.bytes, zeros.high, a, b);
-          for (int p = 0; p < kPlanes; ++p) {
-            total[p][way] = _mm512_dpbusd_epi32(total[p][way], a, broadcast4(in[p] + 4 * u));
-            total[p][way + 1] = _mm512_dpbusd_epi32(total[p][way + 1], b, broadcast4(in[p] + 4 * u + 4));
+        const auto group = [&](std::size_t u, int turn) {
+          __m512i unit[P::kUnits];
+          stream.take(zeros, unit);
+#pragma GCC unroll 16
+          for (int i = 0; i < P::kUnits; ++i) {
+            const int way = turn * P::kWays + P::kWay[i];
+            for (int p = 0; p < kPlanes; ++p) {
+              const __m512i four = broadcast4(in[p] + 4 * (u + static_cast<std::size_t>(i)));
+              total[p][way] = _mm512_dpbusd_epi32(total[p][way], unit[i], four);
+            }
           }
         };
         std::size_t u = 0;
-        for (; u + kWays <= units; u += kWays) {
-          for (int way = 0; way < kWays; way += 2) pair(u + static_cast<std::size_t>(way), way);
+        if constexpr (kTurns == 2) {
+          for (; u + 2 * P::kUnits <= units; u += 2 * P::kUnits) {
+            group(u, 0);
+            group(u + P::kUnits, 1);
+          }
         }
-        for (; u < units; u += 2) pair(u, 0);
+        for (; u < units; u += P::kUnits) group(u, 0);
         __m512 whole[kPlanes];
         for (int p = 0; p < kPlanes; ++p) {
-          if constexpr (kWays == 4) {
-            total[p][0] = _mm512_add_epi32(total[p][0], total[p][2]);
-            total[p][1] = _mm512_add_epi32(total[p][1], total[p][3]);
+#pragma GCC unroll 16
+          for (int way = 0; way < P::kWays; ++way) {
+            if constexpr (kTurns == 2) total[p][way] = _mm512_add_epi32(total[p][way], total[p][P::kWays + way]);
+            const unsigned shift = shift_of_way<kBits>(way);
+            if (shift) total[p][way] = _mm512_srai_epi32(total[p][way], shift);
+            if (way) total[p][0] = _mm512_add_epi32(total[p][0], total[p][way]);
           }
-          if constexpr (kNibbles) total[p][1] = _mm512_srai_epi32(total[p][1], 4);
-          total[p][0] = _mm512_add_epi32(total[p][0], total[p][1]);
           whole[p] = _mm512_cvtepi32_ps(total[p][0]);
         }
         if constexpr (kPlanes == 2) whole[0] = _mm512_fmadd_ps(whole[0], _mm512_set1_ps(256), whole[1]);
@@ -76,11 +88,12 @@ void multiply(const LinearView& w, const Inputs& x, std::size_t first, std::size
       }
     }
     const __mmask16 real = static_cast<__mmask16>((1u << rows_of(w, tile)) - 1);
-    _mm512_mask_storeu_ps(y + tile * kTileRows, real, _mm512_mul_ps(sum, _mm512_set1_ps(x.steps[0])));
+    sum = _mm512_mul_ps(row_scaled(w, tile, sum), _mm512_set1_ps(x.steps[0]));
+    _mm512_mask_storeu_ps(y + tile * kTileRows, real, sum);
   }
 }
 
-template <bool kNibbles, bool kSparse, int kPlanes>
+template <int kBits, bool kSparse, int kPlanes>
 void multiply_many(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y,
                    std::size_t y_stride, std::uint8_t* scratch) {
   constexpr std::size_t kChunkCodes = kChunkInputs * kTileRows;
@@ -90,7 +103,7 @@ void multiply_many(const LinearView& w, const Inputs& x, std::size_t first, std:
     std::memset(sums, 0, x.tokens * 2 * kTileRows * sizeof(float));
     for (std::size_t chunk = 0; chunk < w.chunks(); ++chunk) {
       for (std::size_t i = 0; i < tiles; ++i) {
-        expand<kNibbles, kSparse>(w, tile + i, chunk, scratch + i * kChunkCodes);
+        expand<kBits, kSparse>(w, tile + i, chunk, scratch + i * kChunkCodes);
       }
       for (std::size_t s = 0; s < w.segments_of(chunk); ++s) {
         const std::size_t segment = chunk * w.chunk_segments() + s;
@@ -103,15 +116,15 @@ void multiply_many(const LinearView& w, const Inputs& x, std::size_t first, std:
   }
 }
 
-template <bool kNibbles, bool kSparse>
+template <int kBits, bool kSparse>
 void run_codes(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y,
                std::size_t y_stride, std::uint8_t* scratch) {
   if (x.tokens == 1) {
-    if (x.planes == 1) return multiply<kNibbles, kSparse, 1>(w, x, first, last, y);
-    return multiply<kNibbles, kSparse, 2>(w, x, first, last, y);
+    if (x.planes == 1) return multiply<kBits, kSparse, 1>(w, x, first, last, y);
+    return multiply<kBits, kSparse, 2>(w, x, first, last, y);
   }
-  if (x.planes == 1) return multiply_many<kNibbles, kSparse, 1>(w, x, first, last, y, y_stride, scratch);
-  return multiply_many<kNibbles, kSparse, 2>(w, x, first, last, y, y_stride, scratch);
+  if (x.planes == 1) return multiply_many<kBits, kSparse, 1>(w, x, first, last, y, y_stride, scratch);
+  return multiply_many<kBits, kSparse, 2>(w, x, first, last, y, y_stride, scratch);
 }
 
 // A tile's weights as float32, unit after unit of one chunk: two inputs of bfloat16 or one of float32.
@@ -304,13 +317,16 @@ void run_floats(const LinearView& w, const Inputs& x, std::size_t first, std::si
 void run(const LinearView& w, const Inputs& x, std::size_t first, std::size_t last, float* y, std::size_t y_stride,
          std::uint8_t* scratch) {
   switch (w.kind) {
-    case WeightKind::codes2: return;  // input-major only
+    case WeightKind::codes2: return run_codes<2, false>(w, x, first, last, y, y_stride, scratch);
+    case WeightKind::codes3: return run_codes<3, false>(w, x, first, last, y, y_stride, scratch);
+    case WeightKind::codes5: return run_codes<5, false>(w, x, first, last, y, y_stride, scratch);
+    case WeightKind::codes6: return run_codes<6, false>(w, x, first, last, y, y_stride, scratch);
     case WeightKind::codes4:
-      if (w.sparse()) return run_codes<true, true>(w, x, first, last, y, y_stride, scratch);
-      return run_codes<true, false>(w, x, first, last, y, y_stride, scratch);
+      if (w.sparse()) return run_codes<4, true>(w, x, first, last, y, y_stride, scratch);
+      return run_codes<4, false>(w, x, first, last, y, y_stride, scratch);
     case WeightKind::codes8:
-      if (w.sparse()) return run_codes<false, true>(w, x, first, last, y, y_stride, scratch);
-      return run_codes<false, false>(w, x, first, last, y, y_stride, scratch);
+      if (w.sparse()) return run_codes<8, true>(w, x, first, last, y, y_stride, scratch);
+      return run_codes<8, false>(w, x, first, last, y, y_stride, scratch);
     case WeightKind::bf16:
       if (w.sparse()) return run_floats<true, true>(w, x, first, last, y, y_stride, scratch);
       return run_floats<true, false>(w, x, first, last, y, y_stride, scratch);

@@ -5,11 +5,12 @@
 //
 //   per segment and output: total = −zero·Σx + Σ code·x  (32 bits)    sum = fma(float(total), scale, sum)
 //                            with minima, then:             sum = fma(float(Σx), minimum, sum)
-//   y = sum · step of the token
+//   y = sum · step of the token       with scales of one byte: (sum · row scale) · step
 #include <cmath>
 #include <cstring>
 
 #include "cpu/tables.hpp"
+#include "linear/dense_code.hpp"
 
 namespace tulle {
 namespace {
@@ -21,7 +22,8 @@ bool kept(const LinearView& w, std::size_t index) { return (w.masks[index / 8] >
 unsigned low(std::uint8_t pair) { return pair & 15u; }
 unsigned high(std::uint8_t pair) { return pair >> 4; }
 
-// The codes that are stored, one after the other. Of 4 bits, both units of a pair are counted from its first byte.
+// The codes that a sparse linear stores, one after the other. Of 4 bits, both units of a pair are counted from its first
+// byte.
 class Codes {
  public:
   Codes(WeightKind kind, const std::uint8_t* values) : nibbles_(kind == WeightKind::codes4), values_(values) {}
@@ -49,11 +51,14 @@ class Codes {
 void expand_codes(const LinearView& w, std::size_t tile, std::size_t chunk, std::uint8_t* codes) {
   const std::size_t first = (tile * w.padded() + chunk * w.chunk_segments() * w.segment) * kTileRows;
   const std::size_t per_segment = w.segment * kTileRows, count = w.segments_of(chunk) * per_segment;
-  const std::size_t dense = w.kind == WeightKind::codes4 ? first / 2 : first;
-  Codes stored(w.kind, w.values + (w.sparse() ? w.offsets[tile * w.chunks() + chunk] : dense));
+  if (!w.sparse()) {
+    for (std::size_t i = 0; i < count; ++i) codes[i] = static_cast<std::uint8_t>(dense_code(w.kind, w.values, first + i));
+    return;
+  }
+  Codes stored(w.kind, w.values + w.offsets[tile * w.chunks() + chunk]);
   for (std::size_t i = 0; i < count; ++i) {
     stored.at(i);
-    if (w.sparse() && !kept(w, first + i)) {
+    if (!kept(w, first + i)) {
       const std::size_t scale = (chunk * w.chunk_segments() + i / per_segment) / w.segments_per_scale;
       codes[i] = w.zeros ? w.zeros[(tile * w.scales_per_row() + scale) * kTileRows + i / 4 % kTileRows] : w.zero;
       continue;
@@ -138,7 +143,8 @@ void run(const LinearView& w, const Inputs& x, std::size_t first, std::size_t la
     for (std::size_t t = 0; t < x.tokens; ++t) {
       for (std::size_t row = 0; row < rows_of(w, tile); ++row) {
         const float sum = sums[t * kTileRows + row];
-        y[t * y_stride + tile * kTileRows + row] = w.is_codes() ? sum * x.steps[t] : sum;
+        const std::size_t at = tile * kTileRows + row;
+        y[t * y_stride + at] = w.is_codes() ? row_scaled(w, at, sum) * x.steps[t] : sum;
       }
     }
   }

@@ -1,6 +1,6 @@
 // How the linears' kernel files on x86 stream through weights in tiles. Internal linkage only: see cpu/tables.hpp.
 //
-//   dense    values ─►  [unit][unit][unit] …
+//   dense    values ─►  [group of units][group of units] …
 //   sparse   masks  ─►  [64 bits][64 bits] …       two streams side by side, each prefetched
 //            values ─►  [kept of the first][kept of the second] …
 
@@ -13,14 +13,7 @@ struct Start {
 static inline Start start_of(const LinearView& w, std::size_t tile, std::size_t chunk) {
   const std::size_t first = (tile * w.padded() + chunk * w.chunk_segments() * w.segment) * kTileRows;
   if (w.sparse()) return {w.values + w.offsets[tile * w.chunks() + chunk], w.masks + first / 8};
-  switch (w.kind) {
-    case WeightKind::codes2: break;  // input-major only
-    case WeightKind::codes4: return {w.values + first / 2, nullptr};
-    case WeightKind::codes8: return {w.values + first, nullptr};
-    case WeightKind::bf16: return {w.values + 2 * first, nullptr};
-    case WeightKind::f32: return {w.values + 4 * first, nullptr};
-  }
-  return {w.values, nullptr};
+  return {w.values + first * bits_of(w.kind) / 8, nullptr};
 }
 
 // Of sparse weights: masks and what they keep are two slow streams, with which the processor's own prefetchers, stopped

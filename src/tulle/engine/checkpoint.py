@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tulle.errors import UserError
-from tulle.format.pack import STORAGE, unpack_stored
+from tulle.format.pack import STORAGE, bf16_to_f32, unpack_stored, unpack_zero_point
 from tulle.format.spec import LinearSpec
 from tulle.models.gguf.source import GgufSource
 from tulle.models.source import TensorSource, describe_source, open_source, packed_by_tulle, require_finite
@@ -64,12 +64,50 @@ class StoredLinear:
     bits: int | None = None
     """Of the codes; None: weights in floats."""
     scale: NDArray[Any] | None = None
-    """``[C_out, G]``, of codes: bits of bfloat16 (uint16), float16 or float32."""
+    """``[C_out, G]``, of codes: bits of bfloat16 (uint16), float16, float32, or uint8 with ``row_scale``."""
     zero_point: NDArray[np.uint8] | None = None
     """``[C_out, G]``; None: ``zero``, or where that is None too 2^(bits − 1)."""
     minimum: NDArray[Any] | None = None
     """``[C_out, G]``, of the scale's dtype: weight = scale·(code − zero point) + minimum; None: 0."""
     zero: int | None = None
+    row_scale: NDArray[np.float32] | None = None
+    """``[C_out]``, what scales in uint8 are multiplied with."""
+
+    def with_whole_scales(self) -> StoredLinear:
+        """Scales in uint8 multiplied with their rows', in float32, which holds them exactly."""
+        if self.row_scale is None or self.scale is None:
+            return self
+        return replace(self, scale=self.scale.astype(np.float32) * self.row_scale[:, None], row_scale=None)
+
+    def floats(self) -> NDArray[np.float32]:
+        """``[C_out, C_in]``: what codes stand for, without a mask."""
+        whole = self.with_whole_scales()
+        if whole.scale is None or whole.bits is None:
+            return bf16_to_f32(self.values) if self.values.dtype == np.uint16 else self.values
+        scale = _wide(whole.scale)
+        zero: Any = 1 << (whole.bits - 1) if whole.zero is None else whole.zero
+        if whole.zero_point is not None:
+            zero = whole.zero_point.astype(np.float32)[:, :, None]
+        grouped = whole.values.reshape(*whole.scale.shape, -1).astype(np.float32) - np.float32(zero)
+        grouped *= scale[:, :, None]
+        if whole.minimum is not None:
+            grouped += _wide(whole.minimum)[:, :, None]
+        return grouped.reshape(whole.values.shape)
+
+
+def _wide(numbers: NDArray[Any]) -> NDArray[np.float32]:
+    """Scales or minima in float32; uint16 are bits of bfloat16."""
+    return bf16_to_f32(numbers) if numbers.dtype == np.uint16 else numbers.astype(np.float32)
+
+
+def _finite(name: str, found: StoredLinear) -> StoredLinear:
+    """Raises ``UserError`` where weights or scales of a linear are not finite."""
+    if found.bits is None:
+        require_finite(f"{name}.weight", found.values, "BF16" if found.values.dtype == np.uint16 else "F32")
+    for suffix, numbers in (("scale", found.scale), ("row_scale", found.row_scale)):
+        if numbers is not None and numbers.dtype != np.uint8:
+            require_finite(f"{name}.{suffix}", numbers, "BF16" if numbers.dtype == np.uint16 else "F32")
+    return found
 
 
 class Source(Checkpoint):
@@ -93,12 +131,22 @@ class Source(Checkpoint):
         self.biased = {layer.prefix + linear.name for layer in layers for linear in layer.linears() if linear.bias}
 
     def coded(self, name: str, shape: tuple[int, int]) -> StoredLinear | None:
-        """A tensor of another tool's codes, as they are stored; None of one in floats."""
+        """A tensor (``NAME.weight``) that is stored in codes, packed or another tool's, as it is; None of one in
+        floats."""
+        module = name.removesuffix(".weight")
+        if (spec := self.specs.get(module)) is not None:
+            return None if spec.bits is None else _finite(module, self._packed(module, shape, spec))
         if not isinstance(self.source, GgufSource) or (found := self.source.coded(name)) is None:
             return None
         if found.codes.shape != shape:
             raise UserError(f"expected {name} of shape {list(shape)}, found {list(found.codes.shape)}")
         return StoredLinear(found.codes, None, found.bits, found.scale, minimum=found.minimum, zero=found.zero)
+
+    def coded_bits(self, name: str) -> int | None:
+        """Of the codes that a tensor is stored in, without reading it; None of one in floats."""
+        if (spec := self.specs.get(name.removesuffix(".weight"))) is not None:
+            return spec.bits
+        return self.source.bits(name) if isinstance(self.source, GgufSource) else None
 
     def embedding_name(self) -> str:
         """The embedding's name in the files."""
@@ -110,27 +158,21 @@ class Source(Checkpoint):
 
     def linear(self, name: str) -> StoredLinear:
         """A linear, unpacked. Raises ``UserError`` where its tensors are missing, damaged, not finite or do not fit."""
-        found = self._linear(name)
-        kind = "BF16" if found.values.dtype == np.uint16 else "F32"
-        if found.bits is None:
-            require_finite(f"{name}.weight", found.values, kind)
-        elif found.scale is not None:
-            require_finite(f"{name}.scale", found.scale, "BF16" if found.scale.dtype == np.uint16 else "F32")
-        return found
+        return _finite(name, self._linear(name))
 
     def require_finite(self) -> None:
         """Raises ``UserError`` where a tensor besides the linears' weights, which are checked as they are read, holds
         NaN or Inf. Reads them all: for when the engine's copy of the weights is made."""
         model = self.description
-        linears = {f"{name}.weight" for name in self.shapes}
+        linears = {f"{name}.weight" for name in (*self.shapes, *self.specs)}
         names = (model.outer_tensors().keys() - {model.embedding}) | {self.embedding_name(), self.head_name()}
-        names |= {layer.prefix + name for layer in model.layers for name in layer.tensors()} - linears
+        names |= {layer.prefix + name for layer in model.layers for name in layer.tensors()}
         names |= {
             f"{name}.{suffix}"
             for name, spec in self.specs.items()
             for suffix in spec.stored_tensors().keys() - spec.tensors().keys()
         }
-        for name in sorted(names):
+        for name in sorted(names - linears):
             if (kind := self.dtype(name)) in FLOATS:
                 require_finite(name, self.tensor(name), kind)
 
@@ -140,6 +182,9 @@ class Source(Checkpoint):
             return coded
         if spec is None:
             return StoredLinear(self.kernel_floats(f"{name}.weight", shape))
+        return self._packed(name, shape, spec)
+
+    def _packed(self, name: str, shape: tuple[int, int], spec: LinearSpec) -> StoredLinear:
         if spec.shape != shape:
             raise UserError(f"expected {name} of shape {list(shape)}, found {list(spec.shape)} in quantization_config")
         arrays = {suffix: self._as_stored(f"{name}.{suffix}", kind) for suffix, (kind, _) in spec.tensors().items()}
@@ -149,7 +194,9 @@ class Source(Checkpoint):
             raise UserError(f"{name}, {error}") from None
         if spec.bits is None and spec.values_dtype != "bfloat16":
             values = values.astype(np.float32)
-        return StoredLinear(values, mask, spec.bits, arrays.get("scale"), arrays.get("zero_point"))
+        row_scale = bf16_to_f32(arrays["row_scale"]) if "row_scale" in arrays else None
+        zero_point = unpack_zero_point(spec, arrays)
+        return StoredLinear(values, mask, spec.bits, arrays.get("scale"), zero_point, row_scale=row_scale)
 
     def _as_stored(self, name: str, kind: str) -> NDArray[Any]:
         found = self.tensor(name)

@@ -98,7 +98,7 @@ def check_layout(layout: str) -> None:
 
 def layouts_for(source: Source) -> list[ModelLayout]:
     """What ``auto`` chooses from."""
-    specs = list(source.specs.values())
+    specs = [spec for name, spec in source.specs.items() if name in source.shapes]
     pruned = any(spec.sparse for spec in specs)
     found = [ModelLayout.SPARSE, *([ModelLayout.DENSE] if pruned else [])]
     codes = [spec for spec in specs if spec.bits is not None]

@@ -1,8 +1,9 @@
 """Packs weights into the order that the kernels read: native/include/tulle/linear.hpp defines it, with pictures.
 
 Rows come in tiles of 16, padded; the input channels of one scale in equal *segments* of at most 512, padded to whole
-ones. In *tiles*, codes lie unit after unit: 4 inputs × 16 outputs, output major; bfloat16 2 × 16; float32 1 × 16. A
-sparse linear has a bit per weight in that order, and offsets to the kept values of every *chunk* (as many segments as
+ones. In *tiles*, codes lie unit after unit: 4 inputs × 16 outputs, output major; bfloat16 2 × 16; float32 1 × 16. Dense
+codes of 2 to 6 bits share bytes with those of other units of their *group*, and a segment is whole groups. A sparse
+linear has a bit per weight in that order, and offsets to the kept values of every *chunk* (as many segments as
 fit into 512 inputs).
 
 *Input-major*, where tokens leave most inputs out: what one input multiplies of 64 bytes of outputs is a *cache line*;
@@ -33,7 +34,17 @@ BLOCK = 64
 PANEL_LINES = 96
 """Of 2-bit codes half as many."""
 LINE_OUTPUTS = {WeightKind.CODES2: 256, WeightKind.CODES4: 128, WeightKind.CODES8: 64}
-UNIT_INPUTS = {WeightKind.CODES4: 4, WeightKind.CODES8: 4, WeightKind.BF16: 2, WeightKind.F32: 1}
+BITS = {
+    WeightKind.CODES2: 2, WeightKind.CODES3: 3, WeightKind.CODES4: 4, WeightKind.CODES5: 5, WeightKind.CODES6: 6,
+    WeightKind.CODES8: 8,
+}  # fmt: skip
+"""Of dense codes in tiles."""
+GROUP_UNITS = {
+    WeightKind.CODES2: 4, WeightKind.CODES3: 8, WeightKind.CODES4: 2, WeightKind.CODES5: 8, WeightKind.CODES6: 4,
+    WeightKind.CODES8: 1,
+}  # fmt: skip
+"""Units that share bytes, in dense tiles."""
+UNIT_INPUTS = dict.fromkeys(BITS, 4) | {WeightKind.BF16: 2, WeightKind.F32: 1}
 
 
 class ModelLayout(StrEnum):
@@ -87,11 +98,12 @@ class Geometry:
         return np.arange(0, self.padded, step)
 
 
-def geometry(shape: tuple[int, int], scales: int, line: int = TILE) -> Geometry:
-    """Cuts a row into segments of at most 512 inputs so that padding is least, then segments longest."""
+def geometry(shape: tuple[int, int], scales: int, line: int = TILE, step: int = 8) -> Geometry:
+    """Cuts a row into segments of at most 512 inputs, multiples of ``step``, so that padding is least, then segments
+    longest."""
     rows, columns = shape
     width = columns // scales
-    candidates = range(8, min(CHUNK, -(-width // 8) * 8) + 1, 8)
+    candidates = range(step, min(CHUNK, -(-width // step) * step) + 1, step)
     segment = min(candidates, key=lambda s: (-(-width // s) * s, -s))
     return Geometry(rows, columns, segment, -(-width // segment), scales, line)
 
@@ -116,11 +128,28 @@ def _per_tile(values: NDArray[Any], cut: Geometry, input_major: bool) -> NDArray
 
 
 def _stored(kind: WeightKind, units: NDArray[Any]) -> NDArray[np.uint8]:
-    """Bytes of dense values. Nibbles of two consecutive units share bytes."""
-    if kind is WeightKind.CODES4:
-        pairs = units.reshape(-1, 2, 64)
-        return (pairs[:, 0] | pairs[:, 1] << 4).reshape(-1)
-    return np.ascontiguousarray(units).reshape(-1).view(np.uint8)
+    """Bytes of dense values: of codes those of a group's units together, as linear.hpp draws them."""
+    if kind not in BITS or kind is WeightKind.CODES8:
+        return np.ascontiguousarray(units).reshape(-1).view(np.uint8)
+    u = units.reshape(-1, GROUP_UNITS[kind], 64).transpose(1, 0, 2)
+    parts = {
+        WeightKind.CODES2: lambda: [u[0] | u[1] << 2 | u[2] << 4 | u[3] << 6],
+        WeightKind.CODES3: lambda: [
+            u[0] | u[1] << 3 | u[6] >> 1 << 6,
+            u[2] | u[3] << 3 | u[7] >> 1 << 6,
+            u[4] | u[5] << 3 | (u[6] & 1) << 6 | u[7] << 7,
+        ],
+        WeightKind.CODES4: lambda: [u[0] | u[1] << 4],
+        WeightKind.CODES5: lambda: [
+            u[0] | u[5] >> 2 << 5,
+            u[1] | u[6] >> 2 << 5,
+            u[2] | u[7] >> 2 << 5,
+            u[3] | (u[7] & 1) << 5 | u[5] << 6,
+            u[4] | (u[7] >> 1 & 1) << 5 | u[6] << 6,
+        ],
+        WeightKind.CODES6: lambda: [u[0] | u[3] >> 4 << 6, u[1] | u[3] >> 2 << 6, u[2] | u[3] << 6],
+    }[kind]()
+    return np.stack(parts, axis=1).reshape(-1)
 
 
 def _kept(
@@ -235,20 +264,40 @@ def input_major_kind(bits: int, sparse: bool) -> WeightKind:
     return WeightKind.CODES2 if bits <= 2 and not sparse else WeightKind.CODES4 if bits <= 4 else WeightKind.CODES8
 
 
+def tiles_kind(bits: int, sparse: bool, width: int) -> WeightKind:
+    """How codes of so many bits with a scale per ``width`` inputs are stored in tiles: in the fewest bytes. Groups that
+    are longer than a scale's inputs would be mostly padding, so that a wider kind may take less."""
+    if sparse:
+        return WeightKind.CODES4 if bits <= 4 else WeightKind.CODES8
+
+    def cost(kind: WeightKind) -> tuple[int, int]:
+        cut = geometry((1, width), 1, TILE, segment_step(kind))
+        return cut.padded * BITS[kind], -BITS[kind]
+
+    return min((kind for kind, stored in BITS.items() if stored >= bits), key=cost)
+
+
+def segment_step(kind: WeightKind, sparse: bool = False) -> int:
+    """What the inputs of a segment in tiles are a multiple of: those of whole groups of units, at least 8."""
+    return 8 if sparse else max(8, 4 * GROUP_UNITS.get(kind, 1))
+
+
 def for_kernels(stored: StoredLinear, block_inputs: int = 0) -> tuple[LinearFacts, dict[str, NDArray[Any]]]:
     """(facts, arrays) of a linear: in tiles (``block_inputs`` 0), or input-major in blocks of 1 or 4 inputs, of codes
     alone."""
     values, mask, bits = stored.values, stored.mask, stored.bits
-    line = TILE
+    line, step = TILE, 8
+    scales = 1 if stored.scale is None else stored.scale.shape[1]
     if bits is None:
         kind = WeightKind.BF16 if values.dtype == np.uint16 else WeightKind.F32
     elif block_inputs:
         kind = input_major_kind(bits, mask is not None)
         line = LINE_OUTPUTS[kind]
+        stored = stored.with_whole_scales()
     else:
-        kind = WeightKind.CODES4 if bits <= 4 else WeightKind.CODES8
-    scales = 1 if stored.scale is None else stored.scale.shape[1]
-    cut = geometry((values.shape[0], values.shape[1]), scales, line)
+        kind = tiles_kind(bits, mask is not None, values.shape[1] // scales)
+        step = segment_step(kind, mask is not None)
+    cut = geometry((values.shape[0], values.shape[1]), scales, line, step)
     arrays = (
         arrange_input_major(kind, values, mask, cut, block_inputs) if block_inputs else arrange(kind, values, mask, cut)
     )
@@ -257,6 +306,9 @@ def for_kernels(stored: StoredLinear, block_inputs: int = 0) -> tuple[LinearFact
     if stored.scale is not None:
         scale_kind = ScaleKind.of(stored.scale)
         arrays["scales"] = _bits(_per_tile(stored.scale, cut, block_inputs > 0))
+    if stored.row_scale is not None:
+        arrays["row_scales"] = np.zeros(cut.tiles * TILE, np.float32)
+        arrays["row_scales"][: cut.rows] = stored.row_scale
     if stored.minimum is not None:
         arrays["minima"] = _bits(_per_tile(stored.minimum, cut, block_inputs > 0))
     if stored.zero_point is not None:

@@ -95,7 +95,8 @@ class Engine:
     run at once; ``cache``: keys and values in f32, bf16, int8 or int4 [int8 where the model quantises them anyway,
     else f32 up to 256 MB, then bf16]; ``activations``: ``as quantised`` (as the recipe said; 16 bits where it left the
     inputs of integer weights unquantised) or ``int8`` (8 bits per token there, faster); ``head``: the output head in
-    int8, int4 (not of a Scaling Transformer), bf16, or as stored; ``layout`` of the weights: ``sparse``, ``dense``
+    int8, int4 (not of a Scaling Transformer), bf16, or as stored (one in codes is, unless int4 is asked for and it has
+    more bits); ``layout`` of the weights: ``sparse``, ``dense``
     (pruned ones densified), ``input-major``, ``dense input-major`` (inputs that are left out are not read) or what is
     faster here, which is tried once [``auto``]; ``weights`` of a Scaling Transformer: f32, bf16, int8 [as stored], int8
     with inputs of 8 bits whatever ``activations`` says (see :mod:`tulle.engine.scaling`); ``cache_memory``: bytes of

@@ -30,30 +30,36 @@ def consecutive_pages(slots: int, context: int) -> NDArray[np.int32]:
 
 
 class WeightKind(StrEnum):
-    """How a weight is stored. Codes of 2 bits are input-major only."""
+    """How a weight is stored. Sparse codes have 4 or 8 bits, input-major ones 2, 4 or 8."""
 
     CODES2 = "codes2"
+    CODES3 = "codes3"
     CODES4 = "codes4"
+    CODES5 = "codes5"
+    CODES6 = "codes6"
     CODES8 = "codes8"
     BF16 = "bf16"
     F32 = "f32"
 
     @property
     def is_codes(self) -> bool:
-        return self in (WeightKind.CODES2, WeightKind.CODES4, WeightKind.CODES8)
+        return self not in (WeightKind.BF16, WeightKind.F32)
 
 
 class ScaleKind(StrEnum):
-    """In what the scales and minima of codes are stored."""
+    """In what the scales and minima of codes are stored; u8 beside a float per row, in tiles and without minima."""
 
     BF16 = "bf16"
     F16 = "f16"
     F32 = "f32"
+    U8 = "u8"
 
     @staticmethod
     def of(scale: NDArray[Any]) -> ScaleKind:
         """Of an array: bits of bfloat16 are uint16."""
-        kinds = {"uint16": ScaleKind.BF16, "float16": ScaleKind.F16, "float32": ScaleKind.F32}
+        kinds = {
+            "uint16": ScaleKind.BF16, "float16": ScaleKind.F16, "float32": ScaleKind.F32, "uint8": ScaleKind.U8,
+        }  # fmt: skip
         return kinds[scale.dtype.name]
 
 
@@ -175,7 +181,7 @@ class Linear:
     offsets: NDArray[np.uint64] | None
     starts: NDArray[np.uint32] | None
     scales: NDArray[Any] | None
-    """uint16 (bits of bfloat16 or half precision) or float32, as ``facts.scale_kind`` says."""
+    """uint16 (bits of bfloat16 or half precision), float32 or uint8, as ``facts.scale_kind`` says."""
     zeros: NDArray[np.uint8] | None
     minima: NDArray[Any] | None
     """Like ``scales``: what every weight of a scale has added. Of dense codes in tiles."""
@@ -184,6 +190,8 @@ class Linear:
     engine_grid: bool
     """The grid is not the model's but the engine's, which comes after the selection of inputs."""
     selection: Selection | None
+    row_scales: Floats | None = None
+    """Of scales in uint8: ``[tiles · 16]``, what the sums of rows are multiplied with."""
 
 
 @dataclass
@@ -212,7 +220,7 @@ class Layer:
 
 @dataclass
 class Table:
-    """``[vocabulary · hidden]`` numbers, bf16 or f32."""
+    """``[vocabulary · hidden]`` numbers, bf16 or f32. One in codes is a :class:`Linear` instead, of dense tiles."""
 
     kind: WeightKind
     values: NDArray[Any]
@@ -240,11 +248,12 @@ class Model:
     value: Grid
     head_rotation: Transform | None
     """Of every query and key head, after RoPE."""
-    embedding: Table
+    embedding: Table | Linear
+    """Of codes a linear: the head's own where the model ties them, so that the codes are in memory once."""
     layers: list[Layer]
     norm: Floats
     head: Group
-    exact_head: Table | None
+    exact_head: Table | Linear | None
     """The head as it was stored, where ``head`` is a rougher copy."""
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,14 @@ from tulle.format.pack import bf16_to_f32, f32_to_bf16
 from tulle.format.spec import LinearSpec
 from tulle.models.tensor_file import TensorFile
 
-LAYOUT = 12
+LAYOUT = 13
 """Of the file: another number, another file."""
 HEADS = ("int8", "int4", "bf16", "as stored")
-HEADS_AS_CODED = ("int8", "as stored")
-"""What asks for a head that is stored in codes (a GGUF file's) as it is stored: it has 8 bits at most."""
+EMBEDDING, HEAD, EXACT_HEAD = "embedding", "head", "exact_head"
+"""Names of the outer tables in the engine's file; the first and the last only where :func:`tables` lists them."""
 Progress = Callable[[str, int, int], None]
 Packed = tuple[str, LinearFacts, dict[str, NDArray[Any]]]
-"""Name, facts and arrays of linears that are fused (under the first one's name), or of the head."""
+"""Name, facts and arrays of linears that are fused (under the first one's name), or of an outer table."""
 
 
 def prepared(
@@ -44,7 +44,7 @@ def prepared(
     ``UserError`` for a checkpoint that is broken.
     """
     identity = f"{LAYOUT} {head} {layout} {source.identity()}"
-    names = {*(fused[0] for fused in fused_linears(source, layout)), "head"}
+    names = {*(fused[0] for fused in fused_linears(source, layout)), *tables(source, head)}
     paths = [folder / f"{head} {layout}.safetensors".replace(" ", "-") for folder in cache_folders(source)]
     for path in paths:
         known = _known(path, identity, names) if path.exists() else None
@@ -105,14 +105,17 @@ def convert(
     blocks: Iterable[int] | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Packed]:
-    """The linears of all blocks or of these, then the head."""
-    parts = [*fused_linears(source, layout, blocks), ()]
-    for number, names in enumerate(parts):
+    """The linears of all blocks or of these, then the outer tables."""
+    linears, outer = fused_linears(source, layout, blocks), tables(source, head)
+    for number, names in enumerate(linears):
         if progress:
-            progress("convert", number, len(parts))
-        stored = _read(source, names, layout) if names else quantised_head(source, head)
-        spec = source.specs.get(names[0]) if names else None
-        yield names[0] if names else "head", *for_kernels(stored, _block_inputs(spec, layout))
+            progress("convert", number, len(linears) + len(outer))
+        block_inputs = _block_inputs(source.specs.get(names[0]), layout)
+        yield names[0], *for_kernels(_read(source, names, layout), block_inputs)
+    for number, name in enumerate(outer, len(linears)):
+        if progress:
+            progress("convert", number, len(linears) + len(outer))
+        yield name, *for_kernels(_table(source, name, head))
 
 
 def fused_linears(source: Source, layout: ModelLayout, blocks: Iterable[int] | None = None) -> list[tuple[str, ...]]:
@@ -170,6 +173,7 @@ def _read(source: Source, names: tuple[str, ...], layout: ModelLayout) -> Stored
         parts = [_densified(part) for part in parts]
     if len(parts) == 1:
         return parts[0]
+    parts = [part.with_whole_scales() for part in parts]
     scales = [part.scale for part in parts if part.scale is not None]
     masks = [part.mask for part in parts if part.mask is not None]
     zeros = [part.zero_point for part in parts if part.zero_point is not None]
@@ -185,23 +189,54 @@ def _read(source: Source, names: tuple[str, ...], layout: ModelLayout) -> Stored
 def _densified(part: StoredLinear) -> StoredLinear:
     """Without its mask: a pruned weight is 0, or the code of its zero point."""
     if part.mask is None or part.bits is None:
-        return StoredLinear(part.values, None, part.bits, part.scale, part.zero_point)
+        return replace(part, mask=None)
     middle = np.full((len(part.values), 1), 1 << (part.bits - 1), np.uint8)
     zero = middle if part.zero_point is None else part.zero_point
     wide = zero.repeat(part.values.shape[1] // zero.shape[1], axis=1)
-    return StoredLinear(np.where(part.mask, part.values, wide), None, part.bits, part.scale, part.zero_point)
+    return replace(part, values=np.where(part.mask, part.values, wide), mask=None)
+
+
+def tables(source: Source, head: str) -> list[str]:
+    """The outer tables that the kernels need: the head; the embedding where it is stored in codes, unless it is the
+    same codes; a head in codes of which a rougher one is asked for."""
+    kept, tied = head_as_coded(source, head), source.description.tied
+    coded = [source.coded_bits(name) is not None for name in (source.embedding_name(), source.head_name())]
+    found = [HEAD]
+    if coded[0] and not (tied and kept):
+        found.append(EMBEDDING)
+    if coded[1] and not kept and not tied:
+        found.append(EXACT_HEAD)
+    return found
+
+
+def head_as_coded(source: Source, head: str) -> bool:
+    """Whether the head is stored in codes, and these are what is run: always, unless 4 bits are asked for and it has
+    more. Other tables than it would be no finer."""
+    bits = source.coded_bits(source.head_name())
+    return bits is not None and (head != "int4" or bits <= 4)
+
+
+def _table(source: Source, name: str, head: str) -> StoredLinear:
+    if name == HEAD:
+        return quantised_head(source, head)
+    stored = source.embedding_name() if name == EMBEDDING else source.head_name()
+    found = source.coded(stored, (source.description.vocabulary, source.description.hidden))
+    assert found is not None  # tables() lists those in codes
+    return found
 
 
 def quantised_head(source: Source, head: str) -> StoredLinear:
-    """The output head: int8 or int4 with a scale per 32 inputs, in floats, or in the codes that it is stored in.
-    The number of largest magnitude of 32 is the lowest 4-bit code, so that all sixteen are used."""
+    """The output head: int8 or int4 with a scale per 32 inputs, in floats, or in the codes that it is stored in
+    (:func:`head_as_coded`). Of 4 bits, the number of largest magnitude of 32 is the lowest code, so that all sixteen
+    are used."""
     name = source.head_name()
     shape = (source.description.vocabulary, source.description.hidden)
-    if head in HEADS_AS_CODED and (coded := source.coded(name, shape)) is not None:
+    coded = source.coded(name, shape) if source.coded_bits(name) is not None else None
+    if coded is not None and head_as_coded(source, head):
         return coded
     if head == "as stored":
         return StoredLinear(source.kernel_floats(name, shape))
-    weight = source.floats(name, shape)
+    weight = source.floats(name, shape) if coded is None else coded.floats()
     if head == "bf16":
         return StoredLinear(f32_to_bf16(weight))
     width = next((n for n in (32, 16, 8) if shape[1] % n == 0), shape[1])

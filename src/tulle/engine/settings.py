@@ -18,12 +18,12 @@ from tulle.engine.native_model import (
     Linear,
     LinearFacts,
     Model,
-    ScaleKind,
     Selection,
     Table,
     Transform,
     WeightKind,
 )
+from tulle.engine.prepare import EMBEDDING, EXACT_HEAD, HEAD
 from tulle.errors import UserError
 from tulle.format.spec import HeadSpec, LinearSpec
 from tulle.models.description import Decoder, Norm, Rotary
@@ -91,17 +91,32 @@ def settings_of(
         key=_head_grid(attention.key if attention else None),
         value=_head_grid(attention.value if attention else None),
         head_rotation=rotation,
-        embedding=_table(source, source.embedding_name()),
+        embedding=_embedding(source, linears, facts),
         layers=layers,
         norm=source.floats(f"{description.final_norm.name}.weight", (description.hidden,)),
-        head=Group([], [linears.linear([head.removesuffix(".weight")], "head", None)]),
-        exact_head=_table(source, source.head_name()) if _is_copy(facts["head"]) else None,
+        head=Group([], [linears.linear([head.removesuffix(".weight")], HEAD, None)]),
+        exact_head=_exact_head(source, linears, facts),
     )
 
 
-def _is_copy(head: LinearFacts) -> bool:
-    """Whether the head's codes were made here, of a finer one: those have scales in bfloat16, a GGUF file's never."""
-    return head.kind.is_codes and head.scale_kind is ScaleKind.BF16
+def _embedding(source: Source, linears: _Linears, facts: Mapping[str, LinearFacts]) -> Table | Linear:
+    """In floats as it is stored; of codes those of its own, or the head's, which are the same."""
+    name = source.embedding_name()
+    if source.coded_bits(name) is None:
+        return _table(source, name)
+    return linears.linear([name.removesuffix(".weight")], EMBEDDING if EMBEDDING in facts else HEAD, None)
+
+
+def _exact_head(source: Source, linears: _Linears, facts: Mapping[str, LinearFacts]) -> Table | Linear | None:
+    """What is finer than the head: None where that is as it was stored."""
+    name = source.head_name()
+    if source.coded_bits(name) is None:
+        return _table(source, name) if facts[HEAD].kind.is_codes else None
+    if EXACT_HEAD in facts:
+        return linears.linear([name.removesuffix(".weight")], EXACT_HEAD, None)
+    if source.description.tied and EMBEDDING in facts:
+        return linears.linear([name.removesuffix(".weight")], EMBEDDING, None)
+    return None
 
 
 class _Linears:
@@ -148,6 +163,7 @@ class _Linears:
             offsets=array("offsets"),
             starts=array("starts"),
             scales=array("scales"),
+            row_scales=array("row_scales"),
             zeros=array("zeros"),
             minima=array("minima"),
             bias=bias_of(self._source, names),

@@ -44,7 +44,7 @@ class Coded:
     codes: Bytes
     """``[R, C]``"""
     bits: int
-    """Of the codes: 2 (ternary), 4 or 8. Types of 3, 5 and 6 bits take the next wider one."""
+    """Of the codes; types that choose from 16 whole numbers have 8."""
     zero: int
     scale: NDArray[Any]
     """``[R, G]``, float16 or float32."""
@@ -134,11 +134,11 @@ def _q4_1(b: Bytes) -> Coded:
 
 
 def _q5_0(b: Bytes) -> Coded:
-    return Coded(_row(_nibbles32(b, 6) | _bits32(b, 2)), 8, 16, _half(b, 0))
+    return Coded(_row(_nibbles32(b, 6) | _bits32(b, 2)), 5, 16, _half(b, 0))
 
 
 def _q5_1(b: Bytes) -> Coded:
-    return Coded(_row(_nibbles32(b, 8) | _bits32(b, 4)), 8, 0, _half(b, 0), _half(b, 2))
+    return Coded(_row(_nibbles32(b, 8) | _bits32(b, 4)), 5, 0, _half(b, 0), _half(b, 2))
 
 
 def _q8_0(b: Bytes) -> Coded:
@@ -160,7 +160,7 @@ def _quarters(packed: Bytes) -> Bytes:
 def _q2_k(b: Bytes) -> Coded:
     scales, d, least = b[:, :, :16], _half(b, 80), _half(b, 82)
     codes = _row(_quarters(b[:, :, 16:80]))
-    return Coded(codes, 4, 0, _products(d, scales & 15), -_products(least, scales >> 4))
+    return Coded(codes, 2, 0, _products(d, scales & 15), -_products(least, scales >> 4))
 
 
 def _q3_k(b: Bytes) -> Coded:
@@ -170,7 +170,7 @@ def _q3_k(b: Bytes) -> Coded:
     low = _nibbles(packed[:, :, :8])
     upper = (packed[:, :, None, 8:] >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & 3
     scales = (low | upper.reshape(*b.shape[:2], 16) << 4).astype(np.int16) - 32
-    return Coded(_row(codes), 4, 4, _products(_half(b, 108), scales))
+    return Coded(_row(codes), 3, 4, _products(_half(b, 108), scales))
 
 
 def _planes(packed: Bytes) -> Bytes:
@@ -197,7 +197,7 @@ def _q5_k(b: Bytes) -> Coded:
     codes = _nibbles(b[:, :, 48:].reshape(*b.shape[:2], 4, 32)).reshape(*b.shape[:2], 8, 32)
     return Coded(
         _row(codes | _planes(b[:, :, 16:48]) << 4),
-        8,
+        5,
         0,
         _products(_half(b, 0), scales),
         -_products(_half(b, 2), minima),
@@ -209,7 +209,7 @@ def _q6_k(b: Bytes) -> Coded:
     low = np.concatenate([low & 15, low >> 4], axis=3).reshape(*b.shape[:2], 2, 4, 32)
     codes = low | _quarters(b[:, :, 128:192]) << 4
     scales = b[:, :, 192:208].view(np.int8)
-    return Coded(_row(codes), 8, 32, _products(_half(b, 208), scales))
+    return Coded(_row(codes), 6, 32, _products(_half(b, 208), scales))
 
 
 def _whole(values: NDArray[np.int16], codes: Bytes) -> Bytes:
@@ -252,6 +252,11 @@ def _tq1_0(b: Bytes) -> Coded:
 
 def _tq2_0(b: Bytes) -> Coded:
     return Coded(_row(_quarters(b[:, :, :64])), 2, 1, _half(b, 64))
+
+
+def bits_of(kind: GGMLQuantizationType) -> int:
+    """Of a quantised type's codes."""
+    return decode(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind).bits
 
 
 READERS: dict[GGMLQuantizationType, Callable[[Bytes], Coded]] = {

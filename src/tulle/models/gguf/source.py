@@ -118,6 +118,12 @@ class GgufSource:
         order = self._order(theirs)
         return found if order is None else found.rows(order)
 
+    def bits(self, name: str) -> int | None:
+        """Of a quantised tensor's codes, without reading them; None of one in floats."""
+        file, theirs = self._find(name)
+        kind = file.tensors[theirs].type
+        return None if kind in STORED else blocks.bits_of(kind)
+
     def identity(self) -> str:
         """Of the headers, the files' facts, and a page of every tensor."""
         from tulle.models.identity import add_file, page
