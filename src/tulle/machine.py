@@ -14,6 +14,7 @@ from tulle.errors import UserError
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of glibc's malloc.h. The second is at most 32 MB."""
 
+
 def describe() -> dict[str, str | int]:
     """CPU model, usable cores, instruction set the native module chose, versions."""
     import torch

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from tulle.compression.recipe import Recipe
 from tulle.compression.tables import table_steps
+from tulle.core.grid import Grid
 from tulle.core.hessian import Hessian
 from tulle.core.rotation import Extremes
 from tulle.core.transform import Permutation
 from tulle.errors import UserError
+from tulle.format.spec import LinearSpec
 from tulle.methods.contract import InputTrials, Key, Progress, See, Statistics, Survey, TableTrials, WeightTrials
 from tulle.models.batches import Batch, batched
 from tulle.models.decoder import DecoderBlock, PlainDecoder, embed, final_norm
@@ -68,6 +70,7 @@ def take_survey(
         column_norm=lambda block, role: norms[block, role],
         table=lambda role: walk.table(role),
         stored_bytes=sum(dense.checkpoint.info(name).bytes for name in dense.checkpoint.names_of(model)),
+        packed_bytes=packed_bytes,
         weight_bytes=lambda name: dense.checkpoint.info(stored_name(dense, name)).bytes,
     )
     walk, watched = _Walk(dense, batches, device, progress, seed, folder), False
@@ -86,8 +89,10 @@ def take_survey(
                     f"{step.name} after that; put {step.name} first"
                 )
             walk, watched = replace(walk, dense=dense.rewritten(survey.residual, survey.values)), False
-    if not begun and walk.dense.tied and any(
-        "hessian" in step.method.needs for step in table_steps(walk.dense.tied, recipe).values()
+    if (
+        not begun
+        and walk.dense.tied
+        and any("hessian" in step.method.needs for step in table_steps(walk.dense.tied, recipe).values())
     ):
         survey.head_hessian = walk.head_hessian(dtype)
     return survey
@@ -200,6 +205,11 @@ def table_names(dense: DenseModel) -> dict[str, str]:
     model = dense.description
     found = {"embedding": model.embedding, **({} if dense.tied else {"head": model.head})}
     return {role: name.removesuffix(".weight") for role, name in found.items()}
+
+
+def packed_bytes(shape: tuple[int, int], grid: Grid) -> int:
+    """Of a dense weight ``(C_out, C_in)`` on a grid."""
+    return LinearSpec(shape, grid.bits, grid.group_size, grid.symmetric, scale_bits=grid.scale_bits).packed_bytes
 
 
 def stored_name(dense: DenseModel, module: str) -> str:

@@ -29,7 +29,6 @@ from tulle.core.gptq import gptq
 from tulle.core.grid import Grid, GroupSize, find_steps
 from tulle.core.hessian import Hessian, check_damping
 from tulle.errors import UserError
-from tulle.format.spec import LinearSpec
 from tulle.methods.contract import Decision, Key, Method, Stage, Survey
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -99,7 +98,7 @@ class AllocateBits(Method):
         return list(dict.fromkeys(every))
 
     def plan(self, survey: Survey, roles: tuple[str, ...]) -> None:
-        assert survey.costs is not None and survey.table is not None
+        assert survey.costs is not None and survey.table is not None and survey.packed_bytes is not None
         shapes = self._shapes(survey, roles)
         tables = {role: name for role, name in survey.tables.items() if name in shapes}
         targets = [role for role in roles if role in survey.roles]
@@ -128,7 +127,7 @@ class AllocateBits(Method):
             self.tokens, weights=trials if targets else None, tables=of_tables if tables else None
         )  # fmt: skip
         units = list(shapes)
-        sizes = [[packed_bytes(shapes[u], grid) for grid in self.grids(shapes[u][1])] for u in units]
+        sizes = [[survey.packed_bytes(shapes[u], grid) for grid in self.grids(shapes[u][1])] for u in units]
         costs = [[found[u, k] for k in range(len(self.grids(shapes[u][1])))] for u in units]
         chosen = knapsack(sizes, costs, self._budget(survey, shapes))
         for unit, k in zip(units, chosen, strict=True):
@@ -188,11 +187,6 @@ class AllocateBits(Method):
             scale, zero = find_steps(rows, grid, hessian.matrix.diagonal(), self.clip_search)
             rounded[start : start + ROWS] = gptq(rows, factor, grid, scale, zero, block=32).dequantise()
         return rounded
-
-
-def packed_bytes(shape: tuple[int, int], grid: Grid) -> int:
-    """Of a dense weight on a grid."""
-    return LinearSpec(shape, grid.bits, grid.group_size, grid.symmetric, scale_bits=grid.scale_bits).packed_bytes
 
 
 def knapsack(sizes: Sequence[Sequence[int]], costs: Sequence[Sequence[float]], budget: int) -> list[int]:
