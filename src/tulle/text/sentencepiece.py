@@ -15,6 +15,7 @@ from typing import Any, Literal
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from tulle.errors import UserError
+from tulle.text.charsmap import check_charsmap
 
 SPACE = "\u2581"
 """What stands for a space in a piece."""
@@ -188,6 +189,7 @@ def tokenizer_of(model: SentencePieceModel, prefix: Literal["always", "first", "
         prefix = "first" if model.space_prefix else "never"
     if model.charsmap:
         try:
+            check_charsmap(model.charsmap)
             tokenizer.normalizer = normalizers.Precompiled(model.charsmap)
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"expected a table of characters in the SentencePiece model, found {error}") from None

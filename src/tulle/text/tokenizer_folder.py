@@ -11,6 +11,7 @@ replaced here in the same way, so that every command sees the same tokens.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -25,6 +26,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tulle import cache
 from tulle.errors import UserError
 from tulle.text import sentencepiece
+from tulle.text.charsmap import check_charsmap
 from tulle.text.chat_template import DEFAULT
 from tulle.text.sentencepiece import SPACE
 from tulle.text.tokenizer import ModelTokenizer
@@ -247,7 +249,9 @@ def _from_json(content: bytes, folder: Path) -> Tokenizer:
     try:
         # Not from_buffer: it ends the process where an error message holds bytes that are no UTF-8.
         text = content.decode("utf-8")
-        _check_merges(json.loads(text))
+        content_of = json.loads(text)
+        _check_merges(content_of)
+        _check_normalizer(content_of.get("normalizer") if isinstance(content_of, dict) else None)
         return Tokenizer.from_str(text)
     except BaseException as error:  # the library raises plain Exception, and a panic of its own
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -280,6 +284,20 @@ def _check_merges(tokenizer: Any) -> None:
             raise ValueError(f"the merge {merge!r} does not continue with the prefix {prefix!r}")
         if left + right[cut:] not in vocabulary:
             raise ValueError(f"the merge {merge!r} makes no token of the vocabulary")
+
+
+def _check_normalizer(normalizer: Any) -> None:
+    """Raises ``ValueError`` where one of its parts is a table of characters that is broken."""
+    waiting = [normalizer]
+    while waiting:
+        part = waiting.pop()
+        if not isinstance(part, dict):
+            continue
+        table = part.get("precompiled_charsmap")
+        if isinstance(table, str):
+            check_charsmap(base64.b64decode(table, validate=True))
+        inner = part.get("normalizers")
+        waiting += inner if isinstance(inner, list) else []
 
 
 def _from_other_files(
