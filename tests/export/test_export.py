@@ -267,6 +267,29 @@ def test_dense(plain, tmp_path, dtype, stored):
             assert torch.equal(tensors[key], weight.to(getattr(torch, kind)))
 
 
+EVERYTHING = {
+    "dense": {"bits": 4, "group_size": 32, "symmetric": False, "scale_bits": 8},
+    "compressed-tensors": {"bits": 4, "group_size": 32},
+}
+TABLE = {"bits": 6, "group_size": 32, "symmetric": False, "scale_bits": 8}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("to", ["dense", "compressed-tensors"])
+def test_embedding_and_head_in_codes(plain, tmp_path, to, tied):
+    """Both are written as plain weights."""
+    if to == "compressed-tensors":
+        pytest.importorskip("compressed_tensors")
+    schemes = {"all": EVERYTHING[to], "embedding": TABLE} | ({} if tied else {"head": {"bits": 8}})
+    write_model(tmp_path / "m", schemes, tie_word_embeddings=tied)
+    result = export(tmp_path / "m", to, tmp_path / "out", dtype="float32")
+    assert result["difference"] < 1e-6
+    assert result["difference_from_packed"] < 1e-5
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert tensors["model.embed_tokens.weight"].dtype == torch.float32
+    assert ("lm_head.weight" in tensors) != tied
+
+
 def test_dense_drops_quantised_inputs_and_says_so(plain, tmp_path):
     write_model(tmp_path / "m", SCHEMES["w8a8"])
     result = export(tmp_path / "m", "dense", tmp_path / "out")
@@ -292,6 +315,7 @@ def test_command_checks_in_its_own_process(tmp_path, capsys):
         ({"sparse": True, "values_dtype": "float32"}, "compressed-tensors", "sparse unquantised.*use --to dense"),
         ({"values_dtype": "float32"}, "compressed-tensors", "expected quantised linears"),
         ({"values_dtype": "float32", "input_bits": 8}, "compressed-tensors", "quantised inputs without"),
+        ({"bits": 4, "scale_bits": 8}, "compressed-tensors", "no scales of 8 bits"),
         ({"bits": 4}, "onnx", "expected --to compressed-tensors or dense or gguf, found 'onnx'"),
     ],
 )

@@ -35,6 +35,7 @@ SCHEMES = {
     "w8-channel": ({"bits": 8}, "Q8_0"),
     "w8a8": ({"bits": 8, "input_bits": 8}, "Q8_0"),
     "w4-g16": ({"bits": 4, "group_size": 16}, "F16"),
+    "w4-byte-scales": ({"bits": 4, "group_size": 32, "scale_bits": 8}, "F32"),
     "bf16": ({"values_dtype": "bfloat16", "sparse": True}, "BF16"),
 }
 
@@ -52,6 +53,8 @@ def test_every_linear_in_the_smallest_type_that_loses_nothing(tmp_path: Path, na
     file = GgufFile(tmp_path / "out" / "model.gguf")
     linears = {n: t for n, t in result["types"].items() if n.startswith("blk.") and "norm" not in n}
     assert set(linears.values()) == {kind} and result["difference"] < 1e-5
+    said = [note for note in result["notes"] if "quantised weights are written as" in note]
+    assert len(said) == (scheme.get("bits") is not None and kind in ("F16", "F32"))
     for theirs, ours in (("attn_q", "self_attn.q_proj"), ("ffn_down", "mlp.down_proj")):
         raw, of = np.array(file.raw(f"blk.1.{theirs}.weight")), file.tensors[f"blk.1.{theirs}.weight"].type
         weight = dense.get_submodule(f"model.layers.1.{ours}").weight.detach().numpy()
@@ -62,6 +65,19 @@ def test_every_linear_in_the_smallest_type_that_loses_nothing(tmp_path: Path, na
         found = again.read(ours)
         found = (found.astype(np.uint32) << 16).view(np.float32) if found.dtype == np.uint16 else found
         np.testing.assert_array_equal(found.astype(np.float32), parameter.numpy(), err_msg=ours)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_and_head_in_codes(tmp_path: Path, tied: bool) -> None:
+    eight = {"bits": 8, "group_size": 32}
+    schemes = {"all": {"bits": 4, "group_size": 32}, "embedding": eight} | ({} if tied else {"head": eight})
+    dense = write_model(tmp_path / "packed", schemes, tie_word_embeddings=tied)
+    result = export(tmp_path / "packed", "gguf", tmp_path / "out" / "model.gguf")
+    tables = {"token_embd.weight"} | (set() if tied else {"output.weight"})
+    assert {result["types"][name] for name in tables} == {"Q8_0"} and result["difference"] < 1e-5
+    assert ("output.weight" in result["types"]) != tied
+    again = GgufSource(tmp_path / "out" / "model.gguf").read("model.embed_tokens.weight")
+    np.testing.assert_array_equal(again.astype(np.float32), dense.model.embed_tokens.weight.detach().numpy())
 
 
 @pytest.mark.parametrize(("powers", "kind"), [(True, "Q4_1"), (False, "Q5_0")])

@@ -31,7 +31,7 @@ from tulle.export.folder import Entry
 from tulle.export.plan import InputRule, Plan, linear_entry, unpacked_entries
 from tulle.extras import needs
 from tulle.format.spec import LinearSpec
-from tulle.hf.packed_linear import dequantise, unpack_integer_weight, unpack_integers, unpack_scale
+from tulle.hf.packed_linear import dequantise, unpack_integer_weight, unpack_integers
 from tulle.models.checkpoint import Checkpoint
 from tulle.models.description import Decoder
 
@@ -163,6 +163,9 @@ def _is_quantised(name: str, spec: LinearSpec) -> bool:
     what = None
     if spec.transform:
         what = "transforms of inputs"
+    elif spec.scale_bits != 16:
+        # Readers keep scales in the model's dtype, and bfloat16 would round these.
+        what = "scales of 8 bits (allocate_bits and gptq have scale_bits: 16)"
     elif spec.input_bits is not None and (spec.input_bits, spec.input_symmetric, spec.input_clip) != (8, True, 1):
         what = "inputs other than 8-bit, symmetric and unclipped"
     if what:
@@ -227,7 +230,7 @@ def _linear_entries(checkpoint: Checkpoint, name: str, spec: LinearSpec, scheme:
     groups, zeros = (rows, count), ("zero_point",) if not spec.symmetric else ()
 
     def scale(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> Tensor:
-        return _spread(unpack_scale(spec, tensors).to(kind), count)
+        return _spread(tensors["scale"], count)
 
     def codes(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> Tensor:
         return _signed_codes(spec, tensors, bits, symmetric)
@@ -235,9 +238,7 @@ def _linear_entries(checkpoint: Checkpoint, name: str, spec: LinearSpec, scheme:
     def zero(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> Tensor:
         return _spread(_signed_zero(spec, tensors, bits), count)
 
-    # A scale of 8 bits times its row's has 16 significant ones, which bfloat16 would round.
-    kind, parts = (torch.bfloat16, ("scale",)) if spec.scale_bits == 16 else (torch.float32, ("scale", "row_scale"))
-    entries = [entry("weight_scale", kind, groups, scale, parts)]
+    entries = [entry("weight_scale", torch.bfloat16, groups, scale, ("scale",))]
     if _format(*scheme) == "int-quantized":
         entries.append(entry("weight", torch.int8, spec.shape, codes))
         if not symmetric:

@@ -42,6 +42,7 @@ ARCHITECTURES = {family.model_type: name for name, family in FAMILIES.items()} |
 FILE_TYPES = {Type.F32: 0, Type.F16: 1, Type.Q4_0: 2, Type.Q4_1: 3, Type.Q8_0: 7, Type.Q5_0: 8, Type.BF16: 32,
               Type.TQ2_0: 37}  # fmt: skip
 """``general.file_type``, by the type of most weights."""
+FLOATS = (Type.F32, Type.F16, Type.BF16)
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ def write(checkpoint: Checkpoint, file: Path, progress: Callable[[int, int], Non
         _write_metadata(writer, architecture, checkpoint, model, found.notes)
         write_tokenizer(writer, checkpoint, model.vocabulary, found.notes)
         # Headers come first: types depend on values, so that tensors are made twice.
+        unheld: list[str] = []
         for done, name in enumerate(wanted):
             stored = _stored(checkpoint, linears, model, FAMILIES[architecture], name)
             theirs = str(names.theirs(name))
@@ -96,8 +98,17 @@ def write(checkpoint: Checkpoint, file: Path, progress: Callable[[int, int], Non
             writer.add_tensor_info(theirs, shape, np.dtype(np.uint8), stored.data.nbytes, stored.kind)
             found.types[theirs] = stored.kind.name
             found.bytes += stored.data.nbytes
+            spec = linears.get(name.removesuffix(".weight"))
+            if spec is not None and spec.bits is not None and stored.kind in FLOATS:
+                unheld.append(stored.kind.name)
             if progress:
                 progress(done, 2 * len(wanted))
+        if unheld:
+            kinds = " or ".join(sorted(set(unheld)))
+            found.notes.append(
+                f"{len(unheld)} quantised weights are written as {kinds}: no type of GGUF holds their codes and scales "
+                "exactly (scales of 8 bits, for one)"
+            )
         ratios = _rope_ratios(model)
         if ratios is not None:
             writer.add_tensor_info(names.ROPE, ratios.shape, ratios.dtype, ratios.nbytes, Type.F32)
