@@ -103,6 +103,8 @@ TWICE = [
     ([SPARSE, {"sparsegpt": {"sparsity": 0.3, "targets": ["down"]}}], "prunes the weights of down, found sparsegpt (s"),
     ([{"wanda": {"pattern": "2:4"}}, {"alps": {"sparsity": 0.7}}], "prunes the weights of qkv, found wanda and alps"),
     ([{"magnitude": {"sparsity": 0.5}}, {"ria": {"sparsity": 0.6}}], "prunes the weights of qkv, found magnitude and"),
+    # Bits and groups.
+    ([{"allocate_bits": {"bits": 4.0}}, {"allocate_bits": {"size": "1MB"}}, gptq()], "decides bits and groups of qkv"),
     # Inputs, keys and values.
     ([{"activations": {}}, {"activations": {"bits": 8, "targets": ["o"]}}], "quantises the inputs of o, found activat"),
     ([{"activations": {}}, gptq(input_bits=8)], "quantises the inputs of qkv, found activations and gptq"),
@@ -145,7 +147,8 @@ def test_every_decision_is_covered() -> None:
 
 def _settings(name: str) -> Method:
     prunes = name in ("magnitude", "wanda", "ria", "sparsegpt", "alps", "owl", "allocate")
-    return method_class(name)(**({"sparsity": 0.5} if prunes else {}))
+    needed = {"sparsity": 0.5} if prunes else {"bits": 4.0} if name == "allocate_bits" else {}
+    return method_class(name)(**needed)
 
 
 @pytest.mark.parametrize(

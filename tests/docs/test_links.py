@@ -169,7 +169,7 @@ def test_steps_of_the_methods_page_parse() -> None:
         if match[1] in METHODS:
             needs = {"owl": "wanda: {sparsity: 0.5}", "allocate": "wanda: {sparsity: 0.5}"}
             needs |= {"activation_budget": "teal: {share: 0.5}", "allocate_bits": "gptq: {}"}
-            before = {"reconstruct": ["wanda: {sparsity: 0.5}"], "autoround": ["gptq: {}"]}.get(match[1], [])
+            before = ["wanda: {sparsity: 0.5}"] if match[1] == "reconstruct" else []
             after = [needs[match[1]]] if match[1] in needs else []
             parse_recipe({"steps": [*map(yaml.safe_load, before), content, *map(yaml.safe_load, after)]})
         elif match[1] in TRAINING_METHODS:

@@ -32,6 +32,7 @@ from tulle.methods.prune.permute_channels import PermuteChannels
 from tulle.methods.prune.reconstruct import Reconstruct
 from tulle.methods.quantize.activations import Activations
 from tulle.methods.quantize.affinequant import AffineQuant
+from tulle.methods.quantize.allocate_bits import AllocateBits
 from tulle.methods.quantize.duquant import DuQuant
 from tulle.methods.quantize.flatquant import FlatQuant
 from tulle.methods.quantize.keep_sensitive import KeepSensitive
@@ -70,6 +71,7 @@ TRANSFORMS: list[Method] = [
 ]
 """Change the basis in which things are computed, and nothing else."""
 OTHERS: list[Method] = [
+    AllocateBits(bits=4.0),
     Activations(bits=4, clip=0.9),
     KVCache(bits=4, query_bits=8),
     LearnedClipping(epochs=1),

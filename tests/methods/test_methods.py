@@ -52,6 +52,8 @@ METHODS: list[Method] = [
     GPTQ(bits=4, group_size=16),
     GPTQ(bits=2, symmetric=False, act_order=False, descent=0),
     GPTQ(bits=8, input_bits=8),
+    GPTQ(bits=3, group_size=16, symmetric=False, scale_bits=8),
+    RoundToNearest(bits=5, group_size=16, scale_bits=8),
     RoundToNearest(bits=4, symmetric=False, clip=0.8, input_bits=4),
 ]
 
@@ -113,7 +115,11 @@ class TestContract:
             assert q.codes.dtype == torch.int16 and q.grid.low <= kept.min() and kept.max() <= q.grid.high
             groups = COLUMNS // (q.grid.group_size or COLUMNS)
             assert q.scale.shape == q.zero.shape == (ROWS, groups)
-            assert torch.equal(q.scale, q.scale.bfloat16().float()) and bool((q.scale > 0).all())
+            stored = q.scale if q.row_scale is None else q.row_scale
+            assert torch.equal(stored, stored.bfloat16().float())
+            if q.row_scale is not None:
+                levels = (q.scale / q.row_scale[:, None]).round()
+                assert torch.equal(q.scale, levels * q.row_scale[:, None]) and 1 <= levels.min() <= levels.max() <= 255
             assert torch.equal(q.zero, q.zero.round()) and q.zero.min() >= 0 and q.zero.max() <= 2**q.grid.bits - 1
             assert not (q.grid.symmetric and q.zero.any())
 

@@ -33,11 +33,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "steps": 10,
     },
     "round_to_nearest": {
-        "bits": 8, "group_size": None, "symmetric": True, "clip_search": 0, "clip": 1.0, "input_bits": None,
+        "bits": 8, "group_size": None, "symmetric": True, "scale_bits": 16, "clip_search": 0, "clip": 1.0,
+        "input_bits": None,
     },
     "gptq": {
-        "bits": 4, "group_size": None, "symmetric": True, "act_order": True, "clip_search": 20, "descent": 4,
-        "damping": 0.01, "block": 32, "input_bits": None,
+        "bits": 4, "group_size": None, "symmetric": True, "scale_bits": 16, "act_order": True, "clip_search": 20,
+        "descent": 4, "damping": 0.01, "block": 32, "input_bits": None,
     },
     "activations": {"bits": 4, "symmetric": False, "clip": 1.0},
     "kv_cache": {"bits": 4, "query_bits": None, "symmetric": False, "clip": 1.0, "hadamard": True},
@@ -59,6 +60,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "spinquant": {
         "bits": 4, "symmetric": True, "input_bits": 4, "input_symmetric": False, "input_clip": 1.0, "steps": 200,
         "rate": 0.5,
+    },
+    "allocate_bits": {
+        "size": None, "bits": None, "choices": (2, 3, 4, 5, 6, 8), "group_sizes": ("auto-64",), "symmetric": False,
+        "scale_bits": 8, "tokens": 8192, "clip_search": 20, "damping": 0.01,
     },
     "keep_sensitive": {
         "count": 5, "keep_bits": 16, "siblings": True, "bits": 8, "group_size": None, "symmetric": True,
@@ -120,6 +125,8 @@ LIMITS: list[tuple[Any, dict[str, Any], str, tuple[Any, ...], tuple[Any, ...]]] 
     (make("affinequant"), {}, "block", (1,), (0,)),
     (make("spinquant"), {}, "steps", (0,), (-1,)),
     (make("spinquant"), {}, "rate", (1e-6,), (0.0,)),
+    (make("allocate_bits"), {"bits": 4.0}, "tokens", (2,), (1,)),
+    (make("allocate_bits"), {"bits": 4.0}, "damping", (1e-9, 10.0), (0.0, INFINITE)),
     (make("keep_sensitive"), {}, "count", (0,), (-1,)),
     (make("keep_sensitive"), {}, "keep_bits", (2, 8, 16), (1, 9, 15, 17)),
     (make("activation_budget"), {}, "lowest", (0, 0.5), (-0.001, 0.501)),

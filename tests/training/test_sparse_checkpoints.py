@@ -29,6 +29,7 @@ STEPS: dict[str, list[dict]] = {
     "alps": [{"alps": {"sparsity": 0.75}}],
     "owl": [{"owl": {"sparsity": 0.75}}, {"sparsegpt": {"sparsity": 0.75}}],
     "allocate": [{"allocate": {"sparsity": 0.75}}, {"sparsegpt": {"sparsity": 0.75}}],
+    "allocate_bits": [{"allocate_bits": {"bits": 5.0, "group_sizes": ["auto-32"]}}, {"gptq": {}}],
     "permute_channels": [{"permute_channels": {"pattern": "2:4"}}, {"gptq": {"bits": 4}}],
 }
 FILLING = {

@@ -56,7 +56,6 @@ METHODS: dict[str, str] = {
     "flatquant": "tulle.methods.quantize.flatquant:FlatQuant",
     "affinequant": "tulle.methods.quantize.affinequant:AffineQuant",
     "spinquant": "tulle.methods.quantize.spinquant:SpinQuant",
-    "autoround": "tulle.methods.quantize.autoround:AutoRound",
     "allocate_bits": "tulle.methods.quantize.allocate_bits:AllocateBits",
     "keep_sensitive": "tulle.methods.quantize.keep_sensitive:KeepSensitive",
     "activation_budget": "tulle.methods.activation.budget:ActivationBudget",

@@ -443,9 +443,6 @@ class Walker:
         if mismatch is not None:
             with self._timed("statistics"):
                 fit_to_dense(group, mismatch, self._recipe.calibration.target_damping)
-            if self._recipe.stage("refine"):
-                for linear in group.linears:
-                    linear.fitted = linear.weight
         begun = time.perf_counter()
         for step in steps:
             if group.role in step.targets:

@@ -117,8 +117,6 @@ class LinearState:
     pattern: str | None = None
     """``"N:M"`` when the mask has that structure along the input channels."""
     quantised: Quantised | None = None
-    fitted: Tensor | None = None
-    """What the walker fitted the weight to before the linear steps, ``[C_out, C_in]``, where a refine step follows."""
     transform: tuple[Transform, ...] = ()
     """Maps that run on the input; the weight that belongs to x·T is W·T⁻ᵀ. Siblings share one tuple."""
     input_grid: TokenGrid | None = None
@@ -138,10 +136,6 @@ class LinearState:
     """A selecting step drops this share of the inputs instead of its own ``share`` (an allocation); None: its own."""
     notes: list[str] = field(default_factory=list)
     """Lines for the report, e.g. an escalated damping."""
-
-    def wanted(self) -> Tensor:
-        """The weight that was rounded: the dense one with its transforms, fitted to the dense model."""
-        return self.folded() if self.fitted is None else self.fitted
 
     @property
     def input_bits(self) -> int | None:
