@@ -115,6 +115,7 @@ class TestContract:
             assert q.codes.dtype == torch.int16 and q.grid.low <= kept.min() and kept.max() <= q.grid.high
             groups = COLUMNS // (q.grid.group_size or COLUMNS)
             assert q.scale.shape == q.zero.shape == (ROWS, groups)
+            assert bool((q.scale > 0).all())
             stored = q.scale if q.row_scale is None else q.row_scale
             assert torch.equal(stored, stored.bfloat16().float())
             if q.row_scale is not None:
