@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tulle.core import compiled
-from tulle.core.grid import Quantised, code, nearest_step, to_bfloat16
+from tulle.core.grid import Quantised, code, storable_step
 
 
 def objective(weight: Tensor, compressed: Tensor, hessian: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def descend_plain(
 def _best_step(step: Tensor, slope: Tensor, curvature: Tensor, row_scale: Tensor | None) -> Tensor:
     """The step ``[C_out]`` for which curvature·m² − 2·slope·m, m its move, is least among those that can be stored."""
     wanted = step + torch.where(curvature > 0, slope / curvature, 0)
-    wanted = to_bfloat16(wanted) if row_scale is None else nearest_step(wanted, row_scale)
+    wanted = storable_step(wanted, row_scale)
     move = wanted - step
     return torch.where(move * (move * curvature - 2 * slope) < 0, wanted, step)
 

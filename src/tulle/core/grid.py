@@ -164,6 +164,11 @@ def nearest_step(step: Tensor, row_scale: Tensor) -> Tensor:
     return (step / row_scale).round().clamp(1, 255) * row_scale
 
 
+def storable_step(step: Tensor, row_scale: Tensor | None) -> Tensor:
+    """The nearest steps that can be stored: in bfloat16, or of 8 bits times ``row_scale`` (shapes broadcast)."""
+    return to_bfloat16(step) if row_scale is None else nearest_step(step, row_scale)
+
+
 def code(w: Tensor, step: Tensor, zero: Tensor, grid: Grid) -> Tensor:
     """Codes round(w/Δ) + z, clipped to the grid; float32 of whole numbers, shapes broadcast."""
     return ((w / step).round() + zero).clamp(grid.low, grid.high)

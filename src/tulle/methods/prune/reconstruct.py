@@ -23,7 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from tulle.core.grid import nearest_step, to_bfloat16
+from tulle.core.grid import storable_step
 from tulle.errors import UserError
 from tulle.methods.contract import CompressedBlock, LinearState, Method, Stage
 
@@ -58,9 +58,9 @@ class Tuned(nn.Module):
         if self.linear.quantised is None:
             self.linear.weight = self.weight().detach()
         else:
-            row_scale, step = self.linear.quantised.row_scale, self.parameter.detach()
-            rounded = to_bfloat16(step) if row_scale is None else nearest_step(step, row_scale[:, None])
-            self.linear.quantised.scale = rounded
+            row_scale = self.linear.quantised.row_scale
+            columns = None if row_scale is None else row_scale[:, None]
+            self.linear.quantised.scale = storable_step(self.parameter.detach(), columns)
             self.linear.weight = self.linear.quantised.dequantise(self.linear.mask)
 
 
