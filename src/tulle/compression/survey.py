@@ -209,7 +209,9 @@ def table_names(dense: DenseModel) -> dict[str, str]:
 
 def packed_bytes(shape: tuple[int, int], grid: Grid) -> int:
     """Of a dense weight ``(C_out, C_in)`` on a grid."""
-    return LinearSpec(shape, grid.bits, grid.group_size, grid.symmetric, scale_bits=grid.scale_bits).packed_bytes
+    return LinearSpec(
+        shape, grid.bits, grid.group_size, grid.symmetric, scale_bits=grid.scale_bits, format=grid.format
+    ).packed_bytes
 
 
 def stored_name(dense: DenseModel, module: str) -> str:

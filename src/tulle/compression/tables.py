@@ -8,13 +8,11 @@ and are done in parts: memory is a part in float32.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from tulle.compression.recipe import Recipe, Step
-from tulle.core.grid import Grid, Quantised
+from tulle.core.grid import Grid, Quantised, joined
 from tulle.core.hessian import Hessian
 from tulle.errors import UserError
 from tulle.methods.contract import LinearState, Statistics
@@ -57,14 +55,7 @@ def quantise_table(
         assert state.quantised is not None
         parts.append(state.quantised)
         notes |= dict.fromkeys(state.notes)
-    row_scales = [part.row_scale for part in parts if part.row_scale is not None]
-    whole = replace(
-        parts[0],
-        codes=torch.cat([part.codes for part in parts]),
-        scale=torch.cat([part.scale for part in parts]),
-        zero=torch.cat([part.zero for part in parts]),
-        row_scale=torch.cat(row_scales) if row_scales else None,
-    )
+    whole = joined(parts)
     return LinearState(name, whole.dequantise(), table, role, quantised=whole, notes=list(notes))
 
 

@@ -31,8 +31,11 @@ PRODUCTS = 1 << 21
 """Elements of the descent's products that are in memory at once: 8 MiB stay in the last cache."""
 
 
-def fits(*tensors: Tensor | None) -> bool:
-    """Whether the kernels take these tensors: on the CPU, float32 where they are not masks."""
+def fits(*tensors: Tensor | None, grid: Grid | None = None) -> bool:
+    """Whether the kernels take these tensors: on the CPU, float32 where they are not masks; and the ``grid``: of whole
+    numbers."""
+    if grid is not None and grid.format != "int":
+        return False
     return all(t is None or (t.device.type == "cpu" and t.dtype in (torch.float32, torch.bool)) for t in tensors)
 
 

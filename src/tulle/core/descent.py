@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tulle.core import compiled
-from tulle.core.grid import Quantised, code, storable_step
+from tulle.core.grid import Grid, Quantised, code, storable_step
 
 
 def objective(weight: Tensor, compressed: Tensor, hessian: Tensor) -> Tensor:
@@ -36,11 +36,12 @@ def descend(
 
     Every sweep visits the groups in turn: first the step, then the codes. Positions outside ``mask`` stay zero. Returns
     new codes and steps; zero points stay. Groups wider than ``block`` columns move all steps of a sweep before its
-    codes. On the CPU (core.compiled) it costs 4·C_out·C_in² operations and little more per sweep.
+    codes. On the CPU (core.compiled) it costs 4·C_out·C_in² operations and little more per sweep; grids of floats have
+    no kernels and run in torch's operations.
     """
     columns = weight.shape[1]
     width = columns // quantised.scale.shape[1]
-    if compiled.fits(weight, hessian, mask, quantised.scale, quantised.zero):
+    if compiled.fits(weight, hessian, mask, quantised.scale, quantised.zero, grid=quantised.grid):
         codes, scale = quantised.codes.clone(), quantised.scale.clone()
         compiled.descend(
             weight, codes, scale, quantised.zero, quantised.grid, hessian, mask, sweeps, steps_first=width > block,
@@ -76,10 +77,10 @@ def descend_plain(
     return replace(q, codes=q.codes.to(torch.int16))
 
 
-def _best_step(step: Tensor, slope: Tensor, curvature: Tensor, row_scale: Tensor | None) -> Tensor:
+def _best_step(step: Tensor, slope: Tensor, curvature: Tensor, row_scale: Tensor | None, grid: Grid) -> Tensor:
     """The step ``[C_out]`` for which curvature·m² − 2·slope·m, m its move, is least among those that can be stored."""
     wanted = step + torch.where(curvature > 0, slope / curvature, 0)
-    wanted = storable_step(wanted, row_scale)
+    wanted = storable_step(wanted, row_scale, grid)
     move = wanted - step
     return torch.where(move * (move * curvature - 2 * slope) < 0, wanted, step)
 
@@ -93,7 +94,7 @@ def _refit_steps(q: Quantised, keep: Tensor, gradient: Tensor, hessian: Tensor) 
         c = (q.codes[:, part] - q.zero[:, g, None]) * keep[:, part]
         product = c @ hessian[part]
         slope, curvature = (c * gradient[:, part]).sum(1), (c * product[:, part]).sum(1)
-        step = _best_step(q.scale[:, g], slope, curvature, q.row_scale)
+        step = _best_step(q.scale[:, g], slope, curvature, q.row_scale, q.grid)
         gradient -= (step - q.scale[:, g])[:, None] * product
         q.scale[:, g] = step
 
@@ -116,7 +117,7 @@ def _sweep_block(
             part = slice(i, i + width)
             c = (codes[part] - zeros[part]) * kept[part]
             curvature = (c * (h[part, part] @ c)).sum(0)
-            step = _best_step(steps[i], (c * slope[part]).sum(0), curvature, q.row_scale)
+            step = _best_step(steps[i], (c * slope[part]).sum(0), curvature, q.row_scale, q.grid)
             slope -= (h[:, part] @ c) * (step - steps[i])
             steps[part] = step
         target = (codes[i] - zeros[i]) * steps[i] + slope[i] / h[i, i]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tulle.core import compiled
-from tulle.core.grid import Grid, Quantised, byte_steps, code
+from tulle.core.grid import Grid, Quantised, code, stored_steps
 from tulle.core.hessian import Factor
 from tulle.core.sweep import sweep
 
@@ -46,11 +46,9 @@ def gptq(
     """Quantises W ``[C_out, C_in]`` on a grid with steps and zero points ``[C_out, G]``, in the order of
     ``factor``. Steps of ``grid.scale_bits`` 8 are rounded to what can be stored first.
     """
-    row_scale = None
-    if grid.scale_bits == 8:
-        scale, zero, row_scale = byte_steps(scale, zero, grid)
+    scale, zero, row_scale = stored_steps(scale, zero, grid)
     quantised = Quantised(grid, torch.zeros_like(weight, dtype=torch.int16), scale, zero, row_scale)
-    if compiled.fits(weight, factor.feedback, scale, zero, mask):
+    if compiled.fits(weight, factor.feedback, scale, zero, mask, grid=grid):
         compiled.sweep_codes(weight, factor, quantised, mask, max(block, compiled.BLOCK))
     else:
         sweep(weight[:, factor.order], factor.upper, _Rounder(quantised, factor.order, mask), block)

@@ -10,7 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tulle.errors import UserError
-from tulle.format.pack import STORAGE, bf16_to_f32, unpack_stored, unpack_zero_point
+from tulle.format.pack import (
+    LEVELS,
+    STORAGE,
+    bf16_to_f32,
+    f32_to_bf16,
+    unpack_scale,
+    unpack_stored,
+    unpack_zero_point,
+)
 from tulle.format.spec import LinearSpec
 from tulle.models.gguf.source import GgufSource
 from tulle.models.source import TensorSource, describe_source, open_source, packed_by_tulle, require_finite
@@ -110,6 +118,11 @@ def _finite(name: str, found: StoredLinear) -> StoredLinear:
     return found
 
 
+def kernel_bits(spec: LinearSpec) -> int | None:
+    """Of a linear's codes as the kernels get them: floats of 4 bits become whole numbers of 5 (0 to 24)."""
+    return 5 if spec.format != "int" else spec.bits
+
+
 class Source(Checkpoint):
     """A checkpoint of a decoder.
 
@@ -194,6 +207,11 @@ class Source(Checkpoint):
             raise UserError(f"{name}, {error}") from None
         if spec.bits is None and spec.values_dtype != "bfloat16":
             values = values.astype(np.float32)
+        if spec.format != "int":
+            # Twice the floats are whole numbers, and half a scale is a bfloat16: these kernels compute the same.
+            codes = (LEVELS - LEVELS.min()).astype(np.uint8)[values]
+            scale = f32_to_bf16(unpack_scale(spec, arrays))
+            return StoredLinear(codes, mask, kernel_bits(spec), scale, zero=-int(LEVELS.min()))
         row_scale = bf16_to_f32(arrays["row_scale"]) if "row_scale" in arrays else None
         zero_point = unpack_zero_point(spec, arrays)
         return StoredLinear(values, mask, spec.bits, arrays.get("scale"), zero_point, row_scale=row_scale)

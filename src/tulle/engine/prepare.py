@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tulle import cache
-from tulle.engine.checkpoint import Source, StoredLinear
+from tulle.engine.checkpoint import Source, StoredLinear, kernel_bits
 from tulle.engine.files import TensorWriter, resident
 from tulle.engine.layout import LINE_OUTPUTS, ModelLayout, for_kernels, input_major_kind
 from tulle.engine.native_model import LinearFacts
@@ -149,15 +149,16 @@ def _fuse(source: Source, layout: ModelLayout, names: tuple[str, ...]) -> bool:
 
     if any(spec is None or compared(spec) != compared(first) for spec in specs):
         return False
-    line = LINE_OUTPUTS[input_major_kind(first.bits or 0, stays_sparse)]
+    line = LINE_OUTPUTS[input_major_kind(kernel_bits(first) or 0, stays_sparse)]
     return all(source.shapes[name][0] % line == 0 for name in names[:-1])
 
 
 def _block_inputs(spec: LinearSpec | None, layout: ModelLayout) -> int:
     """Inputs of a block of an input-major layout (1 or 4), where it is asked for and has kernels; else 0: tiles."""
-    if spec is None or not layout.input_major or spec.bits is None:
+    bits = None if spec is None else kernel_bits(spec)
+    if spec is None or not layout.input_major or bits is None:
         return 0
-    if spec.sparse and spec.bits > 4 and not layout.densified:
+    if spec.sparse and bits > 4 and not layout.densified:
         return 0
     selection = spec.input_sparsity
     blocks4 = selection is not None and selection.kind == "top_k" and selection.unit % 4 == 0
@@ -183,6 +184,7 @@ def _read(source: Source, names: tuple[str, ...], layout: ModelLayout) -> Stored
         parts[0].bits,
         np.concatenate(scales),
         np.concatenate(zeros) if zeros else None,
+        zero=parts[0].zero,
     )
 
 
@@ -190,7 +192,7 @@ def _densified(part: StoredLinear) -> StoredLinear:
     """Without its mask: a pruned weight is 0, or the code of its zero point."""
     if part.mask is None or part.bits is None:
         return replace(part, mask=None)
-    middle = np.full((len(part.values), 1), 1 << (part.bits - 1), np.uint8)
+    middle = np.full((len(part.values), 1), 1 << (part.bits - 1) if part.zero is None else part.zero, np.uint8)
     zero = middle if part.zero_point is None else part.zero_point
     wide = zero.repeat(part.values.shape[1] // zero.shape[1], axis=1)
     return replace(part, values=np.where(part.mask, part.values, wide), mask=None)

@@ -18,6 +18,15 @@ from tulle.format.spec import LinearSpec, code_shape, parse_pattern
 STORAGE = {"uint8": np.uint8, "bfloat16": np.uint16, "float16": np.float16, "float32": np.float32}
 """NumPy dtype that carries each stored dtype."""
 
+LEVELS = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
+"""Twice the number that each code of a float format (E2M1) means: whole, for the kernels. Minus zero is zero."""
+_E8M0 = np.append(np.ldexp(np.float32(1), np.arange(-127, 128, dtype=np.int32)), np.float32(np.nan)).astype(np.float32)
+_MAGNITUDE = np.arange(127)
+_E4M3 = np.full(256, np.nan, np.float32)
+_E4M3[:127] = np.ldexp(_MAGNITUDE % 8 / 8 + (_MAGNITUDE > 7), np.maximum(_MAGNITUDE >> 3, 1) - 7)
+BYTE_SCALES = {"mxfp4": _E8M0, "nvfp4": _E4M3}
+"""What a byte of `scale` means, 256 numbers; NaN for a byte that is no scale."""
+
 
 def bf16_to_f32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
     """Exact: a bfloat16 is the upper half of a float32."""
@@ -78,13 +87,14 @@ def pack_linear(
     scale: NDArray[np.uint16] | NDArray[np.uint8] | None = None,
     zero_point: NDArray[np.uint8] | None = None,
     row_scale: NDArray[np.uint16] | None = None,
+    tensor_scale: NDArray[np.float32] | None = None,
 ) -> dict[str, NDArray]:
     """suffix -> array, exactly the tensors of `spec`.
 
     values [C_out, C_in]: codes u (uint8) of a quantised linear, else the weights as `values_dtype`.
     mask [C_out, C_in]: True = stored, the other values are ignored. scale [C_out, G]: bfloat16 bits, or uint8 where
-    `scale_bits` is 8; then row_scale [C_out], bfloat16 bits. zero_point [C_out, G]: one each, not packed. Raises
-    UserError where an array does not fit the spec.
+    `scale_bits` is 8; then row_scale [C_out], bfloat16 bits. zero_point [C_out, G]: one each, not packed. tensor_scale
+    [1]: of nvfp4. Raises UserError where an array does not fit the spec.
     """
     dtype = np.dtype(STORAGE[spec.values_dtype] if spec.values_dtype else np.uint8)
     _require("values", values, dtype, spec.shape)
@@ -102,7 +112,8 @@ def pack_linear(
     if zero_point is not None and spec.bits is not None:
         _require("zero_point", zero_point, np.dtype(np.uint8), (spec.shape[0], spec.groups))
         zero_point = pack_codes(zero_point, spec.zero_point_bits or spec.bits)
-    for suffix, array in (("scale", scale), ("row_scale", row_scale), ("zero_point", zero_point)):
+    for suffix, array in (("scale", scale), ("row_scale", row_scale), ("zero_point", zero_point),
+                          ("tensor_scale", tensor_scale)):  # fmt: skip
         if array is not None:
             arrays[suffix] = np.ascontiguousarray(array)
     check_tensors(spec, arrays)
@@ -110,7 +121,8 @@ def pack_linear(
 
 
 def unpack_linear(spec: LinearSpec, tensors: Mapping[str, NDArray]) -> NDArray[np.float32]:
-    """The dense weight [C_out, C_in] that the tensors mean: scale·(u − zero) or the values, 0 where pruned.
+    """The dense weight [C_out, C_in] that the tensors mean: scale·(u − zero), scale times the float that u is, or the
+    values; 0 where pruned.
 
     Raises UserError where a tensor does not fit the spec.
     """
@@ -122,9 +134,9 @@ def unpack_linear(spec: LinearSpec, tensors: Mapping[str, NDArray]) -> NDArray[n
     codes, mask = unpack_linear_codes(spec, tensors)
     c_out, c_in = spec.shape
     zero_point = unpack_zero_point(spec, tensors)
-    zero = np.float32(1 << (spec.bits - 1)) if zero_point is None else zero_point[:, :, None]
-    grouped = codes.reshape(c_out, spec.groups, -1).astype(np.float32)
-    grouped -= zero
+    grouped = (codes if spec.format == "int" else LEVELS[codes]).reshape(c_out, spec.groups, -1).astype(np.float32)
+    if spec.format == "int":
+        grouped -= np.float32(1 << (spec.bits - 1)) if zero_point is None else zero_point[:, :, None]
     grouped *= unpack_scale(spec, tensors)[:, :, None]
     weight = grouped.reshape(c_out, c_in)
     if mask is not None:
@@ -133,7 +145,13 @@ def unpack_linear(spec: LinearSpec, tensors: Mapping[str, NDArray]) -> NDArray[n
 
 
 def unpack_scale(spec: LinearSpec, tensors: Mapping[str, NDArray]) -> NDArray[np.float32]:
-    """Scales [C_out, G] of a quantised linear; with `scale_bits` 8 scale·row_scale, which float32 holds exactly."""
+    """Scales [C_out, G] of a quantised linear; with `scale_bits` 8 scale·row_scale, which float32 holds exactly.
+
+    Of a float format half of them, which belongs to `LEVELS`: numbers that bfloat16 holds, too.
+    """
+    if spec.format != "int":
+        steps = BYTE_SCALES[spec.format][tensors["scale"]] * np.float32(0.5)
+        return steps * tensors["tensor_scale"] if spec.format == "nvfp4" else steps
     if spec.scale_bits == 16:
         return bf16_to_f32(tensors["scale"])
     return tensors["scale"].astype(np.float32) * bf16_to_f32(tensors["row_scale"])[:, None]
@@ -192,6 +210,9 @@ def check_tensors(spec: LinearSpec, tensors: Mapping[str, NDArray]) -> None:
         return
     name, n = ("values", spec.stored) if spec.sparse else ("codes", spec.shape[1])
     _check_code_padding(name, tensors[name], n, spec.bits)
+    if spec.format != "int":
+        _check_byte_scales(spec, tensors)
+        return
     floats = "scale" if spec.scale_bits == 16 else "row_scale"
     if not np.isfinite(bf16_to_f32(tensors[floats])).all():
         raise UserError(f"{floats}: expected finite numbers, found NaN or Inf; the file is damaged")
@@ -202,6 +223,16 @@ def check_tensors(spec: LinearSpec, tensors: Mapping[str, NDArray]) -> None:
     largest = int(zero_point.max())
     if largest >= 1 << spec.bits:
         raise UserError(f"zero_point: expected values below {1 << spec.bits}, found {largest}")
+
+
+def _check_byte_scales(spec: LinearSpec, tensors: Mapping[str, NDArray]) -> None:
+    known = np.isfinite(BYTE_SCALES[spec.format])
+    if not known[tensors["scale"]].all():
+        raise UserError(f"scale: expected bytes up to {np.flatnonzero(known)[-1]}, found others; the file is damaged")
+    if spec.format == "nvfp4":
+        found = tensors["tensor_scale"][0]
+        if not (2.0**-100 <= found <= 2.0**100 and np.frexp(found)[0] == 0.5):
+            raise UserError(f"tensor_scale: expected a power of two from 2^-100 to 2^100, found {found}; damaged file")
 
 
 def _require(name: str, array: NDArray | None, dtype: np.dtype, shape: tuple[int, ...]) -> None:

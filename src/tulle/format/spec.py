@@ -17,7 +17,7 @@ from tulle.errors import UserError
 QUANT_METHOD = "tulle"
 FORMAT_VERSION = 4
 READABLE_VERSIONS = (2, 3, 4)
-"""Version 2 knows no sparse inputs; 3 no scales of 8 bits and no packed zero points."""
+"""Version 2 knows no sparse inputs; 3 no scales of 8 bits, no packed zero points and no floats of 4 bits."""
 
 ITEM_BYTES = {"uint8": 1, "int32": 4, "bfloat16": 2, "float16": 2, "float32": 4}
 SAFETENSORS_DTYPE = {"uint8": "U8", "int32": "I32", "bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -25,6 +25,8 @@ SAFETENSORS_DTYPE = {"uint8": "U8", "int32": "I32", "bfloat16": "BF16", "float16
 FLOAT_DTYPES = ("bfloat16", "float16", "float32")
 
 
+FLOAT_FORMATS = {"mxfp4": 32, "nvfp4": 16}
+"""Floats of four bits that codes may be, and how many input channels share a scale."""
 TRANSFORMS = ("diagonal", "permutation", "hadamard", "block_matrix", "kronecker")
 
 
@@ -175,9 +177,12 @@ class LinearSpec:
     values_dtype: str | None = None
     """Of unquantised weights: bfloat16, float16 or float32."""
     scale_bits: int = 16
-    """16: scales are bfloat16; 8: whole numbers of one byte, times a bfloat16 per output channel (`row_scale`)."""
+    """16: scales are bfloat16; 8: whole numbers of one byte, times a bfloat16 per output channel (`row_scale`), or, of
+    a float `format`, that format's byte."""
     zero_point_bits: int | None = None
     """None: zero points are packed like codes; 8: a byte each, as files of version 2 and 3 have them."""
+    format: str = "int"
+    """What codes are: whole numbers, or E2M1 floats, mxfp4 or nvfp4."""
 
     def __post_init__(self) -> None:
         problem = self._problem()
@@ -203,6 +208,15 @@ class LinearSpec:
                 return f"expected a group_size that divides {c_in} input channels, found {self.group_size}"
             if self.scale_bits not in (8, 16):
                 return f"expected scale_bits 8 or 16, found {self.scale_bits}"
+        if self.format not in ("int", *FLOAT_FORMATS):
+            return f"expected a format of int, {', '.join(FLOAT_FORMATS)}, found {self.format!r}"
+        if self.format != "int":
+            found = (self.bits, self.group_size, self.symmetric, self.scale_bits)
+            if found != (4, FLOAT_FORMATS[self.format], True, 8):
+                return (
+                    f"expected bits 4, group_size {FLOAT_FORMATS[self.format]}, symmetric and scale_bits 8 with "
+                    f"{self.format}, found {self.bits}, {self.group_size}, {self.symmetric} and {self.scale_bits}"
+                )
         if self.zero_point_bits is not None and (self.symmetric or self.zero_point_bits != 8):
             return f"expected zero_point_bits null, or 8 with symmetric: false, found {self.zero_point_bits}"
         return self._input_problem() or self._sparsity_problem()
@@ -264,7 +278,9 @@ class LinearSpec:
         if self.bits is not None:
             grid = (c_out, self.groups)
             tensors["scale"] = ("bfloat16" if self.scale_bits == 16 else "uint8", grid)
-            if self.scale_bits == 8:
+            if self.format == "nvfp4":
+                tensors["tensor_scale"] = ("float32", (1,))
+            elif self.scale_bits == 8 and self.format == "int":
                 tensors["row_scale"] = ("bfloat16", (c_out,))
             if not self.symmetric:
                 tensors["zero_point"] = ("uint8", code_shape(self.zero_point_bits or self.bits, grid))
@@ -443,7 +459,7 @@ class QuantizationConfig:
 
 def _of_older(version: int, entry: dict[str, Any]) -> dict[str, Any]:
     """A linear's fields as this version has them."""
-    older = {"scale_bits": 16, "zero_point_bits": 8 if entry.get("symmetric") is False else None}
+    older = {"scale_bits": 16, "format": "int", "zero_point_bits": 8 if entry.get("symmetric") is False else None}
     for name in older.keys() & entry.keys():
         raise UserError(f"expected no {name} in format_version {version}, found {entry[name]!r}")
     return ({"input_sparsity": None} if version == 2 else {}) | older | entry

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tulle.core.head_grids import HeadGrids
 from tulle.core.topk import Selection
 from tulle.core.transform import BlockMatrix, Hadamard, Kronecker, Transform
-from tulle.format.pack import f32_to_bf16, pack_linear
+from tulle.core.grid import Quantised
+from tulle.format.pack import LEVELS, f32_to_bf16, pack_linear
 from tulle.format.spec import AttentionSpec, HeadSpec, InputSparsitySpec, LinearSpec, TransformSpec
 from tulle.methods.contract import LinearState
 
@@ -78,6 +80,7 @@ def spec_of(linear: LinearState, dtype: torch.dtype, holder: str | None = None) 
         group_size=linear.quantised.grid.group_size if linear.quantised else None,
         symmetric=linear.quantised.grid.symmetric if linear.quantised else True,
         scale_bits=linear.quantised.grid.scale_bits if linear.quantised else 16,
+        format=linear.quantised.grid.format if linear.quantised else "int",
         input_bits=linear.input_bits,
         input_symmetric=linear.input_grid.symmetric if linear.input_grid else True,
         input_clip=float(linear.input_grid.clip) if linear.input_grid else 1.0,
@@ -107,6 +110,8 @@ def packed_tensors(linear: LinearState, spec: LinearSpec, dtype: torch.dtype) ->
         # A pruned weight stored densely is the code that means zero.
         width = codes.shape[1] // q.zero.shape[1]
         codes = torch.where(linear.mask, codes, q.zero.repeat_interleave(width, 1).to(codes.dtype))
+    if q.grid.format != "int":
+        return _tensors(_float_arrays(spec, q, codes, mask), spec)
     unsigned = (codes.int() - q.grid.low).to(torch.uint8).cpu().numpy()
     zero = None if q.grid.symmetric else q.zero.to(torch.uint8).cpu().numpy()
     scale, row_scale = f32_to_bf16(q.scale.cpu().numpy()), None
@@ -114,6 +119,20 @@ def packed_tensors(linear: LinearState, spec: LinearSpec, dtype: torch.dtype) ->
         scale = (q.scale / q.row_scale[:, None]).round().to(torch.uint8).cpu().numpy()
         row_scale = f32_to_bf16(q.row_scale.cpu().numpy())
     return _tensors(pack_linear(spec, unsigned, mask, scale, zero, row_scale), spec)
+
+
+def _float_arrays(spec: LinearSpec, q: Quantised, codes: Tensor, mask: Any) -> dict[str, Any]:
+    """Of a float format: E2M1 codes, a byte per scale, and nvfp4's scale of the tensor."""
+    of_level = np.full(25, 255, np.uint8)  # level + 12 → code; a number that is no level would be refused as a code
+    of_level[LEVELS[15:8:-1].astype(np.int16) + 12] = np.arange(15, 8, -1)
+    of_level[LEVELS[:8].astype(np.int16) + 12] = np.arange(8)
+    values = of_level[codes.cpu().numpy() + 12]
+    steps = q.scale.cpu()
+    if q.row_scale is None:  # mxfp4: a step is half a scale, 2^(byte − 127)
+        return pack_linear(spec, values, mask, (torch.frexp(steps)[1] + 127).to(torch.uint8).numpy())
+    whole = q.row_scale[0].cpu()
+    scale = (steps / whole).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    return pack_linear(spec, values, mask, scale, tensor_scale=(2 * whole.reshape(1)).numpy())
 
 
 def _tensors(arrays: dict[str, Any], spec: LinearSpec) -> dict[str, Tensor]:

@@ -39,7 +39,11 @@ class PackedEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Rows ``[..., d]`` of tokens ``[...]``."""
         unique, places = tokens.reshape(-1).unique(return_inverse=True)
-        rows = {suffix: buffer[unique] for suffix, buffer in self._buffers.items() if buffer is not None}
+        rows = {
+            suffix: buffer if suffix == "tensor_scale" else buffer[unique]
+            for suffix, buffer in self._buffers.items()
+            if buffer is not None
+        }
         spec = replace(self.spec, shape=(len(unique), self.embedding_dim))
         return dequantise(spec, rows)[places].to(self._dtype).reshape(*tokens.shape, self.embedding_dim)
 

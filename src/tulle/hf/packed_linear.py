@@ -2,8 +2,8 @@
 
 :class:`PackedLinear` holds the tensors of ``docs/reference/format.md`` as buffers and stands where the linear stood.
 
-- Weights only (``input_bits`` is None): y = x·Wᵀ + b with W = Δ·(u − z), dequantised in float32, rounded
-  once to the dtype of x, and cached. In a float32 model W is exact.
+- Weights only (``input_bits`` is None): y = x·Wᵀ + b with W = Δ·(u − z), or Δ times the float that u is, dequantised in
+  float32, rounded once to the dtype of x, and cached. In a float32 model W is exact.
 - Transforms: x·T₁·T₂·… in float32 stands for x, and W is stored as W·T⁻ᵀ.
 - Quantised input (``input_bits``): the integer arithmetic of the engine. Per token a step s and whole numbers x_q
   (:mod:`tulle.core.token_grid`); one int32 sum Σ x_q·(u − z) per output and group; then in float32, groups
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from tulle.core.token_grid import TokenGrid
 from tulle.core.topk import Selection
 from tulle.core.transform import BlockMatrix, Diagonal, Hadamard, Kronecker, Permutation, Transform, run, unfold
+from tulle.format.pack import BYTE_SCALES, LEVELS
 from tulle.format.spec import LinearSpec, TransformSpec
 
 EXACT_INTEGERS = 1 << 24
@@ -125,7 +126,8 @@ def unpack_integers(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 def unpack_integer_weight(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> Tensor:
-    """The whole numbers u − z of a quantised weight, int16 ``[C_out, C_in]``; zero where pruned."""
+    """The whole numbers u − z of a quantised weight, int16 ``[C_out, C_in]``; of floats twice the numbers
+    (:data:`tulle.format.pack.LEVELS`); zero where pruned."""
     assert spec.bits is not None
     if spec.sparse:
         kept = unpack_bits(tensors["mask"], spec.shape[1]).bool()
@@ -134,7 +136,9 @@ def unpack_integer_weight(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> Te
     else:
         kept = None
         codes = unpack_integers(tensors["codes"], spec.bits, spec.shape[1])
-    if spec.symmetric:
+    if spec.format != "int":
+        whole = torch.from_numpy(LEVELS).to(codes.device, torch.int16)[codes.int()]
+    elif spec.symmetric:
         whole = codes.short() - (1 << (spec.bits - 1))
     else:
         zero = unpack_integers(tensors["zero_point"], spec.zero_point_bits or spec.bits, spec.groups).short()
@@ -143,7 +147,12 @@ def unpack_integer_weight(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> Te
 
 
 def unpack_scale(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Scales float32 ``[C_out, G]``, times the row's where they have 8 bits."""
+    """Scales float32 ``[C_out, G]``, times the row's where they have 8 bits; of floats half of them, since
+    :func:`unpack_integer_weight` is twice the numbers."""
+    if spec.format != "int":
+        table = torch.from_numpy(BYTE_SCALES[spec.format]).to(tensors["scale"].device) * 0.5
+        steps = table[tensors["scale"].int()]
+        return steps * tensors["tensor_scale"] if spec.format == "nvfp4" else steps
     scale = tensors["scale"].float()
     return scale if spec.scale_bits == 16 else scale * tensors["row_scale"].float()[:, None]
 
@@ -297,6 +306,7 @@ class PackedLinear(nn.Module):
             f"bias={self.bias is not None}",
         ]
         parts += [f"bits={s.bits}", f"group_size={s.group_size}"] if s.bits is not None else []
+        parts += [f"format={s.format}"] if s.format != "int" else []
         parts += ["sparse"] if s.sparse else []
         parts += [f"input_bits={s.input_bits}"] if s.input_bits is not None else []
         parts += [f"input_sparsity={s.input_sparsity.kind}"] if s.input_sparsity is not None else []

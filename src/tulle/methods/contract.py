@@ -490,12 +490,16 @@ class Method:
             grid = linear.allotted_grid
             own |= {"bits": grid.bits, "group_size": grid.group_size, "symmetric": grid.symmetric}
             own["scale_bits"] = grid.scale_bits
+            if hasattr(self, "format"):
+                own["format"] = grid.format
         if linear.allotted is not None and self.respects_allocation:
             own["sparsity"] = linear.allotted
         if linear.kept_bits is not None and hasattr(self, "bits"):
             if linear.kept_bits >= 16:
                 return None
             own["bits"] = linear.kept_bits
+            if hasattr(self, "format"):
+                own["format"] = "int"  # floats have 4 bits
         return replace(self, **own) if own else self  # type: ignore[type-var]
 
     @property

@@ -39,6 +39,8 @@ def _numbers(linear: Mapping[str, Any]) -> str:
     if linear["bits"] is not None:
         group = f" g{linear['group_size']}" if linear["group_size"] else " per channel"
         weights = f"W{linear['bits']}{group}{'' if linear['symmetric'] else ' asym'}"
+        if (form := linear.get("format", "int")) != "int":
+            weights = form.upper()
     if not linear["input_bits"]:
         return weights
     clip = linear.get("input_clip", 1.0)

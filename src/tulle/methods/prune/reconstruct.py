@@ -60,7 +60,8 @@ class Tuned(nn.Module):
         else:
             row_scale = self.linear.quantised.row_scale
             columns = None if row_scale is None else row_scale[:, None]
-            self.linear.quantised.scale = storable_step(self.parameter.detach(), columns)
+            grid = self.linear.quantised.grid
+            self.linear.quantised.scale = storable_step(self.parameter.detach(), columns, grid)
             self.linear.weight = self.linear.quantised.dequantise(self.linear.mask)
 
 

@@ -11,6 +11,9 @@ Departures, each an option:
   (core.descent).
 - A mask that exists is kept: pruned entries are compressed to zero like any other column, so that what the
   sweep moved into them is made up for by the columns on the right.
+- ``format``: floats of four bits in place of whole numbers, as MR-GPTQ (Egiazarian et al. 2025, "Bridging the Gap
+  Between Promising and Performance for Microscaling FP4 Quantization") has them; ``perq: {block: 32, permute: false}``
+  before it is that paper's block rotation, and descent refits the scales.
 - A channel without calibration data is rounded to nearest (the authors set its weights to zero).
 """
 
@@ -21,7 +24,7 @@ from typing import ClassVar, Literal
 
 from tulle.core.descent import descend
 from tulle.core.gptq import gptq
-from tulle.core.grid import Grid, GroupSize, find_steps
+from tulle.core.grid import Format, Grid, GroupSize, find_steps
 from tulle.core.hessian import check_damping
 from tulle.core.token_grid import TokenGrid
 from tulle.methods.contract import Decision, LinearState, Method, Statistic, Statistics
@@ -43,10 +46,14 @@ class GPTQ(Method):
     """True: codes lie around 0, no zero points; false: every step has a zero point of its own."""
     scale_bits: Literal[8, 16] = 16
     """Bits of a step: 16 (bfloat16), or 8 with one bfloat16 per output channel."""
+    format: Format = "int"
+    """What codes are: whole numbers, or the floats of four bits of the standards mxfp4 (groups of 32, scales powers of
+    two) and nvfp4 (groups of 16, scales E4M3). These need ``bits: 4`` and have their own group size."""
     act_order: bool = True
     """Round the channels of the largest inputs first (falling diagonal of the Hessian)."""
     clip_search: int = 20
-    """Clip ratios tried for every step; 0 takes the extremes."""
+    """Clip ratios tried for every step; 0 takes the extremes. Of mxfp4 and nvfp4: more than 0 tries the neighbours of
+    the standard's scale."""
     descent: int = 4
     """Sweeps of coordinate descent after GPTQ's own; 0 is the paper."""
     damping: float = 0.01
@@ -68,7 +75,7 @@ class GPTQ(Method):
         return frozenset({"codes"} if self.input_bits is None else {"codes", "inputs"})
 
     def _grid(self, columns: int | None = None) -> Grid:
-        return Grid.of(self.bits, self.group_size, self.symmetric, columns, self.scale_bits)
+        return Grid.of(self.bits, self.group_size, self.symmetric, columns, self.scale_bits, self.format)
 
     def validate(self, name: str, shape: tuple[int, int]) -> None:
         self._grid(shape[1]).check(name, shape[1])

@@ -1,4 +1,4 @@
-"""Round-to-nearest: every weight to the nearest point of a uniform grid, w ≈ Δ·(round(w/Δ) + z − z).
+"""Round-to-nearest: every weight to the nearest point of a grid, w ≈ Δ·(round(w/Δ) + z − z).
 
 The data-free baseline (e.g. LLM.int8, Dettmers et al. 2022; ZeroQuant, Yao et al. 2022). With ``clip_search``
 the step of each group is the one with the least squared error among that many clip ratios, instead of the
@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tulle.core.grid import Grid, GroupSize, Quantised, byte_steps, code, extremes, find_steps, grouped, row_chunks
+from tulle.core.grid import Format, Grid, GroupSize, Quantised, code, extremes, find_steps, grouped, row_chunks, stored_steps
 from tulle.core.token_grid import TokenGrid
 from tulle.errors import UserError
 from tulle.methods.contract import Decision, LinearState, Method, Statistics
@@ -30,9 +30,7 @@ def round_to_nearest(
     (low, high), ``[C_out, G]`` each, replaces the extremes.
     """
     scale, zero = find_steps(weight, grid, search=clip_search, mask=mask, ranges=ranges)
-    row_scale = None
-    if grid.scale_bits == 8:
-        scale, zero, row_scale = byte_steps(scale, zero, grid)
+    scale, zero, row_scale = stored_steps(scale, zero, grid)
     codes = torch.empty(weight.shape, dtype=torch.int16, device=weight.device)
     for rows in row_chunks(weight):
         part = code(grouped(weight[rows], grid.group_size), scale[rows, :, None], zero[rows, :, None], grid)
@@ -55,8 +53,12 @@ class RoundToNearest(Method):
     """True: codes lie around 0, no zero points; false: every step has a zero point of its own."""
     scale_bits: Literal[8, 16] = 16
     """Bits of a step: 16 (bfloat16), or 8 with one bfloat16 per output channel."""
+    format: Format = "int"
+    """What codes are: whole numbers, or the floats of four bits of the standards mxfp4 (groups of 32, scales powers of
+    two) and nvfp4 (groups of 16, scales E4M3). These need ``bits: 4`` and have their own group size."""
     clip_search: int = 0
-    """Clip ratios tried for every step; 0 takes the extremes."""
+    """Clip ratios tried for every step; 0 takes the extremes. Of mxfp4 and nvfp4: more than 0 tries the neighbours of
+    the standard's scale."""
     clip: float = 1.0
     """Fixed ratio of the extremes (DuQuant without learned clipping takes 0.8)."""
     input_bits: Literal[4, 6, 8] | None = None
@@ -73,7 +75,7 @@ class RoundToNearest(Method):
         return frozenset({"codes"} if self.input_bits is None else {"codes", "inputs"})
 
     def _grid(self, columns: int | None = None) -> Grid:
-        return Grid.of(self.bits, self.group_size, self.symmetric, columns, self.scale_bits)
+        return Grid.of(self.bits, self.group_size, self.symmetric, columns, self.scale_bits, self.format)
 
     def validate(self, name: str, shape: tuple[int, int]) -> None:
         self._grid(shape[1]).check(name, shape[1])
