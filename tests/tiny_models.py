@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tulle.format.pack import bf16_to_f32, f32_to_bf16, pack_linear, unpack_linear
+from tulle.format.pack import BYTE_SCALES, LEVELS, bf16_to_f32, f32_to_bf16, pack_linear, unpack_linear
 from tulle.format.spec import LinearSpec, QuantizationConfig
 
 ROLES = {
@@ -39,6 +39,8 @@ def pack_random(weight: np.ndarray, seed: int = 0, **scheme: Any) -> tuple[Linea
     if spec.values_dtype is not None:
         return spec, pack_linear(spec, weight.astype(spec.values_dtype), mask)
     assert spec.bits is not None
+    if spec.format != "int":
+        return spec, pack_linear(spec, mask=mask, **random_floats(weight, spec))
     grouped = weight.reshape(shape[0], spec.groups, -1)
     levels = 1 << spec.bits
     if spec.symmetric:
@@ -55,6 +57,22 @@ def pack_random(weight: np.ndarray, seed: int = 0, **scheme: Any) -> tuple[Linea
     codes = np.round(grouped / step[..., None]) + zero[..., None]
     codes = np.clip(codes, 0, levels - 1).astype(np.uint8).reshape(shape)
     return spec, pack_linear(spec, codes, mask, scale, None if spec.symmetric else zero.astype(np.uint8), row_scale)
+
+
+def random_floats(weight: np.ndarray, spec: LinearSpec) -> dict[str, np.ndarray]:
+    """Arguments of ``pack_linear`` for W in a float format: roughly rounded, every code used."""
+    grouped = weight.reshape(spec.shape[0], spec.groups, -1)
+    wanted = np.maximum(np.abs(grouped).max(-1) / 6, 1e-6)
+    whole = 2.0 ** np.ceil(np.log2(wanted.max() / 448))
+    if spec.format == "mxfp4":
+        scale = (np.round(np.log2(wanted)) + 127).astype(np.uint8)
+        arrays = {"scale": scale}
+    else:
+        scale = torch.from_numpy(wanted / whole).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        arrays = {"scale": scale, "tensor_scale": np.array([whole], np.float32)}
+    step = BYTE_SCALES[spec.format][scale] / 2 * (whole if spec.format == "nvfp4" else 1)
+    nearest = np.abs(grouped[..., None] / step[..., None, None] - LEVELS).argmin(-1)
+    return arrays | {"values": nearest.astype(np.uint8).reshape(spec.shape)}
 
 
 def as_torch(array: np.ndarray) -> torch.Tensor:

@@ -55,6 +55,30 @@ def test_every_width(bits: dict[str, int], group: int | None, symmetric: bool, s
     agrees(tmp_path / "m", write_model(tmp_path / "m", schemes(bits, **fields)))
 
 
+FP4 = {
+    form: {"bits": 4, "group_size": size, "scale_bits": 8, "format": form}
+    for form, size in (("mxfp4", 32), ("nvfp4", 16))
+}
+
+
+@pytest.mark.parametrize("layout", ModelLayout)
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("form", FP4)
+def test_floats_of_four_bits(form: str, sparse: bool, layout: str, tmp_path: Path) -> None:
+    """They run as whole numbers with half the scale."""
+    found = {role: FP4[form] | {"sparse": sparse} for role in ("qkv", "gate_up", "o", "down")}
+    tables = {"embedding": FP4[form], "head": FP4[form]}
+    agrees(tmp_path / "m", write_model(tmp_path / "m", found | tables), layout=layout)
+    for name in ("model.layers.0.mlp.down_proj", "lm_head"):
+        source = Source(tmp_path / "m")
+        spec = source.specs[name]
+        stored = source.coded(f"{name}.weight", spec.shape)
+        assert stored is not None and stored.bits == 5
+        kept = np.ones(spec.shape, bool) if stored.mask is None else stored.mask
+        tensors = {suffix: source.tensor(f"{name}.{suffix}") for suffix in spec.tensors()}
+        np.testing.assert_array_equal(stored.floats() * kept, unpack_linear(spec, tensors))
+
+
 @pytest.mark.parametrize("layout", ModelLayout)
 @pytest.mark.parametrize("sparse", [False, True])
 def test_other_layouts(layout: str, sparse: bool, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from checkpoints import PROSE, write_checkpoint
 from tiny_models import write_model
@@ -22,6 +22,10 @@ from tulle.export import check, compressed_tensors, export
 from tulle.export.folder import Entry, whole_folder, write_entries
 from tulle.text.reading import Text
 
+FP4 = {
+    form: {"bits": 4, "group_size": size, "scale_bits": 8, "format": form}
+    for form, size in (("mxfp4", 32), ("nvfp4", 16))
+}
 SCHEMES = {
     "w4a16": {"all": {"bits": 4}},
     "w4a16-g32": {"all": {"bits": 4, "group_size": 32}},
@@ -34,6 +38,10 @@ SCHEMES = {
     "sparse-w4": {"all": {"bits": 4, "group_size": 32, "sparse": True}},
     "sparse-w8-asymmetric": {"all": {"bits": 8, "symmetric": False, "sparse": True, "input_bits": 8}},
     "2:4-w8": {"all": {"bits": 8, "sparse": True, "pattern": "2:4"}},
+    "mxfp4": {"all": FP4["mxfp4"]},
+    "nvfp4": {"all": FP4["nvfp4"]},
+    "sparse-nvfp4": {"all": FP4["nvfp4"] | {"sparse": True}},
+    "mxfp4 and int": {"qkv": FP4["mxfp4"], "o": {"bits": 4}, "down": FP4["nvfp4"]},
     "by-role": {"qkv": {"bits": 8, "input_bits": 8}, "down": {"bits": 4, "group_size": 64}, "o": {"bits": 4}},
 }
 LOOP = """
@@ -99,6 +107,11 @@ def test_compressed_tensors(plain, tmp_path, name):
     assert config["sparsity_config"] == {} and "lm_head" in config["ignore"]
     formats = {g["format"] for g in config["config_groups"].values()}
     integer = name in ("w8a8", "w8a8-asymmetric", "sparse-w8-asymmetric")
+    floats = {"mxfp4": {"mxfp4"}, "mxfp4 and int": {"mxfp4", "nvfp4"}}.get(name, {"nvfp4"} if "fp4" in name else set())
+    if floats:
+        assert {f.removesuffix("-pack-quantized") for f in formats} == floats | ({"pack-quantized"} if "int" in name else set())
+        assert result["difference_from_packed"] < 1e-6
+        return
     assert formats == (
         {"pack-quantized", "int-quantized"} if name == "by-role" else {"int-quantized" if integer else "pack-quantized"}
     )
@@ -139,6 +152,38 @@ def fused_schemes(folder, layers=2):
                 for name in names
             })  # fmt: skip
     return found
+
+
+def test_fused_linears_of_nvfp4_get_one_scale_of_the_tensor(plain, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    dense = write_model(tmp_path / "m", {"all": FP4["nvfp4"]})
+    file = tmp_path / "m" / "model.safetensors"
+    tensors = load_file(file)
+    names = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
+    for name, power in zip(names, (0, 2, -3), strict=True):
+        tensors[f"{name}.tensor_scale"] *= 2.0**power
+    for name in ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"):
+        tensors[f"{name}.scale"][0, :2] = torch.tensor([1, 126], dtype=torch.uint8)  # the ends of the range
+    tensors["model.layers.0.mlp.up_proj.tensor_scale"] *= 4
+    save_file(tensors, file, {"format": "pt"})
+    result = export(tmp_path / "m", "compressed-tensors", tmp_path / "out")
+    assert result["difference_from_packed"] < 1e-6
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    divisors = {name: found[f"{name}.weight_global_scale"].item() for name in names}
+    assert set(divisors.values()) == {1 / max(tensors[f"{name}.tensor_scale"].item() for name in names)}
+    for name, power in zip(names, (0, 2, -3), strict=True):
+        assert torch.equal(floats_by_hand(found, name), dense.get_submodule(name).weight * 2.0**power)
+    assert found["model.layers.0.mlp.up_proj.weight_global_scale"] * 4 == found["model.layers.0.mlp.gate_proj.weight_global_scale"]
+    assert [n for n in result["notes"] if "vLLM will round" in n and "layers.0.mlp.gate_proj" in n]
+
+
+def floats_by_hand(tensors, name):
+    """The weight of a linear of nvfp4 in the export, from compressed-tensors' definition."""
+    from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+
+    packed, scale = tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_scale"].float()
+    numbers = unpack_fp4_from_uint8(packed, packed.shape[0], 2 * packed.shape[1], torch.float32)
+    return numbers * (scale / tensors[f"{name}.weight_global_scale"]).repeat_interleave(16, 1)
 
 
 W4 = {"bits": 4, "group_size": 32}
@@ -316,6 +361,7 @@ def test_command_checks_in_its_own_process(tmp_path, capsys):
         ({"values_dtype": "float32"}, "compressed-tensors", "expected quantised linears"),
         ({"values_dtype": "float32", "input_bits": 8}, "compressed-tensors", "quantised inputs without"),
         ({"bits": 4, "scale_bits": 8}, "compressed-tensors", "no scales of 8 bits"),
+        (FP4["mxfp4"] | {"input_bits": 8}, "compressed-tensors", "no quantised inputs of floats"),
         ({"bits": 4}, "onnx", "expected --to compressed-tensors or dense or gguf, found 'onnx'"),
     ],
 )

@@ -36,6 +36,9 @@ SCHEMES = {
     "w8a8": ({"bits": 8, "input_bits": 8}, "Q8_0"),
     "w4-g16": ({"bits": 4, "group_size": 16}, "F16"),
     "w4-byte-scales": ({"bits": 4, "group_size": 32, "scale_bits": 8}, "F32"),
+    "mxfp4": ({"bits": 4, "group_size": 32, "scale_bits": 8, "format": "mxfp4"}, "MXFP4"),
+    "mxfp4-sparse": ({"bits": 4, "group_size": 32, "scale_bits": 8, "format": "mxfp4", "sparse": True}, "MXFP4"),
+    "nvfp4": ({"bits": 4, "group_size": 16, "scale_bits": 8, "format": "nvfp4"}, "BF16"),
     "bf16": ({"values_dtype": "bfloat16", "sparse": True}, "BF16"),
 }
 
@@ -54,7 +57,7 @@ def test_every_linear_in_the_smallest_type_that_loses_nothing(tmp_path: Path, na
     linears = {n: t for n, t in result["types"].items() if n.startswith("blk.") and "norm" not in n}
     assert set(linears.values()) == {kind} and result["difference"] < 1e-5
     said = [note for note in result["notes"] if "quantised weights are written as" in note]
-    assert len(said) == (scheme.get("bits") is not None and kind in ("F16", "F32"))
+    assert len(said) == (scheme.get("bits") is not None and kind in ("F16", "F32", "BF16"))
     for theirs, ours in (("attn_q", "self_attn.q_proj"), ("ffn_down", "mlp.down_proj")):
         raw, of = np.array(file.raw(f"blk.1.{theirs}.weight")), file.tensors[f"blk.1.{theirs}.weight"].type
         weight = dense.get_submodule(f"model.layers.1.{ours}").weight.detach().numpy()

@@ -169,6 +169,75 @@ SPEC, ARRAYS = random_linear(3, 21, 4, 7, False, 0.5, seed=5)
 TENSORS = pack.pack_linear(SPEC, **ARRAYS)
 
 
+@pytest.mark.parametrize("density", [None, 0.4])
+@pytest.mark.parametrize(("form", "size"), [("mxfp4", 32), ("nvfp4", 16)])
+def test_floats_of_four_bits(form: str, size: int, density: float | None) -> None:
+    """Against torch's dtypes for the bytes and a list of the sixteen numbers."""
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(1)
+    mask = None if density is None else rng.random((5, 96)) < density
+    spec = LinearSpec(
+        (5, 96), 4, size, sparse=mask is not None, nonzeros=None if mask is None else int(mask.sum()), scale_bits=8,
+        format=form,
+    )  # fmt: skip
+    arrays: Arrays = {"values": rng.integers(0, 16, (5, 96), dtype=np.uint8)} | ({} if mask is None else {"mask": mask})
+    # Of E8M0 all that keep the products normal numbers of float32, of E4M3 all.
+    low, high = (4, 252) if form == "mxfp4" else (0, 127)
+    arrays["scale"] = rng.integers(low, high, (5, 96 // size), dtype=np.uint8)
+    dtype = torch.float8_e8m0fnu if form == "mxfp4" else torch.float8_e4m3fn
+    scale = torch.from_numpy(arrays["scale"]).view(dtype).double().numpy()
+    if form == "nvfp4":
+        arrays["tensor_scale"] = np.array([2.0**-11], np.float32)
+        scale = scale * 2.0**-11
+    tensors = pack.pack_linear(spec, **arrays)
+    assert {name: array.shape for name, array in tensors.items()} == {
+        name: shape for name, (_, shape) in spec.tensors().items()
+    }
+    assert sum(array.nbytes for array in tensors.values()) == spec.packed_bytes
+    numbers = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    expected = numbers[arrays["values"]] * scale.repeat(size, axis=1)
+    found = pack.unpack_linear(spec, tensors)
+    np.testing.assert_array_equal(found, expected if mask is None else np.where(mask, expected, 0))
+    steps = pack.unpack_scale(spec, tensors)
+    np.testing.assert_array_equal(pack.bf16_to_f32(pack.f32_to_bf16(steps)), steps)
+
+
+def test_nibbles_of_floats_are_those_of_compressed_tensors() -> None:
+    helpers = pytest.importorskip("compressed_tensors.compressors.nvfp4.helpers")
+    torch = pytest.importorskip("torch")
+    values = np.random.default_rng(0).integers(0, 16, (3, 32), dtype=np.uint8)
+    spec = LinearSpec((3, 32), 4, 32, scale_bits=8, format="mxfp4")
+    tensors = pack.pack_linear(spec, values, scale=np.full((3, 1), 127, np.uint8))
+    theirs = helpers.unpack_fp4_from_uint8(torch.from_numpy(tensors["codes"]), 3, 32, torch.float32)
+    np.testing.assert_array_equal(pack.unpack_linear(spec, tensors), theirs.numpy())
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "message"),
+    [
+        ("mxfp4", {"scale": 255}, "scale: expected bytes up to 254"),
+        ("nvfp4", {"scale": 127}, "scale: expected bytes up to 126"),
+        ("nvfp4", {"scale": 200}, "scale: expected bytes up to 126"),
+        ("nvfp4", {"tensor_scale": 0.75}, "tensor_scale: expected a power of two .*found 0.75"),
+        ("nvfp4", {"tensor_scale": -1.0}, "tensor_scale: expected a power of two"),
+        ("nvfp4", {"tensor_scale": np.nan}, "tensor_scale: expected a power of two"),
+        ("nvfp4", {"tensor_scale": np.inf}, "tensor_scale: expected a power of two"),
+    ],
+)
+def test_scales_of_floats_are_checked(form: str, change: dict[str, float], message: str) -> None:
+    size = {"mxfp4": 32, "nvfp4": 16}[form]
+    spec = LinearSpec((2, 32), 4, size, scale_bits=8, format=form)
+    tensors = {
+        name: np.ones(shape, {"uint8": np.uint8, "float32": np.float32}[dtype])
+        for name, (dtype, shape) in spec.tensors().items()
+    }
+    pack.unpack_linear(spec, tensors)
+    for name, value in change.items():
+        tensors[name].flat[-1] = value
+    with pytest.raises(UserError, match=message):
+        pack.unpack_linear(spec, tensors)
+
+
 def changed(name: str, index: tuple[int, ...], value: int) -> Arrays:
     array = TENSORS[name].copy()
     array[index] = value

@@ -23,6 +23,7 @@ SPARSE_INT8 = LinearSpec(shape=(6, 20), bits=8, symmetric=False, sparse=True, no
 SPARSE_BF16 = LinearSpec(shape=(6, 20), sparse=True, nonzeros=33, values_dtype="bfloat16")
 DENSE_F16 = LinearSpec(shape=(6, 20), values_dtype="float16", input_bits=8)
 TOP_K = replace(DENSE_F16, input_sparsity=InputSparsitySpec("top_k", keep=8, unit=4, weighted=True, rescale=True))
+MXFP4 = replace(INT4, group_size=32, scale_bits=8, format="mxfp4")
 TEAL = replace(INT4, input_sparsity=InputSparsitySpec("threshold", threshold=0.25))
 
 
@@ -45,6 +46,12 @@ def test_tensors() -> None:
         "zero_point": ("uint8", (6, 3, 1)),
     }
     assert replace(ASYMMETRIC, zero_point_bits=8).tensors()["zero_point"] == ("uint8", (6, 8))
+    assert MXFP4.tensors() == {"codes": ("uint8", (6, 128)), "scale": ("uint8", (6, 8))}
+    assert replace(MXFP4, group_size=16, format="nvfp4").tensors() == {
+        "codes": ("uint8", (6, 128)),
+        "scale": ("uint8", (6, 16)),
+        "tensor_scale": ("float32", (1,)),
+    }
     assert SPARSE_BF16.tensors() == {"mask": ("uint8", (6, 3)), "values": ("bfloat16", (33,))}
     assert DENSE_F16.tensors() == {"weight": ("float16", (6, 20))}
     assert TOP_K.stored_tensors() == DENSE_F16.tensors() | {"input_score": ("float32", (20,))}
@@ -54,6 +61,7 @@ def test_tensors() -> None:
 def test_sizes() -> None:
     assert INT4.packed_bytes == 6 * 128 + 6 * 2 * 2
     assert INT4.bits_per_weight == 4 + 16 / 128
+    assert MXFP4.bits_per_weight == 4.25
     assert SPARSE_BF16.packed_bytes == 6 * 3 + 33 * 2
     assert LinearSpec(shape=(4, 64), bits=8).bits_per_weight == 8 + 16 / 64
 
@@ -99,7 +107,7 @@ def test_attention_round_trip() -> None:
             AttentionSpec.from_json(spec.to_json() | change)
 
 
-@pytest.mark.parametrize("spec", [INT4, SPARSE_INT8, SPARSE_BF16, DENSE_F16, ROTATED, TOP_K, TEAL])
+@pytest.mark.parametrize("spec", [INT4, SPARSE_INT8, SPARSE_BF16, DENSE_F16, ROTATED, TOP_K, TEAL, MXFP4])
 def test_json_round_trip(spec: LinearSpec) -> None:
     assert LinearSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
@@ -111,7 +119,7 @@ def test_config_round_trip() -> None:
     assert set(data["linears"]["model.layers.0.mlp.down_proj"]) == {
         *("shape", "bits", "group_size", "symmetric", "sparse", "nonzeros", "pattern", "input_bits"),
         *("input_symmetric", "input_clip", "transform", "transform_of", "values_dtype", "input_sparsity"),
-        *("scale_bits", "zero_point_bits"),
+        *("scale_bits", "zero_point_bits", "format"),
     }
     assert QuantizationConfig.from_json(json.loads(json.dumps(data))) == config
 
@@ -120,10 +128,10 @@ def test_older_versions() -> None:
     asymmetric = replace(INT4, symmetric=False, zero_point_bits=8)
     config = QuantizationConfig({"a.b": INT4, "a.c": asymmetric})
     data = config.to_json() | {"format_version": 3}
-    with pytest.raises(UserError, match="expected no (scale_bits|zero_point_bits) in format_version 3"):
+    with pytest.raises(UserError, match="expected no (scale_bits|zero_point_bits|format) in format_version 3"):
         QuantizationConfig.from_json(data)
     for fields in data["linears"].values():
-        del fields["scale_bits"], fields["zero_point_bits"]
+        del fields["scale_bits"], fields["zero_point_bits"], fields["format"]
     assert QuantizationConfig.from_json(data) == config
     with pytest.raises(UserError, match="expected the key 'scale_bits'"):
         QuantizationConfig.from_json(data | {"format_version": 4})
@@ -146,6 +154,9 @@ def test_older_versions() -> None:
         ({"values_dtype": "float16", "scale_bits": 8}, "expected bits with group_size"),
         ({"bits": 4, "zero_point_bits": 8}, "expected zero_point_bits null"),
         ({"bits": 4, "symmetric": False, "zero_point_bits": 4}, "expected zero_point_bits null"),
+        ({"bits": 4, "format": "fp4"}, "expected a format of int, mxfp4, nvfp4, found 'fp4'"),
+        ({"bits": 4, "format": "mxfp4", "scale_bits": 8}, "group_size 32, .* found 4, None, True and 8"),
+        ({"values_dtype": "float16", "format": "nvfp4"}, "expected bits 4, group_size 16, .* found None"),
         ({"bits": 4, "values_dtype": "float32"}, "no values_dtype with bits"),
         ({"bits": 4, "input_bits": 9}, "input_bits 2-8 or null, found 9"),
         ({"bits": 4, "input_symmetric": False}, "only with input_bits"),

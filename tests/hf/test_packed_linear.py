@@ -49,6 +49,20 @@ def test_unpacks_as_the_format_does(scheme):
     assert torch.equal(layer(x), F.linear(x, torch.from_numpy(expected)))
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize(("form", "size"), [("mxfp4", 32), ("nvfp4", 16)])
+def test_floats_of_four_bits(form, size, sparse):
+    scheme = {"bits": 4, "group_size": size, "scale_bits": 8, "format": form, "sparse": sparse}
+    layer, spec, arrays = packed_linear(weight(7, 96), **scheme)
+    expected = unpack_linear(spec, arrays)
+    assert expected.std() > 0.1
+    assert np.array_equal(layer.dequantise().numpy(), expected)
+    x = torch.randn(3, 96, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(layer(x), F.linear(x, torch.from_numpy(expected)))
+    rounding, *_ = packed_linear(weight(7, 96), input_bits=8, **scheme)
+    assert torch.allclose(rounding(x), F.linear(INPUT.fake(x), torch.from_numpy(expected)), rtol=0, atol=4e-5)
+
+
 def test_two_of_four():
     layer, spec, arrays = packed_linear(weight(8, 64), bits=4, sparse=True, pattern="2:4")
     assert np.array_equal(layer.dequantise().numpy(), unpack_linear(spec, arrays))

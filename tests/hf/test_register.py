@@ -36,6 +36,12 @@ SCHEMES = {
     "w5-byte-scales": {"all": {"bits": 5, "group_size": 16, "symmetric": False, "scale_bits": 8}},
     "zero points of a byte": {"all": {"bits": 4, "group_size": 32, "symmetric": False, "zero_point_bits": 8}},
 }
+FP4 = {
+    form: {"bits": 4, "group_size": size, "scale_bits": 8, "format": form}
+    for form, size in (("mxfp4", 32), ("nvfp4", 16))
+}
+SCHEMES |= {form: {"all": scheme} for form, scheme in FP4.items()}
+SCHEMES["sparse-mxfp4"] = {"all": FP4["mxfp4"] | {"sparse": True}}
 TABLE = {"bits": 6, "group_size": 32, "symmetric": False, "scale_bits": 8}
 
 
@@ -63,13 +69,14 @@ def test_quantised_input(tmp_path):
     assert float((found - expected).norm()) < 0.1 * float((exact - expected).norm())
 
 
+@pytest.mark.parametrize("table", [TABLE, FP4["nvfp4"] | {"bits": 4}], ids=["w6", "nvfp4"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_embedding_and_head_in_codes(tmp_path: Path, tied: bool) -> None:
+def test_embedding_and_head_in_codes(tmp_path: Path, tied: bool, table: dict[str, Any]) -> None:
     folder, again = tmp_path / "m", tmp_path / "again"
-    schemes = {"all": {"bits": 4, "group_size": 32}, "embedding": TABLE} | ({} if tied else {"head": {"bits": 8}})
+    schemes = {"all": {"bits": 4, "group_size": 32}, "embedding": table} | ({} if tied else {"head": {"bits": 8}})
     dense = write_model(folder, schemes, tie_word_embeddings=tied)
     model = tulle.hf.load(folder)
-    assert model.get_input_embeddings().spec.bits == 6
+    assert model.get_input_embeddings().spec.bits == table["bits"]
     assert not any(parameter.ndim > 1 for parameter in model.parameters())
     expected = dense(tokens()).logits
     assert torch.equal(model(tokens()).logits, expected)

@@ -54,6 +54,8 @@ METHODS: list[Method] = [
     GPTQ(bits=8, input_bits=8),
     GPTQ(bits=3, group_size=16, symmetric=False, scale_bits=8),
     RoundToNearest(bits=5, group_size=16, scale_bits=8),
+    RoundToNearest(bits=4, format="nvfp4", clip_search=1, clip=0.9),
+    GPTQ(format="nvfp4", group_size="auto"),
     RoundToNearest(bits=4, symmetric=False, clip=0.8, input_bits=4),
 ]
 

@@ -33,12 +33,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "steps": 10,
     },
     "round_to_nearest": {
-        "bits": 8, "group_size": None, "symmetric": True, "scale_bits": 16, "clip_search": 0, "clip": 1.0,
-        "input_bits": None,
+        "bits": 8, "group_size": None, "symmetric": True, "scale_bits": 16, "format": "int", "clip_search": 0,
+        "clip": 1.0, "input_bits": None,
     },
     "gptq": {
-        "bits": 4, "group_size": None, "symmetric": True, "scale_bits": 16, "act_order": True, "clip_search": 20,
-        "descent": 4, "damping": 0.01, "block": 32, "input_bits": None,
+        "bits": 4, "group_size": None, "symmetric": True, "scale_bits": 16, "format": "int", "act_order": True,
+        "clip_search": 20, "descent": 4, "damping": 0.01, "block": 32, "input_bits": None,
     },
     "activations": {"bits": 4, "symmetric": False, "clip": 1.0},
     "kv_cache": {"bits": 4, "query_bits": None, "symmetric": False, "clip": 1.0, "hadamard": True},

@@ -25,10 +25,9 @@ LARGEST_E4M3 = 448.0
 LEAST_E4M3 = 2.0**-9
 LEAST_STEP = 2.0**-100
 """Steps of all-zero groups; smaller ones are never looked for."""
-NEIGHBOURS = {"mxfp4": (1, -1), "nvfp4": tuple(sorted((d for d in range(-8, 6) if d), key=abs))}
+NEIGHBOURS = {"mxfp4": (1, -1), "nvfp4": tuple(sorted((d for d in range(-8, 9) if d), key=abs))}
 """Scales that a search tries beside the standard's, counted in bytes: a factor of 2 either way; E4M3 numbers from half
-to one and a half times, so that the largest weight may become a 4 as well as a 6 (Cook et al. 2025, "Four Over
-Six")."""
+to twice, so that the largest weight may become a 4 or a 3 as well as a 6 (Cook et al. 2025, "Four Over Six")."""
 
 
 def nearest_level(x: Tensor) -> Tensor:
@@ -64,7 +63,7 @@ def candidates(largest: Tensor, form: FloatFormat, search: bool) -> Iterator[Ten
         for move in (0, *NEIGHBOURS[form]) if search else (0,):
             yield _power_of_two(exponent - 4 + move)
         return
-    whole = tensor_step(largest / 8)  # room for the largest weight at 4
+    whole = tensor_step(largest / 6)  # room for the largest weight at 3
     first = _e4m3(largest / LARGEST / whole).view(torch.uint8).int()
     for move in (0, *NEIGHBOURS[form]) if search else (0,):
         # E4M3 numbers are ordered as their bytes are; 126 is the largest, 127 no number.

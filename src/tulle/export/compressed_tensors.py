@@ -2,14 +2,17 @@
 
 Weight-only linears of 4 and 8 bits become ``pack-quantized`` (int32 words), 8-bit weights with quantised inputs
 ``int-quantized`` (int8), both written with an explicit ``format`` in their config group: left to guess, the library
-stores 4-bit weights with quantised inputs as int8. Sparse quantised linears are written dense, a pruned weight as the
+stores 4-bit weights with quantised inputs as int8. Floats of 4 bits become ``mxfp4-pack-quantized`` and
+``nvfp4-pack-quantized``: our bytes as they are, but that ``weight_global_scale`` divides where our scale of the tensor
+multiplies. Sparse quantised linears are written dense, a pruned weight as the
 code that means zero; ``sparsity_config`` stays empty, since the library no longer reads sparse formats.
 
 **One scheme per fused group.** vLLM computes q, k, v (gate, up) as one linear and refuses a model that gives them
 different schemes. Compression gives them one (``keep_sensitive: {siblings: true}``); a packed model that has several is
 brought to one here, without loss where there is such a scheme: codes of fewer bits are also codes of more, a step per
 output channel is also one per group, a symmetric grid has its zero point in the middle. Where one of a group is not
-quantised at all, its siblings are written as plain weights, which a note says.
+quantised at all, its siblings are written as plain weights, which a note says. Of NVFP4 they also need one scale of the
+tensor: the largest, where the bytes of the others can be moved to it exactly.
 
 Readers quantise inputs by the library's rule, s = max|x|/127.5 and codes in [−128, 127], where ours is max|x|/127
 and ±127: the logits of such a model differ from ours by the rounding of its inputs.
@@ -31,12 +34,12 @@ from tulle.export.folder import Entry
 from tulle.export.plan import InputRule, Plan, linear_entry, unpacked_entries
 from tulle.extras import needs
 from tulle.format.spec import LinearSpec
-from tulle.hf.packed_linear import dequantise, unpack_integer_weight, unpack_integers
+from tulle.hf.packed_linear import dequantise, unpack_bits, unpack_integer_weight, unpack_integers
 from tulle.models.checkpoint import Checkpoint
 from tulle.models.description import Decoder
 
-Scheme = tuple[int, int | None, bool, int | None]
-"""bits, group size, symmetric, input bits"""
+Scheme = tuple[int, int | None, bool, int | None, str]
+"""bits, group size, symmetric, input bits, format of the codes"""
 
 
 def plan(checkpoint: Checkpoint, linears: Mapping[str, LinearSpec], dtype: torch.dtype | None) -> Plan:
@@ -65,8 +68,11 @@ def plan(checkpoint: Checkpoint, linears: Mapping[str, LinearSpec], dtype: torch
     if tables:
         notes.append(f"{' and '.join(sorted(tables))} written as {next(iter(plain.values()))}".replace("torch.", ""))
     entries = unpacked_entries(checkpoint, quantised | tables, dtype)
+    whole = _common_scales(checkpoint, model, {n: s for n, s in quantised.items() if n in schemes}, notes)
     for name, spec in (quantised | tables).items():
-        if name in schemes:
+        if name in schemes and spec.format != "int":
+            entries += _float_entries(checkpoint, name, spec, whole.get(name))
+        elif name in schemes:
             entries += _linear_entries(checkpoint, name, spec, schemes[name])
         else:
             unpack = partial(_plain_weight, dtype=plain[name])
@@ -84,7 +90,7 @@ def plan(checkpoint: Checkpoint, linears: Mapping[str, LinearSpec], dtype: torch
     if any(spec.input_sparsity for spec in linears.values()):
         notes.append("the format cannot say which inputs a token keeps: all of them are read in the export")
     rule: InputRule = "none"
-    if any(input_bits for _, _, _, input_bits in schemes.values()):
+    if any(input_bits for _, _, _, input_bits, _ in schemes.values()):
         rule = "compressed-tensors"
         notes.append("readers quantise inputs in steps of max|x|/127.5, tulle in steps of max|x|/127")
     words = any(not scheme[2] and _format(*scheme) == "pack-quantized" for scheme in schemes.values())
@@ -124,11 +130,11 @@ def fused_schemes(model: Decoder, own: Mapping[str, Scheme]) -> tuple[dict[str, 
 def _common_scheme(found: Sequence[Scheme | None], columns: int) -> Scheme | None:
     """One that holds all of them exactly; None where there is none."""
     schemes = [scheme for scheme in found if scheme is not None]
-    if len(schemes) < len(found) or len({scheme[3] for scheme in schemes}) > 1:
+    if len(schemes) < len(found) or len({scheme[3:] for scheme in schemes}) > 1:
         return None
     size = gcd(*(scheme[1] or columns for scheme in schemes))
     bits = max(scheme[0] for scheme in schemes)
-    return bits, None if size == columns else size, all(scheme[2] for scheme in schemes), schemes[0][3]
+    return bits, None if size == columns else size, all(scheme[2] for scheme in schemes), *schemes[0][3:]
 
 
 def _listed(names: list[str]) -> str:
@@ -163,7 +169,9 @@ def _is_quantised(name: str, spec: LinearSpec) -> bool:
     what = None
     if spec.transform:
         what = "transforms of inputs"
-    elif spec.scale_bits != 16:
+    elif spec.format != "int" and spec.input_bits is not None:
+        what = "quantised inputs of floats of 4 bits"
+    elif spec.scale_bits != 16 and spec.format == "int":
         # Readers keep scales in the model's dtype, and bfloat16 would round these.
         what = "scales of 8 bits (allocate_bits and gptq have scale_bits: 16)"
     elif spec.input_bits is not None and (spec.input_bits, spec.input_symmetric, spec.input_clip) != (8, True, 1):
@@ -185,22 +193,28 @@ def _is_quantised(name: str, spec: LinearSpec) -> bool:
 
 
 def _scheme(spec: LinearSpec) -> Scheme:
-    return spec.bits or 0, spec.group_size, spec.symmetric, spec.input_bits
+    return spec.bits or 0, spec.group_size, spec.symmetric, spec.input_bits, spec.format
 
 
-def _format(bits: int, group_size: int | None, symmetric: bool, input_bits: int | None) -> str:
+def _format(bits: int, group_size: int | None, symmetric: bool, input_bits: int | None, codes: str) -> str:
+    if codes != "int":
+        return f"{codes}-pack-quantized"
     return "int-quantized" if bits == 8 and input_bits is not None else "pack-quantized"
 
 
 def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
-    bits, group_size, symmetric, input_bits = scheme
+    bits, group_size, symmetric, input_bits, codes = scheme
     inputs = None
     if input_bits is not None:
         inputs = _arguments(input_bits, True, "token", None, dynamic=True)
-    strategy = "channel" if group_size is None else "group"
+    strategy = "channel" if group_size is None else "tensor_group" if codes == "nvfp4" else "group"
+    weights = _arguments(bits, symmetric, strategy, group_size, dynamic=False)
+    if codes != "int":
+        scale_dtype = "torch.uint8" if codes == "mxfp4" else "torch.float8_e4m3fn"
+        weights |= {"type": "float", "scale_dtype": scale_dtype}
     return {
         "targets": targets,
-        "weights": _arguments(bits, symmetric, strategy, group_size, dynamic=False),
+        "weights": weights,
         "input_activations": inputs,
         "output_activations": None,
         "format": _format(*scheme),
@@ -224,7 +238,7 @@ def _arguments(bits: int, symmetric: bool, strategy: str, group_size: int | None
 
 def _linear_entries(checkpoint: Checkpoint, name: str, spec: LinearSpec, scheme: Scheme) -> list[Entry]:
     """``spec`` as the packed model has it, written in ``scheme``, which holds it exactly."""
-    (bits, _, symmetric, _), (rows, columns) = scheme, spec.shape
+    (bits, _, symmetric, _, _), (rows, columns) = scheme, spec.shape
     entry = partial(linear_entry, checkpoint, name, spec)
     count = columns // (scheme[1] or columns)
     groups, zeros = (rows, count), ("zero_point",) if not spec.symmetric else ()
@@ -252,6 +266,71 @@ def _linear_entries(checkpoint: Checkpoint, name: str, spec: LinearSpec, scheme:
         pack = partial(_in_words, bits=bits, packed_dim=0)
         entries.append(entry("weight_zero_point", torch.int32, words, lambda spec, t: pack(zero(spec, t)), zeros))
     return entries
+
+
+def _float_entries(checkpoint: Checkpoint, name: str, spec: LinearSpec, whole: float | None) -> list[Entry]:
+    """``spec``, of floats of 4 bits. ``whole``: the scale of the tensor that its bytes are moved to, of nvfp4."""
+    entry = partial(linear_entry, checkpoint, name, spec)
+    rows, columns = spec.shape
+    packed = ("mask", "values") if spec.sparse else ("codes",)
+
+    entries = [entry("weight_packed", torch.uint8, (rows, columns // 2), _dense_codes, packed)]
+    groups = (rows, spec.groups)
+    if whole is None:
+        return [*entries, entry("weight_scale", torch.uint8, groups, lambda spec, t: t["scale"], ("scale",))]
+
+    def moved(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> Tensor:
+        return _moved_scale(tensors, whole)
+
+    return [
+        *entries,
+        entry("weight_scale", torch.float8_e4m3fn, groups, moved, ("scale", "tensor_scale")),
+        entry("weight_global_scale", torch.float32, (1,), lambda spec, t: torch.tensor([1 / whole]), ()),
+    ]
+
+
+def _dense_codes(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> Tensor:
+    """uint8 ``[C_out, C_in/2]``: codes of 4 bits, 0 at pruned positions."""
+    if not spec.sparse:
+        return tensors["codes"]
+    kept = unpack_bits(tensors["mask"], spec.shape[1]).bool()
+    stream = unpack_integers(tensors["values"], 4, spec.stored)
+    codes = torch.zeros(spec.shape, dtype=torch.uint8).masked_scatter_(kept, stream)
+    return codes[:, ::2] | codes[:, 1::2] << 4
+
+
+def _moved_scale(tensors: Mapping[str, Tensor], whole: float) -> Tensor:
+    """E4M3 ``[C_out, G]``: scales as multiples of ``whole``."""
+    ratio = tensors["tensor_scale"] / whole
+    return (tensors["scale"].view(torch.float8_e4m3fn).float() * ratio).to(torch.float8_e4m3fn)
+
+
+def _common_scales(
+    checkpoint: Checkpoint, model: Decoder, linears: Mapping[str, LinearSpec], notes: list[str]
+) -> dict[str, float]:
+    """The scale of the tensor that each linear of nvfp4 is written with: one for those that vLLM fuses."""
+    own: dict[str, float] = {}
+    for name, spec in linears.items():
+        if spec.format == "nvfp4":
+            own[name] = float(checkpoint.read(f"{name}.tensor_scale"))
+    found, apart = dict(own), []
+    for layer in model.layers:
+        for group in layer.groups:
+            names = [layer.prefix + name for name in group.names if layer.prefix + name in own]
+            most = max((own[name] for name in names), default=0.0)
+            parts = {n: checkpoint.read_many([f"{n}.scale", f"{n}.tensor_scale"]) for n in names if own[n] != most}
+            if all(_moves_exactly({k.rpartition(".")[2]: t for k, t in part.items()}, most) for part in parts.values()):
+                found |= dict.fromkeys(names, most)
+            else:
+                apart += names
+    if apart:
+        notes.append(f"vLLM will round the scales of {_listed(apart)}: it computes them with one scale of the tensor")
+    return found
+
+
+def _moves_exactly(tensors: Mapping[str, Tensor], whole: float) -> bool:
+    before = tensors["scale"].view(torch.float8_e4m3fn).float() * tensors["tensor_scale"]
+    return torch.equal(_moved_scale(tensors, whole).float() * whole, before)
 
 
 def _in_words(codes: Tensor, bits: int, packed_dim: Literal[0, 1] = 1) -> Tensor:

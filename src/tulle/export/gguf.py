@@ -2,7 +2,8 @@
 
 A quantised linear w = s·(u − z), pruned weights at u = z, is whole numbers q = u − z times scales. Where a scale holds
 for blocks of 32 (of 256: TQ2_0) and half precision holds it exactly, q decides: TQ2_0 for −1…2, Q4_0 for −8…7, Q4_1 for
-codes of 4 bits whose −s·z half precision holds too, Q5_0, Q8_0. Everything else is written as floats: bfloat16 or half
+codes of 4 bits whose −s·z half precision holds too, Q5_0, Q8_0. MXFP4 is MXFP4; GGUF's NVFP4 has no scale of the tensor,
+so that ours is written as floats. Everything else is written as floats: bfloat16 or half
 precision where they hold every value, else float32. Norms and biases are float32, as llama.cpp wants them.
 
 Nothing is rounded. What GGUF cannot say (quantised inputs, choices among inputs, quantised keys and values) is left
@@ -40,7 +41,7 @@ Type = GGMLQuantizationType
 ARCHITECTURES = {family.model_type: name for name, family in FAMILIES.items()} | {"mistral": "llama"}
 """What GGUF calls a family."""
 FILE_TYPES = {Type.F32: 0, Type.F16: 1, Type.Q4_0: 2, Type.Q4_1: 3, Type.Q8_0: 7, Type.Q5_0: 8, Type.BF16: 32,
-              Type.TQ2_0: 37}  # fmt: skip
+              Type.TQ2_0: 37, Type.MXFP4: 38}  # fmt: skip
 """``general.file_type``, by the type of most weights."""
 FLOATS = (Type.F32, Type.F16, Type.BF16)
 
@@ -286,6 +287,10 @@ def _coded(checkpoint: Checkpoint, linear: str, spec: LinearSpec) -> Stored | No
     arrays = {suffix: np.asarray(checkpoint.source.read(f"{linear}.{suffix}")) for suffix in spec.tensors()}
     codes, mask = unpack_stored(spec, arrays)
     rows, columns = spec.shape
+    if spec.format == "mxfp4":
+        return Stored(Type.MXFP4, spec.shape, blocks.encode_mxfp4(codes, arrays["scale"]))
+    if spec.format != "int":
+        return None
     width = columns // spec.groups
     zero = np.full((rows, spec.groups), 1 << (spec.bits - 1), np.int16)
     zero_point = unpack_zero_point(spec, arrays)

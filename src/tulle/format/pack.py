@@ -20,12 +20,24 @@ STORAGE = {"uint8": np.uint8, "bfloat16": np.uint16, "float16": np.float16, "flo
 
 LEVELS = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
 """Twice the number that each code of a float format (E2M1) means: whole, for the kernels. Minus zero is zero."""
-_E8M0 = np.append(np.ldexp(np.float32(1), np.arange(-127, 128, dtype=np.int32)), np.float32(np.nan)).astype(np.float32)
-_MAGNITUDE = np.arange(127)
-_E4M3 = np.full(256, np.nan, np.float32)
-_E4M3[:127] = np.ldexp(_MAGNITUDE % 8 / 8 + (_MAGNITUDE > 7), np.maximum(_MAGNITUDE >> 3, 1) - 7)
-BYTE_SCALES = {"mxfp4": _E8M0, "nvfp4": _E4M3}
-"""What a byte of `scale` means, 256 numbers; NaN for a byte that is no scale."""
+
+
+def _e4m3() -> NDArray[np.float32]:
+    code = np.arange(256)
+    exponent, mantissa = code >> 3 & 15, code & 7
+    size = np.where(exponent == 0, np.ldexp(mantissa / 8, -6), np.ldexp(1 + mantissa / 8, exponent - 7))
+    size[(code & 127) == 127] = np.nan
+    return np.where(code < 128, size, -size).astype(np.float32)
+
+
+E4M3 = _e4m3()
+"""The 256 numbers of float8 E4M3 (sign, 4 bits of exponent with bias 7, 3 of mantissa; no Inf, S1111111 is NaN).
+Micikevicius et al. 2022, *FP8 formats for deep learning*."""
+BYTE_SCALES = {
+    "mxfp4": np.append(np.ldexp(np.float32(1), np.arange(-127, 128)), np.nan).astype(np.float32),
+    "nvfp4": np.where(np.arange(256) < 128, E4M3, np.float32(np.nan)),
+}
+"""What a byte of `scale` means, 256 numbers; NaN for one that is no scale. Of mxfp4 E8M0, 2^(byte − 127)."""
 
 
 def bf16_to_f32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:

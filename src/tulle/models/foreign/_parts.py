@@ -253,16 +253,3 @@ def floats(stored: TensorSource, name: str) -> NDArray[np.float32]:
     if info.dtype == "F8_E8M0":
         return np.ldexp(1.0, stored.read(name).astype(np.int32) - 127).astype(np.float32)
     return as_float32(stored.read(name), info.dtype)
-
-
-def _e4m3() -> NDArray[np.float32]:
-    """The 256 numbers of float8 E4M3 (sign, 4 bits of exponent with bias 7, 3 of mantissa; no Inf, S1111111 is NaN).
-    Micikevicius et al. 2022, *FP8 formats for deep learning*."""
-    code = np.arange(256)
-    exponent, mantissa = code >> 3 & 15, code & 7
-    size = np.where(exponent == 0, np.ldexp(mantissa / 8, -6), np.ldexp(1 + mantissa / 8, exponent - 7))
-    size[(code & 127) == 127] = np.nan
-    return np.where(code < 128, size, -size).astype(np.float32)
-
-
-E4M3 = _e4m3()

@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tulle.errors import UserError
+from tulle.format.pack import E4M3
 from tulle.models.foreign._parts import (
-    E4M3,
     floats,
     groups_of,
     object_of,

@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tulle.errors import UserError
-from tulle.models.foreign._parts import E4M3, floats, require, scale_rows, with_suffix
+from tulle.format.pack import E4M3
+from tulle.models.foreign._parts import floats, require, scale_rows, with_suffix
 
 if TYPE_CHECKING:
     from tulle.models.source import TensorSource

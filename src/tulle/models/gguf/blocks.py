@@ -297,6 +297,13 @@ def encode_q4_1(codes: Bytes, scale: NDArray[np.float16], minimum: NDArray[np.fl
     return np.concatenate([*numbers, _packed_nibbles(codes.reshape(rows, -1, 32))], axis=-1).reshape(rows, -1)
 
 
+def encode_mxfp4(codes: Bytes, scale: Bytes) -> Bytes:
+    """Rows of E2M1 codes ``[R, C]`` with E8M0 bytes ``[R, C/32]``: a block is its scale, then its codes."""
+    rows = len(codes)
+    parts = [scale.reshape(rows, -1, 1), _packed_nibbles(codes.reshape(rows, -1, 32))]
+    return np.concatenate(parts, axis=-1).reshape(rows, -1)
+
+
 def _packed_nibbles(codes: Bytes) -> Bytes:
     """``[R, blocks, 32]`` → ``[R, blocks, 16]``."""
     return codes[:, :, :16] | codes[:, :, 16:] << 4
