@@ -56,7 +56,7 @@ def mask_of(w: Tensor, masked: bool) -> Tensor | None:
 
 
 def plainly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "fits", lambda *_: False)
+    monkeypatch.setattr(compiled, "fits", lambda *_, **__: False)
 
 
 def agreement(a: Tensor, b: Tensor, mask: Tensor | None) -> float:

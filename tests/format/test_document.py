@@ -58,6 +58,23 @@ def test_printed_reader(
         if scale_bits == 8:
             scale, row_scale = rng.integers(1, 256, scale.shape, dtype=np.uint8), scale[:, 0].copy()
         tensors = pack.pack_linear(spec, values, mask, scale, None if symmetric else zero, row_scale)
+    agrees(spec, tensors)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize(("form", "size", "largest"), [("mxfp4", 32, 254), ("nvfp4", 16, 126)])
+def test_printed_reader_of_floats(form: str, size: int, largest: int, sparse: bool) -> None:
+    rng = np.random.default_rng(3)
+    mask = rng.random((8, 64)) < 0.4 if sparse else None
+    nonzeros = int(mask.sum()) if mask is not None else None
+    spec = LinearSpec((8, 64), 4, size, True, sparse, nonzeros, scale_bits=8, format=form)
+    values = rng.integers(0, 16, (8, 64), dtype=np.uint8)
+    scale = rng.integers(2, largest - 2, (8, spec.groups), dtype=np.uint8)
+    whole = np.array([0.125], np.float32) if form == "nvfp4" else None
+    agrees(spec, pack.pack_linear(spec, values, mask, scale, tensor_scale=whole))
+
+
+def agrees(spec: LinearSpec, tensors: dict) -> None:
     expected = pack.unpack_linear(spec, tensors)
     tensors |= {name: pack.bf16_to_f32(t) for name, t in tensors.items() if t.dtype == np.uint16}
     np.testing.assert_array_equal(printed_reader()["weight"](spec.to_json(), tensors), expected)

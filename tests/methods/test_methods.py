@@ -16,6 +16,7 @@ import tulle.methods.activation
 import tulle.methods.prune
 import tulle.methods.quantize
 from oracles.problems import layer, state, statistics
+from tulle.core.grid import Grid
 from tulle.errors import UserError
 from tulle.methods.contract import GroupState, LinearState, Method, Statistics
 from tulle.methods.prune.alps import ALPS
@@ -122,7 +123,8 @@ class TestContract:
             assert torch.equal(stored, stored.bfloat16().float())
             if q.row_scale is not None:
                 levels = (q.scale / q.row_scale[:, None]).round()
-                assert torch.equal(q.scale, levels * q.row_scale[:, None]) and 1 <= levels.min() <= levels.max() <= 255
+                most = 255 if q.grid.format == "int" else 448
+                assert torch.equal(q.scale, levels * q.row_scale[:, None]) and 1 <= levels.min() <= levels.max() <= most
             assert torch.equal(q.zero, q.zero.round()) and q.zero.min() >= 0 and q.zero.max() <= 2**q.grid.bits - 1
             assert not (q.grid.symmetric and q.zero.any())
 
@@ -194,10 +196,33 @@ class TestMixedPrecision:
         assert linear.quantised is None and torch.equal(linear.weight, w)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if getattr(m, "bits", None)], ids=str)
+@pytest.mark.parametrize(
+    "method", [m for m in METHODS if getattr(m, "bits", None) and getattr(m, "format", "int") == "int"], ids=str
+)
 def test_group_size_must_divide(method: Method) -> None:
     with pytest.raises(UserError, match=r"layer: .*divisible by group_size 7, found 48"):
         replace(method, group_size=7).validate("layer", (ROWS, COLUMNS))  # type: ignore[type-var]
+
+
+def test_floats_have_their_own_group_size() -> None:
+    with pytest.raises(UserError, match="layer: .* divisible by 32 for mxfp4, found 48; use format: int"):
+        GPTQ(format="mxfp4").validate("layer", (ROWS, COLUMNS))
+    for settings in ({"bits": 8}, {"group_size": 64}, {"symmetric": False}):
+        with pytest.raises(UserError, match=f"expected {next(iter(settings))} .* with format mxfp4"):
+            RoundToNearest(**{"bits": 4, "format": "mxfp4"} | settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", [GPTQ(format="nvfp4"), RoundToNearest(bits=4, format="nvfp4")], ids=str)
+def test_bits_given_by_others_are_whole_numbers(method: Method) -> None:
+    w, x = layer(ROWS, COLUMNS)
+    linear = state(w)
+    linear.kept_bits = 8
+    method.apply(GroupState("qkv", [linear], only_needed(method, statistics(x))))
+    assert linear.quantised is not None and linear.quantised.grid == Grid(8)
+    linear = state(w)
+    linear.allotted_grid = Grid(3, 16)
+    method.apply(GroupState("qkv", [linear], only_needed(method, statistics(x))))
+    assert linear.quantised is not None and linear.quantised.grid == Grid(3, 16)
 
 
 @pytest.mark.parametrize("cls", [Magnitude, Wanda, RIA, SparseGPT, ALPS])
