@@ -94,7 +94,9 @@ def test_compressed_tensors(plain, tmp_path, name):
     result = export(source, "compressed-tensors", out)
     # The same float32 operations on the same weights: anything but rounding is an error.
     assert result["difference"] < 1e-6
-    if not any("input_bits" in scheme for scheme in SCHEMES[name].values()):
+    if "fp4" in name:
+        pass  # see below
+    elif not any("input_bits" in scheme for scheme in SCHEMES[name].values()):
         # Some versions of transformers read asymmetric weights in bfloat16 only; the command says so.
         if "asymmetric" in name and result["difference_from_packed"] >= 1e-6:
             assert "dequantise" in result["notes"][-1]
@@ -110,7 +112,11 @@ def test_compressed_tensors(plain, tmp_path, name):
     floats = {"mxfp4": {"mxfp4"}, "mxfp4 and int": {"mxfp4", "nvfp4"}}.get(name, {"nvfp4"} if "fp4" in name else set())
     if floats:
         assert {f.removesuffix("-pack-quantized") for f in formats} == floats | ({"pack-quantized"} if "int" in name else set())
-        assert result["difference_from_packed"] < 1e-6
+        # Whole numbers beside floats are dequantised in bfloat16, too.
+        assert result["difference_from_packed"] < (1e-2 if "int" in name else 1e-6)
+        assert any("load the export in bfloat16" in note for note in result["notes"])
+        weight = load_file(out / "model.safetensors")["model.layers.1.mlp.down_proj.weight_packed"]
+        assert weight.dtype == torch.uint8 and weight.shape == (64, 96)
         return
     assert formats == (
         {"pack-quantized", "int-quantized"} if name == "by-role" else {"int-quantized" if integer else "pack-quantized"}

@@ -94,7 +94,8 @@ def plan(checkpoint: Checkpoint, linears: Mapping[str, LinearSpec], dtype: torch
         rule = "compressed-tensors"
         notes.append("readers quantise inputs in steps of max|x|/127.5, tulle in steps of max|x|/127")
     words = any(not scheme[2] and _format(*scheme) == "pack-quantized" for scheme in schemes.values())
-    return Plan(entries, config, torch.float32, dtype, rule, words, notes, plain)
+    floats = any(scheme[4] != "int" for scheme in schemes.values())
+    return Plan(entries, config, torch.float32, dtype, rule, words, floats, notes, plain)
 
 
 def fused_schemes(model: Decoder, own: Mapping[str, Scheme]) -> tuple[dict[str, Scheme], list[str]]:
