@@ -164,7 +164,9 @@ def test_parts_of_a_tensor_get_one_scale() -> None:
     whole = joined(parts)
     assert whole.row_scale is not None and parts[1].row_scale is not None
     assert bool((whole.row_scale == parts[1].row_scale[0]).all())
-    torch.testing.assert_close(whole.dequantise(), torch.cat([part.dequantise() for part in parts]), rtol=0.1, atol=1e-5)
+    torch.testing.assert_close(
+        whole.dequantise(), torch.cat([part.dequantise() for part in parts]), rtol=0.1, atol=1e-5
+    )
     assert torch.equal(whole.scale, storable_step(whole.scale, whole.row_scale[:, None], GRIDS["nvfp4"]))
 
 

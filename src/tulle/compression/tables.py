@@ -8,7 +8,6 @@ and are done in parts: memory is a part in float32.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from tulle.compression.recipe import Recipe, Step

@@ -145,8 +145,8 @@ class Quantised:
     """int16 ``[C_out, C_in]`` in [grid.low, grid.high]; at pruned positions the value has no meaning. Of a format of
     floats: levels, twice the numbers."""
     scale: Tensor
-    """float32 ``[C_out, G]``: exact in bfloat16, or whole numbers of 1 to 255 times ``row_scale``. Of a format of floats:
-    steps, half the scales."""
+    """float32 ``[C_out, G]``: exact in bfloat16, or whole numbers of 1 to 255 times ``row_scale``. Of a format of
+    floats: steps, half the scales."""
     zero: Tensor
     """float32 ``[C_out, G]``: integers in [0, 2^b−1], all zero on a symmetric grid."""
     row_scale: Tensor | None = None

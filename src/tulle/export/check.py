@@ -50,6 +50,9 @@ def logits(folder, tokens, made, mode):
     wrong = {kind: sorted(map(str, info[kind])) for kind in kinds if info[kind]}
     if wrong:
         raise ValueError(f"tensors do not fit the model: {wrong}")
+    if mode == "unpack":
+        model.hf_quantizer.compressor.decompress_model(model)
+        torch.nn.Module.float(model)
     with torch.no_grad():
         numpy.save(made, model.eval()(torch.from_numpy(numpy.load(tokens))).logits.numpy())
     if any(name.split(".")[0] == "tulle" for name in sys.modules):
@@ -60,21 +63,17 @@ def logits(folder, tokens, made, mode):
 def check(source: Checkpoint, folder: Path, plan: Plan) -> dict[str, Any]:
     """``{"difference", "difference_from_packed"}`` of the export in ``folder``; ``UserError`` when it fails."""
     tokens = _tokens(source)
-    # Dequantising on load computes in the dtype of the scales, and leaves inputs as they are.
-    dequantised = replace(plan, weight_dtype=torch.bfloat16, input_rule="none")
     if plan.four_bit_floats:
-        plan.notes.append(
-            "readers unpack floats of 4 bits to bfloat16: load the export in bfloat16, or in another dtype with "
-            "from_pretrained(..., quantization_config=CompressedTensorsConfig(dequantize=True))"
-        )
-        return compare(source, _plain_logits(folder, tokens, "dequantise"), dequantised)
+        plan.notes.append("readers unpack floats of 4 bits to bfloat16: load the export with dtype=torch.bfloat16")
+        return compare(source, _plain_logits(folder, tokens, "unpack"), plan)
     try:
         found = _plain_logits(folder, tokens)
     except UserError:
         if not plan.asymmetric_words:
             raise
         found = _plain_logits(folder, tokens, "dequantise")
-        plan = dequantised
+        # Dequantising on load computes in the dtype of the scales, and leaves inputs as they are.
+        plan = replace(plan, weight_dtype=torch.bfloat16, input_rule="none")
         plan.notes.append(
             "the installed transformers reads asymmetric weights only when told to dequantise: "
             "from_pretrained(..., quantization_config=CompressedTensorsConfig(dequantize=True))"

@@ -2,9 +2,9 @@
 
 A quantised linear w = s·(u − z), pruned weights at u = z, is whole numbers q = u − z times scales. Where a scale holds
 for blocks of 32 (of 256: TQ2_0) and half precision holds it exactly, q decides: TQ2_0 for −1…2, Q4_0 for −8…7, Q4_1 for
-codes of 4 bits whose −s·z half precision holds too, Q5_0, Q8_0. MXFP4 is MXFP4; GGUF's NVFP4 has no scale of the tensor,
-so that ours is written as floats. Everything else is written as floats: bfloat16 or half
-precision where they hold every value, else float32. Norms and biases are float32, as llama.cpp wants them.
+codes of 4 bits whose −s·z half precision holds too, Q5_0, Q8_0. MXFP4 is MXFP4. Everything else is written as floats:
+bfloat16 or half precision where they hold every value, else float32. So is NVFP4, since GGUF's has no scale of the
+tensor. Norms and biases are float32, as llama.cpp wants them.
 
 Nothing is rounded. What GGUF cannot say (quantised inputs, choices among inputs, quantised keys and values) is left
 out, and the notes say so. Transforms are multiplied back into the weights.

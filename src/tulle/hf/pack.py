@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tulle.core.grid import Quantised
 from tulle.core.head_grids import HeadGrids
 from tulle.core.topk import Selection
 from tulle.core.transform import BlockMatrix, Hadamard, Kronecker, Transform
-from tulle.core.grid import Quantised
 from tulle.format.pack import LEVELS, f32_to_bf16, pack_linear
 from tulle.format.spec import AttentionSpec, HeadSpec, InputSparsitySpec, LinearSpec, TransformSpec
 from tulle.methods.contract import LinearState

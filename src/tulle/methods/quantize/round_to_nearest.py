@@ -13,7 +13,18 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tulle.core.grid import Format, Grid, GroupSize, Quantised, code, extremes, find_steps, grouped, row_chunks, stored_steps
+from tulle.core.grid import (
+    Format,
+    Grid,
+    GroupSize,
+    Quantised,
+    code,
+    extremes,
+    find_steps,
+    grouped,
+    row_chunks,
+    stored_steps,
+)
 from tulle.core.token_grid import TokenGrid
 from tulle.errors import UserError
 from tulle.methods.contract import Decision, LinearState, Method, Statistics

@@ -6,7 +6,7 @@ Every quantised type is, value for value,
 
 with one scale (and minimum) per group of 16, 32 or 256 inputs. Scales are stored in half precision; in the K-quants
 and IQ4_XS a group's scale is a product, d·s with |s| ≤ 128, which float32 holds exactly. IQ4_NL, IQ4_XS and MXFP4
-choose from 16 whole numbers that are no even grid: their codes are those numbers, in 8 bits.
+choose from 16 whole numbers that are no even grid: their codes are those numbers, in 8 bits (MXFP4: 5).
 
 The layouts of the blocks are those of ggml (ggml-common.h); ``gguf.quants.dequantize`` is the oracle of the tests.
 """
@@ -44,7 +44,7 @@ class Coded:
     codes: Bytes
     """``[R, C]``"""
     bits: int
-    """Of the codes; types that choose from 16 whole numbers have 8."""
+    """Of the codes; types that choose from 16 whole numbers have 8, or 5."""
     zero: int
     scale: NDArray[Any]
     """``[R, G]``, float16 or float32."""
@@ -231,9 +231,9 @@ def _iq4_xs(b: Bytes) -> Coded:
 
 
 def _mxfp4(b: Bytes) -> Coded:
-    # Half of 2^(e − 127), since the values are doubled.
+    # Half of 2^(e − 127), since the values are doubled; they go from −12 to 12.
     scale = np.ldexp(np.float32(1), b[:, :, 0].astype(np.int32) - 128)
-    return Coded(_whole(MXFP4_VALUES, _row(_nibbles32(b, 1))), 8, 128, scale)
+    return Coded((MXFP4_VALUES + 12).astype(np.uint8)[_row(_nibbles32(b, 1))], 5, 12, scale)
 
 
 def _trits(packed: Bytes, count: int) -> Bytes:
