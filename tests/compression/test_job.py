@@ -131,6 +131,36 @@ def test_transformers_computes_what_was_propagated(model_type: str, tmp_path: Pa
     assert {x["pattern"] for x in report["linears"]} == {None, "2:4"}
 
 
+FLOATS: dict[str, Any] = {
+    "steps": [
+        {"perq": {"block": 16, "permute": False, "targets": ["qkv"]}},
+        {"wanda": {"sparsity": 0.6, "targets": ["down"]}},
+        {"gptq": {"format": "nvfp4", "targets": ["qkv", "gate_up", "embedding"]}},
+        {"gptq": {"format": "mxfp4", "targets": ["o", "down"]}},
+        {"round_to_nearest": {"format": "mxfp4", "bits": 4, "targets": ["head"]}},
+        {"reconstruct": {"epochs": 2}},
+    ],
+    "calibration": {"samples": 4, "length": 40},
+}
+
+
+@torch.no_grad()
+def test_floats_of_four_bits_from_end_to_end(tmp_path: Path) -> None:
+    import tulle.hf
+
+    write_checkpoint(tmp_path / "m")
+    report = run(tmp_path / "m", tmp_path / "out", FLOATS)
+    formats = {x["role"]: x["format"] for x in report["linears"] + report["tables"]}
+    assert formats == {
+        "qkv": "nvfp4", "gate_up": "nvfp4", "o": "mxfp4", "down": "mxfp4", "embedding": "nvfp4", "head": "mxfp4",
+    }  # fmt: skip
+    assert any("reconstruction" in note for block in report["blocks"] for note in block["notes"])
+    tokens = list(PROSE.encode()[:60])
+    expected = tulle.hf.load(tmp_path / "out", dtype=torch.float32)(torch.tensor(tokens)[None]).logits[0]
+    found = torch.from_numpy(tulle.Engine(tmp_path / "out", threads=1, cache="f32").forward(tokens))
+    torch.testing.assert_close(found, expected, rtol=0, atol=float(expected.abs().max()) * 3e-4)
+
+
 def test_the_package_offers_the_function(model: Path, tmp_path: Path) -> None:
     report = tulle.compress(
         model,
@@ -474,7 +504,8 @@ def test_shipped_recipes_with_groups_take_any_width() -> None:
             size = getattr(step.method, "group_size", None)
             grouped += size is not None
             assert size is None or is_automatic(size), name
-            for columns in (576, 720, 88):
+            floats = getattr(step.method, "format", "int") != "int"  # their groups of 16 are fixed
+            for columns in (576, 720) if floats else (576, 720, 88):
                 step.method.validate("linear", (64, columns))
     assert grouped >= 5
 

@@ -17,7 +17,7 @@ SHIPPED = {
     "w8a8", "w4a16-g128", "sparse50", "sparse50-w4", "2of4", "w4a4", "w4a4-duquant", "w4a4-duquant-lwc", "w4a4-quarot",
     "w6a6-duquant", "w8a8-smoothquant", "sparse60", "sparse70", "sparse70-reconstructed", "sparse70-w4",
     "sparse70-w8a8", "2of4-permuted", "teal40", "wina50", "sparse50-teal40-w4",
-    "larosa40", "larosa50-w4a8",
+    "larosa40", "larosa50-w4a8", "w4a16-nvfp4",
 }  # fmt: skip
 
 

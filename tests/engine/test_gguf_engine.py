@@ -19,7 +19,7 @@ from tulle.models.gguf.blocks import READERS, decode
 
 WIDTHS = {
     Type.Q5_0: 5, Type.Q5_1: 5, Type.Q5_K: 5, Type.Q6_K: 6, Type.Q2_K: 2, Type.TQ1_0: 2, Type.TQ2_0: 2, Type.Q8_0: 8,
-    Type.IQ4_NL: 8, Type.IQ4_XS: 8, Type.MXFP4: 8,
+    Type.IQ4_NL: 8, Type.IQ4_XS: 8, Type.MXFP4: 5,
 }  # fmt: skip
 """Bits of codes in the engine, where not 4. Q3_K has a scale per 16 weights, half a group of 3 bits."""
 CLOSE = 3e-4

@@ -11,10 +11,14 @@ import torch
 import torch.nn.functional as F
 
 from tiny_models import as_torch, pack_random
+from tulle.core.grid import Grid
 from tulle.core.token_grid import TokenGrid
 from tulle.format.pack import unpack_linear
 from tulle.format.spec import TransformSpec
+from tulle.hf.pack import packed_tensors, spec_of
 from tulle.hf.packed_linear import PackedLinear, dequantise
+from tulle.methods.contract import LinearState
+from tulle.methods.quantize.round_to_nearest import round_to_nearest
 
 INPUT = TokenGrid(8)
 QUANTISED = [
@@ -61,6 +65,21 @@ def test_floats_of_four_bits(form, size, sparse):
     assert torch.equal(layer(x), F.linear(x, torch.from_numpy(expected)))
     rounding, *_ = packed_linear(weight(7, 96), input_bits=8, **scheme)
     assert torch.allclose(rounding(x), F.linear(INPUT.fake(x), torch.from_numpy(expected)), rtol=0, atol=4e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("form", ["mxfp4", "nvfp4"])
+def test_what_was_quantised_to_floats_is_what_is_stored(form, masked):
+    w = torch.from_numpy(weight(40, 96) * np.exp(2 * weight(40, 1)))
+    w[3, 32:64] = 0
+    mask = torch.rand(40, 96, generator=torch.Generator().manual_seed(0)) < 0.3 if masked else None
+    linear = LinearState("x", w, w, "o", mask=mask)
+    linear.quantised = round_to_nearest(w, Grid.of(4, None, True, format=form), 1, mask)
+    linear.weight = linear.quantised.dequantise(mask)
+    spec = spec_of(linear, torch.bfloat16)
+    assert spec.sparse == masked and spec.format == form
+    tensors = packed_tensors(linear, spec, torch.bfloat16)
+    assert torch.equal(dequantise(spec, tensors), linear.weight)
 
 
 def test_two_of_four():
