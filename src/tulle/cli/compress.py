@@ -59,10 +59,10 @@ def compress(
     chosen = common.parse_range(documents)
     chosen_eval = common.parse_range(eval_documents, "--eval-documents")
     from tulle.compression.job import Evaluation
-    from tulle.compression.job import compress as run
     from tulle.evaluate.text import read_documents
     from tulle.models.hub import REFERENCE
     from tulle.report.terminal import compression_table
+    from tulle.training.recover import compress as run
 
     machine.keep_freed_memory()
     compared = None

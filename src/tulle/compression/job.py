@@ -83,6 +83,11 @@ def compress(
     torch.manual_seed(seed)
     machine.require_device(device)
     chosen, dense = read_recipe(recipe), DenseModel.open(model)
+    if chosen.recover is not None:
+        raise UserError(
+            f"expected a recipe without recover here, found {chosen.name}, which trains; take tulle compress, or leave "
+            "recover out"
+        )
     require_fitting(dense.description, chosen)
     settings, text = chosen.calibration, calibration_text(calibration, separator, documents, min_chars)
     tokenizer = dense.checkpoint.source.tokenizer
