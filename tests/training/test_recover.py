@@ -93,7 +93,9 @@ def test_steps_follow_their_ratios(row: bool) -> None:
     torch.manual_seed(1)
     row_scale = torch.full((5,), 2.0**-9) if row else None
     scale = torch.randint(3, 200, (5, 4)).float() * 2.0**-9
-    start = Coded(Grid(4, 8, True, 8 if row else 16), torch.randint(-8, 8, (5, 32)).short(), scale, scale * 0, row_scale)
+    start = Coded(
+        Grid(4, 8, True, 8 if row else 16), torch.randint(-8, 8, (5, 32)).short(), scale, scale * 0, row_scale
+    )
     trained, mask = TrainedSteps(scale, start.grid, row_scale), torch.rand(5, 32) < 0.5
     whole = whole_numbers(start, mask)
     assert torch.equal(trained(whole, torch.float32), start.dequantise(mask))

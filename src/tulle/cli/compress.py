@@ -47,6 +47,14 @@ def compress(
     eval_documents: Annotated[
         str | None, typer.Option("--eval-documents", metavar="A:B", help="Use documents A to B-1 of the --eval text.")
     ] = None,
+    costs: Annotated[
+        Path | None,
+        typer.Option(
+            "--costs",
+            metavar="FOLDER",
+            help="Keep what allocate_bits measures here: another size of the same model takes it from there.",
+        ),
+    ] = None,
     device: common.Device = "cpu",
     seed: Annotated[int, typer.Option("--seed", metavar="S", help="Of everything random.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was killed.")] = False,
@@ -78,7 +86,7 @@ def compress(
                 model, recipe, output,
                 calibration=calibration, separator=separator, documents=chosen, min_chars=min_chars,
                 samples=samples, length=length, evaluation=compared, device=device, seed=seed, resume=resume,
-                progress=progress,
+                progress=progress, costs=costs,
             )  # fmt: skip
     except KeyboardInterrupt as error:  # typer would leave out what the run says of its folder
         raise typer.Abort from error
