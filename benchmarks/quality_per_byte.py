@@ -7,8 +7,9 @@ Every size is ``allocate_bits`` and ``gptq`` on all linears, the embedding and t
 evaluation, on the engine: the first ``--bytes`` of the text in windows of ``--window`` tokens. A GGUF file's types are
 dequantised exactly. Sizes are those of the files with weights; a GGUF file holds its tokenizer too.
 
-What is in build/quality is not made again; a killed run goes on. Prints a table, writes results/quality_per_byte.json
-and, with ``--picture FILE``, the picture.
+What is in build/quality is not made again; a killed run goes on. The costs of grids are measured once for all sizes:
+the seconds of the first size hold that, those of the others do not. Prints a table, writes
+results/quality_per_byte.json and, with ``--picture FILE``, the picture.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def main() -> None:
         output = BUILD / size
         report = compress(
             options.model, recipe(size, options.groups, options.samples, options.length), output,
-            calibration=[options.calibration], resume=True,
+            calibration=[options.calibration], resume=True, costs=BUILD / "costs",
         )  # fmt: skip
         rows[size] = {
             "kind": "Tulle", "name": size, "bytes": weight_bytes(output), "tensors": report["totals"]["packed_bytes"],

@@ -103,6 +103,12 @@ def calibration() -> str:
     return table(KEYS, pydantic_rows(Calibration))
 
 
+def recover() -> str:
+    from tulle.compression.recipe import Recover
+
+    return table(KEYS, pydantic_rows(Recover))
+
+
 def where(cls: type) -> str:
     return "src/" + cls.__module__.replace(".", "/") + ".py"
 
@@ -199,6 +205,7 @@ def command_sections(group: Any, path: str) -> Iterable[str]:
 
 PARTS: dict[str, Callable[[], str]] = {
     "calibration": calibration,
+    "recover": recover,
     "steps": steps,
     "shipped": shipped,
     "training-keys": training_keys,

@@ -1,5 +1,6 @@
 """The whole road from checkpoint to artefact: same bytes every time, whatever interrupts it."""
 
+import copy
 import hashlib
 import json
 import shutil
@@ -250,6 +251,28 @@ def test_interrupted_with_quantised_tables(tmp_path: Path, tied: bool) -> None:
             run(folder, output, ALLOCATED, progress=stop)
         run(folder, output, ALLOCATED, resume=True)
         assert digest(output) == digest(tmp_path / "whole")
+
+
+def test_costs_are_kept_for_another_budget(tmp_path: Path) -> None:
+    """They are measured once for a model, text and step, and give what measuring again gives."""
+    folder, costs = tmp_path / "dense", tmp_path / "costs"
+    write_checkpoint(folder, tie_word_embeddings=True)
+    seen: list[str] = []
+
+    def measured(output: str, recipe: dict[str, Any], **settings: Any) -> int:
+        seen.clear()
+        run(folder, tmp_path / output, recipe, progress=lambda stage, *_: seen.append(stage), **settings)
+        return sum(stage.startswith("sensitivity") for stage in seen)
+
+    smaller = copy.deepcopy(ALLOCATED)
+    smaller["steps"][0]["allocate_bits"]["bits"] = 4.0
+    assert measured("first", ALLOCATED, costs=costs) == 3
+    assert measured("second", smaller, costs=costs) == 0
+    assert measured("alone", smaller) == 3
+    assert digest(tmp_path / "second") == digest(tmp_path / "alone") != digest(tmp_path / "first")
+    assert measured("seed", smaller, costs=costs, seed=1) == 3
+    smaller["steps"][0]["allocate_bits"]["choices"] = [2, 4, 8]
+    assert measured("choices", smaller, costs=costs) == 3
 
 
 def test_the_first_block_sees_the_embedding_that_is_stored(tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ NEEDS = {
     "inspect": "compress",
     "law fit": "compress",
     "law optimum": "compress",
+    "recover": "compress",
     "train": "train",
 }
 """The extra of pyproject.toml that a command cannot do without. ``eval`` asks by itself, as its backend wants."""

@@ -47,6 +47,14 @@ def compress(
     eval_documents: Annotated[
         str | None, typer.Option("--eval-documents", metavar="A:B", help="Use documents A to B-1 of the --eval text.")
     ] = None,
+    costs: Annotated[
+        Path | None,
+        typer.Option(
+            "--costs",
+            metavar="FOLDER",
+            help="Keep what allocate_bits measures here: another size of the same model takes it from there.",
+        ),
+    ] = None,
     device: common.Device = "cpu",
     seed: Annotated[int, typer.Option("--seed", metavar="S", help="Of everything random.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was killed.")] = False,
@@ -59,10 +67,10 @@ def compress(
     chosen = common.parse_range(documents)
     chosen_eval = common.parse_range(eval_documents, "--eval-documents")
     from tulle.compression.job import Evaluation
-    from tulle.compression.job import compress as run
     from tulle.evaluate.text import read_documents
     from tulle.models.hub import REFERENCE
     from tulle.report.terminal import compression_table
+    from tulle.training.recover import compress as run
 
     machine.keep_freed_memory()
     compared = None
@@ -78,7 +86,7 @@ def compress(
                 model, recipe, output,
                 calibration=calibration, separator=separator, documents=chosen, min_chars=min_chars,
                 samples=samples, length=length, evaluation=compared, device=device, seed=seed, resume=resume,
-                progress=progress,
+                progress=progress, costs=costs,
             )  # fmt: skip
     except KeyboardInterrupt as error:  # typer would leave out what the run says of its folder
         raise typer.Abort from error

@@ -21,6 +21,7 @@ from tulle.cli.eval import evaluate
 from tulle.cli.export import export
 from tulle.cli.inspect import inspect
 from tulle.cli.law import app as law
+from tulle.cli.recover import recover
 from tulle.cli.serve import serve
 from tulle.cli.train import train
 from tulle.errors import UserError
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 app.command("demo", short_help="The whole story on the bundled model, in minutes.")(demo)
 app.command("compress", short_help="Make a model sparse and low-bit by a recipe.")(compress)
+app.command("recover", short_help="Train a compressed model back towards the dense one.")(recover)
 app.command("eval", short_help="Perplexity, bits per byte, tasks.")(evaluate)
 app.command("inspect", short_help="Structure, bits, sparsity, outliers, sensitivity.")(inspect)
 app.command("export", short_help="Write a compressed model in another format.")(export)

@@ -33,9 +33,9 @@ def calibration_text(
 
 
 def calibration_sequences(
-    model: Decoder, folder: Path, text: Text, samples: int, length: int, seed: int = 0
+    model: Decoder, folder: Path, text: Text, samples: int | None, length: int, seed: int = 0
 ) -> list[Tensor]:
-    """At most ``samples`` token sequences int64 ``[T]`` of the text, T at most ``length`` and the model's context.
+    """``samples`` token sequences int64 ``[T]`` of the text (None: all), T at most ``length`` and the model's context.
 
     ``folder`` holds the tokenizer. Raises ``UserError`` for text or a tokenizer that does not fit.
     """

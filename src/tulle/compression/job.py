@@ -67,13 +67,15 @@ def compress(
     seed: int = 0,
     resume: bool = False,
     progress: Progress | None = None,
+    costs: Path | None = None,
 ) -> dict[str, Any]:
     """Compresses ``model`` by ``recipe`` into the folder ``output`` and returns its report (``OUT/report.json``).
 
     ``calibration``: text files, JSONL files, folders or ``datasets`` names (:func:`tulle.text.reading.read_text` says
     what ``separator``, ``documents`` and ``min_chars`` do), or a ready :class:`Text`; None takes the source of the
     installed standard library. ``samples`` and ``length`` (tokens) override the recipe's. ``evaluation``: perplexity
-    before and after goes into the report. Two runs with one seed write the same bytes (on one machine, with one number
+    before and after goes into the report. ``costs``: a folder that keeps what ``allocate_bits`` and the like measured,
+    for another budget of the same model. Two runs with one seed write the same bytes (on one machine, with one number
     of threads); the report differs in its times. Raises ``UserError`` for bad input, before anything is written
     wherever that can be known.
     """
@@ -83,6 +85,11 @@ def compress(
     torch.manual_seed(seed)
     machine.require_device(device)
     chosen, dense = read_recipe(recipe), DenseModel.open(model)
+    if chosen.recover is not None:
+        raise UserError(
+            f"expected a recipe without recover here, found {chosen.name}, which trains; take tulle compress, or leave "
+            "recover out"
+        )
     require_fitting(dense.description, chosen)
     settings, text = chosen.calibration, calibration_text(calibration, separator, documents, min_chars)
     tokenizer = dense.checkpoint.source.tokenizer
@@ -103,8 +110,9 @@ def compress(
             # The state is not on disk yet, so that the folder's name must tell other runs apart.
             kept = run.work / f"survey-{run.fingerprint[:16]}"
             decisions = take_survey(
-                dense, chosen, batches, device, progress, seed, kept, dtype, begun=state.next_block is not None
-            )
+                dense, chosen, batches, device, progress, seed, kept, dtype,
+                begun=state.next_block is not None, costs=costs,
+            )  # fmt: skip
             decisions.notes[:0] = group_sizes(dense.description, chosen)
             decisions.notes.extend(dense.checkpoint.source.notes)
             if decisions.changes_basis and any(zero_share(t) >= SPARSE_FROM for t in dense.read_block(0).values()):

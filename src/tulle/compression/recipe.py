@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 import tulle
 from tulle.errors import UserError
@@ -95,6 +95,49 @@ class Calibration(BaseModel):
     False: all rows of a block see the block's dense weights, for fewer forward passes."""
 
 
+class Recover(BaseModel):
+    """Training after compressing: the compressed model learns from the dense one, masks held
+    (:mod:`tulle.training.recover`)."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    tokens: int = Field(2_000_000, ge=1)
+    """Tokens to train on; the text is read again where it is shorter."""
+    context: int = Field(512, ge=2)
+    """Tokens of a window."""
+    batch: int = Field(8, ge=1)
+    """Windows that run at a time."""
+    accumulation: int = Field(1, ge=1)
+    """Batches of an optimizer step."""
+    learning_rate: float = Field(1e-4, gt=0)
+    """Peak of AdamW's, after the warm-up; from there it falls to 0 along a cosine."""
+    warmup_steps: int = Field(20, ge=0)
+    """Optimizer steps over which the learning rate rises from 0."""
+    clip: float = Field(1.0, gt=0)
+    """The largest 2-norm of the gradient."""
+    train: Literal["codes", "steps"] = "codes"
+    """``codes``: weights, which are rounded to their grid in every step. ``steps``: codes stay, and the grids' steps
+    are trained; takes a fraction of the memory. Norms and biases are trained with either."""
+    kl: float = Field(1.0, ge=0)
+    """Weight of KL(p_t ‖ p_s) of the next token's distribution."""
+    squarehead: float = Field(1.0, ge=0)
+    """Weight of the hidden states' errors, summed over the blocks."""
+    cross_entropy: float = Field(0.0, ge=0)
+    """Weight of the cross-entropy of the text itself."""
+    temperature: float = Field(1.0, gt=0)
+    """T, which divides the logits of both models in the KL term."""
+    compute: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What products are computed in; weights and sums stay in float32. ``auto`` as for the calibration."""
+    evaluate_every: int = Field(50, ge=1)
+    """Optimizer steps between two points of the curve in the report."""
+
+    @model_validator(mode="after")
+    def _something(self) -> Recover:
+        if not self.kl + self.squarehead + self.cross_entropy:
+            raise ValueError("give kl, squarehead or cross_entropy a weight above 0")
+        return self
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
     name: str
@@ -111,15 +154,18 @@ class Recipe:
     description: str
     calibration: Calibration
     steps: tuple[Step, ...]
+    recover: Recover | None = None
+    """Training after the steps (:func:`tulle.training.recover.compress`)."""
 
     def to_json(self) -> dict[str, Any]:
         """A plain object that :func:`parse_recipe` reads back."""
+        recover = {} if self.recover is None else {"recover": self.recover.model_dump()}
         return {
             "name": self.name,
             "description": self.description,
             "calibration": self.calibration.model_dump(),
             "steps": [step.to_json() for step in self.steps],
-        }
+        } | recover
 
     def stage(self, stage: Stage) -> list[Step]:
         return [step for step in self.steps if stage in step.method.stages]
@@ -189,7 +235,7 @@ def read_yaml(path: Path) -> Any:
 def parse_recipe(content: Any, default_name: str = "recipe") -> Recipe:
     """A recipe from plain data. Raises ``UserError`` naming the key at fault and the nearest valid one."""
     content = _mapping(content, "a recipe")
-    _known(content, ("name", "description", "calibration", "steps"), "recipe")
+    _known(content, ("name", "description", "calibration", "steps", "recover"), "recipe")
     steps = content.get("steps")
     if not isinstance(steps, list) or not steps:
         raise UserError(
@@ -201,6 +247,7 @@ def parse_recipe(content: Any, default_name: str = "recipe") -> Recipe:
         calibration = Calibration(**settings)
     except ValidationError as error:
         raise UserError(_first(error, "calibration")) from None
+    recover = read_recover(content["recover"]) if content.get("recover") is not None else None
     parsed = tuple(_step(step) for step in steps)
     linear = STAGES.index("linear")
     order = [min(STAGES.index(step.method.stages[0]), linear) for step in parsed]
@@ -221,7 +268,18 @@ def parse_recipe(content: Any, default_name: str = "recipe") -> Recipe:
         description=" ".join(str(content.get("description", "")).split()),
         calibration=calibration,
         steps=parsed,
+        recover=recover,
     )
+
+
+def read_recover(content: Any) -> Recover:
+    """The settings of a recipe's ``recover``. Raises ``UserError`` naming the key at fault."""
+    settings = _mapping(content, "recover")
+    _known(settings, Recover.model_fields, "recover")
+    try:
+        return Recover(**settings)
+    except ValidationError as error:
+        raise UserError(_first(error, "recover")) from None
 
 
 DOES: dict[Decision, str] = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tulle.compression.recipe import Recipe
+from tulle.compression.recipe import Recipe, Step
 from tulle.compression.tables import table_steps
 from tulle.core.grid import Grid
 from tulle.core.hessian import Hessian
@@ -44,11 +46,15 @@ def take_survey(
     folder: Path | None = None,
     dtype: torch.dtype = torch.float32,
     begun: bool = False,
+    costs: Path | None = None,
 ) -> Survey:
     """Runs the recipe's model steps and returns what they decided. Equal inputs give equal decisions.
 
     ``dtype``: what the blocks compute in for the head's Hessian, which is not taken where the walk has ``begun``: a
     tied table is quantised before the first block.
+
+    ``costs``: a folder where what ``Survey.costs`` measures is kept from run to run, under a name of all that it
+    depends on: a step that differs in its budget alone takes it from there.
 
     Every step costs a fixed number of passes over the calibration tokens. With ``folder``, of one run alone, a killed
     survey goes on at the block where it stopped, and what a finished one found is not computed again.
@@ -74,8 +80,13 @@ def take_survey(
         weight_bytes=lambda name: dense.checkpoint.info(stored_name(dense, name)).bytes,
     )
     walk, watched = _Walk(dense, batches, device, progress, seed, folder), False
-    for step in recipe.stage("model"):
-        survey.costs, survey.look, survey.tables = walk.costs, walk.look, table_names(walk.dense)
+    for number, step in enumerate(recipe.stage("model")):
+        measure = walk
+        if costs is not None:
+            measure = replace(
+                walk, folder=costs / _costs_name(dense, batches, recipe.stage("model")[: number + 1], seed)
+            )
+        survey.costs, survey.look, survey.tables = measure.costs, walk.look, table_names(walk.dense)
         if not watched and {"rows", "column_norm"} & step.method.needs:
             walk.watch(seed, found, norms)
             watched = True
@@ -96,6 +107,18 @@ def take_survey(
     ):
         survey.head_hessian = walk.head_hessian(dtype)
     return survey
+
+
+def _costs_name(dense: DenseModel, batches: Sequence[Batch], steps: Sequence[Step], seed: int) -> str:
+    """Equal where costs are: the same model, text, seed and steps, the last one's budget left out."""
+    settings = [step.to_json() for step in steps]
+    (last,) = settings[-1].values()
+    for budget in ("size", "bits"):
+        last.pop(budget, None)
+    digest = hashlib.sha256(json.dumps([dense.checkpoint.source.identity(), settings, seed]).encode())
+    for batch in batches:
+        digest.update(batch.tokens.numpy().tobytes() + batch.valid.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,23 @@ def controller_table(found: Mapping[str, Any]) -> Table:
     return table
 
 
+def recovery_table(report: Mapping[str, Any]) -> Table:
+    """Held-out figures over the training, and perplexities where they were measured."""
+    recover, evaluation = report["recover"], report["evaluation"]
+    table = _table("step", "tokens", "held-out KL", "held-out perplexity")
+    for row in recover["curve"]:
+        table.add_row(
+            f"{row['step']:,}",
+            f"{row['tokens']:,}",
+            f"{row['held_out_kl']:.4f}",
+            units.significant(row["held_out_perplexity"], 5),
+        )
+    if evaluation:
+        dense, after = (units.significant(evaluation[k]["perplexity"], 5) for k in ("dense", "compressed"))
+        table.caption = f"perplexity on the evaluation text: dense {dense}, recovered {after}"
+    return table
+
+
 def compression_table(report: Mapping[str, Any]) -> Table:
     """Before and after, one row each."""
     totals, evaluation = report["totals"], report["evaluation"]

@@ -1,0 +1,281 @@
+"""Recovery: gradients against transformers and autograd, masks and grids held, a killed run on the same curve."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import tulle
+from checkpoints import PROSE, write_checkpoint
+from tulle.compression.job import compress
+from tulle.compression.recipe import Recover, read_recipe
+from tulle.core.grid import Grid, find_steps
+from tulle.core.grid import Quantised as Coded
+from tulle.errors import UserError
+from tulle.format.spec import QuantizationConfig
+from tulle.methods.train.codes import TrainedCodes, TrainedSteps, whole_numbers
+from tulle.models.checkpoint import Checkpoint
+from tulle.models.rewrite import DenseModel
+from tulle.text.reading import Text
+from tulle.training import recover as room
+from tulle.training.recover import recover
+from tulle.training.student import Student, Teacher
+
+TEXT = Text((PROSE,), False, ("prose",))
+CALIBRATION = {"samples": 6, "length": 48}
+RECIPES: dict[str, dict[str, Any]] = {
+    "sparse50-w4": {"steps": [{"sparsegpt": {"sparsity": 0.5}}, {"gptq": {"bits": 4, "group_size": 16}}]},
+    "everything": {
+        "steps": [
+            {"wanda": {"pattern": "2:4", "targets": ["o", "down"]}},
+            {"kv_cache": {"bits": 4}},
+            {"duquant": {"targets": ["qkv", "gate_up"]}},
+            {"activations": {"bits": 8, "targets": ["qkv", "gate_up"]}},
+            {"gptq": {"bits": 3, "scale_bits": 8, "symmetric": False, "targets": ["qkv", "gate_up", "down"]}},
+            {"round_to_nearest": {"bits": 6, "targets": ["embedding", "head"]}},
+        ]
+    },
+    "inputs": {"steps": [{"teal": {"share": 0.4}}, {"gptq": {"bits": 4, "group_size": 16}}]},
+    "rotated": {"steps": [{"quarot": {}}, {"gptq": {"bits": 4, "group_size": 16}}]},
+}
+SETTINGS = Recover(tokens=6 * 64, context=16, batch=4, learning_rate=3e-3, warmup_steps=1, evaluate_every=2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_pages():
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("tulle.compression.job", "tulle.training.recover"):
+            patch.setattr(f"{module}.write_report", lambda report, file: file.write_text("page"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The dense model, and one compressed by every recipe."""
+    folder = tmp_path_factory.mktemp("models")
+    write_checkpoint(folder / "dense", "qwen2")
+    for name, recipe in RECIPES.items():
+        ordered = sorted(recipe["steps"], key=lambda step: next(iter(step)) in ("wanda", "gptq", "round_to_nearest"))
+        content = {"calibration": CALIBRATION, "steps": ordered}
+        compress(folder / "dense", content, folder / name, calibration=TEXT)
+    return {name: folder / name for name in ("dense", *RECIPES)}
+
+
+def test_codes_follow_their_weights() -> None:
+    """Ŵ is the grid's, gradients pass where the grid reaches and the mask keeps, and the result means Ŵ."""
+    torch.manual_seed(0)
+    dense, mask = torch.randn(6, 32), torch.rand(6, 32) < 0.6
+    grid = Grid(3, 8, symmetric=False)
+    scale, zero = find_steps(dense, grid)
+    start = Coded(grid, torch.randint(0, 8, dense.shape, dtype=torch.int16), scale, zero)
+    trained = TrainedCodes(start, mask)
+    assert torch.equal(trained(torch.float32), start.dequantise(mask))
+    with torch.no_grad():
+        trained.weight += 4 * torch.randn_like(dense)
+    pull = torch.randn_like(dense)
+    (trained(torch.float32) * pull).sum().backward()
+    step, z = scale.repeat_interleave(8, 1), zero.repeat_interleave(8, 1)
+    free = (trained.weight / step).round() + z
+    assert torch.equal(trained.weight.grad, pull * mask * (free >= 0) * (free <= 7))
+    assert 0 < int((trained.weight.grad == 0).sum()) - int((~mask).sum()) < mask.numel() // 2
+    assert torch.equal(trained.result().dequantise(mask), trained(torch.float32))
+
+
+@pytest.mark.parametrize("row", [False, True])
+def test_steps_follow_their_ratios(row: bool) -> None:
+    """∂L/∂r against autograd of Δ·r·whole, and the steps are ones that a file stores."""
+    torch.manual_seed(1)
+    row_scale = torch.full((5,), 2.0**-9) if row else None
+    scale = torch.randint(3, 200, (5, 4)).float() * 2.0**-9
+    start = Coded(
+        Grid(4, 8, True, 8 if row else 16), torch.randint(-8, 8, (5, 32)).short(), scale, scale * 0, row_scale
+    )
+    trained, mask = TrainedSteps(scale, start.grid, row_scale), torch.rand(5, 32) < 0.5
+    whole = whole_numbers(start, mask)
+    assert torch.equal(trained(whole, torch.float32), start.dequantise(mask))
+    with torch.no_grad():
+        trained.ratio += 0.3 * torch.rand_like(scale)
+    pull = torch.randn(5, 32)
+    (trained(whole, torch.float32) * pull).sum().backward()
+    ratio = trained.ratio.detach().clone().requires_grad_()
+    ((scale * ratio).repeat_interleave(8, 1) * whole * pull).sum().backward()
+    torch.testing.assert_close(trained.ratio.grad, ratio.grad)
+    result = trained.result(start)
+    assert torch.equal(result.dequantise(mask), trained(whole, torch.float32))
+    stored = result.scale / 2.0**-9 if row else result.scale.bfloat16().float() / result.scale
+    assert torch.equal(stored, stored.round()) and not torch.equal(result.scale, scale)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@torch.no_grad()
+def test_the_student_is_the_packed_model(models: dict[str, Path], recipe: str) -> None:
+    tokens = torch.tensor(list(PROSE.encode()[:60])).reshape(2, 30)
+    student = Student(Checkpoint.open(models[recipe]), "codes", "cpu", torch.float32)
+    teacher = Teacher(DenseModel.open(models["dense"]), "cpu", torch.float32)
+    for ours, folder in ((student, recipe), (teacher, "dense")):
+        load = tulle.load if folder == recipe else AutoModelForCausalLM.from_pretrained
+        wanted = load(models[folder], dtype=torch.float32)(tokens).logits
+        hidden = ours.embed(tokens)
+        for index in range(3):
+            hidden = ours.block(index, hidden)
+        torch.testing.assert_close(ours.logits(hidden.flatten(0, 1)), wanted.flatten(0, 1), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_gradients_are_those_of_the_whole_loss(models: dict[str, Path], keeps: bool, monkeypatch) -> None:
+    """transformers' models, one autograd graph through everything."""
+    monkeypatch.setattr(room, "GRAPH_SHARE", float(keeps))
+    monkeypatch.setattr(room, "LOGITS", 5 * 257)
+    settings = SETTINGS.model_copy(update={"cross_entropy": 0.3, "kl": 0.7, "squarehead": 0.2, "temperature": 2.0})
+    rows = torch.tensor(list(PROSE.encode()[:51])).reshape(3, 17)
+    packed = Checkpoint.open(models["sparse50-w4"])
+    student = Student(packed, "codes", "cpu", torch.float32)
+    teacher = Teacher(DenseModel.open(models["dense"]), "cpu", torch.float32)
+    ours = room._Recovery(student, teacher, settings, room._Windows([], 1, 0), "cpu", True)
+    terms = ours._differentiate(rows)
+
+    plain = AutoModelForCausalLM.from_pretrained(models["dense"], dtype=torch.float32)
+    dense = AutoModelForCausalLM.from_pretrained(models["dense"], dtype=torch.float32)
+    with torch.no_grad():
+        for name, module in tulle.load(models["sparse50-w4"], dtype=torch.float32).named_modules():
+            if hasattr(module, "dequantise"):
+                plain.get_submodule(name).weight.copy_(module.dequantise())
+    states: dict[str, list[torch.Tensor]] = {"plain": [], "dense": []}
+    for which, model in (("plain", plain), ("dense", dense)):
+        for layer in model.model.layers:
+            layer.register_forward_hook(lambda m, i, out, into=states[which]: into.append(out))
+    given, wanted = plain(rows[:, :-1]).logits, dense(rows[:, :-1]).logits.detach()
+    kl = torch.nn.functional.kl_div(
+        (given / 2).log_softmax(-1), (wanted / 2).log_softmax(-1), reduction="sum", log_target=True
+    ) / (3 * 16)
+    entropy = torch.nn.functional.cross_entropy(given.flatten(0, 1), rows[:, 1:].flatten())
+    squares = sum(
+        (s - t.detach()).square().mean() / (t.detach().square().mean() + 1e-6)
+        for s, t in zip(states["plain"], states["dense"], strict=True)
+    )
+    (0.7 * 4 * kl + 0.3 * entropy + 0.2 * squares).backward()
+    found = {name: float(t.detach()) for name, t in (("kl", kl), ("cross_entropy", entropy), ("squarehead", squares))}
+    assert terms == pytest.approx(found, rel=1e-4)
+    named = dict(plain.named_parameters())
+    checked = 0
+    for block in student.blocks:
+        prefix = block.layer.prefix
+        for (norm, _), gain in zip(block.layer.norms(), block.gains, strict=True):
+            torch.testing.assert_close(gain.grad, named[f"{prefix}{norm.name}.weight"].grad, rtol=1e-3, atol=1e-6)
+        for linear, weight in zip(block.layer.linears(), block.weights, strict=True):
+            wanted_gradient = named[f"{prefix}{linear.name}.weight"].grad * weight.mask
+            torch.testing.assert_close(weight.weight.grad, wanted_gradient, rtol=1e-3, atol=1e-6)
+            checked += 1
+        for name, bias in block._bias.items():
+            torch.testing.assert_close(bias.grad, named[f"{prefix}{name}.bias"].grad, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(student.gain.grad, named["model.norm.weight"].grad, rtol=1e-3, atol=1e-6)
+    assert checked == 21
+
+
+def test_training_steps_reach_inputs_and_caches(models: dict[str, Path]) -> None:
+    """Every parameter of a model with transforms, rounded inputs, caches and selections gets a gradient."""
+    for recipe in ("everything", "inputs", "rotated"):
+        student = Student(Checkpoint.open(models[recipe]), "codes", "cpu", torch.float32)
+        teacher = Teacher(DenseModel.open(models["dense"]), "cpu", torch.float32)
+        rows = torch.tensor(list(PROSE.encode()[:51])).reshape(3, 17)
+        room._Recovery(student, teacher, SETTINGS, room._Windows([], 1, 0), "cpu", recipe != "rotated")._differentiate(
+            rows
+        )
+        for name, parameter in student.named_parameters():
+            assert parameter.grad is not None and bool(parameter.grad.abs().sum() > 0), name
+
+
+def specs(folder: Path) -> dict[str, Any]:
+    return QuantizationConfig.from_json(Checkpoint.open(folder).config["quantization_config"]).linears
+
+
+@pytest.mark.parametrize("train", ["codes", "steps"])
+def test_recovered(models: dict[str, Path], train: str, tmp_path: Path) -> None:
+    """Closer to the dense model; the same specs, masks and grids; what is loaded is what was trained."""
+    source = models["sparse50-w4"]
+    settings = SETTINGS.model_copy(
+        update={"train": train, "tokens": 24 * 64, "learning_rate": 3e-3 if train == "codes" else 2e-2}
+    )
+    report = recover(source, models["dense"], tmp_path / "out", settings, text=TEXT)
+    curve = report["recover"]["curve"]
+    assert curve[-1]["held_out_kl"] < 0.9 * curve[0]["held_out_kl"]
+    assert [row["step"] for row in curve] == list(range(0, 25, 2)) and curve[-1]["tokens"] == 24 * 64
+    assert specs(tmp_path / "out") == specs(source)
+    before, after = (load_all(folder) for folder in (source, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    changed = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == ({"values", "weight", "bias"} if train == "codes" else {"scale", "weight", "bias"})
+    assert all(before[name].dtype == after[name].dtype for name in before)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(before[name], after[name])
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
+    recipe = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["recipe"]
+    assert read_recipe(recipe).recover == settings
+    assert report["evaluation"] is None and report["recover"]["hidden_states"]
+    assert not (tmp_path / "out.partial").exists()
+
+
+def load_all(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def test_a_killed_run_goes_on(models: dict[str, Path], tmp_path: Path, monkeypatch) -> None:
+    """From its newest checkpoint to the same bytes."""
+    monkeypatch.setattr(room, "CHECKPOINT_SECONDS", -1.0)
+    source = models["sparse50-w4"]
+    whole = recover(source, models["dense"], tmp_path / "whole", SETTINGS, text=TEXT)
+    step = room._Recovery._step
+
+    def killed(self: Any, number: int) -> dict[str, float]:
+        if number == 3:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(room._Recovery, "_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            recover(source, models["dense"], tmp_path / "out", SETTINGS, text=TEXT)
+    with pytest.raises(UserError, match="unfinished run"):
+        recover(source, models["dense"], tmp_path / "out", SETTINGS, text=TEXT)
+    again = recover(source, models["dense"], tmp_path / "out", SETTINGS, text=TEXT, resume=True)
+    assert again["recover"]["curve"][-1] == whole["recover"]["curve"][-1]
+    one, two = load_all(tmp_path / "whole"), load_all(tmp_path / "out")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_recipe_that_recovers(models: dict[str, Path], tmp_path: Path) -> None:
+    content = RECIPES["sparse50-w4"] | {"calibration": CALIBRATION, "recover": SETTINGS.model_dump()}
+    report = tulle.compress(models["dense"], content, tmp_path / "out", calibration=TEXT)
+    assert report["recover"]["tokens"] == SETTINGS.tokens and report["totals"]["sparsity"] == 0.5
+    assert report["recipe"]["recover"] == SETTINGS.model_dump()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    with pytest.raises(UserError, match="without recover"):
+        compress(models["dense"], content, tmp_path / "other", calibration=TEXT)
+
+
+def test_refusals(models: dict[str, Path], tmp_path: Path) -> None:
+    source, dense = models["sparse50-w4"], models["dense"]
+    write_checkpoint(tmp_path / "deep", "qwen2", num_hidden_layers=2)
+    for settings, given, text, line in (
+        (SETTINGS, tmp_path / "deep", TEXT, "expected a dense model of 3 blocks"),
+        (SETTINGS, dense, Text(("short",), False, ()), "windows"),
+        (SETTINGS.model_copy(update={"context": 128, "tokens": 4096}), dense, TEXT, "expected a context below"),
+        (SETTINGS.model_copy(update={"tokens": 63}), dense, TEXT, "expected tokens for one step of 64"),
+    ):
+        with pytest.raises(UserError, match=line):
+            recover(source, given, tmp_path / "out", settings, text=text)
+        assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+    alone = SETTINGS.model_copy(update={"kl": 0.0})
+    with pytest.raises(UserError, match="residual stream was rotated"):
+        recover(models["rotated"], dense, tmp_path / "out", alone, text=TEXT)
+    with pytest.raises(UserError, match="made by tulle compress"):
+        recover(dense, dense, tmp_path / "out", SETTINGS, text=TEXT)
+    for wrong in ({"kl": 0, "squarehead": 0}, {"tokens": 0}, {"learning": 1}, {"train": "all"}):
+        with pytest.raises(UserError, match="recover|tokens|learning|train"):
+            read_recipe(RECIPES["inputs"] | {"recover": wrong})
