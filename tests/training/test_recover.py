@@ -15,10 +15,11 @@ import tulle
 from checkpoints import PROSE, write_checkpoint
 from tulle.compression.job import compress
 from tulle.compression.recipe import Recover, read_recipe
-from tulle.core.grid import Grid, find_steps
+from tulle.core.grid import Grid, find_steps, storable_step
 from tulle.core.grid import Quantised as Coded
 from tulle.errors import UserError
 from tulle.format.spec import QuantizationConfig
+from tulle.methods.quantize.round_to_nearest import round_to_nearest
 from tulle.methods.train.codes import TrainedCodes, TrainedSteps, whole_numbers
 from tulle.models.checkpoint import Checkpoint
 from tulle.models.rewrite import DenseModel
@@ -42,6 +43,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         ]
     },
     "inputs": {"steps": [{"teal": {"share": 0.4}}, {"gptq": {"bits": 4, "group_size": 16}}]},
+    "floats": {
+        "steps": [
+            {"wanda": {"sparsity": 0.6, "targets": ["down"]}},
+            {"gptq": {"format": "nvfp4", "targets": ["qkv", "gate_up"]}},
+            {"gptq": {"format": "mxfp4", "targets": ["o", "down", "embedding", "head"]}},
+        ]
+    },
     "rotated": {"steps": [{"quarot": {}}, {"gptq": {"bits": 4, "group_size": 16}}]},
 }
 SETTINGS = Recover(tokens=6 * 64, context=16, batch=4, learning_rate=3e-3, warmup_steps=1, evaluate_every=2)
@@ -110,6 +118,26 @@ def test_steps_follow_their_ratios(row: bool) -> None:
     assert torch.equal(result.dequantise(mask), trained(whole, torch.float32))
     stored = result.scale / 2.0**-9 if row else result.scale.bfloat16().float() / result.scale
     assert torch.equal(stored, stored.round()) and not torch.equal(result.scale, scale)
+
+
+@pytest.mark.parametrize("form", ["mxfp4", "nvfp4"])
+def test_floats_of_four_bits_are_trained_on_their_grid(form: Any) -> None:
+    torch.manual_seed(2)
+    start = round_to_nearest(torch.randn(6, 64), Grid.of(4, None, True, format=form))
+    row = None if start.row_scale is None else start.row_scale[:, None]
+    codes, steps = TrainedCodes(start, None), TrainedSteps(start.scale, start.grid, start.row_scale)
+    whole = whole_numbers(start, None)
+    with torch.no_grad():
+        codes.weight += 0.5 * torch.randn(6, 64)
+        steps.ratio += 0.9 * torch.rand_like(start.scale)
+    codes(torch.float32).sum().backward()
+    reached = (codes.weight / start.scale.repeat_interleave(64 // start.scale.shape[1], 1)).round().abs() <= 12
+    assert torch.equal(codes.weight.grad, reached.float()) and not bool(reached.all())
+    for result, found in ((codes.result(), codes(torch.float32)), (steps.result(start), steps(whole, torch.float32))):
+        assert torch.equal(result.dequantise(), found)
+        assert set(result.codes.abs().unique().tolist()) <= {0, 1, 2, 3, 4, 6, 8, 12}
+        assert torch.equal(result.scale, storable_step(result.scale, row, result.grid))
+    assert not torch.equal(steps.result(start).scale, start.scale)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

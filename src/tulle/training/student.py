@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tulle.core.grid import Grid, Quantised
+from tulle.core.grid import Format, Grid, Quantised
 from tulle.core.head_grids import HeadGrids
 from tulle.core.quantised_input import QuantisedInput
 from tulle.core.transform import Transform
+from tulle.format.pack import LEVELS
 from tulle.format.spec import LinearSpec
 from tulle.hf.attention import grids_of
 from tulle.hf.packed_linear import (
@@ -293,7 +294,7 @@ class StudentBlock(nn.Module):
 def unpacked(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> tuple[Quantised, Tensor | None]:
     """Codes, grid and mask of a quantised linear's tensors by suffix."""
     assert spec.bits is not None
-    grid = Grid(spec.bits, spec.group_size, spec.symmetric, spec.scale_bits)
+    grid = Grid(spec.bits, spec.group_size, spec.symmetric, spec.scale_bits, cast(Format, spec.format))
     mask = _mask(spec, tensors) if spec.sparse else None
     if mask is None:
         codes = unpack_integers(tensors["codes"], spec.bits, spec.shape[1])
@@ -301,6 +302,11 @@ def unpacked(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> tuple[Quantised
         stream = unpack_integers(tensors["values"], spec.bits, spec.stored)
         codes = torch.zeros(spec.shape, dtype=torch.uint8, device=mask.device).masked_scatter_(mask, stream)
     scale = unpack_scale(spec, tensors)
+    if spec.format != "int":
+        levels = torch.from_numpy(LEVELS).to(codes.device, torch.int16)[codes.int()]
+        whole = tensors["tensor_scale"] / 2 if spec.format == "nvfp4" else None
+        row = None if whole is None else whole.expand(spec.shape[0]).contiguous()
+        return Quantised(grid, levels, scale, torch.zeros_like(scale), row), mask
     if spec.symmetric:
         zero = torch.zeros_like(scale)
     else:

@@ -62,7 +62,7 @@ class TrainedSteps(nn.Module):
         """Δ·r ``[C_out, G]``, as the file stores it."""
         exact = self.scale * self.ratio
         row = None if self.row_scale is None else self.row_scale[:, None]
-        return exact + (storable_step(exact.detach(), row) - exact).detach()
+        return exact + (storable_step(exact.detach(), row, self.grid) - exact).detach()
 
     def forward(self, whole: Tensor, dtype: torch.dtype) -> Tensor:
         """Ŵ in ``dtype`` of the whole numbers ``[C_out, C_in]`` (q − z) ⊙ E, int16."""
@@ -109,6 +109,8 @@ class _Rounded(torch.autograd.Function):
             free = (grouped(weight[rows], width) / step).round_().add_(z)
             reached = free.clamp(grid.low, grid.high)
             passes[rows] = (free == reached).reshape(passes[rows].shape)
+            if grid.format != "int":
+                reached = code(grouped(weight[rows], width), step, z, grid)
             # In float32 and rounded once, as the packed linear does.
             found[rows] = ((reached - z) * step).reshape(found[rows].shape).to(dtype)
         if mask is not None:
