@@ -49,7 +49,9 @@ COMMON = {
 COMPRESS = """
 import json, sys
 from tulle.compression.job import compress
-report = compress(sys.argv[1], sys.argv[2], sys.argv[3], samples=int(sys.argv[4]), length=int(sys.argv[5]))
+report = compress(
+    sys.argv[1], sys.argv[2], sys.argv[3], samples=int(sys.argv[4]), length=int(sys.argv[5]), device=sys.argv[6]
+)
 wanted = ("recipe", "seconds", "blocks", "peak_memory_bytes", "totals", "calibration", "machine")
 print(json.dumps({key: report[key] for key in wanted}))
 """
@@ -92,6 +94,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="[the shape's]")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/compress_large.json"))
     settings = parser.parse_args()
     shape = SHAPES[settings.shape]
@@ -102,7 +105,7 @@ def main() -> None:
         write_checkpoint(model, shape, layers)
     for stale in (output, output.with_name("compressed.partial")):
         shutil.rmtree(stale, ignore_errors=True)
-    arguments = [model, settings.recipe, output, str(settings.samples), str(settings.length)]
+    arguments = [model, settings.recipe, output, str(settings.samples), str(settings.length), settings.device]
     run = subprocess.run(
         [sys.executable, "-c", COMPRESS, *arguments],
         stdout=subprocess.PIPE,

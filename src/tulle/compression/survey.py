@@ -31,6 +31,8 @@ from tulle.models.watch import run_watched
 
 TOKENS = 8192
 """Calibration tokens of the walk; its hidden states are in memory."""
+HEADER = 96
+"""Bytes of a tensor's entry in the header of a safetensors file, besides its name: dtype, shape and offsets."""
 HEAD_TOKENS = 16384
 """Calibration tokens of the head's Hessian."""
 
@@ -75,7 +77,10 @@ def take_survey(
         seed=seed,
         column_norm=lambda block, role: norms[block, role],
         table=lambda role: walk.table(role),
-        stored_bytes=sum(dense.checkpoint.info(name).bytes for name in dense.checkpoint.names_of(model)),
+        stored_bytes=sum(
+            dense.checkpoint.info(name).bytes + header_bytes(name, dense.checkpoint.info(name).shape)
+            for name in dense.checkpoint.names_of(model)
+        ),
         packed_bytes=packed_bytes,
         weight_bytes=lambda name: dense.checkpoint.info(stored_name(dense, name)).bytes,
     )
@@ -228,6 +233,12 @@ def table_names(dense: DenseModel) -> dict[str, str]:
     model = dense.description
     found = {"embedding": model.embedding, **({} if dense.tied else {"head": model.head})}
     return {role: name.removesuffix(".weight") for role, name in found.items()}
+
+
+def header_bytes(name: str, shape: tuple[int, ...]) -> int:
+    """At most what the headers of the files need for a weight, which may become codes, scales of two kinds and zero
+    points, or for another tensor."""
+    return (4 if len(shape) == 2 else 1) * (len(name) + HEADER)
 
 
 def packed_bytes(shape: tuple[int, int], grid: Grid) -> int:

@@ -405,7 +405,8 @@ class Survey(Decisions):
     table: Callable[[str], Tensor] | None = None
     """A table ``[V, d]`` by its key in ``tables``, as stored."""
     stored_bytes: int = 0
-    """Of all tensors of the checkpoint that belong to the model; a tied table counts once."""
+    """Of all tensors of the checkpoint that belong to the model, with their names in the file; a tied table counts
+    once."""
     packed_bytes: Callable[[tuple[int, int], Grid], int] | None = None
     """Of a dense weight of shape ``(C_out, C_in)`` on a grid, as the file holds it."""
     weight_bytes: Callable[[str], int] = lambda name: 0

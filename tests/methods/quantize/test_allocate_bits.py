@@ -116,3 +116,17 @@ def test_a_budget_of_bytes(tmp_path: Path, tied: bool) -> None:
     assert Checkpoint.open(output).bytes == report["totals"]["packed_bytes"]
     logits = tulle.hf.load(output, dtype=torch.float32)(torch.arange(20)[None]).logits
     assert bool(torch.isfinite(logits).all())
+
+
+def test_a_size_is_that_of_the_files(tmp_path: Path) -> None:
+    """Headers of the files count, which are a large part of a model so small."""
+    write_checkpoint(tmp_path / "dense", dtype=torch.bfloat16)
+    allocate = {"size": "60KB", "choices": [2, 3, 4, 5, 6, 8], "group_sizes": ["auto-32"], "targets": EVERYWHERE}
+    recipe = {
+        "steps": [{"allocate_bits": allocate}, {"gptq": {"targets": EVERYWHERE}}],
+        "calibration": {"samples": 4, "length": 48},
+    }
+    report = compress(tmp_path / "dense", recipe, tmp_path / "m", calibration=TEXT)
+    files = sum(file.stat().st_size for file in (tmp_path / "m").glob("*.safetensors"))
+    assert report["totals"]["packed_bytes"] < 0.9 * files
+    assert 50_000 < files <= 60_000
