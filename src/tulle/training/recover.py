@@ -58,7 +58,7 @@ EPSILON = 1e-6
 """ε of SquareHead's terms."""
 LOGITS = 1 << 25
 """Logits that are in memory at once."""
-GRAPH_SHARE = 1 / 4
+GRAPH_SHARE = 1 / 3
 """Share of the machine's memory up to which the graphs of all blocks are kept for the backward pass."""
 CHECKPOINT_SECONDS = 300.0
 
