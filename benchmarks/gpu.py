@@ -52,7 +52,7 @@ print(json.dumps({"perplexity": perplexity, "seconds": report["seconds"]["total"
 RECOVER = {
     "name": "recover", "calibration": {"samples": 16, "length": 256},
     "steps": [{"sparsegpt": {"sparsity": 0.5}}, {"gptq": {"bits": 4, "group_size": 64}}],
-    "recover": {"tokens": 81_920, "context": 256, "batch": 8, "learning_rate": 3e-4},
+    "recover": {"tokens": 81_920, "context": 256, "batch": 8, "rate": 5.0e-3},
 }  # fmt: skip
 
 

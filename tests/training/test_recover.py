@@ -52,7 +52,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "rotated": {"steps": [{"quarot": {}}, {"gptq": {"bits": 4, "group_size": 16}}]},
 }
-SETTINGS = Recover(tokens=6 * 64, context=16, batch=4, learning_rate=3e-3, warmup_steps=1, evaluate_every=2)
+SETTINGS = Recover(tokens=6 * 64, context=16, batch=4, rate=2e-2, warmup_steps=1, evaluate_every=2)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -227,9 +227,7 @@ def specs(folder: Path) -> dict[str, Any]:
 def test_recovered(models: dict[str, Path], train: str, tmp_path: Path) -> None:
     """Closer to the dense model; the same specs, masks and grids; what is loaded is what was trained."""
     source = models["sparse50-w4"]
-    settings = SETTINGS.model_copy(
-        update={"train": train, "tokens": 24 * 64, "learning_rate": 3e-3 if train == "codes" else 2e-2}
-    )
+    settings = SETTINGS.model_copy(update={"train": train, "tokens": 24 * 64, "rate": 2e-2})
     report = recover(source, models["dense"], tmp_path / "out", settings, text=TEXT)
     curve = report["recover"]["curve"]
     assert curve[-1]["held_out_kl"] < 0.9 * curve[0]["held_out_kl"]
@@ -287,6 +285,47 @@ def test_a_recipe_that_recovers(models: dict[str, Path], tmp_path: Path) -> None
         compress(models["dense"], content, tmp_path / "other", calibration=TEXT)
 
 
+def test_quantised_after_recovering(models: dict[str, Path], tmp_path: Path, monkeypatch) -> None:
+    """``then``: masks are those of the pruning, the report tells all, and a killed run goes on."""
+    content = {
+        "calibration": CALIBRATION,
+        "steps": [{"sparsegpt": {"sparsity": 0.5}}],
+        "recover": SETTINGS.model_dump(),
+        "then": [{"gptq": {"bits": 4, "group_size": 16}}],
+    }
+    report = tulle.compress(models["dense"], content, tmp_path / "out", calibration=TEXT)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    assert report["totals"]["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    assert report["model"] == str(models["dense"]) and len(report["recover"]["curve"]) == 4
+    assert set(report["seconds"]["steps"]) == {"sparsegpt", "gptq"}
+    found = specs(tmp_path / "out")
+    assert {(spec.bits, spec.sparse) for spec in found.values()} == {(4, True)}
+    recipe = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["recipe"]
+    assert recipe == read_recipe(content).to_json() == report["recipe"]
+    # The same zeros as pruning alone leaves; a kept weight may round to zero but keeps its place.
+    pruned = {"steps": content["steps"], "calibration": CALIBRATION}
+    compress(models["dense"], pruned, tmp_path / "pruned", calibration=TEXT)
+    for name, spec in found.items():
+        assert spec.nonzeros == specs(tmp_path / "pruned")[name].nonzeros
+        before, after = (load_all(tmp_path / folder)[f"{name}.mask"] for folder in ("pruned", "out"))
+        assert torch.equal(before, after)
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "unpack", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            tulle.compress(models["dense"], content, tmp_path / "again", calibration=TEXT)
+    again = tulle.compress(models["dense"], content, tmp_path / "again", calibration=TEXT, resume=True)
+    one, two = load_all(tmp_path / "out"), load_all(tmp_path / "again")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert tulle.compress(models["dense"], content, tmp_path / "again", calibration=TEXT, resume=True) == again
+    for wrong, line in (
+        ({"steps": content["then"], "recover": {}, "then": content["then"]}, "steps that prune before recover"),
+        ({"steps": content["steps"], "then": content["then"]}, "without recover"),
+        ({"steps": content["steps"], "recover": {}, "then": {}}, "list of steps"),
+    ):
+        with pytest.raises(UserError, match=line):
+            read_recipe(wrong)
+
+
 def test_refusals(models: dict[str, Path], tmp_path: Path) -> None:
     source, dense = models["sparse50-w4"], models["dense"]
     write_checkpoint(tmp_path / "deep", "qwen2", num_hidden_layers=2)
@@ -304,6 +343,6 @@ def test_refusals(models: dict[str, Path], tmp_path: Path) -> None:
         recover(models["rotated"], dense, tmp_path / "out", alone, text=TEXT)
     with pytest.raises(UserError, match="made by tulle compress"):
         recover(dense, dense, tmp_path / "out", SETTINGS, text=TEXT)
-    for wrong in ({"kl": 0, "squarehead": 0}, {"tokens": 0}, {"learning": 1}, {"train": "all"}):
-        with pytest.raises(UserError, match="recover|tokens|learning|train"):
+    for wrong in ({"kl": 0, "squarehead": 0}, {"tokens": 0}, {"rates": 1}, {"train": "all"}):
+        with pytest.raises(UserError, match="recover|tokens|rate|train"):
             read_recipe(RECIPES["inputs"] | {"recover": wrong})

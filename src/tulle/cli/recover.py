@@ -28,7 +28,10 @@ def recover(
     ] = "codes",
     context: Annotated[int, typer.Option("--context", metavar="T", min=2, help="Tokens of a window.")] = 512,
     batch: Annotated[int, typer.Option("--batch", metavar="B", min=1, help="Windows of an optimizer step.")] = 8,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", metavar="R", help="AdamW's, at its peak.")] = 1e-4,
+    rate: Annotated[
+        float,
+        typer.Option("--rate", metavar="R", help="Learning rate at its peak, as a share of each tensor's size."),
+    ] = 2e-3,
     evaluation: Annotated[
         str | None, typer.Option("--eval", metavar="FILE", help="Text for perplexity of the dense and the new model.")
     ] = None,
@@ -51,7 +54,7 @@ def recover(
     machine.keep_freed_memory()
     settings = read_recover(
         {
-            "tokens": tokens, "train": train, "context": context, "batch": batch, "learning_rate": learning_rate,
+            "tokens": tokens, "train": train, "context": context, "batch": batch, "rate": rate,
         }
     )  # fmt: skip
     compared = None if evaluation is None else Evaluation(read_documents(evaluation))

@@ -109,10 +109,10 @@ class Recover(BaseModel):
     """Windows that run at a time."""
     accumulation: int = Field(1, ge=1)
     """Batches of an optimizer step."""
-    learning_rate: float = Field(1e-4, gt=0)
-    """Peak of AdamW's, after the warm-up; from there it falls to 0 along a cosine."""
+    rate: float = Field(2e-3, gt=0)
+    """AdamW's learning rate at its peak, as a share of every tensor's root mean square; falls to 0 along a cosine."""
     warmup_steps: int = Field(20, ge=0)
-    """Optimizer steps over which the learning rate rises from 0."""
+    """Optimizer steps over which the rate rises from 0."""
     clip: float = Field(1.0, gt=0)
     """The largest 2-norm of the gradient."""
     train: Literal["codes", "steps"] = "codes"
@@ -156,10 +156,13 @@ class Recipe:
     steps: tuple[Step, ...]
     recover: Recover | None = None
     """Training after the steps (:func:`tulle.training.recover.compress`)."""
+    then: tuple[Step, ...] = ()
+    """Steps on the recovered model."""
 
     def to_json(self) -> dict[str, Any]:
         """A plain object that :func:`parse_recipe` reads back."""
-        recover = {} if self.recover is None else {"recover": self.recover.model_dump()}
+        recover: dict[str, Any] = {} if self.recover is None else {"recover": self.recover.model_dump()}
+        recover |= {"then": [step.to_json() for step in self.then]} if self.then else {}
         return {
             "name": self.name,
             "description": self.description,
@@ -235,7 +238,7 @@ def read_yaml(path: Path) -> Any:
 def parse_recipe(content: Any, default_name: str = "recipe") -> Recipe:
     """A recipe from plain data. Raises ``UserError`` naming the key at fault and the nearest valid one."""
     content = _mapping(content, "a recipe")
-    _known(content, ("name", "description", "calibration", "steps", "recover"), "recipe")
+    _known(content, ("name", "description", "calibration", "steps", "recover", "then"), "recipe")
     steps = content.get("steps")
     if not isinstance(steps, list) or not steps:
         raise UserError(
@@ -248,6 +251,20 @@ def parse_recipe(content: Any, default_name: str = "recipe") -> Recipe:
     except ValidationError as error:
         raise UserError(_first(error, "calibration")) from None
     recover = read_recover(content["recover"]) if content.get("recover") is not None else None
+    parsed = _ordered(steps)
+    then = _then(content["then"], parsed, recover) if content.get("then") is not None else ()
+    return Recipe(
+        name=str(content.get("name", default_name)),
+        description=" ".join(str(content.get("description", "")).split()),
+        calibration=calibration,
+        steps=parsed,
+        recover=recover,
+        then=then,
+    )
+
+
+def _ordered(steps: list[Any]) -> tuple[Step, ...]:
+    """Steps in an order in which they can run. Raises ``UserError``."""
     parsed = tuple(_step(step) for step in steps)
     linear = STAGES.index("linear")
     order = [min(STAGES.index(step.method.stages[0]), linear) for step in parsed]
@@ -263,13 +280,24 @@ def parse_recipe(content: Any, default_name: str = "recipe") -> Recipe:
             f"expected a step that compresses weights before {first.name}, found none; put one in front of it"
         )
     _require_respected(parsed)
-    return Recipe(
-        name=str(content.get("name", default_name)),
-        description=" ".join(str(content.get("description", "")).split()),
-        calibration=calibration,
-        steps=parsed,
-        recover=recover,
-    )
+    return parsed
+
+
+def _then(content: Any, steps: tuple[Step, ...], recover: Recover | None) -> tuple[Step, ...]:
+    """The steps after recovering. What the first ones have made is read as a dense model with zeros there, so that all
+    but zeros would be lost: raises ``UserError`` where they do more than prune."""
+    if recover is None or not isinstance(content, list) or not content:
+        raise UserError(
+            f"expected then as a list of steps after recover, found {content!r}"
+            + ("" if recover else " without recover")
+        )
+    for step in steps:
+        if not METHODS[step.name].startswith("tulle.methods.prune."):
+            raise UserError(
+                f"expected steps that prune before recover and then, found {step.name}; move it to then, or leave then "
+                "out"
+            )
+    return _ordered(content)
 
 
 def read_recover(content: Any) -> Recover:

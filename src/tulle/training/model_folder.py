@@ -32,12 +32,12 @@ def dense_folder(model: str, work: Path) -> Path:
     return work
 
 
-def unpack(packed: Path, target: Path) -> None:
-    """Writes a packed or otherwise stored model as a dense float32 checkpoint; what was pruned is exactly zero."""
+def unpack(packed: Path, target: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Writes a packed or otherwise stored model as a dense checkpoint in ``dtype``; what was pruned is exactly zero."""
     checkpoint = Checkpoint.open(packed)
     linears = {} if checkpoint.packed is None else packed_linears(checkpoint)
     require_packed_tensors(checkpoint, linears)
-    plan = dense.plan(checkpoint, linears, torch.float32)
+    plan = dense.plan(checkpoint, linears, dtype)
     with whole_folder(target) as folder:
         write_entries(folder, plan.entries, lambda done, total: None)
         copy_companions(checkpoint.source.tokenizer, folder)

@@ -50,6 +50,7 @@ from tulle.models.rewrite import DenseModel
 from tulle.report.compression import write_report
 from tulle.text.reading import Text
 from tulle.training import checkpoint as checkpoints
+from tulle.training.model_folder import unpack
 from tulle.training.optim import learning_rates
 from tulle.training.recipe import Training
 from tulle.training.student import Student, Teacher
@@ -81,7 +82,8 @@ def compress(
 ) -> dict[str, Any]:
     """:func:`tulle.compression.job.compress`, and recovery on the same text where the recipe has ``recover``.
 
-    The compressed model lies beside ``output``, as ``OUTPUT.compressed``, until it is recovered.
+    With ``then`` the steps before only prune, what is trained are plain weights under their masks, and the steps of
+    ``then`` compress the recovered model. Until all is done, models on the way lie beside ``output``.
     """
     chosen, text = read_recipe(recipe), calibration_text(calibration, separator, documents, min_chars)
     given: dict[str, Any] = {"device": device, "seed": seed, "progress": progress}
@@ -89,16 +91,62 @@ def compress(
         return job.compress(
             model, chosen, output, calibration=text, evaluation=evaluation, resume=resume, **given, **settings
         )
-    before = Path(output).with_name(Path(output).name + ".compressed")
-    job.compress(model, replace(chosen, recover=None), before, calibration=text, resume=resume, **given, **settings)
+    out = Path(output)
+    pruned, recovered, dense = (out.with_name(f"{out.name}.{what}") for what in ("compressed", "recovered", "dense"))
+    first = recovered if chosen.then else out
+    if resume and (out / "report.json").exists() and not pruned.exists():
+        found = read_json(out / "report.json", "a report")
+        if found["recipe"] == chosen.to_json():
+            return found
     try:
+        if not first.exists():
+            alone = replace(chosen, recover=None, then=())
+            job.compress(model, alone, pruned, calibration=text, resume=resume, **given, **settings)
         report = recover(
-            before, model, output, chosen.recover, text=text, evaluation=evaluation, resume=resume, **given
-        )
+            pruned if pruned.exists() else first, model, first, chosen.recover, text=text, resume=resume, **given
+        )  # fmt: skip
+        if chosen.then:
+            if not dense.exists():
+                unpack(recovered, dense, DenseModel.open(model).embedding_dtype)
+            rest = replace(chosen, steps=chosen.then, recover=None, then=())
+            job.compress(dense, rest, out, calibration=text, resume=resume, **given, **settings)
+        report = _told(out, report, chosen, str(model), evaluation, device, progress)
     except BaseException as error:
-        error.add_note(f"the compressed model is in {before}: --resume recovers it")
+        error.add_note(f"what was done so far lies beside {out}: --resume goes on")
         raise
-    shutil.rmtree(before)
+    for folder in (pruned, recovered, dense):
+        shutil.rmtree(folder, ignore_errors=True)
+    return report
+
+
+def _told(
+    out: Path,
+    recovered: dict[str, Any],
+    recipe: Recipe,
+    model: str,
+    evaluation: Evaluation | None,
+    device: str,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """The report of the whole recipe, in ``out``: the last steps' figures, what recovering gave, times of all."""
+    report = read_json(out / "report.json", "a report")
+    if recipe.then:
+        before = recovered["seconds"]
+        seconds = report["seconds"]
+        steps = before["steps"] | {k: v + before["steps"].get(k, 0.0) for k, v in seconds["steps"].items()}
+        report["seconds"] = {k: v + before.get(k, 0.0) for k, v in seconds.items() if k != "steps"} | {"steps": steps}
+        report |= {"model": model, "recover": recovered["recover"]}
+        report["peak_memory_bytes"] = max(report["peak_memory_bytes"], recovered["peak_memory_bytes"])
+    report["recipe"] = recipe.to_json()
+    config = read_json(out / "config.json", "a config")
+    config["quantization_config"]["recipe"] = recipe.to_json()
+    if evaluation is not None:
+        report["evaluation"] = compare(
+            DenseModel.open(model).checkpoint.path, out, evaluation.text, evaluation.protocol, device, progress
+        )
+    write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
+    write_report(report, out / "report.html")
+    write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
     return report
 
 
@@ -238,7 +286,7 @@ def _training(settings: Recover) -> Training:
     """The loop's settings. Raises ``UserError`` where the tokens do not make one step."""
     found = Training(
         tokens=settings.tokens, context=settings.context, batch=settings.batch, accumulation=settings.accumulation,
-        learning_rate=settings.learning_rate, schedule="cosine", warmup_steps=settings.warmup_steps,
+        learning_rate=settings.rate, schedule="cosine", warmup_steps=settings.warmup_steps,
     )  # fmt: skip
     if not found.steps:
         raise UserError(
@@ -266,8 +314,9 @@ class _Recovery:
         self._training = _training(settings)
         activations = _graph_bytes(student.decoder) * settings.batch * settings.context
         self._keeps_graphs = activations <= GRAPH_SHARE * machine.memory_bytes()
-        trained = [p for p in student.parameters() if p.requires_grad]
-        self._optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        # Of a size of its own for every tensor: weights of one model differ in size tenfold from another's.
+        groups = [{"params": [p], "size": _size(p)} for p in student.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
     def run(self, work: Path, progress: Progress | None) -> dict[str, Any]:
         """All steps from the newest checkpoint in ``work`` on; figures for the report."""
@@ -285,13 +334,13 @@ class _Recovery:
             if progress:
                 progress(f"recover {step}/{steps}", step, steps)
             for group in self._optimizer.param_groups:
-                group["lr"] = rates[step]
+                group["lr"] = rates[step] * group["size"]
             for name, value in self._step(step).items():
                 sums[name] = sums.get(name, 0.0) + value
             done, now = step + 1, time.perf_counter()
             if done % self.settings.evaluate_every == 0 or done == steps:
                 count = (done - 1) % self.settings.evaluate_every + 1
-                row = {"step": done, "tokens": done * self._training.step_tokens, "learning_rate": rates[step]}
+                row = {"step": done, "tokens": done * self._training.step_tokens, "rate": rates[step]}
                 row |= {name: value / count for name, value in sums.items()}
                 record["curve"].append(row | self.held_out())
                 sums = {}
@@ -319,8 +368,7 @@ class _Recovery:
         norm = float(nn.utils.clip_grad_norm_(trained, self.settings.clip))
         if not math.isfinite(norm):
             raise UserError(
-                f"expected finite gradients, found {norm} at step {step}; try a lower learning_rate than "
-                f"{self.settings.learning_rate}"
+                f"expected finite gradients, found {norm} at step {step}; try a lower rate than {self.settings.rate}"
             )
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -402,6 +450,13 @@ class _Recovery:
                 for name, value in terms.items():
                     sums[name] += value / (len(rows) * targets.numel())
         return {"held_out_kl": sums["kl"], "held_out_perplexity": math.exp(min(sums["cross_entropy"], 700.0))}
+
+
+def _size(parameter: Tensor) -> float:
+    """Root mean square of what is trained and not zero; 1 where all is zero."""
+    value = parameter.detach()
+    kept = int((value != 0).sum())
+    return math.sqrt(float(value.square().sum()) / kept) if kept else 1.0
 
 
 def _square_head(student: Tensor, teacher: Tensor) -> tuple[float, Tensor]:
