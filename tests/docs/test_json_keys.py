@@ -10,6 +10,7 @@ import pytest
 
 import tulle
 from checkpoints import PROSE, write_checkpoint
+from tulle.compression.recipe import Recover
 from tulle.engine import Generation
 from tulle.engine.bench import Speed
 from tulle.evaluate.perplexity import TextScore
@@ -42,9 +43,12 @@ def test_report(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
         "calibration: {samples: 2, length: 32}\nsteps: [wanda: {sparsity: 0.5}, round_to_nearest: {targets: [head]}]\n"
+        "recover: {tokens: 64, context: 16, batch: 2}\n"
     )
     report = tulle.compress(tmp_path / "model", recipe, tmp_path / "out", calibration=[str(tmp_path / "text.txt")])
     written = {*report, *report["totals"], *report["linears"][0], *report["blocks"][0], "steps", "total"}
-    written |= report["tables"][0].keys()
-    besides = {"output", "protocol", "dense", "compressed"}  # of the summary, and of an evaluation
+    written |= report["tables"][0].keys() | (report["recover"].keys() - Recover.model_fields.keys())
+    written |= report["recover"]["curve"][-1].keys() | {"recover"}
+    # Of the summary, and of an evaluation; two terms of the loss are settings too.
+    besides = {"output", "protocol", "dense", "compressed"}
     assert named("compress") == written | besides
