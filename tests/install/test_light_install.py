@@ -59,6 +59,7 @@ ARGUMENTS = {
     "inspect": ["reference"],
     "law fit": ["runs.csv"],
     "law optimum": ["published"],
+    "recover": ["out", "reference", "-o", "recovered"],
     "train": ["recipe.yaml", "-o", "out"],
 }
 """Enough for a command to begin."""
