@@ -34,7 +34,7 @@ from tulle.export.folder import Entry
 from tulle.export.plan import InputRule, Plan, linear_entry, unpacked_entries
 from tulle.extras import needs
 from tulle.format.spec import LinearSpec
-from tulle.hf.packed_linear import dequantise, unpack_bits, unpack_integer_weight, unpack_integers
+from tulle.hf.packed_linear import dequantise, unpack_codes, unpack_integer_weight, unpack_zero
 from tulle.models.checkpoint import Checkpoint
 from tulle.models.description import Decoder
 
@@ -294,9 +294,7 @@ def _dense_codes(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> Tensor:
     """uint8 ``[C_out, C_in/2]``: codes of 4 bits, 0 at pruned positions."""
     if not spec.sparse:
         return tensors["codes"]
-    kept = unpack_bits(tensors["mask"], spec.shape[1]).bool()
-    stream = unpack_integers(tensors["values"], 4, spec.stored)
-    codes = torch.zeros(spec.shape, dtype=torch.uint8).masked_scatter_(kept, stream)
+    codes, _ = unpack_codes(spec, tensors)
     return codes[:, ::2] | codes[:, 1::2] << 4
 
 
@@ -357,9 +355,7 @@ def _signed_zero(spec: LinearSpec, tensors: Mapping[str, Tensor], bits: int) -> 
     """int8 ``[C_out, G]``: z − 2^(b−1) for b = ``bits``; 0, the middle, for a symmetric grid."""
     if spec.symmetric:
         return torch.zeros(spec.shape[0], 1, dtype=torch.int8)
-    assert spec.bits is not None
-    zero = unpack_integers(tensors["zero_point"], spec.zero_point_bits or spec.bits, spec.groups)
-    return (zero.short() - (1 << (bits - 1))).to(torch.int8)
+    return (unpack_zero(spec, tensors).short() - (1 << (bits - 1))).to(torch.int8)
 
 
 def _plain_weight(spec: LinearSpec, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:

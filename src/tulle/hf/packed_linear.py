@@ -125,24 +125,44 @@ def unpack_integers(packed: Tensor, bits: int, count: int) -> Tensor:
     return (planes << shifts[:, None]).sum(-2, dtype=torch.uint8)
 
 
+def unpack_mask(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """bool ``[C_out, C_in]``, True = kept; None for a dense linear."""
+    return unpack_bits(tensors["mask"], spec.shape[1]).bool() if spec.sparse else None
+
+
+def unpack_codes(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Codes u of a quantised weight, uint8 ``[C_out, C_in]``, 0 where pruned; and the mask."""
+    assert spec.bits is not None
+    kept = unpack_mask(spec, tensors)
+    if kept is None:
+        return unpack_integers(tensors["codes"], spec.bits, spec.shape[1]), None
+    stream = unpack_integers(tensors["values"], spec.bits, spec.stored)
+    return torch.zeros(spec.shape, dtype=torch.uint8, device=kept.device).masked_scatter_(kept, stream), kept
+
+
+def signed_codes(spec: LinearSpec, codes: Tensor) -> Tensor:
+    """int16 of codes ``[…]``: around 0 on a symmetric grid, levels of a format of floats
+    (:data:`tulle.format.pack.LEVELS`), else as they are."""
+    assert spec.bits is not None
+    if spec.format != "int":
+        return torch.from_numpy(LEVELS).to(codes.device, torch.int16)[codes.int()]
+    return codes.short() - (1 << (spec.bits - 1)) if spec.symmetric else codes.short()
+
+
+def unpack_zero(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Zero points of an asymmetric weight, uint8 ``[C_out, G]``."""
+    assert spec.bits is not None
+    return unpack_integers(tensors["zero_point"], spec.zero_point_bits or spec.bits, spec.groups)
+
+
 def unpack_integer_weight(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> Tensor:
     """The whole numbers u − z of a quantised weight, int16 ``[C_out, C_in]``; of floats twice the numbers
     (:data:`tulle.format.pack.LEVELS`); zero where pruned."""
-    assert spec.bits is not None
-    if spec.sparse:
-        kept = unpack_bits(tensors["mask"], spec.shape[1]).bool()
-        stream = unpack_integers(tensors["values"], spec.bits, spec.stored)
-        codes = torch.zeros(spec.shape, dtype=torch.uint8, device=kept.device).masked_scatter_(kept, stream)
-    else:
-        kept = None
-        codes = unpack_integers(tensors["codes"], spec.bits, spec.shape[1])
-    if spec.format != "int":
-        whole = torch.from_numpy(LEVELS).to(codes.device, torch.int16)[codes.int()]
-    elif spec.symmetric:
-        whole = codes.short() - (1 << (spec.bits - 1))
-    else:
-        zero = unpack_integers(tensors["zero_point"], spec.zero_point_bits or spec.bits, spec.groups).short()
-        whole = codes.short() - zero.repeat_interleave(spec.shape[1] // zero.shape[1], 1)
+    codes, kept = unpack_codes(spec, tensors)
+    whole = signed_codes(spec, codes)
+    if not spec.symmetric:
+        zero = unpack_zero(spec, tensors).short()
+        whole = whole - zero.repeat_interleave(spec.shape[1] // zero.shape[1], 1)
     return whole if kept is None else whole * kept
 
 
@@ -162,8 +182,8 @@ def dequantise(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> Tensor:
     if spec.bits is not None:
         scale = unpack_scale(spec, tensors)
         return unpack_integer_weight(spec, tensors) * scale.repeat_interleave(spec.shape[1] // scale.shape[1], 1)
-    if spec.sparse:
-        kept = unpack_bits(tensors["mask"], spec.shape[1]).bool()
+    kept = unpack_mask(spec, tensors)
+    if kept is not None:
         return torch.zeros(spec.shape, device=kept.device).masked_scatter_(kept, tensors["values"].float())
     return tensors["weight"].float()
 

@@ -23,7 +23,6 @@ from tulle.core.grid import Format, Grid, Quantised
 from tulle.core.head_grids import HeadGrids
 from tulle.core.quantised_input import QuantisedInput
 from tulle.core.transform import Transform
-from tulle.format.pack import LEVELS
 from tulle.format.spec import LinearSpec
 from tulle.hf.attention import grids_of
 from tulle.hf.packed_linear import (
@@ -31,15 +30,17 @@ from tulle.hf.packed_linear import (
     dequantise,
     input_grid,
     input_selection,
-    unpack_bits,
-    unpack_integers,
+    signed_codes,
+    unpack_codes,
+    unpack_mask,
     unpack_scale,
+    unpack_zero,
 )
 from tulle.machine import memory_bytes
 from tulle.methods.contract import LinearState
 from tulle.methods.train.codes import HeldWeight, TrainedCodes, TrainedSteps, whole_numbers
 from tulle.models.checkpoint import Checkpoint
-from tulle.models.decoder import DecoderBlock, GroupInput, Heads, drive, embed, final_norm
+from tulle.models.decoder import DecoderBlock, GroupInput, Heads, drive, embed, final_norm, logits
 from tulle.models.description import Decoder
 from tulle.models.rewrite import DenseModel
 
@@ -87,7 +88,7 @@ class Teacher:
         """``[T, V]`` float32 of hidden states ``[T, d]`` after the last block."""
         normed = final_norm(self.decoder, hidden, self._gain)
         head = self._outer.get(self.decoder.head, self._outer[self.decoder.embedding])
-        return functional.linear(normed.to(self._dtype), head.to(self._dtype)).float()
+        return logits(self.decoder, normed.to(self._dtype), head.to(self._dtype)).float()
 
 
 class Student(nn.Module):
@@ -120,7 +121,7 @@ class Student(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """``[T, V]`` float32 of hidden states ``[T, d]`` after the last block."""
         normed = final_norm(self.decoder, hidden, self.gain)
-        return functional.linear(normed.to(self._dtype), self._head.to(self._dtype)).float()
+        return logits(self.decoder, normed.to(self._dtype), self._head.to(self._dtype)).float()
 
     def _table(self, checkpoint: Checkpoint, name: str, specs: Mapping[str, LinearSpec]) -> Tensor:
         """The embedding or the head ``[V, d]``; one in codes is rounded to what the model computes in."""
@@ -243,7 +244,7 @@ class StudentBlock(nn.Module):
         if spec is None or spec.bits is None:
             tensors = {"weight": self._read(f"{name}.weight")} if spec is None else self._tensors(name, spec)
             weight = tensors["weight"].float() if spec is None else dequantise(spec, tensors)
-            mask = _mask(spec, tensors) if spec is not None and spec.sparse else None
+            mask = None if spec is None else unpack_mask(spec, tensors)
             held = HeldWeight(weight, mask)
             return held.requires_grad_(train == "codes")
         quantised, mask = self._unpacked(name, spec)
@@ -295,28 +296,14 @@ def unpacked(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> tuple[Quantised
     """Codes, grid and mask of a quantised linear's tensors by suffix."""
     assert spec.bits is not None
     grid = Grid(spec.bits, spec.group_size, spec.symmetric, spec.scale_bits, cast(Format, spec.format))
-    mask = _mask(spec, tensors) if spec.sparse else None
-    if mask is None:
-        codes = unpack_integers(tensors["codes"], spec.bits, spec.shape[1])
-    else:
-        stream = unpack_integers(tensors["values"], spec.bits, spec.stored)
-        codes = torch.zeros(spec.shape, dtype=torch.uint8, device=mask.device).masked_scatter_(mask, stream)
-    scale = unpack_scale(spec, tensors)
-    if spec.format != "int":
-        levels = torch.from_numpy(LEVELS).to(codes.device, torch.int16)[codes.int()]
-        whole = tensors["tensor_scale"] / 2 if spec.format == "nvfp4" else None
-        row = None if whole is None else whole.expand(spec.shape[0]).contiguous()
-        return Quantised(grid, levels, scale, torch.zeros_like(scale), row), mask
-    if spec.symmetric:
-        zero = torch.zeros_like(scale)
-    else:
-        zero = unpack_integers(tensors["zero_point"], spec.zero_point_bits or spec.bits, spec.groups).float()
-    row = tensors["row_scale"].float() if spec.scale_bits == 8 else None
-    return Quantised(grid, codes.short() + grid.low, scale, zero, row), mask
-
-
-def _mask(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> Tensor:
-    return unpack_bits(tensors["mask"], spec.shape[1]).bool()
+    codes, mask = unpack_codes(spec, tensors)
+    scale, row = unpack_scale(spec, tensors), None
+    if spec.format == "nvfp4":
+        row = (tensors["tensor_scale"] / 2).expand(spec.shape[0]).contiguous()
+    elif spec.format == "int" and spec.scale_bits == 8:
+        row = tensors["row_scale"].float()
+    zero = torch.zeros_like(scale) if spec.symmetric else unpack_zero(spec, tensors).float()
+    return Quantised(grid, signed_codes(spec, codes), scale, zero, row), mask
 
 
 def _straight(grids: HeadGrids | None) -> Heads | None:
@@ -327,11 +314,8 @@ def _straight(grids: HeadGrids | None) -> Heads | None:
     def rounded(*given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
             found: Any = grids(*given)
-        if grids.hadamard:
-            # Rounded in the rotated basis: the gradient must know the rotation.
-            free: Any = HeadGrids(hadamard=True)(*given)
-        else:
-            free = given
+        # Rounded in the rotated basis: the gradient must know the rotation.
+        free: Any = HeadGrids(hadamard=grids.hadamard)(*given)
         q, k, v = (f + (r - f).detach() for f, r in zip(free, found, strict=True))
         return q, k, v
 
