@@ -130,17 +130,28 @@ def compress(
             )  # fmt: skip
             report["seconds"]["total"] = time.perf_counter() - begun
             report["peak_memory_bytes"] = max(state.peak_memory_bytes, machine.peak_memory())
-            if evaluation is not None:
-                # Times and peak memory are compression's own.
-                report["evaluation"] = compare(
-                    dense.checkpoint.path, run.folder, evaluation.text, evaluation.protocol, device, progress
-                )
-            write_report(report, run.folder / "report.html")
-            write_text(run.folder / "report.json", json.dumps(report, indent=2) + "\n")
+            # Times and peak memory are compression's own.
+            finish_report(report, run.folder, dense.checkpoint.path, evaluation, device, progress)
             run.publish()
     if progress:
         progress("done", 1, 1)
     return report
+
+
+def finish_report(
+    report: dict[str, Any],
+    folder: Path,
+    dense: Path,
+    evaluation: Evaluation | None,
+    device: str,
+    progress: Progress | None,
+) -> None:
+    """Adds perplexity of the ``dense`` model and the one in ``folder``, where that is wanted, and writes the report
+    there."""
+    if evaluation is not None:
+        report["evaluation"] = compare(dense, folder, evaluation.text, evaluation.protocol, device, progress)
+    write_report(report, folder / "report.html")
+    write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
 
 
 def require_fitting(model: Decoder, recipe: Recipe) -> None:

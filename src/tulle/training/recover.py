@@ -39,15 +39,14 @@ from tulle.compression.recipe import Recipe, Recover, read_recipe
 from tulle.compression.run_folder import RunFolder, disk_errors
 from tulle.compression.walker import compute_dtype
 from tulle.errors import UserError
-from tulle.evaluate.compare import compare
 from tulle.hf import packed_linears, require_packed_tensors
 from tulle.hf.pack import packed_tensors
 from tulle.hf.packed_linear import DTYPES
 from tulle.methods.contract import Progress
+from tulle.methods.train.squarehead import SquareHead
 from tulle.models.checkpoint import Checkpoint, copy_companions, read_json, write_index, write_shard, write_text
 from tulle.models.description import Decoder
 from tulle.models.rewrite import DenseModel
-from tulle.report.compression import write_report
 from tulle.text.reading import Text
 from tulle.training import checkpoint as checkpoints
 from tulle.training.model_folder import unpack
@@ -55,8 +54,6 @@ from tulle.training.optim import learning_rates
 from tulle.training.recipe import Training
 from tulle.training.student import Student, Teacher
 
-EPSILON = 1e-6
-"""ε of SquareHead's terms."""
 LOGITS = 1 << 25
 """Logits that are in memory at once."""
 GRAPH_SHARE = 1 / 3
@@ -103,14 +100,15 @@ def compress(
             alone = replace(chosen, recover=None, then=())
             job.compress(model, alone, pruned, calibration=text, resume=resume, **given, **settings)
         report = recover(
-            pruned if pruned.exists() else first, model, first, chosen.recover, text=text, resume=resume, **given
+            pruned if pruned.exists() else first, model, first, chosen.recover, text=text, resume=resume,
+            evaluation=None if chosen.then else evaluation, **given,
         )  # fmt: skip
         if chosen.then:
             if not dense.exists():
                 unpack(recovered, dense, DenseModel.open(model).embedding_dtype)
             rest = replace(chosen, steps=chosen.then, recover=None, then=())
             job.compress(dense, rest, out, calibration=text, resume=resume, **given, **settings)
-        report = _told(out, report, chosen, str(model), evaluation, device, progress)
+            report = _told(out, report, chosen, str(model), evaluation, device, progress)
     except BaseException as error:
         error.add_note(f"what was done so far lies beside {out}: --resume goes on")
         raise
@@ -130,23 +128,16 @@ def _told(
 ) -> dict[str, Any]:
     """The report of the whole recipe, in ``out``: the last steps' figures, what recovering gave, times of all."""
     report = read_json(out / "report.json", "a report")
-    if recipe.then:
-        before = recovered["seconds"]
-        seconds = report["seconds"]
-        steps = before["steps"] | {k: v + before["steps"].get(k, 0.0) for k, v in seconds["steps"].items()}
-        report["seconds"] = {k: v + before.get(k, 0.0) for k, v in seconds.items() if k != "steps"} | {"steps": steps}
-        report |= {"model": model, "recover": recovered["recover"]}
-        report["peak_memory_bytes"] = max(report["peak_memory_bytes"], recovered["peak_memory_bytes"])
+    before, seconds = recovered["seconds"], report["seconds"]
+    steps = before["steps"] | {k: v + before["steps"].get(k, 0.0) for k, v in seconds["steps"].items()}
+    report["seconds"] = {k: v + before.get(k, 0.0) for k, v in seconds.items() if k != "steps"} | {"steps": steps}
+    report |= {"model": model, "recover": recovered["recover"]}
+    report["peak_memory_bytes"] = max(report["peak_memory_bytes"], recovered["peak_memory_bytes"])
     report["recipe"] = recipe.to_json()
     config = read_json(out / "config.json", "a config")
     config["quantization_config"]["recipe"] = recipe.to_json()
-    if evaluation is not None:
-        report["evaluation"] = compare(
-            DenseModel.open(model).checkpoint.path, out, evaluation.text, evaluation.protocol, device, progress
-        )
     write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
-    write_report(report, out / "report.html")
-    write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
+    job.finish_report(report, out, DenseModel.open(model).checkpoint.path, evaluation, device, progress)
     return report
 
 
@@ -203,12 +194,7 @@ def recover(
                 "peak_memory_bytes": max(state.peak_memory_bytes, machine.peak_memory()),
             }  # fmt: skip
             report["evaluation"] = None
-            if evaluation is not None:
-                report["evaluation"] = compare(
-                    teacher.checkpoint.path, run.folder, evaluation.text, evaluation.protocol, device, progress
-                )
-            write_report(report, run.folder / "report.html")
-            write_text(run.folder / "report.json", json.dumps(report, indent=2) + "\n")
+            job.finish_report(report, run.folder, teacher.checkpoint.path, evaluation, device, progress)
             run.publish()
     if progress:
         progress("done", 1, 1)
@@ -461,7 +447,7 @@ def _size(parameter: Tensor) -> float:
 
 def _square_head(student: Tensor, teacher: Tensor) -> tuple[float, Tensor]:
     """MSE(h_s, h_t)/(mean h_t² + ε) of states ``[B, T, d]``, and its gradient with respect to h_s."""
-    size = teacher.square().mean() + EPSILON
+    size = teacher.square().mean() + SquareHead.epsilon
     gap = student - teacher
     return float(gap.square().mean() / size), gap * (2 / (gap.numel() * size))
 
