@@ -18,7 +18,7 @@ def __getattr__(name: str) -> Any:
     if name in ("compress", "load"):
         importlib.import_module("tulle.extras").needs("compress", f"tulle.{name}")
     if name == "compress":
-        return importlib.import_module("tulle.training.recover").compress
+        return importlib.import_module("tulle.training.compress").compress
     if name == "load":
         return importlib.import_module("tulle.hf").load
     if name == "Engine":

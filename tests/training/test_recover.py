@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import tulle
 from checkpoints import PROSE, write_checkpoint
+from tulle.cli.recover import recover as recover_command
 from tulle.compression.job import compress
 from tulle.compression.recipe import Recover, read_recipe
 from tulle.core.grid import Grid, find_steps, storable_step
@@ -24,7 +26,8 @@ from tulle.methods.train.codes import TrainedCodes, TrainedSteps, whole_numbers
 from tulle.models.checkpoint import Checkpoint
 from tulle.models.rewrite import DenseModel
 from tulle.text.reading import Text
-from tulle.training import recover as room
+from tulle.training import compress as recipe_room
+from tulle.training import distil as room
 from tulle.training.recover import recover
 from tulle.training.student import Student, Teacher
 
@@ -164,7 +167,7 @@ def test_gradients_are_those_of_the_whole_loss(models: dict[str, Path], keeps: b
     packed = Checkpoint.open(models["sparse50-w4"])
     student = Student(packed, "codes", "cpu", torch.float32)
     teacher = Teacher(DenseModel.open(models["dense"]), "cpu", torch.float32)
-    ours = room._Recovery(student, teacher, settings, room._Windows([], 1, 0), "cpu", True)
+    ours = room.Distillation(student, teacher, settings, room.Windows([], 1, 0), "cpu", True)
     terms = ours._differentiate(rows)
 
     plain = AutoModelForCausalLM.from_pretrained(models["dense"], dtype=torch.float32)
@@ -211,11 +214,30 @@ def test_training_steps_reach_inputs_and_caches(models: dict[str, Path]) -> None
         student = Student(Checkpoint.open(models[recipe]), "codes", "cpu", torch.float32)
         teacher = Teacher(DenseModel.open(models["dense"]), "cpu", torch.float32)
         rows = torch.tensor(list(PROSE.encode()[:51])).reshape(3, 17)
-        room._Recovery(student, teacher, SETTINGS, room._Windows([], 1, 0), "cpu", recipe != "rotated")._differentiate(
-            rows
-        )
+        room.Distillation(
+            student, teacher, SETTINGS, room.Windows([], 1, 0), "cpu", recipe != "rotated"
+        )._differentiate(rows)
         for name, parameter in student.named_parameters():
             assert parameter.grad is not None and bool(parameter.grad.abs().sum() > 0), name
+
+
+@pytest.mark.parametrize(("temperature", "entropy"), [(1.0, 0.0), (1.0, 0.5), (2.0, 0.0), (0.7, 0.3)])
+def test_the_loss_at_the_head(temperature: float, entropy: float, monkeypatch) -> None:
+    """Value and gradient in closed form, a few rows at a time, against autograd."""
+    monkeypatch.setattr(room, "CACHED_LOGITS", 2 * 11)
+    torch.manual_seed(3)
+    given, taught = (4 * torch.randn(7, 11, dtype=torch.float64)).requires_grad_(), 4 * torch.randn(7, 11).double()
+    targets = torch.randint(11, (7,))
+    kl = torch.nn.functional.kl_div(
+        (given / temperature).log_softmax(-1), (taught / temperature).softmax(-1), reduction="sum"
+    )
+    ce = torch.nn.functional.cross_entropy(given, targets, reduction="sum")
+    (0.8 * temperature**2 * kl + entropy * ce).backward()
+    found = given.detach().clone()
+    settings = Recover(kl=0.8, temperature=temperature, cross_entropy=entropy)
+    terms = room.output_loss(found, taught, targets, settings)
+    assert terms == pytest.approx({"kl": float(kl.detach()), "cross_entropy": float(ce.detach())})
+    torch.testing.assert_close(found, given.grad)
 
 
 def specs(folder: Path) -> dict[str, Any]:
@@ -255,7 +277,7 @@ def test_a_killed_run_goes_on(models: dict[str, Path], tmp_path: Path, monkeypat
     monkeypatch.setattr(room, "CHECKPOINT_SECONDS", -1.0)
     source = models["sparse50-w4"]
     whole = recover(source, models["dense"], tmp_path / "whole", SETTINGS, text=TEXT)
-    step = room._Recovery._step
+    step = room.Distillation._step
 
     def killed(self: Any, number: int) -> dict[str, float]:
         if number == 3:
@@ -263,7 +285,7 @@ def test_a_killed_run_goes_on(models: dict[str, Path], tmp_path: Path, monkeypat
         return step(self, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(room._Recovery, "_step", killed)
+        patch.setattr(room.Distillation, "_step", killed)
         with pytest.raises(KeyboardInterrupt):
             recover(source, models["dense"], tmp_path / "out", SETTINGS, text=TEXT)
     with pytest.raises(UserError, match="unfinished run"):
@@ -275,10 +297,16 @@ def test_a_killed_run_goes_on(models: dict[str, Path], tmp_path: Path, monkeypat
 
 
 def test_a_recipe_that_recovers(models: dict[str, Path], tmp_path: Path) -> None:
+    """Into a folder that is there already, and empty."""
     content = RECIPES["sparse50-w4"] | {"calibration": CALIBRATION, "recover": SETTINGS.model_dump()}
+    (tmp_path / "out").mkdir()
     report = tulle.compress(models["dense"], content, tmp_path / "out", calibration=TEXT)
     assert report["recover"]["tokens"] == SETTINGS.tokens and report["totals"]["sparsity"] == 0.5
     assert report["recipe"]["recover"] == SETTINGS.model_dump()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    for again in (content, content | {"steps": content["steps"][:1], "then": content["steps"][1:]}):
+        with pytest.raises(UserError, match="found .*out in use"):
+            tulle.compress(models["dense"], again, tmp_path / "out", calibration=TEXT)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
     with pytest.raises(UserError, match="without recover"):
         compress(models["dense"], content, tmp_path / "other", calibration=TEXT)
@@ -309,7 +337,7 @@ def test_quantised_after_recovering(models: dict[str, Path], tmp_path: Path, mon
         before, after = (load_all(tmp_path / folder)[f"{name}.mask"] for folder in ("pruned", "out"))
         assert torch.equal(before, after)
     with monkeypatch.context() as patch:
-        patch.setattr(room, "unpack", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(recipe_room, "unpack", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             tulle.compress(models["dense"], content, tmp_path / "again", calibration=TEXT)
     again = tulle.compress(models["dense"], content, tmp_path / "again", calibration=TEXT, resume=True)
@@ -345,3 +373,10 @@ def test_refusals(models: dict[str, Path], tmp_path: Path) -> None:
     for wrong in ({"kl": 0, "squarehead": 0}, {"tokens": 0}, {"rates": 1}, {"train": "all"}):
         with pytest.raises(UserError, match="recover|tokens|rate|train"):
             read_recipe(RECIPES["inputs"] | {"recover": wrong})
+
+
+def test_the_command_has_the_recipe_s_defaults() -> None:
+    given = inspect.signature(recover_command).parameters
+    for name, field in Recover.model_fields.items():
+        assert name not in given or given[name].default == field.default, name
+    assert {"tokens", "train", "context", "batch", "rate"} <= given.keys()

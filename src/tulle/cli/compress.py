@@ -70,7 +70,7 @@ def compress(
     from tulle.evaluate.text import read_documents
     from tulle.models.hub import REFERENCE
     from tulle.report.terminal import compression_table
-    from tulle.training.recover import compress as run
+    from tulle.training.compress import compress as run
 
     machine.keep_freed_memory()
     compared = None

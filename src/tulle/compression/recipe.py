@@ -155,7 +155,7 @@ class Recipe:
     calibration: Calibration
     steps: tuple[Step, ...]
     recover: Recover | None = None
-    """Training after the steps (:func:`tulle.training.recover.compress`)."""
+    """Training after the steps (:func:`tulle.training.compress.compress`)."""
     then: tuple[Step, ...] = ()
     """Steps on the recovered model."""
 

@@ -102,9 +102,7 @@ class RunFolder:
         """The state to start from, with the output locked against a second run; None when ``OUT`` is finished."""
         if self._is_finished():
             if not resume:
-                raise UserError(
-                    f"expected an empty or new output folder, found {self.output} in use; choose another or remove it"
-                )
+                raise in_use(self.output)
             shutil.rmtree(self.partial, ignore_errors=True)
             yield None
             return
@@ -147,9 +145,7 @@ class RunFolder:
             )
 
     def _is_finished(self) -> bool:
-        if self.output.is_file():
-            raise UserError(f"expected an output folder, found the file {self.output}; choose another name")
-        if not self.output.exists() or not any(self.output.iterdir()):
+        if not has_content(self.output):
             return False
         report = self.output / "report.json"
         if report.exists() and read_json(report, "a report").get("fingerprint") == self.fingerprint:
@@ -170,6 +166,17 @@ class RunFolder:
                 "repeat the first command, or remove the folder"
             )
         return state
+
+
+def has_content(output: Path) -> bool:
+    """Whether a folder is there and not empty. Raises ``UserError`` for a file."""
+    if output.is_file():
+        raise UserError(f"expected an output folder, found the file {output}; choose another name")
+    return output.exists() and any(output.iterdir())
+
+
+def in_use(output: Path) -> UserError:
+    return UserError(f"expected an empty or new output folder, found {output} in use; choose another or remove it")
 
 
 @contextmanager

@@ -76,6 +76,22 @@ def prepare(data: TextData, seed: int, folder: Path, tokenizer: Path | int) -> C
     )
 
 
+class EpochOrder:
+    """Indices 0 … count − 1, all of them once in every epoch, each epoch in a seeded order of its own."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self._count, self._seed = count, seed
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def __getitem__(self, position: int) -> int:
+        """At place ``position`` of the whole run."""
+        epoch, index = divmod(position, self._count)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng([self._seed, epoch]).permutation(self._count)
+        return int(self._order[index])
+
+
 class Windows:
     """The order of training windows: a function of the seed and the position, whatever the run's length.
 
@@ -85,14 +101,14 @@ class Windows:
     """
 
     def __init__(self, tokens: np.ndarray, context: int, seed: int) -> None:
-        self.tokens, self.context, self.seed = tokens, context, seed
+        self.tokens, self.context = tokens, context
         self.count = (len(tokens) - 1) // context
         if self.count < 1:
             raise UserError(
                 f"expected at least {context + 1} training tokens, found {len(tokens)}; "
                 "try more sources or a shorter context"
             )
-        self._epoch, self._order = -1, np.empty(0, np.int64)
+        self._order = EpochOrder(self.count, seed)
 
     def batches(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
         """Batches ``start … stop-1`` of the run, each of ``size`` windows: (size, context + 1) int64."""
@@ -103,10 +119,6 @@ class Windows:
         """Windows ``first … first+size-1`` of the run, (size, context + 1) int64."""
         rows = []
         for position in range(first, first + size):
-            epoch, index = divmod(position, self.count)
-            if epoch != self._epoch:
-                self._epoch = epoch
-                self._order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
-            start = int(self._order[index]) * self.context
+            start = self._order[position] * self.context
             rows.append(self.tokens[start : start + self.context + 1])
         return np.stack(rows).astype(np.int64)
