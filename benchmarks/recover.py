@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2_000_000)
     parser.add_argument("--rate", type=float, default=0.0015)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--squarehead", type=float, default=1.0)
+    parser.add_argument("--cross-entropy", type=float, default=0.5)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--bytes", type=int, default=120_000)
     parser.add_argument("--window", type=int, default=1024)
@@ -94,9 +94,10 @@ def main() -> None:
     scoring = (Text((passage,), False, (options.text.name,)), Protocol(options.window), options.tasks, options.limit)
     BUILD.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}}
-    found |= {"dense": scored(options.model, *scoring), "machine": machine.describe()}
+    found |= {"machine": machine.describe()}
     settings = {
-        "tokens": options.tokens, "rate": options.rate, "batch": options.batch, "squarehead": options.squarehead,
+        "tokens": options.tokens, "rate": options.rate, "batch": options.batch,
+        "cross_entropy": options.cross_entropy,
     }  # fmt: skip
     for cell in options.cells:
         for recover in (None, settings):
@@ -114,6 +115,8 @@ def main() -> None:
                 row["recover"] = report["recover"]
             found["rows"][output.name] = row
             RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    found["dense"] = scored(options.model, *scoring)
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     show(found)
 
 

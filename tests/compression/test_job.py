@@ -17,6 +17,7 @@ import tulle
 from checkpoints import PROSE, write_checkpoint
 from tulle.compression.job import compress
 from tulle.compression.recipe import load_recipe, shipped
+from tulle.compression.run_folder import locked
 from tulle.core.grid import is_automatic
 from tulle.core.token_grid import TokenGrid
 from tulle.errors import UserError
@@ -272,7 +273,11 @@ def test_costs_are_kept_for_another_budget(tmp_path: Path) -> None:
     assert digest(tmp_path / "second") == digest(tmp_path / "alone") != digest(tmp_path / "first")
     assert measured("seed", smaller, costs=costs, seed=1) == 3
     smaller["steps"][0]["allocate_bits"]["choices"] = [2, 4, 8]
+    before = {lock.parent for lock in costs.glob("*/lock")}
     assert measured("choices", smaller, costs=costs) == 3
+    (newest,) = {lock.parent for lock in costs.glob("*/lock")} - before
+    with locked(newest), pytest.raises(UserError, match="found another run writing it"):
+        measured("beside", smaller, costs=costs)
 
 
 def test_the_first_block_sees_the_embedding_that_is_stored(tmp_path: Path) -> None:

@@ -112,11 +112,7 @@ class RunFolder:
             )
         for folder in (self.folder, self.work):
             folder.mkdir(parents=True, exist_ok=True)
-        with open(self.partial / "lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(f"expected {self.partial} free, found another run writing it; wait for it") from None
+        with locked(self.partial):
             state = self._state()
             try:
                 yield state
@@ -166,6 +162,17 @@ class RunFolder:
                 "repeat the first command, or remove the folder"
             )
         return state
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps a second run out of ``folder``. Raises ``UserError`` where another run has it."""
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"expected {folder} free, found another run writing it; wait for it") from None
+        yield
 
 
 def has_content(output: Path) -> bool:

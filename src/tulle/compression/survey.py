@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tulle.compression.recipe import Recipe, Step
+from tulle.compression.run_folder import locked
 from tulle.compression.tables import table_steps
 from tulle.core.grid import Grid
 from tulle.core.hessian import Hessian
@@ -86,17 +88,18 @@ def take_survey(
     )
     walk, watched = _Walk(dense, batches, device, progress, seed, folder), False
     for number, step in enumerate(recipe.stage("model")):
-        measure = walk
+        measure, kept = walk, None
         if costs is not None:
-            measure = replace(
-                walk, folder=costs / _costs_name(dense, batches, recipe.stage("model")[: number + 1], seed)
-            )
+            kept = costs / _costs_name(dense, batches, recipe.stage("model")[: number + 1], seed)
+            kept.mkdir(parents=True, exist_ok=True)
+            measure = replace(walk, folder=kept)
         survey.costs, survey.look, survey.tables = measure.costs, walk.look, table_names(walk.dense)
         if not watched and {"rows", "column_norm"} & step.method.needs:
             walk.watch(seed, found, norms)
             watched = True
         before = survey.residual, dict(survey.values)
-        step.method.plan(survey, step.targets)
+        with nullcontext() if kept is None else locked(kept):
+            step.method.plan(survey, step.targets)
         if before != (survey.residual, survey.values):
             maps = [*survey.residual, *survey.values.values()]
             if survey.input_sparsity and not all(isinstance(t, Permutation) for t in maps):
