@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,9 @@ from torch.nn import functional
 
 from tulle.core import attention
 from tulle.errors import UserError
-from tulle.models.description import Attention, Decoder, Layer, LinearGroup, Norm, Rotary
+from tulle.models.description import XIELU as XIELU_SHAPES
+from tulle.models.description import Attention, Decoder, LinearGroup, Norm, PlainMLP, Rotary
+from tulle.models.features import features
 from tulle.models.rotary import frequencies
 
 Heads = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -36,7 +38,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
     "relu2": lambda x: functional.relu(x).square(),
 }
-"""By the names of ``GatedMLP.activation``."""
+"""By the names of ``GatedMLP.activation`` and ``PlainMLP.activation``; xielu has numbers of its own
+(:class:`XIELU`)."""
+NOT_YET = ("attention sinks", "output gate of attention")
+"""Of :func:`tulle.models.features.features`."""
 
 
 @dataclass
@@ -84,23 +89,29 @@ class DecoderBlock(nn.Module):
     ):
         super().__init__()
         self.layer = decoder.layers[index]
-        require_implemented(decoder, self.layer)
+        require_implemented(decoder)
         check_tensors(self.layer.prefix, self.layer.tensors(), tensors)
-        self.rotary = decoder.rotary[cast(str, self.layer.mixer.rotary)]
+        name = self.layer.mixer.rotary
+        self.rotary = None if name is None else decoder.rotary[name]
         for linear in self.layer.linears():
             with torch.device("meta"):
                 module = nn.Linear(linear.shape[1], linear.shape[0], bias=linear.bias)
             _attach(self, linear.name, module)
         for norm, width in self.layer.norms():
             with torch.device("meta"):
-                _attach(self, norm.name, RMSNorm(norm, width))
+                _attach(self, norm.name, NormModule(norm, width))
+        feed_forward = self.layer.feed_forward
+        if feed_forward.activation == "xielu":
+            with torch.device("meta"):
+                _attach(self, f"{feed_forward.name}.act_fn", XIELU())
         self.load_state_dict({name: t.to(device, dtype) for name, t in tensors.items()}, assign=True)
         self.requires_grad_(False).eval()
 
     @property
     def dtype(self) -> torch.dtype:
         """Of activations: that of the first norm's weight."""
-        return cast(Tensor, self.get_submodule(self.layer.mixer_norm.name).weight).dtype
+        norm, _ = self.layer.norms()[0]
+        return cast(Tensor, self.get_submodule(norm.name).weight).dtype
 
     def steps(self, hidden: Tensor, heads: Heads | None = None) -> Steps:
         """Yields every group's input in order and is sent the tuple of its linears' outputs; returns the block's
@@ -112,56 +123,121 @@ class DecoderBlock(nn.Module):
         layer, mixer = self.layer, self.layer.mixer
         given = self._given("qkv", hidden.to(self.dtype), layer.mixer_norm)
         del hidden
-        q, k, v = yield given
+        q, k, v = _parts((yield given), mixer.widths)
         mixed = self._attend(mixer, q, k, v, heads)
         del q, k, v
         given = GroupInput(layer.group("o"), mixed, given.residual, adds=True)
         del mixed
         (y,) = yield given
-        given = self._given("gate_up", given.residual + y, layer.feed_forward_norm)
+        y = self._added(y, layer.mixer_norm_after)
+        if layer.parallel:
+            given = self._given("gate_up", given.residual, layer.feed_forward_norm or layer.mixer_norm)
+            given.residual = given.residual + y
+        else:
+            given = self._given("gate_up", given.residual + y, layer.feed_forward_norm)
         del y
-        gate, up = yield given
-        inner = ACTIVATIONS[layer.feed_forward.activation](gate) * up
-        del gate, up
+        inner = self._inner((yield given))
         given = GroupInput(layer.group("down"), inner, given.residual, adds=True)
         del inner
         (y,) = yield given
-        return given.residual + y
+        return given.residual + self._added(y, layer.feed_forward_norm_after)
 
     def forward(self, hidden: Tensor, heads: Heads | None = None) -> Tensor:
         """The block's output ``[B, T, d]``, by its own submodules, so that hooks and replaced linears take part."""
         return drive(self.steps(hidden, heads), lambda given: run_group(self, given.group, given.x))
 
-    def _given(self, role: str, hidden: Tensor, norm: Norm) -> GroupInput:
-        return GroupInput(self.layer.group(role), self.get_submodule(norm.name)(hidden), hidden, adds=False)
+    def _given(self, role: str, hidden: Tensor, norm: Norm | None) -> GroupInput:
+        return GroupInput(self.layer.group(role), self._norm(norm, hidden), hidden, adds=False)
+
+    def _norm(self, norm: Norm | None, x: Tensor) -> Tensor:
+        return x if norm is None else cast(Tensor, self.get_submodule(norm.name)(x))
+
+    def _added(self, y: Tensor, after: Norm | None) -> Tensor:
+        """What is added to the residual stream."""
+        y = self._norm(after, y)
+        return y if self.layer.residual_scale == 1 else y * self.layer.residual_scale
+
+    def _activation(self) -> Callable[[Tensor], Tensor]:
+        feed_forward = self.layer.feed_forward
+        found = ACTIVATIONS.get(feed_forward.activation)
+        return self.get_submodule(f"{feed_forward.name}.act_fn") if found is None else found
+
+    def _inner(self, outputs: tuple[Tensor, ...]) -> Tensor:
+        """What the last linear of the feed-forward reads."""
+        feed_forward = self.layer.feed_forward
+        if isinstance(feed_forward, PlainMLP):
+            (up,) = outputs
+            return self._activation()(up)
+        gate, up = _parts(outputs, (feed_forward.intermediate,) * 2)
+        return self._norm(feed_forward.inner_norm, self._activation()(gate) * up)
 
     def _attend(self, mixer: Attention, q: Tensor, k: Tensor, v: Tensor, heads: Heads | None) -> Tensor:
         """Attention of projected queries, keys and values, heads side by side: ``[B, T, H·head_dim]``."""
         batch, length = q.shape[:2]
+        if mixer.norm_width == "all":
+            q, k = self._norm(mixer.q_norm, q), self._norm(mixer.k_norm, k)
         q, k, v = (x.reshape(batch, length, -1, mixer.head_dim) for x in (q, k, v))
-        if mixer.q_norm is not None:
-            q = self.get_submodule(mixer.q_norm.name)(q)
-        if mixer.k_norm is not None:
-            k = self.get_submodule(mixer.k_norm.name)(k)
+        by_head = mixer.norm_width == "head"
+        if by_head and not mixer.norm_after_rotary:
+            q, k = self._norm(mixer.q_norm, q), self._norm(mixer.k_norm, k)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        cos, sin = rotary_table(self.rotary, length, q.device, q.dtype)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.rotary is not None:
+            cos, sin = rotary_table(self.rotary, length, q.device, q.dtype)
+            q, k = (rotate(x, cos, sin, self.rotary.interleaved) for x in (q, k))
+        if by_head and mixer.norm_after_rotary:
+            q, k = self._norm(mixer.q_norm, q), self._norm(mixer.k_norm, k)
+        if mixer.position_scale is not None:
+            q = q * position_scale(*mixer.position_scale, length, q.device).to(q.dtype)
         if heads is not None:
             q, k, v = heads(q, k, v)
-        return attend(q, k, v, mixer.window, mixer.scale).transpose(1, 2).reshape(batch, length, -1)
+        mixed = attend(q, k, v, mixer.window, mixer.scale, mixer.soft_cap).transpose(1, 2).reshape(batch, length, -1)
+        return self._norm(mixer.output_norm, mixed)
 
 
-class RMSNorm(nn.Module):
-    """x/√(mean x² + ε) in float32, times w ``[width]`` in x's dtype (Zhang & Sennrich 2019)."""
+def _parts(outputs: tuple[Tensor, ...], widths: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Outputs of several linears, or of one that holds them all."""
+    return outputs if len(outputs) > 1 else outputs[0].split(widths, -1)
+
+
+class NormModule(nn.Module):
+    """A norm of the description with its gain and bias ``[width]``."""
 
     def __init__(self, norm: Norm, width: int):
         super().__init__()
-        require_rms(norm)
-        self.eps = norm.eps
+        self.norm = norm
         self.weight = nn.Parameter(torch.ones(width), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(width), requires_grad=False) if norm.bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return normed(x, self.norm, self.weight, self.bias)
+
+
+class XIELU(nn.Module):
+    """x ↦ α_p·x² + β·x above 0, α_n·(e^min(x, ε) − 1 − x) + β·x below; α_p = softplus(a_p), α_n = β + softplus(a_n)
+    (Huang & Schlag 2024, "Deriving Activation Functions Using Integration", equation 6)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, shape in XIELU_SHAPES.items():
+            self.register_buffer(name, torch.empty(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        beta, positive = self.get_buffer("beta"), functional.softplus(self.get_buffer("alpha_p"))
+        negative = beta + functional.softplus(self.get_buffer("alpha_n"))
+        below = (torch.expm1(torch.minimum(x, self.get_buffer("eps"))) - x) * negative + beta * x
+        return torch.where(x > 0, positive * x * x + beta * x, below)
+
+
+def normed(x: Tensor, norm: Norm, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x/√(mean x² + ε)·(offset + w), or with the mean taken off x before, + b; computed in float32 (Zhang & Sennrich
+    2019, Ba et al. 2016). Without an offset RMSNorm's product is in x's dtype, as Llama has it."""
+    if norm.kind == "rms" and not norm.offset:
+        return rms_norm(x, weight, norm.eps)
+    wide = x.float()
+    if norm.kind == "layer":
+        wide = wide - wide.mean(-1, keepdim=True)
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps) * (norm.offset + weight.float())
+    return (wide if bias is None else wide + bias.float()).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -169,8 +245,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, scale: float | None = None) -> Tensor:
-    """Causal softmax attention ``[B, H, T, head_dim]``; k and v ``[B, H_kv, T, head_dim]``, each for H/H_kv heads."""
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None = None, scale: float | None = None, cap: float | None = None
+) -> Tensor:
+    """Causal softmax attention ``[B, H, T, head_dim]``; k and v ``[B, H_kv, T, head_dim]``, each for H/H_kv heads.
+    ``cap``: scores s become cap·tanh(s/cap)."""
+    if cap is not None:
+        return capped_attention(q, k, v, window, scale, cap)
     if attention.takes(q, k, v):
         return attention.flash_attention(q, k, v, window, scale)
     shared, length = q.shape[1] // k.shape[1], q.shape[2]
@@ -182,6 +263,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, scale: fl
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
+def capped_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None, cap: float) -> Tensor:
+    """:func:`attend`, with all scores of a head in memory."""
+    length, shared = q.shape[2], q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(shared, dim=1) for x in (k, v))
+    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = (scores / cap).tanh() * cap
+    mask = window_mask(length, length if window is None else window, q.device)
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+
+
 @lru_cache(maxsize=4)
 def window_mask(length: int, window: int, device: torch.device) -> Tensor:
     """bool ``[T, T]``: token i sees tokens i − window + 1 … i."""
@@ -189,10 +280,27 @@ def window_mask(length: int, window: int, device: torch.device) -> Tensor:
         return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x ``[…, T, dim]`` with channels i and i + dim/2 rotated by the tables ``[T, dim]``."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-right, left), dim=-1) * sin
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """x ``[…, T, head_dim]``, its first ``dim`` channels rotated by the tables ``[T, dim]``: channels i and i + dim/2
+    together, or, ``interleaved``, channels 2i and 2i + 1."""
+    dim = cos.shape[-1]
+    x, rest = x[..., :dim], x[..., dim:]
+    if interleaved:
+        cos, sin = (table[..., : dim // 2].repeat_interleave(2, -1) for table in (cos, sin))
+        other = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+    else:
+        left, right = x.chunk(2, dim=-1)
+        other = torch.cat((-right, left), dim=-1)
+    rotated = x * cos + other * sin
+    return torch.cat((rotated, rest), -1) if rest.shape[-1] else rotated
+
+
+@lru_cache(maxsize=4)
+def position_scale(beta: float, original: int, length: int, device: torch.device) -> Tensor:
+    """1 + β·ln(1 + ⌊p/original⌋) ``[T, 1]`` of positions p = 0 … T − 1."""
+    with torch.inference_mode(False):
+        steps = torch.arange(length, device=device) // original
+        return (1 + beta * torch.log(1 + steps.float()))[:, None]
 
 
 @lru_cache(maxsize=16)
@@ -228,17 +336,18 @@ def embed(decoder: Decoder, tokens: Tensor, table: Tensor) -> Tensor:
     return hidden if decoder.embedding_scale == 1 else hidden * decoder.embedding_scale
 
 
-def final_norm(decoder: Decoder, hidden: Tensor, weight: Tensor) -> Tensor:
-    require_rms(decoder.final_norm)
-    return rms_norm(hidden, weight, decoder.final_norm.eps)
+def final_norm(decoder: Decoder, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return normed(hidden, decoder.final_norm, weight, bias)
 
 
 def logits(decoder: Decoder, normed: Tensor, table: Tensor, bias: Tensor | None = None) -> Tensor:
     """Logits ``[…, V]`` of what the final norm gives; ``table`` is the head's, or the embedding's when tied."""
-    _require(decoder.logit_scale == 1, "logit_scale", decoder.logit_scale)
-    _require(decoder.logit_soft_cap is None, "logit_soft_cap", decoder.logit_soft_cap)
-    _require(not decoder.head_bias, "head_bias", True)
-    return functional.linear(normed, table, bias)
+    found = functional.linear(normed, table, bias)
+    if decoder.logit_scale != 1:
+        found = found * decoder.logit_scale
+    if decoder.logit_soft_cap is not None:
+        found = (found / decoder.logit_soft_cap).tanh() * decoder.logit_soft_cap
+    return found
 
 
 class PlainDecoder:
@@ -284,29 +393,23 @@ class PlainDecoder:
 
     def normed(self, hidden: Tensor) -> Tensor:
         """The final norm of the last block's output."""
-        return final_norm(self.decoder, hidden, self._outer[f"{self.decoder.final_norm.name}.weight"])
+        name = self.decoder.final_norm.name
+        return final_norm(self.decoder, hidden, self._outer[f"{name}.weight"], self._outer.get(f"{name}.bias"))
 
     def predict(self, hidden: Tensor) -> Tensor:
         """Logits of the last block's output."""
-        return logits(self.decoder, self.normed(hidden), self.head())
+        bias = self._outer.get(self.decoder.head.removesuffix("weight") + "bias")
+        return logits(self.decoder, self.normed(hidden), self.head(), bias)
 
 
-def require_implemented(decoder: Decoder, layer: Layer) -> None:
+def require_implemented(decoder: Decoder) -> None:
     """Raises ``UserError`` for what a description asks for and this decoder does not do."""
-    mixer = layer.mixer
-    _require(mixer.rotary is not None, "rotary", None)
-    table = decoder.rotary[cast(str, mixer.rotary)]
-    _require(table.dim == mixer.head_dim, "rotary dim", f"{table.dim} of {mixer.head_dim} channels")
-    _require(mixer.soft_cap is None, "soft_cap", mixer.soft_cap)
-    _require(not mixer.sinks, "sinks", mixer.sinks)
-    _require(not mixer.output_gate, "output_gate", mixer.output_gate)
-    _require(layer.feed_forward.activation in ACTIVATIONS, "activation", layer.feed_forward.activation)
-
-
-def require_rms(norm: Norm) -> None:
-    _require(norm.kind == "rms", f"norm {norm.name}", norm.kind)
-    _require(norm.offset == 0, f"offset of norm {norm.name}", norm.offset)
-    _require(not norm.bias, f"bias of norm {norm.name}", norm.bias)
+    found = features(decoder)
+    for what in NOT_YET:
+        if what in found:
+            raise UserError(
+                f"expected a model without {what}, found {found[what]!r}; the plain decoder does not do it yet"
+            )
 
 
 def check_tensors(prefix: str, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]) -> None:
@@ -321,11 +424,6 @@ def check_tensors(prefix: str, wanted: Mapping[str, tuple[int, ...]], found: Map
                 f"expected shape {shape} for {prefix}{name}, found {tuple(found[name].shape)}; check the checkpoint "
                 "against its config"
             )
-
-
-def _require(holds: bool, what: str, value: Any) -> None:
-    if not holds:
-        raise UserError(f"expected a model without {what}, found {value!r}; the plain decoder does not do it yet")
 
 
 def _attach(root: nn.Module, name: str, module: nn.Module) -> None:

@@ -38,6 +38,7 @@ ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "relu": "relu",
     "relu2": "relu2",
+    "xielu": "xielu",
 }
 """``hidden_act`` of a config → the function's one name here. Several spellings of transformers are one function."""
 
@@ -66,8 +67,8 @@ class Norm:
 class Rotary:
     """A table of rotary position embeddings; ``tulle.models.rotary`` computes it.
 
-    The first ``dim`` channels of a head are rotated, channel i together with channel i + dim/2. Fields that a kind does
-    not use stay at their defaults.
+    The first ``dim`` channels of a head are rotated, channel i together with channel i + dim/2, or, ``interleaved``,
+    channel 2i together with 2i + 1. Fields that a kind does not use stay at their defaults.
     """
 
     dim: int
@@ -93,6 +94,7 @@ class Rotary:
     high_freq_factor: float = 4.0
     rotated: float = 1.0
     """proportional: share of the channels whose frequency is not 0."""
+    interleaved: bool = False
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,11 @@ class Attention:
     """Name of a table of ``Decoder.rotary``, or None: queries and keys know no position."""
     q_norm: Norm | None = None
     k_norm: Norm | None = None
-    """Over ``head_dim``, before the rotation."""
+    """Of queries and keys; see ``norm_width`` and ``norm_after_rotary``."""
+    norm_width: Literal["head", "all"] = "head"
+    """Whether they go over every head's ``head_dim`` channels or over those of all heads at once."""
+    norm_after_rotary: bool = False
+    """Whether they come after the rotation."""
     window: int | None = None
     """A token sees itself and the ``window`` − 1 tokens before it; None: all."""
     scale: float | None = None
@@ -157,6 +163,22 @@ class Attention:
     sinks: bool = False
     """A learned score per head that takes part in the softmax and has no value."""
     output_gate: bool = False
+    output_norm: Norm | None = None
+    """Of all heads' outputs at once, before the output linear."""
+    position_scale: tuple[float, int] | None = None
+    """(β, n): a query at position p is multiplied by 1 + β·ln(1 + ⌊p/n⌋)."""
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Channels of all queries, all keys, all values."""
+        return self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim
+
+    def norms(self) -> list[tuple[Norm, int]]:
+        """Its norms with their widths."""
+        wide = self.norm_width == "all"
+        widths = self.widths if wide else (self.head_dim,) * 3
+        found = [(self.q_norm, widths[0]), (self.k_norm, widths[1]), (self.output_norm, self.widths[0])]
+        return [(norm, width) for norm, width in found if norm is not None]
 
     def query_heads(self, kv_head: int) -> range:
         """The query heads that share a KV head."""
@@ -166,27 +188,58 @@ class Attention:
 
 @dataclass(frozen=True)
 class GatedMLP:
-    """down(f(gate(x)) ⊙ up(x)), f of :data:`ACTIVATIONS`' values."""
+    """down(f(gate(x)) ⊙ up(x)), f of :data:`ACTIVATIONS`' values. A single linear of twice the width gives gate and
+    up one after the other."""
 
     intermediate: int
     activation: str
     name: str = "mlp"
+    inner_norm: Norm | None = None
+    """Before down."""
+
+
+@dataclass(frozen=True)
+class PlainMLP:
+    """down(f(up(x))), f of :data:`ACTIVATIONS`' values. xielu has two numbers of its own (``parameters``)."""
+
+    intermediate: int
+    activation: str
+    name: str = "mlp"
+    inner_norm: None = None
+
+    @property
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Tensors besides those of linears, with their shapes, by relative name."""
+        if self.activation != "xielu":
+            return {}
+        return {f"{self.name}.act_fn.{name}": shape for name, shape in XIELU.items()}
+
+
+XIELU: dict[str, tuple[int, ...]] = {"alpha_p": (1,), "alpha_n": (1,), "beta": (), "eps": ()}
+"""xIELU's numbers (Huang & Schlag 2024, equation 6), with their shapes in a checkpoint."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer: x + mixer(norm(x)), then x + feed_forward(norm(x))."""
+    """One decoder layer: x + r·after(mixer(norm(x))), then x + r·after(feed_forward(norm(x))); norms that are None are
+    left out. ``parallel``: both read the layer's input, and both are added to it."""
 
     index: int
     prefix: str
     """Of its tensors' full names, with the dot."""
     hidden: int
     mixer: Attention
-    feed_forward: GatedMLP
-    mixer_norm: Norm
-    feed_forward_norm: Norm
+    feed_forward: GatedMLP | PlainMLP
+    mixer_norm: Norm | None
+    feed_forward_norm: Norm | None
+    """None in a parallel layer: the feed-forward reads what the mixer reads."""
     groups: tuple[LinearGroup, ...]
     """In the order in which they run."""
+    mixer_norm_after: Norm | None = None
+    feed_forward_norm_after: Norm | None = None
+    residual_scale: float = 1.0
+    """r."""
+    parallel: bool = False
 
     def group(self, role: str) -> LinearGroup:
         return next(group for group in self.groups if group.role == role)
@@ -197,8 +250,14 @@ class Layer:
 
     def norms(self) -> list[tuple[Norm, int]]:
         """All norms with their widths."""
-        found = [(self.mixer_norm, self.hidden), (self.feed_forward_norm, self.hidden)]
-        return found + [(n, self.mixer.head_dim) for n in (self.mixer.q_norm, self.mixer.k_norm) if n is not None]
+        around = (self.mixer_norm, self.mixer_norm_after, self.feed_forward_norm, self.feed_forward_norm_after)
+        found = [(norm, self.hidden) for norm in around if norm is not None] + self.mixer.norms()
+        inner = self.feed_forward.inner_norm
+        return found if inner is None else [*found, (inner, self.feed_forward.intermediate)]
+
+    def others(self) -> dict[str, tuple[int, ...]]:
+        """Tensors that belong to no linear and no norm, with their shapes, by relative name."""
+        return self.feed_forward.parameters if isinstance(self.feed_forward, PlainMLP) else {}
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the layer with its shape, by relative name."""
@@ -207,7 +266,7 @@ class Layer:
             shapes |= norm.tensors(width)
         for linear in self.linears():
             shapes |= linear.tensors()
-        return shapes
+        return shapes | self.others()
 
 
 @dataclass(frozen=True)
@@ -231,6 +290,7 @@ class Decoder:
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
     logit_soft_cap: float | None = None
+    """c of logits c·tanh(l/c)."""
 
     @property
     def roles(self) -> tuple[str, ...]:

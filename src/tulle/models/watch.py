@@ -24,7 +24,7 @@ def run_with_stream(block: DecoderBlock, hidden: Tensor, heads: Heads | None = N
     between: list[Tensor] = []
 
     def answer(given: GroupInput) -> tuple[Tensor, ...]:
-        if given.group.norm == block.layer.feed_forward_norm.name:
+        if given.role == "gate_up":
             between.append(given.residual.to(hidden.dtype))
         return run_group(block, given.group, given.x)
 

@@ -1,8 +1,9 @@
-"""What several families share: the groups of a gated layer, and the rotary table."""
+"""What several families share: layers of attention and a feed-forward, windows, and rotary tables."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, get_args
 
 from tulle.errors import UserError
@@ -16,79 +17,153 @@ from tulle.models.description import (
     Linear,
     LinearGroup,
     Norm,
+    PlainMLP,
     Rotary,
     RotaryKind,
 )
 
 
+@dataclass(frozen=True)
+class Norms:
+    """Of a layer: before attention and feed-forward, and on their outputs."""
+
+    mixer: Norm | None = None
+    feed_forward: Norm | None = None
+    mixer_after: Norm | None = None
+    feed_forward_after: Norm | None = None
+
+
+def llama_norms(eps: float) -> Norms:
+    return Norms(Norm("input_layernorm", eps), Norm("post_attention_layernorm", eps))
+
+
+def gated(keys: ConfigKeys, intermediate: int, key: str = "hidden_act", default: str = "silu") -> GatedMLP:
+    return GatedMLP(intermediate, keys.choice(key, default, ACTIVATIONS))
+
+
 def gated_decoder(
+    keys: ConfigKeys, *, intermediate: int, attention: list[Attention], eps: float, rotary: Rotary, **settings: Any
+) -> Decoder:
+    """Llama's layout: one attention and one gated MLP per layer, an RMS norm before each. Refuses unread keys."""
+    return build_decoder(
+        keys, attention=attention, feed_forward=gated(keys, intermediate), norms=llama_norms(eps),
+        final_norm=Norm("model.norm", eps), rotary={"default": rotary}, **settings,
+    )  # fmt: skip
+
+
+def build_decoder(
     keys: ConfigKeys,
     *,
     hidden: int,
-    intermediate: int,
     attention: list[Attention],
-    rotary: Rotary,
+    feed_forward: GatedMLP | PlainMLP,
+    norms: Norms,
+    final_norm: Norm,
+    rotary: Mapping[str, Rotary],
     context: int,
     vocabulary: int,
-    eps: float,
     qkv_bias: bool = False,
     o_bias: bool = False,
     mlp_bias: bool = False,
+    names: Mapping[str, str] | None = None,
+    fused: tuple[str, ...] = (),
+    residual_scale: float = 1.0,
+    parallel: bool = False,
+    tied: bool = False,
+    **outer: Any,
 ) -> Decoder:
-    """Llama's layout: one attention and one gated MLP per layer, a norm before each. Refuses unread keys."""
-    feed_forward = GatedMLP(intermediate, keys.choice("hidden_act", "silu", ACTIVATIONS))
-    norms = Norm("input_layernorm", eps), Norm("post_attention_layernorm", eps)
+    """A decoder of layers with attention and a feed-forward; refuses unread keys.
+
+    ``names`` changes the linears' own names (``o_proj``, ``up_proj`` …). Roles in ``fused`` (``qkv``, ``gate_up``) are
+    one tensor, ``qkv_proj`` and ``gate_up_proj``. ``tied``: the family's default. ``outer``: fields of
+    :class:`Decoder`.
+    """
     layers = []
+    called = names or {}
     for index, mixer in enumerate(attention):
         if mixer.heads % mixer.kv_heads:
             raise UserError(
                 f"expected num_attention_heads in equal groups per KV head, found {mixer.heads} heads and "
                 f"{mixer.kv_heads} KV heads; repair the config"
             )
-        q, kv = mixer.heads * mixer.head_dim, mixer.kv_heads * mixer.head_dim
         groups = (
-            LinearGroup(
-                "qkv",
-                (
-                    Linear("self_attn.q_proj", (q, hidden), qkv_bias),
-                    Linear("self_attn.k_proj", (kv, hidden), qkv_bias),
-                    Linear("self_attn.v_proj", (kv, hidden), qkv_bias),
-                ),
-                norm=norms[0].name,
-            ),
+            _qkv(mixer, hidden, qkv_bias, norms.mixer, "qkv" in fused),
             LinearGroup(
                 "o",
-                (Linear("self_attn.o_proj", (hidden, q), o_bias),),
-                producers=("self_attn.v_proj",),
-                residual=norms[0].name,
+                (Linear(f"{mixer.name}.{called.get('o_proj', 'o_proj')}", (hidden, mixer.widths[0]), o_bias),),
+                producers=() if "qkv" in fused else (f"{mixer.name}.v_proj",),
+                residual=_name(norms.mixer),
             ),
-            LinearGroup(
-                "gate_up",
-                (
-                    Linear("mlp.gate_proj", (intermediate, hidden), mlp_bias),
-                    Linear("mlp.up_proj", (intermediate, hidden), mlp_bias),
-                ),
-                norm=norms[1].name,
+            *_feed_forward(
+                feed_forward, hidden, mlp_bias, norms.mixer if parallel else norms.feed_forward, "gate_up" in fused,
+                called,
             ),
-            LinearGroup(
-                "down",
-                (Linear("mlp.down_proj", (hidden, intermediate), mlp_bias),),
-                producers=("mlp.up_proj", "mlp.gate_proj"),
-                residual=norms[1].name,
-            ),
-        )
-        layers.append(Layer(index, f"model.layers.{index}.", hidden, mixer, feed_forward, *norms, groups))
+        )  # fmt: skip
+        layers.append(
+            Layer(
+                index, f"model.layers.{index}.", hidden, mixer, feed_forward, norms.mixer, norms.feed_forward, groups,
+                norms.mixer_after, norms.feed_forward_after, residual_scale, parallel,
+            )
+        )  # fmt: skip
     found = Decoder(
         model_type=keys.family,
         hidden=hidden,
         vocabulary=vocabulary,
         context=context,
         layers=tuple(layers),
-        final_norm=Norm("model.norm", eps),
-        rotary={"default": rotary},
-        tied=keys.flag("tie_word_embeddings", False),
+        final_norm=final_norm,
+        rotary=rotary,
+        tied=keys.flag("tie_word_embeddings", tied),
+        **outer,
     )
     keys.finish()
+    return found
+
+
+def _qkv(mixer: Attention, hidden: int, bias: bool, norm: Norm | None, fused: bool) -> LinearGroup:
+    if fused:
+        linears = [Linear(f"{mixer.name}.qkv_proj", (sum(mixer.widths), hidden), bias)]
+    else:
+        linears = [
+            Linear(f"{mixer.name}.{letter}_proj", (width, hidden), bias)
+            for letter, width in zip("qkv", mixer.widths, strict=True)
+        ]
+    return LinearGroup("qkv", tuple(linears), norm=_name(norm))
+
+
+def _feed_forward(
+    mlp: GatedMLP | PlainMLP, hidden: int, bias: bool, norm: Norm | None, fused: bool, called: Mapping[str, str]
+) -> tuple[LinearGroup, LinearGroup]:
+    def linear(name: str, rows: int, columns: int) -> Linear:
+        return Linear(f"{mlp.name}.{called.get(name, name)}", (rows, columns), bias)
+
+    up, width = linear("up_proj", mlp.intermediate, hidden), mlp.intermediate
+    first: tuple[Linear, ...] = (up,)
+    producers: tuple[str, ...] = (up.name,)
+    if isinstance(mlp, GatedMLP):
+        gate = linear("gate_proj", width, hidden)
+        first = (linear("gate_up_proj", 2 * width, hidden),) if fused else (gate, up)
+        producers = () if fused else (up.name, gate.name)
+    return (
+        LinearGroup("gate_up", first, norm=_name(norm)),
+        LinearGroup("down", (linear("down_proj", hidden, width),), producers=producers, residual=_name(norm)),
+    )
+
+
+def _name(norm: Norm | None) -> str | None:
+    return None if norm is None else norm.name
+
+
+def layer_types(keys: ConfigKeys, layers: int, default: list[str]) -> list[str]:
+    """``full_attention`` or ``sliding_attention`` for every layer."""
+    found = keys.raw("layer_types", None)
+    if found is None:
+        return default
+    if not isinstance(found, list) or len(found) != layers:
+        raise keys.refused("layer_types", f"a list of {layers} types", found)
+    for kind in found:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise keys.refused("layer_types", "full_attention or sliding_attention", kind)
     return found
 
 
@@ -136,36 +211,60 @@ ROTARY_KEYS: dict[str, tuple[str, ...]] = {
 """Keys of ``rope_parameters`` that each kind reads, besides ``rope_type`` and ``rope_theta``."""
 
 
-def read_rotary(keys: ConfigKeys, head_dim: int, context: int) -> Rotary:
-    """The one rotary table of a family without partial rotation.
+def read_rotary(
+    keys: ConfigKeys,
+    head_dim: int,
+    context: int,
+    *,
+    partial: float | None = None,
+    theta: float = 10_000.0,
+    interleaved: bool = False,
+    also: tuple[str, ...] = (),
+) -> Rotary:
+    """The one rotary table of a model.
 
     As transformers 5: a non-empty ``rope_scaling`` (old) takes the place of ``rope_parameters`` (new); θ inside wins
-    over ``rope_theta`` beside it, and is 10,000 where there is none; ``original_max_position_embeddings`` beside wins
-    over that inside.
+    over ``rope_theta`` beside it, and is ``theta`` where there is none; ``original_max_position_embeddings`` beside
+    wins over that inside. ``partial``: the family may rotate a share of the channels, and this is its default.
+    ``also``: keys inside that the family reads for itself.
     """
     old, new = keys.raw("rope_scaling"), keys.raw("rope_parameters")
     for key, value in (("rope_scaling", old), ("rope_parameters", new)):
         if value is not None and not isinstance(value, Mapping):
             raise keys.refused(key, "an object", value)
-    inside = old or new or {}
+    inside = {key: value for key, value in (old or new or {}).items() if key not in also}
+    return rotary_of(keys, inside, head_dim, context, partial, keys.raw("rope_theta", theta), interleaved)
+
+
+def rotary_of(
+    keys: ConfigKeys,
+    inside: Mapping[str, Any],
+    head_dim: int,
+    context: int,
+    partial: float | None,
+    theta: Any,
+    interleaved: bool = False,
+) -> Rotary:
+    """The table of one object of ``rope_parameters``."""
     kind = inside.get("rope_type", inside.get("type", "default"))
     if kind not in get_args(RotaryKind):
         raise keys.refused("rope_type", f"one of {', '.join(get_args(RotaryKind))}", kind)
     if "type" in inside and inside["type"] != kind:
         raise keys.refused("rope_parameters", f"type and rope_type alike ({kind})", inside["type"])
-    theta = inside.get("rope_theta", keys.raw("rope_theta", 10_000.0))
+    theta = inside.get("rope_theta", theta)
     _check_rotary_keys(keys, kind, inside)
-    share = inside.get("partial_rotary_factor", keys.raw("partial_rotary_factor", None))
+    share = inside.get("partial_rotary_factor", keys.raw("partial_rotary_factor", partial))
     share = 1.0 if share is None else positive(share, "partial_rotary_factor")
-    if share > 1 or share < 1 and kind != "proportional":
+    if share > 1 or share < 1 and kind != "proportional" and partial is None:
         raise keys.refused("partial_rotary_factor", "1 (all channels of a head are rotated)", share)
     original = keys.raw("original_max_position_embeddings", inside.get("original_max_position_embeddings", context))
     found = Rotary(
-        dim=head_dim,
+        dim=head_dim if kind == "proportional" else int(head_dim * share),
         theta=positive(theta, "rope_theta"),
         kind=kind,
+        interleaved=interleaved,
         max_positions=context,
-        rotated=share,
+        rotated=share if kind == "proportional" else 1.0,
         **_rotary_values(keys, kind, inside, original),
     )
     _check_rotary(keys, found)
@@ -231,3 +330,32 @@ def _check_rotary(keys: ConfigKeys, rotary: Rotary) -> None:
                 raise keys.refused(name, f"{rotary.dim // 2} numbers", f"{len(values)} numbers")
     if rotary.kind == "llama3" and rotary.high_freq_factor <= rotary.low_freq_factor:
         raise keys.refused("high_freq_factor", "more than low_freq_factor", rotary.high_freq_factor)
+
+
+def rotary_by_type(
+    keys: ConfigKeys, head_dim: int, context: int, thetas: Mapping[str, float], local: str | None = None
+) -> dict[str, Rotary]:
+    """Tables of ``full_attention`` and ``sliding_attention``, each with an object of its own in ``rope_parameters``.
+
+    As transformers 5: the older ``rope_scaling`` beside stretches the full layers' table alone. θ of a table that has
+    none is ``rope_theta`` for the full layers and the key ``local`` for the others, then that of ``thetas``.
+    """
+    old, new = keys.raw("rope_scaling"), keys.raw("rope_parameters")
+    new = {} if new is None else new
+    for key, value in (("rope_scaling", old or {}), ("rope_parameters", new)):
+        if not isinstance(value, Mapping):
+            raise keys.refused(key, "an object", value)
+    for key in new:
+        if key not in thetas:
+            raise keys.refused("rope_parameters", f"objects for {' and '.join(thetas)}", dict(new))
+    found = {}
+    for kind, theta in thetas.items():
+        inside = new.get(kind) or {}
+        if not isinstance(inside, Mapping):
+            raise keys.refused("rope_parameters", f"an object for {kind}", inside)
+        if kind == "full_attention":
+            inside = {**inside, **(old or {})}
+        key = "rope_theta" if kind == "full_attention" else local
+        beside = theta if key is None else keys.raw(key, theta)
+        found[kind] = rotary_of(keys, inside, head_dim, context, None, beside)
+    return found

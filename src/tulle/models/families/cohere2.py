@@ -1,0 +1,54 @@
+"""Command R7B (Cohere 2): attention and feed-forward side by side, layer norms without bias, neighbouring channels
+rotated together, and only in layers with a window."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tulle.models.config_keys import ConfigKeys
+from tulle.models.description import Attention, Decoder, Norm
+from tulle.models.families._parts import Norms, build_decoder, gated, layer_types, read_rotary
+
+
+def describe(config: Mapping[str, Any]) -> Decoder:
+    keys = ConfigKeys(config)
+    hidden, heads = keys.size("hidden_size", 8192), keys.size("num_attention_heads", 64)
+    kv_heads = keys.size("num_key_value_heads", None, null=heads)
+    head_dim = hidden // heads
+    keys.only("head_dim", head_dim)
+    context, layers = keys.size("max_position_embeddings", 8192), keys.size("num_hidden_layers", 40)
+    eps, bias = keys.number("layer_norm_eps", 1e-5), keys.flag("attention_bias", False)
+    window, pattern = keys.size_or_none("sliding_window", 4096), keys.size("sliding_window_pattern", 4)
+    kinds = layer_types(
+        keys, layers, [("sliding" if (i + 1) % pattern else "full") + "_attention" for i in range(layers)]
+    )
+    for key, value in (("use_embedding_sharing", True), ("use_parallel_block", True), ("use_parallel_embedding", True)):
+        keys.only(key, value)
+    for key in ("rotary_pct", "position_embedding_type", "order_of_interleaved_layers", "use_gated_activation"):
+        keys.only(key, *{"rotary_pct": (1.0, 1), "position_embedding_type": ("rope_gptj",),
+                         "order_of_interleaved_layers": ("local_attn_first",),
+                         "use_gated_activation": (True,)}[key])  # fmt: skip
+    keys.only("use_qk_norm", False)
+    keys.only("layer_switch", pattern)
+    return build_decoder(
+        keys,
+        hidden=hidden,
+        attention=[
+            Attention(heads, kv_heads, head_dim, rotary="default", window=window)
+            if kind == "sliding_attention" and window is not None
+            else Attention(heads, kv_heads, head_dim, rotary=None)
+            for kind in kinds
+        ],
+        feed_forward=gated(keys, keys.size("intermediate_size", 22528)),
+        norms=Norms(Norm("input_layernorm", eps, "layer")),
+        final_norm=Norm("model.norm", eps, "layer"),
+        rotary={"default": read_rotary(keys, head_dim, context, interleaved=True)},
+        context=context,
+        vocabulary=keys.size("vocab_size", 256000),
+        qkv_bias=bias,
+        o_bias=bias,
+        parallel=True,
+        tied=True,
+        logit_scale=keys.number("logit_scale", 0.0625),
+    )

@@ -1,0 +1,35 @@
+"""OLMo 3: OLMo 2 with windows in three layers of four. OLMo et al. 2025."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tulle.models.config_keys import ConfigKeys
+from tulle.models.description import Attention, Decoder
+from tulle.models.families._olmo import olmo_decoder, query_norms
+from tulle.models.families._parts import layer_types, rotary_by_type
+
+
+def describe(config: Mapping[str, Any]) -> Decoder:
+    keys = ConfigKeys(config)
+    hidden, heads = keys.size("hidden_size", 4096), keys.size("num_attention_heads", 32)
+    kv_heads = keys.size("num_key_value_heads", None, null=heads)
+    head_dim = keys.size("head_dim", None, null=hidden // heads)
+    context, eps = keys.size("max_position_embeddings", 2048), keys.number("rms_norm_eps", 1e-5)
+    layers, window = keys.size("num_hidden_layers", 32), keys.size_or_none("sliding_window", 4096)
+    kinds = layer_types(keys, layers, [("sliding" if (i + 1) % 4 else "full") + "_attention" for i in range(layers)])
+    return olmo_decoder(
+        keys,
+        hidden=hidden,
+        attention=[
+            Attention(
+                heads, kv_heads, head_dim, rotary=kind, window=window if kind == "sliding_attention" else None,
+                **query_norms(eps),
+            )
+            for kind in kinds
+        ],
+        rotary=rotary_by_type(keys, head_dim, context, dict.fromkeys(("full_attention", "sliding_attention"), 5e5)),
+        context=context,
+        eps=eps,
+    )  # fmt: skip

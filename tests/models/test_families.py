@@ -1,0 +1,45 @@
+"""The plain decoder against transformers, for the dense families beyond Llama's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from random_decoders import plain_model, reference_model
+from random_families import DENSE, family_config
+
+SEEDS = 12
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def text(seed: int) -> tuple[Tensor, Tensor]:
+    """Tokens ``[2, T]``, the second sequence being padded at the right, and the mask of real ones."""
+    tokens = torch.randint(0, 40, (2, 20), generator=torch.Generator().manual_seed(seed))
+    valid = torch.ones(2, 20, dtype=torch.bool)
+    valid[1, 13:] = False
+    return tokens, valid
+
+
+def largest_difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / a.abs().max())
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_logits_are_those_of_transformers(family: str) -> None:
+    for seed in range(SEEDS):
+        config = family_config(family, seed)
+        model = reference_model(config, seed)
+        tokens, valid = text(seed)
+        wanted = model(tokens, attention_mask=valid.long()).logits[valid]
+        found = plain_model(config, model)(tokens)[valid]
+        assert largest_difference(wanted, found) <= 1e-5, config

@@ -1,0 +1,206 @@
+"""Small random configs of the dense families beyond Llama's, with what is special about each drawn both ways."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from random_decoders import ROTARY, rotary_settings
+
+DENSE = (
+    "apertus",
+    "arcee",
+    "bitnet",
+    "cohere2",
+    "ernie4_5",
+    "exaone4",
+    "gemma2",
+    "gemma3_text",
+    "glm4",
+    "granite",
+    "hunyuan_v1_dense",
+    "ministral3",
+    "nemotron",
+    "olmo2",
+    "olmo3",
+    "phi3",
+    "seed_oss",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
+)
+LAYERS = 3
+
+
+def family_config(family: str, seed: int) -> dict[str, Any]:
+    draw = random.Random(f"{family} {seed}")
+    kv_heads, head_dim = draw.choice([1, 2, 3]), draw.choice([8, 16])
+    heads = kv_heads * draw.choice([1, 2])
+    context = draw.choice([8, 16, 64])
+    config: dict[str, Any] = {
+        "model_type": family,
+        "hidden_size": heads * head_dim,
+        "intermediate_size": draw.choice([16, 24]),
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": 40,
+        "max_position_embeddings": context,
+        "tie_word_embeddings": draw.random() < 0.5,
+        "rope_theta": draw.choice([100.0, 10000.0]),
+        "pad_token_id": 0,
+    }
+    special = globals().get(f"_{family}")
+    if special is not None:
+        special(config, draw, head_dim, seed)
+    return config
+
+
+def _drawn(config: dict[str, Any], draw: random.Random, **choices: list[Any]) -> None:
+    for key, values in choices.items():
+        config[key] = draw.choice(values)
+
+
+def _kinds(draw: random.Random) -> list[str]:
+    return [draw.choice(["full_attention", "sliding_attention"]) for _ in range(LAYERS)]
+
+
+def _stretched(config: dict[str, Any], draw: random.Random, dim: int, seed: int) -> None:
+    config["rope_scaling"] = rotary_settings(draw, ROTARY[seed % len(ROTARY)], dim, config["max_position_embeddings"])
+
+
+def _apertus(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    _drawn(config, draw, attention_bias=[False, True], hidden_act=["xielu", "xielu", "relu2"])
+    if seed % 2:
+        _stretched(config, draw, head_dim, seed)
+
+
+def _arcee(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    _drawn(config, draw, attention_bias=[False, True], mlp_bias=[False, True], head_dim=[8, None])
+    if config["head_dim"] is None:
+        del config["head_dim"]
+
+
+def _bitnet(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    _drawn(config, draw, attention_bias=[False, True], hidden_act=["relu2", "silu"])
+
+
+def _cohere2(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    _drawn(config, draw, attention_bias=[False, True], logit_scale=[0.25, 1.0], sliding_window=[3, 5])
+    _drawn(config, draw, sliding_window_pattern=[2, 3, 4], layer_norm_eps=[1e-5, 1e-2])
+    if draw.random() < 0.5:
+        config["layer_types"] = _kinds(draw)
+
+
+def _ernie4_5(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    _drawn(config, draw, use_bias=[False, True], head_dim=[8, 16])
+
+
+def _exaone4(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    _drawn(config, draw, sliding_window=[None, 3, 5], sliding_window_pattern=[2, 4])
+    if config["sliding_window"] is None:
+        config["layer_types"] = ["full_attention"] * LAYERS
+    elif draw.random() < 0.5:
+        config["layer_types"] = _kinds(draw)
+    _stretched(config, draw, head_dim, seed)
+
+
+def _gemma2(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    _drawn(config, draw, head_dim=[8, 16], query_pre_attn_scalar=[7, 16], sliding_window=[3, 5], attention_bias=[False])
+    _drawn(config, draw, attn_logit_softcapping=[2.0, 50.0, None], final_logit_softcapping=[3.0, None])
+    if draw.random() < 0.5:
+        config["layer_types"] = _kinds(draw)
+
+
+def _gemma3_text(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    _drawn(config, draw, head_dim=[8, 16], query_pre_attn_scalar=[7, 16], sliding_window=[3, 5])
+    _drawn(config, draw, final_logit_softcapping=[3.0, None])
+    del config["rope_theta"]
+    if seed % 3 == 0:
+        config |= {"rope_theta": 5000.0, "rope_local_base_freq": 70.0, "sliding_window_pattern": 2}
+        config["rope_scaling"] = {"rope_type": "linear", "factor": 4.0}
+    else:
+        config["layer_types"] = _kinds(draw)
+        config["rope_parameters"] = {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 900.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        }
+
+
+def _glm4(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    _drawn(config, draw, head_dim=[8, 16], attention_bias=[False, True], partial_rotary_factor=[0.5, 1.0, 0.25])
+
+
+def _granite(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    _drawn(config, draw, embedding_multiplier=[1.0, 12], logits_scaling=[1.0, 8.0], residual_multiplier=[0.22, 1.0])
+    _drawn(config, draw, attention_multiplier=[0.3, 0.015625], attention_bias=[False, True], mlp_bias=[False, True])
+
+
+def _hunyuan_v1_dense(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    _drawn(config, draw, attention_bias=[False, True], head_dim=[8, 16])
+    if seed % 3 == 0:
+        config["rope_scaling"] = {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0}
+    elif seed % 3 == 1:
+        config["rope_scaling"] = {"rope_type": "dynamic", "factor": 2.0}
+
+
+def _ministral3(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    _drawn(config, draw, head_dim=[8, 16], sliding_window=[None, 4])
+    del config["rope_theta"]
+    if seed % 2:
+        config["rope_parameters"] = {
+            "rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 6,
+            "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": draw.choice([0.1, 0.5]),
+        }  # fmt: skip
+
+
+def _nemotron(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    _drawn(config, draw, head_dim=[8, 16], attention_bias=[False, True], mlp_bias=[False, True])
+    _drawn(config, draw, partial_rotary_factor=[0.5, 1.0], hidden_act=["relu2", "gelu"])
+
+
+def _olmo2(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    _drawn(config, draw, attention_bias=[False, True])
+    _stretched(config, draw, head_dim, seed)
+
+
+def _olmo3(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    _drawn(config, draw, sliding_window=[3, 5], attention_bias=[False, True])
+    if seed % 2:
+        config["layer_types"] = _kinds(draw)
+    if seed % 3 == 1:
+        config["rope_scaling"] = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8}
+
+
+def _phi3(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    _drawn(config, draw, partial_rotary_factor=[1.0, 0.75], sliding_window=[None, 4])
+    if head_dim == 8:
+        config["partial_rotary_factor"] = draw.choice([1.0, 0.5])
+    if seed % 2:
+        dim = int(head_dim * config["partial_rotary_factor"])
+        inside = {"short_factor": [1.0 + i for i in range(dim // 2)], "long_factor": [2.0 + i for i in range(dim // 2)]}
+        config["rope_scaling"] = {"type": "longrope", **inside}
+        config["original_max_position_embeddings"] = draw.choice([4, 8])
+
+
+def _seed_oss(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    _drawn(config, draw, attention_bias=[False, True], attention_out_bias=[False, True], mlp_bias=[False, True])
+    _drawn(config, draw, head_dim=[8, 16], residual_dropout=[0.1])
+
+
+def _smollm3(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    _drawn(config, draw, no_rope_layer_interval=[2, 4], attention_bias=[False, True], mlp_bias=[False, True])
+    if seed % 2:
+        config["no_rope_layers"] = [draw.choice([0, 1]) for _ in range(LAYERS)]
+    if seed % 3 == 1:
+        config |= {"use_sliding_window": True, "sliding_window": 4}
+
+
+def _stablelm(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    _drawn(config, draw, use_qkv_bias=[False, True], use_parallel_residual=[False, True])
+    _drawn(config, draw, partial_rotary_factor=[0.25, 0.5, 1.0])
+
+
+def _starcoder2(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    _drawn(config, draw, use_bias=[False, True], sliding_window=[None, 4], norm_epsilon=[1e-5, 1e-2])
