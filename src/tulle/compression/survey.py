@@ -26,7 +26,7 @@ from tulle.format.spec import LinearSpec
 from tulle.methods.contract import InputTrials, Key, Progress, See, Statistics, Survey, TableTrials, WeightTrials
 from tulle.models.batches import Batch, batched
 from tulle.models.decoder import DecoderBlock, PlainDecoder, embed, final_norm
-from tulle.models.description import Decoder
+from tulle.models.description import STREAM_READERS, Decoder
 from tulle.models.fisher import divergences
 from tulle.models.rewrite import DenseModel
 from tulle.models.watch import run_watched
@@ -67,12 +67,14 @@ def take_survey(
     norms: dict[tuple[int, str], Tensor] = {}
     model = dense.description
     first = model.layers[0]
+    offsets = {norm.name: norm.offset for norm, _ in first.norms()}
     survey = Survey(
         layers=len(model.layers),
         rows=lambda block, role: found[block, role],
         block=lambda index: walk.read_block(index),
         roles={group.role: group.names for group in first.groups},
-        norms={group.role: group.norm for group in first.groups if group.norm},
+        norms={g.role: g.norm.name for g in first.groups if g.norm is not None and g.role in STREAM_READERS},
+        gain=lambda tensors, name: tensors[f"{name}.weight"] + offsets.get(name, 0.0),
         prefix=lambda index: model.layers[index].prefix,
         hidden=model.hidden,
         heads=(first.mixer.heads, first.mixer.kv_heads, first.mixer.head_dim),

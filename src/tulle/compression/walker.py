@@ -49,6 +49,7 @@ from tulle.methods.contract import (
     Decisions,
     GroupState,
     LinearState,
+    ProducedRows,
     Progress,
     Statistic,
     Statistics,
@@ -277,9 +278,13 @@ class Walker:
         state = BlockState(
             index=layer.index,
             groups=groups,
-            gains={group.role: weights[f"{group.norm}.weight"] for group in layer.groups if group.norm},
+            gains={g.role: weights[f"{norm.name}.weight"] + norm.offset for g, norm in layer.own_norms()},
+            norm_biases={g.role: weights[f"{norm.name}.bias"] for g, norm in layer.own_norms() if norm.bias},
             biases={layer.prefix + x.name: weights[f"{x.name}.bias"] for x in layer.linears() if x.bias},
-            producers={g.role: tuple(by_name[layer.prefix + name] for name in g.producers) for g in layer.groups},
+            producers={
+                g.role: tuple(ProducedRows(by_name[layer.prefix + p.name], p.rows, p.linear) for p in g.producers)
+                for g in layer.groups
+            },
             heads=mixer.heads,
             kv_heads=mixer.kv_heads,
             head_dim=mixer.head_dim,
@@ -570,9 +575,13 @@ def group_state(layer: Layer, group: LinearGroup, weights: Mapping[str, Tensor],
 def rewritten(layer: Layer, state: BlockState, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The block's tensors that block steps changed, by relative name."""
     tensors = {f"{name.removeprefix(layer.prefix)}.bias": bias for name, bias in state.biases.items()}
+    for group, norm in layer.own_norms():
+        stored, gain = weights[f"{norm.name}.weight"], state.gains[group.role] - norm.offset
+        # As it was, to the bit, where no step has changed it.
+        tensors[f"{norm.name}.weight"] = stored if torch.equal(state.gains[group.role], stored + norm.offset) else gain
+        if norm.bias:
+            tensors[f"{norm.name}.bias"] = state.norm_biases[group.role]
     for group in layer.groups:
-        if group.norm:
-            tensors[f"{group.norm}.weight"] = state.gains[group.role]
         for linear in state.groups[group.role].linears:
             tensors[f"{linear.name.removeprefix(layer.prefix)}.weight"] = linear.dense
     return {name: tensor for name, tensor in tensors.items() if tensor is not weights[name]}

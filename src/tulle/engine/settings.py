@@ -27,6 +27,7 @@ from tulle.engine.prepare import EMBEDDING, EXACT_HEAD, HEAD
 from tulle.errors import UserError
 from tulle.format.spec import HeadSpec, LinearSpec
 from tulle.models.description import Decoder, Norm, Rotary
+from tulle.models.features import require
 from tulle.models.rotary import depends_on_length, frequencies
 
 GATES = ("silu", "relu", "relu2", "gelu_tanh")
@@ -230,34 +231,13 @@ def rotary_frequencies(rotary: Rotary) -> tuple[NDArray[np.float32], float]:
 
 def require_runnable(model: Decoder) -> None:
     """Raises ``UserError`` for what a description asks for and the kernels do not do."""
-    first = model.layers[0]
+    require(model, (), "the engine", "use transformers for it")
     for layer in model.layers:
-        mixer, feed_forward = layer.mixer, layer.feed_forward
-        norms = [model.final_norm, *(norm for norm, _ in layer.norms())]
-        _require(feed_forward.activation in GATES, "activation", feed_forward.activation)
-        _require(feed_forward == first.feed_forward, "feed-forward that differs between layers", feed_forward)
-        for key in ("heads", "kv_heads", "head_dim", "rotary"):
-            _require(getattr(mixer, key) == getattr(first.mixer, key), f"{key} that differs between layers", mixer)
-        _require(mixer.rotary is not None, "attention without positions", mixer.rotary)
-        _require(mixer.scale is None, "scale of attention", mixer.scale)
-        _require(mixer.soft_cap is None, "soft cap of attention", mixer.soft_cap)
-        _require(not mixer.sinks, "attention sinks", mixer.sinks)
-        _require(not mixer.output_gate, "output gate of attention", mixer.output_gate)
-        for norm in norms:
-            _require(norm.kind == "rms", f"kind of norm {norm.name}", norm.kind)
-            _require(norm.offset == 0 and not norm.bias, f"offset or bias of norm {norm.name}", norm)
-            _require(norm.eps == model.final_norm.eps, f"eps of norm {norm.name}", norm.eps)
-    table = model.rotary[cast(str, first.mixer.rotary)]
-    _require(table.dim == first.mixer.head_dim, "heads of which only a part is rotated", table.dim)
-    _require(model.embedding_scale == 1, "scale of the embedding", model.embedding_scale)
-    _require(model.logit_scale == 1, "scale of the logits", model.logit_scale)
-    _require(model.logit_soft_cap is None, "soft cap of the logits", model.logit_soft_cap)
-    _require(not model.head_bias, "bias of the head", model.head_bias)
-
-
-def _require(holds: bool, what: str, value: Any) -> None:
-    if not holds:
-        raise UserError(f"expected a model that the engine can run, found {what} ({value}); use transformers for it")
+        activation = layer.feed_forward.activation
+        if activation not in GATES:
+            raise UserError(
+                f"expected a model that the engine can run, found activation {activation}; use transformers for it"
+            )
 
 
 def transforms_of(spec: LinearSpec, source: Source, name: str) -> list[Transform]:

@@ -30,6 +30,7 @@ from tulle.format.pack import bf16_to_f32, f32_to_bf16, unpack_scale, unpack_sto
 from tulle.format.spec import LinearSpec
 from tulle.models.checkpoint import Checkpoint
 from tulle.models.description import Decoder
+from tulle.models.features import require
 from tulle.models.gguf import blocks, names
 from tulle.models.gguf.config import FAMILIES, Family
 from tulle.models.gguf.source import GgufSource
@@ -215,22 +216,15 @@ def _write_metadata(
 
 def _require_expressible(model: Decoder) -> None:
     """Raises ``UserError`` for what a llama-like GGUF file has no key for."""
-    first, rotary = model.layers[0], model.rotary["default"]
+    require(model, (), "a GGUF file", "export it as dense or compressed-tensors")
     for layer in model.layers:
-        for holds, what in (
-            (layer.feed_forward == first.feed_forward and layer.feed_forward.activation == "silu", "gates"),
-            (layer.mixer.rotary == "default", "rotary tables"),
-            (layer.mixer.scale is None and layer.mixer.soft_cap is None, "scales of attention"),
-            (not layer.mixer.sinks and not layer.mixer.output_gate, "sinks or gates of attention"),
-            (all(n.kind == "rms" and not n.offset and not n.bias and n.eps == model.final_norm.eps
-                 for n, _ in layer.norms()), "norms"),
-        ):  # fmt: skip
-            if not holds:
-                raise UserError(f"expected {what} as GGUF files of {model.model_type} have them, found others")
+        if layer.feed_forward.activation != "silu":
+            raise UserError(
+                f"expected silu as GGUF files of {model.model_type} have it, found {layer.feed_forward.activation}"
+            )
+    rotary = model.rotary["default"]
     if rotary.kind not in ("default", "linear", "llama3"):
         raise UserError(f"expected rotary embeddings of default, linear or llama3 for --to gguf, found {rotary.kind}")
-    if (model.embedding_scale, model.logit_scale, model.logit_soft_cap, model.head_bias) != (1, 1, None, False):
-        raise UserError("expected no scale, soft cap or bias of the logits for --to gguf, found one")
 
 
 def _rope_ratios(model: Decoder) -> NDArray[np.float32] | None:

@@ -178,6 +178,34 @@ def require_no_selection(group: GroupState) -> None:
 
 
 @dataclass
+class ProducedRows:
+    """Output rows of a linear that become input channels of another group; ``linear`` as in
+    :class:`tulle.models.description.Producer`."""
+
+    state: LinearState
+    rows: slice = field(default_factory=lambda: slice(None))
+    linear: bool = True
+
+    def change(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replaces the rows ``[C, C_in]``; the linear's other rows stay."""
+        self.state.dense = self._with(self.state.dense, change)
+        if self.state.ranges is not None:
+            low, high = self.state.ranges
+            self.state.ranges = (self._with(low, change), self._with(high, change))
+
+    def change_bias(self, bias: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        return self._with(bias, change)
+
+    def _with(self, whole: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        changed = change(whole[self.rows])
+        if changed.shape == whole.shape:
+            return changed
+        whole = whole.clone()
+        whole[self.rows] = changed
+        return whole
+
+
+@dataclass
 class BlockState:
     """One decoder block before its linears are compressed, for methods of the block stage.
 
@@ -189,14 +217,16 @@ class BlockState:
     groups: dict[str, GroupState]
     """Every role of the block, with the statistics of its inputs."""
     gains: dict[str, Tensor]
-    """Gain γ ``[d]`` of the norm that feeds a role's group (``qkv``, ``gate_up``)."""
+    """Gain γ ``[C_in]`` of the norm that feeds a role's group and no other, offset included."""
     biases: dict[str, Tensor]
     """Biases by full linear name, where there are any."""
-    producers: dict[str, tuple[LinearState, ...]]
-    """Linears whose output channels are a role's input channels: v for ``o``; up, then gate, for ``down``."""
+    producers: dict[str, tuple[ProducedRows, ...]]
+    """What gives a role's input channels: the values for ``o``; up, then gate, for ``down``."""
     heads: int
     kv_heads: int
     head_dim: int
+    norm_biases: dict[str, Tensor] = field(default_factory=dict)
+    """Biases of the norms of ``gains``, by role, where they have one."""
     seed: int = 0
     """Of everything random in this block: the run's seed and the block's number."""
     attention: HeadGrids | None = None
@@ -225,17 +255,28 @@ class BlockState:
         """x·diag(d) reaches the role's linears from now on, ``scale`` d ``[C_in]`` being folded into what feeds them.
 
         Into γ of the norm (qkv, gate_up), the rows of v (o; d must be equal for the query heads that share a KV head)
-        or the rows of up (down). Before any transform of the input; or, with ``in_front``, in front of those there are,
-        after which the statistics of the group are no longer known.
+        or the rows of up (down). Where nothing takes it (no norm, one that feeds two groups, an activation in between),
+        it becomes a transform that runs on the input. Before any transform of the input; or, with ``in_front``, in
+        front of those there are, after which the statistics of the group are no longer known.
         """
         group = self.groups[role] if in_front else self._foldable(role)
         require_no_selection(group)
         if in_front:
             group.statistics = Statistics(group.statistics.tokens)
+        producers = self.producers.get(role, ())
         if role in self.gains:
             self.gains[role] = self.gains[role] * scale
+            if role in self.norm_biases:
+                self.norm_biases[role] = self.norm_biases[role] * scale
+        elif producers and producers[0].linear:
+            self._scale_rows(producers[0], self._per_producer(role, scale))
         else:
-            self._scale_rows(self.producers[role][0], self._per_producer(role, scale))
+            first = stored(Diagonal(scale))
+            for linear in group.linears:
+                linear.transform = (first, *linear.transform)
+            if not in_front:
+                group.statistics.transformed(first)
+            return
         for linear in group.linears:
             linear.dense = linear.dense / scale
         if not in_front:
@@ -249,11 +290,12 @@ class BlockState:
         group = self._foldable(role)
         rows = self._per_producer(role, index) if role == "o" else index
         for producer in self.producers[role]:
-            producer.dense = producer.dense[rows]
-            if producer.ranges is not None:
-                producer.ranges = (producer.ranges[0][rows], producer.ranges[1][rows])
-            if producer.name in self.biases:
-                self.biases[producer.name] = self.biases[producer.name][rows]
+            producer.change(lambda weight: weight[rows])
+            self._change_bias(producer, lambda bias: bias[rows])
+        if role in self.gains:
+            self.gains[role] = self.gains[role][index]
+            if role in self.norm_biases:
+                self.norm_biases[role] = self.norm_biases[role][index]
         for linear in group.linears:
             linear.dense = linear.dense[:, index]
         group.statistics.transformed(Permutation(index))
@@ -261,14 +303,21 @@ class BlockState:
     def fold_value_rotation(self, rotation: Transform) -> None:
         """v's heads come out as v·R from now on, R orthogonal on head_dim, and o reads them so."""
         group = self._foldable("o")
-        value = self.producers["o"][0]
-        value.ranges = None  # rows of other numbers
-        size = self.head_dim
-        rows = value.dense.reshape(-1, size, value.dense.shape[1])
-        value.dense = rotation.apply(rows.transpose(1, 2)).transpose(1, 2).reshape(value.dense.shape)
-        if value.name in self.biases:
-            bias = self.biases[value.name]
-            self.biases[value.name] = rotation.apply(bias.reshape(-1, size)).reshape(bias.shape)
+        producers = self.producers["o"]
+        if not producers or not producers[0].linear:
+            raise UserError(
+                "expected values that reach o as they are, found a norm in between; leave the rotation of the values "
+                "out (targets without o)"
+            )
+        value, size = producers[0], self.head_dim
+        value.state.ranges = None  # rows of other numbers
+
+        def rotated(weight: Tensor) -> Tensor:
+            heads = weight.reshape(-1, size, weight.shape[1]).transpose(1, 2)
+            return rotation.apply(heads).transpose(1, 2).reshape(weight.shape).contiguous()
+
+        value.change(rotated)
+        self._change_bias(value, lambda bias: rotation.apply(bias.reshape(-1, size)).reshape(bias.shape))
         for linear in group.linears:
             heads = linear.dense.reshape(linear.dense.shape[0], -1, size)
             linear.dense = rotation.fold(heads).reshape(linear.dense.shape)
@@ -312,13 +361,17 @@ class BlockState:
             rows = rows + self.head_dim * torch.arange(self.kv_heads, device=values.device)[:, None]
         return rows.reshape(-1)
 
-    def _scale_rows(self, producer: LinearState, scale: Tensor) -> None:
-        producer.dense = producer.dense * scale[:, None]
-        if producer.ranges is not None:
-            ends = [end * scale[:, None] for end in producer.ranges]
-            producer.ranges = (torch.minimum(*ends), torch.maximum(*ends))  # a negative factor swaps them
-        if producer.name in self.biases:
-            self.biases[producer.name] = self.biases[producer.name] * scale
+    def _scale_rows(self, producer: ProducedRows, scale: Tensor) -> None:
+        producer.change(lambda weight: weight * scale[:, None])
+        if producer.state.ranges is not None:
+            low, high = producer.state.ranges
+            producer.state.ranges = (torch.minimum(low, high), torch.maximum(low, high))  # a negative factor swaps them
+        self._change_bias(producer, lambda bias: bias * scale)
+
+    def _change_bias(self, producer: ProducedRows, change: Callable[[Tensor], Tensor]) -> None:
+        name = producer.state.name
+        if name in self.biases:
+            self.biases[name] = producer.change_bias(self.biases[name], change)
 
 
 @dataclass
@@ -383,10 +436,12 @@ class Survey(Decisions):
     roles: dict[str, tuple[str, ...]]
     """Relative names of a role's linears."""
     norms: dict[str, str]
-    """Relative name of the norm that feeds a role, for those that have one."""
+    """Relative name of the norm through which a role reads the residual stream, for those that have one."""
     prefix: Callable[[int], str]
     """Of a block's full names."""
     hidden: int
+    gain: Callable[[Mapping[str, Tensor], str], Tensor] = lambda tensors, norm: tensors[f"{norm}.weight"]
+    """Of a block's tensors and the name of a norm: its gain γ ``[d]``, offset included."""
     seed: int = 0
     heads: tuple[int, int, int] = (0, 0, 0)
     """Query heads, KV heads, head_dim."""

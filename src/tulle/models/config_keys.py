@@ -30,6 +30,7 @@ HARMLESS: dict[str, str] = {
     "cls_token_id": TOKENS,
     "mask_token_id": TOKENS,
     "decoder_start_token_id": TOKENS,
+    "eod_token_id": TOKENS,
     "tokenizer_class": TOKENS,
     "dtype": STORAGE,
     "torch_dtype": STORAGE,

@@ -21,6 +21,8 @@ from tulle.errors import UserError
 NormKind = Literal["rms", "layer"]
 ROLES = ("qkv", "o", "gate_up", "down")
 """Roles of linear groups that a recipe's steps can target, in the order in which they run."""
+STREAM_READERS = ("qkv", "gate_up")
+"""Roles that read the residual stream, through a norm where there is one."""
 TABLES = ("embedding", "head")
 """Roles outside the blocks, which a step has only where it names them. A tied model has one table for both."""
 RotaryKind = Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional"]
@@ -55,6 +57,10 @@ class Norm:
     kind: NormKind = "rms"
     offset: float = 0.0
     bias: bool = False
+
+    def names(self) -> list[str]:
+        """Of its tensors."""
+        return [f"{self.name}.weight", *([f"{self.name}.bias"] if self.bias else [])]
 
     def tensors(self, width: int) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {f"{self.name}.weight": (width,)}
@@ -113,18 +119,36 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Producer:
+    """Output rows ``start`` … ``stop`` − 1 of the linear ``name``: all of it, or a part of a tensor that holds several.
+
+    ``linear``: whether what comes in between (a gate, but no norm and no activation) lets a factor of these channels
+    through.
+    """
+
+    name: str
+    start: int
+    stop: int
+    linear: bool = True
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
+
+
+@dataclass(frozen=True)
 class LinearGroup:
     """Linears of one layer that read the same input."""
 
     role: str
     """``qkv``, ``o``, ``gate_up`` or ``down``."""
     linears: tuple[Linear, ...]
-    norm: str | None = None
-    """Name of the norm whose output they read, or None."""
-    producers: tuple[str, ...] = ()
-    """Names of the linears whose output channels become their input channels (v → o; up, then gate → down)."""
-    residual: str | None = None
-    """Name of the norm whose *input* is the residual stream that their output is added to, or None."""
+    norm: Norm | None = None
+    """Whose output they read, or None."""
+    producers: tuple[Producer, ...] = ()
+    """Whose output channels become their input channels (v → o; up, then gate → down)."""
+    adds: bool = False
+    """Whether their output is added to the residual stream."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -250,10 +274,19 @@ class Layer:
 
     def norms(self) -> list[tuple[Norm, int]]:
         """All norms with their widths."""
-        around = (self.mixer_norm, self.mixer_norm_after, self.feed_forward_norm, self.feed_forward_norm_after)
-        found = [(norm, self.hidden) for norm in around if norm is not None] + self.mixer.norms()
+        found = [(norm, self.hidden) for norm in self.stream_norms()] + self.mixer.norms()
         inner = self.feed_forward.inner_norm
         return found if inner is None else [*found, (inner, self.feed_forward.intermediate)]
+
+    def stream_norms(self) -> list[Norm]:
+        """Norms over the channels of the residual stream."""
+        around = (self.mixer_norm, self.mixer_norm_after, self.feed_forward_norm, self.feed_forward_norm_after)
+        return [norm for norm in around if norm is not None]
+
+    def own_norms(self) -> list[tuple[LinearGroup, Norm]]:
+        """Groups that read a norm's output, and the norm, where no other group reads it."""
+        read = [group.norm.name for group in self.groups if group.norm is not None]
+        return [(g, g.norm) for g in self.groups if g.norm is not None and read.count(g.norm.name) == 1]
 
     def others(self) -> dict[str, tuple[int, ...]]:
         """Tensors that belong to no linear and no norm, with their shapes, by relative name."""

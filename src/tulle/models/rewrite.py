@@ -23,8 +23,35 @@ from torch import Tensor
 from tulle.core.transform import BlockMatrix, Permutation, Transform, fold, run
 from tulle.errors import UserError
 from tulle.models.checkpoint import Checkpoint
-from tulle.models.description import Decoder, Layer
+from tulle.models.description import STREAM_READERS, Decoder, Layer, Norm
+from tulle.models.features import features
 from tulle.models.hub import local_folder
+
+NOT_ROTATED = {
+    "layer norms": "which take off the mean of the channels",
+    "norms with a bias": "which adds to single channels",
+    "norms after attention and feed-forward": "whose gains multiply single channels",
+}
+"""What does not commute with a rotation of the residual stream, of :func:`tulle.models.features.features`, and why."""
+
+
+def require_basis(model: Decoder, residual: Sequence[Transform], values: Mapping[int, BlockMatrix]) -> None:
+    """Raises ``UserError`` for a change of basis that would change the model's function."""
+    special = features(model)
+    if not all(isinstance(t, Permutation) for t in residual):
+        for what, why in NOT_ROTATED.items():
+            if what in special:
+                raise UserError(
+                    f"expected a residual stream that can be rotated, found {what} ({why}) in {model.model_type}; "
+                    "leave the rotation of the residual stream out"
+                )
+    for index in values:
+        producers = model.layers[index].group("o").producers
+        if not producers or not producers[0].linear:
+            raise UserError(
+                f"expected values that reach o as they are, found a norm in between in {model.model_type}; leave the "
+                "rotation of the values out"
+            )
 
 
 class DenseModel:
@@ -58,7 +85,9 @@ class DenseModel:
         self._permuted = all(isinstance(t, Permutation) for t in self.residual)
 
     def rewritten(self, residual: Sequence[Transform], values: Mapping[int, BlockMatrix]) -> DenseModel:
-        """The same checkpoint in other bases, which take the place of those there are."""
+        """The same checkpoint in other bases, which take the place of those there are. Raises ``UserError`` where a
+        part of the model does not commute with them."""
+        require_basis(self.description, residual, values)
         return DenseModel(self.checkpoint, self.description, residual, values)
 
     @property
@@ -83,18 +112,21 @@ class DenseModel:
         if not self.residual:
             return tensors
         for group in layer.groups:
-            gain = tensors[f"{group.norm}.weight"] if group.norm else None
+            norm = group.norm if group.role in STREAM_READERS else None
+            gain = None if norm is None else tensors[f"{norm.name}.weight"] + norm.offset
             for name in group.names:
                 weight, bias = f"{name}.weight", f"{name}.bias"
                 if gain is not None:
                     tensors[weight] = self._read(tensors[weight], gain)
-                if group.residual:
+                elif group.role in STREAM_READERS:
+                    tensors[weight] = fold(self.residual, tensors[weight])
+                if group.adds:
                     tensors[weight] = run(self.residual, tensors[weight].T).T.contiguous()
                     if bias in tensors:
                         tensors[bias] = run(self.residual, tensors[bias])
-        for group in layer.groups:
-            if group.norm:
-                tensors[f"{group.norm}.weight"] = self._gain(tensors[f"{group.norm}.weight"])
+        for norm in layer.stream_norms():
+            for name in norm.names():
+                tensors[name] = self._of_norm(tensors[name], norm)
         return tensors
 
     def dtypes(self, index: int) -> dict[str, torch.dtype]:
@@ -110,29 +142,34 @@ class DenseModel:
     def closing(self) -> dict[str, Tensor]:
         """The final norm and, unless tied, the head, by full name, in the stored dtype."""
         model = self.description
-        norm_name = f"{model.final_norm.name}.weight"
-        norm = self.checkpoint.read(norm_name)
-        if self.tied:
-            return {norm_name: self._gain(norm) if self.residual else norm}
-        name = model.embedding_name(self.checkpoint) if model.tied else model.head
-        head = self.checkpoint.read(name)
-        if self.residual:
-            head = self._read(head.float(), norm.float()).to(head.dtype)
-            norm = self._gain(norm)
-        return {norm_name: norm, model.head: head}
+        norm = model.final_norm
+        stored = {name: self.checkpoint.read(name) for name in norm.names()}
+        found = {name: self._of_norm(t, norm) if self.residual else t for name, t in stored.items()}
+        if not self.tied:
+            head = self.checkpoint.read(model.embedding_name(self.checkpoint) if model.tied else model.head)
+            if self.residual:
+                head = self._read(head.float(), stored[f"{norm.name}.weight"].float() + norm.offset).to(head.dtype)
+            found[model.head] = head
+        if model.head_bias:
+            bias = model.head.removesuffix("weight") + "bias"
+            found[bias] = self.checkpoint.read(bias)
+        return found
 
     def _rotate_values(self, layer: Layer, tensors: dict[str, Tensor], rotation: BlockMatrix) -> None:
         group, mixer = layer.group("o"), layer.mixer
         (value,), (o,) = group.producers, group.names
-        tensors[f"{value}.weight"] = rotation.apply(tensors[f"{value}.weight"].T).T.contiguous()
-        if f"{value}.bias" in tensors:
-            tensors[f"{value}.bias"] = rotation.apply(tensors[f"{value}.bias"])
+        weight, bias = f"{value.name}.weight", f"{value.name}.bias"
+        tensors[weight] = tensors[weight].clone()
+        tensors[weight][value.rows] = rotation.apply(tensors[weight][value.rows].T).T
+        if bias in tensors:
+            tensors[bias] = tensors[bias].clone()
+            tensors[bias][value.rows] = rotation.apply(tensors[bias][value.rows])
         shared = mixer.heads // mixer.kv_heads
         tensors[f"{o}.weight"] = BlockMatrix(rotation.matrix.repeat_interleave(shared, 0)).fold(tensors[f"{o}.weight"])
 
     def _read(self, weight: Tensor, gain: Tensor) -> Tensor:
         return fold(self.residual, weight if self._permuted else weight * gain)
 
-    def _gain(self, gain: Tensor) -> Tensor:
-        """The norm's gain afterwards."""
-        return run(self.residual, gain) if self._permuted else torch.ones_like(gain)
+    def _of_norm(self, tensor: Tensor, norm: Norm) -> Tensor:
+        """The norm's gain or bias afterwards: permuted, or a gain of 1."""
+        return run(self.residual, tensor) if self._permuted else torch.full_like(tensor, 1 - norm.offset)

@@ -18,7 +18,7 @@ from tulle.core.grid import Grid
 from tulle.core.hadamard import hadamard_matrix
 from tulle.core.token_grid import TokenGrid
 from tulle.core.transform import fold, run
-from tulle.methods.contract import BlockState, GroupState, LinearState, Statistics, Survey
+from tulle.methods.contract import BlockState, GroupState, LinearState, ProducedRows, Statistics, Survey
 from tulle.methods.learning import LearnedGroup, Schedule, fake_linears, learn_block
 from tulle.methods.quantize.affinequant import AffineQuant, gradual_mask
 from tulle.methods.quantize.duquant import DuQuant, block_size
@@ -55,7 +55,12 @@ def a_block(x: dict[str, Tensor], seed: int = 0, heads: int = 4, kv_heads: int =
         groups=groups,
         gains={"qkv": torch.rand(64, generator=g) + 0.5, "gate_up": torch.rand(64, generator=g) + 0.5},
         biases={"v": torch.randn(kv_heads * head_dim, generator=g)},
-        producers={"qkv": (), "o": (by_name["v"],), "gate_up": (), "down": (by_name["up"], by_name["gate"])},
+        producers={
+            "qkv": (),
+            "o": (ProducedRows(by_name["v"]),),
+            "gate_up": (),
+            "down": (ProducedRows(by_name["up"]), ProducedRows(by_name["gate"])),
+        },
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -108,17 +113,17 @@ class TestSmoothQuant:
             x[17, 5] = 400.0
             block = a_block({"down": x})
             block.groups["down"].statistics.column_norm = x.norm(dim=0)
-            before = block.producers["down"][0].dense
+            before = block.producers["down"][0].state.dense
             SmoothQuant(size=size).prepare(block, ("down",))
-            s = (before / block.producers["down"][0].dense).mean(1)
+            s = (before / block.producers["down"][0].state.dense).mean(1)
             scales.append(float(s[5] / s.median()))
         assert scales[0] > 5 and scales[1] < 4
 
     def test_folds(self) -> None:
         block = a_block({role: inputs(c, 3) for role, c in (("qkv", 64), ("o", 64), ("gate_up", 64), ("down", 96))})
-        gain, up = block.gains["qkv"].clone(), block.producers["down"][0].dense.clone()
+        gain, up = block.gains["qkv"].clone(), block.producers["down"][0].state.dense.clone()
         q = block.groups["qkv"].linears[0].dense.clone()
-        gate = block.producers["down"][1].dense.clone()
+        gate = block.producers["down"][1].state.dense.clone()
         SmoothQuant(alpha=0.5).prepare(block, ("qkv", "down"))
         s = gain / block.gains["qkv"]
         torch.testing.assert_close(block.groups["qkv"].linears[0].dense, q * s)
@@ -126,17 +131,17 @@ class TestSmoothQuant:
         w_max = torch.stack([linear.dense.abs().amax(0) for linear in block.groups["qkv"].linears]).amax(0)
         torch.testing.assert_close(x_max, w_max)
         # down: up's rows take 1/s, gate's do not.
-        assert torch.equal(block.producers["down"][1].dense, gate)
-        assert not torch.allclose(block.producers["down"][0].dense, up)
+        assert torch.equal(block.producers["down"][1].state.dense, gate)
+        assert not torch.allclose(block.producers["down"][0].state.dense, up)
 
     def test_query_heads_of_one_kv_head_share_s(self) -> None:
         x = inputs(64)
         x[:, 16 + 5] *= 100  # channel 5 of the second query head, which reads the first KV head
         block = a_block({"o": x})
-        before, bias = block.producers["o"][0].dense.clone(), block.biases["v"].clone()
+        before, bias = block.producers["o"][0].state.dense.clone(), block.biases["v"].clone()
         o = block.groups["o"].linears[0].dense.clone()
         SmoothQuant().prepare(block, ("o",))
-        ratio = (before / block.producers["o"][0].dense).mean(1)
+        ratio = (before / block.producers["o"][0].state.dense).mean(1)
         assert ratio.argmax() == 5 and ratio[5] > 2 * ratio[6:].max()
         torch.testing.assert_close(bias / block.biases["v"], ratio)
         scale = (block.groups["o"].linears[0].dense / o).mean(0).reshape(2, 2, 16)
@@ -216,7 +221,7 @@ class TestPeRQ:
     def test_signs_and_places_are_all_that_is_folded(self, role: str) -> None:
         """Before the Hadamard, channels change their signs, about half of them, and their places, and no size."""
         block = a_block({role: inputs(96 if role == "down" else 64)})
-        producer, linear = block.producers[role][0], block.groups[role].linears[0]
+        producer, linear = block.producers[role][0].state, block.groups[role].linears[0]
         before = producer.dense.clone(), linear.dense.clone()
         PeRQ(block=8).prepare(block, (role,))
         for found, given, axis in ((producer.dense, before[0], 1), (linear.dense, before[1], 0)):

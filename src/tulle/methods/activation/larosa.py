@@ -73,7 +73,7 @@ class LaRoSA(Method):
             for hessian in hessians.values():
                 hessian.check_finite()
             for role in readers:
-                gain = tensors[f"{survey.norms[role]}.weight"]
+                gain = survey.gain(tensors, survey.norms[role])
                 gain = torch.where(gain == 0, torch.ones_like(gain), gain)
                 # Norms give out equal energy, so that all count alike.
                 stream.add_((hessians[role].matrix / gain / gain[:, None]).double().cpu())

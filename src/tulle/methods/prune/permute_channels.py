@@ -110,7 +110,7 @@ class PermuteChannels(Method):
                 group.statistics.column_norm if self.score == "wanda" else None,
             )
             seed = (block.seed * 1_000_003 + block.index) * 8 + number
-            if role in block.gains:
+            if role in RESIDUAL:
                 # It was permuted before the walk; what would have been retained without is found by undoing that.
                 order = unfold(block.residual, torch.arange(scores.shape[1])).argsort()
                 scores = unfold(block.residual, scores)
@@ -118,14 +118,14 @@ class PermuteChannels(Method):
             else:
                 order = self._within_heads(scores, block, seed) if role == "o" else self._search(scores, seed)
                 block.fold_permutation(role, order)
-                facts["folded"] = ", ".join(p.name.rpartition(".")[2] for p in block.producers[role])
+                facts["folded"] = ", ".join(p.state.name.rpartition(".")[2] for p in block.producers[role])
             found = efficacy(scores, Pattern.parse(self.pattern), order)
             facts |= {"kept_before": found.before, "kept_after": found.after, "ideal": found.ideal}
             block.permutations.append(facts | {"seconds": time.perf_counter() - begun})
 
     def _left_alone(self, block: BlockState, role: str) -> str:
         """Why a role's channels keep their order; empty if they do not have to."""
-        if role in block.gains:
+        if role in RESIDUAL:
             return "" if self.residual and block.residual else "the residual stream keeps its order"
         if not block.producers[role]:
             return "nothing that produces these channels can give them out in another order"

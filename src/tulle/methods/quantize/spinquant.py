@@ -102,7 +102,7 @@ class SpinQuant(Method):
         total = torch.zeros(())
         grid = Grid(self.bits, None, self.symmetric)
         for role, norm in survey.norms.items():
-            gain = tensors[f"{norm}.weight"]
+            gain = survey.gain(tensors, norm)
             x = survey.rows(index, role) / torch.where(gain == 0, torch.ones_like(gain), gain)
             tokens = fake_tokens(x @ rotation, TokenGrid(self.input_bits, self.input_symmetric, self.input_clip))
             for name in survey.roles[role]:

@@ -28,11 +28,12 @@ def transform_inputs(model: nn.Module, rules: Mapping[str, Rule]) -> list[Remova
     config: Any = model.config
     handles = []
     for layer in describe(config.to_dict()).layers:
+        norms = {group.role: norm.name for group, norm in layer.own_norms()}
         for group in layer.groups:
             if group.role not in rules:
                 continue
-            if group.norm is not None:
-                norm = model.get_submodule(layer.prefix + group.norm)
+            if group.role in norms:
+                norm = model.get_submodule(layer.prefix + norms[group.role])
                 handles.append(norm.register_forward_hook(_after(rules[group.role])))
             else:
                 for name in group.names:

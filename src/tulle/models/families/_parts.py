@@ -18,6 +18,7 @@ from tulle.models.description import (
     LinearGroup,
     Norm,
     PlainMLP,
+    Producer,
     Rotary,
     RotaryKind,
 )
@@ -91,8 +92,9 @@ def build_decoder(
             LinearGroup(
                 "o",
                 (Linear(f"{mixer.name}.{called.get('o_proj', 'o_proj')}", (hidden, mixer.widths[0]), o_bias),),
-                producers=() if "qkv" in fused else (f"{mixer.name}.v_proj",),
-                residual=_name(norms.mixer),
+                norm=mixer.output_norm,
+                producers=(_values(mixer, "qkv" in fused),),
+                adds=True,
             ),
             *_feed_forward(
                 feed_forward, hidden, mlp_bias, norms.mixer if parallel else norms.feed_forward, "gate_up" in fused,
@@ -128,7 +130,16 @@ def _qkv(mixer: Attention, hidden: int, bias: bool, norm: Norm | None, fused: bo
             Linear(f"{mixer.name}.{letter}_proj", (width, hidden), bias)
             for letter, width in zip("qkv", mixer.widths, strict=True)
         ]
-    return LinearGroup("qkv", tuple(linears), norm=_name(norm))
+    return LinearGroup("qkv", tuple(linears), norm=norm)
+
+
+def _values(mixer: Attention, fused: bool) -> Producer:
+    """The rows that give the values."""
+    q, k, v = mixer.widths
+    linear = mixer.output_norm is None
+    if fused:
+        return Producer(f"{mixer.name}.qkv_proj", q + k, q + k + v, linear)
+    return Producer(f"{mixer.name}.v_proj", 0, v, linear)
 
 
 def _feed_forward(
@@ -139,19 +150,19 @@ def _feed_forward(
 
     up, width = linear("up_proj", mlp.intermediate, hidden), mlp.intermediate
     first: tuple[Linear, ...] = (up,)
-    producers: tuple[str, ...] = (up.name,)
+    producers: tuple[Producer, ...] = (Producer(up.name, 0, width, linear=False),)
     if isinstance(mlp, GatedMLP):
         gate = linear("gate_proj", width, hidden)
-        first = (linear("gate_up_proj", 2 * width, hidden),) if fused else (gate, up)
-        producers = () if fused else (up.name, gate.name)
+        both = linear("gate_up_proj", 2 * width, hidden)
+        first = (both,) if fused else (gate, up)
+        through = mlp.inner_norm is None
+        up_rows = (both.name, width, 2 * width) if fused else (up.name, 0, width)
+        gate_rows = (both.name if fused else gate.name, 0, width)
+        producers = (Producer(*up_rows, through), Producer(*gate_rows, linear=False))
     return (
-        LinearGroup("gate_up", first, norm=_name(norm)),
-        LinearGroup("down", (linear("down_proj", hidden, width),), producers=producers, residual=_name(norm)),
+        LinearGroup("gate_up", first, norm=norm),
+        LinearGroup("down", (linear("down_proj", hidden, width),), norm=mlp.inner_norm, producers=producers, adds=True),
     )
-
-
-def _name(norm: Norm | None) -> str | None:
-    return None if norm is None else norm.name
 
 
 def layer_types(keys: ConfigKeys, layers: int, default: list[str]) -> list[str]:
@@ -355,7 +366,7 @@ def rotary_by_type(
             raise keys.refused("rope_parameters", f"an object for {kind}", inside)
         if kind == "full_attention":
             inside = {**inside, **(old or {})}
-        key = "rope_theta" if kind == "full_attention" else local
-        beside = theta if key is None else keys.raw(key, theta)
+        beside_key = "rope_theta" if kind == "full_attention" else local
+        beside = theta if beside_key is None else keys.raw(beside_key, theta)
         found[kind] = rotary_of(keys, inside, head_dim, context, None, beside)
     return found

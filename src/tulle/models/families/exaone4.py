@@ -19,14 +19,17 @@ def describe(config: Mapping[str, Any]) -> Decoder:
     context, layers = keys.size("max_position_embeddings", 2048), keys.size("num_hidden_layers", 32)
     eps, window = keys.number("rms_norm_eps", 1e-5), keys.size_or_none("sliding_window", 4096)
     kinds = layer_types(keys, layers, _pattern(keys, layers, window))
-    norms = {"q_norm": Norm("self_attn.q_norm", eps), "k_norm": Norm("self_attn.k_norm", eps)}
+    q_norm, k_norm = Norm("self_attn.q_norm", eps), Norm("self_attn.k_norm", eps)
     attention = []
     for kind in kinds:
         slides = kind == "sliding_attention"
         rotary = "default" if slides or window is None else None
         attention.append(
-            Attention(heads, kv_heads, head_dim, rotary=rotary, window=window if slides else None, **norms)
-        )
+            Attention(
+                heads, kv_heads, head_dim, rotary=rotary, q_norm=q_norm, k_norm=k_norm,
+                window=window if slides else None,
+            )
+        )  # fmt: skip
     return build_decoder(
         keys,
         hidden=hidden,

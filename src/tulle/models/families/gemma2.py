@@ -1,4 +1,4 @@
-"""Gemma 2: norms before and after, soft caps of scores and logits, every second layer with a window. Team Gemma 2024."""
+"""Gemma 2: norms before and after, soft caps of scores and logits, windows in every second layer. Team Gemma 2024."""
 
 from __future__ import annotations
 

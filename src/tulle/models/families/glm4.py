@@ -1,5 +1,5 @@
-"""GLM-4 (0414): four norms per layer, half of a head's channels rotated in neighbouring pairs, gate and up in one tensor.
-GLM et al. 2024."""
+"""GLM-4 (0414): four norms per layer, half of a head's channels rotated in neighbouring pairs, gate and up in one
+tensor. GLM et al. 2024."""
 
 from __future__ import annotations
 

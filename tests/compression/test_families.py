@@ -1,0 +1,112 @@
+"""Every family through compressing: what is written computes, in transformers, what the walk computed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import tulle
+from checkpoints import write_tokenizer
+from random_decoders import reference_model
+from random_families import DENSE, family_config
+from tulle.compression.job import compress
+from tulle.errors import UserError
+from tulle.text.reading import Text
+
+TOKENS = torch.tensor(list(b"A fox that is quick jumps over dogs."))[None]
+TEXT = Text(("The quick brown fox jumps over the lazy dog. " * 20,), False, ("prose",))
+RECIPES: dict[str, list[dict[str, Any]]] = {
+    "w4a16": [{"gptq": {"bits": 4, "group_size": "auto-32"}}],
+    "sparse50-w4": [{"sparsegpt": {"sparsity": 0.5}}, {"gptq": {"bits": 4, "group_size": "auto-32"}}],
+    "w8a8-smoothquant": [
+        {"smoothquant": {}}, {"activations": {"bits": 8}}, {"round_to_nearest": {"bits": 8}},
+    ],
+    "w4a4-quarot": [
+        {"quarot": {}}, {"activations": {"bits": 4}}, {"kv_cache": {"bits": 4}}, {"gptq": {"bits": 4}},
+    ],
+}  # fmt: skip
+FOLDS: dict[str, list[dict[str, Any]]] = {
+    "smoothquant": [{"smoothquant": {"alpha": 0.7}}],
+    "quarot": [{"quarot": {}}],
+    "values": [{"quarot": {"residual": False}}],
+    "permuted": [{"permute_channels": {}}],
+    "duquant": [{"smoothquant": {}}, {"duquant": {}}],
+}
+ROTATION = {"cohere2", "exaone4", "gemma2", "gemma3_text", "glm4", "nemotron", "olmo2", "olmo3", "stablelm"}
+ROTATION |= {"starcoder2"}
+"""Families whose residual stream cannot be rotated."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    found = {}
+    for family in DENSE:
+        folder = found[family] = tmp_path_factory.mktemp(family)
+        config = family_config(family, 1) | {"vocab_size": 257, "max_position_embeddings": 64}
+        model = reference_model(config, 1)
+        model.save_pretrained(folder)
+        (folder / "config.json").write_text(json.dumps(config | {"architectures": [type(model).__name__]}))
+        write_tokenizer(folder)
+    return found
+
+
+def refused(fold: str, family: str) -> bool:
+    return fold == "quarot" and family in ROTATION or fold in ("quarot", "values") and family == "bitnet"
+
+
+def run(folder: Path, output: Path, steps: list[dict[str, Any]]) -> dict[str, Any]:
+    return compress(folder, {"calibration": {"samples": 4, "length": 24}, "steps": steps}, output, calibration=TEXT)
+
+
+@torch.no_grad()
+def logits(folder: Path, packed: bool = True) -> torch.Tensor:
+    load = tulle.load if packed else AutoModelForCausalLM.from_pretrained
+    return load(folder, dtype=torch.float32)(TOKENS).logits
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_folds_leave_the_function(folders: dict[str, Path], family: str, tmp_path: Path) -> None:
+    """Or they are refused by name."""
+    dense = logits(folders[family], packed=False)
+    for name, steps in FOLDS.items():
+        try:
+            run(folders[family], tmp_path / name, steps)
+        except UserError as error:
+            assert "rotat" in str(error) and refused(name, family), error
+            continue
+        assert not refused(name, family)
+        found = logits(tmp_path / name)
+        assert float((found - dense).abs().max() / dense.abs().max()) <= 2e-5, name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("family", DENSE)
+def test_compressed(folders: dict[str, Path], family: str, recipe: str, tmp_path: Path) -> None:
+    """Every linear of every block is in codes; the loaded model is transformers' dense one with the weights of the
+    codes, or, with rounded inputs, near it."""
+    dense = logits(folders[family], packed=False)
+    steps = RECIPES[recipe]
+    if recipe == "w4a4-quarot" and (family in ROTATION or family == "bitnet"):
+        with pytest.raises(UserError, match="rotat"):
+            run(folders[family], tmp_path / "out", steps)
+        return
+    report = run(folders[family], tmp_path / "out", steps)
+    found = logits(tmp_path / "out")
+    assert all(linear["bits"] in (4, 8) for linear in report["linears"])
+    if "activations" in str(steps):
+        assert float((found - dense).norm() / dense.norm()) < {"w8a8-smoothquant": 0.2, "w4a4-quarot": 1.2}[recipe]
+        return
+    plain = AutoModelForCausalLM.from_pretrained(folders[family], dtype=torch.float32)
+    packed = 0
+    for name, module in tulle.load(tmp_path / "out", dtype=torch.float32).named_modules():
+        if hasattr(module, "dequantise"):
+            plain.get_submodule(name).weight.data.copy_(module.dequantise())
+            packed += 1
+    assert packed == len(report["linears"])
+    torch.testing.assert_close(found, plain(TOKENS).logits, atol=1e-4, rtol=1e-4)
