@@ -15,6 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from random_decoders import FAMILIES, ROTARY, plain_model, random_config, reference_model
+from random_families import DENSE
 from tulle.errors import UserError
 from tulle.models.config_keys import HARMLESS, HARMLESS_WHEN
 from tulle.models.description import Attention, Rotary, describe, families
@@ -459,10 +460,10 @@ def test_groups_roles_and_names() -> None:
     assert decoder.roles == ("qkv", "o", "gate_up", "down")
     assert layer.prefix == "model.layers.3."
     assert layer.group("qkv").names == ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    assert layer.group("qkv").norm == "input_layernorm"
-    assert layer.group("o").producers == ("self_attn.v_proj",)
+    assert layer.group("qkv").norm == layer.mixer_norm and layer.mixer_norm.name == "input_layernorm"
+    assert [p.name for p in layer.group("o").producers] == ["self_attn.v_proj"]
     assert layer.group("o").inputs == 16 * 128
-    assert layer.group("down").residual == "post_attention_layernorm"
+    assert [group.adds for group in layer.groups] == [False, True, False, True]
     assert decoder.linear_names(3)[0] == "model.layers.3.self_attn.q_proj"
     assert len(decoder.linear_names(3)) == 7
     assert decoder.role_of("model.layers.27.mlp.up_proj") == decoder.role_of("mlp.up_proj") == "gate_up"
@@ -474,7 +475,7 @@ def test_groups_roles_and_names() -> None:
 
 
 def test_every_family_has_a_file_and_every_file_a_family() -> None:
-    assert families() == sorted(FAMILIES)
+    assert families() == sorted(FAMILIES + DENSE)
 
 
 def test_the_description_needs_no_torch() -> None:

@@ -40,7 +40,6 @@ ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "relu": "relu",
     "relu2": "relu2",
-    "xielu": "xielu",
 }
 """``hidden_act`` of a config → the function's one name here. Several spellings of transformers are one function."""
 

@@ -35,7 +35,7 @@ def describe(config: Mapping[str, Any]) -> Decoder:
     attention = Attention(
         heads, kv_heads, head_dim, q_norm=Norm("self_attn.q_norm", eps), k_norm=Norm("self_attn.k_norm", eps)
     )
-    activation = keys.choice("hidden_act", "xielu", ACTIVATIONS)
+    activation = keys.choice("hidden_act", "xielu", {**ACTIVATIONS, "xielu": "xielu"})
     return build_decoder(
         keys,
         hidden=hidden,

@@ -17,7 +17,8 @@ def describe(config: Mapping[str, Any]) -> Decoder:
     keys = ConfigKeys(config)
     hidden, heads = keys.size("hidden_size", 2560), keys.size("num_attention_heads", 20)
     kv_heads = keys.size("num_key_value_heads", 5, null=heads)
-    head_dim = keys.size("head_dim", None, null=hidden // heads)
+    head_dim = hidden // heads
+    keys.only("head_dim", head_dim)  # the norm before o is as wide as the stream
     context, eps = keys.size("max_position_embeddings", 2048), keys.number("rms_norm_eps", 1e-5)
     bias = keys.flag("attention_bias", False)
     attention = Attention(heads, kv_heads, head_dim, output_norm=Norm("self_attn.attn_sub_norm", eps))

@@ -10,26 +10,32 @@ from tulle.models.config_keys import ConfigKeys
 from tulle.models.description import Attention, Decoder, Norm
 from tulle.models.families._parts import Norms, build_decoder, gated, layer_types, read_rotary
 
+NOTES = {
+    "order_of_interleaved_layers": ("local_attn_first",),
+    "position_embedding_type": ("rope_gptj",),
+    "rotary_pct": (1, 1.0),
+    "use_embedding_sharing": (True,),
+    "use_gated_activation": (True,),
+    "use_parallel_block": (True,),
+    "use_parallel_embedding": (True,),
+    "use_qk_norm": (False,),
+}
+"""Keys that describe what the family is, with the values that say so; transformers does not read them."""
+
 
 def describe(config: Mapping[str, Any]) -> Decoder:
     keys = ConfigKeys(config)
     hidden, heads = keys.size("hidden_size", 8192), keys.size("num_attention_heads", 64)
     kv_heads = keys.size("num_key_value_heads", None, null=heads)
-    head_dim = hidden // heads
-    keys.only("head_dim", head_dim)
+    head_dim = keys.size("head_dim", None, null=hidden // heads)
     context, layers = keys.size("max_position_embeddings", 8192), keys.size("num_hidden_layers", 40)
     eps, bias = keys.number("layer_norm_eps", 1e-5), keys.flag("attention_bias", False)
     window, pattern = keys.size_or_none("sliding_window", 4096), keys.size("sliding_window_pattern", 4)
     kinds = layer_types(
         keys, layers, [("sliding" if (i + 1) % pattern else "full") + "_attention" for i in range(layers)]
     )
-    for key, value in (("use_embedding_sharing", True), ("use_parallel_block", True), ("use_parallel_embedding", True)):
-        keys.only(key, value)
-    for key in ("rotary_pct", "position_embedding_type", "order_of_interleaved_layers", "use_gated_activation"):
-        keys.only(key, *{"rotary_pct": (1.0, 1), "position_embedding_type": ("rope_gptj",),
-                         "order_of_interleaved_layers": ("local_attn_first",),
-                         "use_gated_activation": (True,)}[key])  # fmt: skip
-    keys.only("use_qk_norm", False)
+    for key, values in NOTES.items():
+        keys.only(key, *values)
     keys.only("layer_switch", pattern)
     return build_decoder(
         keys,

@@ -32,6 +32,7 @@ def describe(config: Mapping[str, Any]) -> Decoder:
         k_norm=Norm("self_attn.k_norm", eps, offset=1.0),
         scale=keys.number("query_pre_attn_scalar", 256) ** -0.5,
     )
+    keys.raw("_sliding_window_pattern")  # what transformers writes beside layer_types, and does not read
     # transformers' class takes the key and leaves it without effect.
     keys.only("attn_logit_softcapping", None)
     return gemma_decoder(

@@ -15,6 +15,7 @@ def describe(config: Mapping[str, Any]) -> Decoder:
     keys = ConfigKeys(config)
     hidden, heads = keys.size("hidden_size", 2560), keys.size("num_attention_heads", 32)
     head_dim = hidden // heads
+    keys.only("head_dim", head_dim)
     keys.only("qk_layernorm", False)  # a norm of its own for every head, which is not written yet
     context, eps = keys.size("max_position_embeddings", 4096), keys.number("layer_norm_eps", 1e-5)
     parallel = keys.flag("use_parallel_residual", False)
