@@ -5,6 +5,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <optional>
@@ -131,13 +132,33 @@ tulle::Table table(nb::handle from, std::size_t count, Kept& kept) {
   return t;
 }
 
+// A Norm of n channels, or None.
+tulle::Norm norm(nb::handle from, std::size_t n, Kept& kept) {
+  tulle::Norm found;
+  if (from.is_none()) return found;
+  found.gain = array_of<float>(from, "gain", n, kept);
+  found.bias = array_of<float>(from, "bias", n, kept);
+  found.eps = get<float>(from, "eps");
+  found.centred = get<bool>(from, "centred");
+  return found;
+}
+
 tulle::Layer layer(nb::handle from, const tulle::Model& m, Kept& kept) {
   tulle::Layer l;
-  l.input_norm = array_of<float>(from, "input_norm", m.hidden, kept);
-  l.post_norm = array_of<float>(from, "post_norm", m.hidden, kept);
-  l.query_norm = array_of<float>(from, "query_norm", m.head_dim, kept);
-  l.key_norm = array_of<float>(from, "key_norm", m.head_dim, kept);
+  const std::size_t q = m.heads * m.head_dim, kv = m.kv_heads * m.head_dim;
+  l.input_norm = norm(field(from, "input_norm"), m.hidden, kept);
+  l.post_norm = norm(field(from, "post_norm"), m.hidden, kept);
+  l.attention_after = norm(field(from, "attention_after"), m.hidden, kept);
+  l.feed_forward_after = norm(field(from, "feed_forward_after"), m.hidden, kept);
+  l.query_norm = norm(field(from, "query_norm"), m.norm_all_heads ? q : m.head_dim, kept);
+  l.key_norm = norm(field(from, "key_norm"), m.norm_all_heads ? kv : m.head_dim, kept);
+  l.output_norm = norm(field(from, "output_norm"), q, kept);
+  l.inner_norm = norm(field(from, "inner_norm"), m.intermediate, kept);
   l.window = get<std::size_t>(from, "window");
+  l.rotary = get<int>(from, "rotary");
+  const auto numbers = get<std::vector<float>>(from, "activation");
+  if (numbers.size() > 4) throw std::invalid_argument("numbers of an activation: expected at most 4");
+  std::copy(numbers.begin(), numbers.end(), l.activation);
   l.qkv = group(field(from, "qkv"), kept);
   l.o = group(field(from, "o"), kept);
   l.gate_up = group(field(from, "gate_up"), kept);
@@ -153,11 +174,23 @@ tulle::Model model(nb::handle from, Kept& kept) {
   m.kv_heads = size(from, "kv_heads");
   m.head_dim = size(from, "head_dim");
   m.vocabulary = size(from, "vocabulary");
-  m.eps = get<float>(from, "eps");
-  static const char* gates[] = {"silu", "relu", "relu2", "gelu_tanh"};
+  static const char* gates[] = {"silu", "relu", "relu2", "gelu_tanh", "xielu"};
   m.gate = one_of<tulle::Gate>(gates, "gate", get<std::string>(from, "gate"));
-  m.inverse_frequencies = get<std::vector<float>>(from, "inverse_frequencies");
-  m.rope_scale = get<float>(from, "rope_scale");
+  m.gated = get<bool>(from, "gated");
+  m.parallel = get<bool>(from, "parallel");
+  m.residual_scale = get<float>(from, "residual_scale");
+  m.embedding_scale = get<float>(from, "embedding_scale");
+  m.logit_scale = get<float>(from, "logit_scale");
+  m.logit_cap = get<float>(from, "logit_cap");
+  m.attention_scale = get<float>(from, "attention_scale");
+  m.attention_cap = get<float>(from, "attention_cap");
+  m.norm_all_heads = get<bool>(from, "norm_all_heads");
+  m.norm_after_rotary = get<bool>(from, "norm_after_rotary");
+  m.position_beta = get<float>(from, "position_beta");
+  m.position_length = get<std::int32_t>(from, "position_length");
+  for (nb::handle t : get<nb::list>(from, "rotary")) {
+    m.rotary.push_back({get<std::vector<float>>(t, "frequencies"), get<float>(t, "scale"), get<bool>(t, "interleaved")});
+  }
   m.query = grid(field(from, "query"));
   m.key = grid(field(from, "key"));
   m.value = grid(field(from, "value"));
@@ -167,7 +200,7 @@ tulle::Model model(nb::handle from, Kept& kept) {
   m.embedding = table(field(from, "embedding"), elements, kept);
   const nb::object exact = field(from, "exact_head");
   if (!exact.is_none()) m.exact_head = table(exact, elements, kept);
-  m.norm = array_of<float>(from, "norm", m.hidden, kept);
+  m.norm = norm(field(from, "norm"), m.hidden, kept);
   m.head = group(field(from, "head"), kept);
   for (nb::handle l : get<nb::list>(from, "layers")) m.layers.push_back(layer(l, m, kept));
   return m;

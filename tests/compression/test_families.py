@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tulle
-from checkpoints import write_tokenizer
-from random_decoders import reference_model
-from random_families import DENSE, family_config
+from family_folders import write_family
+from random_families import DENSE
 from tulle.compression.job import compress
 from tulle.errors import UserError
 from tulle.text.reading import Text
@@ -44,15 +42,7 @@ ROTATION |= {"starcoder2"}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found = {}
-    for family in DENSE:
-        folder = found[family] = tmp_path_factory.mktemp(family)
-        config = family_config(family, 1) | {"vocab_size": 257, "max_position_embeddings": 64}
-        model = reference_model(config, 1)
-        model.save_pretrained(folder)
-        (folder / "config.json").write_text(json.dumps(config | {"architectures": [type(model).__name__]}))
-        write_tokenizer(folder)
-    return found
+    return {family: write_family(tmp_path_factory.mktemp("families") / family, family, 1) for family in DENSE}
 
 
 def refused(fold: str, family: str) -> bool:

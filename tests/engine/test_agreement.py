@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 import tulle
 import tulle.hf  # noqa: F401 (registers the packed format)
 from checkpoints import VOCABULARY, write_checkpoint
+from random_decoders import FAMILIES
 from tiny_models import write_model
 from tulle.engine import Engine
-from tulle.models.description import families
 
 SCHEMES: dict[str, dict[str, dict[str, Any]]] = {
     "dense": {},
@@ -68,7 +68,7 @@ def test_stored_schemes(name: str, tmp_path: Path) -> None:
 
 
 ARCHITECTURES = [
-    *((model_type, extra) for model_type in families() for extra in ({}, {"tie_word_embeddings": True})),
+    *((model_type, extra) for model_type in FAMILIES for extra in ({}, {"tie_word_embeddings": True})),
     ("llama", {"attention_bias": True, "mlp_bias": True}),
     ("qwen3", {"attention_bias": True}),
     ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}}),

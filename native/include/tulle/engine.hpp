@@ -1,4 +1,4 @@
-// A decoder of the Llama family on the engine's linears: tokens in, logits out, keys and values kept.
+// A decoder on the engine's linears: tokens in, logits out, keys and values kept.
 #pragma once
 
 #include <cstddef>
@@ -47,11 +47,34 @@ struct Group {
   std::vector<Linear> linears;
 };
 
+// y = x / √(mean x² + eps) · gain + bias, the mean of x taken off before where it is `centred`.
+struct Norm {
+  const float *gain = nullptr, *bias = nullptr;
+  float eps = 0;
+  bool centred = false;
+
+  bool present() const { return gain != nullptr; }
+  // y may be x.
+  void run(const OpsKernels& ops, const float* x, std::size_t n, float* y) const;
+};
+
 struct Layer {
-  const float *input_norm = nullptr, *post_norm = nullptr;   // [hidden]
-  const float *query_norm = nullptr, *key_norm = nullptr;    // [head_dim] or null
+  // Before attention and feed-forward, and on their outputs; any of them may be missing.
+  Norm input_norm, post_norm, attention_after, feed_forward_after;  // [hidden]
+  Norm query_norm, key_norm;  // [head_dim], or of all heads at once
+  Norm output_norm;           // of what o reads, [heads · head_dim]
+  Norm inner_norm;            // of what down reads, [intermediate]
   Group qkv, o, gate_up, down;
   std::size_t window = 0;  // tokens that attention reaches back, itself included; 0: all
+  int rotary = 0;          // number of a table of the model; −1: queries and keys know no position
+  float activation[4] = {};  // numbers of Gate::xielu
+};
+
+// Frequencies of rotary position embeddings, of the first 2 · size channels of a head.
+struct Rotary {
+  std::vector<float> frequencies;
+  float scale = 1;           // of cosines and sines
+  bool interleaved = false;  // channels 2i and 2i + 1 are rotated together, not i and i + size
 };
 
 // Embedding or head row by row, [vocabulary][hidden]: numbers, or the codes of a linear in dense tiles.
@@ -67,15 +90,24 @@ struct Table {
 
 struct Model {
   std::size_t hidden = 0, intermediate = 0, heads = 0, kv_heads = 0, head_dim = 0, vocabulary = 0;
-  float eps = 0;
   Gate gate = Gate::silu;
-  std::vector<float> inverse_frequencies;  // [head_dim / 2]
-  float rope_scale = 1;                    // of cosines and sines
+  bool gated = true;           // a feed-forward of down(act(gate) · up), not of down(act(up))
+  bool parallel = false;       // attention and feed-forward read the same stream
+  float residual_scale = 1;    // of what is added to the stream
+  float embedding_scale = 1, logit_scale = 1;
+  float logit_cap = 0;         // c of logits c · tanh(l / c); 0: none
+  float attention_scale = 0;   // of q·k
+  float attention_cap = 0;     // likewise
+  bool norm_all_heads = false, norm_after_rotary = false;  // of queries and keys
+  // A query at position p is multiplied by 1 + beta · ln(1 + ⌊p / length⌋); length 0: by 1.
+  float position_beta = 0;
+  std::int32_t position_length = 0;
+  std::vector<Rotary> rotary;
   Grid query{0, true, 1}, key{0, true, 1}, value{0, true, 1};
   Transform head_rotation;  // channels 0: none
   Table embedding;
   std::vector<Layer> layers;
-  const float* norm = nullptr;
+  Norm norm;
   Group head;
   // The head as it was stored, where `head` is a rougher copy; or not present.
   Table exact_head;

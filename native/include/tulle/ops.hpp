@@ -14,7 +14,7 @@ constexpr std::size_t kKeyBlock = 16;
 constexpr std::size_t kQueries = 4;
 
 enum class CacheKind : std::uint8_t { f32, bf16, u8, u4 };
-enum class Gate : std::uint8_t { silu, relu, relu2, gelu_tanh };
+enum class Gate : std::uint8_t { silu, relu, relu2, gelu_tanh, xielu };
 
 // One layer's keys and values of one KV head, in pages of which a sequence has some.
 //
@@ -55,8 +55,8 @@ struct OpsKernels {
   void (*add)(float* x, const float* y, std::size_t n);
   // y[i] = x[i] · s[i]
   void (*scale)(const float* x, const float* s, std::size_t n, float* y);
-  // out = act(gate) · up
-  void (*gate)(Gate kind, const float* gate, const float* up, std::size_t n, float* out);
+  // out = act(gate) · up. xielu's numbers: α_p, α_n, β, ε; others have none.
+  void (*gate)(Gate kind, const float* numbers, const float* gate, const float* up, std::size_t n, float* out);
   GridRange (*range)(const float* x, std::size_t n, Grid grid);
   // clip(round(x / step)); with a low plane: whole = 256 · high + low.
   void (*quantise)(const float* x, std::size_t n, GridRange range, std::int8_t* high, std::int8_t* low);
@@ -65,6 +65,12 @@ struct OpsKernels {
   std::int32_t (*sum)(const std::int8_t* x, std::size_t n);
   // Rotates pairs (x[i], x[i + n/2]) by angles with the given cosines and sines [n/2].
   void (*rope)(float* x, const float* cosine, const float* sine, std::size_t n);
+  // The same of pairs (x[2i], x[2i + 1]).
+  void (*rope_interleaved)(float* x, const float* cosine, const float* sine, std::size_t n);
+  // y = x − mean of x
+  void (*centre)(const float* x, std::size_t n, float* y);
+  // x ← cap · tanh(x / cap)
+  void (*soft_cap)(float* x, std::size_t n, float cap);
   // y [columns] += x [rows] · m [rows][columns]
   void (*vector_matrix)(const float* x, const float* m, std::size_t rows, std::size_t columns, float* y);
   // Σ x·w for w of bfloat16 bits, and of floats.
@@ -76,9 +82,9 @@ struct OpsKernels {
   void (*append_to_cache)(const CacheView& cache, std::size_t position, const float* key, const float* value,
                    GridRange key_range, GridRange value_range);
   // out[r][head_dim] for up to kQueries rows: row r attends to positions [begin[r], end[r]). `scores`: kQueries times
-  // the greatest end, rounded up to kKeyBlock.
+  // the greatest end, rounded up to kKeyBlock. cap 0: none; otherwise scores s become cap · tanh(s / cap).
   void (*attend)(const CacheView& cache, std::size_t rows, const float* const* queries, const std::size_t* begin,
-                 const std::size_t* end, float scale, float* const* out, float* scores);
+                 const std::size_t* end, float scale, float cap, float* const* out, float* scores);
   // y[i] = x[i] · s
   void (*scaled)(const float* x, float s, std::size_t n, float* y);
   // The threshold of the `keep` largest of size [n], all >= 0: exactly so many, or more where equal numbers force it.

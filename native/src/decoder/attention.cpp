@@ -5,8 +5,10 @@
 
 namespace tulle {
 
-Attention::Attention(std::size_t heads, std::size_t kv_heads, std::size_t head_dim, std::size_t batch)
-    : shared_(heads / kv_heads), head_dim_(head_dim) {
+Attention::Attention(std::size_t heads, std::size_t kv_heads, std::size_t head_dim, std::size_t batch, float scale,
+                     float cap)
+    : shared_(heads / kv_heads), head_dim_(head_dim),
+      scale_(scale != 0 ? scale : 1.0f / std::sqrt(static_cast<float>(head_dim))), cap_(cap) {
   blocks_.reserve(batch * shared_);
 }
 
@@ -36,7 +38,7 @@ void Attention::run(const OpsKernels& ops, const CacheView& cache, std::size_t k
     end[r] = static_cast<std::size_t>(positions[t]) + 1;
     begin[r] = window != 0 && end[r] > window ? end[r] - window : 0;
   }
-  ops.attend(cache, block.count, from, begin, end, 1.0f / std::sqrt(static_cast<float>(head_dim_)), to, scores);
+  ops.attend(cache, block.count, from, begin, end, scale_, cap_, to, scores);
 }
 
 }  // namespace tulle

@@ -23,7 +23,9 @@ struct Vectors {
 
 class Attention {
  public:
-  Attention(std::size_t heads, std::size_t kv_heads, std::size_t head_dim, std::size_t batch);
+  // scale 0: 1 / √head_dim. cap: of scores, 0 for none.
+  Attention(std::size_t heads, std::size_t kv_heads, std::size_t head_dim, std::size_t batch, float scale = 0,
+            float cap = 0);
 
   // Groups the query rows of n tokens. Consecutive tokens of one slot share blocks.
   void group(const std::int32_t* slots, std::size_t n);
@@ -32,7 +34,7 @@ class Attention {
     return static_cast<std::size_t>(slots[block.first / shared_]);
   }
 
-  // softmax(q·Kᵀ / √head_dim)·V of a block and KV head: queries and outputs [token][heads][head_dim]. A token at
+  // softmax(scale · q·Kᵀ)·V of a block and KV head: queries and outputs [token][heads][head_dim]. A token at
   // position p sees [p − window + 1, p], or [0, p] where window is 0. `scores`: kQueries · context floats.
   void run(const OpsKernels& ops, const CacheView& cache, std::size_t kv_head, const QueryBlock& block,
            const std::int32_t* positions, std::size_t window, const Vectors& queries, const Vectors& outputs,
@@ -40,6 +42,7 @@ class Attention {
 
  private:
   std::size_t shared_, head_dim_;  // shared: queries per KV head
+  float scale_, cap_;
   std::vector<QueryBlock> blocks_;
 };
 

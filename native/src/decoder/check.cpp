@@ -56,10 +56,13 @@ void check(const Transform& t) {
 
 void check(const Model& m) {
   require(m.hidden > 0 && m.heads > 0 && m.kv_heads > 0 && m.vocabulary > 0, "sizes of the model", 1, 0);
-  require(m.head_dim > 0 && m.head_dim % 2 == 0, "an even head_dim", 2, m.head_dim);
+  require(m.head_dim > 0, "head_dim", 1, m.head_dim);
   require_equal("query heads left over by KV heads", 0, m.heads % m.kv_heads);
-  require_equal("frequencies", m.head_dim / 2, m.inverse_frequencies.size());
-  require(m.embedding.present() && m.norm != nullptr, "embedding and norm", 1, 0);
+  for (const Rotary& table : m.rotary) {
+    require(2 * table.frequencies.size() <= m.head_dim, "frequencies, at most half of", m.head_dim,
+            table.frequencies.size());
+  }
+  require(m.embedding.present() && m.norm.present(), "embedding and norm", 1, 0);
   const auto even_scales = [](std::size_t inputs, const LinearView& w) {
     require_equal("inputs left over by scales", 0, inputs % w.scales_per_row());
     const std::size_t real = inputs / w.scales_per_row(), room = w.segment * w.segments_per_scale;
@@ -94,10 +97,12 @@ void check(const Model& m) {
   };
   const std::size_t q = m.heads * m.head_dim, kv = m.kv_heads * m.head_dim;
   for (const Layer& layer : m.layers) {
-    require(layer.input_norm != nullptr && layer.post_norm != nullptr, "norms of a layer", 2, 0);
+    require(layer.rotary >= -1 && layer.rotary < static_cast<int>(m.rotary.size()), "rotary tables, fewer than",
+            m.rotary.size(), static_cast<std::size_t>(layer.rotary));
     fits(layer.qkv, m.hidden, {q, kv, kv});
     fits(layer.o, q, {m.hidden});
-    fits(layer.gate_up, m.hidden, {m.intermediate, m.intermediate});
+    if (m.gated) fits(layer.gate_up, m.hidden, {m.intermediate, m.intermediate});
+    else fits(layer.gate_up, m.hidden, {m.intermediate});
     fits(layer.down, m.intermediate, {m.hidden});
   }
   fits(m.head, m.hidden, {m.vocabulary});

@@ -3,6 +3,7 @@
 //
 //   residual stream ─ norm ─ qkv ─ rotary, append to the cache, attend ─ o ─(+)─ norm ─ gate, up ─ act ─ down ─(+)─ …
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "cpu/team.hpp"
@@ -10,6 +11,15 @@
 #include "decoder/top_logits.hpp"
 
 namespace tulle {
+
+void Norm::run(const OpsKernels& ops, const float* x, std::size_t n, float* y) const {
+  if (centred) {
+    ops.centre(x, n, y);
+    x = y;
+  }
+  ops.rms_norm(x, gain, n, eps, y);
+  if (bias != nullptr) ops.add(y, bias, n);
+}
 
 std::size_t Pass::bound(std::size_t size, std::size_t part) const {
   return part == team ? size : std::min(size, round_up(size * part / team, 16));
@@ -43,8 +53,11 @@ void Engine::State::forward(const PassInput& input, float* logits, float* embedd
       pass.last = n * (thread + 1) / team;
     }
     for (std::size_t t = pass.first; t < pass.last; ++t) {
-      model.embedding.copy_row(static_cast<std::size_t>(pass.tokens[t]), model.hidden, pass.hidden + t * model.hidden);
-      if (!one || thread == 0) rotary.set(t, pass.positions[t]);  // known to all when the first products are
+      float* const x = pass.hidden + t * model.hidden;
+      model.embedding.copy_row(static_cast<std::size_t>(pass.tokens[t]), model.hidden, x);
+      if (model.embedding_scale != 1) ops.scaled(x, model.embedding_scale, model.hidden, x);
+      if (one && thread != 0) continue;
+      for (RotaryTables& table : rotary) table.set(t, pass.positions[t]);  // known to all when the first products are
     }
     for (std::size_t index = 0; index < model.layers.size(); ++index) layer(pass, index);
     if (pass.wanted > 0) head(pass, logits, embeddings);
@@ -56,23 +69,44 @@ void Engine::State::layer(const Pass& pass, std::size_t index) {
   LayerPlans& plan = plans[index];
   const std::size_t d = model.hidden, n = pass.n;
   float* const normed = vector(pass, 0);
+  // What a group reads of the stream.
+  const auto read = [&](const Norm& norm, std::size_t t) -> const float* {
+    const float* const x = pass.hidden + t * d;
+    if (!norm.present()) return x;
+    norm.run(ops, x, d, normed);
+    return normed;
+  };
   for (std::size_t t = pass.first; t < pass.last; ++t) {
-    if (index > 0) add_to_residual(pass, model.layers[index - 1].down, plans[index - 1].down, t);
-    ops.rms_norm(pass.hidden + t * d, l.input_norm, d, model.eps, normed);
-    quantise_inputs(pass, l.qkv, plan.qkv, normed, t);
+    if (index > 0) {
+      const Layer& before = model.layers[index - 1];
+      add_to_residual(pass, before.down, plans[index - 1].down, before.feed_forward_after, t);
+    }
+    quantise_inputs(pass, l.qkv, plan.qkv, read(l.input_norm, t), t);
   }
   pass.publish();
   multiply(pass, l.qkv, plan.qkv, partial_sums.wide, n, wide.data());
   attend(pass, index);
   for (std::size_t t = pass.first; t < pass.last; ++t) {
-    quantise_inputs(pass, l.o, plan.o, attended.data() + t * model.heads * model.head_dim, t);
+    const std::size_t width = model.heads * model.head_dim;
+    const float* x = attended.data() + t * width;
+    if (l.output_norm.present()) {
+      l.output_norm.run(ops, x, width, normed);
+      x = normed;
+    }
+    quantise_inputs(pass, l.o, plan.o, x, t);
   }
   pass.publish();
   multiply(pass, l.o, plan.o, partial_sums.back, n, back.data());
   for (std::size_t t = pass.first; t < pass.last; ++t) {
-    add_to_residual(pass, l.o, plan.o, t);
-    ops.rms_norm(pass.hidden + t * d, l.post_norm, d, model.eps, normed);
-    quantise_inputs(pass, l.gate_up, plan.gate_up, normed, t);
+    if (model.parallel) {
+      // Before the stream changes; a norm of its own, or attention's.
+      read(l.post_norm.present() ? l.post_norm : l.input_norm, t);
+      add_to_residual(pass, l.o, plan.o, l.attention_after, t);
+      quantise_inputs(pass, l.gate_up, plan.gate_up, normed, t);
+      continue;
+    }
+    add_to_residual(pass, l.o, plan.o, l.attention_after, t);
+    quantise_inputs(pass, l.gate_up, plan.gate_up, read(l.post_norm, t), t);
   }
   pass.publish();
   multiply(pass, l.gate_up, plan.gate_up, partial_sums.wide, n, wide.data());
@@ -81,10 +115,18 @@ void Engine::State::layer(const Pass& pass, std::size_t index) {
 }
 
 // What o or down gave of token t, added to the residual stream.
-void Engine::State::add_to_residual(const Pass& pass, const Group& group, const Plan& plan, std::size_t t) {
+void Engine::State::add_to_residual(const Pass& pass, const Group& group, const Plan& plan, const Norm& after,
+                                    std::size_t t) {
   float* const spare = of_thread[pass.thread].outputs.data();
-  const float* const y =
-      reduce(pass, group, plan, partial_sums.back, pass.n, back.data(), t, 0, model.hidden, spare);
+  const float* y = reduce(pass, group, plan, partial_sums.back, pass.n, back.data(), t, 0, model.hidden, spare);
+  if (after.present()) {
+    after.run(ops, y, model.hidden, spare);
+    y = spare;
+  }
+  if (model.residual_scale != 1) {
+    ops.scaled(y, model.residual_scale, model.hidden, spare);
+    y = spare;
+  }
   ops.add(pass.hidden + t * model.hidden, y, model.hidden);
 }
 
@@ -95,6 +137,7 @@ void Engine::State::attend(const Pass& pass, std::size_t index) {
   const std::size_t blocks = attention.blocks().size();
   const Vectors queries{wide.data(), plans[index].qkv.outputs}, outputs{attended.data(), q};
   float* const scores = of_thread[pass.thread].scores.data();
+  if (model.norm_all_heads) normalise_heads(pass, index);
   const auto run = [&](std::size_t kv_head, const QueryBlock& block) {
     const CacheView pages = view(pass, index, kv_head, attention.slot_of(block, pass.slots));
     attention.run(ops, pages, kv_head, block, pass.positions, l.window, queries, outputs, scores);
@@ -120,6 +163,20 @@ void Engine::State::attend(const Pass& pass, std::size_t index) {
   wait();
 }
 
+// Norms of queries and keys over all heads at once. Of one token one thread does it.
+void Engine::State::normalise_heads(const Pass& pass, std::size_t index) {
+  const Layer& l = model.layers[index];
+  const Plan& plan = plans[index].qkv;
+  const std::size_t q = model.heads * model.head_dim, kv = model.kv_heads * model.head_dim;
+  for (std::size_t t = pass.first; t < pass.last && (!pass.replicated || pass.thread == 0); ++t) {
+    float* const row = wide.data() + t * plan.outputs;
+    reduce(pass, l.qkv, plan, partial_sums.wide, pass.n, wide.data(), t, 0, plan.outputs, row);
+    l.query_norm.run(ops, row, q, row);
+    l.key_norm.run(ops, row + q, kv, row + q);
+  }
+  wait();
+}
+
 // Head number `head` of token t, query heads first, then KV heads: a query gets its position, a key and a value are
 // appended to the cache.
 void Engine::State::append_head(const Pass& pass, std::size_t index, std::size_t head, std::size_t t) {
@@ -128,18 +185,24 @@ void Engine::State::append_head(const Pass& pass, std::size_t index, std::size_t
   const std::size_t d = model.head_dim, q = model.heads * d, kv = model.kv_heads * d;
   float* const row = wide.data() + t * plan.outputs;
   const auto of = [&](std::size_t first) {
-    reduce(pass, l.qkv, plan, partial_sums.wide, pass.n, wide.data(), t, first, first + d, row + first);
+    if (!model.norm_all_heads) reduce(pass, l.qkv, plan, partial_sums.wide, pass.n, wide.data(), t, first, first + d, row + first);
     return row + first;
   };
   if (head < model.heads) {
     float* const query = of(head * d);
-    finish_head(pass, query, l.query_norm, t);
+    finish_head(l, query, l.query_norm, t);
+    if (model.position_length > 0) {
+      const std::int32_t steps = pass.positions[t] / model.position_length;
+      ops.scaled(query, 1.0f + model.position_beta * std::log(1.0f + static_cast<float>(steps)), d, query);
+    }
+    if (model.head_rotation.channels) rotate_head(pass, query);
     if (model.query.bits > 0) ops.fake_quantise(query, d, ops.range(query, d, model.query));
     return;
   }
   head -= model.heads;
   float *const key = of(q + head * d), *const value = of(q + kv + head * d);
-  finish_head(pass, key, l.key_norm, t);
+  finish_head(l, key, l.key_norm, t);
+  if (model.head_rotation.channels) rotate_head(pass, key);
   cache.append(ops, view(pass, index, head, static_cast<std::size_t>(pass.slots[t])),
                static_cast<std::size_t>(pass.positions[t]), key, value, model.key, model.value);
 }
@@ -149,16 +212,19 @@ CacheView Engine::State::view(const Pass& pass, std::size_t layer, std::size_t k
   return cache.view(layer, kv_head, pass.tables + slot * table_width);
 }
 
-// Norm, position and rotation of one query or key head.
-void Engine::State::finish_head(const Pass& pass, float* x, const float* gain, std::size_t t) {
-  const std::size_t d = model.head_dim;
-  if (gain != nullptr) ops.rms_norm(x, gain, d, model.eps, x);
-  rotary.rotate(ops, t, x);
-  if (model.head_rotation.channels) {
-    float* const rotated = vector(pass, 0);
-    model.head_rotation.run(ops, x, rotated, vector(pass, 1));
-    std::memcpy(x, rotated, d * sizeof(float));
-  }
+// Norm and position of one query or key head.
+void Engine::State::finish_head(const Layer& layer, float* x, const Norm& norm, std::size_t t) const {
+  const bool own = norm.present() && !model.norm_all_heads;
+  if (own && !model.norm_after_rotary) norm.run(ops, x, model.head_dim, x);
+  if (layer.rotary >= 0) rotary[static_cast<std::size_t>(layer.rotary)].rotate(ops, t, x);
+  if (own && model.norm_after_rotary) norm.run(ops, x, model.head_dim, x);
+}
+
+// The quantisers' rotation of one query or key head.
+void Engine::State::rotate_head(const Pass& pass, float* x) const {
+  float* const rotated = vector(pass, 0);
+  model.head_rotation.run(ops, x, rotated, vector(pass, 1));
+  std::memcpy(x, rotated, model.head_dim * sizeof(float));
 }
 
 // From gate and up in `wide` to the inputs of down. Of one token, each thread computes a part of the channels.
@@ -176,11 +242,17 @@ void Engine::State::feed_forward(const Pass& pass, std::size_t index) {
   for (std::size_t t = pass.first; t < pass.last; ++t) {
     if (first < last) {
       const float* const gate = outputs(t, first, last, spare);
-      const float* const up = outputs(t, width + first, width + last, spare + width);
-      ops.gate(model.gate, gate, up, last - first, product + first);
+      const float* const up =
+          model.gated ? outputs(t, width + first, width + last, spare + width) : ones.data() + first;
+      ops.gate(model.gate, l.activation, gate, up, last - first, product + first);
     }
     if (pass.replicated) wait();
-    quantise_inputs(pass, l.down, plan.down, product, t);
+    const float* inner = product;
+    if (l.inner_norm.present()) {
+      l.inner_norm.run(ops, product, width, vector(pass, 1));
+      inner = vector(pass, 1);
+    }
+    quantise_inputs(pass, l.down, plan.down, inner, t);
   }
   pass.publish();
 }
@@ -194,8 +266,11 @@ void Engine::State::head(const Pass& pass, float* logits, float* embeddings) {
   const auto normed = [&](std::size_t row) { return pass.replicated ? vector(pass, 0) : back.data() + row * d; };
   for (std::size_t i = begin; i < wanted; i += step) {
     const std::size_t row = static_cast<std::size_t>(rows[i]);
-    if (!model.layers.empty()) add_to_residual(pass, model.layers.back().down, plans.back().down, row);
-    ops.rms_norm(pass.hidden + row * d, model.norm, d, model.eps, normed(row));
+    if (!model.layers.empty()) {
+      const Layer& last = model.layers.back();
+      add_to_residual(pass, last.down, plans.back().down, last.feed_forward_after, row);
+    }
+    model.norm.run(ops, pass.hidden + row * d, d, normed(row));
     if (embeddings != nullptr && (!pass.replicated || pass.thread == 0)) {
       std::memcpy(embeddings + i * d, normed(row), d * sizeof(float));
     }
@@ -210,7 +285,14 @@ void Engine::State::head(const Pass& pass, float* logits, float* embeddings) {
   for (std::size_t i = pass.thread; i < wanted; i += pass.team) {
     float* const row = logits + i * vocabulary;
     reduce(pass, model.head, head_plan, partial_sums.wide, wanted, logits, i, 0, vocabulary, row);
-    if (!model.exact_head.present()) continue;
+    const auto finish = [&] {
+      if (model.logit_scale != 1) ops.scaled(row, model.logit_scale, vocabulary, row);
+      if (model.logit_cap > 0) ops.soft_cap(row, vocabulary, model.logit_cap);
+    };
+    if (!model.exact_head.present()) {
+      finish();
+      continue;
+    }
     const float *const x = normed(static_cast<std::size_t>(rows[i])), *const bias = model.head.linears[0].bias;
     recompute_top_logits(row, vocabulary, [&](std::size_t token) {
       const Table& exact = model.exact_head;
@@ -227,6 +309,7 @@ void Engine::State::head(const Pass& pass, float* logits, float* embeddings) {
       }
       return logit + (bias != nullptr ? bias[token] : 0.0f);
     });
+    finish();
   }
 }
 

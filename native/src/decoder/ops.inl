@@ -70,7 +70,30 @@ static void scaled(const float* x, float s, std::size_t n, float* y) {
   for (std::size_t i = 0; i < n; ++i) y[i] = x[i] * s;
 }
 
-static void gate(Gate kind, const float* g, const float* up, std::size_t n, float* out) {
+// Between −1 and 1, by the exponential of a number that is not above 0.
+static inline float tangent(float x) {
+  const float size = x < 0 ? -x : x, power = exponential(-2.0f * size), found = (1.0f - power) / (1.0f + power);
+  return x < 0 ? -found : found;
+}
+
+static void soft_cap(float* x, std::size_t n, float cap) {
+  for (std::size_t i = 0; i < n; ++i) x[i] = cap * tangent(x[i] / cap);
+}
+
+static void centre(const float* x, std::size_t n, float* y) {
+  float parts[16] = {};
+  std::size_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    for (std::size_t j = 0; j < 16; ++j) parts[j] += x[i + j];
+  }
+  float total = 0;
+  for (; i < n; ++i) total += x[i];
+  for (float part : parts) total += part;
+  const float mean = total / static_cast<float>(n);
+  for (i = 0; i < n; ++i) y[i] = x[i] - mean;
+}
+
+static void gate(Gate kind, const float* numbers, const float* g, const float* up, std::size_t n, float* out) {
   if (kind == Gate::silu) {
     for (std::size_t i = 0; i < n; ++i) out[i] = g[i] / (1.0f + exponential(-g[i])) * up[i];
   } else if (kind == Gate::relu) {
@@ -79,6 +102,12 @@ static void gate(Gate kind, const float* g, const float* up, std::size_t n, floa
     for (std::size_t i = 0; i < n; ++i) {
       const float positive = g[i] > 0 ? g[i] : 0;
       out[i] = positive * positive * up[i];
+    }
+  } else if (kind == Gate::xielu) {
+    const float positive = numbers[0], negative = numbers[1], beta = numbers[2], eps = numbers[3];
+    for (std::size_t i = 0; i < n; ++i) {
+      const float x = g[i], below = (exponential(x < eps ? x : eps) - 1.0f - x) * negative;
+      out[i] = ((x > 0 ? positive * x * x : below) + beta * x) * up[i];
     }
   } else {
     for (std::size_t i = 0; i < n; ++i) {
@@ -150,6 +179,14 @@ static void rope(float* x, const float* cosine, const float* sine, std::size_t n
     const float a = x[i], b = upper[i];
     x[i] = a * cosine[i] - b * sine[i];
     upper[i] = b * cosine[i] + a * sine[i];
+  }
+}
+
+static void rope_interleaved(float* x, const float* cosine, const float* sine, std::size_t n) {
+  for (std::size_t i = 0; i < n / 2; ++i) {
+    const float a = x[2 * i], b = x[2 * i + 1];
+    x[2 * i] = a * cosine[i] - b * sine[i];
+    x[2 * i + 1] = b * cosine[i] + a * sine[i];
   }
 }
 
@@ -541,7 +578,7 @@ static inline float exponentials(float* scores, std::size_t width) {
 
 template <std::size_t kRows, CacheKind kKind>
 static void attend_rows(const CacheView& c, const float* const* queries, const std::size_t* begin,
-                        const std::size_t* end, float factor, float* const* out, float* scores) {
+                        const std::size_t* end, float factor, float cap, float* const* out, float* scores) {
   typedef typename Stored<kKind>::Type T;
   const std::size_t d = c.head_dim;
   std::size_t first = begin[0], last = end[0];
@@ -575,7 +612,9 @@ static void attend_rows(const CacheView& c, const float* const* queries, const s
         const std::size_t position = start + j;
         float score = row[j];
         if (kCodes<kKind>) score = (score - scales[kKeyBlock + j] * query_sums[r]) * scales[j];
-        row[j] = position < begin[r] || position >= end[r] ? -1e30f : score * factor;
+        score *= factor;
+        if (cap > 0) score = cap * tangent(score / cap);
+        row[j] = position < begin[r] || position >= end[r] ? -1e30f : score;
       }
     }
   }
@@ -606,22 +645,22 @@ static void attend_rows(const CacheView& c, const float* const* queries, const s
 
 template <CacheKind kKind>
 static void attend_kind(const CacheView& c, std::size_t rows, const float* const* queries, const std::size_t* begin,
-                        const std::size_t* end, float factor, float* const* out, float* scores) {
+                        const std::size_t* end, float factor, float cap, float* const* out, float* scores) {
   switch (rows) {
-    case 1: return attend_rows<1, kKind>(c, queries, begin, end, factor, out, scores);
-    case 2: return attend_rows<2, kKind>(c, queries, begin, end, factor, out, scores);
-    case 3: return attend_rows<3, kKind>(c, queries, begin, end, factor, out, scores);
-    default: return attend_rows<4, kKind>(c, queries, begin, end, factor, out, scores);
+    case 1: return attend_rows<1, kKind>(c, queries, begin, end, factor, cap, out, scores);
+    case 2: return attend_rows<2, kKind>(c, queries, begin, end, factor, cap, out, scores);
+    case 3: return attend_rows<3, kKind>(c, queries, begin, end, factor, cap, out, scores);
+    default: return attend_rows<4, kKind>(c, queries, begin, end, factor, cap, out, scores);
   }
 }
 
 static void attend(const CacheView& c, std::size_t rows, const float* const* queries, const std::size_t* begin,
-                   const std::size_t* end, float factor, float* const* out, float* scores) {
+                   const std::size_t* end, float factor, float cap, float* const* out, float* scores) {
   switch (c.kind) {
-    case CacheKind::f32: return attend_kind<CacheKind::f32>(c, rows, queries, begin, end, factor, out, scores);
-    case CacheKind::bf16: return attend_kind<CacheKind::bf16>(c, rows, queries, begin, end, factor, out, scores);
-    case CacheKind::u8: return attend_kind<CacheKind::u8>(c, rows, queries, begin, end, factor, out, scores);
-    case CacheKind::u4: return attend_kind<CacheKind::u4>(c, rows, queries, begin, end, factor, out, scores);
+    case CacheKind::f32: return attend_kind<CacheKind::f32>(c, rows, queries, begin, end, factor, cap, out, scores);
+    case CacheKind::bf16: return attend_kind<CacheKind::bf16>(c, rows, queries, begin, end, factor, cap, out, scores);
+    case CacheKind::u8: return attend_kind<CacheKind::u8>(c, rows, queries, begin, end, factor, cap, out, scores);
+    case CacheKind::u4: return attend_kind<CacheKind::u4>(c, rows, queries, begin, end, factor, cap, out, scores);
   }
 }
 
@@ -637,6 +676,9 @@ constexpr OpsKernels kernels = {
     fake_quantise,
     sum,
     rope,
+    rope_interleaved,
+    centre,
+    soft_cap,
     vector_matrix,
     dot_bf16,
     dot,

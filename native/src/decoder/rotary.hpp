@@ -11,12 +11,12 @@
 
 namespace tulle {
 
-// [token][head_dim / 2]
+// [token][frequencies]
 class RotaryTables {
  public:
-  // `frequencies` [head_dim / 2] are kept by reference; none: no position embedding. `scale`: on cosines and sines.
-  RotaryTables(std::size_t batch, const std::vector<float>& frequencies, float scale)
-      : frequencies_(frequencies), scale_(scale), cosines_(batch * frequencies.size()),
+  // `frequencies` are kept by reference; none: no position embedding. `scale`: on cosines and sines.
+  RotaryTables(std::size_t batch, const std::vector<float>& frequencies, float scale, bool interleaved = false)
+      : frequencies_(frequencies), scale_(scale), interleaved_(interleaved), cosines_(batch * frequencies.size()),
         sines_(batch * frequencies.size()) {}
 
   // Fills in token number t.
@@ -29,10 +29,12 @@ class RotaryTables {
     }
   }
 
-  // Rotates x [head_dim], a query or key of token number t.
+  // Rotates the first channels of x [head_dim], a query or key of token number t.
   void rotate(const OpsKernels& ops, std::size_t t, float* x) const {
     const std::size_t half = frequencies_.size();
-    if (half > 0) ops.rope(x, cosines_.data() + t * half, sines_.data() + t * half, 2 * half);
+    if (half == 0) return;
+    const auto run = interleaved_ ? ops.rope_interleaved : ops.rope;
+    run(x, cosines_.data() + t * half, sines_.data() + t * half, 2 * half);
   }
 
   std::uint64_t bytes() const { return cosines_.bytes() + sines_.bytes(); }
@@ -40,6 +42,7 @@ class RotaryTables {
  private:
   const std::vector<float>& frequencies_;
   float scale_;
+  bool interleaved_;
   Buffer<float> cosines_, sines_;
 };
 

@@ -25,8 +25,10 @@ Engine::State::State(Model m, const EngineSizes& s)
       threads(std::max<std::size_t>(sizes.threads, 1)), linear(*active_isa().linear),
       ops(*active_isa().ops), plans(model.layers.size()),
       cache(sizes.cache, model.layers.size(), sizes.pages, model.kv_heads, model.head_dim), check(model.vocabulary, sizes),
-      rotary(sizes.batch, model.inverse_frequencies, model.rope_scale),
-      attention(model.heads, model.kv_heads, model.head_dim, sizes.batch) {
+      attention(model.heads, model.kv_heads, model.head_dim, sizes.batch, model.attention_scale, model.attention_cap) {
+  for (const Rotary& table : model.rotary) {
+    rotary.emplace_back(sizes.batch, table.frequencies, table.scale, table.interleaved);
+  }
   const std::size_t batch = sizes.batch;
   InputSizes input_sizes;
   std::size_t input_kinds = 1, panel = 0;
@@ -58,6 +60,10 @@ Engine::State::State(Model m, const EngineSizes& s)
   back = Buffer<float>(batch * model.hidden);
   wide = Buffer<float>(batch * outputs);
   gated = Buffer<float>(model.intermediate);
+  if (!model.gated) {
+    ones = Buffer<float>(model.intermediate);
+    std::fill_n(ones.data(), model.intermediate, 1.0f);
+  }
   vector_floats = round_up(widest(model) + 16, 16);
   for (std::size_t t = 0; t < threads; ++t) {
     ThreadMemory memory;
@@ -74,9 +80,10 @@ Engine::State::State(Model m, const EngineSizes& s)
 }
 
 std::uint64_t Engine::State::work_bytes() const {
-  std::uint64_t bytes = rotary.bytes();
+  std::uint64_t bytes = 0;
+  for (const RotaryTables& table : rotary) bytes += table.bytes();
   for (const Buffer<float>* b :
-       {&partial_sums.wide, &partial_sums.back, &hidden, &attended, &back, &wide, &gated}) {
+       {&partial_sums.wide, &partial_sums.back, &hidden, &attended, &back, &wide, &gated, &ones}) {
     bytes += b->bytes();
   }
   for (const QuantisedInputs& one : inputs) bytes += one.bytes();

@@ -69,7 +69,7 @@ struct Engine::State {
   Plan head_plan;
   KvCache cache;
   PassCheck check;
-  RotaryTables rotary;
+  std::vector<RotaryTables> rotary;
   Attention attention;
 
   // Of all tokens of a pass.
@@ -80,6 +80,7 @@ struct Engine::State {
   Buffer<float> back;      // outputs of o and down, [token][hidden]
   Buffer<float> wide;      // outputs of qkv, or of gate and up, [token][outputs]
   Buffer<float> gated;     // of a pass of one token: [intermediate]
+  Buffer<float> ones;      // [intermediate], of a feed-forward without gate
   std::vector<ThreadMemory> of_thread;
   std::size_t vector_floats;
 
@@ -101,10 +102,12 @@ struct Engine::State {
   // forward.cpp
   void layer(const Pass& pass, std::size_t index);
   void attend(const Pass& pass, std::size_t index);
+  void normalise_heads(const Pass& pass, std::size_t index);
   void append_head(const Pass& pass, std::size_t index, std::size_t head, std::size_t t);
-  void finish_head(const Pass& pass, float* x, const float* gain, std::size_t t);
+  void finish_head(const Layer& layer, float* x, const Norm& norm, std::size_t t) const;
+  void rotate_head(const Pass& pass, float* x) const;
   void feed_forward(const Pass& pass, std::size_t index);
-  void add_to_residual(const Pass& pass, const Group& group, const Plan& plan, std::size_t t);
+  void add_to_residual(const Pass& pass, const Group& group, const Plan& plan, const Norm& after, std::size_t t);
   void head(const Pass& pass, float* logits, float* embeddings);
   CacheView view(const Pass& pass, std::size_t layer, std::size_t kv_head, std::size_t slot) const;
   float* vector(const Pass& pass, std::size_t number) const;

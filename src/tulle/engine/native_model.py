@@ -6,7 +6,7 @@ raises ``ValueError``, one line, for what does not fit. Arrays are one-dimension
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from enum import StrEnum
 from typing import Any, get_type_hints
 
@@ -203,19 +203,49 @@ class Group:
 
 
 @dataclass
-class Layer:
-    """A decoder block; norms ``[hidden]``, those of queries and keys ``[head_dim]``."""
+class Norm:
+    """x/√(mean x² + eps)·gain + bias, the mean of x taken off before where it is ``centred``."""
 
-    input_norm: Floats
-    post_norm: Floats
-    query_norm: Floats | None
-    key_norm: Floats | None
-    window: int
-    """Tokens that attention reaches back, itself included; 0: all."""
+    gain: Floats
+    bias: Floats | None
+    eps: float
+    centred: bool
+
+
+@dataclass
+class Layer:
+    """A decoder block. Norms are None where there is none: before attention and feed-forward and on their outputs
+    ``[hidden]``, of queries and keys ``[head_dim]`` (or of all heads at once), of what o and down read."""
+
     qkv: Group
     o: Group
     gate_up: Group
     down: Group
+    input_norm: Norm | None
+    post_norm: Norm | None
+    query_norm: Norm | None = None
+    key_norm: Norm | None = None
+    attention_after: Norm | None = None
+    feed_forward_after: Norm | None = None
+    output_norm: Norm | None = None
+    inner_norm: Norm | None = None
+    window: int = 0
+    """Tokens that attention reaches back, itself included; 0: all."""
+    rotary: int = 0
+    """Number of a table of the model; -1: queries and keys know no position."""
+    activation: list[float] = field(default_factory=list)
+    """xielu's numbers: α_p, α_n, β, ε."""
+
+
+@dataclass
+class RotaryTable:
+    """Frequencies of rotary position embeddings of a head's first ``2·len`` channels."""
+
+    frequencies: list[float]
+    scale: float
+    """On cosines and sines."""
+    interleaved: bool
+    """Channels 2i and 2i + 1 are rotated together, not i and i + len."""
 
 
 @dataclass
@@ -228,7 +258,7 @@ class Table:
 
 @dataclass
 class Model:
-    """A decoder of the Llama family, as ``_native.Engine`` takes it."""
+    """A decoder, as ``_native.Engine`` takes it."""
 
     hidden: int
     intermediate: int
@@ -236,13 +266,9 @@ class Model:
     kv_heads: int
     head_dim: int
     vocabulary: int
-    eps: float
     gate: str
-    """silu, relu, relu2 or gelu_tanh."""
-    inverse_frequencies: list[float]
-    """``[head_dim / 2]``"""
-    rope_scale: float
-    """On cosines and sines."""
+    """silu, relu, relu2, gelu_tanh or xielu."""
+    rotary: list[RotaryTable]
     query: Grid
     key: Grid
     value: Grid
@@ -251,10 +277,30 @@ class Model:
     embedding: Table | Linear
     """Of codes a linear: the head's own where the model ties them, so that the codes are in memory once."""
     layers: list[Layer]
-    norm: Floats
+    norm: Norm
     head: Group
     exact_head: Table | Linear | None
     """The head as it was stored, where ``head`` is a rougher copy."""
+    gated: bool = True
+    """A feed-forward of down(act(gate)·up), not of down(act(up))."""
+    parallel: bool = False
+    """Attention and feed-forward read the same stream."""
+    residual_scale: float = 1.0
+    """Of what is added to the stream."""
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_cap: float = 0.0
+    """c of logits c·tanh(l/c); 0: none."""
+    attention_scale: float = 0.0
+    """Of q·k; 0: 1/√head_dim."""
+    attention_cap: float = 0.0
+    """c of scores; 0: none."""
+    norm_all_heads: bool = False
+    norm_after_rotary: bool = False
+    """Of queries and keys."""
+    position_beta: float = 0.0
+    position_length: int = 0
+    """A query at position p is multiplied by 1 + beta·ln(1 + ⌊p/length⌋); 0: by 1."""
 
 
 @dataclass

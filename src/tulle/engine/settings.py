@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,20 +18,54 @@ from tulle.engine.native_model import (
     Linear,
     LinearFacts,
     Model,
+    RotaryTable,
     Selection,
     Table,
     Transform,
     WeightKind,
 )
+from tulle.engine.native_model import Norm as NativeNorm
 from tulle.engine.prepare import EMBEDDING, EXACT_HEAD, HEAD
 from tulle.errors import UserError
 from tulle.format.spec import HeadSpec, LinearSpec
-from tulle.models.description import Decoder, Norm, Rotary
+from tulle.models.description import Decoder, GatedMLP, Norm, Rotary
+from tulle.models.description import Layer as DecoderLayer
 from tulle.models.features import require
 from tulle.models.rotary import depends_on_length, frequencies
 
-GATES = ("silu", "relu", "relu2", "gelu_tanh")
-"""Activations of gated feed-forwards that the kernels have."""
+GATES = ("silu", "relu", "relu2", "gelu_tanh", "xielu")
+"""Activations of feed-forwards that the kernels have."""
+FEATURES = frozenset(
+    {
+        "scale of the embedding",
+        "scale of the logits",
+        "soft cap of the logits",
+        "several rotary tables",
+        "rotary embeddings of neighbouring channels",
+        "layer norms",
+        "norms with an offset",
+        "norms with a bias",
+        "norms of several eps",
+        "norms after attention and feed-forward",
+        "no norms before attention and feed-forward",
+        "scale of what is added to the residual stream",
+        "attention and feed-forward side by side",
+        "attention without positions",
+        "heads of which only a part is rotated",
+        "scale of attention",
+        "soft cap of attention",
+        "scale of queries by position",
+        "norm of the heads' outputs",
+        "norms of queries and keys over all heads",
+        "norms of queries and keys after the rotation",
+        "queries, keys and values in one tensor",
+        "a feed-forward without gate",
+        "gate and up in one tensor",
+        "norm inside the feed-forward",
+        "activation xielu",
+    }
+)
+"""What the kernels do of :func:`tulle.models.features.features`."""
 
 
 class Tensors(Protocol):
@@ -53,30 +87,41 @@ def settings_of(
     mixer = first.mixer
     linears = _Linears(source, file, facts, engine_bits)
     layers = []
+    tables = list(description.rotary)
     for index in blocks:
         layer = description.layers[index]
-
-        def gain(norm: Norm | None, size: int, prefix: str = layer.prefix) -> Any:
-            return None if norm is None else source.floats(f"{prefix}{norm.name}.weight", (size,))
-
-        groups = {
+        groups: dict[str, Any] = {
             group.role: linears.group(names) for group, names in zip(layer.groups, source.groups[index], strict=True)
         }
+        own = layer.mixer
+        widths = (own.widths[0], own.widths[1]) if own.norm_width == "all" else (own.head_dim, own.head_dim)
+        norms = {
+            "input_norm": (layer.mixer_norm, description.hidden),
+            "post_norm": (layer.feed_forward_norm, description.hidden),
+            "attention_after": (layer.mixer_norm_after, description.hidden),
+            "feed_forward_after": (layer.feed_forward_norm_after, description.hidden),
+            "query_norm": (own.q_norm, widths[0]),
+            "key_norm": (own.k_norm, widths[1]),
+            "output_norm": (own.output_norm, own.widths[0]),
+            "inner_norm": (layer.feed_forward.inner_norm, layer.feed_forward.intermediate),
+        }
+        read: dict[str, Any] = {key: _norm(source, norm, layer.prefix, size) for key, (norm, size) in norms.items()}
         layers.append(
             Layer(
-                input_norm=gain(layer.mixer_norm, description.hidden),
-                post_norm=gain(layer.feed_forward_norm, description.hidden),
-                query_norm=gain(layer.mixer.q_norm, mixer.head_dim),
-                key_norm=gain(layer.mixer.k_norm, mixer.head_dim),
-                window=layer.mixer.window or 0,
+                window=own.window or 0,
+                rotary=-1 if own.rotary is None else tables.index(own.rotary),
+                activation=_xielu(source, layer),
+                **read,
                 **groups,
             )
         )
     head = description.embedding if description.tied else description.head
-    inverse, scale = rotary_frequencies(description.rotary[cast(str, mixer.rotary)])
     rotation = None
     if attention and attention.hadamard and hadamard_block(mixer.head_dim) > 1:
         rotation = hadamard(mixer.head_dim, hadamard_block(mixer.head_dim))
+    beta, length = mixer.position_scale or (0.0, 0)
+    final = _norm(source, description.final_norm, "", description.hidden)
+    assert final is not None
     return Model(
         hidden=description.hidden,
         intermediate=first.feed_forward.intermediate,
@@ -84,20 +129,58 @@ def settings_of(
         kv_heads=mixer.kv_heads,
         head_dim=mixer.head_dim,
         vocabulary=description.vocabulary,
-        eps=description.final_norm.eps,
         gate=first.feed_forward.activation,
-        inverse_frequencies=inverse.tolist(),
-        rope_scale=scale,
+        gated=isinstance(first.feed_forward, GatedMLP),
+        parallel=first.parallel,
+        residual_scale=first.residual_scale,
+        embedding_scale=description.embedding_scale,
+        logit_scale=description.logit_scale,
+        logit_cap=description.logit_soft_cap or 0.0,
+        attention_scale=mixer.scale or 0.0,
+        attention_cap=mixer.soft_cap or 0.0,
+        norm_all_heads=mixer.norm_width == "all",
+        norm_after_rotary=mixer.norm_after_rotary,
+        position_beta=beta,
+        position_length=length,
+        rotary=[_rotary(table) for table in description.rotary.values()],
         query=_head_grid(attention.query if attention else None),
         key=_head_grid(attention.key if attention else None),
         value=_head_grid(attention.value if attention else None),
         head_rotation=rotation,
         embedding=_embedding(source, linears, facts),
         layers=layers,
-        norm=source.floats(f"{description.final_norm.name}.weight", (description.hidden,)),
+        norm=final,
         head=Group([], [linears.linear([head.removesuffix(".weight")], HEAD, None)]),
         exact_head=_exact_head(source, linears, facts),
     )
+
+
+def _norm(source: Source, norm: Norm | None, prefix: str, size: int) -> NativeNorm | None:
+    """A norm, its offset added to the gain."""
+    if norm is None:
+        return None
+    name = prefix + norm.name
+    gain = source.floats(f"{name}.weight", (size,)) + np.float32(norm.offset)
+    bias = source.floats(f"{name}.bias", (size,)) if norm.bias else None
+    return NativeNorm(np.ascontiguousarray(gain), bias, norm.eps, norm.kind == "layer")
+
+
+def _xielu(source: Source, layer: DecoderLayer) -> list[float]:
+    """α_p, α_n, β and ε of the layer's activation; none of others."""
+    if layer.feed_forward.activation != "xielu":
+        return []
+    numbers = {
+        name.rpartition(".")[2]: float(source.floats(layer.prefix + name, shape).reshape(-1)[0])
+        for name, shape in layer.others().items()
+    }
+    beta = numbers["beta"]
+    positive, negative = (float(np.logaddexp(0.0, numbers[name])) for name in ("alpha_p", "alpha_n"))
+    return [positive, beta + negative, beta, numbers["eps"]]
+
+
+def _rotary(table: Rotary) -> RotaryTable:
+    inverse, scale = rotary_frequencies(table)
+    return RotaryTable(inverse.tolist(), scale, table.interleaved)
 
 
 def _embedding(source: Source, linears: _Linears, facts: Mapping[str, LinearFacts]) -> Table | Linear:
@@ -231,13 +314,18 @@ def rotary_frequencies(rotary: Rotary) -> tuple[NDArray[np.float32], float]:
 
 def require_runnable(model: Decoder) -> None:
     """Raises ``UserError`` for what a description asks for and the kernels do not do."""
-    require(model, (), "the engine", "use transformers for it")
+    require(model, FEATURES, "the engine", "use transformers for it")
     for layer in model.layers:
         activation = layer.feed_forward.activation
         if activation not in GATES:
             raise UserError(
                 f"expected a model that the engine can run, found activation {activation}; use transformers for it"
             )
+        for key in ("scale", "soft_cap", "position_scale", "norm_width", "norm_after_rotary"):
+            if getattr(layer.mixer, key) != getattr(model.layers[0].mixer, key):
+                raise UserError(
+                    f"expected layers alike, found {key} of attention that differs; use transformers for it"
+                )
 
 
 def transforms_of(spec: LinearSpec, source: Source, name: str) -> list[Transform]:

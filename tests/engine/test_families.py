@@ -1,0 +1,54 @@
+"""The engine against transformers, for every family: prompts, token by token, two sequences, packed models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import tulle
+from family_folders import write_family
+from random_families import DENSE
+from tulle.compression.job import compress
+from tulle.engine import Engine
+from tulle.text.reading import Text
+
+TEXT = Text(("The quick brown fox jumps over the lazy dog. " * 20,), False, ("prose",))
+TOKENS = list(b"A fox that is quick jumps over dogs.")
+W4 = [{"gptq": {"bits": 4, "group_size": "auto-32"}}]
+
+
+@torch.no_grad()
+def wanted(folder: Path, tokens: list[int], packed: bool = False) -> np.ndarray:
+    load = tulle.load if packed else AutoModelForCausalLM.from_pretrained
+    return load(folder, dtype=torch.float32)(torch.tensor(tokens)[None]).logits[0].numpy()
+
+
+def difference(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_dense(family: str, tmp_path: Path) -> None:
+    """A prompt at once, and its tokens one after the other."""
+    for seed in (1, 2):
+        folder = write_family(tmp_path / str(seed), family, seed)
+        expected = wanted(folder, TOKENS)
+        engine = Engine(folder, threads=2, cache="f32", head="as stored")
+        assert difference(engine.forward(TOKENS, wanted=range(len(TOKENS))), expected) <= 5e-5
+        engine = Engine(folder, threads=2, cache="f32", head="as stored", context=48)
+        rows = [engine.forward(TOKENS[: n + 1], wanted=[n])[0] for n in range(len(TOKENS))]
+        assert difference(np.stack(rows), expected) <= 5e-5
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_packed(family: str, tmp_path: Path) -> None:
+    folder = write_family(tmp_path / "dense", family, 3)
+    compress(folder, {"calibration": {"samples": 4, "length": 24}, "steps": W4}, tmp_path / "out", calibration=TEXT)
+    engine = Engine(tmp_path / "out", threads=2, cache="f32", head="as stored")
+    found = engine.forward(TOKENS, wanted=range(len(TOKENS)))
+    # The engine rounds what codes are multiplied with to 16 bits.
+    assert difference(found, wanted(tmp_path / "out", TOKENS, packed=True)) <= 5e-3
