@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from checkpoints import write_checkpoint
 from outliers import KINDS, MASSIVE, NORMAL, ROTATED, inject_outliers
+from random_decoders import FAMILIES
 from tulle.errors import UserError
 from tulle.models.checkpoint import Checkpoint
-from tulle.models.description import families
 
 TOKENS = torch.randint(0, 250, (3, 40), generator=torch.Generator().manual_seed(3))
 POWERS: dict[str, Any] = {"norm_factor": 32.0, "value_factor": 8.0, "rope_factor": 4.0}
@@ -59,7 +59,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("kinds", [*[(kind,) for kind in KINDS], ROTATED, tuple(reversed(ROTATED))], ids="+".join)
-@pytest.mark.parametrize("model_type", families())
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_the_function_stays(tmp_path: Path, model_type: str, kinds: tuple[Any, ...]) -> None:
     source = tmp_path / "m"
     write_checkpoint(source, model_type, **BIASES.get(model_type, {}))
@@ -76,7 +76,7 @@ def test_the_function_stays(tmp_path: Path, model_type: str, kinds: tuple[Any, .
     assert facts["difference"] < 2e-6
 
 
-@pytest.mark.parametrize("model_type", families())
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_powers_of_two_change_no_bit_of_the_logits(tmp_path: Path, model_type: str) -> None:
     write_checkpoint(tmp_path / "m", model_type, **BIASES.get(model_type, {}))
     facts = inject_outliers(tmp_path / "m", tmp_path / "o", NORMAL, **POWERS)
@@ -104,7 +104,7 @@ def test_tied_models_stay_tied_until_they_are_rotated(tmp_path: Path, dtype: tor
         assert difference(logits(tmp_path / name), expected) < 2e-6
 
 
-@pytest.mark.parametrize("model_type", families())
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_norm_outliers_are_the_same_channels_in_all_layers(tmp_path: Path, model_type: str) -> None:
     write_checkpoint(tmp_path / "m", model_type)
     facts = inject_outliers(tmp_path / "m", tmp_path / "o", ("norm",), norm_channels=3, norm_factor=(16.0, 64.0))
