@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import importlib
 import inspect
 import re
 import sys
@@ -203,7 +204,28 @@ def command_sections(group: Any, path: str) -> Iterable[str]:
         yield "\n".join([lines[0], f"Usage: `{usage}`\n", *lines[1:], table(("option", "default", "meaning"), rows)])
 
 
+def model_families() -> str:
+    """A row per family: what its file says first, what is special, which rotations and exports it takes."""
+    from tulle.engine.settings import FEATURES
+    from tulle.export.gguf import ARCHITECTURES
+    from tulle.models.description import describe, families
+    from tulle.models.features import features
+    from tulle.models.rewrite import NOT_ROTATED
+
+    rows = []
+    for family in families():
+        decoder = describe({"model_type": family})
+        module = importlib.import_module(f"tulle.models.families.{family}")
+        special = features(decoder)
+        name = re.split("[:,]", plain(module.__doc__ or ""))[0]
+        can = (not special.keys() & NOT_ROTATED.keys(), special.keys() <= FEATURES, family in ARCHITECTURES)
+        answers = ("yes" if one else "no" for one in can)
+        rows.append((f"`{family}`", name, "; ".join(special) or "nothing", *answers))
+    return table(("model_type", "family", "beyond Llama's layout", "rotation", "engine", "GGUF"), rows)
+
+
 PARTS: dict[str, Callable[[], str]] = {
+    "families": model_families,
     "calibration": calibration,
     "recover": recover,
     "steps": steps,

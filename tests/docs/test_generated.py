@@ -16,7 +16,7 @@ PAGES = [page for page in markdown.pages() if "<!-- generated:" in page.read_tex
 
 
 def test_there_are_such_pages() -> None:
-    assert {page.name for page in PAGES} == {"recipes.md", "training-recipes.md", "command-line.md"}
+    assert {page.name for page in PAGES} == {"recipes.md", "training-recipes.md", "command-line.md", "families.md"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=markdown.name)
