@@ -11,12 +11,11 @@ from random_families import family_config
 
 
 def write_family(folder: Path, family: str, seed: int) -> Path:
-    """With the byte tokenizer, float32, 64 tokens of context, rotary embeddings that do not depend on the length."""
+    """With the byte tokenizer, float32, 64 tokens of context."""
     folder.mkdir(parents=True)
     config = family_config(family, seed) | {"vocab_size": 257, "max_position_embeddings": 64}
-    stretched = config.get("rope_scaling") or {}
-    if stretched.get("rope_type", stretched.get("type")) in ("dynamic", "longrope") and "alpha" not in stretched:
-        del config["rope_scaling"]
+    if "original_max_position_embeddings" in config:
+        config["original_max_position_embeddings"] = 64
     model = reference_model(config, seed)
     model.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config | {"architectures": [type(model).__name__]}))

@@ -29,7 +29,7 @@ DENSE = (
     "stablelm",
     "starcoder2",
 )
-LAYERS = 3
+LAYERS = 2
 
 
 def family_config(family: str, seed: int) -> dict[str, Any]:

@@ -29,11 +29,10 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     ],
 }  # fmt: skip
 FOLDS: dict[str, list[dict[str, Any]]] = {
-    "smoothquant": [{"smoothquant": {"alpha": 0.7}}],
     "quarot": [{"quarot": {}}],
     "values": [{"quarot": {"residual": False}}],
     "permuted": [{"permute_channels": {}}],
-    "duquant": [{"smoothquant": {}}, {"duquant": {}}],
+    "duquant": [{"smoothquant": {"alpha": 0.7}}, {"duquant": {}}],
 }
 ROTATION = {"cohere2", "exaone4", "gemma2", "gemma3_text", "glm4", "nemotron", "olmo2", "olmo3", "stablelm"}
 ROTATION |= {"starcoder2"}
@@ -50,7 +49,7 @@ def refused(fold: str, family: str) -> bool:
 
 
 def run(folder: Path, output: Path, steps: list[dict[str, Any]]) -> dict[str, Any]:
-    return compress(folder, {"calibration": {"samples": 4, "length": 24}, "steps": steps}, output, calibration=TEXT)
+    return compress(folder, {"calibration": {"samples": 2, "length": 24}, "steps": steps}, output, calibration=TEXT)
 
 
 @torch.no_grad()
@@ -64,6 +63,8 @@ def test_folds_leave_the_function(folders: dict[str, Path], family: str, tmp_pat
     """Or they are refused by name."""
     dense = logits(folders[family], packed=False)
     for name, steps in FOLDS.items():
+        if name == "values" and family not in ROTATION:
+            continue  # part of quarot
         try:
             run(folders[family], tmp_path / name, steps)
         except UserError as error:

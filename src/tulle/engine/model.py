@@ -177,7 +177,7 @@ class Engine:
             plain = self._fine_or_bf16(len(model.layers) * mixer.kv_heads * mixer.head_dim)
             cache = "int8" if attention and attention.key and attention.value else plain
         self.vocabulary, self.cache_kind = model.vocabulary, cache
-        settings = settings_of(source, file, facts, bits, range(len(model.layers)))
+        settings = settings_of(source, file, facts, bits, range(len(model.layers)), self.context)
         pages = self._count_pages(_page_bytes(cache, len(model.layers), mixer.kv_heads, mixer.head_dim))
         self._native: _native.Engine | _native.ScalingEngine
         self._native = _native.Engine(settings, pages, self.sequences, self.context, BATCH, cache, self.threads)

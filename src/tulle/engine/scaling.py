@@ -291,7 +291,7 @@ def _frequencies(config: Mapping[str, Any], head_dim: int) -> list[float]:
     rotary = read_rotary(keys, head_dim, keys.size("max_position_embeddings", 2048))
     if rotary.kind != "default":
         raise UserError(f"expected rope_type default for a Scaling Transformer, found {rotary.kind!r}")
-    inverse, _ = rotary_frequencies(rotary)
+    inverse, _ = rotary_frequencies(rotary, rotary.max_positions)
     return [float(x) for x in inverse]
 
 

@@ -77,10 +77,15 @@ class Tensors(Protocol):
 
 
 def settings_of(
-    source: Source, file: Tensors, facts: Mapping[str, LinearFacts], engine_bits: int, blocks: Iterable[int]
+    source: Source,
+    file: Tensors,
+    facts: Mapping[str, LinearFacts],
+    engine_bits: int,
+    blocks: Iterable[int],
+    context: int = 1,
 ) -> Model:
-    """The model with these of its blocks; inputs of integer weights that the checkpoint leaves unquantised get
-    ``engine_bits`` bits. Raises ``UserError`` for what the engine cannot run."""
+    """The model with these of its blocks, for texts of up to ``context`` tokens; inputs of integer weights that the
+    checkpoint leaves unquantised get ``engine_bits`` bits. Raises ``UserError`` for what the engine cannot run."""
     description = source.description
     require_runnable(description)
     first, attention = description.layers[0], source.packed.attention if source.packed else None
@@ -142,7 +147,7 @@ def settings_of(
         norm_after_rotary=mixer.norm_after_rotary,
         position_beta=beta,
         position_length=length,
-        rotary=[_rotary(table) for table in description.rotary.values()],
+        rotary=[_rotary(table, context) for table in description.rotary.values()],
         query=_head_grid(attention.query if attention else None),
         key=_head_grid(attention.key if attention else None),
         value=_head_grid(attention.value if attention else None),
@@ -178,8 +183,8 @@ def _xielu(source: Source, layer: DecoderLayer) -> list[float]:
     return [positive, beta + negative, beta, numbers["eps"]]
 
 
-def _rotary(table: Rotary) -> RotaryTable:
-    inverse, scale = rotary_frequencies(table)
+def _rotary(table: Rotary, context: int) -> RotaryTable:
+    inverse, scale = rotary_frequencies(table, context)
     return RotaryTable(inverse.tolist(), scale, table.interleaved)
 
 
@@ -301,15 +306,17 @@ def _head_grid(spec: HeadSpec | None) -> Grid:
     return Grid() if spec is None else Grid(spec.bits, spec.symmetric, spec.clip)
 
 
-def rotary_frequencies(rotary: Rotary) -> tuple[NDArray[np.float32], float]:
-    """Frequencies ``[head_dim/2]`` and the factor on cosines and sines. Raises ``UserError`` for a table that differs
-    between short and long texts."""
-    if depends_on_length(rotary):
+def rotary_frequencies(rotary: Rotary, context: int = 1) -> tuple[NDArray[np.float32], float]:
+    """Frequencies ``[dim/2]`` for texts of up to ``context`` tokens, and the factor on cosines and sines. Raises
+    ``UserError`` for a table that differs between short and long ones of them."""
+    found = frequencies(rotary, 1)
+    if depends_on_length(rotary) and not np.array_equal(found[0], frequencies(rotary, context)[0]):
+        most = rotary.max_positions if rotary.kind == "dynamic" else rotary.original_max_positions
         raise UserError(
-            f"expected rotary embeddings that do not depend on the text's length, found rope_type {rotary.kind!r}; "
-            "evaluate with --backend torch"
+            f"expected a context of at most {most} tokens, beyond which rope_type {rotary.kind!r} changes all positions, "
+            f"found {context}; set a shorter --context, or evaluate with --backend torch"
         )
-    return frequencies(rotary, rotary.max_positions)
+    return found
 
 
 def require_runnable(model: Decoder) -> None:
