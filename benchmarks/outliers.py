@@ -46,7 +46,7 @@ from torch import Tensor
 from tulle.errors import UserError
 from tulle.models.checkpoint import Checkpoint, companions, write_index, write_shard, write_text
 from tulle.models.decoder import DecoderBlock, embed, final_norm, logits
-from tulle.models.description import Decoder, Layer
+from tulle.models.description import STREAM_READERS, Decoder, Layer
 from tulle.models.watch import run_watched
 
 Kind = Literal["norm", "massive", "value_output", "rope_pair", "rotated"]
@@ -119,9 +119,9 @@ def inject_outliers(
 
 def scale_norm(tensors: Tensors, layer: Layer, channels: Tensor, s: Tensor) -> None:
     """γ_c·s of every norm of the residual stream, columns c of its readers ÷ s; channels and s ``[n]``."""
-    for group in layer.groups:
-        if group.norm is not None:
-            tensors[f"{group.norm}.weight"][channels] *= s
+    for group, norm in layer.own_norms():
+        if group.role in STREAM_READERS:
+            tensors[f"{norm.name}.weight"][channels] *= s
             for name in group.names:
                 tensors[f"{name}.weight"][:, channels] /= s
 
@@ -129,14 +129,14 @@ def scale_norm(tensors: Tensors, layer: Layer, channels: Tensor, s: Tensor) -> N
 def scale_massive(tensors: Tensors, layer: Layer, channels: Tensor, s: Tensor) -> None:
     """Rows of up times s, columns of down ÷ s; channels and s ``[n]``."""
     group = layer.group("down")
-    _scale_rows(tensors, group.producers[0], channels, s)
+    _scale_rows(tensors, group.producers[0].name, channels, s)
     tensors[f"{group.names[0]}.weight"][:, channels] /= s
 
 
 def scale_value(tensors: Tensors, layer: Layer, head: int, channels: Tensor, s: Tensor) -> None:
     """Rows ``channels`` ``[n]`` (of head_dim) of v's KV head times s, the columns of o of its query heads ÷ s."""
     group, mixer = layer.group("o"), layer.mixer
-    _scale_rows(tensors, group.producers[0], head * mixer.head_dim + channels, s)
+    _scale_rows(tensors, group.producers[0].name, head * mixer.head_dim + channels, s)
     for query in mixer.query_heads(head):
         tensors[f"{group.names[0]}.weight"][:, query * mixer.head_dim + channels] /= s
 
@@ -162,11 +162,11 @@ def rotate(tensors: Tensors, layer: Layer, rotation: Tensor) -> None:
     """Q ``[d, d]`` on the residual stream: readers W·diag(γ)·Q with γ = 1 after it, writers Qᵀ·W and b·Q."""
     for group in layer.groups:
         if group.norm is not None:
-            gain = tensors[f"{group.norm}.weight"]
+            gain = tensors[f"{group.norm.name}.weight"]
             for name in group.names:
                 tensors[f"{name}.weight"] = (tensors[f"{name}.weight"] * gain) @ rotation
-            tensors[f"{group.norm}.weight"] = torch.ones_like(gain)
-        if group.residual is not None:
+            tensors[f"{group.norm.name}.weight"] = torch.ones_like(gain)
+        if group.adds:
             for name in group.names:
                 tensors[f"{name}.weight"] = rotation.T @ tensors[f"{name}.weight"]
                 if f"{name}.bias" in tensors:

@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from tulle.models.decoder import PlainDecoder
 from tulle.models.description import describe
 
+LENGTH = 20
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROTARY = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh")
@@ -116,3 +117,15 @@ def plain_model(config: dict[str, Any], model: PreTrainedModel, dtype: torch.dty
     state = model.state_dict()
     outer = {name: state[name] for name in decoder.outer_tensors()}
     return PlainDecoder(decoder, lambda index: layer_tensors(model, index), outer, dtype=dtype)
+
+
+def text(seed: int) -> tuple[Tensor, Tensor]:
+    """Tokens ``[2, T]``, the second sequence being padded at the right, and the mask of real ones."""
+    tokens = torch.randint(0, 40, (2, LENGTH), generator=torch.Generator().manual_seed(seed))
+    valid = torch.ones(2, LENGTH, dtype=torch.bool)
+    valid[1, 13:] = False
+    return tokens, valid
+
+
+def largest_difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / a.abs().max())

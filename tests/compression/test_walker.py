@@ -55,9 +55,10 @@ def oracle(model: nn.Module, dense: nn.Module, recipe: Recipe) -> None:
             hessian = Hessian(2 * x.T @ x / len(x), len(x))
             statistics = Statistics(len(x), hessian, x.norm(dim=0), x.abs().amax(0))
             lag = 0
-            if recipe.calibration.target == "stream" and row.residual:
-                lag = _inputs(dense, dense_layer.get_submodule(row.residual), sequences)
-                lag = lag - _inputs(model, layer.get_submodule(row.residual), sequences)
+            if recipe.calibration.target == "stream" and row.adds:
+                before = {"o": "input_layernorm", "down": "post_attention_layernorm"}[row.role]
+                lag = _inputs(dense, dense_layer.get_submodule(before), sequences)
+                lag = lag - _inputs(model, layer.get_submodule(before), sequences)
             for name in row.names:
                 linear, reference = layer.get_submodule(name), dense_layer.get_submodule(name)
                 weight = linear.weight.clone()

@@ -11,7 +11,7 @@ import pytest
 from tulle import _native
 from tulle.engine.checkpoint import StoredLinear
 from tulle.engine.layout import for_kernels
-from tulle.engine.native_model import Grid, Group, Layer, Linear, Model, Table, Transform, WeightKind
+from tulle.engine.native_model import Grid, Group, Layer, Linear, Model, Norm, RotaryTable, Table, Transform, WeightKind
 
 Change = Callable[[Model], None]
 
@@ -26,11 +26,12 @@ def small() -> Model:
     """Of float weights: hidden 8, one head."""
     ones = np.ones(8, np.float32)
     wide = Group([], [linear(16, 8), linear(16, 8)])
-    layer = Layer(ones, ones, None, None, 0, Group([], [linear(8, 8) for _ in "qkv"]), Group([], [linear(8, 8)]), wide,
-                  Group([], [linear(8, 16)]))  # fmt: skip
+    norm = Norm(ones, None, 1e-6, False)
+    layer = Layer(Group([], [linear(8, 8) for _ in "qkv"]), Group([], [linear(8, 8)]), wide, Group([], [linear(8, 16)]),
+                  norm, norm)  # fmt: skip
     table = Table(WeightKind.F32, np.full(12 * 8, 0.1, np.float32))
-    return Model(8, 16, 1, 1, 8, 12, 1e-6, "silu", [0.5] * 4, 1.0, Grid(), Grid(), Grid(), None, table, [layer], ones,
-                 Group([], [linear(12, 8)]), None)  # fmt: skip
+    return Model(8, 16, 1, 1, 8, 12, "silu", [RotaryTable([0.5] * 4, 1.0, False)], Grid(), Grid(), Grid(), None, table,
+                 [layer], norm, Group([], [linear(12, 8)]), None)  # fmt: skip
 
 
 def engine(model: Model) -> object:

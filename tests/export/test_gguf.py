@@ -164,7 +164,7 @@ def test_what_is_refused_leaves_nothing(tmp_path: Path) -> None:
     write_model(tmp_path / "packed", {"all": {"bits": 4}}, hidden_act="gelu")
     for output, dtype, message in (
         (tmp_path / "folder", None, "name a .gguf file"), (tmp_path / "m.gguf", "float16", "no --dtype"),
-        (tmp_path / "m.gguf", None, "gates"),
+        (tmp_path / "m.gguf", None, "expected silu"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             export(tmp_path / "packed", "gguf", output, dtype)

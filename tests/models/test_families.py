@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
 
-from random_decoders import plain_model, reference_model
+from random_decoders import largest_difference, plain_model, reference_model, text
 from random_families import DENSE, family_config
 
 SEEDS = 12
@@ -20,18 +19,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def text(seed: int) -> tuple[Tensor, Tensor]:
-    """Tokens ``[2, T]``, the second sequence being padded at the right, and the mask of real ones."""
-    tokens = torch.randint(0, 40, (2, 20), generator=torch.Generator().manual_seed(seed))
-    valid = torch.ones(2, 20, dtype=torch.bool)
-    valid[1, 13:] = False
-    return tokens, valid
-
-
-def largest_difference(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max() / a.abs().max())
 
 
 @pytest.mark.parametrize("family", DENSE)

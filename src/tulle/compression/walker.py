@@ -405,12 +405,16 @@ class Walker:
             transform = linears[0].transform
             stream = self._recipe.calibration.target == "stream" and compressed[0].adds
             mismatch = Mismatch(torch.cat([linear.weight for linear in linears]), stream)
+            scale = self._model.layers[0].residual_scale
 
             def compare(i: int, x: Tensor) -> None:
                 there, here, valid = dense[i], compressed[i], self._valid[i]
                 wanted = real_tokens(there.x, valid)
                 wanted = run(transform, wanted.float()) if transform else wanted
-                behind = real_tokens(there.residual, valid) - real_tokens(here.residual, valid) if stream else None
+                behind = None
+                if stream:
+                    behind = real_tokens(there.residual, valid) - real_tokens(here.residual, valid)
+                    behind = behind if scale == 1 else behind / scale
                 mismatch.add(wanted, x, behind)
 
             found = self._statistics(compressed, needs, lambda x: work.input_of(group, x), compare)

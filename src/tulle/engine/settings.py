@@ -313,8 +313,8 @@ def rotary_frequencies(rotary: Rotary, context: int = 1) -> tuple[NDArray[np.flo
     if depends_on_length(rotary) and not np.array_equal(found[0], frequencies(rotary, context)[0]):
         most = rotary.max_positions if rotary.kind == "dynamic" else rotary.original_max_positions
         raise UserError(
-            f"expected a context of at most {most} tokens, beyond which rope_type {rotary.kind!r} changes all positions, "
-            f"found {context}; set a shorter --context, or evaluate with --backend torch"
+            f"expected a context of at most {most} tokens, beyond which rope_type {rotary.kind!r} changes all "
+            f"positions, found {context}; set a shorter --context, or evaluate with --backend torch"
         )
     return found
 

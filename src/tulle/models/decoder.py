@@ -59,7 +59,8 @@ class GroupInput:
     residual: Tensor
     """The residual stream ``[B, T, d]`` at this place."""
     adds: bool
-    """Whether the group's output is added to the residual stream (o, down)."""
+    """Whether the group's output is added to the residual stream (o, down) as it is, but for ``residual_scale``: no
+    norm comes in between."""
 
     @property
     def role(self) -> str:
@@ -126,7 +127,7 @@ class DecoderBlock(nn.Module):
         q, k, v = _parts((yield given), mixer.widths)
         mixed = self._attend(mixer, q, k, v, heads)
         del q, k, v
-        given = GroupInput(layer.group("o"), mixed, given.residual, adds=True)
+        given = GroupInput(layer.group("o"), mixed, given.residual, adds=layer.mixer_norm_after is None)
         del mixed
         (y,) = yield given
         y = self._added(y, layer.mixer_norm_after)
@@ -137,7 +138,7 @@ class DecoderBlock(nn.Module):
             given = self._given("gate_up", given.residual + y, layer.feed_forward_norm)
         del y
         inner = self._inner((yield given))
-        given = GroupInput(layer.group("down"), inner, given.residual, adds=True)
+        given = GroupInput(layer.group("down"), inner, given.residual, adds=layer.feed_forward_norm_after is None)
         del inner
         (y,) = yield given
         return given.residual + self._added(y, layer.feed_forward_norm_after)

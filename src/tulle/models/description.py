@@ -147,7 +147,7 @@ class LinearGroup:
     producers: tuple[Producer, ...] = ()
     """Whose output channels become their input channels (v → o; up, then gate → down)."""
     adds: bool = False
-    """Whether their output is added to the residual stream."""
+    """Whether their output is added to the residual stream, through a norm or not."""
 
     @property
     def names(self) -> tuple[str, ...]:
