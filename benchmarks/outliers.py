@@ -455,7 +455,7 @@ def _ratios(old: Tensor, new: Tensor) -> dict[str, list[float]]:
 
 
 def _logits(model: Decoder, hidden: Tensor, gain: Tensor, head: Tensor) -> Tensor:
-    return logits(model, final_norm(model, hidden, gain.float()), head.float())
+    return logits(model, final_norm(model, hidden, {f"{model.final_norm.name}.weight": gain.float()}), head.float())
 
 
 @contextmanager

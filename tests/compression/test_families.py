@@ -101,3 +101,17 @@ def test_compressed(folders: dict[str, Path], family: str, recipe: str, tmp_path
             packed += 1
     assert packed == len(report["linears"])
     torch.testing.assert_close(found, plain(TOKENS).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["apertus", "bitnet", "gemma2", "nemotron", "phi3"])
+def test_bits_by_cost_and_recovery(folders: dict[str, Path], family: str, tmp_path: Path) -> None:
+    """What looks at the whole model, and what trains it."""
+    recipe = {
+        "calibration": {"samples": 2, "length": 24},
+        "steps": [{"allocate_bits": {"bits": 5.0, "group_sizes": ["auto-32"]}}, {"gptq": {}}],
+        "recover": {"tokens": 128, "context": 16, "batch": 2, "rate": 3e-4, "warmup_steps": 0},
+    }
+    report = tulle.compress(folders[family], recipe, tmp_path / "out", calibration=TEXT)
+    curve = report["recover"]["curve"]
+    assert curve[-1]["held_out_kl"] < curve[0]["held_out_kl"]
+    assert len({linear["bits"] for linear in report["linears"]}) > 1

@@ -196,7 +196,7 @@ def test_gradients_are_those_of_the_whole_loss(models: dict[str, Path], keeps: b
     checked = 0
     for block in student.blocks:
         prefix = block.layer.prefix
-        for (norm, _), gain in zip(block.layer.norms(), block.gains, strict=True):
+        for (norm, _), gain in zip(block.layer.norms(), block.norms, strict=True):
             torch.testing.assert_close(gain.grad, named[f"{prefix}{norm.name}.weight"].grad, rtol=1e-3, atol=1e-6)
         for linear, weight in zip(block.layer.linears(), block.weights, strict=True):
             wanted_gradient = named[f"{prefix}{linear.name}.weight"].grad * weight.mask
@@ -204,7 +204,7 @@ def test_gradients_are_those_of_the_whole_loss(models: dict[str, Path], keeps: b
             checked += 1
         for name, bias in block._bias.items():
             torch.testing.assert_close(bias.grad, named[f"{prefix}{name}.bias"].grad, rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(student.gain.grad, named["model.norm.weight"].grad, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(student.norm["weight"].grad, named["model.norm.weight"].grad, rtol=1e-3, atol=1e-6)
     assert checked == 21
 
 

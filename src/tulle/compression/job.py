@@ -307,8 +307,7 @@ class _Job:
             require_finite(name, tensor)
         head = self.dense.description.head
         if "head" in self.tables and head in tensors:
-            gain = tensors[f"{self.dense.description.final_norm.name}.weight"].float()
-            hessian = head_hessian(self.dense.description, *self.walker.outputs(), gain)
+            hessian = head_hessian(self.dense.description, *self.walker.outputs(), tensors, "cpu")
             tensors |= self._quantised_table("head", head, tensors.pop(head), hessian)[0]
         folder = self.run.folder
         self.run.write(self.state, len(self.dense.description.layers) + 1, tensors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -198,8 +198,7 @@ class _Walk:
         for index, tensors in self._blocks("head"):
             block = DecoderBlock(self.model, index, tensors, self.device, dtype)
             stream = [block(hidden) for hidden in stream]
-        gain = self.dense.closing()[f"{self.model.final_norm.name}.weight"].to(self.device, torch.float32)
-        return head_hessian(self.model, seen, stream, gain)
+        return head_hessian(self.model, seen, stream, self.dense.closing(), self.device)
 
     def costs(
         self,
@@ -259,11 +258,15 @@ def stored_name(dense: DenseModel, module: str) -> str:
     return dense.description.embedding_name(dense.checkpoint) if name == dense.description.embedding else name
 
 
-def head_hessian(model: Decoder, batches: Sequence[Batch], hidden: Iterable[Tensor], gain: Tensor) -> Hessian:
-    """H of the final norm's outputs, from the last block's ``hidden`` ``[B, T, d]`` of every batch."""
-    found = Hessian.zeros(model.hidden, gain.device)
+def head_hessian(
+    model: Decoder, batches: Sequence[Batch], hidden: Iterable[Tensor], closing: Mapping[str, Tensor], device: str
+) -> Hessian:
+    """H of the final norm's outputs, from the last block's ``hidden`` ``[B, T, d]`` of every batch; ``closing`` has the
+    norm's tensors by full name."""
+    found = Hessian.zeros(model.hidden, device)
+    norm = {name: closing[name].to(device, torch.float32) for name in model.final_norm.names()}
     for batch, states in zip(batches, hidden, strict=True):
-        found.add(final_norm(model, states[batch.valid.to(states.device)].to(gain.device).float(), gain))
+        found.add(final_norm(model, states[batch.valid.to(states.device)].to(device).float(), norm))
     return found
 
 

@@ -405,7 +405,7 @@ class Walker:
             transform = linears[0].transform
             stream = self._recipe.calibration.target == "stream" and compressed[0].adds
             mismatch = Mismatch(torch.cat([linear.weight for linear in linears]), stream)
-            scale = self._model.layers[0].residual_scale
+            scale = work.layer.residual_scale
 
             def compare(i: int, x: Tensor) -> None:
                 there, here, valid = dense[i], compressed[i], self._valid[i]

@@ -337,12 +337,15 @@ def embed(decoder: Decoder, tokens: Tensor, table: Tensor) -> Tensor:
     return hidden if decoder.embedding_scale == 1 else hidden * decoder.embedding_scale
 
 
-def final_norm(decoder: Decoder, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return normed(hidden, decoder.final_norm, weight, bias)
+def final_norm(decoder: Decoder, hidden: Tensor, outer: Mapping[str, Tensor]) -> Tensor:
+    """The last block's output ``[…, d]`` as the head reads it; ``outer`` has the norm's tensors by full name."""
+    name = decoder.final_norm.name
+    return normed(hidden, decoder.final_norm, outer[f"{name}.weight"], outer.get(f"{name}.bias"))
 
 
 def logits(decoder: Decoder, normed: Tensor, table: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Logits ``[…, V]`` of what the final norm gives; ``table`` is the head's, or the embedding's when tied."""
+    """Logits ``[…, V]`` of what the final norm gives; ``table`` is the head's, or the embedding's when tied. Scale and
+    soft cap are in them."""
     found = functional.linear(normed, table, bias)
     if decoder.logit_scale != 1:
         found = found * decoder.logit_scale
@@ -394,8 +397,7 @@ class PlainDecoder:
 
     def normed(self, hidden: Tensor) -> Tensor:
         """The final norm of the last block's output."""
-        name = self.decoder.final_norm.name
-        return final_norm(self.decoder, hidden, self._outer[f"{name}.weight"], self._outer.get(f"{name}.bias"))
+        return final_norm(self.decoder, hidden, self._outer)
 
     def predict(self, hidden: Tensor) -> Tensor:
         """Logits of the last block's output."""

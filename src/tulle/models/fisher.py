@@ -39,7 +39,7 @@ from torch import Tensor
 
 from tulle.core.hessian import Hessian
 from tulle.core.topk import Selection
-from tulle.models.decoder import DecoderBlock, GroupInput, PlainDecoder, drive, run_group
+from tulle.models.decoder import DecoderBlock, GroupInput, PlainDecoder, drive, logits, run_group
 
 Key = tuple[int | float | str, ...]
 """Name of a trial."""
@@ -128,8 +128,8 @@ def _head_costs(
     for key, table in tables(role, hessian):
         found[key] = 0.0
         for part in parts:
-            before = (part @ model.head().float().T).log_softmax(-1)
-            after = (part @ table.T).log_softmax(-1)
+            before = logits(decoder, part, model.head().float()).log_softmax(-1)
+            after = logits(decoder, part, table).log_softmax(-1)
             found[key] += float((before.exp() * (before - after)).sum()) / len(x)
     return found
 

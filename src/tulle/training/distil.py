@@ -201,9 +201,10 @@ class Distillation:
             into[rows] = part.grad / count
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value / count
-        if self.student.gain.grad is not None:
+        for parameter in self.student.norm.values():
             # Chunks add sums up; the rest of the model sees means.
-            self.student.gain.grad /= count
+            if parameter.grad is not None:
+                parameter.grad /= count
         return sums, gradient
 
     @torch.no_grad()

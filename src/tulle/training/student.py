@@ -63,7 +63,7 @@ class Teacher:
         self.decoder, self._dense, self._device, self._dtype = dense.description, dense, device, dtype
         outer = {self.decoder.embedding: dense.embedding(), **dense.closing()}
         self._outer = {name: t.to(device) for name, t in outer.items()}
-        self._gain = self._outer[f"{self.decoder.final_norm.name}.weight"].float()
+        self._norm = {name: self._outer[name].float() for name in self.decoder.final_norm.names()}
         weights = sum(linear.shape[0] * linear.shape[1] for layer in self.decoder.layers for linear in layer.linears())
         self._keeps = 4 * weights <= KEPT_SHARE * memory_bytes()
         self._kept: dict[int, DecoderBlock] = {}
@@ -86,7 +86,7 @@ class Teacher:
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """``[T, V]`` float32 of hidden states ``[T, d]`` after the last block."""
-        normed = final_norm(self.decoder, hidden, self._gain)
+        normed = final_norm(self.decoder, hidden, self._norm)
         head = self._outer.get(self.decoder.head, self._outer[self.decoder.embedding])
         return logits(self.decoder, normed.to(self._dtype), head.to(self._dtype)).float()
 
@@ -104,8 +104,13 @@ class Student(nn.Module):
             StudentBlock(self.decoder, index, checkpoint, packed.linears, train, heads, device, dtype)
             for index in range(len(self.decoder.layers))
         )
-        norm = f"{self.decoder.final_norm.name}.weight"
-        self.gain = nn.Parameter(checkpoint.read(norm).to(device, torch.float32))
+        # Of the final norm, by the last part of their names.
+        self.norm = nn.ParameterDict(
+            {
+                name.rpartition(".")[2]: nn.Parameter(checkpoint.read(name).to(device, torch.float32))
+                for name in self.decoder.final_norm.names()
+            }
+        )
         self._embedding = self._table(checkpoint, self.decoder.embedding_name(checkpoint), packed.linears)
         tied = self.decoder.tied
         self._head = self._embedding if tied else self._table(checkpoint, self.decoder.head, packed.linears)
@@ -120,7 +125,8 @@ class Student(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[T, V]`` float32 of hidden states ``[T, d]`` after the last block."""
-        normed = final_norm(self.decoder, hidden, self.gain)
+        name = self.decoder.final_norm.name
+        normed = final_norm(self.decoder, hidden, {f"{name}.{part}": tensor for part, tensor in self.norm.items()})
         return logits(self.decoder, normed.to(self._dtype), self._head.to(self._dtype)).float()
 
     def _table(self, checkpoint: Checkpoint, name: str, specs: Mapping[str, LinearSpec]) -> Tensor:
@@ -134,7 +140,8 @@ class Student(nn.Module):
 
     def plain(self) -> Iterator[tuple[str, Tensor]]:
         """Trained tensors that are stored as they are, by full name: gains, biases, plain weights; float32."""
-        yield f"{self.decoder.final_norm.name}.weight", self.gain.detach()
+        for part, tensor in self.norm.items():
+            yield f"{self.decoder.final_norm.name}.{part}", tensor.detach()
         for block in self.blocks:
             assert isinstance(block, StudentBlock)
             yield from block.plain()
@@ -163,8 +170,8 @@ class StudentBlock(nn.Module):
         super().__init__()
         self._checkpoint, self._specs, self._device, self._dtype = checkpoint, specs, device, dtype
         self.layer, self._heads = decoder.layers[index], _straight(heads)
-        read = {norm.name: self._read(f"{norm.name}.weight").float() for norm, _ in self.layer.norms()}
-        self.gains = nn.ParameterList(nn.Parameter(gain) for gain in read.values())
+        read = {name: self._read(name).float() for norm, _ in self.layer.norms() for name in norm.names()}
+        self.norms = nn.ParameterList(nn.Parameter(tensor) for tensor in read.values())
         self.biases = nn.ParameterList(
             nn.Parameter(self._read(f"{linear.name}.bias").float()) for linear in self.layer.linears() if linear.bias
         )
@@ -178,10 +185,12 @@ class StudentBlock(nn.Module):
         # Linears answer from here; the block only needs their shapes.
         tensors = {f"{x.name}.weight": torch.zeros(()).expand(x.shape) for x in self.layer.linears()}
         tensors |= {f"{x.name}.bias": torch.zeros(()).expand(x.shape[0]) for x in self.layer.linears() if x.bias}
-        tensors |= {f"{name}.weight": gain for name, gain in read.items()}
+        tensors |= read | {name: self._read(name).float() for name in self.layer.others()}
         block = DecoderBlock(decoder, index, tensors, device)
-        for name, gain in zip(read, self.gains, strict=True):
-            block.get_submodule(name).weight = gain
+        self._norm_names = list(read)
+        for name, tensor in zip(self._norm_names, self.norms, strict=True):
+            module, _, part = name.rpartition(".")
+            setattr(block.get_submodule(module), part, tensor)
         # Not a child, or its norms would be parameters twice.
         self._block = (block,)
 
@@ -197,8 +206,8 @@ class StudentBlock(nn.Module):
     def plain(self) -> Iterator[tuple[str, Tensor]]:
         """As :meth:`Student.plain`."""
         prefix = self.layer.prefix
-        for (norm, _), gain in zip(self.layer.norms(), self.gains, strict=True):
-            yield f"{prefix}{norm.name}.weight", gain.detach()
+        for name, tensor in zip(self._norm_names, self.norms, strict=True):
+            yield prefix + name, tensor.detach()
         for name, bias in self._bias.items():
             yield f"{prefix}{name}.bias", bias.detach()
         for name, number in self._number.items():
