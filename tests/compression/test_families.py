@@ -109,7 +109,7 @@ def test_bits_by_cost_and_recovery(folders: dict[str, Path], family: str, tmp_pa
     recipe = {
         "calibration": {"samples": 2, "length": 24},
         "steps": [{"allocate_bits": {"bits": 5.0, "group_sizes": ["auto-32"]}}, {"gptq": {}}],
-        "recover": {"tokens": 128, "context": 16, "batch": 2, "rate": 3e-4, "warmup_steps": 0},
+        "recover": {"tokens": 512, "context": 16, "batch": 4, "rate": 1e-2, "warmup_steps": 1},
     }
     report = tulle.compress(folders[family], recipe, tmp_path / "out", calibration=TEXT)
     curve = report["recover"]["curve"]
