@@ -27,6 +27,7 @@ from tulle.models.foreign import open_foreign
 from tulle.models.gguf.file import is_gguf
 from tulle.models.prefix import Prefixed, is_base_model
 from tulle.models.tensor_file import TensorFile, TensorInfo, as_float32
+from tulle.models.text_part import TextPart, has_text_part
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -107,6 +108,8 @@ def _opened(path: Path) -> TensorSource:
         return open_adapter(path)
     found: TensorSource = Folder(path)
     _add_older_settings(found)
+    if has_text_part(found):
+        found = TextPart(found)
     if is_base_model(found):
         found = Prefixed(found)
     settings = found.config.get("quantization_config")
