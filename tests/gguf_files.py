@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 Type = GGMLQuantizationType
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2"}
+ARCHITECTURES["gemma3_text"] = "gemma3"
 HALVES = {
     Type.Q4_0: (0,), Type.Q4_1: (0, 2), Type.Q5_0: (0,), Type.Q5_1: (0, 2), Type.Q8_0: (0,), Type.Q2_K: (80, 82),
     Type.Q3_K: (108,), Type.Q4_K: (0, 2), Type.Q5_K: (0, 2), Type.Q6_K: (208,), Type.IQ4_NL: (0,), Type.IQ4_XS: (0,),
@@ -37,6 +38,12 @@ NAMES = {
 }  # fmt: skip
 
 
+GEMMA_NAMES = NAMES | {
+    "post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}  # fmt: skip
+
+
 def small_config(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
     """Wide enough for blocks of 256."""
     config: dict[str, Any] = {
@@ -46,6 +53,18 @@ def small_config(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
     }  # fmt: skip
     if model_type == "mistral":
         config["sliding_window"] = None
+    if model_type.startswith("gemma"):
+        del config["hidden_act"]
+        config |= {"sliding_window": 8, "tie_word_embeddings": True, "pad_token_id": 0, "query_pre_attn_scalar": 64}
+    if model_type == "gemma2":
+        config |= {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}
+    if model_type == "gemma3_text":
+        config |= {"num_hidden_layers": 7}
+        full = {"rope_type": "linear", "factor": 8.0, "rope_theta": config.pop("rope_theta")}
+        config["rope_parameters"] = {
+            "full_attention": full,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        }
     return config | changes
 
 
@@ -73,13 +92,13 @@ def random_bytes(
     return found.reshape(rows, -1)
 
 
-def theirs(name: str) -> str:
+def theirs(name: str, architecture: str = "llama") -> str:
     """The GGUF name of a Hugging Face tensor."""
     stem, suffix = name.rsplit(".", 1)
-    parts = stem.split(".")
+    parts, names = stem.split("."), GEMMA_NAMES if architecture.startswith("gemma") else NAMES
     if parts[:2] == ["model", "layers"]:
-        return f"blk.{parts[2]}.{NAMES['.'.join(parts[3:])]}.{suffix}"
-    return f"{NAMES[stem]}.{suffix}"
+        return f"blk.{parts[2]}.{names['.'.join(parts[3:])]}.{suffix}"
+    return f"{names[stem]}.{suffix}"
 
 
 def permuted(weight: NDArray[Any], heads: int) -> NDArray[Any]:
@@ -114,7 +133,8 @@ def write_random(
             values = rng.standard_normal(tensor.shape).astype(np.float32) * 0.1
             values = values + 1 if "norm" in name else values
             state[name] = torch.from_numpy(values)
-            raw, of = values.view(np.uint8), Type.F32
+            stored = values + np.float32(1) if architecture.startswith("gemma") else values
+            raw, of = stored.view(np.uint8), Type.F32
         else:
             of = (embedding or Type.F16) if name.startswith(("model.embed", "lm_head")) else kind
             raw = random_bytes(rng, of, *tensor.shape)
@@ -123,7 +143,7 @@ def write_random(
         if architecture == "llama" and heads is not None:
             rows = raw.reshape(tensor.shape[0], -1)
             raw = np.ascontiguousarray(permuted(rows, config[heads])).reshape(raw.shape)
-        writer.add_tensor(theirs(name), raw, raw_dtype=of)
+        writer.add_tensor(theirs(name, architecture), raw, raw_dtype=of)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -145,7 +165,18 @@ def write_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_theta"])
+    if "rope_theta" in config:
+        writer.add_rope_freq_base(config["rope_theta"])
+    else:
+        full = config["rope_parameters"]["full_attention"]
+        writer.add_rope_freq_base(full["rope_theta"])
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(full["factor"])
+    if config["model_type"].startswith("gemma"):
+        writer.add_sliding_window(config["sliding_window"])
+    if config["model_type"] == "gemma2":
+        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
     writer.add_vocab_size(config["vocab_size"])
 
 

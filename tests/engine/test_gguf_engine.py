@@ -38,9 +38,9 @@ def test_logits_of_every_type(tmp_path: Path, kind: Type) -> None:
     _agrees(tmp_path / "model.gguf", model)
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"])
 def test_families(tmp_path: Path, family: str) -> None:
-    config = small_config(family, num_hidden_layers=2, tie_word_embeddings=True, rope_theta=5e4)
+    config = small_config(family, tie_word_embeddings=True)
     model = write_random(tmp_path / "model.gguf", config, Type.Q4_K, embedding=Type.Q6_K)
     _agrees(tmp_path / "model.gguf", model)
 

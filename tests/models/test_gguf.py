@@ -361,3 +361,17 @@ def _finish(writer: gguf.GGUFWriter) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_gemma(tmp_path: Path, family: str) -> None:
+    """Norms that are stored as 1 + w, windows and soft caps, two rotary tables of which the file says one."""
+    model = write_random(tmp_path / "model.gguf", small_config(family), Type.Q8_0)
+    _same_logits(tmp_path / "model.gguf", model)
+
+
+def test_gemma_of_another_pattern_is_refused(tmp_path: Path) -> None:
+    key = "gemma3.attention.sliding_window_pattern"
+    write_random(tmp_path / "model.gguf", small_config("gemma3_text"), Type.F16, metadata={key: 4})
+    with pytest.raises(UserError, match="sliding_window_pattern"):
+        GgufSource(tmp_path / "model.gguf")

@@ -39,7 +39,7 @@ from tulle.models.source import describe_source
 from tulle.models.tensor_file import as_float32
 
 Type = GGMLQuantizationType
-ARCHITECTURES = {family.model_type: name for name, family in FAMILIES.items()} | {"mistral": "llama"}
+ARCHITECTURES = {family.model_type: name for name, family in FAMILIES.items() if family.exported} | {"mistral": "llama"}
 """What GGUF calls a family."""
 FILE_TYPES = {Type.F32: 0, Type.F16: 1, Type.Q4_0: 2, Type.Q4_1: 3, Type.Q8_0: 7, Type.Q5_0: 8, Type.BF16: 32,
               Type.TQ2_0: 37, Type.MXFP4: 38}  # fmt: skip

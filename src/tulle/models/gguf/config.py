@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from tulle.errors import UserError
 from tulle.models.description import Rotary
+from tulle.models.gguf.names import GEMMA
 from tulle.models.rotary import frequencies
 
 
@@ -33,13 +34,30 @@ class Family:
     """q, k and v have biases that no key tells of."""
     optional_bias: bool = False
     """``attention_bias`` and ``mlp_bias`` follow from the tensors that are there."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Modules that are called otherwise than in :data:`tulle.models.gguf.names.LAYER`."""
+    norm_offset: float = 0.0
+    """Added to the weights of norms in the file."""
+    window_every: int = 0
+    """Every so many layers one has no window; 0: windows are refused."""
+    wide_layers: int = 0
+    """Layers of the one size whose scores are scaled by √(width/heads) instead of √head_dim; the file does not say."""
+    soft_caps: bool = False
+    rotary_tables: bool = False
+    """Layers with a window have a rotary table of their own, of θ = 10,000."""
+    exported: bool = True
+    """Whether :mod:`tulle.export.gguf` writes it."""
 
 
 FAMILIES = {
     "llama": Family("llama", "LlamaForCausalLM", permuted=True, optional_bias=True),
     "qwen2": Family("qwen2", "Qwen2ForCausalLM", always_biased=True),
     "qwen3": Family("qwen3", "Qwen3ForCausalLM", head_norms=True),
-}
+    "gemma2": Family("gemma2", "Gemma2ForCausalLM", names=GEMMA, norm_offset=1.0, window_every=2, wide_layers=46,
+                     soft_caps=True, exported=False),
+    "gemma3": Family("gemma3_text", "Gemma3ForCausalLM", head_norms=True, names=GEMMA, norm_offset=1.0, window_every=6,
+                     wide_layers=62, rotary_tables=True, exported=False),
+}  # fmt: skip
 """By ``general.architecture``. Mistral's files say llama: without its window they are one function, and llama.cpp runs
 them so. A new family is a line here, and what its tensors are called in ``names.py``."""
 
@@ -140,7 +158,7 @@ def config_of(
         if keys.number(key, 0) != 0:
             raise keys.refused(key, "0 (no experts)", keys.get(key))
     window = keys.number("attention.sliding_window", 0)
-    if window != 0:
+    if window != 0 and not family.window_every:
         raise keys.refused("attention.sliding_window", "none", window)
     if keys.number("attention.scale", 0.0) != 0.0:
         raise keys.refused("attention.scale", "none", keys.get("attention.scale"))
@@ -164,11 +182,41 @@ def config_of(
     scaling = _rope_scaling(keys, context, head_dim, config["rope_theta"], rope)
     if scaling:
         config["rope_scaling"] = scaling
+    if family.window_every:
+        _make_gemma(config, keys, family)
     if family.optional_bias:
         config["attention_bias"] = "blk.0.attn_q.bias" in stored
         config["mlp_bias"] = "blk.0.ffn_down.bias" in stored
     keys.finish()
     return config | token_ids(metadata)
+
+
+def _make_gemma(config: dict[str, Any], keys: _Keys, family: Family) -> None:
+    """What Gemma's configs have and others do not. llama.cpp knows windows' places and the scale by the family."""
+    hidden, heads, layers = config["hidden_size"], config["num_attention_heads"], config["num_hidden_layers"]
+    del config["hidden_act"]
+    every = keys.get("attention.sliding_window_pattern", family.window_every)
+    expected = [index % family.window_every < family.window_every - 1 for index in range(layers)]
+    if (every.tolist() if isinstance(every, np.ndarray) else every) not in (family.window_every, expected):
+        raise keys.refused("attention.sliding_window_pattern", f"{family.window_every}", every)
+    config |= {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": hidden // heads if layers == family.wide_layers else config["head_dim"],
+        "sliding_window": keys.size("attention.sliding_window"),
+        "layer_types": ["sliding_attention" if slides else "full_attention" for slides in expected],
+        "attention_bias": False,
+    }
+    if family.soft_caps:
+        config["attn_logit_softcapping"] = keys.number("attn_logit_softcapping", 50.0)
+    cap = keys.number("final_logit_softcapping", 30.0 if family.soft_caps else 0.0)
+    config["final_logit_softcapping"] = cap or None
+    if family.rotary_tables:
+        full = {"rope_type": "default"} | (config.pop("rope_scaling", None) or {})
+        local = keys.number("rope.freq_base_swa", 10000.0)
+        config["rope_parameters"] = {
+            "full_attention": full | {"rope_theta": config.pop("rope_theta")},
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+        }
 
 
 def _rope_scaling(

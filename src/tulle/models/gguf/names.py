@@ -8,6 +8,7 @@ blocks, so that nothing is rounded.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,18 +33,24 @@ LAYER = {
     "ffn_down": "mlp.down_proj",
 }
 """Of a layer's modules: ``blk.3.attn_q.weight`` is ``model.layers.3.self_attn.q_proj.weight``."""
+GEMMA = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+"""What Gemma's modules are called, where ``LAYER`` says otherwise or nothing."""
 ROPE = "rope_freqs.weight"
 BACK = {ours: theirs for theirs, ours in LAYER.items()} | {ours: theirs for theirs, ours in OUTER.items()}
 
 
-def ours(name: str) -> str | None:
-    """The Hugging Face name of a GGUF tensor; None where there is none."""
+def ours(name: str, renamed: Mapping[str, str] | None = None) -> str | None:
+    """The Hugging Face name of a GGUF tensor; None where there is none. ``renamed``: a family's own names."""
     if name in OUTER:
         return OUTER[name]
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-    if match is None or match[2] not in LAYER:
+    match, modules = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name), LAYER | dict(renamed or {})
+    if match is None or match[2] not in modules:
         return None
-    return f"model.layers.{int(match[1])}.{LAYER[match[2]]}.{match[3]}"
+    return f"model.layers.{int(match[1])}.{modules[match[2]]}.{match[3]}"
 
 
 def theirs(name: str) -> str | None:

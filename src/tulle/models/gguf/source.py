@@ -57,7 +57,7 @@ class GgufSource:
         for theirs, file in stored.items():
             if file.tensors[theirs].type not in (*blocks.FLOATS, *blocks.READERS):
                 raise blocks.refused(file.tensors[theirs].type)
-            ours = names.ours(theirs)
+            ours = names.ours(theirs, family.names)
             if ours is not None:
                 self._by_name[ours] = (file, theirs)
             elif theirs != names.ROPE:
@@ -73,7 +73,7 @@ class GgufSource:
         if rope is not None:
             ratios = blocks.to_float32(rope.raw(names.ROPE), rope.tensors[names.ROPE].type).reshape(-1)
         self.config = config_of(self.metadata, table[0], stored, ratios)
-        self._permuted = family.permuted
+        self._permuted, self._norm_offset, self._renamed = family.permuted, family.norm_offset, family.names
         self.notes: list[str] = []
 
     def names(self) -> list[str]:
@@ -98,6 +98,8 @@ class GgufSource:
         order = self._order(theirs)
         found = blocks.stored_floats(raw, kind) if kind in STORED else blocks.to_float32(raw, kind)
         found = found.reshape(file.tensors[theirs].shape)
+        if self._norm_offset and theirs.endswith("norm.weight"):
+            return found.astype(np.float32) - np.float32(self._norm_offset)
         return found if order is None else found[order]
 
     def coded(self, name: str) -> blocks.Coded | None:
@@ -185,7 +187,7 @@ class GgufSource:
             return None
         key = "num_attention_heads" if "attn_q" in theirs else "num_key_value_heads"
         heads, head_dim = self.config[key], self.config["head_dim"]
-        shape = self._find(str(names.ours(theirs)))[0].tensors[theirs].shape
+        shape = self._find(str(names.ours(theirs, self._renamed)))[0].tensors[theirs].shape
         rows = shape[0] if shape else 1
         if rows != heads * head_dim or head_dim % 2:
             raise UserError(f"expected {heads} heads of {head_dim} channels in {theirs}, found {rows} rows")
