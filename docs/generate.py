@@ -210,6 +210,7 @@ def model_families() -> str:
     from tulle.export.gguf import ARCHITECTURES
     from tulle.models.description import describe, families
     from tulle.models.features import features
+    from tulle.models.gguf.config import FAMILIES
     from tulle.models.rewrite import NOT_ROTATED
 
     rows = []
@@ -218,8 +219,10 @@ def model_families() -> str:
         module = importlib.import_module(f"tulle.models.families.{family}")
         special = features(decoder)
         name = re.split("[:,]", plain(module.__doc__ or ""))[0]
-        can = (not special.keys() & NOT_ROTATED.keys(), special.keys() <= FEATURES, family in ARCHITECTURES)
-        answers = ("yes" if one else "no" for one in can)
+        can = (not special.keys() & NOT_ROTATED.keys(), special.keys() <= FEATURES)
+        read = {one.model_type for one in FAMILIES.values()}
+        gguf = "yes" if family in ARCHITECTURES else "read" if family in read else "no"
+        answers = (*("yes" if one else "no" for one in can), gguf)
         rows.append((f"`{family}`", name, "; ".join(special) or "nothing", *answers))
     return table(("model_type", "family", "beyond Llama's layout", "rotation", "engine", "GGUF"), rows)
 
