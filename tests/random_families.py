@@ -29,6 +29,8 @@ DENSE = (
     "stablelm",
     "starcoder2",
 )
+HYBRID = ("qwen3_5_text",)
+"""Of which the engine runs none yet."""
 LAYERS = 2
 
 
@@ -182,6 +184,20 @@ def _phi3(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int)
         inside = {"short_factor": [1.0 + i for i in range(dim // 2)], "long_factor": [2.0 + i for i in range(dim // 2)]}
         config["rope_scaling"] = {"type": "longrope", **inside}
         config["original_max_position_embeddings"] = draw.choice([4, 8])
+
+
+def _qwen3_5_text(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    key_heads = draw.choice([1, 2])
+    _drawn(config, draw, head_dim=[16, 32], attention_bias=[False, True], linear_conv_kernel_dim=[2, 4])
+    _drawn(config, draw, linear_key_head_dim=[4, 8], linear_value_head_dim=[8, 16])
+    config |= {"linear_num_key_heads": key_heads, "linear_num_value_heads": key_heads * draw.choice([1, 2])}
+    config["layer_types"] = draw.sample(["linear_attention", "full_attention"], 2)
+    theta = config.pop("rope_theta")
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": 0.25,
+                                 "mrope_section": [1, 1, 0], "mrope_interleaved": True}  # fmt: skip
+    if seed % 2:
+        config["full_attention_interval"] = 2
+        del config["layer_types"]
 
 
 def _seed_oss(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:

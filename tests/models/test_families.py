@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from random_decoders import largest_difference, plain_model, reference_model, text
-from random_families import DENSE, family_config
+from random_families import DENSE, HYBRID, family_config
 
 SEEDS = 12
 
@@ -21,7 +21,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("family", DENSE + HYBRID)
 def test_logits_are_those_of_transformers(family: str) -> None:
     for seed in range(SEEDS):
         config = family_config(family, seed)

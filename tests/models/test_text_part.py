@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, Gemma3Config, Mistral3Config, PreTrainedModel
+from transformers import AutoModelForImageTextToText, Gemma3Config, Mistral3Config, PreTrainedModel, Qwen3_5Config
 
 import tulle
 from checkpoints import write_tokenizer
 from tulle.compression.job import compress
 from tulle.engine import Engine
 from tulle.errors import UserError
+from tulle.models.decoder import PlainDecoder
+from tulle.models.rewrite import DenseModel
 from tulle.models.source import open_source
 from tulle.text.reading import Text
 
@@ -36,7 +38,15 @@ CONFIGS: dict[str, Any] = {
         vision_config=VISION | {"model_type": "pixtral", "image_size": 28, "patch_size": 14, "head_dim": 16},
         image_token_index=299,
     ),
-}
+    "qwen3_5": lambda: Qwen3_5Config(
+        text_config=SIZES
+        | {"head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8,
+           "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"],
+           "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5,
+                               "mrope_section": [2, 1, 1], "mrope_interleaved": True}},
+        vision_config={"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32},
+    ),
+}  # fmt: skip
 
 
 def write(folder: Path, kind: str, renamed: bool = False) -> PreTrainedModel:
@@ -62,7 +72,15 @@ def test_the_text_part_is_the_model(kind: str, renamed: bool, tmp_path: Path) ->
     expected = model(torch.tensor([TOKENS])).logits[0].numpy()
     source = open_source(tmp_path / "m")
     (note,) = source.notes
-    assert note.startswith(f"{kind}: the text part is read; left out: ") and "multi_modal_projector" in note
+    assert note.startswith(f"{kind}: the text part is read; left out: ")
+    assert ("model.visual" if kind == "qwen3_5" else "multi_modal_projector") in note
+    if kind == "qwen3_5":  # which the engine does not run yet
+        dense = DenseModel.open(tmp_path / "m")
+        outer = {dense.description.embedding: dense.embedding(), **dense.closing()}
+        plain = PlainDecoder(dense.description, dense.read_block, outer)
+        found = plain(torch.tensor([TOKENS]))[0].numpy()
+        assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+        return
     found = Engine(tmp_path / "m", cache="f32", head="as stored").forward(TOKENS, wanted=range(len(TOKENS)))
     assert np.abs(found - expected).max() <= 5e-5 * np.abs(expected).max()
 

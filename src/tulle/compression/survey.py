@@ -26,7 +26,7 @@ from tulle.format.spec import LinearSpec
 from tulle.methods.contract import InputTrials, Key, Progress, See, Statistics, Survey, TableTrials, WeightTrials
 from tulle.models.batches import Batch, batched
 from tulle.models.decoder import DecoderBlock, PlainDecoder, embed, final_norm
-from tulle.models.description import STREAM_READERS, Decoder
+from tulle.models.description import STREAM_READERS, Attention, Decoder, Layer
 from tulle.models.fisher import divergences
 from tulle.models.rewrite import DenseModel
 from tulle.models.watch import run_watched
@@ -67,6 +67,14 @@ def take_survey(
     norms: dict[tuple[int, str], Tensor] = {}
     model = dense.description
     first = model.layers[0]
+    for step in recipe.stage("model"):
+        for layer in model.layers:
+            if [g.names for g in layer.groups] != [g.names for g in first.groups]:
+                raise UserError(
+                    f"expected layers alike for {step.name}, which looks at all of them at once, found "
+                    f"{type(layer.mixer).__name__} in layer {layer.index} and {type(first.mixer).__name__} in layer 0; "
+                    "leave the step out"
+                )
     offsets = {norm.name: norm.offset for norm, _ in first.norms()}
     survey = Survey(
         layers=len(model.layers),
@@ -77,7 +85,7 @@ def take_survey(
         gain=lambda tensors, name: tensors[f"{name}.weight"] + offsets.get(name, 0.0),
         prefix=lambda index: model.layers[index].prefix,
         hidden=model.hidden,
-        heads=(first.mixer.heads, first.mixer.kv_heads, first.mixer.head_dim),
+        heads=_heads(first),
         seed=seed,
         column_norm=lambda block, role: norms[block, role],
         table=lambda role: walk.table(role),
@@ -117,6 +125,12 @@ def take_survey(
     ):
         survey.head_hessian = walk.head_hessian(dtype)
     return survey
+
+
+def _heads(layer: Layer) -> tuple[int, int, int]:
+    """Query heads, KV heads, head_dim; zeros where there is no attention."""
+    mixer = layer.mixer
+    return (mixer.heads, mixer.kv_heads, mixer.head_dim) if isinstance(mixer, Attention) else (0, 0, 0)
 
 
 def _costs_name(dense: DenseModel, batches: Sequence[Batch], steps: Sequence[Step], seed: int) -> str:

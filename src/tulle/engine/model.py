@@ -170,7 +170,7 @@ class Engine:
         self.layouts, self.layout = [str(name) for name in layouts_for(source)], str(chosen)
         file, facts = prepared(source, head, chosen, progress)
         model = source.description
-        mixer = model.layers[0].mixer
+        mixer = model.layers[0].attention
         if cache == "auto":
             # Codes of quantised keys and values are what they are in a cache of bytes.
             attention = source.packed.attention if source.packed else None

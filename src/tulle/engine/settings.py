@@ -89,7 +89,7 @@ def settings_of(
     description = source.description
     require_runnable(description)
     first, attention = description.layers[0], source.packed.attention if source.packed else None
-    mixer = first.mixer
+    mixer = first.attention
     linears = _Linears(source, file, facts, engine_bits)
     layers = []
     tables = list(description.rotary)
@@ -98,7 +98,7 @@ def settings_of(
         groups: dict[str, Any] = {
             group.role: linears.group(names) for group, names in zip(layer.groups, source.groups[index], strict=True)
         }
-        own = layer.mixer
+        own = layer.attention
         widths = (own.widths[0], own.widths[1]) if own.norm_width == "all" else (own.head_dim, own.head_dim)
         norms = {
             "input_norm": (layer.mixer_norm, description.hidden),
@@ -329,7 +329,7 @@ def require_runnable(model: Decoder) -> None:
                 f"expected a model that the engine can run, found activation {activation}; use transformers for it"
             )
         for key in ("scale", "soft_cap", "position_scale", "norm_width", "norm_after_rotary"):
-            if getattr(layer.mixer, key) != getattr(model.layers[0].mixer, key):
+            if getattr(layer.attention, key) != getattr(model.layers[0].attention, key):
                 raise UserError(
                     f"expected layers alike, found {key} of attention that differs; use transformers for it"
                 )

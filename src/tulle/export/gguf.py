@@ -185,10 +185,10 @@ def _write_metadata(
     writer: gguf.GGUFWriter, architecture: str, checkpoint: Checkpoint, model: Decoder, notes: list[str]
 ) -> None:
     first = model.layers[0]
-    mixer, rotary = first.mixer, model.rotary["default"]
+    mixer, rotary = first.attention, model.rotary["default"]
     _require_expressible(model)
     context = model.context
-    windows = {layer.mixer.window for layer in model.layers if layer.mixer.window is not None}
+    windows = {layer.attention.window for layer in model.layers if layer.attention.window is not None}
     if windows and min(windows) < context:
         context = min(windows)
         notes.append(
@@ -249,7 +249,7 @@ def _stored(
         found = _floats(_values(checkpoint, linears, model, name))
     theirs = str(names.theirs(name))
     if family.permuted and names.is_permuted(theirs):
-        mixer = model.layers[0].mixer
+        mixer = model.layers[0].attention
         order = names.stored_rows(mixer.heads if "attn_q" in theirs else mixer.kv_heads, mixer.head_dim)
         found = Stored(found.kind, found.shape, _in_rows(found)[order])
     return found

@@ -131,7 +131,7 @@ def inspect_activations(
             progress(f"landscape {number + 1}/{len(chosen)}", number, len(chosen))
         tensors = dense.read_block(found.block)
         weights = [tensors[f"{name}.weight"].float().to(device) for name in found.group.names]
-        size, mixer = found.x.abs(), model.layers[found.block].mixer
+        size, mixer = found.x.abs(), model.layers[found.block].attention
         landscapes.append(
             {"kinds": found.kinds, "block": found.block, "role": found.group.role, "readers": found.facts["readers"],
              "channel_absmax": size.amax(0).tolist(), "channel_median": size.median(0).values.tolist(),

@@ -135,9 +135,9 @@ def _architecture(model: Decoder) -> dict[str, Any]:
         "blocks": len(model.layers),
         "hidden": model.hidden,
         "intermediate": first.feed_forward.intermediate,
-        "heads": first.mixer.heads,
-        "kv_heads": first.mixer.kv_heads,
-        "head_dim": first.mixer.head_dim,
+        "heads": first.attention.heads,
+        "kv_heads": first.attention.kv_heads,
+        "head_dim": first.attention.head_dim,
         "vocabulary": model.vocabulary,
         "tied": model.tied,
     }

@@ -285,9 +285,13 @@ class BlockState:
     def fold_permutation(self, role: str, index: Tensor) -> None:
         """x[:, index] reaches the role's linears; the producers' rows are permuted.
 
-        For ``o`` (``index`` keeps heads together, alike for the query heads of one KV head) and ``down``.
+        For ``o`` (``index`` keeps heads together, alike for the query heads of one KV head) and ``down``. Where nothing
+        gives the channels out in another order, it becomes a transform that runs on the input.
         """
         group = self._foldable(role)
+        if not self.producers.get(role):
+            group.add_transform(Permutation(index))
+            return
         rows = self._per_producer(role, index) if role == "o" else index
         for producer in self.producers[role]:
             producer.change(lambda weight: weight[rows])

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tulle.core import attention
+from tulle.core.delta_rule import gated_delta_rule
 from tulle.errors import UserError
 from tulle.models.description import XIELU as XIELU_SHAPES
-from tulle.models.description import Attention, Decoder, LinearGroup, Norm, PlainMLP, Rotary
+from tulle.models.description import Attention, Decoder, GatedDeltaNet, LinearGroup, Norm, PlainMLP, Rotary
 from tulle.models.features import features
 from tulle.models.rotary import frequencies
 
@@ -40,7 +41,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """By the names of ``GatedMLP.activation`` and ``PlainMLP.activation``; xielu has numbers of its own
 (:class:`XIELU`)."""
-NOT_YET = ("attention sinks", "output gate of attention")
+UNIT_EPS = 1e-6
+"""Added to a head's squared length before it is made a unit."""
+NOT_YET = ("attention sinks",)
 """Of :func:`tulle.models.features.features`."""
 
 
@@ -101,6 +104,9 @@ class DecoderBlock(nn.Module):
         for norm, width in self.layer.norms():
             with torch.device("meta"):
                 _attach(self, norm.name, NormModule(norm, width))
+        if isinstance(self.layer.mixer, GatedDeltaNet):
+            for path, shape in self.layer.mixer.parameters.items():
+                _attach_parameter(self, path, shape)
         feed_forward = self.layer.feed_forward
         if feed_forward.activation == "xielu":
             with torch.device("meta"):
@@ -121,12 +127,10 @@ class DecoderBlock(nn.Module):
         Outputs are in the order of ``group.linears``, biases included. Between a yield and the next send only the
         yielded :class:`GroupInput` holds tensors of the sequence.
         """
-        layer, mixer = self.layer, self.layer.mixer
+        layer = self.layer
         given = self._given("qkv", hidden.to(self.dtype), layer.mixer_norm)
         del hidden
-        q, k, v = _parts((yield given), mixer.widths)
-        mixed = self._attend(mixer, q, k, v, heads)
-        del q, k, v
+        mixed = self._mix((yield given), heads)
         given = GroupInput(layer.group("o"), mixed, given.residual, adds=layer.mixer_norm_after is None)
         del mixed
         (y,) = yield given
@@ -171,6 +175,43 @@ class DecoderBlock(nn.Module):
             return self._activation()(up)
         gate, up = _parts(outputs, (feed_forward.intermediate,) * 2)
         return self._norm(feed_forward.inner_norm, self._activation()(gate) * up)
+
+    def _mix(self, outputs: tuple[Tensor, ...], heads: Heads | None) -> Tensor:
+        """What the mixer's last linear reads, of its first linears' outputs."""
+        mixer = self.layer.mixer
+        if isinstance(mixer, GatedDeltaNet):
+            return self._delta(mixer, *outputs)
+        gated = mixer.output_gate
+        queries, keys, values = mixer.widths
+        q, k, v = _parts(outputs, (2 * queries if gated else queries, keys, values))
+        if not gated:
+            return self._attend(mixer, q, k, v, heads)
+        q, gate = (x.flatten(2) for x in q.unflatten(-1, (mixer.heads, 2, -1)).unbind(-2))
+        return self._attend(mixer, q, k, v, heads) * gate.sigmoid()
+
+    def _delta(self, mixer: GatedDeltaNet, qkv: Tensor, z: Tensor, b: Tensor, a: Tensor) -> Tensor:
+        """The gated delta rule of projected queries, keys and values ``[B, T, …]``, gate z, and b and a per head."""
+        own = {path.removeprefix(f"{mixer.name}."): self.get_parameter(path) for path in mixer.parameters}
+        length, channels = qkv.shape[1], qkv.shape[2]
+        mixed = functional.conv1d(qkv.transpose(1, 2), own["conv1d.weight"], padding=mixer.kernel - 1, groups=channels)[
+            ..., :length
+        ]
+        mixed = ACTIVATIONS[mixer.activation](mixed).transpose(1, 2)
+        shared = mixer.value_heads // mixer.key_heads
+        q, k, v = (
+            x.unflatten(-1, (-1, size)).transpose(1, 2).float()
+            for x, size in zip(
+                mixed.split(mixer.widths, -1), (mixer.key_dim, mixer.key_dim, mixer.value_dim), strict=True
+            )
+        )
+        q, k = (
+            (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + UNIT_EPS)).repeat_interleave(shared, 1) for x in (q, k)
+        )
+        g = -own["A_log"].float().exp() * functional.softplus(a.float() + own["dt_bias"].float())
+        out = gated_delta_rule(q * mixer.key_dim**-0.5, k, v, g.transpose(1, 2), b.float().sigmoid().transpose(1, 2))
+        out = out.transpose(1, 2).to(qkv.dtype)
+        gate = functional.silu(z.unflatten(-1, (-1, mixer.value_dim)).float())
+        return (rms_norm(out, own["norm.weight"], mixer.eps) * gate).to(qkv.dtype).flatten(2)
 
     def _attend(self, mixer: Attention, q: Tensor, k: Tensor, v: Tensor, heads: Heads | None) -> Tensor:
         """Attention of projected queries, keys and values, heads side by side: ``[B, T, H·head_dim]``."""
@@ -427,6 +468,18 @@ def check_tensors(prefix: str, wanted: Mapping[str, tuple[int, ...]], found: Map
                 f"expected shape {shape} for {prefix}{name}, found {tuple(found[name].shape)}; check the checkpoint "
                 "against its config"
             )
+
+
+def _attach_parameter(root: nn.Module, path: str, shape: tuple[int, ...]) -> None:
+    """Puts an empty parameter under a dotted name, for ``load_state_dict`` to fill."""
+    *modules, last = path.split(".")
+    holder = ".".join(modules)
+    try:
+        module = root.get_submodule(holder)
+    except AttributeError:
+        module = nn.Module()
+        _attach(root, holder, module)
+    module.register_parameter(last, nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False))
 
 
 def _attach(root: nn.Module, name: str, module: nn.Module) -> None:

@@ -186,6 +186,7 @@ class Attention:
     sinks: bool = False
     """A learned score per head that takes part in the softmax and has no value."""
     output_gate: bool = False
+    """Every query head is followed by as many channels whose sigmoid multiplies its output."""
     output_norm: Norm | None = None
     """Of all heads' outputs at once, before the output linear."""
     position_scale: tuple[float, int] | None = None
@@ -207,6 +208,48 @@ class Attention:
         """The query heads that share a KV head."""
         shared = self.heads // self.kv_heads
         return range(kv_head * shared, (kv_head + 1) * shared)
+
+
+@dataclass(frozen=True)
+class GatedDeltaNet:
+    """Linear attention by the gated delta rule (:mod:`tulle.core.delta_rule`).
+
+    A causal convolution of ``kernel`` tokens runs over queries, keys and values; heads of queries and keys are of unit
+    length; β = σ(b), g = −e^A·softplus(a + δ). Outputs are normed head by head and gated by silu(z).
+    """
+
+    key_heads: int
+    value_heads: int
+    """A multiple of ``key_heads``, equal groups of which share one."""
+    key_dim: int
+    value_dim: int
+    """Channels of a head."""
+    kernel: int
+    eps: float
+    activation: str = "silu"
+    """Behind the convolution."""
+    name: str = "linear_attn"
+    rotary: None = None
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Channels of all queries, all keys, all values."""
+        keys = self.key_heads * self.key_dim
+        return keys, keys, self.value_heads * self.value_dim
+
+    @property
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Tensors besides those of linears, with their shapes, by relative name."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "conv1d.weight": (sum(self.widths), 1, self.kernel),
+            "dt_bias": (self.value_heads,),
+            "A_log": (self.value_heads,),
+            "norm.weight": (self.value_dim,),
+        }
+        return {f"{self.name}.{name}": shape for name, shape in shapes.items()}
+
+    def norms(self) -> list[tuple[Norm, int]]:
+        return []
 
 
 @dataclass(frozen=True)
@@ -251,7 +294,7 @@ class Layer:
     prefix: str
     """Of its tensors' full names, with the dot."""
     hidden: int
-    mixer: Attention
+    mixer: Attention | GatedDeltaNet
     feed_forward: GatedMLP | PlainMLP
     mixer_norm: Norm | None
     feed_forward_norm: Norm | None
@@ -263,6 +306,13 @@ class Layer:
     residual_scale: float = 1.0
     """r."""
     parallel: bool = False
+
+    @property
+    def attention(self) -> Attention:
+        """The mixer. Raises ``UserError`` for one of another kind."""
+        if isinstance(self.mixer, Attention):
+            return self.mixer
+        raise UserError(f"expected attention in layer {self.index}, found {type(self.mixer).__name__}")
 
     def group(self, role: str) -> LinearGroup:
         return next(group for group in self.groups if group.role == role)
@@ -289,7 +339,8 @@ class Layer:
 
     def others(self) -> dict[str, tuple[int, ...]]:
         """Tensors that belong to no linear and no norm, with their shapes, by relative name."""
-        return self.feed_forward.parameters if isinstance(self.feed_forward, PlainMLP) else {}
+        found = self.mixer.parameters if isinstance(self.mixer, GatedDeltaNet) else {}
+        return found | (self.feed_forward.parameters if isinstance(self.feed_forward, PlainMLP) else {})
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the layer with its shape, by relative name."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from tulle.errors import UserError
-from tulle.models.description import Decoder, Layer, Norm, PlainMLP
+from tulle.models.description import Attention, Decoder, Layer, Norm, PlainMLP
 
 GATED = frozenset({"silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"})
 
@@ -69,15 +69,18 @@ def _of_layer(decoder: Decoder, layer: Layer) -> dict[str, object]:
     first = decoder.layers[0]
     if layer.feed_forward != first.feed_forward:
         found["feed-forwards that differ between layers"] = layer.feed_forward
-    for key in ("heads", "kv_heads", "head_dim"):
-        if getattr(layer.mixer, key) != getattr(first.mixer, key):
-            found[f"{key} that differ between layers"] = getattr(layer.mixer, key)
+    if isinstance(layer.mixer, Attention) and isinstance(first.mixer, Attention):
+        for key in ("heads", "kv_heads", "head_dim"):
+            if getattr(layer.mixer, key) != getattr(first.mixer, key):
+                found[f"{key} that differ between layers"] = getattr(layer.mixer, key)
     return found
 
 
 def _of_attention(decoder: Decoder, layer: Layer) -> dict[str, object]:
     mixer = layer.mixer
     found: dict[str, object] = {}
+    if not isinstance(mixer, Attention):
+        return {"gated delta nets": layer.index}
     if mixer.rotary is None:
         found["attention without positions"] = layer.index
     elif decoder.rotary[mixer.rotary].dim != mixer.head_dim:

@@ -156,7 +156,7 @@ class DenseModel:
         return found
 
     def _rotate_values(self, layer: Layer, tensors: dict[str, Tensor], rotation: BlockMatrix) -> None:
-        group, mixer = layer.group("o"), layer.mixer
+        group, mixer = layer.group("o"), layer.attention
         (value,), (o,) = group.producers, group.names
         weight, bias = f"{value.name}.weight", f"{value.name}.bias"
         tensors[weight] = tensors[weight].clone()

@@ -38,7 +38,7 @@ class TextPart:
         # Of a switch that both have, transformers reads the outer one.
         self.config: dict[str, Any] = {**base.config["text_config"], **outer}
         self._stored = {_name(name): name for name in base.names() if _name(name)}
-        left = Counter(name.partition(".")[0] for name in base.names() if not _name(name))
+        left = Counter(_part(name) for name in base.names() if not _name(name))
         parts = ", ".join(f"{count} tensors of {part}" for part, count in sorted(left.items()))
         whole = base.config.get("model_type")
         self.notes = [*base.notes, f"{whole}: the text part is read; left out: {parts or 'nothing'}"]
@@ -66,6 +66,12 @@ def has_text_part(source: TensorSource) -> bool:
         and isinstance(inner, dict)
         and (inner.get("model_type") in families() and any(name.startswith(PREFIXES) for name in source.names()))
     )
+
+
+def _part(stored: str) -> str:
+    """What a tensor that is left out belongs to: ``vision_tower``, ``model.visual``, ``mtp`` …"""
+    first, _, rest = stored.partition(".")
+    return f"model.{rest.partition('.')[0]}" if first == "model" else first
 
 
 def _name(stored: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -12,6 +12,7 @@ from tulle.models.description import (
     ACTIVATIONS,
     Attention,
     Decoder,
+    GatedDeltaNet,
     GatedMLP,
     Layer,
     Linear,
@@ -56,7 +57,7 @@ def build_decoder(
     keys: ConfigKeys,
     *,
     hidden: int,
-    attention: list[Attention],
+    attention: Sequence[Attention | GatedDeltaNet],
     feed_forward: GatedMLP | PlainMLP,
     norms: Norms,
     final_norm: Norm,
@@ -82,20 +83,12 @@ def build_decoder(
     layers = []
     called = names or {}
     for index, mixer in enumerate(attention):
-        if mixer.heads % mixer.kv_heads:
-            raise UserError(
-                f"expected num_attention_heads in equal groups per KV head, found {mixer.heads} heads and "
-                f"{mixer.kv_heads} KV heads; repair the config"
-            )
+        if isinstance(mixer, GatedDeltaNet):
+            mixing = _delta(mixer, hidden, norms.mixer)
+        else:
+            mixing = _attention(mixer, hidden, qkv_bias, o_bias, norms.mixer, "qkv" in fused, called)
         groups = (
-            _qkv(mixer, hidden, qkv_bias, norms.mixer, "qkv" in fused),
-            LinearGroup(
-                "o",
-                (Linear(f"{mixer.name}.{called.get('o_proj', 'o_proj')}", (hidden, mixer.widths[0]), o_bias),),
-                norm=mixer.output_norm,
-                producers=(_values(mixer, "qkv" in fused),),
-                adds=True,
-            ),
+            *mixing,
             *_feed_forward(
                 feed_forward, hidden, mlp_bias, norms.mixer if parallel else norms.feed_forward, "gate_up" in fused,
                 called,
@@ -122,14 +115,49 @@ def build_decoder(
     return found
 
 
+def _attention(
+    mixer: Attention, hidden: int, bias: bool, o_bias: bool, norm: Norm | None, fused: bool, called: Mapping[str, str]
+) -> tuple[LinearGroup, LinearGroup]:
+    if mixer.heads % mixer.kv_heads:
+        raise UserError(
+            f"expected num_attention_heads in equal groups per KV head, found {mixer.heads} heads and "
+            f"{mixer.kv_heads} KV heads; repair the config"
+        )
+    return (
+        _qkv(mixer, hidden, bias, norm, fused),
+        LinearGroup(
+            "o",
+            (Linear(f"{mixer.name}.{called.get('o_proj', 'o_proj')}", (hidden, mixer.widths[0]), o_bias),),
+            norm=mixer.output_norm,
+            # A gate multiplies what comes of the values channel by channel, so that they keep their order and basis.
+            producers=() if mixer.output_gate else (_values(mixer, fused),),
+            adds=True,
+        ),
+    )
+
+
+def _delta(mixer: GatedDeltaNet, hidden: int, norm: Norm | None) -> tuple[LinearGroup, LinearGroup]:
+    if mixer.value_heads % mixer.key_heads:
+        raise UserError(
+            f"expected linear_num_value_heads in equal groups per key head, found {mixer.value_heads} and "
+            f"{mixer.key_heads}; repair the config"
+        )
+    values = mixer.widths[2]
+    rows = {"qkv": sum(mixer.widths), "z": values, "b": mixer.value_heads, "a": mixer.value_heads}
+    linears = tuple(Linear(f"{mixer.name}.in_proj_{name}", (count, hidden)) for name, count in rows.items())
+    return (
+        LinearGroup("qkv", linears, norm=norm),
+        LinearGroup("o", (Linear(f"{mixer.name}.out_proj", (hidden, values)),), adds=True),
+    )
+
+
 def _qkv(mixer: Attention, hidden: int, bias: bool, norm: Norm | None, fused: bool) -> LinearGroup:
+    queries, keys, values = mixer.widths
+    rows = {"q": 2 * queries if mixer.output_gate else queries, "k": keys, "v": values}
     if fused:
-        linears = [Linear(f"{mixer.name}.qkv_proj", (sum(mixer.widths), hidden), bias)]
+        linears = [Linear(f"{mixer.name}.qkv_proj", (sum(rows.values()), hidden), bias)]
     else:
-        linears = [
-            Linear(f"{mixer.name}.{letter}_proj", (width, hidden), bias)
-            for letter, width in zip("qkv", mixer.widths, strict=True)
-        ]
+        linears = [Linear(f"{mixer.name}.{letter}_proj", (count, hidden), bias) for letter, count in rows.items()]
     return LinearGroup("qkv", tuple(linears), norm=norm)
 
 
