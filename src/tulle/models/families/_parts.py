@@ -39,6 +39,19 @@ def llama_norms(eps: float) -> Norms:
     return Norms(Norm("input_layernorm", eps), Norm("post_attention_layernorm", eps))
 
 
+def head_sizes(
+    keys: ConfigKeys, hidden: int, heads: int, kv_heads: int | None = None, head_dim: int | None = None
+) -> tuple[int, int, int]:
+    """Query heads, KV heads and head_dim; the numbers given are the family's defaults. None: as many KV heads as query
+    heads, and the width over the heads."""
+    found = keys.size("num_attention_heads", heads)
+    return (
+        found,
+        keys.size("num_key_value_heads", kv_heads, null=found),
+        keys.size("head_dim", head_dim, null=hidden // found),
+    )
+
+
 def gated(keys: ConfigKeys, intermediate: int, key: str = "hidden_act", default: str = "silu") -> GatedMLP:
     return GatedMLP(intermediate, keys.choice(key, default, ACTIVATIONS))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tulle.models.config_keys import ConfigKeys
 from tulle.models.description import ACTIVATIONS, Attention, Decoder, Norm, PlainMLP
-from tulle.models.families._parts import Norms, build_decoder, read_rotary
+from tulle.models.families._parts import Norms, build_decoder, head_sizes, read_rotary
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -25,9 +25,8 @@ def describe(config: Mapping[str, Any]) -> Decoder:
     if config.get("rope_parameters") is None and config.get("rope_scaling") is None:
         config = {**config, "rope_parameters": LLAMA3}
     keys = ConfigKeys(config)
-    hidden, heads = keys.size("hidden_size", 4096), keys.size("num_attention_heads", 32)
-    kv_heads = keys.size("num_key_value_heads", None, null=heads)
-    head_dim = keys.size("head_dim", None, null=hidden // heads)
+    hidden = keys.size("hidden_size", 4096)
+    heads, kv_heads, head_dim = head_sizes(keys, hidden, 32)
     context, eps = keys.size("max_position_embeddings", 65536), keys.number("rms_norm_eps", 1e-5)
     bias = keys.flag("attention_bias", False)
     for key, value in (("post_norm", False), ("qk_norm", True), ("mlp_bias", False)):

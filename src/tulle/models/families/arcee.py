@@ -7,14 +7,13 @@ from typing import Any
 
 from tulle.models.config_keys import ConfigKeys
 from tulle.models.description import ACTIVATIONS, Attention, Decoder, Norm, PlainMLP
-from tulle.models.families._parts import build_decoder, llama_norms, read_rotary
+from tulle.models.families._parts import build_decoder, head_sizes, llama_norms, read_rotary
 
 
 def describe(config: Mapping[str, Any]) -> Decoder:
     keys = ConfigKeys(config)
-    hidden, heads = keys.size("hidden_size", 2560), keys.size("num_attention_heads", 32)
-    kv_heads = keys.size("num_key_value_heads", None, null=heads)
-    head_dim = keys.size("head_dim", None, null=hidden // heads)
+    hidden = keys.size("hidden_size", 2560)
+    heads, kv_heads, head_dim = head_sizes(keys, hidden, 32)
     context, eps = keys.size("max_position_embeddings", 4096), keys.number("rms_norm_eps", 1e-5)
     bias = keys.flag("attention_bias", False)
     activation = keys.choice("hidden_act", "relu2", ACTIVATIONS)

@@ -8,7 +8,7 @@ from typing import Any
 
 from tulle.models.config_keys import ConfigKeys
 from tulle.models.description import Attention, Decoder, Norm
-from tulle.models.families._parts import Norms, build_decoder, gated, layer_types, read_rotary
+from tulle.models.families._parts import Norms, build_decoder, gated, head_sizes, layer_types, read_rotary
 
 NOTES = {
     "order_of_interleaved_layers": ("local_attn_first",),
@@ -25,9 +25,8 @@ NOTES = {
 
 def describe(config: Mapping[str, Any]) -> Decoder:
     keys = ConfigKeys(config)
-    hidden, heads = keys.size("hidden_size", 8192), keys.size("num_attention_heads", 64)
-    kv_heads = keys.size("num_key_value_heads", None, null=heads)
-    head_dim = keys.size("head_dim", None, null=hidden // heads)
+    hidden = keys.size("hidden_size", 8192)
+    heads, kv_heads, head_dim = head_sizes(keys, hidden, 64)
     context, layers = keys.size("max_position_embeddings", 8192), keys.size("num_hidden_layers", 40)
     eps, bias = keys.number("layer_norm_eps", 1e-5), keys.flag("attention_bias", False)
     window, pattern = keys.size_or_none("sliding_window", 4096), keys.size("sliding_window_pattern", 4)

@@ -7,14 +7,13 @@ from typing import Any
 
 from tulle.models.config_keys import ConfigKeys
 from tulle.models.description import Attention, Decoder
-from tulle.models.families._parts import gated_decoder, read_rotary
+from tulle.models.families._parts import gated_decoder, head_sizes, read_rotary
 
 
 def describe(config: Mapping[str, Any]) -> Decoder:
     keys = ConfigKeys(config)
-    hidden, heads = keys.size("hidden_size", 1024), keys.size("num_attention_heads", 16)
-    kv_heads = keys.size("num_key_value_heads", 2, null=heads)
-    head_dim = keys.size("head_dim", 128, null=hidden // heads)
+    hidden = keys.size("hidden_size", 1024)
+    heads, kv_heads, head_dim = head_sizes(keys, hidden, 16, kv_heads=2, head_dim=128)
     context, bias = keys.size("max_position_embeddings", 131072), keys.raw("use_bias", False) or False
     if not isinstance(bias, bool):
         raise keys.refused("use_bias", "true or false", bias)

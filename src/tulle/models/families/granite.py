@@ -7,14 +7,13 @@ from typing import Any
 
 from tulle.models.config_keys import ConfigKeys
 from tulle.models.description import Attention, Decoder
-from tulle.models.families._parts import gated_decoder, read_rotary
+from tulle.models.families._parts import gated_decoder, head_sizes, read_rotary
 
 
 def describe(config: Mapping[str, Any]) -> Decoder:
     keys = ConfigKeys(config)
-    hidden, heads = keys.size("hidden_size", 4096), keys.size("num_attention_heads", 32)
-    kv_heads = keys.size("num_key_value_heads", None, null=heads)
-    head_dim = keys.size("head_dim", None, null=hidden // heads)
+    hidden = keys.size("hidden_size", 4096)
+    heads, kv_heads, head_dim = head_sizes(keys, hidden, 32)
     context, bias = keys.size("max_position_embeddings", 2048), keys.flag("attention_bias", False)
     attention = Attention(heads, kv_heads, head_dim, scale=keys.number("attention_multiplier", 1.0))
     return gated_decoder(

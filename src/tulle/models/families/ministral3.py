@@ -7,7 +7,7 @@ from typing import Any
 
 from tulle.models.config_keys import ConfigKeys, positive
 from tulle.models.description import Attention, Decoder
-from tulle.models.families._parts import gated_decoder, read_rotary
+from tulle.models.families._parts import gated_decoder, head_sizes, read_rotary
 
 YARN = {
     "rope_type": "yarn",
@@ -27,9 +27,8 @@ def describe(config: Mapping[str, Any]) -> Decoder:
     if config.get("rope_parameters") is None:
         config = {**config, "rope_parameters": YARN}
     keys = ConfigKeys(config)
-    hidden, heads = keys.size("hidden_size", 4096), keys.size("num_attention_heads", 32)
-    kv_heads = keys.size("num_key_value_heads", 8, null=heads)
-    head_dim = keys.size("head_dim", 128, null=hidden // heads)
+    hidden = keys.size("hidden_size", 4096)
+    heads, kv_heads, head_dim = head_sizes(keys, hidden, 32, kv_heads=8, head_dim=128)
     context = keys.size("max_position_embeddings", 262144)
     rotary = read_rotary(keys, head_dim, context, also=("llama_4_scaling_beta", "max_position_embeddings"))
     attention = Attention(

@@ -8,14 +8,13 @@ from typing import Any
 from tulle.models.config_keys import ConfigKeys
 from tulle.models.description import Attention, Decoder
 from tulle.models.families._olmo import olmo_decoder, query_norms
-from tulle.models.families._parts import read_rotary
+from tulle.models.families._parts import head_sizes, read_rotary
 
 
 def describe(config: Mapping[str, Any]) -> Decoder:
     keys = ConfigKeys(config)
-    hidden, heads = keys.size("hidden_size", 4096), keys.size("num_attention_heads", 32)
-    kv_heads = keys.size("num_key_value_heads", None, null=heads)
-    head_dim = keys.size("head_dim", None, null=hidden // heads)
+    hidden = keys.size("hidden_size", 4096)
+    heads, kv_heads, head_dim = head_sizes(keys, hidden, 32)
     context, eps = keys.size("max_position_embeddings", 2048), keys.number("rms_norm_eps", 1e-5)
     attention = Attention(heads, kv_heads, head_dim, **query_norms(eps))
     rotary = read_rotary(keys, head_dim, context)

@@ -8,15 +8,14 @@ from typing import Any
 
 from tulle.models.config_keys import ConfigKeys
 from tulle.models.description import Attention, Decoder
-from tulle.models.families._parts import gated_decoder, read_rotary
+from tulle.models.families._parts import gated_decoder, head_sizes, read_rotary
 
 
 def describe(config: Mapping[str, Any]) -> Decoder:
     # The length of the first training stands beside the table's parameters, and is 4096 where it is missing.
     keys = ConfigKeys({"original_max_position_embeddings": 4096, **config})
-    hidden, heads = keys.size("hidden_size", 3072), keys.size("num_attention_heads", 32)
-    kv_heads = keys.size("num_key_value_heads", None, null=heads)
-    head_dim = keys.size("head_dim", None, null=hidden // heads)
+    hidden = keys.size("hidden_size", 3072)
+    heads, kv_heads, head_dim = head_sizes(keys, hidden, 32)
     context = keys.size("max_position_embeddings", 4096)
     for key in ("attention_bias", "mlp_bias"):
         keys.only(key, False)

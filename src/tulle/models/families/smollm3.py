@@ -7,14 +7,13 @@ from typing import Any
 
 from tulle.models.config_keys import ConfigKeys
 from tulle.models.description import Attention, Decoder
-from tulle.models.families._parts import gated_decoder, layer_types, read_rotary
+from tulle.models.families._parts import gated_decoder, head_sizes, layer_types, read_rotary
 
 
 def describe(config: Mapping[str, Any]) -> Decoder:
     keys = ConfigKeys(config)
-    hidden, heads = keys.size("hidden_size", 2048), keys.size("num_attention_heads", 16)
-    kv_heads = keys.size("num_key_value_heads", 4, null=heads)
-    head_dim = keys.size("head_dim", None, null=hidden // heads)
+    hidden = keys.size("hidden_size", 2048)
+    heads, kv_heads, head_dim = head_sizes(keys, hidden, 16, kv_heads=4)
     context, layers = keys.size("max_position_embeddings", 32768), keys.size("num_hidden_layers", 36)
     bias = keys.flag("attention_bias", False)
     rotated = _rotated(keys, layers)
