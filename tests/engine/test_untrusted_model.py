@@ -72,6 +72,10 @@ def transform(**settings: object) -> Change:
     return change
 
 
+def side_by_side(model: Model) -> None:
+    model.parallel, model.layers[0].input_norm = True, None
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -92,6 +96,10 @@ def transform(**settings: object) -> Change:
         (transform(kind="block_matrix", block=4), "numbers of a transform"),
         (transform(kind="kronecker", left=4, right=4), "right factor"),
         (transform(kind="kronecker", left=0, right=8), "divisor"),
+        (lambda m: setattr(m, "norm_all_heads", True), "norms of all queries and keys"),
+        (side_by_side, "side by side"),
+        (lambda m: setattr(m.layers[0], "rotary", 1), "rotary tables"),
+        (lambda m: m.rotary[0].frequencies.append(0.5), "frequencies, at most half"),
     ],
 )
 def test_refused(change: Change, message: str) -> None:

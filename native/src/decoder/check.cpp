@@ -56,7 +56,7 @@ void check(const Transform& t) {
 
 void check(const Model& m) {
   require(m.hidden > 0 && m.heads > 0 && m.kv_heads > 0 && m.vocabulary > 0, "sizes of the model", 1, 0);
-  require(m.head_dim > 0, "head_dim", 1, m.head_dim);
+  require(m.head_dim > 0 && m.head_dim % 2 == 0, "an even head_dim", 2, m.head_dim);
   require_equal("query heads left over by KV heads", 0, m.heads % m.kv_heads);
   for (const Rotary& table : m.rotary) {
     require(2 * table.frequencies.size() <= m.head_dim, "frequencies, at most half of", m.head_dim,
@@ -99,6 +99,10 @@ void check(const Model& m) {
   for (const Layer& layer : m.layers) {
     require(layer.rotary >= -1 && layer.rotary < static_cast<int>(m.rotary.size()), "rotary tables, fewer than",
             m.rotary.size(), static_cast<std::size_t>(layer.rotary));
+    // What a pass runs without asking.
+    const bool both = layer.query_norm.present() && layer.key_norm.present();
+    require(!m.norm_all_heads || both, "norms of all queries and keys", 2, 0);
+    require(!m.parallel || layer.input_norm.present(), "a norm before attention and feed-forward side by side", 1, 0);
     fits(layer.qkv, m.hidden, {q, kv, kv});
     fits(layer.o, q, {m.hidden});
     if (m.gated) fits(layer.gate_up, m.hidden, {m.intermediate, m.intermediate});
