@@ -370,6 +370,24 @@ def test_gemma(tmp_path: Path, family: str) -> None:
     _same_logits(tmp_path / "model.gguf", model)
 
 
+def test_gemma_s_norms_of_any_type(tmp_path: Path) -> None:
+    """What is stored in 16 bits is 1 + w there too."""
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "gemma3")
+    write_keys(writer, small_config("gemma3_text", num_hidden_layers=1))
+    writer.add_tensor("token_embd.weight", np.zeros((96, 256), np.float16))
+    bits = (np.full(256, 1.5, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    writer.add_tensor("output_norm.weight", bits.view(np.uint8), raw_dtype=Type.BF16)
+    writer.add_tensor("blk.0.attn_norm.weight", np.full(256, 1.25, np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    source = GgufSource(tmp_path / "model.gguf")
+    for name, weight in (("model.norm.weight", 0.5), ("model.layers.0.input_layernorm.weight", 0.25)):
+        assert source.info(name).dtype == "F32" and source.read(name).dtype == np.float32
+        assert (source.read(name) == weight).all() and source.read(name).shape == (256,)
+
+
 def test_gemma_of_another_pattern_is_refused(tmp_path: Path) -> None:
     key = "gemma3.attention.sliding_window_pattern"
     write_random(tmp_path / "model.gguf", small_config("gemma3_text"), Type.F16, metadata={key: 4})

@@ -85,7 +85,7 @@ class GgufSource:
     def info(self, name: str) -> TensorInfo:
         file, theirs = self._find(name)
         entry = file.tensors[theirs]
-        if entry.type in STORED:
+        if entry.type in STORED and not self._has_offset(theirs):
             return TensorInfo(STORED[entry.type], entry.shape, file.path)
         return TensorInfo("F32", entry.shape, file.path, entry.type.name, entry.bytes)
 
@@ -95,11 +95,13 @@ class GgufSource:
         raw, kind = file.raw(theirs), file.tensors[theirs].type
         if raw.ndim == 1:
             raw = raw.reshape(1, -1)
+        if self._has_offset(theirs):
+            # The offset is taken off in float32, whatever the file's type.
+            gain: NDArray[np.float32] = blocks.to_float32(raw, kind).reshape(file.tensors[theirs].shape)
+            return gain - np.float32(self._norm_offset)
         order = self._order(theirs)
         found = blocks.stored_floats(raw, kind) if kind in STORED else blocks.to_float32(raw, kind)
         found = found.reshape(file.tensors[theirs].shape)
-        if self._norm_offset and theirs.endswith("norm.weight"):
-            return found.astype(np.float32) - np.float32(self._norm_offset)
         return found if order is None else found[order]
 
     def coded(self, name: str) -> blocks.Coded | None:
@@ -180,6 +182,10 @@ class GgufSource:
             return self._by_name[name]
         except KeyError:
             raise missing(name, self.path) from None
+
+    def _has_offset(self, theirs: str) -> bool:
+        """Whether a norm's weight is stored with its offset added."""
+        return self._norm_offset != 0 and theirs.endswith("norm.weight")
 
     def _order(self, theirs: str) -> NDArray[np.int64] | None:
         """The order of a tensor's rows, where it is not the stored one."""
