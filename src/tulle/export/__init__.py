@@ -21,7 +21,7 @@ from tulle.export.plan import Plan
 from tulle.hf import packed_linears, require_packed_tensors
 from tulle.models.checkpoint import Checkpoint, copy_companions, write_text
 from tulle.models.pickled import Pickled
-from tulle.models.prefix import Prefixed, is_base_model
+from tulle.models.renamed import base_model, is_base_model
 from tulle.models.source import INDEX, SINGLE, TensorSource, pickles_of
 
 FORMATS = ("compressed-tensors", "dense", "gguf")
@@ -81,7 +81,7 @@ def _opened(path: Path, to: str) -> Checkpoint:
     whole = [path / name for name in (SINGLE, INDEX)]
     if to == "dense" and path.is_dir() and pickles_of(path) and not any(file.is_file() for file in whole):
         pickled: TensorSource = Pickled(path)
-        checkpoint = Checkpoint(Prefixed(pickled) if is_base_model(pickled) else pickled)
+        checkpoint = Checkpoint(base_model(pickled) if is_base_model(pickled) else pickled)
         checkpoint.describe()
         return checkpoint
     return Checkpoint.open(path)

@@ -25,9 +25,9 @@ from tulle.models.adapter import is_adapter, open_adapter
 from tulle.models.description import Decoder, describe
 from tulle.models.foreign import open_foreign
 from tulle.models.gguf.file import is_gguf
-from tulle.models.prefix import Prefixed, is_base_model
+from tulle.models.renamed import base_model, is_base_model
 from tulle.models.tensor_file import TensorFile, TensorInfo, as_float32
-from tulle.models.text_part import TextPart, has_text_part
+from tulle.models.text_part import has_text_part, text_part
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -109,9 +109,9 @@ def _opened(path: Path) -> TensorSource:
     found: TensorSource = Folder(path)
     _add_older_settings(found)
     if has_text_part(found):
-        found = TextPart(found)
+        found = text_part(found)
     if is_base_model(found):
-        found = Prefixed(found)
+        found = base_model(found)
     settings = found.config.get("quantization_config")
     ours = settings is None or (isinstance(settings, dict) and settings.get("quant_method") == QUANT_METHOD)
     return found if ours else open_foreign(found)
