@@ -47,6 +47,18 @@ class Cells:
         self.file.write_text(json.dumps(self.content, indent=2, ensure_ascii=False) + "\n")
 
 
+def weight_bytes(model: Path) -> int:
+    """Of a GGUF file, or of a folder's safetensors files."""
+    return model.stat().st_size if model.is_file() else sum(f.stat().st_size for f in model.glob("*.safetensors"))
+
+
+def beginning(file: Path, size: int) -> Any:
+    """The first ``size`` bytes of a file as a text of one document."""
+    from tulle.text.reading import Text
+
+    return Text((file.read_bytes()[:size].decode("utf-8", "ignore"),), False, (file.name,))
+
+
 def compressed(
     start: Path,
     recipe: dict[str, Any],

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent))
+from cells import beginning, weight_bytes  # noqa: E402
 from tulle import machine  # noqa: E402
 from tulle.compression.job import compress  # noqa: E402
 from tulle.evaluate import Protocol, evaluate_text  # noqa: E402
@@ -45,11 +46,6 @@ def recipe(size: str, groups: list[str], samples: int, length: int) -> dict[str,
             {"gptq": {"targets": TARGETS}},
         ],
     }
-
-
-def weight_bytes(model: Path) -> int:
-    """Of a GGUF file, or of a folder's safetensors files."""
-    return model.stat().st_size if model.is_file() else sum(f.stat().st_size for f in model.glob("*.safetensors"))
 
 
 def scored(model: Path, text: Text, protocol: Protocol) -> float:
@@ -92,8 +88,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     machine.keep_freed_memory()
-    passage = options.text.read_bytes()[: options.bytes].decode("utf-8", "ignore")
-    text, protocol = Text((passage,), False, (options.text.name,)), Protocol(options.window)
+    text, protocol = beginning(options.text, options.bytes), Protocol(options.window)
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     found |= {"dense": scored(options.model, text, protocol), "machine": machine.describe()}
     rows: dict[str, dict[str, Any]] = {row["name"]: row for row in found.get("rows", ())}

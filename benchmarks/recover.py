@@ -24,6 +24,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tulle  # noqa: E402
+from cells import beginning, weight_bytes  # noqa: E402
 from tulle import machine  # noqa: E402
 from tulle.evaluate import Protocol, evaluate_task, evaluate_text  # noqa: E402
 from tulle.evaluate.engine import load_engine  # noqa: E402
@@ -68,7 +69,7 @@ def scored(model: Path, text: Text, protocol: Protocol, tasks: list[Path], limit
             found[key] = evaluate_task(loaded, tokenizer, file, limit=limit)
             kept.write_text(json.dumps(found, indent=1))
     keys = {file.stem: file.stem if limit is None else f"{file.stem}:{limit}" for file in tasks}
-    row = {"perplexity": found["perplexity"], "bytes": sum(f.stat().st_size for f in model.glob("*.safetensors"))}
+    row = {"perplexity": found["perplexity"], "bytes": weight_bytes(model)}
     row["accuracy"] = {task: found[key]["accuracy"] for task, key in keys.items()}
     return row | {"mean_accuracy": sum(row["accuracy"].values()) / len(keys)} if keys else row
 
@@ -90,8 +91,8 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=1024)
     options = parser.parse_args()
     machine.keep_freed_memory()
-    passage = options.text.read_bytes()[: options.bytes].decode("utf-8", "ignore")
-    scoring = (Text((passage,), False, (options.text.name,)), Protocol(options.window), options.tasks, options.limit)
+    text = beginning(options.text, options.bytes)
+    scoring = (text, Protocol(options.window), options.tasks, options.limit)
     BUILD.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}}
     found |= {"machine": machine.describe()}

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cells import Cells, import_methods  # noqa: E402
+from cells import Cells, beginning, import_methods  # noqa: E402
 
 CLIP = 0.9
 """Of inputs, as QuaRot and DuQuant have it."""
@@ -76,12 +76,10 @@ def main() -> None:
     from tulle.compression.job import compress
     from tulle.evaluate import Protocol, evaluate_text
     from tulle.evaluate.loading import load_model
-    from tulle.text.reading import Text
 
     import_methods()
     machine.keep_freed_memory()
-    passage = options.text.read_bytes()[: options.bytes].decode("utf-8", "ignore")
-    text, protocol = Text((passage,), False, (options.text.name,)), Protocol(options.window)
+    text, protocol = beginning(options.text, options.bytes), Protocol(options.window)
     settings = {key: getattr(options, key) for key in ("group_size", "samples", "length", "epochs", "bytes", "window")}
     cells = Cells(options.out, machine=machine.describe(), settings=settings, model=options.model.name)
 

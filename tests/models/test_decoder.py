@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import weakref
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -32,17 +31,10 @@ from tulle.models.decoder import (
 from tulle.models.description import ACTIVATIONS as NAMES
 from tulle.models.description import Decoder, describe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SEEDS = 72
 """Configs per family; a multiple of the kinds of rotary table and of activations, which take turns."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are slower with more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def live_tensors() -> list[Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,8 @@ from tulle.errors import UserError
 from tulle.models.config_keys import HARMLESS, HARMLESS_WHEN
 from tulle.models.description import Attention, Rotary, describe, families
 from tulle.models.rotary import depends_on_length, frequencies
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LLAMA_2 = {
     "_name_or_path": "meta-llama/Llama-2-7b-hf",
@@ -210,15 +211,6 @@ SMALL: dict[str, Any] = {
     "max_position_embeddings": 16,
     "rms_norm_eps": 1e-5,
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are slower with more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def assert_same(config: dict[str, Any]) -> None:

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 
 from random_decoders import largest_difference, plain_model, reference_model, text
 from random_families import DENSE, HYBRID, family_config
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SEEDS = 12
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("family", DENSE + HYBRID)

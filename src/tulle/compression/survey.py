@@ -26,7 +26,7 @@ from tulle.format.spec import LinearSpec
 from tulle.methods.contract import InputTrials, Key, Progress, See, Statistics, Survey, TableTrials, WeightTrials
 from tulle.models.batches import Batch, batched
 from tulle.models.decoder import DecoderBlock, PlainDecoder, embed, final_norm
-from tulle.models.description import STREAM_READERS, Attention, Decoder, Layer
+from tulle.models.description import STREAM_READERS, Decoder
 from tulle.models.fisher import divergences
 from tulle.models.rewrite import DenseModel
 from tulle.models.watch import run_watched
@@ -85,7 +85,7 @@ def take_survey(
         gain=lambda tensors, name: tensors[f"{name}.weight"] + offsets.get(name, 0.0),
         prefix=lambda index: model.layers[index].prefix,
         hidden=model.hidden,
-        heads=_heads(first),
+        heads=first.heads,
         seed=seed,
         column_norm=lambda block, role: norms[block, role],
         table=lambda role: walk.table(role),
@@ -125,12 +125,6 @@ def take_survey(
     ):
         survey.head_hessian = walk.head_hessian(dtype)
     return survey
-
-
-def _heads(layer: Layer) -> tuple[int, int, int]:
-    """Query heads, KV heads, head_dim; zeros where there is no attention."""
-    mixer = layer.mixer
-    return (mixer.heads, mixer.kv_heads, mixer.head_dim) if isinstance(mixer, Attention) else (0, 0, 0)
 
 
 def _costs_name(dense: DenseModel, batches: Sequence[Batch], steps: Sequence[Step], seed: int) -> str:

@@ -56,7 +56,7 @@ from tulle.methods.contract import (
 )
 from tulle.models.batches import Batch, real_tokens
 from tulle.models.decoder import DecoderBlock, GroupInput
-from tulle.models.description import Attention, Decoder, Layer, LinearGroup
+from tulle.models.description import Decoder, Layer, LinearGroup
 from tulle.models.watch import run_with_stream
 
 SPARSE_FROM = 0.01
@@ -274,11 +274,7 @@ class Walker:
         by_name = {linear.name: linear for group in groups.values() for linear in group.linears}
         for linear in by_name.values():
             linear.allotted_inputs = self._decisions.input_sparsity.get(linear.name)
-        mixer = layer.mixer
-        # Channels that no head keeps together count as those of one.
-        heads = (1, 1, layer.group("o").inputs)
-        if isinstance(mixer, Attention):
-            heads = (mixer.heads, mixer.kv_heads, mixer.head_dim)
+        heads, kv_heads, head_dim = layer.heads
         state = BlockState(
             index=layer.index,
             groups=groups,
@@ -289,9 +285,9 @@ class Walker:
                 g.role: tuple(ProducedRows(by_name[layer.prefix + p.name], p.rows, p.linear) for p in g.producers)
                 for g in layer.groups
             },
-            heads=heads[0],
-            kv_heads=heads[1],
-            head_dim=heads[2],
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
             seed=self._seed,
             residual=self._decisions.residual,
         )

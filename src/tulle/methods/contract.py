@@ -30,6 +30,7 @@ from tulle.core.token_grid import TokenGrid
 from tulle.core.topk import Selection
 from tulle.core.transform import BlockMatrix, Diagonal, Permutation, Transform, fold, run, stored
 from tulle.errors import UserError
+from tulle.models.description import require_plain_values
 
 Statistic = Literal["hessian", "column_norm", "absmax", "rows", "sample"]
 Stage = Literal["model", "block", "linear", "refine"]
@@ -188,15 +189,13 @@ class ProducedRows:
 
     def change(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replaces the rows ``[C, C_in]``; the linear's other rows stay."""
-        self.state.dense = self._with(self.state.dense, change)
+        self.state.dense = self.replaced(self.state.dense, change)
         if self.state.ranges is not None:
             low, high = self.state.ranges
-            self.state.ranges = (self._with(low, change), self._with(high, change))
+            self.state.ranges = (self.replaced(low, change), self.replaced(high, change))
 
-    def change_bias(self, bias: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-        return self._with(bias, change)
-
-    def _with(self, whole: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    def replaced(self, whole: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """``whole`` ``[C_out, …]`` with these rows changed."""
         changed = change(whole[self.rows])
         if changed.shape == whole.shape:
             return changed
@@ -307,13 +306,7 @@ class BlockState:
     def fold_value_rotation(self, rotation: Transform) -> None:
         """v's heads come out as v·R from now on, R orthogonal on head_dim, and o reads them so."""
         group = self._foldable("o")
-        producers = self.producers["o"]
-        if not producers or not producers[0].linear:
-            raise UserError(
-                "expected values that reach o as they are, found a norm in between; leave the rotation of the values "
-                "out (targets without o)"
-            )
-        value, size = producers[0], self.head_dim
+        value, size = require_plain_values(self.producers["o"]), self.head_dim
         value.state.ranges = None  # rows of other numbers
 
         def rotated(weight: Tensor) -> Tensor:
@@ -375,7 +368,7 @@ class BlockState:
     def _change_bias(self, producer: ProducedRows, change: Callable[[Tensor], Tensor]) -> None:
         name = producer.state.name
         if name in self.biases:
-            self.biases[name] = producer.change_bias(self.biases[name], change)
+            self.biases[name] = producer.replaced(self.biases[name], change)
 
 
 @dataclass

@@ -12,9 +12,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 from tulle.errors import UserError
 
@@ -133,6 +133,27 @@ class Producer:
     @property
     def rows(self) -> slice:
         return slice(self.start, self.stop)
+
+
+class _Rows(Protocol):
+    """What :func:`require_plain_values` asks for."""
+
+    @property
+    def linear(self) -> bool: ...
+
+
+P = TypeVar("P", bound=_Rows)
+
+
+def require_plain_values(producers: Sequence[P]) -> P:
+    """The rows that give o's inputs. Raises ``UserError`` where they do not reach o as they are, so that the values
+    cannot have another basis."""
+    if producers and producers[0].linear:
+        return producers[0]
+    raise UserError(
+        "expected values that reach o as they are, found a norm or a gate in between; leave the rotation of the values "
+        "out"
+    )
 
 
 @dataclass(frozen=True)
@@ -313,6 +334,13 @@ class Layer:
         if isinstance(self.mixer, Attention):
             return self.mixer
         raise UserError(f"expected attention in layer {self.index}, found {type(self.mixer).__name__}")
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """Query heads, KV heads and head_dim; channels that no head keeps together count as those of one."""
+        if isinstance(self.mixer, Attention):
+            return self.mixer.heads, self.mixer.kv_heads, self.mixer.head_dim
+        return 1, 1, self.group("o").inputs
 
     def group(self, role: str) -> LinearGroup:
         return next(group for group in self.groups if group.role == role)

@@ -23,7 +23,7 @@ from torch import Tensor
 from tulle.core.transform import BlockMatrix, Permutation, Transform, fold, run
 from tulle.errors import UserError
 from tulle.models.checkpoint import Checkpoint
-from tulle.models.description import STREAM_READERS, Decoder, Layer, Norm
+from tulle.models.description import STREAM_READERS, Decoder, Layer, Norm, require_plain_values
 from tulle.models.features import features
 from tulle.models.hub import local_folder
 
@@ -46,12 +46,7 @@ def require_basis(model: Decoder, residual: Sequence[Transform], values: Mapping
                     "leave the rotation of the residual stream out"
                 )
     for index in values:
-        producers = model.layers[index].group("o").producers
-        if not producers or not producers[0].linear:
-            raise UserError(
-                f"expected values that reach o as they are, found a norm in between in {model.model_type}; leave the "
-                "rotation of the values out"
-            )
+        require_plain_values(model.layers[index].group("o").producers)
 
 
 class DenseModel:

@@ -7,7 +7,7 @@ from typing import Any
 
 from tulle.models.config_keys import ConfigKeys
 from tulle.models.description import Attention, Decoder, Norm, Rotary
-from tulle.models.families._parts import Norms, build_decoder, gated
+from tulle.models.families._parts import build_decoder, gated, norms_after
 
 
 def query_norms(eps: float) -> dict[str, Any]:
@@ -30,10 +30,7 @@ def olmo_decoder(
         hidden=hidden,
         attention=attention,
         feed_forward=gated(keys, keys.size("intermediate_size", 11008)),
-        norms=Norms(
-            mixer_after=Norm("post_attention_layernorm", eps),
-            feed_forward_after=Norm("post_feedforward_layernorm", eps),
-        ),
+        norms=norms_after(eps),
         final_norm=Norm("model.norm", eps),
         rotary=rotary,
         context=context,

@@ -39,6 +39,13 @@ def llama_norms(eps: float) -> Norms:
     return Norms(Norm("input_layernorm", eps), Norm("post_attention_layernorm", eps))
 
 
+def norms_after(eps: float) -> Norms:
+    """On outputs alone."""
+    return Norms(
+        mixer_after=Norm("post_attention_layernorm", eps), feed_forward_after=Norm("post_feedforward_layernorm", eps)
+    )
+
+
 def head_sizes(
     keys: ConfigKeys, hidden: int, heads: int, kv_heads: int | None = None, head_dim: int | None = None
 ) -> tuple[int, int, int]:
@@ -206,16 +213,21 @@ def _feed_forward(
     )
 
 
-def layer_types(keys: ConfigKeys, layers: int, default: list[str]) -> list[str]:
-    """``full_attention`` or ``sliding_attention`` for every layer."""
+def every(layers: int, number: int, kind: str = "sliding_attention") -> list[str]:
+    """``kind`` for every layer but each ``number``-th, which is ``full_attention``."""
+    return ["full_attention" if (index + 1) % number == 0 else kind for index in range(layers)]
+
+
+def layer_types(keys: ConfigKeys, layers: int, default: list[str], kind: str = "sliding_attention") -> list[str]:
+    """``full_attention`` or ``kind`` for every layer."""
     found = keys.raw("layer_types", None)
     if found is None:
         return default
     if not isinstance(found, list) or len(found) != layers:
         raise keys.refused("layer_types", f"a list of {layers} types", found)
-    for kind in found:
-        if kind not in ("full_attention", "sliding_attention"):
-            raise keys.refused("layer_types", "full_attention or sliding_attention", kind)
+    for one in found:
+        if one not in ("full_attention", kind):
+            raise keys.refused("layer_types", f"full_attention or {kind}", one)
     return found
 
 
@@ -227,19 +239,13 @@ def windows(keys: ConfigKeys, layers: int) -> list[int | None]:
     first = keys.raw("max_window_layers", 28)
     if isinstance(first, bool) or not isinstance(first, int):
         raise keys.refused("max_window_layers", "a whole number", first)
-    types = keys.raw("layer_types", None)
-    if types is None:
-        return [window if index >= first else None for index in range(layers)]
-    if not isinstance(types, list) or len(types) != layers:
-        raise keys.refused("layer_types", f"a list of {layers} types", types)
-    found: list[int | None] = []
-    for kind in types:
-        if kind not in ("full_attention", "sliding_attention"):
-            raise keys.refused("layer_types", "full_attention or sliding_attention", kind)
-        if kind == "sliding_attention" and window is None:
-            raise keys.refused("layer_types", "full_attention without sliding_window and use_sliding_window", kind)
-        found.append(window if kind == "sliding_attention" else None)
-    return found
+    slides = [window is not None and index >= first for index in range(layers)]
+    default = ["sliding_attention" if one else "full_attention" for one in slides]
+    kinds = layer_types(keys, layers, default)
+    if window is None and "sliding_attention" in kinds:
+        expected = "full_attention without sliding_window and use_sliding_window"
+        raise keys.refused("layer_types", expected, "sliding_attention")
+    return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 ROTARY_KEYS: dict[str, tuple[str, ...]] = {

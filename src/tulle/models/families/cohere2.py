@@ -8,7 +8,7 @@ from typing import Any
 
 from tulle.models.config_keys import ConfigKeys
 from tulle.models.description import Attention, Decoder, Norm
-from tulle.models.families._parts import Norms, build_decoder, gated, head_sizes, layer_types, read_rotary
+from tulle.models.families._parts import Norms, build_decoder, every, gated, head_sizes, layer_types, read_rotary
 
 NOTES = {
     "order_of_interleaved_layers": ("local_attn_first",),
@@ -30,9 +30,7 @@ def describe(config: Mapping[str, Any]) -> Decoder:
     context, layers = keys.size("max_position_embeddings", 8192), keys.size("num_hidden_layers", 40)
     eps, bias = keys.number("layer_norm_eps", 1e-5), keys.flag("attention_bias", False)
     window, pattern = keys.size_or_none("sliding_window", 4096), keys.size("sliding_window_pattern", 4)
-    kinds = layer_types(
-        keys, layers, [("sliding" if (i + 1) % pattern else "full") + "_attention" for i in range(layers)]
-    )
+    kinds = layer_types(keys, layers, every(layers, pattern))
     for key, values in NOTES.items():
         keys.only(key, *values)
     keys.only("layer_switch", pattern)

@@ -8,7 +8,7 @@ from typing import Any
 
 from tulle.models.config_keys import ConfigKeys
 from tulle.models.description import Attention, Decoder, Norm
-from tulle.models.families._parts import Norms, build_decoder, gated, layer_types, read_rotary
+from tulle.models.families._parts import build_decoder, every, gated, layer_types, norms_after, read_rotary
 
 
 def describe(config: Mapping[str, Any]) -> Decoder:
@@ -35,10 +35,7 @@ def describe(config: Mapping[str, Any]) -> Decoder:
         hidden=hidden,
         attention=attention,
         feed_forward=gated(keys, keys.size("intermediate_size", 16384)),
-        norms=Norms(
-            mixer_after=Norm("post_attention_layernorm", eps),
-            feed_forward_after=Norm("post_feedforward_layernorm", eps),
-        ),
+        norms=norms_after(eps),
         final_norm=Norm("model.norm", eps),
         rotary={"default": read_rotary(keys, head_dim, context)},
         context=context,
@@ -48,11 +45,11 @@ def describe(config: Mapping[str, Any]) -> Decoder:
 
 def _pattern(keys: ConfigKeys, layers: int, window: int | None) -> list[str]:
     """Kinds of layers by ``sliding_window_pattern``: every so many layers, one has no window."""
-    every = keys.raw("sliding_window_pattern", 4)
+    pattern = keys.raw("sliding_window_pattern", 4)
     if window is None:
         return ["full_attention"] * layers
-    if isinstance(every, str) and every and set(every) <= {"L", "G"}:
-        return ["sliding_attention" if every[i % len(every)] == "L" else "full_attention" for i in range(layers)]
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise keys.refused("sliding_window_pattern", "a positive whole number, or letters L and G", every)
-    return [("sliding" if (i + 1) % every else "full") + "_attention" for i in range(layers)]
+    if isinstance(pattern, str) and pattern and set(pattern) <= {"L", "G"}:
+        return ["sliding_attention" if pattern[i % len(pattern)] == "L" else "full_attention" for i in range(layers)]
+    if isinstance(pattern, bool) or not isinstance(pattern, int) or pattern < 1:
+        raise keys.refused("sliding_window_pattern", "a positive whole number, or letters L and G", pattern)
+    return every(layers, pattern)

@@ -8,7 +8,7 @@ from typing import Any
 from tulle.models.config_keys import ConfigKeys
 from tulle.models.description import Attention, Decoder
 from tulle.models.families._gemma import activation, gemma_decoder, soft_cap
-from tulle.models.families._parts import layer_types, read_rotary
+from tulle.models.families._parts import every, layer_types, read_rotary
 
 
 def describe(config: Mapping[str, Any]) -> Decoder:
@@ -16,7 +16,7 @@ def describe(config: Mapping[str, Any]) -> Decoder:
     head_dim = keys.size("head_dim", 256)
     context, layers = keys.size("max_position_embeddings", 8192), keys.size("num_hidden_layers", 26)
     window = keys.size_or_none("sliding_window", 4096)
-    kinds = layer_types(keys, layers, [("full" if i % 2 else "sliding") + "_attention" for i in range(layers)])
+    kinds = layer_types(keys, layers, every(layers, 2))
     attention = Attention(
         keys.size("num_attention_heads", 8),
         keys.size("num_key_value_heads", 4),

@@ -9,7 +9,7 @@ from typing import Any
 from tulle.models.config_keys import ConfigKeys
 from tulle.models.description import Attention, Decoder, Norm
 from tulle.models.families._gemma import activation, gemma_decoder, soft_cap
-from tulle.models.families._parts import layer_types, rotary_by_type
+from tulle.models.families._parts import every, layer_types, rotary_by_type
 
 PATTERN = 6
 """Every so many layers one has no window."""
@@ -21,9 +21,7 @@ def describe(config: Mapping[str, Any]) -> Decoder:
     context, layers = keys.size("max_position_embeddings", 131072), keys.size("num_hidden_layers", 26)
     window = keys.size_or_none("sliding_window", 4096)
     pattern = keys.size("sliding_window_pattern", PATTERN, null=PATTERN)
-    kinds = layer_types(
-        keys, layers, [("sliding" if (i + 1) % pattern else "full") + "_attention" for i in range(layers)]
-    )
+    kinds = layer_types(keys, layers, every(layers, pattern))
     attention = Attention(
         keys.size("num_attention_heads", 8),
         keys.size("num_key_value_heads", 4),

@@ -8,7 +8,7 @@ from typing import Any
 from tulle.models.config_keys import ConfigKeys
 from tulle.models.description import Attention, Decoder
 from tulle.models.families._olmo import olmo_decoder, query_norms
-from tulle.models.families._parts import head_sizes, layer_types, rotary_by_type
+from tulle.models.families._parts import every, head_sizes, layer_types, rotary_by_type
 
 
 def describe(config: Mapping[str, Any]) -> Decoder:
@@ -17,7 +17,7 @@ def describe(config: Mapping[str, Any]) -> Decoder:
     heads, kv_heads, head_dim = head_sizes(keys, hidden, 32)
     context, eps = keys.size("max_position_embeddings", 2048), keys.number("rms_norm_eps", 1e-5)
     layers, window = keys.size("num_hidden_layers", 32), keys.size_or_none("sliding_window", 4096)
-    kinds = layer_types(keys, layers, [("sliding" if (i + 1) % 4 else "full") + "_attention" for i in range(layers)])
+    kinds = layer_types(keys, layers, every(layers, 4))
     return olmo_decoder(
         keys,
         hidden=hidden,

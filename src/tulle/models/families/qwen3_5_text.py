@@ -8,7 +8,7 @@ from typing import Any
 
 from tulle.models.config_keys import ConfigKeys
 from tulle.models.description import Attention, Decoder, GatedDeltaNet, Norm
-from tulle.models.families._parts import Norms, build_decoder, gated, read_rotary
+from tulle.models.families._parts import Norms, build_decoder, every, gated, layer_types, read_rotary
 
 
 def describe(config: Mapping[str, Any]) -> Decoder:
@@ -37,10 +37,12 @@ def describe(config: Mapping[str, Any]) -> Decoder:
         keys.only(key, value)
     for key in [name for name in config if name.startswith("mtp_")]:
         keys.raw(key)  # of the head for several tokens, which is left out
+    default = every(layers, keys.size("full_attention_interval", 4), "linear_attention")
+    kinds = layer_types(keys, layers, default, "linear_attention")
     return build_decoder(
         keys,
         hidden=keys.size("hidden_size", 4096),
-        attention=[delta if kind == "linear_attention" else attention for kind in _kinds(keys, layers)],
+        attention=[delta if kind == "linear_attention" else attention for kind in kinds],
         feed_forward=gated(keys, keys.size("intermediate_size", 12288)),
         norms=Norms(*(Norm(name, eps, offset=1.0) for name in ("input_layernorm", "post_attention_layernorm"))),
         final_norm=Norm("model.norm", eps, offset=1.0),
@@ -53,14 +55,3 @@ def describe(config: Mapping[str, Any]) -> Decoder:
         qkv_bias=bias,
         o_bias=bias,
     )
-
-
-def _kinds(keys: ConfigKeys, layers: int) -> list[str]:
-    every = keys.size("full_attention_interval", 4)
-    kinds = keys.raw("layer_types", None)
-    if kinds is None:
-        return [("linear" if (index + 1) % every else "full") + "_attention" for index in range(layers)]
-    known = ("linear_attention", "full_attention")
-    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in known for kind in kinds):
-        raise keys.refused("layer_types", f"a list of {layers} times {' or '.join(known)}", kinds)
-    return kinds
