@@ -20,8 +20,9 @@ from tulle.models.decoder import PlainDecoder
 from tulle.models.description import describe
 from tulle.models.gguf.blocks import RANGES, READERS, decode, encode, encode_q4_1, to_float32
 from tulle.models.gguf.config import config_of
+from tulle.models.gguf.families import WRITTEN
 from tulle.models.gguf.file import GgufFile, is_gguf
-from tulle.models.gguf.names import ours, restored_rows, stored_rows, theirs
+from tulle.models.gguf.names import restored_rows, stored_rows
 from tulle.models.gguf.source import GgufSource
 from tulle.models.gguf.tokenizer import tokenizer_of
 from tulle.models.source import describe_source, open_source
@@ -74,9 +75,13 @@ def test_q4_1_is_encoded() -> None:
 
 
 def test_names_and_rows_go_back_and_forth() -> None:
-    for name in ("token_embd.weight", "blk.11.attn_q.bias", "blk.0.ffn_down.weight", "output_norm.weight"):
-        assert theirs(str(ours(name))) == name
-    assert ours("blk.0.ffn_gate_exps.weight") is None and theirs("model.layers.0.mlp.experts.0.weight") is None
+    for family in WRITTEN.values():
+        names = family.tensors
+        biased = "blk.11.attn_q.bias" if "attn_q" in family.biased else "output_norm.weight"
+        for name in ("token_embd.weight", biased, "blk.0.ffn_down.weight", "output_norm.weight"):
+            assert names.theirs(str(names.ours(name))) == name
+        assert names.ours("blk.0.ffn_gate_exps.weight") is None and names.ours("attn_q.weight") is None
+        assert names.theirs("model.layers.0.mlp.experts.0.weight") is None
     rows = restored_rows(3, 8)
     assert list(rows[:8]) == [0, 2, 4, 6, 1, 3, 5, 7]
     np.testing.assert_array_equal(rows[stored_rows(3, 8)], np.arange(24))
@@ -298,11 +303,11 @@ def test_metadata_of_any_type_is_read_or_refused(tmp_path: Path, kind: str) -> N
         "expert_count": 0, "attention.sliding_window": 0, "attention.scale": 0.0,
     }.items()}  # fmt: skip
     metadata |= {"tokenizer.chat_template": "x", "tokenizer.chat_templates": ["t"], "tokenizer.chat_template.t": "y"}
-    describe(config_of(metadata, 256, (), None))
+    describe(config_of(metadata, 256, ()))
     tokenizer_of(metadata)
     for key in metadata:
         for wrong in WRONG:
-            for read in (lambda m: describe(config_of(m, 256, (), None)), tokenizer_of):
+            for read in (lambda m: describe(config_of(m, 256, ())), tokenizer_of):
                 try:
                     read(metadata | {key: wrong})
                 except UserError as error:
