@@ -185,7 +185,8 @@ def _stored(
     if family.permuted and names.is_permuted(theirs):
         mixer = model.layers[0].attention
         order = names.stored_rows(mixer.heads if "attn_q" in theirs else mixer.kv_heads, mixer.head_dim)
-        found = Stored(found.kind, found.shape, _in_rows(found)[order])
+        rows = _in_rows(found)[order]
+        found = Stored(found.kind, found.shape, rows if len(found.shape) > 1 else rows.reshape(-1))
     return found
 
 

@@ -83,6 +83,9 @@ def metadata_of(model: Decoder) -> Written:
         value = number.of(model)
         if value:
             keys[number.key] = float(value)
+    local = model.rotary.get("sliding_attention")
+    if family.tables is not None and family.tables.used and local is not None:
+        keys["rope.freq_base_swa"] = float(local.theta)
     keys |= _windows(model, family, found.notes)
     keys |= _stretched(model, family, rotary, found.factors)
     if any(layer.parallel for layer in model.layers):

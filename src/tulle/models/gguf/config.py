@@ -144,6 +144,8 @@ def config_of(
             raise keys.refused(key, str(value), keys.get(key))
     for flag, module in family.flags.items():
         config[flag] = f"blk.0.{module}.bias" in stored
+    for flag, module in family.absent.items():
+        config[flag] = f"blk.0.{module}.weight" not in stored
     if family.partial:
         config["partial_rotary_factor"] = _share(rotated, head_dim)
     config |= _windows(keys, family.windows, config["num_hidden_layers"])
@@ -154,7 +156,8 @@ def config_of(
         into[number.config] = found(config) if callable(found) else found
     config |= {key: value(config) for key, value in family.derived.items()}
     keys.finish()
-    return config | token_ids(metadata)
+    # Classes of transformers have pad tokens of their own, which may lie beyond a small vocabulary.
+    return config | {"pad_token_id": None} | token_ids(metadata)
 
 
 def _share(part: int, whole: int) -> float:
@@ -200,11 +203,10 @@ def _rotary(
     scaling = _rope_scaling(keys, family, config["max_position_embeddings"], rotated, theta, rope)
     original = scaling.get("original_max_position_embeddings", config["max_position_embeddings"])
     if family.tables is not None:
-        key, local = family.tables
-        local = theta if local is None else local
+        local = keys.number("rope.freq_base_swa", family.tables.theta or theta)
         return {"rope_parameters": {
             "full_attention": {"rope_type": "default"} | scaling | {"rope_theta": theta},
-            "sliding_attention": {"rope_type": "default", "rope_theta": keys.number(key, local) if key else local},
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
         }}  # fmt: skip
     if any(number.rotary for number in family.numbers):
         inside = {"rope_type": "default", "original_max_position_embeddings": original} | scaling

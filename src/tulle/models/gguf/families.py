@@ -53,6 +53,16 @@ class Windows:
 
 
 @dataclass(frozen=True)
+class Tables:
+    """A rotary table of the layers with a window, never stretched; its θ is ``rope.freq_base_swa``."""
+
+    theta: float | None
+    """Of a file that does not say; None: the other table's."""
+    used: bool = True
+    """Whether llama.cpp takes θ from the key."""
+
+
+@dataclass(frozen=True)
 class Family:
     """How a GGUF architecture is called and stored."""
 
@@ -71,6 +81,8 @@ class Family:
     """GGUF's names of modules whose biases llama.cpp reads."""
     flags: Mapping[str, str] = field(default_factory=dict)
     """Config keys that are true where a module of the first layer has a bias."""
+    absent: Mapping[str, str] = field(default_factory=dict)
+    """Config keys that are true where the first layer has no such module."""
     eps: tuple[str, str] = ("attention.layer_norm_rms_epsilon", "rms_norm_eps")
     """Keys of the norms' eps."""
     norm_offset: float = 0.0
@@ -94,9 +106,8 @@ class Family:
     """llama.cpp reads tensors of longrope's factors."""
     mscale: bool = False
     """llama.cpp reads yarn's ramp (``yarn_beta_fast``) and ``yarn_log_multiplier``."""
-    tables: tuple[str, float | None] | None = None
-    """Layers with a window have a rotary table of their own: the key of its θ, and θ without the key (None: the other
-    table's)."""
+    tables: Tables | None = None
+    """Layers with a window have a rotary table of their own."""
     head: Literal["any", "own", "tied"] = "any"
     """Which heads llama.cpp reads: a tensor of its own, the embedding's table, or either."""
     square: bool = False
@@ -164,11 +175,11 @@ FAMILIES = (
            numbers=(SCORE_CAP, _logit_cap(30.0)), derived={"query_pre_attn_scalar": _gemma_scale(46)}),
     Family("gemma3", "gemma3_text", "Gemma3ForCausalLM", **GEMMA, windows=Windows(6, fixed=True),
            numbers=(_logit_cap(None),), derived={"query_pre_attn_scalar": _gemma_scale(62)},
-           tables=("rope.freq_base_swa", 10000.0)),
+           tables=Tables(10000.0)),
     Family("phi3", "phi3", "Phi3ForCausalLM", names={"attn_qkv": "self_attn.qkv_proj", **FUSED}, square=True,
            windows=Windows(0, used=False), partial=True, longrope=True),
     Family("olmo2", "olmo3", "Olmo3ForCausalLM", when="attention.sliding_window", names=ONLY_AFTER, head="own",
-           square=True, windows=Windows(4), tables=("", None)),
+           square=True, windows=Windows(4), tables=Tables(None, used=False)),
     Family("olmo2", "olmo2", "Olmo2ForCausalLM", names=ONLY_AFTER, head="own", square=True),
     Family("granite", "granite", "GraniteForCausalLM", permuted=True, ratios=True, **BIASES, numbers=GRANITE,
            required={"rope.scaling.finetuned": True}),
@@ -191,14 +202,15 @@ FAMILIES = (
     Family("hunyuan-dense", "hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM",
            names={"attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"}),
     Family("stablelm", "stablelm", "StableLmForCausalLM", eps=(LAYER_EPS, "layer_norm_eps"), partial=True, head="own",
-           square=True, biased=(*QKV, *LAYER_NORMS), flags={"use_qkv_bias": "attn_q"}),
+           square=True, biased=(*QKV, *LAYER_NORMS), flags={"use_qkv_bias": "attn_q"},
+           absent={"use_parallel_residual": "ffn_norm"}),
     Family("nemotron", "nemotron", "NemotronForCausalLM", eps=(LAYER_EPS, "norm_eps"), partial=True, head="own",
            square=True, norm_offset=1.0, fixed={"hidden_act": "relu2"}, names={"ffn_gate": None},
            biased=(*BIASES["biased"], *LAYER_NORMS), flags=BIASES["flags"]),
     Family("arcee", "arcee", "ArceeForCausalLM", permuted=True, ratios=True, fixed={"hidden_act": "relu2"},
            names={"ffn_gate": None}),
     Family("apertus", "apertus", "ApertusForCausalLM", ratios=True, head="own", per_layer=XIELU,
-           biased=(*QKV, "attn_output"), flags={"attention_bias": "attn_q"}, fixed={"hidden_act": "xielu"},
+           biased=(*QKV, "attn_output"), flags={"attention_bias": "attn_q"}, fixed={"hidden_act": "xielu", "rope_parameters": {"rope_type": "default"}},
            names={"attn_norm": "attention_layernorm", "ffn_norm": "feedforward_layernorm", "ffn_gate": None}),
     Family("mistral3", "ministral3", "Ministral3ForCausalLM", when="attention.temperature_scale", permuted=True,
            ratios=True, mscale=True, numbers=(Number("attention.temperature_scale", "llama_4_scaling_beta",
