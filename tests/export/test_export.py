@@ -310,20 +310,20 @@ def test_compression_chooses_one_scheme_per_fused_group(plain, tmp_path, name):
     assert not any("vLLM" in note for note in result["notes"])
 
 
-@pytest.mark.parametrize("family", ["phi3", "gemma2", "cohere2", "starcoder2", "bitnet"])
+FAMILIES = {"phi3": 4, "gemma2": 4, "cohere2": 8, "starcoder2": 8, "bitnet": 4}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_compressed_tensors_of_other_families(plain, tmp_path, family):
-    """Fused tensors, norms after and of 1 + w, layer norms, parallel residuals, no gate, inner norms: w4a16 and w8a8."""
+    """Fused tensors, norms after and of 1 + w, layer norms, parallel residuals, no gate, inner norms; 8: w8a8."""
     pytest.importorskip("compressed_tensors")
-    folder = write_family(tmp_path / "m", family, 1)
-    wide, narrow = ["qkv", "gate_up"], ["o", "down"]
-    steps = [
-        {"activations": {"bits": 8, "symmetric": True, "targets": wide}},
-        {"round_to_nearest": {"bits": 8, "targets": wide}}, {"round_to_nearest": {"bits": 4, "targets": narrow}},
-    ]  # fmt: skip
+    folder, bits = write_family(tmp_path / "m", family, 1), FAMILIES[family]
+    steps = [{"activations": {"bits": 8, "symmetric": True}}] * (bits == 8) + [{"round_to_nearest": {"bits": bits}}]
     settings = {"calibration": {"samples": 2, "length": 24}, "steps": steps}
     compress(folder, settings, tmp_path / "packed", calibration=Text((PROSE,), False, ("prose",)))
     result = export(tmp_path / "packed", "compressed-tensors", tmp_path / "out")
-    assert result["difference"] < 1e-5 and result["difference_from_packed"] < 0.1
+    assert result["difference"] < 1e-5
+    assert bits == 8 or result["difference_from_packed"] < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [None, "float32", "float16"])
