@@ -32,6 +32,7 @@ from tulle.models.gguf.blocks import RANGES, READERS, decode, encode, encode_q4_
 from tulle.models.gguf.config import config_of
 from tulle.models.gguf.families import WRITTEN
 from tulle.models.gguf.file import GgufFile, is_gguf
+from tulle.models.gguf.names import LONG as LONG_TENSOR
 from tulle.models.gguf.names import restored_rows, stored_rows
 from tulle.models.gguf.source import GgufSource
 from tulle.models.gguf.tokenizer import tokenizer_of
@@ -320,6 +321,19 @@ def test_metadata_of_any_type_is_read_or_refused(tmp_path: Path, kind: str) -> N
             for read in (lambda m: describe(config_of(m, 256, ())), tokenizer_of):
                 try:
                     read(metadata | {key: wrong})
+                except UserError as error:
+                    assert "\n" not in str(error) and len(str(error)) < 600
+
+
+@pytest.mark.parametrize("family", ["phi3", "olmo3", "granite", "ministral3", "apertus"])
+def test_metadata_of_families_is_read_or_refused(tmp_path: Path, family: str) -> None:
+    write_random(tmp_path / "m.gguf", family_config(family), Type.F32)
+    metadata, rope = dict(GgufFile(tmp_path / "m.gguf").metadata), {LONG_TENSOR: np.ones(6, np.float32)}
+    for key in metadata:
+        for wrong in WRONG:
+            for factors in ({}, rope):
+                try:
+                    describe(config_of(metadata | {key: wrong}, 96, (), factors))
                 except UserError as error:
                     assert "\n" not in str(error) and len(str(error)) < 600
 
