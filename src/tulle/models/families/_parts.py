@@ -207,7 +207,7 @@ def _feed_forward(
         gate = linear("gate_proj", width, hidden)
         both = linear("gate_up_proj", 2 * width, hidden)
         first = (both,) if fused else (gate, up)
-        through = mlp.inner_norm is None
+        through = mlp.inner_norm is None and mlp.limit is None and not mlp.up_offset
         up_rows = (both.name, width, 2 * width) if fused else (up.name, 0, width)
         gate_rows = (both.name if fused else gate.name, 0, width)
         producers = (Producer(*up_rows, through), Producer(*gate_rows, linear=False))
