@@ -30,7 +30,7 @@ DENSE = (
     "starcoder2",
 )
 HYBRID = ("qwen3_5_text",)
-"""Of which the engine runs none yet."""
+"""With recurrent states."""
 LAYERS = 2
 
 
