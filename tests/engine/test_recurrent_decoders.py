@@ -1,4 +1,4 @@
-"""Decoders with recurrent states: heads of any size, packed ones, and texts whose states are shared, dropped, limited."""
+"""Decoders with recurrent states: heads of any size, packed ones, and states that are shared, dropped, limited."""
 
 from __future__ import annotations
 

@@ -81,8 +81,7 @@ def test_everybody_gets_the_tokens_that_they_get_alone(
     snapshots: int | None,
     data: st.DataObject,
 ) -> None:
-    """Whatever shares pages, waits, is cancelled or gives its pages back; of a recurrent model with any number of places
-    for snapshots."""
+    """Whatever shares pages, waits, is cancelled or gives its pages back; recurrent models with few snapshots, too."""
     recurrent, room = snapshots is not None, snapshots or 0
     scheduler, _ = made(pages, slots, context=pages * PAGE, batch=32, recurrent=recurrent, snapshots=room)
     coming = []
@@ -144,7 +143,7 @@ def computed(scheduler: Scheduler, model: FakeModel, tokens: list[int], count: i
 
 
 def test_few_snapshots_stand_where_others_go_on() -> None:
-    """Three places: a prompt's own parts and text that grows take one in turn, not those of beginnings that are shared."""
+    """Three places: a prompt's parts and text that grows take one in turn, not those of beginnings that are shared."""
     scheduler, model = made(pages=200, context=1024, batch=64, recurrent=True, snapshots=3)
     system, own = prompt(20 * PAGE), [prompt(3 * PAGE + 5, seed) for seed in (1, 2, 3)]
     computed(scheduler, model, [*system, *own[0]], 70)

@@ -40,8 +40,8 @@ AS_QUANTISED = "as quantised"
 CACHES = ("f32", "bf16", "int8", "int4")
 """How keys and values are kept."""
 SNAPSHOTS, SNAPSHOT_MEMORY = 4, 1 << 27
-"""Recurrent states that are kept for others to go on from: so many per sequence that runs at once, or as many as fit
-into so many bytes, where that is more."""
+"""Recurrent states that are kept for others to go on from: so many beside one per sequence that runs at once, or as
+many as fit into so many bytes, where that is more."""
 CONTEXT = 4096
 """Tokens, where the model allows more and nothing else is asked."""
 
@@ -103,9 +103,9 @@ class Engine:
     (pruned ones densified), ``input-major``, ``dense input-major`` (inputs that are left out are not read) or what is
     faster here, which is tried once [``auto``]; ``weights`` of a Scaling Transformer: f32, bf16, int8 [as stored], int8
     with inputs of 8 bits whatever ``activations`` says (see :mod:`tulle.engine.scaling`); ``cache_memory``: bytes of
-    keys and values, and of recurrent states [what ``sequences`` need]; ``deterministic``: a sequence gets the same bits whatever else runs with
-    it and however its prompt is cut into passes, for one number of threads. Without it that holds as well, but for
-    Scaling Transformers with matrices of floats, which are faster so.
+    keys and values, and of recurrent states [what ``sequences`` need]; ``deterministic``: a sequence gets the same bits
+    whatever else runs with it and however its prompt is cut into passes, for one number of threads. Without it that
+    holds as well, but for Scaling Transformers with matrices of floats, which are faster so.
 
     Several threads may use an engine: one waits for the other. Raises ``UserError`` for a folder that is broken or a
     model that is not supported.
@@ -209,7 +209,7 @@ class Engine:
         states of the sequences that run, or that all sequences need. Raises ``UserError`` where not even one page
         fits."""
         whole = self.sequences * -(-self.context // PAGE)
-        wanted = max(SNAPSHOTS * self.sequences, SNAPSHOT_MEMORY // state_bytes) if state_bytes else 0
+        wanted = max(SNAPSHOTS + self.sequences, SNAPSHOT_MEMORY // state_bytes) if state_bytes else 0
         if self._cache_memory is None:
             return whole, min(wanted, whole)
         left = self._cache_memory - self.sequences * state_bytes
