@@ -36,7 +36,7 @@ DENSE = (
     "starcoder2",
 )
 HYBRID = ("qwen3_5_text",)
-"""Of which the engine runs none yet."""
+"""With recurrent states."""
 EXPERTS = (
     "glm4_moe",
     "gpt_oss",
@@ -48,6 +48,7 @@ EXPERTS = (
     "qwen3_moe",
     "qwen3_next",
 )
+"""With a mixture of experts, which the engine does not run yet."""
 LAYERS = 2
 
 
