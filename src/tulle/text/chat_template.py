@@ -16,6 +16,8 @@ from tulle.errors import UserError
 
 DEFAULT, WITH_TOOLS = "default", "tool_use"
 """Names of the template that is used without another word, and with tools where there is one."""
+XML_TOOLS = "xml_tools"
+"""What SmolLM3's template reads instead of ``tools``: a line of JSON for each."""
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Keys of a message's reasoning; the first is the one that templates read."""
 
@@ -60,7 +62,8 @@ def render(
             tools=_plain(tools),
             documents=_plain(documents),
             add_generation_prompt=add_generation_prompt,
-            **{name: _plain(value) for name, value in (variables or {}).items()},
+            **({XML_TOOLS: [json.dumps(tool.get("function", tool)) for tool in tools]} if tools else {})
+            | {name: _plain(value) for name, value in (variables or {}).items()},
         )
     except (
         TemplateError,
