@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ class ToolFormat(ABC):
     """Texts around calls that may be tokens of their own."""
     hints: ClassVar[tuple[str, ...]] = ()
     """What a chat template of such a model holds, all of it; see :meth:`hinted`."""
+    keys: ClassVar[re.Pattern[str] | None] = None
+    """Names of parameters that can be written; None where all can."""
     interrupts: ClassVar[tuple[str, ...]] = ()
     """Marks of calls that come in the midst of reasoning, which then is over."""
 
@@ -87,9 +90,13 @@ class ToolFormat(ABC):
         """A Lark grammar of llguidance, of which every text is one or more valid calls, after reasoning where there is.
 
         ``choice`` is ``required``, or a mapping that names a function: then exactly that call comes. Raises
-        ``UserError`` for a tool that is not there, and for a schema that makes no sense.
+        ``UserError`` for a tool that is not there, for a schema that makes no sense, and for a parameter whose name this
+        format cannot write.
         """
         chosen = chosen_tools(read_tools(tools), choice)
+        for key in (key for tool in chosen for key in tool.properties if self.keys):
+            if not re.fullmatch(self.keys or "", key):
+                raise UserError(f"expected parameters whose names this model's calls can hold, found {key!r}; rename it")
         lark = Lark(self.tokens)
         try:
             calls = self._calls(lark, chosen, parallel and not isinstance(choice, Mapping))

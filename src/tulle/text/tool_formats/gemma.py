@@ -28,6 +28,7 @@ class FunctionGemma(ToolFormat):
     quote: ClassVar[str] = "<escape>"
     marks = (start, end, quote)
     hints = (start,)
+    keys = _KEY
 
     def _read_answer(self, parser: Parser) -> Reading[None]:
         while (yield from parser.source.until((self.start,), parser.content)):

@@ -25,6 +25,8 @@ PREFIX = "default_api."
 DEPTH, LENGTH = 60, 200_000
 """Deeper or longer calls are refused."""
 _NAME, _PLAIN = re.compile(r"[^\s()\[\]{}\"'=,;`]*"), re.compile(r"[^\"'\\()\[\]{}]*")
+_KEYWORD, _WORD = re.compile(r"((?:^|(?<=,))\s*)([^\s,=*]+)(\s*=)"), "word_"
+_KEYS = re.compile(r"[^\s,=*()\[\]{}'\"\\]*")
 _IN_STRING = {quote: re.compile(rf"[^\\{quote[0]}]*") for quote in ("'", '"', "'''", '"""')}
 _LITERALS = (str, int, float, bool, type(None))
 
@@ -33,6 +35,7 @@ class PythonList(ToolFormat):
     """``[f(a=1), g()]`` as the whole answer."""
 
     name = "python"
+    keys = _KEYS
 
     @classmethod
     def hinted(cls, template: str, tokens: Collection[str], model_type: str) -> bool:
@@ -89,6 +92,7 @@ class Lfm2(PythonList):
 class PythonLines(ToolFormat):
     """A call per line between marks."""
 
+    keys = _KEYS
     start: ClassVar[str]
     end: ClassVar[str]
     around: ClassVar[str] = ""
@@ -165,20 +169,30 @@ def read_python_call(parser: Parser) -> Reading[None]:
         name = name.removesuffix(".call")
     if name not in parser.tools:
         raise NoMatch
-    text = yield from _balanced(parser.source)
-    arguments = _arguments(text, parser.tools[name])
+    names: list[str] = []
+    text = yield from _balanced(parser.source, names)
+    arguments = _arguments(text, names, parser.tools[name])
     parser.begin_call(name)
     parser.arguments(arguments)
     parser.end_call()
 
 
-def _balanced(source: Source) -> Reading[str]:
-    """From ( to its ), which may hold strings and brackets."""
+def _balanced(source: Source, names: list[str]) -> Reading[str]:
+    """From ( to its ), which may hold strings and brackets.
+
+    Arguments' names go to ``names``; in the text stand words that Python takes: a tool may call one ``from``.
+    """
+
+    def word(match: re.Match[str]) -> str:
+        names.append(match[2])
+        return f"{match[1]}{_WORD}{len(names) - 1}{match[3]}"
+
     if (yield from source.peek()) != "(":
         raise NoMatch
     found, depth, length = [source.take(1)], 1, 0
     while depth:
-        found.append((yield from source.span(_PLAIN)))
+        plain = yield from source.span(_PLAIN)
+        found.append(_KEYWORD.sub(word, plain) if depth == 1 else plain)
         bracket = yield from source.literal("(", "[", "{", ")", "]", "}", *_IN_STRING)
         found.append(bracket)
         if bracket in _IN_STRING:
@@ -209,7 +223,7 @@ def _string(source: Source, quote: str) -> Reading[str]:
             found.append(source.take(1))
 
 
-def _arguments(text: str, tool: Tool) -> str:
+def _arguments(text: str, words: Sequence[str], tool: Tool) -> str:
     """JSON of the arguments in brackets; those without a name are the tool's in their order."""
     whole = f"f{text}"
     try:
@@ -221,7 +235,8 @@ def _arguments(text: str, tool: Tool) -> str:
         names = list(tool.properties)
         if len(call.args) > len(names) or any(word.arg is None for word in call.keywords):
             raise NoMatch
-        nodes = [*zip(names, call.args, strict=False), *((str(word.arg), word.value) for word in call.keywords)]
+        named = [(words[int(str(word.arg).removeprefix(_WORD))], word.value) for word in call.keywords]
+        nodes = [*zip(names, call.args, strict=False), *named]
         if len(dict(nodes)) < len(nodes):
             raise NoMatch
         written = _Written(whole)

@@ -27,6 +27,7 @@ class Tagged(ToolFormat):
     White space between the tags means nothing.
     """
 
+    keys = _KEY
     start: ClassVar[str]
     end: ClassVar[str]
     head: ClassVar[str] = ""
@@ -78,11 +79,11 @@ class Tagged(ToolFormat):
 
     def _read_value(self, parser: Parser, tool: Tool, key: str) -> Reading[str]:
         """Gives a value's JSON; the tag that follows it."""
-        space = self.around_value
-        if space:
-            yield from parser.source.literal(space)
+        edge = self.around_value
+        if edge:
+            yield from parser.source.literal(edge)
         schema = tool.resolved(tool.properties.get(key))
-        ends = (space, self.value_end, self.key, self.tail or self.end)
+        ends = (edge, self.value_end, self.key, self.tail or self.end)
         if _is_text(schema):
             parser.arguments('"')
             tag = yield from _value(parser.source, *ends, lambda text: parser.arguments(to_json(text)[1:-1]))
@@ -187,9 +188,9 @@ class Glm47(Glm45):
 
 
 def _value(
-    source: Source, space: str, value_end: str, key: str, last: str, give: Callable[[str], None]
+    source: Source, edge: str, value_end: str, key: str, last: str, give: Callable[[str], None]
 ) -> Reading[str]:
-    """Gives a value as it stands, up to the tag that closes it, without ``space`` before that; the tag after that.
+    """Gives a value as it stands, up to the tag that closes it, without the ``edge`` before that; the tag after that.
 
     The closing tag counts only where a tag follows that may: a value may hold such tags itself.
     """
@@ -198,7 +199,7 @@ def _value(
     def hold(text: str) -> None:
         nonlocal held
         text = held + text
-        held = space if text.endswith(space) else ""
+        held = edge if text.endswith(edge) else ""
         if text.removesuffix(held):
             give(text.removesuffix(held))
 
