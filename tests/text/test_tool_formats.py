@@ -67,13 +67,14 @@ TWO_CALLS = {
     "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
     "deepseek-v3.1": '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{"city": %s, "days": 2}'
     "<｜tool▁call▁end｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
-    "command": '<|START_ACTION|>[\n    {"tool_call_id": "0", "tool_name": "weather", "parameters": {"city": %s, "days": 2}},'
-    '\n    {"tool_call_id": "1", "tool_name": "now", "parameters": {}}\n]<|END_ACTION|>',
+    "command": '<|START_ACTION|>[\n    {"tool_call_id": "0", "tool_name": "weather", "parameters": {"city": %s, '
+    '"days": 2}},\n    {"tool_call_id": "1", "tool_name": "now", "parameters": {}}\n]<|END_ACTION|>',
     "apertus": '<|tools_prefix|>[{"weather": {"city": %s, "days": 2}}, {"now": {}}]<|tools_suffix|>',
     "phi": '<|tool_call|>[{"name": "weather", "arguments": {"city": %s, "days": 2}}, {"name": "now", "arguments": {}}]'
     "<|/tool_call|>",
     "granite": '<|tool_call|>[{"name": "weather", "arguments": {"city": %s, "days": 2}}, {"name": "now"}]',
-    "tool-calls": '<tool_calls>[{"name": "weather", "arguments": {"city": %s, "days": 2}}, {"name": "now"}]</tool_calls>',
+    "tool-calls": '<tool_calls>[{"name": "weather", "arguments": {"city": %s, "days": 2}}, {"name": "now"}]'
+    "</tool_calls>",
     "nemotron": '<TOOLCALL>[{"name": "weather", "arguments": {"city": %s, "days": 2}}, {"name": "now"}]</TOOLCALL>',
     "python": "[weather(city=%s, days=2), now()]",
     "lfm2": "<|tool_call_start|>[weather(city=%s, days=2), now()]<|tool_call_end|>",
@@ -145,7 +146,28 @@ def test_without_tools_a_text_is_content(name: str) -> None:
 
 
 fragments = st.one_of(
-    st.sampled_from([*MARKS, *ANSWER_MARKS, "\n", " ", "{", "}", "[", "]", '"', "\\", ",", ":", "(", ")", "=", "<", "now", "weather"]),
+    st.sampled_from(
+        [
+            *MARKS,
+            *ANSWER_MARKS,
+            "\n",
+            " ",
+            "{",
+            "}",
+            "[",
+            "]",
+            '"',
+            "\\",
+            ",",
+            ":",
+            "(",
+            ")",
+            "=",
+            "<",
+            "now",
+            "weather",
+        ]
+    ),
     st.sampled_from(['{"name": "now"}', '{"name": "now", "arguments": {', '"city": "x', "call:now{", "now()", "ab c"]),
     st.sampled_from(["now[ARGS]{}", "<function=now>", "<parameter=city>\n", "assistant", " to=functions.now"]),
     st.sampled_from([text for name in NAMES for text in (two_calls(name), two_calls(name)[:-30])]),
@@ -402,7 +424,7 @@ json_values = st.recursive(
 @given(
     found=st.lists(
         st.fixed_dictionaries(
-            {"city": st.text("ab<>/\"\\\n é🙂", max_size=8)}, optional={"days": st.integers(), "more": json_values}
+            {"city": st.text('ab<>/"\\\n é🙂', max_size=8)}, optional={"days": st.integers(), "more": json_values}
         ),
         min_size=1,
         max_size=3,
@@ -535,7 +557,8 @@ def test_schemas_without_sense_are_the_clients_fault(name: str, schema: object) 
 
 
 @pytest.mark.parametrize(
-    ("name", "key"), [("python", "a b"), ("olmo3", "f(x"), ("qwen3-coder", "a<b"), ("glm4.7", "a\nb"), ("gemma4", "a:b")]
+    ("name", "key"),
+    [("python", "a b"), ("olmo3", "f(x"), ("qwen3-coder", "a<b"), ("glm4.7", "a\nb"), ("gemma4", "a:b")],
 )
 def test_names_that_a_format_cannot_write_are_refused(name: str, key: str) -> None:
     tool = {"name": "f", "parameters": {"properties": {key: {"type": "integer"}}}}
@@ -643,6 +666,8 @@ def test_tools_in_words() -> None:
     text = describe_tools(TOOLS, "required")
     assert all(json.dumps(t.parameters) in text for t in read_tools(TOOLS)) and "at least one" in text
     assert "'now'" in describe_tools(TOOLS, {"function": {"name": "now"}})
-    assert '"arguments": {"a parameter"' in describe_tools(TOOLS) and "one line of JSON per call" in describe_tools(TOOLS)
+    assert '"arguments": {"a parameter"' in describe_tools(TOOLS) and "one line of JSON per call" in describe_tools(
+        TOOLS
+    )
     told = describe_tools(TOOLS, format=format_named("deepseek-v3.1"))
     assert '<｜tool▁call▁begin｜>the tool<｜tool▁sep｜>{"a parameter": "its value"}' in told and "one line" not in told

@@ -141,9 +141,7 @@ def _sequence(parser: Parser, separators: tuple[str, ...], one: Callable[[Parser
             return
 
 
-def call_grammar(
-    lark: Lark, tools: Sequence[Tool], opening: str = '{"name": %s, "arguments": ', end: str = "}"
-) -> str:
+def call_grammar(lark: Lark, tools: Sequence[Tool], opening: str = '{"name": %s, "arguments": ', end: str = "}") -> str:
     """An expression for one call of one of the tools; ``opening`` holds the place of its name, in JSON."""
     options = [lark_call(lark, tool, opening % json.dumps(tool.name, ensure_ascii=False), end) for tool in tools]
     return lark.rule(either(options), "call")

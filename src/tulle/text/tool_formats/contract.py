@@ -90,13 +90,15 @@ class ToolFormat(ABC):
         """A Lark grammar of llguidance, of which every text is one or more valid calls, after reasoning where there is.
 
         ``choice`` is ``required``, or a mapping that names a function: then exactly that call comes. Raises
-        ``UserError`` for a tool that is not there, for a schema that makes no sense, and for a parameter whose name this
-        format cannot write.
+        ``UserError`` for a tool that is not there, for a schema that makes no sense, and for a parameter whose name
+        cannot be written in this format.
         """
         chosen = chosen_tools(read_tools(tools), choice)
         for key in (key for tool in chosen for key in tool.properties if self.keys):
             if not re.fullmatch(self.keys or "", key):
-                raise UserError(f"expected parameters whose names this model's calls can hold, found {key!r}; rename it")
+                raise UserError(
+                    f"expected parameters whose names this model's calls can hold, found {key!r}; rename it"
+                )
         lark = Lark(self.tokens)
         try:
             calls = self._calls(lark, chosen, parallel and not isinstance(choice, Mapping))

@@ -26,7 +26,7 @@ class DeepSeek31(ToolFormat):
 
     name = "deepseek-v3.1"
     marks: ClassVar[tuple[str, ...]] = (CALLS, CALLS_END, CALL, CALL_END, SEPARATOR)
-    hints = (CALLS, SEPARATOR)
+    hints: ClassVar[tuple[str, ...]] = (CALLS, SEPARATOR)
     parts: ClassVar[tuple[str, str, str]] = (CALL, SEPARATOR, CALL_END)
     """What is before the name, between it and the arguments, and after them."""
     between: ClassVar[str] = ""

@@ -7,7 +7,7 @@ and a list, and a block that ends without its mark.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from tulle.text.tool_formats.calls import call_grammar, read_call, read_calls, read_named_call
@@ -29,8 +29,6 @@ class MarkedJson(ToolFormat):
     """Other marks that a model may begin with."""
     around: ClassVar[tuple[str, str, str]] = ("[", ", ", "]")
     """What is before, between and after calls."""
-    one: ClassVar[Callable[[Parser], Reading[None]]] = staticmethod(read_call)
-    """Reads a call."""
 
     def _read_answer(self, parser: Parser) -> Reading[None]:
         while (yield from parser.source.until((self.start, *self.others), parser.content)):
@@ -40,9 +38,12 @@ class MarkedJson(ToolFormat):
         source = parser.source
         yield from source.expect(self.start, *self.others)
         yield from source.spaces()
-        yield from read_calls(parser, one=self.one)
+        yield from read_calls(parser, one=self._read_one)
         yield from source.spaces()
         yield from source.literal(self.end)
+
+    def _read_one(self, parser: Parser) -> Reading[None]:
+        return read_call(parser)
 
     def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
         before, between, after = self.around
@@ -140,6 +141,8 @@ class Apertus(MarkedJson):
     name = "apertus"
     start, end = "<|tools_prefix|>", "<|tools_suffix|>"
     opening = "{%s: "
-    one = staticmethod(read_named_call)
     marks = hints = (start, end)
     interrupts = (start,)
+
+    def _read_one(self, parser: Parser) -> Reading[None]:
+        return read_named_call(parser)

@@ -156,7 +156,7 @@ class Qwen3Coder(Tagged):
     key, key_end, value_end = "<parameter=", (">",), "</parameter>"
     around_value = "\n"
     marks = (start, end, head, tail, key, value_end)
-    hints = (head, key)
+    hints: ClassVar[tuple[str, ...]] = (head, key)
 
 
 class SeedOss(Qwen3Coder):
@@ -187,9 +187,7 @@ class Glm47(Glm45):
     hints = (Glm45.start, Glm45.key)
 
 
-def _value(
-    source: Source, edge: str, value_end: str, key: str, last: str, give: Callable[[str], None]
-) -> Reading[str]:
+def _value(source: Source, edge: str, value_end: str, key: str, last: str, give: Callable[[str], None]) -> Reading[str]:
     """Gives a value as it stands, up to the tag that closes it, without the ``edge`` before that; the tag after that.
 
     The closing tag counts only where a tag follows that may: a value may hold such tags itself.
@@ -233,7 +231,7 @@ def _of_kind(value: object, kinds: Collection[str]) -> bool:
         return ("null" if value is None else "boolean") in kinds
     if isinstance(value, int | float):
         return "number" in kinds or (isinstance(value, int) and "integer" in kinds)
-    return {str: "string", list: "array", dict: "object"}[type(value)] in kinds
+    return ("string" if isinstance(value, str) else "array" if isinstance(value, list) else "object") in kinds
 
 
 def _kinds(tool: Tool, schema: Mapping[str, Any], depth: int = 4) -> set[str]:
@@ -255,4 +253,3 @@ def _is_text(schema: Mapping[str, Any]) -> bool:
     if "type" not in schema and values:
         return all(isinstance(value, str) for value in values)
     return schema.get("type") == "string"
-
