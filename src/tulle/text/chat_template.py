@@ -78,6 +78,18 @@ def render(
         raise UserError(f"expected a chat template that can be filled in, found: {line}") from None
 
 
+@lru_cache(maxsize=16)
+def variables_of(template: str) -> frozenset[str]:
+    """Names that a template reads and does not set by itself, such as ``enable_thinking``; none of a broken one."""
+    from jinja2 import TemplateError
+    from jinja2.meta import find_undeclared_variables
+
+    try:
+        return frozenset(find_undeclared_variables(_compiled("").environment.parse(template)))
+    except (TemplateError, RecursionError):
+        return frozenset()
+
+
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {key: _plain(value) for key, value in message.items() if value is not None}
     reasoning = next((found[key] for key in REASONING if key in found), None)
