@@ -28,6 +28,8 @@ _NAME, _PLAIN = re.compile(r"[^\s()\[\]{}\"'=,;`]*"), re.compile(r"[^\"'\\()\[\]
 _KEYWORD, _WORD = re.compile(r"((?:^|(?<=,))\s*)([^\s,=*]+)(\s*=)"), "word_"
 _KEYS = re.compile(r"[^\s,=*()\[\]{}'\"\\]*")
 _IN_STRING = {quote: re.compile(rf"[^\\{quote[0]}]*") for quote in ("'", '"', "'''", '"""')}
+_BROKEN = (SyntaxError, ValueError, LookupError, RecursionError, MemoryError)
+"""What Python's parser raises for a text that is no expression."""
 _LITERALS = (str, int, float, bool, type(None))
 
 
@@ -227,9 +229,7 @@ def _arguments(text: str, words: Sequence[str], tool: Tool) -> str:
     """JSON of the arguments in brackets; those without a name are the tool's in their order."""
     whole = f"f{text}"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            call = ast.parse(whole, mode="eval").body
+        call = _parsed(whole)
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
             raise NoMatch
         names = list(tool.properties)
@@ -241,8 +241,22 @@ def _arguments(text: str, words: Sequence[str], tool: Tool) -> str:
             raise NoMatch
         written = _Written(whole)
         return _object((to_json(name), _value(node, written)) for name, node in nodes)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    except _BROKEN:
         raise NoMatch from None
+
+
+def literal_json(text: str) -> str | None:
+    """JSON of a literal as Python writes it; None for anything else."""
+    try:
+        return None if len(text) > LENGTH else _value(_parsed(text), _Written(text))
+    except (NoMatch, *_BROKEN):
+        return None
+
+
+def _parsed(text: str) -> ast.expr:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ast.parse(text, mode="eval").body
 
 
 class _Written:

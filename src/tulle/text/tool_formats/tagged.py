@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 from tulle.text.tool_formats.contract import ToolFormat
 from tulle.text.tool_formats.lark import Lark, either, repeated
 from tulle.text.tool_formats.parser import Parser
-from tulle.text.tool_formats.python_calls import is_json, ordered, to_json
+from tulle.text.tool_formats.python_calls import is_json, literal_json, ordered, to_json
 from tulle.text.tool_formats.source import NoMatch, Reading, Source
 from tulle.text.tool_formats.tools import Tool, allowed_values
 
 _NAME, _KEY = re.compile(r"[^\s<>]*"), re.compile(r"[^\n<>]*")
-_WORDS = {"True": "true", "False": "false", "None": "null"}
+_PYTHON = re.compile(r"[\[{]|(True|False|None)\Z")
 
 
 class Tagged(ToolFormat):
@@ -213,13 +213,13 @@ def _value(source: Source, edge: str, value_end: str, key: str, last: str, give:
 
 
 def _as_json(text: str, kinds: Collection[str]) -> str:
-    """A value that is not said to be a string: as JSON where it is, also in Python's words, and else a string.
+    """A value that is not said to be a string: as JSON where it is, also as Python has it, and else a string.
 
     ``kinds``: the types that its schema allows; none where it allows all. A value of another kind stays a string where
     strings are allowed.
     """
     stripped = text.strip()
-    found = stripped if is_json(stripped) else _WORDS.get(stripped)
+    found = stripped if is_json(stripped) else literal_json(stripped) if _PYTHON.match(stripped) else None
     if found is None or ("string" in kinds and not _of_kind(json.loads(found), kinds)):
         return to_json(text if "string" in kinds else stripped)
     return found
