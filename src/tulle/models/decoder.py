@@ -294,7 +294,7 @@ class DecoderBlock(nn.Module):
         """What the mixer's last linear reads, of its first linears' outputs."""
         mixer = self.layer.mixer
         if isinstance(mixer, GatedDeltaNet):
-            return self._delta(mixer, *outputs)
+            return self._delta(mixer, *(by_kind(mixer, *outputs) if mixer.fused else outputs))
         gated = mixer.output_gate
         queries, keys, values = mixer.widths
         q, k, v = _parts(outputs, (2 * queries if gated else queries, keys, values))
@@ -362,6 +362,16 @@ def gate_times_up(mlp: GatedMLP, activation: Callable[[Tensor], Tensor], gate: T
 def _parts(outputs: tuple[Tensor, ...], widths: tuple[int, ...]) -> tuple[Tensor, ...]:
     """Outputs of several linears, or of one that holds them all."""
     return outputs if len(outputs) > 1 else outputs[0].split(widths, -1)
+
+
+def by_kind(mixer: GatedDeltaNet, qkvz: Tensor, ba: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries, keys and values; z; b; a, of outputs of fused linears, which stand key head by key head."""
+    shared = mixer.value_heads // mixer.key_heads
+    values = shared * mixer.value_dim
+    by_head = (x.unflatten(-1, (mixer.key_heads, -1)) for x in (qkvz, ba))
+    widths = ((mixer.key_dim, mixer.key_dim, values, values), (shared, shared))
+    q, k, v, z, b, a = (part.flatten(-2) for x, w in zip(by_head, widths, strict=True) for part in x.split(w, -1))
+    return torch.cat((q, k, v), -1), z, b, a
 
 
 class NormModule(nn.Module):

@@ -266,6 +266,9 @@ class GatedDeltaNet:
     eps: float
     activation: str = "silu"
     """Behind the convolution."""
+    fused: bool = False
+    """Whether two linears, ``in_proj_qkvz`` and ``in_proj_ba``, give all inputs, one key head's after the other's:
+    queries, keys, values and z; b and a."""
     name: str = "linear_attn"
     rotary: None = None
 

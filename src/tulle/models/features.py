@@ -80,7 +80,10 @@ def _of_attention(decoder: Decoder, layer: Layer) -> dict[str, object]:
     mixer = layer.mixer
     found: dict[str, object] = {}
     if not isinstance(mixer, Attention):
-        return {"gated delta nets": layer.index}
+        found["gated delta nets"] = layer.index
+        if mixer.fused:
+            found["heads of delta nets side by side"] = layer.index
+        return found
     if mixer.rotary is None:
         found["attention without positions"] = layer.index
     elif decoder.rotary[mixer.rotary].dim != mixer.head_dim:

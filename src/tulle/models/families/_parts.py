@@ -168,6 +168,8 @@ def _delta(mixer: GatedDeltaNet, hidden: int, norm: Norm | None) -> tuple[Linear
         )
     values = mixer.widths[2]
     rows = {"qkv": sum(mixer.widths), "z": values, "b": mixer.value_heads, "a": mixer.value_heads}
+    if mixer.fused:
+        rows = {"qkvz": rows["qkv"] + rows["z"], "ba": 2 * mixer.value_heads}
     linears = tuple(Linear(f"{mixer.name}.in_proj_{name}", (count, hidden)) for name, count in rows.items())
     return (
         LinearGroup("qkv", linears, norm=norm),
