@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tulle.errors import UserError
-from tulle.models.config_keys import same
+from tulle.models.config_keys import DEEPEST, same
 from tulle.models.description import Rotary
 from tulle.models.gguf import names
 from tulle.models.gguf.families import Family, Windows, family_of
@@ -121,14 +121,16 @@ def config_of(
     rotated = keys.size("rope.dimension_count", head_dim)
     if rotated != head_dim and not (family.partial and rotated < head_dim):
         raise keys.refused("rope.dimension_count", f"{head_dim}, as many channels as a head has", rotated)
-    context = keys.size("context_length")
+    context, layers = keys.size("context_length"), keys.size("block_count")
+    if layers > DEEPEST:
+        raise keys.refused("block_count", f"a number up to {DEEPEST}", layers)
     eps, eps_key = family.eps
     config: dict[str, Any] = {
         "architectures": [family.class_name],
         "model_type": family.model_type,
         "hidden_size": hidden,
         "intermediate_size": keys.size("feed_forward_length"),
-        "num_hidden_layers": keys.size("block_count"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": keys.size("attention.head_count_kv", heads),
         "head_dim": head_dim,
@@ -148,7 +150,7 @@ def config_of(
         config[flag] = f"blk.0.{module}.weight" not in stored
     if family.partial:
         config["partial_rotary_factor"] = _share(rotated, head_dim)
-    config |= _windows(keys, family.windows, config["num_hidden_layers"])
+    config |= _windows(keys, family.windows, layers)
     config |= _rotary(keys, family, config, rotated, rope or {})
     for number in family.numbers:
         found = keys.number(number.key, 0.0) or number.default
