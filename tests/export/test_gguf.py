@@ -241,6 +241,8 @@ def test_a_window_becomes_the_context(tmp_path: Path) -> None:
     result = export(tmp_path / "dense", "gguf", tmp_path / "window.gguf")
     assert GgufSource(tmp_path / "window.gguf").config["max_position_embeddings"] == 32
     assert any("sliding window" in note for note in result["notes"])
+    wide = metadata_of(describe(small_config("mistral", sliding_window=64)))  # which no text of 64 tokens reaches
+    assert wide.keys["llama.context_length"] == 64 and not wide.notes
 
 
 def test_llama_3_positions_come_back(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from tulle.errors import UserError
 from tulle.export.dense import unpacked_weight
-from tulle.export.gguf_metadata import metadata_of, require_same, stored_names, tensors_of
+from tulle.export.gguf_metadata import add_key, metadata_of, require_same, stored_names, tensors_of
 from tulle.export.gguf_tokenizer import write_tokenizer
 from tulle.format.pack import bf16_to_f32, f32_to_bf16, unpack_scale, unpack_stored, unpack_zero_point
 from tulle.format.spec import LinearSpec
@@ -88,7 +88,8 @@ def write(checkpoint: Checkpoint, file: Path, progress: Callable[[int, int], Non
     try:
         writer.add_name(checkpoint.path.name)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        metadata.add_to(writer)
+        for key, value in metadata.keys.items():
+            add_key(writer, key, value)
         write_tokenizer(writer, checkpoint, model.vocabulary, found.notes)
         # Headers come first: types depend on values, so that tensors are made twice.
         unheld: list[str] = []

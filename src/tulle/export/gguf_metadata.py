@@ -7,7 +7,7 @@ must be the model's own description: so whatever llama.cpp does otherwise in a f
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
@@ -37,18 +37,19 @@ class Written:
     factors: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def add_to(self, writer: gguf.GGUFWriter) -> None:
-        for key, value in self.keys.items():
-            if isinstance(value, list):
-                writer.add_array(key, value)
-            elif isinstance(value, bool):
-                writer.add_bool(key, value)
-            elif isinstance(value, int):
-                writer.add_uint32(key, value)
-            elif isinstance(value, float):
-                writer.add_float32(key, value)
-            else:
-                writer.add_string(key, value)
+
+def add_key(writer: gguf.GGUFWriter, key: str, value: bool | int | float | str | Sequence[Any]) -> None:
+    """Whole numbers become uint32, others float32; arrays have the type of their elements."""
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
 
 
 def metadata_of(model: Decoder) -> Written:
@@ -118,7 +119,7 @@ def tensors_of(model: Decoder) -> list[str]:
 
 def require_same(model: Decoder, again: Decoder, architecture: str) -> None:
     """Raises ``UserError`` where the description that a file gives is not the model's."""
-    off = _difference("", _within_context(model, again.context), again)
+    off = _difference("", *(_within_context(one, again.context) for one in (model, again)))
     if off is not None:
         place, mine, theirs = off
         raise UserError(
@@ -198,13 +199,13 @@ def _stretched(
 
 
 def _within_context(model: Decoder, context: int) -> Decoder:
-    """Without windows that no text of the context reaches, where the file has a smaller context than the model."""
-    if context >= model.context:
-        return model
-    layers = [
-        replace(layer, mixer=replace(layer.mixer, window=None)) if isinstance(layer.mixer, Attention) else layer
-        for layer in model.layers
-    ]
+    """Without windows that no text of the context reaches."""
+    layers = []
+    for layer in model.layers:
+        mixer = layer.mixer
+        if isinstance(mixer, Attention) and mixer.window is not None and mixer.window >= context:
+            layer = replace(layer, mixer=replace(mixer, window=None))
+        layers.append(layer)
     return replace(model, layers=tuple(layers))
 
 
