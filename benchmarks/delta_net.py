@@ -104,7 +104,8 @@ def write_gguf(path: Path, s: dict[str, Any]) -> None:
     delta = {
         "attn_qkv.weight": random(2 * keys + values, d), "attn_gate.weight": random(values, d),
         "ssm_beta.weight": random(heads, d), "ssm_alpha.weight": random(heads, d), "ssm_a": -ones(heads),
-        "ssm_dt.bias": ones(heads), "ssm_conv1d.weight": random(2 * keys + values, 4), "ssm_norm.weight": ones(s["linear_value_head_dim"]),
+        "ssm_dt.bias": ones(heads), "ssm_conv1d.weight": random(2 * keys + values, 4),
+        "ssm_norm.weight": ones(s["linear_value_head_dim"]),
         "ssm_out.weight": random(d, values),
     }  # fmt: skip
     writer.add_tensor("token_embd.weight", random(s["vocab_size"], d))
