@@ -31,6 +31,7 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
 FOLDS: dict[str, list[dict[str, Any]]] = {
     "quarot": [{"quarot": {}}],
     "values": [{"quarot": {"residual": False}}],
+    "stream": [{"quarot": {"heads": False}}],
     "permuted": [{"permute_channels": {}}],
     "duquant": [{"smoothquant": {"alpha": 0.7}}, {"duquant": {}}],
 }
@@ -38,11 +39,13 @@ ALL = DENSE + HYBRID + EXPERTS
 ROTATION = {"cohere2", "exaone4", "gemma2", "gemma3_text", "glm4", "nemotron", "olmo2", "olmo3", "stablelm"}
 ROTATION |= {"starcoder2"}
 """Families whose residual stream cannot be rotated."""
-UNLIKE = ("glm4_moe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_next")
+LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
+"""Families whose values cannot be rotated: they come of the vector that gives the keys."""
+UNLIKE = ("glm4_moe", "glm4_moe_lite", "qwen2_moe", "qwen3_5_moe_text", "qwen3_next")
 """Families whose layers differ: with experts or without, with attention or a delta net."""
 
 
-REASONS = ("rotat", "layers alike", "one expert at a time")
+REASONS = ("rotat", "layers alike", "one expert at a time", "rotation of the values")
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +58,8 @@ def refused(fold: str, family: str) -> bool:
         return True  # a step that looks at whole blocks
     if family in HYBRID + UNLIKE:
         return fold != "duquant"  # steps that look at all layers at once
+    if family in LATENT:
+        return fold == "quarot"
     return fold == "quarot" and family in ROTATION or fold in ("quarot", "values") and family == "bitnet"
 
 
@@ -73,7 +78,7 @@ def test_folds_leave_the_function(folders: dict[str, Path], family: str, tmp_pat
     """Or they are refused by name."""
     dense = logits(folders[family], packed=False)
     for name, steps in FOLDS.items():
-        if name == "values" and family not in ROTATION:
+        if name == "values" and family not in ROTATION or name == "stream" and family not in LATENT:
             continue  # part of quarot
         try:
             run(folders[family], tmp_path / name, steps)
@@ -94,15 +99,16 @@ def test_compressed(folders: dict[str, Path], family: str, recipe: str, tmp_path
     dense = logits(folders[family], packed=False)
     steps = RECIPES[recipe]
     if recipe == "w4a4-quarot" and refused("quarot", family):
-        with pytest.raises(UserError, match="rotat|layers alike"):
+        with pytest.raises(UserError, match="rotat|layers alike|rotation of the values"):
             run(folders[family], tmp_path / "out", steps)
         return
     report = run(folders[family], tmp_path / "out", steps)
     found = logits(tmp_path / "out")
     assert all(linear["bits"] in (4, 8) for linear in report["linears"])
     if "activations" in str(steps):
-        # Four bits send tokens to other experts.
-        assert float((found - dense).norm() / dense.norm()) < {"w8a8-smoothquant": 0.2, "w4a4-quarot": 1.5}[recipe]
+        limit = {"w8a8-smoothquant": 0.2, "w4a4-quarot": 1.2}[recipe]
+        # Rounding sends tokens to other experts.
+        assert float((found - dense).norm() / dense.norm()) < (1.5 * limit if family in EXPERTS else limit)
         return
     plain = AutoModelForCausalLM.from_pretrained(folders[family], dtype=torch.float32)
     packed = 0
