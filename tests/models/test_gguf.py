@@ -13,6 +13,7 @@ import pytest
 import torch
 from gguf.constants import GGML_QUANT_SIZES
 
+import gguf_files
 from gguf_files import (
     FAMILIES,
     Type,
@@ -407,6 +408,14 @@ def test_families(tmp_path: Path, family: str) -> None:
     """What the library's writer stores as the converter of a family does, against transformers."""
     model = write_random(tmp_path / "model.gguf", family_config(family), Type.F32, size=0.2)
     assert GgufSource(tmp_path / "model.gguf").config["model_type"] == family
+    _same_logits(tmp_path / "model.gguf", model, 1e-5)
+
+
+def test_mistral_under_its_newer_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a scale of queries by position, mistral3 is Mistral."""
+    monkeypatch.setitem(gguf_files.ARCHITECTURES, "mistral", "mistral3")
+    model = write_random(tmp_path / "model.gguf", small_config("mistral"), Type.F32)
+    assert GgufSource(tmp_path / "model.gguf").config["model_type"] == "mistral"
     _same_logits(tmp_path / "model.gguf", model, 1e-5)
 
 
