@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel
+
 from random_decoders import ROTARY, rotary_settings
+from tulle.models.checkpoint import Checkpoint
+from tulle.models.decoder import PlainDecoder
 
 DENSE = (
     "apertus",
@@ -31,6 +37,7 @@ DENSE = (
 )
 HYBRID = ("qwen3_5_text",)
 """Of which the engine runs none yet."""
+EXPERTS = ("glm4_moe", "gpt_oss", "granitemoe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 LAYERS = 2
 
 
@@ -56,6 +63,23 @@ def family_config(family: str, seed: int) -> dict[str, Any]:
     if special is not None:
         special(config, draw, head_dim, seed)
     return config
+
+
+def corrected(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """With random corrections of the routers' scores, which are buffers."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.randn(buffer.shape, generator=torch.Generator().manual_seed(seed)))
+    return model
+
+
+def saved_model(model: PreTrainedModel, folder: Path) -> PlainDecoder:
+    """Ours of what transformers saves: experts have other names in files than in memory."""
+    model.save_pretrained(folder)
+    checkpoint = Checkpoint.open(folder)
+    decoder = checkpoint.describe()
+    outer = {name: checkpoint.read(name) for name in decoder.outer_tensors() if name in checkpoint}
+    return PlainDecoder(decoder, lambda index: checkpoint.read_layer(decoder.layers[index]), outer)
 
 
 def _drawn(config: dict[str, Any], draw: random.Random, **choices: list[Any]) -> None:
@@ -220,3 +244,64 @@ def _stablelm(config: dict[str, Any], draw: random.Random, head_dim: int, seed: 
 
 def _starcoder2(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
     _drawn(config, draw, use_bias=[False, True], sliding_window=[None, 4], norm_epsilon=[1e-5, 1e-2])
+
+
+def _experts(config: dict[str, Any], draw: random.Random, count: str = "num_experts") -> None:
+    config[count], config["num_experts_per_tok"] = draw.choice([(4, 1), (6, 2), (8, 3)])
+    config["use_sliding_window"] = False
+
+
+def _qwen3_moe(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    _experts(config, draw)
+    _drawn(config, draw, head_dim=[8, 16], norm_topk_prob=[False, True], moe_intermediate_size=[8, 20])
+    _drawn(config, draw, decoder_sparse_step=[1, 1, 2], mlp_only_layers=[None, [], [0]], attention_bias=[False, True])
+    if draw.random() < 0.3:
+        config |= {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+
+
+def _qwen2_moe(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    _experts(config, draw)
+    _drawn(config, draw, norm_topk_prob=[False, True], moe_intermediate_size=[8, 20], qkv_bias=[True, False])
+    _drawn(config, draw, shared_expert_intermediate_size=[12, 24], mlp_only_layers=[[], [1]])
+    if draw.random() < 0.3:
+        config |= {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": draw.choice([1, 28])}
+
+
+def _mixtral(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    _experts(config, draw, "num_local_experts")
+    del config["use_sliding_window"]
+    _drawn(config, draw, sliding_window=[None, 4])
+
+
+def _olmoe(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    _experts(config, draw)
+    _drawn(config, draw, norm_topk_prob=[False, True], attention_bias=[False, True])
+
+
+def _granitemoe(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    _experts(config, draw, "num_local_experts")
+    _drawn(config, draw, embedding_multiplier=[1.0, 12], logits_scaling=[1.0, 8.0], residual_multiplier=[0.22, 1.0])
+    _drawn(config, draw, attention_multiplier=[0.3, 0.015625], attention_bias=[False, True])
+
+
+def _gpt_oss(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    _experts(config, draw, "num_local_experts")
+    del config["use_sliding_window"]
+    _drawn(config, draw, head_dim=[8, 16], sliding_window=[3, 5], swiglu_limit=[0.5, 7.0])
+    if seed % 2:
+        config["layer_types"] = _kinds(draw)
+        del config["rope_theta"]
+        config["rope_parameters"] = {"rope_type": "default", "rope_theta": 900.0}
+
+
+def _glm4_moe(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    _grouped(config, draw)
+    _drawn(config, draw, head_dim=[8, 16], use_qk_norm=[False, True], partial_rotary_factor=[0.5, 1.0])
+    _drawn(config, draw, attention_bias=[False, True], num_hidden_layers=[LAYERS])
+
+
+def _grouped(config: dict[str, Any], draw: random.Random) -> None:
+    groups, best = draw.choice([(1, 1), (2, 1), (4, 2)])
+    config |= {"n_routed_experts": 8, "n_group": groups, "topk_group": best, "moe_intermediate_size": 12}
+    _drawn(config, draw, num_experts_per_tok=[1, 3, 4], routed_scaling_factor=[1.0, 2.5], norm_topk_prob=[True, False])
+    _drawn(config, draw, first_k_dense_replace=[0, 1], n_shared_experts=[1, 2])

@@ -71,6 +71,7 @@ HARMLESS: dict[str, str] = {
     "torchscript": STORAGE,
     "tf_legacy_loss": TRAINING,
     "output_attentions": OUTPUT,
+    "output_router_logits": OUTPUT,
     "output_hidden_states": OUTPUT,
     "output_scores": OUTPUT,
     "return_dict": OUTPUT,

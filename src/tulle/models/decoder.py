@@ -11,7 +11,7 @@ torch. What a description asks for and this file does not do is refused by name.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import cast
 
@@ -23,9 +23,20 @@ from tulle.core import attention
 from tulle.core.delta_rule import gated_delta_rule
 from tulle.errors import UserError
 from tulle.models.description import XIELU as XIELU_SHAPES
-from tulle.models.description import Attention, Decoder, GatedDeltaNet, LinearGroup, Norm, PlainMLP, Rotary
+from tulle.models.description import (
+    Attention,
+    Decoder,
+    GatedDeltaNet,
+    GatedMLP,
+    LinearGroup,
+    Mixture,
+    Norm,
+    PlainMLP,
+    Rotary,
+)
 from tulle.models.features import features
 from tulle.models.rotary import frequencies
+from tulle.models.routing import Routes, choose
 
 Heads = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 """Queries ``[B, H, T, head_dim]`` and keys ``[B, H_kv, T, head_dim]`` after the rotation, and values, to what the
@@ -43,7 +54,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 (:class:`XIELU`)."""
 UNIT_EPS = 1e-6
 """Added to a head's squared length before it is made a unit."""
-NOT_YET = ("attention sinks",)
+NOT_YET: tuple[str, ...] = ()
 """Of :func:`tulle.models.features.features`."""
 
 
@@ -51,19 +62,26 @@ NOT_YET = ("attention sinks",)
 class GroupInput:
     """What a block yields at a group of linears, and takes back.
 
-    The parked generator holds no large tensor but through this object. So both tensors can be moved away while it is
-    parked: ``del given.x, given.residual``, and set ``residual`` again before the next ``send`` (``x`` is not needed
-    any more).
+    The parked generator holds no large tensor but through this object. So its tensors can be moved away while it is
+    parked: ``del given.x, given.residual``, and set ``residual`` and ``carried`` again before the next ``send`` (``x``
+    is not needed any more).
     """
 
     group: LinearGroup
     x: Tensor
-    """``[B, T, C_in]``."""
+    """``[B, T, C_in]``, or, at an expert, ``[n, C_in]`` of ``tokens``."""
     residual: Tensor
     """The residual stream ``[B, T, d]`` at this place."""
     adds: bool
     """Whether the group's output is added to the residual stream (o, down) as it is, but for ``residual_scale``: no
     norm comes in between."""
+    tokens: Tensor | None = None
+    """At an expert: which of the B·T tokens it sees, ascending ``[n]``."""
+    carried: list[Tensor] = field(default_factory=list)
+    """What a mixture of experts needs later on: its input, and the sum of the outputs so far."""
+    asked: tuple[Tensor, Tensor] | None = None
+    """At a router, to be set before its outputs are sent: experts and tokens, ``[P]`` each, that are to run as well,
+    with a weight of 0."""
 
     @property
     def role(self) -> str:
@@ -104,13 +122,13 @@ class DecoderBlock(nn.Module):
         for norm, width in self.layer.norms():
             with torch.device("meta"):
                 _attach(self, norm.name, NormModule(norm, width))
-        if isinstance(self.layer.mixer, GatedDeltaNet):
-            for path, shape in self.layer.mixer.parameters.items():
-                _attach_parameter(self, path, shape)
         feed_forward = self.layer.feed_forward
-        if feed_forward.activation == "xielu":
+        if isinstance(feed_forward, PlainMLP) and feed_forward.activation == "xielu":
             with torch.device("meta"):
                 _attach(self, f"{feed_forward.name}.act_fn", XIELU())
+        for path, shape in self.layer.others().items():
+            if not isinstance(feed_forward, PlainMLP) or path not in feed_forward.parameters:
+                _attach_parameter(self, path, shape)
         self.load_state_dict({name: t.to(device, dtype) for name, t in tensors.items()}, assign=True)
         self.requires_grad_(False).eval()
 
@@ -135,17 +153,71 @@ class DecoderBlock(nn.Module):
         del mixed
         (y,) = yield given
         y = self._added(y, layer.mixer_norm_after)
+        feed_forward = layer.feed_forward
+        first = "router" if isinstance(feed_forward, Mixture) else "gate_up"
         if layer.parallel:
-            given = self._given("gate_up", given.residual, layer.feed_forward_norm or layer.mixer_norm)
+            given = self._given(first, given.residual, layer.feed_forward_norm or layer.mixer_norm)
             given.residual = given.residual + y
         else:
-            given = self._given("gate_up", given.residual + y, layer.feed_forward_norm)
+            given = self._given(first, given.residual + y, layer.feed_forward_norm)
         del y
-        inner = self._inner((yield given))
+        if isinstance(feed_forward, Mixture):
+            return (yield from self._mixture_steps(given, feed_forward))
+        inner = self._inner(feed_forward, (yield given))
         given = GroupInput(layer.group("down"), inner, given.residual, adds=layer.feed_forward_norm_after is None)
         del inner
         (y,) = yield given
         return given.residual + self._added(y, layer.feed_forward_norm_after)
+
+    def _mixture_steps(self, given: GroupInput, mixture: Mixture) -> Steps:
+        """Of a mixture of experts: the router, the shared expert, then one expert after the other."""
+        layer, residual_width = self.layer, given.residual.shape
+        given.carried = [given.x]
+        logits, *shared_gate = yield given
+        routes = self.routes(logits)
+        if given.asked is not None:
+            routes = routes.also(*given.asked, logits[..., 0].numel())
+        del logits
+        if mixture.shared is None:
+            given.carried.append(torch.zeros_like(given.carried[0]).flatten(0, -2))
+        else:
+            carried = [*given.carried, *(gate.sigmoid() for gate in shared_gate)]
+            del shared_gate
+            given = GroupInput(layer.group("gate_up"), carried[0], given.residual, adds=False, carried=carried)
+            del carried
+            inner = self._inner(mixture.shared, (yield given))
+            adds = layer.feed_forward_norm_after is None and mixture.shared_gate is None
+            given = GroupInput(layer.group("down"), inner, given.residual, adds=adds, carried=given.carried)
+            del inner
+            (y,) = yield given
+            x, *gate = given.carried
+            y = y * gate[0] if gate else y.clone()
+            given.carried = [x, y.flatten(0, -2)]
+            del x, gate, y
+        for expert in layer.experts:
+            tokens, weights = routes.of_expert(expert.index)
+            reads, writes = expert.groups
+            x, total = given.carried
+            given = GroupInput(
+                reads, x.flatten(0, -2)[tokens], given.residual, adds=False, tokens=tokens, carried=given.carried
+            )
+            del x, total
+            inner = self._inner(mixture.expert, (yield given))
+            given = GroupInput(writes, inner, given.residual, adds=False, tokens=tokens, carried=given.carried)
+            del inner
+            (y,) = yield given
+            given.carried[1].index_add_(0, tokens, (y * weights[:, None]).to(y.dtype))
+            del y
+        y = given.carried[1].reshape(residual_width)
+        return given.residual + self._added(y, layer.feed_forward_norm_after)
+
+    def routes(self, logits: Tensor) -> Routes:
+        """Which tokens go to which experts, of the router's outputs ``[B, T, E]``."""
+        mixture = self.layer.feed_forward
+        assert isinstance(mixture, Mixture)
+        name = mixture.router.correction
+        correction = None if name is None else self.get_parameter(name)
+        return Routes.of(*choose(mixture.router, logits.flatten(0, -2), correction))
 
     def forward(self, hidden: Tensor, heads: Heads | None = None) -> Tensor:
         """The block's output ``[B, T, d]``, by its own submodules, so that hooks and replaced linears take part."""
@@ -162,19 +234,21 @@ class DecoderBlock(nn.Module):
         y = self._norm(after, y)
         return y if self.layer.residual_scale == 1 else y * self.layer.residual_scale
 
-    def _activation(self) -> Callable[[Tensor], Tensor]:
-        feed_forward = self.layer.feed_forward
+    def _activation(self, feed_forward: GatedMLP | PlainMLP) -> Callable[[Tensor], Tensor]:
         found = ACTIVATIONS.get(feed_forward.activation)
         return self.get_submodule(f"{feed_forward.name}.act_fn") if found is None else found
 
-    def _inner(self, outputs: tuple[Tensor, ...]) -> Tensor:
-        """What the last linear of the feed-forward reads."""
-        feed_forward = self.layer.feed_forward
+    def _inner(self, feed_forward: GatedMLP | PlainMLP, outputs: tuple[Tensor, ...]) -> Tensor:
+        """What the last linear of a feed-forward reads."""
+        activation = self._activation(feed_forward)
         if isinstance(feed_forward, PlainMLP):
             (up,) = outputs
-            return self._activation()(up)
+            return activation(up)
         gate, up = _parts(outputs, (feed_forward.intermediate,) * 2)
-        return self._norm(feed_forward.inner_norm, self._activation()(gate) * up)
+        if feed_forward.limit is not None:
+            gate, up = gate.clamp(max=feed_forward.limit), up.clamp(-feed_forward.limit, feed_forward.limit)
+        up = up + feed_forward.up_offset if feed_forward.up_offset else up
+        return self._norm(feed_forward.inner_norm, activation(gate) * up)
 
     def _mix(self, outputs: tuple[Tensor, ...], heads: Heads | None) -> Tensor:
         """What the mixer's last linear reads, of its first linears' outputs."""
@@ -232,7 +306,9 @@ class DecoderBlock(nn.Module):
             q = q * position_scale(*mixer.position_scale, length, q.device).to(q.dtype)
         if heads is not None:
             q, k, v = heads(q, k, v)
-        mixed = attend(q, k, v, mixer.window, mixer.scale, mixer.soft_cap).transpose(1, 2).reshape(batch, length, -1)
+        sinks = self.get_parameter(f"{mixer.name}.sinks") if mixer.sinks else None
+        mixed = attend(q, k, v, mixer.window, mixer.scale, mixer.soft_cap, sinks)
+        mixed = mixed.transpose(1, 2).reshape(batch, length, -1)
         return self._norm(mixer.output_norm, mixed)
 
 
@@ -288,12 +364,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None = None, scale: float | None = None, cap: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None = None,
+    scale: float | None = None,
+    cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal softmax attention ``[B, H, T, head_dim]``; k and v ``[B, H_kv, T, head_dim]``, each for H/H_kv heads.
-    ``cap``: scores s become cap·tanh(s/cap)."""
-    if cap is not None:
-        return capped_attention(q, k, v, window, scale, cap)
+    ``cap``: scores s become cap·tanh(s/cap). ``sinks`` ``[H]``: a score per head that has no value."""
+    if cap is not None or sinks is not None:
+        return attention_by_scores(q, k, v, window, scale, cap, sinks)
     if attention.takes(q, k, v):
         return attention.flash_attention(q, k, v, window, scale)
     shared, length = q.shape[1] // k.shape[1], q.shape[2]
@@ -305,14 +387,26 @@ def attend(
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
-def capped_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None, cap: float) -> Tensor:
+def attention_by_scores(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    scale: float | None,
+    cap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """:func:`attend`, with all scores of a head in memory."""
     length, shared = q.shape[2], q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(shared, dim=1) for x in (k, v))
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    scores = (scores / cap).tanh() * cap
+    if cap is not None:
+        scores = (scores / cap).tanh() * cap
     mask = window_mask(length, length if window is None else window, q.device)
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks[:, None, None].to(scores.dtype).expand(*scores.shape[:-1], 1)), -1)
+    return scores.softmax(-1, dtype=torch.float32)[..., :length].to(q.dtype) @ v
 
 
 @lru_cache(maxsize=4)

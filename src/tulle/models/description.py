@@ -21,7 +21,7 @@ from tulle.errors import UserError
 NormKind = Literal["rms", "layer"]
 ROLES = ("qkv", "o", "gate_up", "down")
 """Roles of linear groups that a recipe's steps can target, in the order in which they run."""
-STREAM_READERS = ("qkv", "gate_up")
+STREAM_READERS = ("qkv", "router", "gate_up")
 """Roles that read the residual stream, through a norm where there is one."""
 TABLES = ("embedding", "head")
 """Roles outside the blocks, which a step has only where it names them. A tied model has one table for both."""
@@ -161,14 +161,14 @@ class LinearGroup:
     """Linears of one layer that read the same input."""
 
     role: str
-    """``qkv``, ``o``, ``gate_up`` or ``down``."""
+    """``qkv``, ``o``, ``gate_up`` or ``down``; ``router`` for what is never compressed."""
     linears: tuple[Linear, ...]
     norm: Norm | None = None
     """Whose output they read, or None."""
     producers: tuple[Producer, ...] = ()
     """Whose output channels become their input channels (v → o; up, then gate → down)."""
     adds: bool = False
-    """Whether their output is added to the residual stream, through a norm or not."""
+    """Whether their output is added to the residual stream, through a norm or weighted or not."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -178,6 +178,18 @@ class LinearGroup:
     def inputs(self) -> int:
         """C_in, which they share."""
         return self.linears[0].shape[1]
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One of a layer's experts."""
+
+    index: int
+    groups: tuple[LinearGroup, LinearGroup]
+    """``gate_up`` and ``down``."""
+
+    def linears(self) -> list[Linear]:
+        return [linear for group in self.groups for linear in group.linears]
 
 
 @dataclass(frozen=True)
@@ -212,6 +224,11 @@ class Attention:
     """Of all heads' outputs at once, before the output linear."""
     position_scale: tuple[float, int] | None = None
     """(β, n): a query at position p is multiplied by 1 + β·ln(1 + ⌊p/n⌋)."""
+
+    @property
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Tensors besides those of linears and norms, with their shapes, by relative name."""
+        return {f"{self.name}.sinks": (self.heads,)} if self.sinks else {}
 
     @property
     def widths(self) -> tuple[int, int, int]:
@@ -283,6 +300,10 @@ class GatedMLP:
     name: str = "mlp"
     inner_norm: Norm | None = None
     """Before down."""
+    up_offset: float = 0.0
+    """Added to up(x)."""
+    limit: float | None = None
+    """gate(x) is at most this, and up(x) at most this far from 0."""
 
 
 @dataclass(frozen=True)
@@ -302,6 +323,55 @@ class PlainMLP:
         return {f"{self.name}.act_fn.{name}": shape for name, shape in XIELU.items()}
 
 
+@dataclass(frozen=True)
+class Router:
+    """Gives every token ``chosen`` of ``experts`` experts, by the outputs of ``linear``
+    (:func:`tulle.models.routing.choose`)."""
+
+    linear: Linear
+    experts: int
+    chosen: int
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """Of the outputs."""
+    normalise: bool = False
+    """Whether a token's weights are made to sum to 1."""
+    scale: float = 1.0
+    """Of the weights."""
+    correction: str | None = None
+    """Relative name of a tensor ``[experts]`` that is added to the scores for choosing."""
+    groups: int = 1
+    """Equal groups of experts, of which ``chosen_groups`` are eligible, by the sum of their ``group_best`` best."""
+    chosen_groups: int = 1
+    group_best: int = 1
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture of experts: Σ w_e·expert_e(x) over a token's chosen experts e, plus what the ``shared`` expert gives
+    for every token, by σ of the output of ``shared_gate`` where there is one."""
+
+    router: Router
+    expert: GatedMLP
+    """What all are alike in; its ``name`` is that of their list."""
+    shared: GatedMLP | None = None
+    shared_gate: Linear | None = None
+    inner_norm: None = None
+
+    @property
+    def intermediate(self) -> int:
+        """Of an expert."""
+        return self.expert.intermediate
+
+    @property
+    def activation(self) -> str:
+        return self.expert.activation
+
+    @property
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Tensors besides those of linears, with their shapes, by relative name."""
+        return {} if self.router.correction is None else {self.router.correction: (self.router.experts,)}
+
+
 XIELU: dict[str, tuple[int, ...]] = {"alpha_p": (1,), "alpha_n": (1,), "beta": (), "eps": ()}
 """xIELU's numbers (Huang & Schlag 2024, equation 6), with their shapes in a checkpoint."""
 
@@ -316,17 +386,19 @@ class Layer:
     """Of its tensors' full names, with the dot."""
     hidden: int
     mixer: Attention | GatedDeltaNet
-    feed_forward: GatedMLP | PlainMLP
+    feed_forward: GatedMLP | PlainMLP | Mixture
     mixer_norm: Norm | None
     feed_forward_norm: Norm | None
     """None in a parallel layer: the feed-forward reads what the mixer reads."""
     groups: tuple[LinearGroup, ...]
-    """In the order in which they run."""
+    """In the order in which they run; those of ``experts`` come after them. Of a mixture of experts, ``gate_up`` and
+    ``down`` are the shared expert's."""
     mixer_norm_after: Norm | None = None
     feed_forward_norm_after: Norm | None = None
     residual_scale: float = 1.0
     """r."""
     parallel: bool = False
+    experts: tuple[Expert, ...] = ()
 
     @property
     def attention(self) -> Attention:
@@ -345,9 +417,13 @@ class Layer:
     def group(self, role: str) -> LinearGroup:
         return next(group for group in self.groups if group.role == role)
 
+    def all_groups(self) -> list[LinearGroup]:
+        """Those of experts, too."""
+        return [*self.groups, *(group for expert in self.experts for group in expert.groups)]
+
     def linears(self) -> list[Linear]:
         """All linears, group by group."""
-        return [linear for group in self.groups for linear in group.linears]
+        return [linear for group in self.all_groups() for linear in group.linears]
 
     def norms(self) -> list[tuple[Norm, int]]:
         """All norms with their widths."""
@@ -362,21 +438,22 @@ class Layer:
 
     def own_norms(self) -> list[tuple[LinearGroup, Norm]]:
         """Groups that read a norm's output, and the norm, where no other group reads it."""
-        read = [group.norm.name for group in self.groups if group.norm is not None]
+        read = [group.norm.name for group in self.all_groups() if group.norm is not None]
         return [(g, g.norm) for g in self.groups if g.norm is not None and read.count(g.norm.name) == 1]
 
     def others(self) -> dict[str, tuple[int, ...]]:
         """Tensors that belong to no linear and no norm, with their shapes, by relative name."""
-        found = self.mixer.parameters if isinstance(self.mixer, GatedDeltaNet) else {}
-        return found | (self.feed_forward.parameters if isinstance(self.feed_forward, PlainMLP) else {})
+        return self.mixer.parameters | ({} if isinstance(self.feed_forward, GatedMLP) else self.feed_forward.parameters)
 
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the layer with its shape, by relative name."""
+    def tensors(self, expert: int | None = None) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the layer with its shape, by relative name; or of one of its experts."""
         shapes: dict[str, tuple[int, ...]] = {}
+        for linear in self.linears() if expert is None else self.experts[expert].linears():
+            shapes |= linear.tensors()
+        if expert is not None:
+            return shapes
         for norm, width in self.norms():
             shapes |= norm.tensors(width)
-        for linear in self.linears():
-            shapes |= linear.tensors()
         return shapes | self.others()
 
 
@@ -406,7 +483,8 @@ class Decoder:
     @property
     def roles(self) -> tuple[str, ...]:
         """All roles, in the order in which their groups run."""
-        return tuple(dict.fromkeys(group.role for layer in self.layers for group in layer.groups))
+        found = {group.role for layer in self.layers for group in layer.all_groups()}
+        return tuple(role for role in ROLES if role in found)
 
     def embedding_name(self, stored: Container[str]) -> str:
         """The name under which the embedding is stored: a tied model may hold only one of the two tables."""
@@ -424,7 +502,7 @@ class Decoder:
                 name = name.removeprefix(layer.prefix)
                 break
         for layer in self.layers:
-            for group in layer.groups:
+            for group in layer.all_groups():
                 if name in group.names:
                     return group.role
         return None

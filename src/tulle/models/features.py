@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from tulle.errors import UserError
-from tulle.models.description import Attention, Decoder, Layer, Norm, PlainMLP
+from tulle.models.description import Attention, Decoder, GatedMLP, Layer, Mixture, Norm, PlainMLP
 
 GATED = frozenset({"silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"})
 
@@ -108,10 +108,15 @@ def _of_attention(decoder: Decoder, layer: Layer) -> dict[str, object]:
 def _of_feed_forward(layer: Layer) -> dict[str, object]:
     found: dict[str, object] = {}
     feed_forward = layer.feed_forward
-    if isinstance(feed_forward, PlainMLP):
+    if isinstance(feed_forward, Mixture):
+        found["experts"] = f"{feed_forward.router.chosen} of {feed_forward.router.experts}"
+        feed_forward = feed_forward.expert
+    elif isinstance(feed_forward, PlainMLP):
         found["a feed-forward without gate"] = feed_forward.activation
     elif len(layer.group("gate_up").linears) == 1:
         found["gate and up in one tensor"] = True
+    if isinstance(feed_forward, GatedMLP) and feed_forward.limit is not None:
+        found["gates with a limit"] = feed_forward.limit
     if feed_forward.inner_norm is not None:
         found["norm inside the feed-forward"] = feed_forward.inner_norm.name
     if feed_forward.activation not in GATED:

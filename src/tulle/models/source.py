@@ -26,6 +26,7 @@ from tulle.models.description import Decoder, describe
 from tulle.models.foreign import open_foreign
 from tulle.models.gguf.file import is_gguf
 from tulle.models.renamed import base_model, is_base_model
+from tulle.models.stacked import Stacked, is_stacked
 from tulle.models.tensor_file import TensorFile, TensorInfo, as_float32
 from tulle.models.text_part import has_text_part, text_part
 
@@ -112,6 +113,8 @@ def _opened(path: Path) -> TensorSource:
         found = text_part(found)
     if is_base_model(found):
         found = base_model(found)
+    if is_stacked(found):
+        found = Stacked(found)
     settings = found.config.get("quantization_config")
     ours = settings is None or (isinstance(settings, dict) and settings.get("quant_method") == QUANT_METHOD)
     return found if ours else open_foreign(found)

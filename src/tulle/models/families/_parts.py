@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from tulle.errors import UserError
@@ -12,16 +12,19 @@ from tulle.models.description import (
     ACTIVATIONS,
     Attention,
     Decoder,
+    Expert,
     GatedDeltaNet,
     GatedMLP,
     Layer,
     Linear,
     LinearGroup,
+    Mixture,
     Norm,
     PlainMLP,
     Producer,
     Rotary,
     RotaryKind,
+    Router,
 )
 
 
@@ -78,7 +81,7 @@ def build_decoder(
     *,
     hidden: int,
     attention: Sequence[Attention | GatedDeltaNet],
-    feed_forward: GatedMLP | PlainMLP,
+    feed_forward: GatedMLP | PlainMLP | Sequence[GatedMLP | Mixture],
     norms: Norms,
     final_norm: Norm,
     rotary: Mapping[str, Rotary],
@@ -96,28 +99,29 @@ def build_decoder(
 ) -> Decoder:
     """A decoder of layers with attention and a feed-forward; refuses unread keys.
 
-    ``names`` changes the linears' own names (``o_proj``, ``up_proj`` …). Roles in ``fused`` (``qkv``, ``gate_up``) are
-    one tensor, ``qkv_proj`` and ``gate_up_proj``. ``tied``: the family's default. ``outer``: fields of
-    :class:`Decoder`.
+    ``feed_forward``: of every layer, or a list. ``names`` changes the linears' own names (``o_proj``, ``up_proj`` …).
+    Roles in ``fused`` (``qkv``, ``gate_up``) are one tensor, ``qkv_proj`` and ``gate_up_proj``. ``tied``: the family's
+    default. ``outer``: fields of :class:`Decoder`.
     """
     layers = []
     called = names or {}
-    for index, mixer in enumerate(attention):
+    feed_forwards = feed_forward if isinstance(feed_forward, Sequence) else [feed_forward] * len(attention)
+    for index, (mixer, mlp) in enumerate(zip(attention, feed_forwards, strict=True)):
         if isinstance(mixer, GatedDeltaNet):
             mixing = _delta(mixer, hidden, norms.mixer)
         else:
             mixing = _attention(mixer, hidden, qkv_bias, o_bias, norms.mixer, "qkv" in fused, called)
-        groups = (
-            *mixing,
-            *_feed_forward(
-                feed_forward, hidden, mlp_bias, norms.mixer if parallel else norms.feed_forward, "gate_up" in fused,
-                called,
-            ),
-        )  # fmt: skip
+        read = norms.mixer if parallel else norms.feed_forward
+        experts: tuple[Expert, ...] = ()
+        if isinstance(mlp, Mixture):
+            groups = (*mixing, *_routed(mlp, hidden, mlp_bias, read))
+            experts = _experts(mlp, hidden, mlp_bias, read, called)
+        else:
+            groups = (*mixing, *_feed_forward(mlp, hidden, mlp_bias, read, "gate_up" in fused, called))
         layers.append(
             Layer(
-                index, f"model.layers.{index}.", hidden, mixer, feed_forward, norms.mixer, norms.feed_forward, groups,
-                norms.mixer_after, norms.feed_forward_after, residual_scale, parallel,
+                index, f"model.layers.{index}.", hidden, mixer, mlp, norms.mixer, norms.feed_forward, groups,
+                norms.mixer_after, norms.feed_forward_after, residual_scale, parallel, experts,
             )
         )  # fmt: skip
     found = Decoder(
@@ -211,6 +215,52 @@ def _feed_forward(
         LinearGroup("gate_up", first, norm=norm),
         LinearGroup("down", (linear("down_proj", hidden, width),), norm=mlp.inner_norm, producers=producers, adds=True),
     )
+
+
+def _routed(mixture: Mixture, hidden: int, bias: bool, norm: Norm | None) -> tuple[LinearGroup, ...]:
+    """The router, and the shared expert."""
+    gate = () if mixture.shared_gate is None else (mixture.shared_gate,)
+    router = LinearGroup("router", (mixture.router.linear, *gate), norm=norm)
+    return (router, *(_feed_forward(mixture.shared, hidden, bias, norm, False, {}) if mixture.shared else ()))
+
+
+def _experts(
+    mixture: Mixture, hidden: int, bias: bool, norm: Norm | None, called: Mapping[str, str]
+) -> tuple[Expert, ...]:
+    return tuple(
+        Expert(
+            index,
+            _feed_forward(
+                replace(mixture.expert, name=f"{mixture.expert.name}.{index}"), hidden, bias, norm, False, called
+            ),
+        )
+        for index in range(mixture.router.experts)
+    )
+
+
+def expert_count(keys: ConfigKeys, default: int) -> int:
+    """Of a layer, under any of the names that configs have for it."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    found = {keys.size(name, default) for name in names if name in keys.config}
+    if len(found) > 1:
+        raise keys.refused("num_experts", f"the same as num_local_experts ({max(found)})", min(found))
+    return found.pop() if found else default
+
+
+def router(
+    keys: ConfigKeys, name: str, hidden: int, experts: int, chosen: int, bias: bool = False, **settings: Any
+) -> Router:
+    """A router of the layer's input. Refuses more chosen experts than there are, and groups that do not come out."""
+    found = Router(Linear(name, (experts, hidden), bias), experts, chosen, **settings)
+    if chosen > experts:
+        raise keys.refused("num_experts_per_tok", f"a number up to that of experts ({experts})", chosen)
+    if experts % found.groups:
+        raise keys.refused("n_group", f"a divisor of the number of experts ({experts})", found.groups)
+    if found.chosen_groups > found.groups or found.chosen_groups * experts // found.groups < chosen:
+        raise keys.refused("topk_group", "groups that hold the chosen experts", found.chosen_groups)
+    if found.group_best > experts // found.groups:
+        raise keys.refused("n_group", f"groups of at least {found.group_best} experts", found.groups)
+    return found
 
 
 def every(layers: int, number: int, kind: str = "sliding_attention") -> list[str]:
