@@ -14,6 +14,10 @@ from family_folders import write_family
 from random_families import DENSE, HYBRID
 from tulle.compression.job import compress
 from tulle.errors import UserError
+from tulle.hf.packed_decoder import PackedDecoder
+from tulle.models.checkpoint import Checkpoint
+from tulle.models.decoder import final_norm
+from tulle.models.decoder import logits as decoder_logits
 from tulle.text.reading import Text
 
 TOKENS = torch.tensor(list(b"A fox that is quick jumps over dogs."))[None]
@@ -51,7 +55,10 @@ def refused(fold: str, family: str) -> bool:
 
 
 def run(folder: Path, output: Path, steps: list[dict[str, Any]]) -> dict[str, Any]:
-    return compress(folder, {"calibration": {"samples": 2, "length": 24}, "steps": steps}, output, calibration=TEXT)
+    recipe = {"calibration": {"samples": 2, "length": 24}, "steps": steps}
+    report = compress(folder, recipe, output, calibration=TEXT)
+    assert report["reload"]["difference"] < 1e-5  # all is float32
+    return report
 
 
 @torch.no_grad()
@@ -77,6 +84,17 @@ def test_folds_leave_the_function(folders: dict[str, Path], family: str, tmp_pat
         assert float((found - dense).abs().max() / dense.abs().max()) <= 2e-5, name
 
 
+def require_left_padding(model: Any, alone: torch.Tensor) -> None:
+    """In a batch with a shorter text a text's logits are those ``alone``, and so are the shorter one's."""
+    short = TOKENS[:, 9:]
+    batch, valid = TOKENS.repeat(2, 1), torch.ones(2, TOKENS.shape[1], dtype=torch.long)
+    batch[1, :9] = valid[1, :9] = 0
+    positions = (valid.cumsum(-1) - 1).clamp(min=0)
+    found = model(batch, attention_mask=valid, position_ids=positions).logits
+    for row, wanted in ((found[:1], alone), (found[1:, 9:], model(short).logits)):
+        assert float((row - wanted).abs().max() / wanted.abs().max()) <= 1e-5
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("family", DENSE + HYBRID)
@@ -90,7 +108,9 @@ def test_compressed(folders: dict[str, Path], family: str, recipe: str, tmp_path
             run(folders[family], tmp_path / "out", steps)
         return
     report = run(folders[family], tmp_path / "out", steps)
-    found = logits(tmp_path / "out")
+    model = tulle.load(tmp_path / "out", dtype=torch.float32)
+    found = model(TOKENS).logits
+    require_left_padding(model, found)
     assert all(linear["bits"] in (4, 8) for linear in report["linears"])
     if "activations" in str(steps):
         assert float((found - dense).norm() / dense.norm()) < {"w8a8-smoothquant": 0.2, "w4a4-quarot": 1.2}[recipe]
@@ -117,3 +137,18 @@ def test_bits_by_cost_and_recovery(folders: dict[str, Path], family: str, tmp_pa
     curve = report["recover"]["curve"]
     assert curve[-1]["held_out_kl"] < curve[0]["held_out_kl"]
     assert len({linear["bits"] for linear in report["linears"]}) > 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_rounded_caches_with_caps_and_windows(folders: dict[str, Path], family: str, tmp_path: Path) -> None:
+    """transformers computes what the folder means, padded at the left or not."""
+    run(folders[family], tmp_path / "out", [{"kv_cache": {"bits": 8}}, {"gptq": {"bits": 4}}])
+    model, plain = tulle.load(tmp_path / "out", dtype=torch.float32), PackedDecoder(Checkpoint.open(tmp_path / "out"))
+    found, hidden = model(TOKENS).logits, [plain.embed(TOKENS)]
+    for index in range(len(plain.decoder.layers)):
+        hidden = plain.block(index, hidden)
+    normed = final_norm(plain.decoder, hidden[0], plain.outer())
+    wanted = decoder_logits(plain.decoder, normed, plain.head(0, plain.decoder.vocabulary))
+    assert float((found - wanted).abs().max() / wanted.abs().max()) <= 1e-5
+    require_left_padding(model, found)

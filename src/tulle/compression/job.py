@@ -21,7 +21,7 @@ from torch import Tensor
 from tulle import machine
 from tulle.compression.calibration import calibration_sequences, calibration_text
 from tulle.compression.recipe import Recipe, Step, read_recipe
-from tulle.compression.reload import confirm, first_windows, losses
+from tulle.compression.reload import Rows, confirm, first_windows, losses
 from tulle.compression.report import linear_report, run_report, table_report
 from tulle.compression.run_folder import RunFolder, State, disk_errors
 from tulle.compression.survey import head_hessian, take_survey
@@ -316,8 +316,8 @@ class _Job:
         head, closing = self.dense.description.head, dict(tensors)
         if "head" in self.tables and head in tensors:
             hessian = head_hessian(self.dense.description, *self.walker.outputs(), tensors, "cpu")
-            packed, closing[head] = self._quantised_table("head", head, tensors.pop(head), hessian)
-            tensors |= packed
+            in_codes, closing[head] = self._quantised_table("head", head, tensors.pop(head), hessian)
+            tensors |= in_codes
         folder = self.run.folder
         self.run.write(self.state, len(self.dense.description.layers) + 1, tensors)
         write_index(folder, self.state.shards, self.state.packed_bytes)
@@ -333,22 +333,20 @@ class _Job:
     def predicted(self, windows: Sequence[Batch], closing: Mapping[str, Tensor], device: str) -> Tensor:
         """The walk's losses of the next tokens of ``windows``, beginnings of its first batches: nats ``[N]``;
         ``closing`` as :meth:`finish` gives it."""
-        model, head = self.dense.description, closing.get(self.dense.description.head)
-        if head is None and "embedding" not in self.tables:
-            head = self.dense.embedding()
-        # A tied table in codes may be of a run that was killed. A wrong one shows in the first block's inputs.
-        table = PackedDecoder(Checkpoint.open(self.run.folder)).head if head is None else None
-        _, states = self.walker.outputs()
+        model = self.dense.description
+        outer = {name: t.to(device, torch.float32) for name, t in closing.items() if name != model.head}
         hidden = [
             found[: window.tokens.shape[0], : window.tokens.shape[1]].to(device)
-            for window, found in zip(windows, states, strict=False)
+            for window, found in zip(windows, self.walker.outputs()[1], strict=False)
         ]
-        outer = {name: t.to(device, torch.float32) for name, t in closing.items() if name != model.head}
+        return losses(model, windows, hidden, outer, self._head(closing))
 
-        def rows(start: int, stop: int) -> Tensor:
-            return (table(start, stop) if head is None else head[start:stop]).to(device, torch.float32)
-
-        return losses(model, windows, hidden, outer, rows)
+    def _head(self, closing: Mapping[str, Tensor]) -> Rows:
+        if self.dense.tied and "embedding" in self.tables:
+            # A run that was killed may have made it. Where it is wrong, the first block's inputs are, too.
+            return PackedDecoder(Checkpoint.open(self.run.folder)).head
+        table = self.dense.embedding() if self.dense.tied else closing[self.dense.description.head]
+        return lambda start, stop: table[start:stop].float()
 
 
 def _calibration_facts(text: Text, tokens: Sequence[Tensor]) -> dict[str, Any]:

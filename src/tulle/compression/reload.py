@@ -80,7 +80,7 @@ def losses(
     step = max(1, LOGITS // max(1, len(x)))
     for start in range(0, model.vocabulary, step):
         stop = min(start + step, model.vocabulary)
-        part = logits(model, x, head(start, stop), None if bias is None else bias[start:stop])
+        part = logits(model, x, head(start, stop).to(x.device), None if bias is None else bias[start:stop])
         total = torch.logaddexp(total, part.logsumexp(-1))
         inside = (wanted >= start) & (wanted < stop)
         own[inside] = part[inside, wanted[inside] - start]
@@ -104,13 +104,11 @@ def confirm(
     begun = time.perf_counter()
     try:
         found, shaken = _read_again(folder, windows, device, dtype, progress)
-        difference, noise = (float(x.mean()) if len(x) else 0.0 for x in (
-            (found - predicted).abs(), (found - shaken).abs(),
-        ))  # fmt: skip
+        difference, noise = _mean((found - predicted).abs()), _mean((found - shaken).abs())
         allowed = max(MARGIN * noise, FLOOR)
         if not difference <= allowed:  # NaN is none either
             raise UserError(
-                f"losses of its tokens {difference:.3g} nats from what calibration left, where rounding explains "
+                f"losses of its tokens {difference:.3g} nats from what it gave before, where rounding explains "
                 f"{allowed:.2g}"
             )
     except UserError as error:
@@ -122,12 +120,17 @@ def confirm(
     return {
         "sequences": sum(len(window.tokens) for window in windows),
         "tokens": len(found),
-        "predicted_loss": float(predicted.mean()) if len(predicted) else 0.0,
-        "loss": float(found.mean()) if len(found) else 0.0,
+        "predicted_loss": _mean(predicted),
+        "loss": _mean(found),
         "difference": difference,
         "allowed": allowed,
         "seconds": time.perf_counter() - begun,
     }
+
+
+def _mean(nats: Tensor) -> float:
+    """0 where there are no tokens to predict."""
+    return float(nats.double().mean()) if len(nats) else 0.0
 
 
 def _read_again(
