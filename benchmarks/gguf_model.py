@@ -3,7 +3,8 @@
     python benchmarks/gguf_model.py FOLDER SHAPE_JSON
 
 Writes F32.gguf, then BF16.gguf, Q8_0.gguf and Q4_0.gguf by llama.cpp's own quantiser (output head and embedding in the
-type that it chooses). Needs the packages gguf and llama-cpp-python.
+type that it chooses). An F32.gguf that is there is taken, of whatever architecture. Needs the packages gguf and
+llama-cpp-python.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+
+KINDS = ("BF16", "Q8_0", "Q4_0")
 
 
 def write_f32(path: Path, s: dict[str, int]) -> None:
@@ -75,6 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the files go")
     parser.add_argument("shape", type=json.loads, help="keys of a Llama config.json, as JSON")
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=KINDS, help="of the quantised files")
     arguments = parser.parse_args()
 
     import llama_cpp
@@ -84,13 +88,9 @@ def main() -> None:
     f32 = folder / "F32.gguf"
     if not f32.exists():
         write_f32(f32, shape)
-    kinds = {
-        "BF16": llama_cpp.LLAMA_FTYPE_MOSTLY_BF16, "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
-        "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
-    }  # fmt: skip
-    for name, kind in kinds.items():
+    for name in arguments.kinds:
         if not (folder / f"{name}.gguf").exists():
-            quantise(f32, folder / f"{name}.gguf", kind)
+            quantise(f32, folder / f"{name}.gguf", getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}"))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from compress_large import COMMON, SHAPES  # noqa: E402
 from tulle.format.pack import f32_to_bf16, pack_linear  # noqa: E402
 from tulle.format.spec import InputSparsitySpec, LinearSpec, QuantizationConfig  # noqa: E402
 from tulle.models.checkpoint import write_index  # noqa: E402
-from tulle.models.description import describe  # noqa: E402
+from tulle.models.description import Layer, describe  # noqa: E402
 
 GROUP = 128
+Packed = tuple[LinearSpec, dict[str, Any]]
+MakeLinear = Callable[[np.random.Generator, str, tuple[int, int]], Packed]
+"""A linear of a relative name and shape."""
 
 
 def write_packed(
@@ -38,36 +42,62 @@ def write_packed(
     """
     config = COMMON | SHAPES[shape] | {"model_type": "llama", "rms_norm_eps": 1e-5, "hidden_act": "silu"}
     config["num_hidden_layers"] = layers or config["num_hidden_layers"]
+
+    def linear(generator: np.random.Generator, name: str, shape: tuple[int, int]) -> Packed:
+        left_out = 0.0 if spared is not None and spared in name else dropped
+        return packed_linear(generator, shape, bits, sparsity, input_bits, left_out, unit)
+
+    write_model(folder, config, linear, packed=bits is not None or sparsity > 0)
+
+
+def write_model(folder: Path, config: dict[str, Any], linear: MakeLinear, packed: bool = True) -> None:
+    """A checkpoint of any family, its linears as ``linear`` makes them; vectors hold ones, other tensors random
+    numbers. Blocks whose mixers are of one kind hold the same ones. ``packed``: the config says so."""
     model = describe(config)
     generator = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     specs: dict[str, LinearSpec] = {}
-    block: dict[str, Any] = {}
-    for name, size in model.layers[0].tensors().items():
-        if len(size) == 1:
-            block[name] = f32_to_bf16(np.ones(size, np.float32))
-            continue
-        linear = name.removesuffix(".weight")
-        left_out = 0.0 if spared is not None and spared in linear else dropped
-        spec, arrays = packed_linear(generator, (size[0], size[1]), bits, sparsity, input_bits, left_out, unit)
-        specs[linear] = spec
-        block |= {f"{linear}.{suffix}": array for suffix, array in arrays.items()}
+    blocks: dict[type, tuple[dict[str, LinearSpec], dict[str, Any]]] = {}
     shards: dict[str, list[str]] = {}
     size_of_all = 0
     for layer in model.layers:
+        kind = type(layer.mixer)
+        if kind not in blocks:
+            blocks[kind] = _block(generator, layer, linear)
+        own, block = blocks[kind]
+        specs |= {layer.prefix + name: spec for name, spec in own.items()}
         tensors = {layer.prefix + name: stored(array) for name, array in block.items()}
         file = f"model-{layer.index:05d}.safetensors"
         shards[file] = list(tensors)
         size_of_all += sum(array.nbytes for array in block.values())
         save_file(tensors, folder / file)
-    outer = {k: f32_to_bf16(0.02 * generator.standard_normal(s, np.float32)) for k, s in model.outer_tensors().items()}
+    outer = {k: _numbers(generator, s) for k, s in model.outer_tensors().items()}
     save_file({k: stored(v) for k, v in outer.items()}, folder / "model-outer.safetensors")
     shards["model-outer.safetensors"] = list(outer)
     write_index(folder, shards, size_of_all + sum(v.nbytes for v in outer.values()))
-    if bits is not None or sparsity > 0:
-        linears = {layer.prefix + name: s for layer in model.layers for name, s in specs.items()}
-        config["quantization_config"] = QuantizationConfig(linears).to_json()
+    if packed:
+        config = config | {"quantization_config": QuantizationConfig(specs).to_json()}
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def _block(
+    generator: np.random.Generator, layer: Layer, linear: MakeLinear
+) -> tuple[dict[str, LinearSpec], dict[str, Any]]:
+    """Specs of a layer's linears, and all of its tensors."""
+    specs: dict[str, LinearSpec] = {}
+    linears = {one.name: one.shape for one in layer.linears()}
+    block = {k: _numbers(generator, s) for k, s in layer.tensors().items() if k.removesuffix(".weight") not in linears}
+    for name, shape in linears.items():
+        specs[name], arrays = linear(generator, name, shape)
+        block |= {f"{name}.{suffix}": array for suffix, array in arrays.items()}
+    return specs, block
+
+
+def _numbers(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Bits of bfloat16."""
+    if len(shape) < 2:
+        return f32_to_bf16(np.ones(shape, np.float32))
+    return f32_to_bf16(0.02 * generator.standard_normal(shape, np.float32))
 
 
 def stored(array: np.ndarray) -> torch.Tensor:
@@ -84,7 +114,7 @@ def packed_linear(
     input_bits: int | None,
     dropped: float = 0.0,
     unit: int = 1,
-) -> tuple[LinearSpec, dict[str, Any]]:
+) -> Packed:
     """A random linear. Unquantised and dense: a spec all the same, of the plain weight."""
     mask = generator.random(shape, np.float32) >= sparsity if sparsity else None
     kept = None if mask is None else int(mask.sum())

@@ -204,6 +204,10 @@ def command_sections(group: Any, path: str) -> Iterable[str]:
         yield "\n".join([lines[0], f"Usage: `{usage}`\n", *lines[1:], table(("option", "default", "meaning"), rows)])
 
 
+NEEDED = {"glm4_moe": {"head_dim": 128}}
+"""Keys without which a family's defaults are no model."""
+
+
 def model_families() -> str:
     """A row per family: what its file says first, what is special, which rotations and exports it takes."""
     from tulle.engine.settings import FEATURES
@@ -215,7 +219,7 @@ def model_families() -> str:
 
     rows = []
     for family in families():
-        decoder = describe({"model_type": family})
+        decoder = describe({"model_type": family} | NEEDED.get(family, {}))
         module = importlib.import_module(f"tulle.models.families.{family}")
         special = features(decoder)
         name = re.split("[:,]", plain(module.__doc__ or ""))[0]

@@ -36,8 +36,19 @@ DENSE = (
     "starcoder2",
 )
 HYBRID = ("qwen3_5_text",)
-"""Of which the engine runs none yet."""
-EXPERTS = ("glm4_moe", "gpt_oss", "granitemoe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+"""With recurrent states."""
+EXPERTS = (
+    "glm4_moe",
+    "gpt_oss",
+    "granitemoe",
+    "mixtral",
+    "olmoe",
+    "qwen2_moe",
+    "qwen3_5_moe_text",
+    "qwen3_moe",
+    "qwen3_next",
+)
+"""With a mixture of experts, which the engine does not run yet."""
 LAYERS = 2
 
 
@@ -305,3 +316,18 @@ def _grouped(config: dict[str, Any], draw: random.Random) -> None:
     config |= {"n_routed_experts": 8, "n_group": groups, "topk_group": best, "moe_intermediate_size": 12}
     _drawn(config, draw, num_experts_per_tok=[1, 3, 4], routed_scaling_factor=[1.0, 2.5], norm_topk_prob=[True, False])
     _drawn(config, draw, first_k_dense_replace=[0, 1], n_shared_experts=[1, 2])
+
+
+def _qwen3_5_moe_text(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    _qwen3_5_text(config, draw, head_dim, seed)
+    _experts(config, draw)
+    del config["intermediate_size"]
+    _drawn(config, draw, moe_intermediate_size=[8, 20], shared_expert_intermediate_size=[12, 24])
+
+
+def _qwen3_next(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    _qwen3_5_text(config, draw, head_dim, seed)
+    del config["rope_parameters"]["mrope_section"], config["rope_parameters"]["mrope_interleaved"]
+    _experts(config, draw)
+    _drawn(config, draw, moe_intermediate_size=[8, 20], shared_expert_intermediate_size=[12, 24])
+    _drawn(config, draw, norm_topk_prob=[False, True], decoder_sparse_step=[1, 1, 2], mlp_only_layers=[None, [0]])

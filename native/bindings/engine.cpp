@@ -143,6 +143,21 @@ tulle::Norm norm(nb::handle from, std::size_t n, Kept& kept) {
   return found;
 }
 
+// A DeltaNet, its convolution [kernel · channels].
+tulle::DeltaNet delta_net(nb::handle from, Kept& kept) {
+  tulle::DeltaNet net;
+  net.key_heads = size(from, "key_heads");
+  net.value_heads = size(from, "value_heads");
+  net.key_dim = size(from, "key_dim");
+  net.value_dim = size(from, "value_dim");
+  net.kernel = size(from, "kernel");
+  net.convolution = array_of<float>(from, "convolution", net.kernel * net.channels(), kept);
+  net.decay = array_of<float>(from, "decay", net.value_heads, kept);
+  net.step_bias = array_of<float>(from, "step_bias", net.value_heads, kept);
+  net.norm = norm(field(from, "norm"), net.value_dim, kept);
+  return net;
+}
+
 tulle::Layer layer(nb::handle from, const tulle::Model& m, Kept& kept) {
   tulle::Layer l;
   const std::size_t q = m.heads * m.head_dim, kv = m.kv_heads * m.head_dim;
@@ -154,6 +169,11 @@ tulle::Layer layer(nb::handle from, const tulle::Model& m, Kept& kept) {
   l.key_norm = norm(field(from, "key_norm"), m.norm_all_heads ? kv : m.head_dim, kept);
   l.output_norm = norm(field(from, "output_norm"), q, kept);
   l.inner_norm = norm(field(from, "inner_norm"), m.intermediate, kept);
+  const nb::object delta = field(from, "delta");
+  if (!delta.is_none()) {
+    l.mixer = tulle::Mixer::delta_net;
+    l.delta = delta_net(delta, kept);
+  }
   l.window = get<std::size_t>(from, "window");
   l.rotary = get<int>(from, "rotary");
   const auto numbers = get<std::vector<float>>(from, "activation");
@@ -184,6 +204,7 @@ tulle::Model model(nb::handle from, Kept& kept) {
   m.logit_cap = get<float>(from, "logit_cap");
   m.attention_scale = get<float>(from, "attention_scale");
   m.attention_cap = get<float>(from, "attention_cap");
+  m.output_gate = get<bool>(from, "output_gate");
   m.norm_all_heads = get<bool>(from, "norm_all_heads");
   m.norm_after_rotary = get<bool>(from, "norm_after_rotary");
   m.position_beta = get<float>(from, "position_beta");

@@ -16,7 +16,7 @@ from tulle.compression.walker import Walker
 from tulle.core import statistics as sums
 from tulle.core.hessian import Hessian
 from tulle.core.transform import run
-from tulle.methods.contract import LinearState, Statistics
+from tulle.methods.contract import GroupState, LinearState, Statistics
 from tulle.models import decoder
 from tulle.models.batches import batched
 from tulle.models.checkpoint import Checkpoint
@@ -264,13 +264,13 @@ def test_statistics_of_bfloat16_are_exact_but_for_the_rounding_of_differences(
         monkeypatch.setattr(sums, "takes_bfloat16", lambda *_: False)
     collect, seen = Walker._collect, Counter[str]()
 
-    def checked(self: Walker, work: Any, group: LinearGroup, dense: Any, compressed: Any, fit: bool) -> Any:
-        weight = torch.cat([linear.weight for linear in work.groups[group.role].linears]).double()
+    def checked(self: Walker, work: Any, group: GroupState, dense: Any, compressed: Any, fit: bool) -> Any:
+        weight = torch.cat([linear.weight for linear in group.linears]).double()
         found, mismatch = result = collect(self, work, group, dense, compressed, fit)
-        transform = work.groups[group.role].linears[0].transform
+        transform = group.linears[0].transform
         x, x_dense, behind = ([] for _ in range(3))
-        for there, here, valid in zip(dense, compressed, self._masks(), strict=True):
-            x.append(work.input_of(group, here.x)[valid])
+        for there, here, valid in zip(dense.given, compressed.given, self._masks(), strict=True):
+            x.append(work.input_of(here.group, here.x)[valid])
             x_dense.append(run(transform, there.x[valid].float()))
             behind.append(there.residual[valid].double() - here.residual[valid].double())
         assert x[0].dtype == torch.bfloat16

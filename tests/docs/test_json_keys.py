@@ -10,6 +10,7 @@ import pytest
 
 import tulle
 from checkpoints import PROSE, write_checkpoint
+from tulle.compression.expert_tokens import ExpertTokens
 from tulle.compression.recipe import Recover
 from tulle.engine import Generation
 from tulle.engine.bench import Speed
@@ -49,6 +50,6 @@ def test_report(tmp_path: Path) -> None:
     written = {*report, *report["totals"], *report["linears"][0], *report["blocks"][0], "steps", "total"}
     written |= report["tables"][0].keys() | (report["recover"].keys() - Recover.model_fields.keys())
     written |= report["recover"]["curve"][-1].keys() | {"recover"}
-    # Of the summary, and of an evaluation; two terms of the loss are settings too.
-    besides = {"output", "protocol", "dense", "compressed"}
+    # Of the summary, of an evaluation, and of a block with experts; two terms of the loss are settings too.
+    besides = {"output", "protocol", "dense", "compressed"} | set(ExpertTokens.__annotations__)
     assert named("compress") == written | besides

@@ -14,6 +14,7 @@ import pytest
 import torch
 from native_engines import Runner, decoder, scaling_transformer
 
+from family_folders import write_family
 from tiny_models import write_model
 from tulle._native import active_isa
 from tulle.engine.layout import ModelLayout
@@ -86,6 +87,12 @@ def differing(model: Model | ScalingModel, threads: int, **more: Any) -> list[st
 )
 def test_decoders(name: str, threads: int, tmp_path: Path) -> None:
     assert differing(make(tmp_path / "m", name), threads) == []
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_gated_delta_nets(threads: int, tmp_path: Path) -> None:
+    model = decoder(write_family(tmp_path / "m", "qwen3_5_text", 2))
+    assert model.state_bytes > 0 and differing(model, threads) == []
 
 
 @pytest.mark.parametrize("isa", supported_isas()[1:])  # plain loops over tokens are what they are

@@ -14,6 +14,7 @@ from native_engines import Runner, decoder, scaling_transformer
 from transformers import AutoModelForCausalLM
 
 from checkpoints import VOCABULARY, write_checkpoint
+from family_folders import write_family
 from tulle.engine.native_model import Grid, Model
 from tulle.models.scaling_transformer import ScalingTransformerConfig, ScalingTransformerForCausalLM
 
@@ -172,7 +173,9 @@ def test_two_threads_take_turns(model: Model) -> None:
     assert not wrong
 
 
-def recurrent(folder: Path) -> Runner:
+def recurrent(folder: Path, kind: str = "scaling") -> Runner:
+    if kind == "delta":
+        return Runner(decoder(write_family(folder / "m", "qwen3_5_text", 2)), snapshots=2)
     torch.manual_seed(0)
     settings: dict[str, Any] = {
         "vocab_size": 48, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -182,9 +185,10 @@ def recurrent(folder: Path) -> Runner:
     return Runner(scaling_transformer(folder), snapshots=2)
 
 
+@pytest.mark.parametrize("kind", ["scaling", "delta"])
 @pytest.mark.parametrize("position", [16, 17, 33])
-def test_a_sequence_goes_on_from_a_snapshot(tmp_path: Path, position: int) -> None:
-    ids, engine = [i % 48 for i in IDS], recurrent(tmp_path)
+def test_a_sequence_goes_on_from_a_snapshot(tmp_path: Path, position: int, kind: str) -> None:
+    ids, engine = [i % 48 for i in IDS], recurrent(tmp_path, kind)
     expected = engine.forward(ids)
     engine.forward(ids[:position], 0)
     engine.native.save_state(0, 1)

@@ -28,7 +28,8 @@ def made(
     recurrent, seconds = bool(options.pop("recurrent", False)), float(options.pop("seconds", 0.0))  # type: ignore[arg-type]
     model = FakeModel(pages, slots, VOCABULARY, recurrent, seconds)
     model.batch = batch
-    cache = KVCache(pages, pages if recurrent else 0)
+    snapshots = int(options.pop("snapshots", pages))  # type: ignore[call-overload]
+    cache = KVCache(pages, snapshots if recurrent else 0, recurrent)
     sizes = {"slots": slots, "context": context, "batch": batch, "vocabulary": VOCABULARY, "hidden": 8}
     return Scheduler(model, cache, TEXT, clock=model.clock, **sizes, **options), model  # type: ignore[arg-type]
 
@@ -72,16 +73,17 @@ REQUESTS = st.lists(st.tuples(PIECES, st.integers(1, 40), st.integers(0, 30)), m
 
 
 @settings(max_examples=60, deadline=None)
-@given(REQUESTS, st.integers(1, 4), st.integers(24, 60), st.booleans(), st.data())
+@given(REQUESTS, st.integers(1, 4), st.integers(24, 60), st.sampled_from([None, 0, 1, 3, 60]), st.data())
 def test_everybody_gets_the_tokens_that_they_get_alone(
     wanted: list[tuple[list[tuple[int, int]], int, int]],
     slots: int,
     pages: int,
-    recurrent: bool,
+    snapshots: int | None,
     data: st.DataObject,
 ) -> None:
-    """Whatever shares pages, waits, is cancelled or gives its pages back."""
-    scheduler, _ = made(pages, slots, context=pages * PAGE, batch=32, recurrent=recurrent)
+    """Whatever shares pages, waits, is cancelled or gives its pages back; recurrent models with few snapshots, too."""
+    recurrent, room = snapshots is not None, snapshots or 0
+    scheduler, _ = made(pages, slots, context=pages * PAGE, batch=32, recurrent=recurrent, snapshots=room)
     coming = []
     for pieces, count, after in wanted:
         tokens = [t for seed, length in pieces for t in prompt(length, seed)]
@@ -129,6 +131,38 @@ def test_a_second_prompt_computes_its_own_part_alone(recurrent: bool) -> None:
     assert second.cached_tokens == 200 // PAGE * PAGE == scheduler.stats.cached_tokens
     assert sum(map(len, model.passes)) == len(own) + 200 % PAGE
     assert second.tokens == alone(second.request)
+
+
+def computed(scheduler: Scheduler, model: FakeModel, tokens: list[int], count: int = 1) -> tuple[int, list[int]]:
+    """How many tokens passes compute for a request, and its tokens."""
+    model.passes.clear()
+    sequence = scheduler.add(Request(tokens, count, ignore_end=True))
+    run(scheduler)
+    assert sequence.tokens == alone(sequence.request)
+    return sum(map(len, model.passes)), sequence.tokens
+
+
+def test_few_snapshots_stand_where_others_go_on() -> None:
+    """Three places: a prompt's parts and text that grows take one in turn, not those of beginnings that are shared."""
+    scheduler, model = made(pages=200, context=1024, batch=64, recurrent=True, snapshots=3)
+    system, own = prompt(20 * PAGE), [prompt(3 * PAGE + 5, seed) for seed in (1, 2, 3)]
+    computed(scheduler, model, [*system, *own[0]], 70)
+    # Where the second one leaves the first nothing was kept; it is by now.
+    assert computed(scheduler, model, [*system, *own[1]])[0] > len(own[1])
+    count, said = computed(scheduler, model, [*system, *own[2]], 70)
+    assert count == len(own[2]) + 69
+    # The conversation goes on at the last full page of what was said.
+    text = [*system, *own[2], *said]
+    assert computed(scheduler, model, [*text, *own[0]])[0] == len(own[0]) + 1 + (len(text) - 1) % PAGE
+    clean(scheduler)
+
+
+def test_a_state_is_kept_for_those_that_wait() -> None:
+    scheduler, model = made(pages=200, context=1024, batch=200, recurrent=True, snapshots=4)
+    system = prompt(100)
+    sequences = [scheduler.add(Request([*system, *prompt(30, seed)], 1)) for seed in (1, 2, 3)]
+    run(scheduler)
+    assert [s.cached_tokens for s in sequences] == [0, 96, 96]
 
 
 def test_equal_prompts_that_come_together_are_computed_once() -> None:

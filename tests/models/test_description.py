@@ -14,7 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from random_decoders import FAMILIES, ROTARY, plain_model, random_config, reference_model
-from random_families import DENSE, HYBRID
+from random_families import DENSE, EXPERTS, HYBRID
 from tulle.errors import UserError
 from tulle.models.config_keys import HARMLESS, HARMLESS_WHEN
 from tulle.models.description import Attention, Rotary, describe, families
@@ -467,7 +467,7 @@ def test_groups_roles_and_names() -> None:
 
 
 def test_every_family_has_a_file_and_every_file_a_family() -> None:
-    assert families() == sorted(FAMILIES + DENSE + HYBRID)
+    assert families() == sorted(FAMILIES + DENSE + HYBRID + EXPERTS)
 
 
 def test_the_description_needs_no_torch() -> None:

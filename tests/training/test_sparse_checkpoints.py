@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints import PROSE, write_checkpoint
+from tulle.compression.block_work import DENSIFIED
 from tulle.compression.job import compress
 from tulle.compression.recipe import METHODS
-from tulle.compression.walker import DENSIFIED
 from tulle.hf import load
 from tulle.text.reading import Text
 

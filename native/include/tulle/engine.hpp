@@ -58,17 +58,50 @@ struct Norm {
   void run(const OpsKernels& ops, const float* x, std::size_t n, float* y) const;
 };
 
+constexpr std::size_t kMostTaps = 16;
+
+// Linear attention by the gated delta rule (src/tulle/core/delta_rule.py). Behind the linears' queries, keys and values
+// come a gate z for every value channel, and b and a for every value head: β = σ(b), g = decay · softplus(a + step_bias).
+struct DeltaNet {
+  std::size_t key_heads = 0, value_heads = 0, key_dim = 0, value_dim = 0;
+  std::size_t kernel = 0;              // tokens that the convolution sees, itself included; at most kMostTaps
+  const float* convolution = nullptr;  // [kernel][channels], the oldest token first
+  const float *decay = nullptr, *step_bias = nullptr;  // [value_heads]
+  Norm norm;                           // of a head's outputs, [value_dim]
+
+  std::size_t keys() const { return key_heads * key_dim; }
+  std::size_t values() const { return value_heads * value_dim; }
+  std::size_t channels() const { return 2 * keys() + values(); }
+  std::size_t outputs() const { return channels() + values() + 2 * value_heads; }
+  // Of a sequence's state [value_heads][key_dim][row], in floats; behind it the convolution's [kernel − 1][channels].
+  std::size_t row() const { return (value_dim + kDeltaLanes - 1) / kDeltaLanes * kDeltaLanes; }
+  std::size_t matrices() const { return value_heads * key_dim * row(); }
+  std::size_t history() const { return (kernel - 1) * channels(); }
+};
+
+// What mixes tokens in a layer. A kind that carries a state from token to token has floats of it in every sequence's
+// record (RecurrentStates); attention has keys and values instead.
+enum class Mixer : std::uint8_t { attention, delta_net };
+
 struct Layer {
+  Mixer mixer = Mixer::attention;
+  DeltaNet delta;  // of Mixer::delta_net
   // Before attention and feed-forward, and on their outputs; any of them may be missing.
   Norm input_norm, post_norm, attention_after, feed_forward_after;  // [hidden]
   Norm query_norm, key_norm;  // [head_dim], or of all heads at once
-  Norm output_norm;           // of what o reads, [heads · head_dim]
+  Norm output_norm;           // of what o reads, [heads · head_dim]; attention's
   Norm inner_norm;            // of what down reads, [intermediate]
   Group qkv, o, gate_up, down;
   std::size_t window = 0;  // tokens that attention reaches back, itself included; 0: all
   int rotary = 0;          // number of a table of the model; −1: queries and keys know no position
   float activation[4] = {};  // numbers of Gate::xielu
 };
+
+// What a layer has of a sequence's record, in floats, rounded up to whole cache lines.
+inline std::size_t state_floats(const Layer& layer) {
+  if (layer.mixer == Mixer::attention) return 0;
+  return (layer.delta.matrices() + layer.delta.history() + 15) / 16 * 16;
+}
 
 // Frequencies of rotary position embeddings, of the first 2 · size channels of a head.
 struct Rotary {
@@ -98,6 +131,7 @@ struct Model {
   float logit_cap = 0;         // c of logits c · tanh(l / c); 0: none
   float attention_scale = 0;   // of q·k
   float attention_cap = 0;     // likewise
+  bool output_gate = false;    // behind every query head come as many channels whose σ multiplies its output
   bool norm_all_heads = false, norm_after_rotary = false;  // of queries and keys
   // A query at position p is multiplied by 1 + beta · ln(1 + ⌊p / length⌋); length 0: by 1.
   float position_beta = 0;
@@ -111,6 +145,16 @@ struct Model {
   Group head;
   // The head as it was stored, where `head` is a rougher copy; or not present.
   Table exact_head;
+
+  // Channels from one query head of `qkv` to the next.
+  std::size_t query_step() const { return output_gate ? 2 * head_dim : head_dim; }
+  // Outputs of a layer's qkv, and inputs of its o.
+  std::size_t mixer_outputs(const Layer& layer) const {
+    return layer.mixer == Mixer::delta_net ? layer.delta.outputs() : heads * query_step() + 2 * kv_heads * head_dim;
+  }
+  std::size_t mixed(const Layer& layer) const {
+    return layer.mixer == Mixer::delta_net ? layer.delta.values() : heads * head_dim;
+  }
 };
 
 // Of every row of logits, so many of the largest are computed again from the exact head: what is chosen from them is
@@ -133,11 +177,11 @@ class Engine {
   void embed(const PassInput& pass, float* hidden);
   // Page `target` becomes what page `source` is, in all layers.
   void copy_page(std::size_t source, std::size_t target);
-  // What a sequence carries beside its keys and values (see RecurrentStates). A decoder's carry nothing:
-  // state_bytes() is 0, and these throw std::invalid_argument.
+  // What a sequence carries beside its keys and values (see RecurrentStates). Where all layers are attention that is
+  // nothing: state_bytes() is 0, and the others throw std::invalid_argument.
   void save_state(std::size_t slot, std::size_t snapshot);
   void load_state(std::size_t snapshot, std::size_t slot);
-  std::uint64_t state_bytes() const { return 0; }
+  std::uint64_t state_bytes() const;
 
   std::uint64_t weight_bytes() const;  // read per token where all inputs are active
   // What single tokens (passes of one token) have read, inputs left out not counted, and how many there were, since the

@@ -14,7 +14,7 @@ constexpr std::size_t kKeyBlock = 16;
 constexpr std::size_t kQueries = 4;
 
 enum class CacheKind : std::uint8_t { f32, bf16, u8, u4 };
-enum class Gate : std::uint8_t { silu, relu, relu2, gelu_tanh, xielu };
+enum class Gate : std::uint8_t { silu, relu, relu2, gelu_tanh, xielu, sigmoid };
 
 // One layer's keys and values of one KV head, in pages of which a sequence has some.
 //
@@ -48,6 +48,19 @@ struct GridRange {
 struct TopKThreshold {
   float value;
   std::size_t count;
+};
+
+// Rows of a state of the gated delta rule are whole vectors of so many floats; behind the last value channel are zeros.
+constexpr std::size_t kDeltaLanes = 16;
+
+// Tokens that one head of a gated delta net goes through, in order. All of a token lies `stride` floats behind that of
+// the token before it in the pass; pointers are to those of the pass's first token.
+struct DeltaTokens {
+  const std::int32_t* tokens;  // [count], numbers within the pass
+  std::size_t count, stride;
+  const float *query, *key, *value, *decay, *beta;
+  float* out;
+  std::size_t out_stride;
 };
 
 struct OpsKernels {
@@ -105,6 +118,12 @@ struct OpsKernels {
   void (*unit_sizes)(const float* size, std::size_t n, std::size_t unit, bool norm, float* to);
   // drop_below for units: x [n · unit], size [n].
   void (*drop_units_below)(float* x, const float* size, std::size_t n, std::size_t unit, float least);
+  // out[i] = silu(Σ_k taps[k · stride + i] · inputs[k][i]), k < count; `out` may be the last of the inputs.
+  void (*convolve)(const float* const* inputs, const float* taps, std::size_t stride, std::size_t count, std::size_t n,
+                   float* out);
+  // state [key_dim][value_dim, rounded up]: u = β · (v − decay · Sᵀk), out = decay · Sᵀq + (k·q) · u, S ← decay · S + k·uᵀ,
+  // token after token: the same bits in any cut.
+  void (*delta_rule)(const DeltaTokens& x, std::size_t key_dim, std::size_t value_dim, float* state);
   FlashKernel flash;  // null: the instruction set has no products of bfloat16
 };
 

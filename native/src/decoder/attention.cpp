@@ -7,8 +7,7 @@ namespace tulle {
 
 Attention::Attention(std::size_t heads, std::size_t kv_heads, std::size_t head_dim, std::size_t batch, float scale,
                      float cap)
-    : shared_(heads / kv_heads), head_dim_(head_dim),
-      scale_(scale != 0 ? scale : 1.0f / std::sqrt(static_cast<float>(head_dim))), cap_(cap) {
+    : shared_(heads / kv_heads), scale_(scale != 0 ? scale : 1.0f / std::sqrt(static_cast<float>(head_dim))), cap_(cap) {
   blocks_.reserve(batch * shared_);
 }
 
@@ -32,9 +31,9 @@ void Attention::run(const OpsKernels& ops, const CacheView& cache, std::size_t k
   std::size_t begin[kQueries], end[kQueries];
   for (std::size_t r = 0; r < block.count; ++r) {
     const std::size_t row = block.first + r, t = row / shared_;
-    const std::size_t channel = (kv_head * shared_ + row % shared_) * head_dim_;
-    from[r] = queries.data + t * queries.stride + channel;
-    to[r] = outputs.data + t * outputs.stride + channel;
+    const std::size_t head = kv_head * shared_ + row % shared_;
+    from[r] = queries.data + t * queries.stride + head * queries.head;
+    to[r] = outputs.data + t * outputs.stride + head * outputs.head;
     end[r] = static_cast<std::size_t>(positions[t]) + 1;
     begin[r] = window != 0 && end[r] > window ? end[r] - window : 0;
   }

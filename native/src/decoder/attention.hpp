@@ -15,10 +15,10 @@ struct QueryBlock {
   std::size_t first, count;
 };
 
-// Vectors of all tokens: of token t at data + t · stride.
+// Vectors of all tokens and heads: of head h of token t at data + t · stride + h · head.
 struct Vectors {
   float* data;
-  std::size_t stride;
+  std::size_t stride, head;
 };
 
 class Attention {
@@ -34,14 +34,14 @@ class Attention {
     return static_cast<std::size_t>(slots[block.first / shared_]);
   }
 
-  // softmax(scale · q·Kᵀ)·V of a block and KV head: queries and outputs [token][heads][head_dim]. A token at
+  // softmax(scale · q·Kᵀ)·V of a block and KV head: A token at
   // position p sees [p − window + 1, p], or [0, p] where window is 0. `scores`: kQueries · context floats.
   void run(const OpsKernels& ops, const CacheView& cache, std::size_t kv_head, const QueryBlock& block,
            const std::int32_t* positions, std::size_t window, const Vectors& queries, const Vectors& outputs,
            float* scores) const;
 
  private:
-  std::size_t shared_, head_dim_;  // shared: queries per KV head
+  std::size_t shared_;  // queries per KV head
   float scale_, cap_;
   std::vector<QueryBlock> blocks_;
 };

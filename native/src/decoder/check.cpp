@@ -15,6 +15,18 @@ void check(const Grid& grid, int most) {
           static_cast<std::size_t>(grid.bits));
 }
 
+void check(const DeltaNet& net) {
+  require(net.key_heads > 0 && net.key_dim > 0 && net.value_dim > 0, "sizes of a gated delta net", 1, 0);
+  require_equal("value heads left over by key heads", 0, net.value_heads % net.key_heads);
+  require(net.kernel >= 1 && net.kernel <= kMostTaps, "tokens of a convolution of 1, at most", kMostTaps, net.kernel);
+  const bool whole = net.convolution != nullptr && net.decay != nullptr && net.step_bias != nullptr;
+  require(whole && net.norm.present(), "parameters of a gated delta net", 4, 0);
+  // Before numbers of floats are multiplied.
+  const double floats = static_cast<double>(net.value_heads) * static_cast<double>(net.key_dim) *
+                        static_cast<double>(net.value_dim + kDeltaLanes);
+  require(floats < 0x1p44, "key and value channels of states that fit into memory, fewer than", net.key_dim, net.key_dim);
+}
+
 }  // namespace
 
 void check(const Transform& t) {
@@ -95,16 +107,23 @@ void check(const Model& m) {
       even_scales(inputs, linear.weight);
     }
   };
-  const std::size_t q = m.heads * m.head_dim, kv = m.kv_heads * m.head_dim;
+  const std::size_t q = m.heads * m.query_step(), kv = m.kv_heads * m.head_dim;
+  require(!m.output_gate || !m.norm_all_heads, "norms of all queries and keys beside an output gate", 0, 1);
   for (const Layer& layer : m.layers) {
     require(layer.rotary >= -1 && layer.rotary < static_cast<int>(m.rotary.size()), "rotary tables, fewer than",
             m.rotary.size(), static_cast<std::size_t>(layer.rotary));
     // What a pass runs without asking.
     const bool both = layer.query_norm.present() && layer.key_norm.present();
-    require(!m.norm_all_heads || both, "norms of all queries and keys", 2, 0);
+    require(layer.mixer != Mixer::attention || !m.norm_all_heads || both, "norms of all queries and keys", 2, 0);
     require(!m.parallel || layer.input_norm.present(), "a norm before attention and feed-forward side by side", 1, 0);
-    fits(layer.qkv, m.hidden, {q, kv, kv});
-    fits(layer.o, q, {m.hidden});
+    if (layer.mixer == Mixer::delta_net) {
+      const DeltaNet& net = layer.delta;
+      check(net);
+      fits(layer.qkv, m.hidden, {net.channels(), net.values(), net.value_heads, net.value_heads});
+    } else {
+      fits(layer.qkv, m.hidden, {q, kv, kv});
+    }
+    fits(layer.o, m.mixed(layer), {m.hidden});
     if (m.gated) fits(layer.gate_up, m.hidden, {m.intermediate, m.intermediate});
     else fits(layer.gate_up, m.hidden, {m.intermediate});
     fits(layer.down, m.intermediate, {m.hidden});

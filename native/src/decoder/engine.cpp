@@ -1,6 +1,5 @@
 #include "tulle/engine.hpp"
 
-#include <stdexcept>
 #include <utility>
 
 #include "decoder/state.hpp"
@@ -39,14 +38,19 @@ Engine::~Engine() = default;
 
 void Engine::forward(const PassInput& pass, float* logits) {
   const std::lock_guard<std::mutex> lock(state_->busy);
-  state_->check.run(pass);
-  state_->forward(pass, logits, nullptr);
+  state_->run(pass, logits, nullptr);
 }
 
 void Engine::embed(const PassInput& pass, float* hidden) {
   const std::lock_guard<std::mutex> lock(state_->busy);
-  state_->check.run(pass);
-  state_->forward(pass, nullptr, hidden);
+  state_->run(pass, nullptr, hidden);
+}
+
+void Engine::State::run(const PassInput& pass, float* logits, float* embeddings) {
+  check.run(pass);
+  if (state_floats > 0) runs.find(states, pass.slots, pass.positions, pass.n);
+  forward(pass, logits, embeddings);
+  if (state_floats > 0) states.advance(pass.slots, pass.positions, pass.n);
 }
 
 void Engine::copy_page(std::size_t source, std::size_t target) {
@@ -57,11 +61,17 @@ void Engine::copy_page(std::size_t source, std::size_t target) {
   s.cache.copy(source, target);
 }
 
-void Engine::save_state(std::size_t, std::size_t) {
-  throw std::invalid_argument("recurrent state: expected a model that has one, found none");
+void Engine::save_state(std::size_t slot, std::size_t snapshot) {
+  const std::lock_guard<std::mutex> lock(state_->busy);
+  state_->states.save(slot, snapshot);
 }
 
-void Engine::load_state(std::size_t snapshot, std::size_t slot) { save_state(slot, snapshot); }
+void Engine::load_state(std::size_t snapshot, std::size_t slot) {
+  const std::lock_guard<std::mutex> lock(state_->busy);
+  state_->states.load(snapshot, slot);
+}
+
+std::uint64_t Engine::state_bytes() const { return state_->states.record_bytes(); }
 
 std::uint64_t Engine::weight_bytes() const {
   std::uint64_t bytes = 0;
@@ -80,7 +90,7 @@ Engine::Reads Engine::take_reads() {
 
 std::uint64_t Engine::page_bytes() const { return state_->cache.page_bytes(); }
 
-std::uint64_t Engine::cache_bytes() const { return state_->cache.bytes(); }
+std::uint64_t Engine::cache_bytes() const { return state_->cache.bytes() + state_->states.bytes(); }
 
 std::uint64_t Engine::work_bytes() const { return state_->work_bytes(); }
 

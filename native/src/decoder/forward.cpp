@@ -2,6 +2,7 @@
 // says what differs. `multiply` ends with all threads waiting for each other.
 //
 //   residual stream ─ norm ─ qkv ─ rotary, append to the cache, attend ─ o ─(+)─ norm ─ gate, up ─ act ─ down ─(+)─ …
+//                                 └─ convolution, delta rule ────────────┘
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -85,15 +86,11 @@ void Engine::State::layer(const Pass& pass, std::size_t index) {
   }
   pass.publish();
   multiply(pass, l.qkv, plan.qkv, partial_sums.wide, n, wide.data());
-  attend(pass, index);
+  if (l.mixer == Mixer::delta_net) delta_net(pass, index);
+  else attend(pass, index);
   for (std::size_t t = pass.first; t < pass.last; ++t) {
-    const std::size_t width = model.heads * model.head_dim;
-    const float* x = attended.data() + t * width;
-    if (l.output_norm.present()) {
-      l.output_norm.run(ops, x, width, normed);
-      x = normed;
-    }
-    quantise_inputs(pass, l.o, plan.o, x, t);
+    const bool delta = l.mixer == Mixer::delta_net;
+    quantise_inputs(pass, l.o, plan.o, delta ? gated_heads(pass, index, t) : mixed(pass, index, t), t);
   }
   pass.publish();
   multiply(pass, l.o, plan.o, partial_sums.back, n, back.data());
@@ -130,12 +127,32 @@ void Engine::State::add_to_residual(const Pass& pass, const Group& group, const 
   ops.add(pass.hidden + t * model.hidden, y, model.hidden);
 }
 
+// What o reads of attention: all heads' outputs of token t, normed and gated.
+const float* Engine::State::mixed(const Pass& pass, std::size_t index, std::size_t t) {
+  const Layer& l = model.layers[index];
+  const Plan& plan = plans[index].qkv;
+  const std::size_t d = model.head_dim, width = model.heads * d;
+  float *const found = vector(pass, 0), *const spare = of_thread[pass.thread].outputs.data();
+  const float* x = attended.data() + t * width;
+  if (l.output_norm.present()) {
+    l.output_norm.run(ops, x, width, found);
+    x = found;
+  }
+  if (!model.output_gate) return x;
+  for (std::size_t h = 0; h < model.heads; ++h) {
+    const std::size_t first = h * model.query_step() + d;
+    const float* const gate = reduce(pass, l.qkv, plan, partial_sums.wide, pass.n, wide.data(), t, first, first + d, spare);
+    ops.gate(Gate::sigmoid, nullptr, gate, x + h * d, d, found + h * d);
+  }
+  return found;
+}
+
 // From queries, keys and values in `wide` to `attended`.
 void Engine::State::attend(const Pass& pass, std::size_t index) {
   const Layer& l = model.layers[index];
   const std::size_t d = model.head_dim, q = model.heads * d, shared = model.heads / model.kv_heads;
   const std::size_t blocks = attention.blocks().size();
-  const Vectors queries{wide.data(), plans[index].qkv.outputs}, outputs{attended.data(), q};
+  const Vectors queries{wide.data(), plans[index].qkv.outputs, model.query_step()}, outputs{attended.data(), q, d};
   float* const scores = of_thread[pass.thread].scores.data();
   if (model.norm_all_heads) normalise_heads(pass, index);
   const auto run = [&](std::size_t kv_head, const QueryBlock& block) {
@@ -182,14 +199,14 @@ void Engine::State::normalise_heads(const Pass& pass, std::size_t index) {
 void Engine::State::append_head(const Pass& pass, std::size_t index, std::size_t head, std::size_t t) {
   const Layer& l = model.layers[index];
   const Plan& plan = plans[index].qkv;
-  const std::size_t d = model.head_dim, q = model.heads * d, kv = model.kv_heads * d;
+  const std::size_t d = model.head_dim, q = model.heads * model.query_step(), kv = model.kv_heads * d;
   float* const row = wide.data() + t * plan.outputs;
   const auto of = [&](std::size_t first) {
     if (!model.norm_all_heads) reduce(pass, l.qkv, plan, partial_sums.wide, pass.n, wide.data(), t, first, first + d, row + first);
     return row + first;
   };
   if (head < model.heads) {
-    float* const query = of(head * d);
+    float* const query = of(head * model.query_step());
     finish_head(l, query, l.query_norm, t);
     if (model.position_length > 0) {
       const std::int32_t steps = pass.positions[t] / model.position_length;
@@ -209,7 +226,7 @@ void Engine::State::append_head(const Pass& pass, std::size_t index, std::size_t
 
 // Keys and values of a slot.
 CacheView Engine::State::view(const Pass& pass, std::size_t layer, std::size_t kv_head, std::size_t slot) const {
-  return cache.view(layer, kv_head, pass.tables + slot * table_width);
+  return cache.view(plans[layer].kept, kv_head, pass.tables + slot * table_width);
 }
 
 // Norm and position of one query or key head.

@@ -96,6 +96,8 @@ static void centre(const float* x, std::size_t n, float* y) {
 static void gate(Gate kind, const float* numbers, const float* g, const float* up, std::size_t n, float* out) {
   if (kind == Gate::silu) {
     for (std::size_t i = 0; i < n; ++i) out[i] = g[i] / (1.0f + exponential(-g[i])) * up[i];
+  } else if (kind == Gate::sigmoid) {
+    for (std::size_t i = 0; i < n; ++i) out[i] = up[i] / (1.0f + exponential(-g[i]));
   } else if (kind == Gate::relu) {
     for (std::size_t i = 0; i < n; ++i) out[i] = (g[i] > 0 ? g[i] : 0) * up[i];
   } else if (kind == Gate::relu2) {
@@ -664,6 +666,7 @@ static void attend(const CacheView& c, std::size_t rows, const float* const* que
   }
 }
 
+#include "decoder/delta_rule.inl"
 #include "decoder/top_k.inl"
 
 constexpr OpsKernels kernels = {
@@ -693,6 +696,8 @@ constexpr OpsKernels kernels = {
     drop_below,
     unit_sizes,
     drop_units_below,
+    convolve,
+    delta_rule,
     nullptr,
 };
 

@@ -9,7 +9,25 @@ namespace {
 constexpr std::size_t kVectors = 8;  // of ThreadMemory::vectors
 
 std::size_t widest(const Model& m) {
-  return std::max({m.hidden, m.intermediate, m.heads * m.head_dim, m.kv_heads * m.head_dim});
+  std::size_t found = std::max({m.hidden, m.intermediate, m.heads * m.head_dim, m.kv_heads * m.head_dim});
+  for (const Layer& layer : m.layers) {
+    if (layer.mixer == Mixer::attention) continue;
+    const DeltaNet& net = layer.delta;
+    found = std::max({found, net.values(), (net.kernel - 1) * std::max(net.key_dim, net.value_dim)});
+  }
+  return found;
+}
+
+std::size_t attention_layers(const Model& m) {
+  return static_cast<std::size_t>(std::count_if(m.layers.begin(), m.layers.end(),
+                                                [](const Layer& l) { return l.mixer == Mixer::attention; }));
+}
+
+// Of a sequence's record, all layers together.
+std::size_t floats_of(const Model& m) {
+  std::size_t found = 0;
+  for (const Layer& layer : m.layers) found += state_floats(layer);
+  return found;
 }
 
 GroupInputs group_inputs(std::size_t count, const InputSizes& sizes, std::size_t tokens) {
@@ -24,7 +42,9 @@ Engine::State::State(Model m, const EngineSizes& s)
     : model(std::move(m)), sizes(checked(s)), table_width(round_up(sizes.context, kKeyBlock) / kKeyBlock),
       threads(std::max<std::size_t>(sizes.threads, 1)), linear(*active_isa().linear),
       ops(*active_isa().ops), plans(model.layers.size()),
-      cache(sizes.cache, model.layers.size(), sizes.pages, model.kv_heads, model.head_dim), check(model.vocabulary, sizes),
+      state_floats(floats_of(model)),
+      cache(sizes.cache, attention_layers(model), sizes.pages, model.kv_heads, model.head_dim),
+      states(sizes.slots, sizes.snapshots, state_floats), runs(sizes.slots, sizes.batch), check(model.vocabulary, sizes),
       attention(model.heads, model.kv_heads, model.head_dim, sizes.batch, model.attention_scale, model.attention_cap) {
   for (const Rotary& table : model.rotary) {
     rotary.emplace_back(sizes.batch, table.frequencies, table.scale, table.interleaved);
@@ -41,8 +61,13 @@ Engine::State::State(Model m, const EngineSizes& s)
     }
     for (const Linear* l : plan.inputs) input_sizes.add(*l);
   };
-  std::size_t partial_in = 0, partial_back = 0;
+  std::size_t partial_in = 0, partial_back = 0, cached = 0, floats = 0, outputs = 2 * model.intermediate, most_mixed = 0;
   for (std::size_t i = 0; i < plans.size(); ++i) {
+    const Layer& layer = model.layers[i];
+    plans[i].kept = layer.mixer == Mixer::attention ? cached++ : floats;
+    floats += tulle::state_floats(layer);
+    outputs = std::max(outputs, model.mixer_outputs(layer));
+    most_mixed = std::max(most_mixed, model.mixed(layer));
     add(model.layers[i].qkv, plans[i].qkv, partial_in);
     add(model.layers[i].o, plans[i].o, partial_back);
     add(model.layers[i].gate_up, plans[i].gate_up, partial_in);
@@ -50,13 +75,11 @@ Engine::State::State(Model m, const EngineSizes& s)
   }
   add(model.head, head_plan, partial_in);
 
-  const std::size_t q = model.heads * model.head_dim, kv = model.kv_heads * model.head_dim;
-  const std::size_t outputs = std::max(q + 2 * kv, 2 * model.intermediate);
   inputs = group_inputs(input_kinds, input_sizes, batch);
   partial_sums.wide = Buffer<float>(batch * partial_in);
   partial_sums.back = Buffer<float>(batch * partial_back);
   hidden = Buffer<float>(batch * model.hidden);
-  attended = Buffer<float>(batch * q);
+  attended = Buffer<float>(batch * most_mixed);
   back = Buffer<float>(batch * model.hidden);
   wide = Buffer<float>(batch * outputs);
   gated = Buffer<float>(model.intermediate);

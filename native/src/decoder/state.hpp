@@ -1,6 +1,7 @@
 // What a decoder keeps between passes, and the memory that a pass works in.
 //
 //   state.cpp          sizes and allocates all of it
+//   delta_net.cpp      what gated delta nets do between their linears
 //   group_product.cpp  a group of linears: quantise the inputs, multiply, reduce partial sums
 //   forward.cpp        the pass: embedding, layers, logits
 #pragma once
@@ -16,6 +17,7 @@
 #include "decoder/pass.hpp"
 #include "decoder/plan.hpp"
 #include "decoder/quantised_inputs.hpp"
+#include "decoder/recurrent_states.hpp"
 #include "decoder/rotary.hpp"
 #include "tulle/dispatch.hpp"
 #include "tulle/engine.hpp"
@@ -49,11 +51,13 @@ struct Pass;
 struct Engine::State {
   struct LayerPlans {
     Plan qkv, o, gate_up, down;
+    std::size_t kept = 0;  // of attention: its layer of the cache; otherwise where its floats begin in a record
   };
 
   State(Model model, const EngineSizes& sizes);
 
-  // A pass that has been checked. One of `logits` and `embeddings` is null.
+  // One of `logits` and `embeddings` is null. Throws std::invalid_argument on anything out of range.
+  void run(const PassInput& input, float* logits, float* embeddings);
   void forward(const PassInput& input, float* logits, float* embeddings);
   std::uint64_t work_bytes() const;
 
@@ -67,7 +71,10 @@ struct Engine::State {
 
   std::vector<LayerPlans> plans;
   Plan head_plan;
+  const std::size_t state_floats;  // of a record, filled in with `plans`
   KvCache cache;
+  RecurrentStates states;
+  SequenceRuns runs;  // of a model that has recurrent states
   PassCheck check;
   std::vector<RotaryTables> rotary;
   Attention attention;
@@ -76,7 +83,7 @@ struct Engine::State {
   GroupInputs inputs;
   PartialSums partial_sums;
   Buffer<float> hidden;    // the residual stream, [token][hidden]
-  Buffer<float> attended;  // [token][heads · head_dim]
+  Buffer<float> attended;  // what the mixer made, [token][inputs of o]
   Buffer<float> back;      // outputs of o and down, [token][hidden]
   Buffer<float> wide;      // outputs of qkv, or of gate and up, [token][outputs]
   Buffer<float> gated;     // of a pass of one token: [intermediate]
@@ -102,6 +109,7 @@ struct Engine::State {
   // forward.cpp
   void layer(const Pass& pass, std::size_t index);
   void attend(const Pass& pass, std::size_t index);
+  const float* mixed(const Pass& pass, std::size_t index, std::size_t t);
   void normalise_heads(const Pass& pass, std::size_t index);
   void append_head(const Pass& pass, std::size_t index, std::size_t head, std::size_t t);
   void finish_head(const Layer& layer, float* x, const Norm& norm, std::size_t t) const;
@@ -111,6 +119,12 @@ struct Engine::State {
   void head(const Pass& pass, float* logits, float* embeddings);
   CacheView view(const Pass& pass, std::size_t layer, std::size_t kv_head, std::size_t slot) const;
   float* vector(const Pass& pass, std::size_t number) const;
+
+  // delta_net.cpp
+  void delta_net(const Pass& pass, std::size_t index);
+  void convolve_head(const Pass& pass, std::size_t index, const SequenceRun& run, std::size_t head);
+  void delta_rule(const Pass& pass, std::size_t index, const SequenceRun& run, std::size_t head);
+  const float* gated_heads(const Pass& pass, std::size_t index, std::size_t t);
 };
 
 // A pass as one thread sees it.

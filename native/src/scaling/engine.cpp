@@ -32,7 +32,7 @@ void ScalingEngine::State::run(const PassInput& pass, float* logits, float* embe
     ++single_tokens;
     single_skipped += skipped() - before;
   }
-  if (model.modules > 0) past.advance(pass.slots, pass.positions, pass.n);
+  if (model.modules > 0) states.advance(pass.slots, pass.positions, pass.n);
 }
 
 void ScalingEngine::copy_page(std::size_t source, std::size_t target) {

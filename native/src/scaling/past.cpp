@@ -2,8 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <stdexcept>
-#include <string>
 
 namespace tulle {
 
@@ -16,12 +14,7 @@ void ConvolutionPast::find(const std::int32_t* slots, const std::int32_t* positi
   for (std::size_t t = 0; t < n; ++t) {
     const std::size_t slot = static_cast<std::size_t>(slots[t]), position = static_cast<std::size_t>(positions[t]);
     const std::size_t before = last_of_[slot];
-    const std::size_t expected = before > 0 ? static_cast<std::size_t>(positions[before - 1]) + 1 : states_.next(slot);
-    if (position != expected && (position != 0 || before > 0)) {
-      throw std::invalid_argument("position of sequence " + std::to_string(slot) + ": expected " +
-                                  std::to_string(expected) + " or a start at 0, found " + std::to_string(position) +
-                                  "; the convolutions keep the two tokens before alone");
-    }
+    states_.check_next(slot, position, before > 0 ? positions + before - 1 : nullptr);
     for (std::size_t tap = 0; tap < kPast; ++tap) {
       const std::size_t back = kPast - tap;
       Origin& o = origins_[t * kPast + tap];
@@ -36,12 +29,6 @@ void ConvolutionPast::find(const std::int32_t* slots, const std::int32_t* positi
   // From the end: the last kPast of each sequence.
   std::fill(last_of_.begin(), last_of_.end(), 0);
   for (std::size_t t = n; t-- > 0;) kept_[t] = last_of_[static_cast<std::size_t>(slots[t])]++ < kPast;
-}
-
-void ConvolutionPast::advance(const std::int32_t* slots, const std::int32_t* positions, std::size_t n) {
-  for (std::size_t t = 0; t < n; ++t) {
-    states_.set_next(static_cast<std::size_t>(slots[t]), static_cast<std::size_t>(positions[t]) + 1);
-  }
 }
 
 const float* ConvolutionPast::tap(std::size_t layer, std::size_t t, std::size_t tap) const {

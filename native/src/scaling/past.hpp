@@ -22,8 +22,6 @@ class ConvolutionPast {
   // Before a pass: where the images before each token are found. Throws std::invalid_argument where a sequence goes on
   // from somewhere else.
   void find(const std::int32_t* slots, const std::int32_t* positions, std::size_t n);
-  // After a pass.
-  void advance(const std::int32_t* slots, const std::int32_t* positions, std::size_t n);
 
   // The image of this pass's token t, to be filled in.
   float* image(std::size_t t) { return images_.data() + t * size_; }

@@ -41,7 +41,7 @@ def serve(
         int | None, _option("--context", "T", "Tokens of a sequence, prompt included [the model's, up to 4096].")
     ] = None,
     cache_memory: Annotated[
-        str | None, _option("--cache-memory", "SIZE", "For keys and values, such as 4GB [what --sequences need].")
+        str | None, _option("--cache-memory", "SIZE", "For keys, values, states, such as 4GB [what --sequences need].")
     ] = None,
     cache: Annotated[
         str | None, _option("--cache", "KIND", "Keys and values in f32, bf16, int8, int4 [as fits the model].")

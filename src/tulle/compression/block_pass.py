@@ -48,10 +48,15 @@ class ParkedBatches:
             return cast(Tensor, end.value)
 
     def _park(self, given: GroupInput, before: GroupInput | None = None) -> GroupInput:
-        given.x = self._parking.keep(given.x)
-        # Within mixer and feed-forward the stream does not change: it lies where it lay.
-        if before is None or given.residual is not before.residual:
-            given.residual = self._parking.keep(given.residual)
+        # What stays the same from group to group (the stream within mixer and feed-forward, what a mixture of experts
+        # carries) lies where it lay.
+        there = [] if before is None else [before.residual, *before.carried]
+        kept = {id(tensor): tensor for tensor in there}
+        for tensor in (given.x, given.residual, *given.carried):
+            if id(tensor) not in kept:
+                kept[id(tensor)] = self._parking.keep(tensor)
+        given.x, given.residual = kept[id(given.x)], kept[id(given.residual)]
+        given.carried = [kept[id(tensor)] for tensor in given.carried]
         return given
 
 
@@ -62,15 +67,21 @@ class Gap:
         self._lost: dict[str, float] = defaultdict(float)
         self._total: dict[str, float] = defaultdict(float)
 
-    def add(self, name: str, reference: Tensor, found: Tensor, valid: Tensor | None) -> None:
-        """Takes outputs ``[B, T, C]`` of both paths; ``valid``: bool ``[B, T]``, None: all are real."""
-        wanted, seen = real_tokens(reference, valid), real_tokens(found, valid)
-        self._lost[name] += _square_sum(seen - wanted)
+    def add(self, name: str, wanted: Tensor, found: Tensor) -> None:
+        """Takes outputs ``[N, C]`` of both paths for the same real tokens."""
+        self._lost[name] += _square_sum(found - wanted)
         self._total[name] += _square_sum(wanted)
 
     def share(self, name: str) -> float:
         """Σ|ŷ − y|²/Σ|y|²."""
         return self._lost[name] / max(self._total[name], 1e-30)
+
+
+def matched(dense: GroupInput, compressed: GroupInput, x: Tensor, valid: Tensor | None) -> Tensor:
+    """Rows ``[N, C]`` of x, which belongs to ``dense``, for the real tokens that ``compressed`` sees."""
+    if dense.tokens is None or compressed.tokens is None:
+        return real_tokens(x, valid)
+    return compressed.real(x[torch.searchsorted(dense.tokens, compressed.tokens)], valid)
 
 
 def _square_sum(x: Tensor) -> float:
@@ -85,8 +96,9 @@ def advance(
     ends = []
     for i, real in enumerate(valid):
         wanted, found = dense.outputs(i), compressed.outputs(i)
+        there, here = dense.given[i], compressed.given[i]
         for name, y, z in zip(group.names, wanted, found, strict=True):
-            gap.add(name, y, z, real)
+            gap.add(name, matched(there, here, y, real), here.real(z, real))
         end = dense.send(i, wanted), compressed.send(i, found)
         if end[0] is not None and end[1] is not None:
             ends.append((end[0], end[1]))

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tulle import machine
+from tulle.compression.block_work import DENSIFIED, SPARSE_FROM
 from tulle.compression.calibration import calibration_sequences, calibration_text
 from tulle.compression.recipe import Recipe, Step, read_recipe
 from tulle.compression.reload import Rows, confirm, first_windows, losses
@@ -26,7 +27,7 @@ from tulle.compression.report import linear_report, run_report, table_report
 from tulle.compression.run_folder import RunFolder, State, disk_errors
 from tulle.compression.survey import head_hessian, take_survey
 from tulle.compression.tables import quantise_table, relative_error, table_steps
-from tulle.compression.walker import DENSIFIED, SPARSE_FROM, Walker, compute_dtype
+from tulle.compression.walker import Experts, PartResult, Walker, compute_dtype
 from tulle.core.grid import Grid, is_automatic, try_instead
 from tulle.core.hessian import Hessian
 from tulle.core.masks import zero_share
@@ -117,7 +118,9 @@ def compress(
             )  # fmt: skip
             decisions.notes[:0] = group_sizes(dense.description, chosen)
             decisions.notes.extend(dense.checkpoint.source.notes)
-            if decisions.changes_basis and any(zero_share(t) >= SPARSE_FROM for t in dense.read_block(0).values()):
+            if decisions.changes_basis and any(
+                zero_share(t) >= SPARSE_FROM for t in dense.read_block(0, experts=False).values()
+            ):
                 decisions.notes.append(DENSIFIED)
             dense = dense.rewritten(decisions.residual, decisions.values)
             tables = table_steps(dense.tied, chosen)
@@ -162,8 +165,10 @@ def finish_report(
 def require_fitting(model: Decoder, recipe: Recipe) -> None:
     """Raises ``UserError`` where a step's settings do not fit a linear or a table that it targets."""
     tables = table_steps(model.tied, recipe)
+    all_groups = unlike_groups(model)
+    _require_no_experts(model, recipe)
     for step in recipe.steps:
-        groups = [group for group in model.layers[0].groups if group.role in step.targets]
+        groups = [group for group in all_groups if group.role in step.targets]
         size, widths = getattr(step.method, "group_size", None), _roles_by_width(groups)
         for role in (role for role, chosen in tables.items() if chosen is step):
             widths.setdefault(model.hidden, []).append(role)
@@ -178,13 +183,37 @@ def require_fitting(model: Decoder, recipe: Recipe) -> None:
                 step.method.validate(linear.name, linear.shape)
 
 
+def unlike_groups(model: Decoder) -> list[LinearGroup]:
+    """Groups of linears, of those that differ in no width but one."""
+    found = {(group.role, *(linear.shape for linear in group.linears)): group for group in _groups(model)}
+    return list(found.values())
+
+
+def _groups(model: Decoder) -> Iterator[LinearGroup]:
+    for layer in model.layers:
+        yield from layer.groups
+        yield from (group for expert in layer.experts[:1] for group in expert.groups)
+
+
+def _require_no_experts(model: Decoder, recipe: Recipe) -> None:
+    """Raises ``UserError`` for a step that does not know experts, where there are any."""
+    if not any(layer.experts for layer in model.layers):
+        return
+    for step in recipe.steps:
+        if not step.method.takes_experts:
+            raise UserError(
+                f"expected steps that take one expert at a time, found {step.name} for {model.model_type}, which looks "
+                "at whole blocks; leave it out"
+            )
+
+
 def group_sizes(model: Decoder, recipe: Recipe) -> list[str]:
     """A line for every step with ``group_size: auto``: the groups that it takes."""
     lines = []
     for step in recipe.steps:
         size = getattr(step.method, "group_size", None)
         if "codes" in step.method.settles and is_automatic(size):
-            groups = [group for group in model.layers[0].groups if group.role in step.targets]
+            groups = [group for group in unlike_groups(model) if group.role in step.targets]
             found = [
                 f"{Grid.of(8, size, True, width).group_size or width} of {width} in {', '.join(roles)}"
                 for width, roles in _roles_by_width(groups).items()
@@ -249,19 +278,18 @@ class _Job:
                     f"remove {self.run.partial} and start again"
                 )
         begun = time.perf_counter()
-        tensors, dtypes = self.dense.read_block(index), self.dense.dtypes(index)
+        tensors, dtypes = self.dense.read_block(index, experts=False), self.dense.dtypes(index)
         loaded = time.perf_counter() - begun
-        result = self.walker.block(index, tensors, dtypes)
+        shard: dict[str, Tensor] = {}
+
+        def keep(result: PartResult, read: Mapping[str, Tensor]) -> None:
+            shard.update(self._packed_part(index, result, read, dtypes))
+
+        result = self.walker.block(
+            index, tensors, dtypes, Experts(lambda expert: self.dense.read_expert(index, expert), keep)
+        )
         writing = time.perf_counter()
-        prefix = self.dense.description.layers[index].prefix
-        shard = {prefix + name: t.cpu().to(dtypes[name]) for name, t in (tensors | result.tensors).items()}
-        holders: dict[tuple[int, ...], str] = {}
-        for linear in result.linears:
-            dtype = shard.pop(f"{linear.name}.weight").dtype
-            holder = holders.setdefault(tuple(map(id, linear.transform)), linear.name)
-            spec = spec_of(linear, dtype, None if holder == linear.name else holder)
-            shard |= self._packed(linear, spec, dtype)
-            self.state.linears.append(linear_report(linear, spec, index, result, dtype))
+        keep(result, tensors)
         self.run.write(self.state, index + 1, shard)
         self.state.blocks.append(
             {
@@ -271,6 +299,7 @@ class _Job:
                 "notes": result.notes,
                 "permutations": result.permutations,
                 "activity": result.activity,
+                "experts": None if result.expert_tokens is None else dataclasses.asdict(result.expert_tokens),
             }
         )
         self.state.count(result.seconds | {"load": loaded, "write": time.perf_counter() - writing})
@@ -280,6 +309,22 @@ class _Job:
         self.run.commit(self.state)
         for path in ("dense", "compressed"):
             self.walker.states(path, index).file.unlink(missing_ok=True)
+
+    def _packed_part(
+        self, index: int, result: PartResult, read: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]
+    ) -> dict[str, Tensor]:
+        """The tensors by full name that stand for a block without its experts, or for an expert, of what was read; its
+        linears join the report."""
+        prefix = self.dense.description.layers[index].prefix
+        shard = {prefix + name: t.cpu().to(dtypes[name]) for name, t in {**read, **result.tensors}.items()}
+        holders: dict[tuple[int, ...], str] = {}
+        for linear in result.linears:
+            dtype = shard.pop(f"{linear.name}.weight").dtype
+            holder = holders.setdefault(tuple(map(id, linear.transform)), linear.name)
+            spec = spec_of(linear, dtype, None if holder == linear.name else holder)
+            shard |= self._packed(linear, spec, dtype)
+            self.state.linears.append(linear_report(linear, spec, index, result, dtype))
+        return shard
 
     def _packed(self, linear: LinearState, spec: LinearSpec, dtype: torch.dtype) -> dict[str, Tensor]:
         """A linear's tensors by full name; its spec goes into the state where a plain weight does not say all."""

@@ -92,7 +92,11 @@ class Calibration(BaseModel):
     stored so, where the machine is fast in it (AVX512-BF16, AMX, a GPU); float32 elsewhere."""
     sequential: bool = True
     """True: the rows of a block are compressed one after the other, each seeing the outputs of those before it.
-    False: all rows of a block see the block's dense weights, for fewer forward passes."""
+    False: all rows of a block see the block's dense weights, for fewer forward passes; those of experts still go one
+    after the other."""
+    expert_tokens: int = Field(512, ge=1)
+    """Tokens that every expert of a mixture is shown at least: where the router gives it fewer, those that it would get
+    next."""
 
 
 class Recover(BaseModel):

@@ -10,7 +10,7 @@ import torch
 from tulle import machine
 from tulle.compression.recipe import Recipe
 from tulle.compression.run_folder import State
-from tulle.compression.walker import BlockResult
+from tulle.compression.walker import PartResult
 from tulle.core.mask_structure import mask_structure
 from tulle.format.spec import LinearSpec
 from tulle.methods.contract import LinearState
@@ -53,7 +53,7 @@ def run_report(
 
 
 def linear_report(
-    linear: LinearState, spec: LinearSpec, index: int, result: BlockResult, dtype: torch.dtype
+    linear: LinearState, spec: LinearSpec, index: int, result: PartResult, dtype: torch.dtype
 ) -> dict[str, Any]:
     """One linear's part of the report; ``dtype`` is that of the checkpoint's weight."""
     return {

@@ -28,20 +28,14 @@ import torch
 from torch import Tensor, nn
 
 from tulle.compression.block_pass import Gap, ParkedBatches, advance
-from tulle.compression.fitting import Mismatch, fit_to_dense
+from tulle.compression.block_work import BlockWork, Part, group_state, rewritten
+from tulle.compression.expert_tokens import ExpertTokens, route
+from tulle.compression.fitting import fit_to_dense
+from tulle.compression.group_inputs import Found, compared_inputs, statistics_of
 from tulle.compression.hidden_states import HiddenStates, Parking
 from tulle.compression.recipe import Recipe, Step
-from tulle.core.activity import Counter, columns_of
-from tulle.core.grid import all_finite
+from tulle.core.activity import Counter
 from tulle.core.head_grids import HeadGrids
-from tulle.core.masks import PATTERNS, Pattern, follows, zero_share
-from tulle.core.quantised_input import QuantisedInput
-from tulle.core.rotation import Extremes
-from tulle.core.sample import Reservoir
-from tulle.core.token_grid import TokenGrid
-from tulle.core.topk import Selection
-from tulle.core.transform import run
-from tulle.errors import UserError
 from tulle.machine import memory_bytes
 from tulle.methods.contract import (
     BlockState,
@@ -55,34 +49,36 @@ from tulle.methods.contract import (
     Statistics,
 )
 from tulle.models.batches import Batch, real_tokens
-from tulle.models.decoder import DecoderBlock, GroupInput
-from tulle.models.description import Decoder, Layer, LinearGroup
+from tulle.models.decoder import DecoderBlock, run_group
+from tulle.models.description import ROLES, Decoder, Expert, Layer, LinearGroup
 from tulle.models.watch import run_with_stream
 
-SPARSE_FROM = 0.01
-"""Share of exact zeros from which on a linear of a checkpoint counts as pruned."""
-DENSIFIED = "a rotation or another map of its inputs densified the checkpoint's zeros; leave it out to keep them"
-SAMPLE = 2048
-"""Tokens of an unbiased sample of a group's input."""
 PARKED_SHARE = 1 / 8
 """Share of the machine's memory up to which activations of parked sequences are kept there; more go to files."""
 
 
 @dataclass
-class BlockResult:
-    """A compressed block: its linears' final states and what it cost."""
+class PartResult:
+    """Compressed linears, be it of a block without its experts or of one expert, and what they cost."""
+
+    linears: list[LinearState]
+    """Their final states."""
+    tensors: dict[str, Tensor]
+    """Other tensors by relative name, float32, where a step changed them."""
+    output_errors: dict[str, float]
+    """Σ|ŷ − y|²/Σ|y|² per linear, dense model against compressed model, over all calibration tokens that it sees."""
+    linear_seconds: dict[str, float]
+
+
+@dataclass
+class BlockResult(PartResult):
+    """A compressed block without its experts."""
 
     index: int
-    linears: list[LinearState]
-    tensors: dict[str, Tensor]
-    """Norm gains and biases by relative name, float32, where a step changed them."""
-    output_errors: dict[str, float]
-    """Σ|ŷ − y|²/Σ|y|² per linear, dense model against compressed model, over all calibration tokens."""
     block_error: float
-    """The same for the hidden states after the block."""
+    """Σ|ŷ − y|²/Σ|y|² of the hidden states after the block."""
     seconds: dict[str, float]
     """``load``, ``forward``, ``statistics``, and one entry per step name."""
-    linear_seconds: dict[str, float] = field(default_factory=dict)
     attention: HeadGrids | None = None
     notes: list[str] = field(default_factory=list)
     """Of the block steps."""
@@ -90,43 +86,17 @@ class BlockResult:
     """What channel permutations retained, per role."""
     activity: list[dict[str, Any]] = field(default_factory=list)
     """What the tokens read, per role, in a block whose inputs are selected (:mod:`tulle.core.activity`)."""
+    expert_tokens: ExpertTokens | None = None
 
 
-@dataclass
-class _Work:
-    """A block while it is compressed."""
+@dataclass(frozen=True)
+class Experts:
+    """Where a block's experts come from and go, one at a time."""
 
-    layer: Layer
-    dtypes: Mapping[str, torch.dtype]
-    """What tensors (relative names) are stored as if nothing quantises them."""
-    dense: DecoderBlock
-    compressed: DecoderBlock
-    """Shares every tensor with ``dense`` but those of linears that were compressed."""
-    groups: dict[str, GroupState]
-    """By role, in the order in which they run; those that the recipe has anything to do with."""
-    linear_roles: tuple[str, ...]
-    """Roles that linear steps target."""
-    changed: dict[str, Tensor]
-    """Tensors by relative name that block steps changed."""
-    attention: HeadGrids | None
-    notes: list[str]
-    permutations: list[dict[str, Any]]
-    inputs: dict[str, QuantisedInput] = field(default_factory=dict)
-    """In front of the compressed block's linears, by relative name."""
-    hooks: dict[str, Any] = field(default_factory=dict)
-    linear_seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    def relative(self, linear: LinearState) -> str:
-        return linear.name.removeprefix(self.layer.prefix)
-
-    def input_of(self, group: LinearGroup, x: Tensor) -> Tensor:
-        """What the group's first linear multiplies with its weights in the compressed block."""
-        quantised = self.inputs.get(group.names[0])
-        return x if quantised is None else quantised(x)
-
-
-Found = tuple[Statistics, Tensor | None]
-"""Of one group's input: statistics, and R ``[C_out, C_in]`` where its weights are fitted to the dense model."""
+    read: Callable[[int], Mapping[str, Tensor]]
+    """An expert's tensors by relative name."""
+    finished: Callable[[PartResult, Mapping[str, Tensor]], None]
+    """Is given what has become of an expert, and the tensors that were read."""
 
 
 class Walker:
@@ -154,7 +124,7 @@ class Walker:
         self._device, self._dtype, self._progress, self._seed = device, dtype, progress, seed
         self._valid = [None if bool(batch.valid.all()) else batch.valid.to(device) for batch in batches]
         tokens = sum(batch.tokens.numel() for batch in batches)
-        widest = max(group.inputs for group in model.layers[0].groups)
+        widest = max(group.inputs for layer in model.layers for group in layer.groups)
         parked = 2 * tokens * (model.hidden + widest) * dtype.itemsize
         self._parking = Parking(folder, on_disk=parked > PARKED_SHARE * memory_bytes())
         self._seconds: dict[str, float] = {}
@@ -184,9 +154,14 @@ class Walker:
 
     @torch.no_grad()
     def block(
-        self, index: int, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype] | None = None
+        self,
+        index: int,
+        tensors: Mapping[str, Tensor],
+        dtypes: Mapping[str, torch.dtype] | None = None,
+        experts: Experts | None = None,
     ) -> BlockResult:
-        """Compresses block ``index`` (tensors by relative name) and leaves the next block's inputs.
+        """Compresses block ``index`` (tensors by relative name, but those of experts) and leaves the next block's
+        inputs.
 
         ``dtypes``: what each tensor is stored as if nothing quantises it; None: its own.
         """
@@ -199,106 +174,122 @@ class Walker:
             for step in refining:
                 self._refine(work, step)
         steps, refining = phases[-1]
+        expert_steps = steps
         if refining or (steps and not self._recipe.calibration.sequential):
             self._compress(work, steps, fitted)
             for step in refining:
                 self._refine(work, step)
             steps = []
         # The last pass over the block also leaves the next one's inputs.
-        gap, counters = self._compress(work, steps, fitted, propagate=True)
-        linears = [linear for group in work.groups.values() for linear in group.linears]
-        names = [linear.name for linear in work.layer.linears()]
+        gap, counters, tokens = self._compress(work, steps, fitted, experts, expert_steps, propagate=True)
+        part = work.part
         return BlockResult(
+            **self._result(work, part, compressible(work.layer), gap),
             index=index,
-            linears=linears,
-            tensors={n: t for n, t in work.changed.items() if n.removesuffix(".weight") not in names},
-            output_errors={work.layer.prefix + name: gap.share(name) for name in names},
             block_error=gap.share(""),
             seconds=dict(self._seconds),
-            linear_seconds={linear.name: work.linear_seconds[linear.name] for linear in linears},
-            attention=work.attention,
-            notes=work.notes,
-            permutations=work.permutations,
+            attention=part.attention,
+            notes=part.notes,
+            permutations=part.permutations,
             activity=[{"role": role} | counter.result() for role, counter in counters.items()],
+            expert_tokens=tokens,
         )
+
+    def _result(self, work: BlockWork, part: Part, groups: Sequence[LinearGroup], gap: Gap) -> dict[str, Any]:
+        """The fields of :class:`PartResult`."""
+        linears, names = part.linears(), [name for group in groups for name in group.names]
+        return {
+            "linears": linears,
+            "tensors": {n: t for n, t in part.changed.items() if n.removesuffix(".weight") not in names},
+            "output_errors": {work.layer.prefix + name: gap.share(name) for name in names},
+            "linear_seconds": {linear.name: work.linear_seconds[linear.name] for linear in linears},
+        }
 
     # Prepare
 
-    def _prepare(self, index: int, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> _Work:
+    def _prepare(self, index: int, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> BlockWork:
         """The block in both forms, block steps applied, every linear's state at the start of the linear steps."""
         layer = self._model.layers[index]
         weights = {name: t.float().to(self._device) for name, t in tensors.items()}
-        linear_roles = tuple(g.role for g in layer.groups if self._recipe.steps_for(g.role, "linear"))
-        attention, notes, permutations, changed = None, [], [], {}
-        if self._recipe.stage("block"):
-            state = self._run_block_steps(layer, weights)
-            attention, notes, permutations, groups = state.attention, state.notes, state.permutations, state.groups
-            changed = rewritten(layer, state, weights)
-            weights |= changed
-        else:
-            planned = bool(self._recipe.stage("model"))
-            touched = [group for group in layer.groups if planned or group.role in linear_roles]
-            groups = {group.role: group_state(layer, group, weights, Statistics()) for group in touched}
-        # Both share every tensor; a compressed linear gets a new one.
-        cast = {name: tensor.to(self._dtype) for name, tensor in weights.items()}
-        dense, compressed = (
-            DecoderBlock(self._model, index, cast, self._device, self._dtype) for _ in ("dense", "compressed")
-        )
-        work = _Work(
-            layer, dtypes, dense, compressed, groups, linear_roles, changed, attention, notes, permutations
-        )  # fmt: skip
-        for group in groups.values():
-            group.statistics = Statistics()
-            for linear in group.linears:
-                linear.kept_bits = self._decisions.kept.get(linear.name)
-                linear.allotted_grid = self._decisions.grids.get(linear.name)
-                linear.allotted = self._decisions.sparsity.get(linear.name)
-                linear.weight = linear.folded() if linear.transform else linear.dense
-                hold_zeros(linear)
-                self._install(work, linear)
-            self._put_inputs_in_front(work, group)
-            if group.role not in linear_roles:
-                self._finish(work, group)
-        return work
-
-    def _run_block_steps(self, layer: Layer, weights: Mapping[str, Tensor]) -> BlockState:
-        """Runs the recipe's block steps; the block's inputs are seen once, before any of them."""
         needs = {group.role: self._needs(group.role, "block") for group in layer.groups}
         found: dict[str, Statistics] = {}
         if any(needs.values()):
             found = self._statistics_of_dense(layer, weights, needs)
-        groups = {
-            group.role: group_state(layer, group, weights, found.get(group.role, Statistics()))
-            for group in layer.groups
-        }
+        part = self._part(layer, compressible(layer), weights, found, self._seed)
+        weights |= part.changed
+        # Both share every tensor; a compressed linear gets a new one.
+        cast = {name: tensor.to(self._dtype) for name, tensor in weights.items()}
+        dense, compressed = (
+            DecoderBlock(self._model, index, cast, self._device, self._dtype, experts=False)
+            for _ in ("dense", "compressed")
+        )
+        work = BlockWork(layer, dtypes, dense, compressed, part)
+        work.begin(part, self._decisions)
+        return work
+
+    def _part(
+        self,
+        layer: Layer,
+        groups: Sequence[LinearGroup],
+        weights: Mapping[str, Tensor],
+        found: Mapping[str, Statistics],
+        seed: int,
+        whole: bool = True,
+    ) -> Part:
+        """A layer without its experts, or, not ``whole``, one expert, with the recipe's block steps applied; ``found``:
+        what they need of the groups' inputs, by role."""
+        roles = tuple(group.role for group in groups if self._recipe.steps_for(group.role, "linear"))
+        if not self._recipe.stage("block"):
+            planned = bool(self._recipe.stage("model")) or not whole
+            touched = [group for group in groups if planned or group.role in roles]
+            return Part({g.role: group_state(layer, g, weights, Statistics()) for g in touched}, roles)
+        state = self._run_block_steps(layer, groups, weights, found, seed)
+        changed = rewritten(layer, groups, state, weights)
+        return Part(state.groups, roles, changed, state.attention, state.notes, state.permutations)
+
+    def _run_block_steps(
+        self,
+        layer: Layer,
+        linear_groups: Sequence[LinearGroup],
+        weights: Mapping[str, Tensor],
+        found: Mapping[str, Statistics],
+        seed: int,
+    ) -> BlockState:
+        """Runs the recipe's block steps; the block's inputs are seen once, before any of them."""
+        groups = {g.role: group_state(layer, g, weights, found.get(g.role, Statistics())) for g in linear_groups}
         by_name = {linear.name: linear for group in groups.values() for linear in group.linears}
         for linear in by_name.values():
             linear.allotted_inputs = self._decisions.input_sparsity.get(linear.name)
         heads, kv_heads, head_dim = layer.heads
+        own = [(group, norm) for group, norm in layer.own_norms() if group in linear_groups]
+        linears = [linear for group in linear_groups for linear in group.linears]
         state = BlockState(
             index=layer.index,
             groups=groups,
-            gains={g.role: weights[f"{norm.name}.weight"] + norm.offset for g, norm in layer.own_norms()},
-            norm_biases={g.role: weights[f"{norm.name}.bias"] for g, norm in layer.own_norms() if norm.bias},
-            biases={layer.prefix + x.name: weights[f"{x.name}.bias"] for x in layer.linears() if x.bias},
+            gains={g.role: weights[f"{norm.name}.weight"] + norm.offset for g, norm in own},
+            norm_biases={g.role: weights[f"{norm.name}.bias"] for g, norm in own if norm.bias},
+            biases={layer.prefix + x.name: weights[f"{x.name}.bias"] for x in linears if x.bias},
             producers={
                 g.role: tuple(ProducedRows(by_name[layer.prefix + p.name], p.rows, p.linear) for p in g.producers)
-                for g in layer.groups
+                for g in linear_groups
             },
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
-            seed=self._seed,
+            seed=seed,
             residual=self._decisions.residual,
         )
         outputs: list[Tensor] = []
         for step in self._recipe.stage("block"):
+            targets = tuple(role for role in step.targets if role in groups)
+            if not targets:
+                continue
             self._report(layer.index, 0, step.name)
             with self._timed(step.name):
                 if step.method.learns:
                     outputs = outputs or self._dense_outputs(layer.index, weights)
                     self._lend_block(state, layer, weights, outputs)
-                step.method.prepare(state, step.targets)
+                step.method.prepare(state, targets)
         for linear in by_name.values():
             bits = self._decisions.kept_inputs.get(linear.name)
             if bits is not None and linear.input_grid is not None:
@@ -309,7 +300,7 @@ class Walker:
         self, layer: Layer, weights: Mapping[str, Tensor], needs: Mapping[str, frozenset[Statistic]]
     ) -> dict[str, Statistics]:
         """Of the inputs of the block's groups as they are before any step, on the compressed model's hidden states."""
-        block = DecoderBlock(self._model, layer.index, weights, self._device, self._dtype)
+        block = DecoderBlock(self._model, layer.index, weights, self._device, self._dtype, experts=False)
         with self._timed("forward"):
             path = ParkedBatches(block, self._hidden("compressed", layer.index), self._parking)
         found: dict[str, Statistics] = {}
@@ -317,7 +308,7 @@ class Walker:
         for group in layer.groups:
             if needs[group.role]:
                 with self._timed("statistics"):
-                    found[group.role] = self._statistics(path.given, needs[group.role], lambda x: x)
+                    found[group.role] = statistics_of(path.given, self._valid, needs[group.role], seed=self._seed)
             if group.role == last:
                 return found
             with self._timed("forward"):
@@ -329,7 +320,7 @@ class Walker:
         self, state: BlockState, layer: Layer, weights: Mapping[str, Tensor], outputs: Sequence[Tensor]
     ) -> None:
         """Gives a learned method the block as the steps so far left it, float32, and the batches to train on."""
-        current = dict(weights) | rewritten(layer, state, weights)
+        current = dict(weights) | rewritten(layer, compressible(layer), state, weights)
         block, attention = DecoderBlock(self._model, layer.index, current, self._device), state.attention
 
         def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -345,108 +336,146 @@ class Walker:
     # Compress the groups, and propagate
 
     def _compress(
-        self, work: _Work, steps: Sequence[Step], fitted: set[str], propagate: bool = False
-    ) -> tuple[Gap, dict[str, Counter]]:
+        self,
+        work: BlockWork,
+        steps: Sequence[Step],
+        fitted: set[str],
+        experts: Experts | None = None,
+        expert_steps: Sequence[Step] = (),
+        propagate: bool = False,
+    ) -> tuple[Gap, dict[str, Counter], ExpertTokens | None]:
         """One pass over the block, in which ``steps`` compress the groups they target; roles that it fits to the
-        dense model join ``fitted``. With ``propagate`` it leaves the next block's inputs.
+        dense model join ``fitted``. With ``propagate`` it goes on through ``experts``, with steps of their own, and
+        leaves the next block's inputs.
 
-        Returns how far the outputs of linears and block are from the dense model's, and what the tokens read of
-        selected inputs.
+        Returns how far the outputs of linears and block are from the dense model's, what the tokens read of selected
+        inputs, and which experts they went to.
         """
-        index = work.layer.index
-        targeted = [role for role in work.linear_roles if any(role in step.targets for step in steps)]
-        sequential = self._recipe.calibration.sequential
-        gap, counters, counts = Gap(), {}, propagate and self._selects_inputs(work)
+        index, part = work.layer.index, work.part
+        targeted = [role for role in part.roles if any(role in step.targets for step in steps)]
+        gap, counters, tokens = Gap(), {}, None
+        counts = propagate and any(linear.input_selection for linear in part.linears())
         with self._timed("forward"):
             dense = ParkedBatches(work.dense, self._hidden("dense", index), self._parking)
             compressed = ParkedBatches(
-                work.compressed, self._hidden("compressed", index), self._parking, work.attention
+                work.compressed, self._hidden("compressed", index), self._parking, part.attention
             )
         seen: list[tuple[GroupState, Found]] = []
         for group in work.layer.groups:
             if group.role in targeted:
-                self._report(index, work.linear_roles.index(group.role), group.role)
+                self._report(index, part.roles.index(group.role), group.role)
                 fit = group.role not in fitted and self._recipe.calibration.target != "layer"
-                found = self._collect(work, group, dense.given, compressed.given, fit)
+                found = self._collect(work, part.groups[group.role], dense, compressed, fit)
                 fitted.add(group.role)
-                if sequential:
-                    self._apply(work, work.groups[group.role], steps, found)
+                if self._recipe.calibration.sequential:
+                    self._apply(work, part.groups[group.role], steps, found)
                 else:
-                    seen.append((work.groups[group.role], found))
+                    seen.append((part.groups[group.role], found))
             if counts:  # now that the group's weights are those that will be stored
-                counter = counters[group.role] = self._counter(work, group)
+                counter = counters[group.role] = work.counter(group)
                 for given, mask in zip(compressed.given, self._masks(), strict=True):
                     counter.see(work.input_of(group, given.x), mask)
             if not propagate and group.role == targeted[-1]:
                 break
             with self._timed("forward"):
+                if group.role == "router":
+                    least = self._recipe.calibration.expert_tokens
+                    tokens = route(dense, compressed, self._valid, len(work.layer.experts), least)
                 ends = advance(dense, compressed, group, self._valid, gap)
         for state, found in seen:
             self._apply(work, state, steps, found)
         if propagate:
-            self._report(index, len(work.linear_roles), "propagate")
+            for expert in work.layer.experts:
+                assert experts is not None
+                self._report(index, len(part.roles), f"expert {expert.index + 1}/{len(work.layer.experts)}")
+                ends = self._expert(work, expert, experts, expert_steps, dense, compressed, gap)
+            self._report(index, len(part.roles), "propagate")
             for i, (wanted, left) in enumerate(ends):
-                gap.add("", wanted, left, self._valid[i])
+                gap.add("", real_tokens(wanted, self._valid[i]), real_tokens(left, self._valid[i]))
                 self.states("dense", index + 1).write(i, wanted)
                 self.states("compressed", index + 1).write(i, left)
         for quantised in work.inputs.values():
             quantised.forget()
-        return gap, counters
+        return gap, counters, tokens
 
-    def _collect(
-        self, work: _Work, group: LinearGroup, dense: Sequence[GroupInput], compressed: Sequence[GroupInput], fit: bool
-    ) -> Found:
-        """Statistics of the group's input in the compressed block, and what fitting to the dense model needs."""
-        needs = self._needs(group.role, "linear")
-        with self._timed("statistics"):
-            if not fit or "hessian" not in needs:
-                return self._statistics(compressed, needs, lambda x: work.input_of(group, x)), None
-            linears = work.groups[group.role].linears
-            transform = linears[0].transform
-            stream = self._recipe.calibration.target == "stream" and compressed[0].adds
-            mismatch = Mismatch(torch.cat([linear.weight for linear in linears]), stream)
-            scale = work.layer.residual_scale
-
-            def compare(i: int, x: Tensor) -> None:
-                there, here, valid = dense[i], compressed[i], self._valid[i]
-                wanted = real_tokens(there.x, valid)
-                wanted = run(transform, wanted.float()) if transform else wanted
-                behind = None
-                if stream:
-                    behind = real_tokens(there.residual, valid) - real_tokens(here.residual, valid)
-                    behind = behind if scale == 1 else behind / scale
-                mismatch.add(wanted, x, behind)
-
-            found = self._statistics(compressed, needs, lambda x: work.input_of(group, x), compare)
-            return found, mismatch.result()
-
-    def _statistics(
+    def _expert(
         self,
-        given: Sequence[GroupInput],
-        needs: frozenset[Statistic],
-        prepare: Callable[[Tensor], Tensor],
-        see: Callable[[int, Tensor], None] | None = None,
-    ) -> Statistics:
-        """What a step wants to know of the inputs of a group, after ``prepare``; ``see`` is shown the real tokens
-        ``[T, C_in]`` of every batch."""
-        found = Statistics()
-        extremes, reservoir = None, None
-        for i, (batch, valid) in enumerate(zip(given, self._valid, strict=True)):
-            x = real_tokens(prepare(batch.x), valid)
-            found.add(x, needs)
-            if see is not None:
-                see(i, x)
-            if "rows" in needs:
-                extremes = extremes or Extremes(x.shape[-1], seed=self._seed)
-                extremes.add(x)
-            if "sample" in needs:
-                reservoir = reservoir or Reservoir(SAMPLE, self._seed)
-                reservoir.add(x.float())
-        found.rows = None if extremes is None else extremes.rows
-        found.sample = None if reservoir is None else reservoir.rows
+        work: BlockWork,
+        expert: Expert,
+        experts: Experts,
+        steps: Sequence[Step],
+        dense: ParkedBatches,
+        compressed: ParkedBatches,
+        gap: Gap,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Compresses an expert, at whose gate and up the batches are parked, and lets them go on behind it.
+
+        Its weights are in memory from here to the end alone, and its steps run group by group. Returns the outputs of
+        both blocks behind the last one.
+        """
+        with self._timed("load"):
+            tensors = experts.read(expert.index)
+            weights = {name: t.float().to(self._device) for name, t in tensors.items()}
+            for path in (dense, compressed):
+                path.block.hold(expert.index, weights)
+        found = self._statistics_of_expert(expert, compressed)
+        seed = (self._seed + 1) * 100_003 + expert.index  # its own random signs
+        part = self._part(work.layer, expert.groups, weights, found, seed, whole=False)
+        if part.changed:
+            for path in (dense, compressed):
+                path.block.hold(expert.index, {**weights, **part.changed})
+        del weights
+        work.begin(part, self._decisions)
+        ends: list[tuple[Tensor, Tensor]] = []
+        for group in expert.groups:
+            if group.role in part.roles:
+                state = part.groups[group.role]
+                fit = self._recipe.calibration.target != "layer"
+                inputs = self._collect(work, state, dense, compressed, fit)
+                self._apply(work, state, steps, inputs)
+            with self._timed("forward"):
+                ends = advance(dense, compressed, group, self._valid, gap)
+        work.drop(part)
+        for path in (dense, compressed):
+            path.block.release(expert.index)
+        with self._timed("write"):
+            experts.finished(PartResult(**self._result(work, part, expert.groups, gap)), tensors)
+        return ends
+
+    def _statistics_of_expert(self, expert: Expert, compressed: ParkedBatches) -> dict[str, Statistics]:
+        """Of the inputs of an expert's groups before any step, which block steps ask for."""
+        reads, writes = expert.groups
+        needs = {group.role: self._needs(group.role, "block") for group in expert.groups}
+        found: dict[str, Statistics] = {}
+        with self._timed("statistics"):
+            if needs[reads.role]:
+                found[reads.role] = statistics_of(compressed.given, self._valid, needs[reads.role], seed=self._seed)
+            if needs[writes.role]:
+                block = compressed.block
+                inner = [
+                    replace(given, group=writes, x=block.inner_of_expert(run_group(block, reads, given.x)))
+                    for given in compressed.given
+                ]
+                found[writes.role] = statistics_of(inner, self._valid, needs[writes.role], seed=self._seed)
         return found
 
-    def _apply(self, work: _Work, group: GroupState, steps: Sequence[Step], found: Found) -> None:
+    def _collect(
+        self, work: BlockWork, group: GroupState, dense: ParkedBatches, compressed: ParkedBatches, fit: bool
+    ) -> Found:
+        """Statistics of the input of the group that the batches are parked at, in the compressed block, and what
+        fitting to the dense model needs."""
+        needs, settings = self._needs(group.role, "linear"), self._recipe.calibration
+        with self._timed("statistics"):
+            if fit and "hessian" in needs:
+                return compared_inputs(
+                    work, group, dense.given, compressed.given, self._valid, needs, settings.target == "stream",
+                    self._seed,
+                )  # fmt: skip
+            linear_group = compressed.given[0].group
+            prepare = lambda x: work.input_of(linear_group, x)  # noqa: E731
+            return statistics_of(compressed.given, self._valid, needs, prepare, seed=self._seed), None
+
+    def _apply(self, work: BlockWork, group: GroupState, steps: Sequence[Step], found: Found) -> None:
         """Fits a group's weights to the dense model where that is wanted, and runs the steps on it."""
         group.statistics, mismatch = found
         if mismatch is not None:
@@ -457,47 +486,17 @@ class Walker:
             if group.role in step.targets:
                 with self._timed(step.name):
                     step.method.apply(group)
-        self._finish(work, group)
+        work.finish(group)
         for linear in group.linears:
             work.linear_seconds[linear.name] += (time.perf_counter() - begun) / len(group.linears)
         group.statistics = Statistics()
 
-    def _finish(self, work: _Work, group: GroupState) -> None:
-        """Puts the effective weights, as they will be stored, into the compressed block."""
-        for linear in group.linears:
-            if linear.quantised is None:
-                linear.weight = linear.weight.to(work.dtypes[f"{work.relative(linear)}.weight"]).float()
-            if not all_finite(linear.weight):
-                raise UserError(
-                    f"expected finite weights after the recipe's steps, found NaN or Inf in {linear.name}; raise the "
-                    "damping"
-                )
-            self._install(work, linear)
-        self._put_inputs_in_front(work, group)
-
-    def _install(self, work: _Work, linear: LinearState) -> None:
-        module = work.compressed.get_submodule(work.relative(linear))
-        module.weight = nn.Parameter(linear.weight.to(work.compressed.dtype), requires_grad=False)
-
-    def _put_inputs_in_front(self, work: _Work, group: GroupState) -> None:
-        """Transforms, quantisers and selections in front of a group's linears; siblings see one result."""
-        shared: dict[tuple[TokenGrid | None, Selection | None], QuantisedInput] = {}
-        for linear in group.linears:
-            name, found = work.relative(linear), (linear.input_grid, linear.input_selection)
-            if hook := work.hooks.pop(name, None):
-                hook.remove()
-                del work.inputs[name]
-            if linear.transform or any(part is not None for part in found):
-                quantised = shared.setdefault(found, QuantisedInput(linear.transform, *found))
-                module = work.compressed.get_submodule(name)
-                work.inputs[name], work.hooks[name] = quantised, module.register_forward_pre_hook(quantised.pre_hook)
-
     # Refine
 
-    def _refine(self, work: _Work, step: Step) -> None:
+    def _refine(self, work: BlockWork, step: Step) -> None:
         """Runs a refine step on the compressed block, in float32, and puts its linears back as they will be stored."""
         index = work.layer.index
-        self._report(index, len(work.linear_roles), step.name)
+        self._report(index, len(work.part.roles), step.name)
         with self._timed(step.name):
             wanted = [run_with_stream(work.dense, hidden) for hidden in self._hidden("dense", index)]
             masks = self._masks()
@@ -507,7 +506,7 @@ class Walker:
                     yield hidden, *wanted[i], masks[i]
 
             work.compressed.to(torch.float32)
-            touched = {role: group for role, group in work.groups.items() if role in step.targets}
+            touched = {role: group for role, group in work.part.groups.items() if role in step.targets}
             modules: dict[str, nn.Linear] = {}
             for linear in (linear for group in touched.values() for linear in group.linears):
                 module = work.compressed.get_submodule(work.relative(linear))
@@ -515,14 +514,14 @@ class Walker:
                 modules[linear.name] = module
 
             def forward(hidden: Tensor) -> tuple[Tensor, Tensor]:
-                return run_with_stream(work.compressed, hidden, work.attention)
+                return run_with_stream(work.compressed, hidden, work.part.attention)
 
             state = CompressedBlock(index, touched, work.compressed, modules, forward, batches)
             step.method.refine(state, step.targets)
-            work.notes += state.notes
+            work.part.notes += state.notes
             work.compressed.to(self._dtype)
             for group in touched.values():
-                self._finish(work, group)
+                work.finish(group)
 
     # Small things
 
@@ -536,14 +535,6 @@ class Walker:
 
     def _needs(self, role: str, stage: str) -> frozenset[Statistic]:
         return frozenset().union(*(step.method.needs for step in self._recipe.steps_for(role, stage)))  # type: ignore[arg-type]
-
-    def _selects_inputs(self, work: _Work) -> bool:
-        return any(linear.input_selection for group in work.groups.values() for linear in group.linears)
-
-    def _counter(self, work: _Work, group: LinearGroup) -> Counter:
-        """To count what the tokens read of a group's weights as they are in the compressed block now."""
-        weights = [work.compressed.get_submodule(name).weight for name in group.names]
-        return Counter(columns_of(weights))  # type: ignore[arg-type]
 
     def _timed(self, stage: str) -> _Timer:
         return _Timer(self._seconds, stage)
@@ -567,42 +558,9 @@ class _Timer:
         self.seconds[self.stage] += time.perf_counter() - self.begun
 
 
-def group_state(layer: Layer, group: LinearGroup, weights: Mapping[str, Tensor], statistics: Statistics) -> GroupState:
-    """A group's linears before any step."""
-    linears = []
-    for name in group.names:
-        weight = weights[f"{name}.weight"]
-        linears.append(LinearState(name=layer.prefix + name, weight=weight, dense=weight, role=group.role))
-    return GroupState(group.role, linears, statistics)
-
-
-def rewritten(layer: Layer, state: BlockState, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The block's tensors that block steps changed, by relative name."""
-    tensors = {f"{name.removeprefix(layer.prefix)}.bias": bias for name, bias in state.biases.items()}
-    for group, norm in layer.own_norms():
-        stored, gain = weights[f"{norm.name}.weight"], state.gains[group.role] - norm.offset
-        # As it was, to the bit, where no step has changed it.
-        tensors[f"{norm.name}.weight"] = stored if torch.equal(state.gains[group.role], stored + norm.offset) else gain
-        if norm.bias:
-            tensors[f"{norm.name}.bias"] = state.norm_biases[group.role]
-    for group in layer.groups:
-        for linear in state.groups[group.role].linears:
-            tensors[f"{linear.name.removeprefix(layer.prefix)}.weight"] = linear.dense
-    return {name: tensor for name, tensor in tensors.items() if tensor is not weights[name]}
-
-
-def hold_zeros(linear: LinearState) -> None:
-    """Takes the zeros of a checkpoint that was pruned before for the linear's mask, which every method keeps.
-
-    A transform that mixes channels has densified them by now; the report says so.
-    """
-    if linear.mask is not None or zero_share(linear.dense) < SPARSE_FROM:
-        return
-    if zero_share(linear.weight) < SPARSE_FROM:
-        linear.notes.append(DENSIFIED)
-        return
-    linear.mask = linear.weight != 0
-    linear.pattern = next((text for text in PATTERNS if follows(linear.mask, Pattern.parse(text))), None)
+def compressible(layer: Layer) -> list[LinearGroup]:
+    """The groups of a layer without its experts that steps can target: all but the router."""
+    return [group for group in layer.groups if group.role in ROLES]
 
 
 def compute_dtype(setting: str, stored: torch.dtype, device: str = "cpu") -> torch.dtype:

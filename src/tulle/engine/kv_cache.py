@@ -9,7 +9,9 @@ Pages in use have references. Pages that nobody uses stay in the tree until memo
 were not used for longest, the ends of paths before their beginnings.
 
 A model with a recurrent state (convolutions, linear attention) can go on from a page only where its state at the end of
-that page was kept too, as a **snapshot**. Snapshots are numbered places in the engine's memory.
+that page was kept too, as a **snapshot**. Snapshots are numbered places in the engine's memory. A state may be as
+large as hundreds of pages, so that there are fewer places than pages; the snapshot that was not used for longest goes
+first, or one that whoever asks says to be worth little.
 """
 
 from __future__ import annotations
@@ -44,12 +46,13 @@ class Node:
 class KVCache:
     """Which of an engine's ``pages`` hold what; the numbers, not the memory.
 
-    ``snapshots``: how many recurrent states are kept; 0 for models without one.
+    ``snapshots``: how many recurrent states are kept. ``recurrent``: the model has such a state, even where there is no
+    room for a snapshot: then no sequence goes on from what others computed.
     """
 
-    def __init__(self, pages: int, snapshots: int = 0):
-        self.pages = pages
-        self.recurrent = snapshots > 0
+    def __init__(self, pages: int, snapshots: int = 0, recurrent: bool = False):
+        self.pages, self.snapshots = pages, snapshots
+        self.recurrent = recurrent or snapshots > 0
         self._free = list(range(pages))[::-1]
         self._free_snapshots = list(range(snapshots))[::-1]
         self._snapshots: OrderedDict[Node, None] = OrderedDict()
@@ -85,17 +88,25 @@ class KVCache:
     def match(self, tokens: Sequence[int], limit: int) -> list[Node]:
         """The longest known path of full pages along the first ``limit`` tokens; of a recurrent model, up to the last
         page whose state was kept."""
+        path = self._path(tokens, limit)
+        while self.recurrent and path and path[-1].snapshot is None:
+            path.pop()
+        return path
+
+    def known(self, tokens: Sequence[int], limit: int) -> int:
+        """Of the first ``limit`` tokens, those whose full pages are known, with a state or without."""
+        return len(self._path(tokens, limit)) * PAGE
+
+    def _path(self, tokens: Sequence[int], limit: int) -> list[Node]:
         path: list[Node] = []
-        node, usable = self._root, 0
+        node = self._root
         for start in range(0, limit - PAGE + 1, PAGE):
             found = node.children.get(tuple(tokens[start : start + PAGE]))
             if found is None:
                 break
             path.append(found)
             node = found
-            if not self.recurrent or found.snapshot is not None:
-                usable = len(path)
-        return path[:usable]
+        return path
 
     def enter(self, parent: Node | None, tokens: Sequence[int], page: int) -> tuple[Node, bool]:
         """Puts a full page under its parent (None: the root); of equal pages the first stays.
@@ -128,18 +139,24 @@ class KVCache:
             self.idle += 1
             self._offer(node)
 
-    def snapshot(self, node: Node) -> int | None:
-        """A place for the state at the end of a page; None where it has one already or there is none to be had."""
+    def snapshot(self, node: Node, instead: Node | None = None) -> int | None:
+        """A place for the state at the end of a page; None where it has one already or there is none to be had. Where
+        all are taken, that of ``instead``, or else of the one that was not used for longest."""
         if node.snapshot is not None:
-            self._snapshots.move_to_end(node)
+            self.use_snapshot(node)
             return None
         if not self._free_snapshots and self._snapshots:
-            self._forget_snapshot(next(iter(self._snapshots)))
+            least = instead if instead is not None and instead.snapshot is not None else next(iter(self._snapshots))
+            self._forget_snapshot(least)
         if not self._free_snapshots:
             return None
         node.snapshot = self._free_snapshots.pop()
         self._snapshots[node] = None
         return node.snapshot
+
+    def use_snapshot(self, node: Node) -> None:
+        """A sequence goes on from the state at the end of a page."""
+        self._snapshots.move_to_end(node)
 
     def clear(self) -> int:
         """Forgets all pages that nobody uses; returns how many."""

@@ -24,9 +24,9 @@ from tulle.engine.prepare import Progress, prepared
 from tulle.engine.request import Event, Finish, Request
 from tulle.engine.sampling import Sampling
 from tulle.engine.scheduler import Scheduler
-from tulle.engine.settings import settings_of
+from tulle.engine.settings import attention_of, settings_of
 from tulle.errors import UserError
-from tulle.models.description import describe, families
+from tulle.models.description import Attention, describe, families
 from tulle.models.source import open_source
 from tulle.text.tokenizer import ModelTokenizer
 from tulle.text.tokenizer_folder import read_tokenizer
@@ -39,6 +39,9 @@ AS_QUANTISED = "as quantised"
 """Inputs of integer weights as the recipe quantised them; in 16 bits where it did not."""
 CACHES = ("f32", "bf16", "int8", "int4")
 """How keys and values are kept."""
+SNAPSHOTS, SNAPSHOT_MEMORY = 4, 1 << 27
+"""Recurrent states that are kept for others to go on from: so many beside one per sequence that runs at once, or as
+many as fit into so many bytes, where that is more."""
 CONTEXT = 4096
 """Tokens, where the model allows more and nothing else is asked."""
 
@@ -100,9 +103,9 @@ class Engine:
     (pruned ones densified), ``input-major``, ``dense input-major`` (inputs that are left out are not read) or what is
     faster here, which is tried once [``auto``]; ``weights`` of a Scaling Transformer: f32, bf16, int8 [as stored], int8
     with inputs of 8 bits whatever ``activations`` says (see :mod:`tulle.engine.scaling`); ``cache_memory``: bytes of
-    keys and values [what ``sequences`` need]; ``deterministic``: a sequence gets the same bits whatever else runs with
-    it and however its prompt is cut into passes, for one number of threads. Without it that holds as well, but for
-    Scaling Transformers with matrices of floats, which are faster so.
+    keys and values, and of recurrent states [what ``sequences`` need]; ``deterministic``: a sequence gets the same bits
+    whatever else runs with it and however its prompt is cut into passes, for one number of threads. Without it that
+    holds as well, but for Scaling Transformers with matrices of floats, which are faster so.
 
     Several threads may use an engine: one waits for the other. Raises ``UserError`` for a folder that is broken or a
     model that is not supported.
@@ -170,18 +173,22 @@ class Engine:
         self.layouts, self.layout = [str(name) for name in layouts_for(source)], str(chosen)
         file, facts = prepared(source, head, chosen, progress)
         model = source.description
-        mixer = model.layers[0].attention
+        mixer = attention_of(model)
+        layers = sum(isinstance(layer.mixer, Attention) for layer in model.layers)
         if cache == "auto":
             # Codes of quantised keys and values are what they are in a cache of bytes.
             attention = source.packed.attention if source.packed else None
-            plain = self._fine_or_bf16(len(model.layers) * mixer.kv_heads * mixer.head_dim)
+            plain = self._fine_or_bf16(layers * mixer.kv_heads * mixer.head_dim)
             cache = "int8" if attention and attention.key and attention.value else plain
         self.vocabulary, self.cache_kind = model.vocabulary, cache
         settings = settings_of(source, file, facts, bits, range(len(model.layers)), self.context)
-        pages = self._count_pages(_page_bytes(cache, len(model.layers), mixer.kv_heads, mixer.head_dim))
+        page_bytes, state_bytes = _page_bytes(cache, layers, mixer.kv_heads, mixer.head_dim), settings.state_bytes
+        pages, snapshots = self._count_pages(page_bytes, state_bytes)
         self._native: _native.Engine | _native.ScalingEngine
-        self._native = _native.Engine(settings, pages, self.sequences, self.context, BATCH, cache, self.threads)
-        self._kv, self.hidden = KVCache(pages), model.hidden
+        self._native = _native.Engine(
+            settings, pages, self.sequences, self.context, BATCH, cache, self.threads, snapshots
+        )
+        self._kv, self.hidden = KVCache(pages, snapshots, recurrent=state_bytes > 0), model.hidden
 
     def _open_scaling(self, cache: str, weights: str, head: str, layout: str, progress: Progress | None) -> None:
         check_layout(layout)
@@ -190,26 +197,32 @@ class Engine:
         if cache == "auto":
             cache = self._fine_or_bf16(shape.layers * shape.hidden)
         self.cache_kind = cache
-        pages = self._count_pages(_page_bytes(cache, shape.layers, shape.heads, shape.hidden // shape.heads))
+        pages, _ = self._count_pages(_page_bytes(cache, shape.layers, shape.heads, shape.hidden // shape.heads))
         # Every page's end may be where another sequence goes on.
         self._native = _native.ScalingEngine(
             settings, pages, self.sequences, self.context, BATCH, cache, self.threads, pages, self._deterministic
         )
         self._kv, self.hidden = KVCache(pages, pages if self._native.state_bytes else 0), shape.hidden
 
-    def _count_pages(self, page_bytes: int) -> int:
-        """Pages that fit into the memory for keys and values, or that all sequences need. Raises ``UserError`` where
-        not even one page fits."""
-        whole = -(-self.context // PAGE)
+    def _count_pages(self, page_bytes: int, state_bytes: int = 0) -> tuple[int, int]:
+        """Pages, and snapshots of recurrent states of so many bytes, that fit into the memory for both beside the
+        states of the sequences that run, or that all sequences need. Raises ``UserError`` where not even one page
+        fits."""
+        whole = self.sequences * -(-self.context // PAGE)
+        wanted = max(SNAPSHOTS + self.sequences, SNAPSHOT_MEMORY // state_bytes) if state_bytes else 0
         if self._cache_memory is None:
-            return self.sequences * whole
-        pages = self._cache_memory // page_bytes
+            return whole, min(wanted, whole)
+        left = self._cache_memory - self.sequences * state_bytes
+        # Half for the states: pages alone would know texts that no sequence can go on from.
+        snapshots = min(wanted, max(left, 0) // 2 // state_bytes) if state_bytes else 0
+        pages = (left - snapshots * state_bytes) // page_bytes
         if pages < 1:
+            beside = f" beside {self.sequences} recurrent states of {state_bytes}" if state_bytes else ""
             raise UserError(
-                f"expected memory for at least one page of {page_bytes} bytes of keys and values, found "
+                f"expected memory for at least one page of {page_bytes} bytes of keys and values{beside}, found "
                 f"{self._cache_memory}; give more"
             )
-        return pages
+        return pages, min(snapshots, pages)
 
     def _fine_or_bf16(self, numbers: int) -> str:
         """Of a cache with so many keys, and as many values, per token."""
@@ -235,7 +248,7 @@ class Engine:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of keys and values, once the context is full."""
+        """Bytes of keys and values, once the context is full, and of recurrent states."""
         return int(self._native.cache_bytes)
 
     def reserve_cache(self) -> None:
@@ -245,6 +258,10 @@ class Engine:
             self._check_idle()
             for page in range(self._kv.pages):
                 self._native.copy_page(0, page)
+            for snapshot in range(self._kv.snapshots):
+                self._native.save_state(0, snapshot)
+            for slot in range(self.sequences if self._kv.snapshots else 0):
+                self._native.load_state(0, slot)
 
     @property
     def scheduler(self) -> Scheduler:

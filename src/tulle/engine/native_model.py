@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from tulle.engine.kv_cache import PAGE
 
 Floats = NDArray[np.float32]
+LINE = 16
+"""Floats of a cache line."""
 
 
 def page_count(context: int) -> int:
@@ -213,6 +215,34 @@ class Norm:
 
 
 @dataclass
+class DeltaNet:
+    """The mixer of a layer of linear attention by the gated delta rule, between the linears of ``qkv`` (queries, keys
+    and values; z; b; a) and ``o``."""
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+    """Tokens that the convolution sees, itself included."""
+    convolution: Floats
+    """``[kernel · channels]``, the oldest token's first."""
+    decay: Floats
+    """``[value_heads]``: −e^A."""
+    step_bias: Floats
+    """``[value_heads]``: δ."""
+    norm: Norm
+    """Of a head's outputs."""
+
+    @property
+    def state_floats(self) -> int:
+        """Of a sequence, in whole cache lines; DeltaNet in engine.hpp says in what order."""
+        channels = 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+        row = -(-self.value_dim // LINE) * LINE
+        return -(-(self.value_heads * self.key_dim * row + (self.kernel - 1) * channels) // LINE) * LINE
+
+
+@dataclass
 class Layer:
     """A decoder block. Norms are None where there is none: before attention and feed-forward and on their outputs
     ``[hidden]``, of queries and keys ``[head_dim]`` (or of all heads at once), of what o and down read."""
@@ -235,6 +265,8 @@ class Layer:
     """Number of a table of the model; -1: queries and keys know no position."""
     activation: list[float] = field(default_factory=list)
     """xielu's numbers: α_p, α_n, β, ε."""
+    delta: DeltaNet | None = None
+    """None: attention."""
 
 
 @dataclass
@@ -295,12 +327,24 @@ class Model:
     """Of q·k; 0: 1/√head_dim."""
     attention_cap: float = 0.0
     """c of scores; 0: none."""
+    output_gate: bool = False
+    """Behind every query head come as many channels whose sigmoid multiplies its output."""
     norm_all_heads: bool = False
     norm_after_rotary: bool = False
     """Of queries and keys."""
     position_beta: float = 0.0
     position_length: int = 0
     """A query at position p is multiplied by 1 + beta·ln(1 + ⌊p/length⌋); 0: by 1."""
+
+    @property
+    def attention_layers(self) -> int:
+        """Those with keys and values."""
+        return sum(layer.delta is None for layer in self.layers)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of a sequence's recurrent states; 0: it has none."""
+        return 4 * sum(layer.delta.state_floats for layer in self.layers if layer.delta is not None)
 
 
 @dataclass

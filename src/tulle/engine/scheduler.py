@@ -4,6 +4,9 @@ Every :meth:`Scheduler.step` is one pass. It holds one token of every sequence t
 prompts: as many tokens as the pass may take without keeping the others waiting for longer than ``MAX_STEP`` seconds.
 Prompts are served in order of arrival, and begin with what the cache knows of them.
 
+A recurrent state is kept where others may go on: at the last page's end of every prompt, where a prompt leaves what is
+known already or what one that waits begins with, and at the last full page of text that grows.
+
 Where memory for keys and values runs out, the sequence that came last gives its pages back and waits. What it had
 computed is often still in the cache when its turn comes again; its text does not change.
 """
@@ -21,7 +24,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tulle.engine.kv_cache import PAGE, KVCache, PageTable
+from tulle.engine.kv_cache import PAGE, KVCache, Node, PageTable
 from tulle.engine.request import Constraint, Event, Finish, Request, Sequence, TokenLogprobs
 from tulle.engine.sampling import Sampler, log_probabilities
 from tulle.errors import UserError
@@ -97,6 +100,10 @@ class _Run:
     counted: bool = False
     """Its prompt is in the statistics."""
     hidden: NDArray[np.float64] | None = None
+    stops: set[int] = field(default_factory=set)
+    """Numbers of tokens behind which the recurrent state is worth keeping."""
+    passing: Node | None = None
+    """Where this sequence kept its state last, if that is worth little once it has come further."""
 
     @property
     def request(self) -> Request:
@@ -252,7 +259,10 @@ class Scheduler:
                 return
             self._waiting.remove(run)
             run.slot, run.table, run.done = slot, table, known
+            if self._cache.recurrent:
+                run.stops = {(len(run.tokens) - 1) // PAGE * PAGE, self._cache.known(run.tokens, len(run.tokens) - 1)}
             if known and table.node is not None and table.node.snapshot is not None:
+                self._cache.use_snapshot(table.node)
                 self._model.load_state(table.node.snapshot, slot)
             if not run.counted:
                 run.counted = True
@@ -278,6 +288,7 @@ class Scheduler:
             if known is None:
                 known = len(self._cache.match(run.tokens, limit)) * PAGE
             if shared > known:
+                other.stops.add(shared)
                 return True
         return False
 
@@ -321,13 +332,21 @@ class Scheduler:
         return min(left, max(fitting // PAGE * PAGE, LEAST_PART))
 
     def _to_a_snapshot(self, run: _Run, part: int) -> int:
-        """Ends a part of a prompt where a state is to be kept: at the last page's end that is not the prompt's."""
-        last = (len(run.tokens) - 1) // PAGE * PAGE
+        """Ends a part of a prompt where its state is worth keeping, or else at the end of a page."""
         end = run.done + part
-        if end >= last > run.done:
-            return last - run.done
+        stop = min((stop for stop in run.stops if stop > run.done), default=end)
+        if end >= stop:
+            return stop - run.done
         whole = end // PAGE * PAGE
-        return whole - run.done if last > end and whole > run.done else part
+        return whole - run.done if whole > run.done else part
+
+    def _keep_state(self, run: _Run) -> None:
+        """The state of a sequence that has come to the end of a page."""
+        assert run.table is not None and run.table.node is not None
+        place = self._cache.snapshot(run.table.node, run.passing)
+        if place is not None:
+            self._model.save_state(run.slot, place)
+            run.passing = None if run.done in run.stops else run.table.node
 
     def _make_room(self, run: _Run, length: int) -> bool:
         """Pages for ``length`` tokens; younger sequences give theirs back where there are none. False: it waits."""
@@ -342,7 +361,7 @@ class Scheduler:
     def _preempt(self, run: _Run) -> None:
         self._leave(run)
         run.done = 0
-        run.hidden = None
+        run.hidden = run.passing = None
         run.sequence.prompt_logprobs.clear()
         self._waiting.appendleft(run)
         self.stats.preempted += 1
@@ -426,10 +445,8 @@ class Scheduler:
         assert run.table is not None
         run.done += part
         run.table.enter(run.tokens, run.done)
-        if self._cache.recurrent and run.done % PAGE == 0 and run.table.node is not None:
-            place = self._cache.snapshot(run.table.node)
-            if place is not None:
-                self._model.save_state(run.slot, place)
+        if self._cache.recurrent and run.done % PAGE == 0:
+            self._keep_state(run)
         if run.request.embedding is not None:
             return self._embedded(run, given)
         if run.all_rows:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from tulle.core.paley import base_order, hadamard_block, paley
 from tulle.engine.checkpoint import Source
 from tulle.engine.native_model import (
+    DeltaNet,
     Floats,
     Grid,
     Group,
@@ -28,7 +29,7 @@ from tulle.engine.native_model import Norm as NativeNorm
 from tulle.engine.prepare import EMBEDDING, EXACT_HEAD, HEAD
 from tulle.errors import UserError
 from tulle.format.spec import HeadSpec, LinearSpec
-from tulle.models.description import Decoder, GatedMLP, Norm, Rotary
+from tulle.models.description import Attention, Decoder, GatedDeltaNet, GatedMLP, Norm, Rotary
 from tulle.models.description import Layer as DecoderLayer
 from tulle.models.features import require
 from tulle.models.rotary import depends_on_length, frequencies
@@ -51,6 +52,8 @@ FEATURES = frozenset(
         "scale of what is added to the residual stream",
         "attention and feed-forward side by side",
         "attention without positions",
+        "gated delta nets",
+        "output gate of attention",
         "heads of which only a part is rotated",
         "scale of attention",
         "soft cap of attention",
@@ -89,7 +92,7 @@ def settings_of(
     description = source.description
     require_runnable(description)
     first, attention = description.layers[0], source.packed.attention if source.packed else None
-    mixer = first.attention
+    mixer = attention_of(description)
     linears = _Linears(source, file, facts, engine_bits)
     layers = []
     tables = list(description.rotary)
@@ -98,28 +101,22 @@ def settings_of(
         groups: dict[str, Any] = {
             group.role: linears.group(names) for group, names in zip(layer.groups, source.groups[index], strict=True)
         }
-        own = layer.attention
-        widths = (own.widths[0], own.widths[1]) if own.norm_width == "all" else (own.head_dim, own.head_dim)
         norms = {
             "input_norm": (layer.mixer_norm, description.hidden),
             "post_norm": (layer.feed_forward_norm, description.hidden),
             "attention_after": (layer.mixer_norm_after, description.hidden),
             "feed_forward_after": (layer.feed_forward_norm_after, description.hidden),
-            "query_norm": (own.q_norm, widths[0]),
-            "key_norm": (own.k_norm, widths[1]),
-            "output_norm": (own.output_norm, own.widths[0]),
             "inner_norm": (layer.feed_forward.inner_norm, layer.feed_forward.intermediate),
         }
+        own: dict[str, Any] = {}
+        if isinstance(layer.mixer, GatedDeltaNet):
+            own["delta"] = _delta_net(source, layer.mixer, layer.prefix)
+        else:
+            norms |= _head_norms(layer.mixer)
+            own["window"] = layer.mixer.window or 0
+            own["rotary"] = -1 if layer.mixer.rotary is None else tables.index(layer.mixer.rotary)
         read: dict[str, Any] = {key: _norm(source, norm, layer.prefix, size) for key, (norm, size) in norms.items()}
-        layers.append(
-            Layer(
-                window=own.window or 0,
-                rotary=-1 if own.rotary is None else tables.index(own.rotary),
-                activation=_xielu(source, layer),
-                **read,
-                **groups,
-            )
-        )
+        layers.append(Layer(activation=_xielu(source, layer), **own, **read, **groups))
     head = description.embedding if description.tied else description.head
     rotation = None
     if attention and attention.hadamard and hadamard_block(mixer.head_dim) > 1:
@@ -143,6 +140,7 @@ def settings_of(
         logit_cap=description.logit_soft_cap or 0.0,
         attention_scale=mixer.scale or 0.0,
         attention_cap=mixer.soft_cap or 0.0,
+        output_gate=mixer.output_gate,
         norm_all_heads=mixer.norm_width == "all",
         norm_after_rotary=mixer.norm_after_rotary,
         position_beta=beta,
@@ -157,6 +155,42 @@ def settings_of(
         norm=final,
         head=Group([], [linears.linear([head.removesuffix(".weight")], HEAD, None)]),
         exact_head=_exact_head(source, linears, facts),
+    )
+
+
+def attention_of(model: Decoder) -> Attention:
+    """The attention that layers have, those that have one. Raises ``UserError`` where none has."""
+    found = next((layer.mixer for layer in model.layers if isinstance(layer.mixer, Attention)), None)
+    if found is None:
+        raise UserError("expected a model with attention in one layer at least, found none; use transformers for it")
+    return found
+
+
+def _head_norms(mixer: Attention) -> dict[str, tuple[Norm | None, int]]:
+    """Of queries, keys and outputs, with their widths."""
+    queries, keys, _ = mixer.widths if mixer.norm_width == "all" else (mixer.head_dim,) * 3
+    return {
+        "query_norm": (mixer.q_norm, queries),
+        "key_norm": (mixer.k_norm, keys),
+        "output_norm": (mixer.output_norm, mixer.widths[0]),
+    }
+
+
+def _delta_net(source: Source, mixer: GatedDeltaNet, prefix: str) -> DeltaNet:
+    own = {
+        name.removeprefix(f"{mixer.name}."): source.floats(prefix + name, shape)
+        for name, shape in mixer.parameters.items()
+    }
+    return DeltaNet(
+        key_heads=mixer.key_heads,
+        value_heads=mixer.value_heads,
+        key_dim=mixer.key_dim,
+        value_dim=mixer.value_dim,
+        kernel=mixer.kernel,
+        convolution=np.ascontiguousarray(own["conv1d.weight"][:, 0].T).reshape(-1),
+        decay=-np.exp(own["A_log"]),
+        step_bias=np.ascontiguousarray(own["dt_bias"]),
+        norm=NativeNorm(np.ascontiguousarray(own["norm.weight"]), None, mixer.eps, False),
     )
 
 
@@ -328,8 +362,15 @@ def require_runnable(model: Decoder) -> None:
             raise UserError(
                 f"expected a model that the engine can run, found activation {activation}; use transformers for it"
             )
-        for key in ("scale", "soft_cap", "position_scale", "norm_width", "norm_after_rotary"):
-            if getattr(layer.attention, key) != getattr(model.layers[0].attention, key):
+        if isinstance(layer.mixer, GatedDeltaNet):
+            if layer.mixer.activation != "silu":
+                raise UserError(
+                    f"expected silu behind the convolution of a gated delta net, found {layer.mixer.activation}; use "
+                    "transformers for it"
+                )
+            continue
+        for key in ("scale", "soft_cap", "position_scale", "norm_width", "norm_after_rotary", "output_gate"):
+            if getattr(layer.mixer, key) != getattr(attention_of(model), key):
                 raise UserError(
                     f"expected layers alike, found {key} of attention that differs; use transformers for it"
                 )

@@ -7,7 +7,7 @@ in :class:`tulle.hf.packed_linear.PackedLinear`, but products are of floats: rou
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from tulle.hf.attention import grids_of
 from tulle.hf.packed_linear import InputTransform, input_grid, input_selection
 from tulle.models.checkpoint import Checkpoint
 from tulle.models.decoder import DecoderBlock
-from tulle.models.description import Layer
+from tulle.models.description import Layer, Linear
 
 
 class PackedDecoder:
@@ -65,42 +65,47 @@ class PackedDecoder:
     def block(self, index: int, hidden: Sequence[Tensor]) -> list[Tensor]:
         """Hidden states ``[B, T, d]`` of several batches after block ``index``."""
         layer = self.decoder.layers[index]
-        block = DecoderBlock(self.decoder, index, self._tensors(layer), self.device, self._dtype)
+        block = DecoderBlock(self.decoder, index, self._tensors(layer), self.device, self._dtype, experts=False)
         running = [block.steps(states, self._heads) for states in hidden]
         given = [next(steps) for steps in running]
         ends: list[Tensor] = []
         while not ends:
-            linears = {name: self._linear(layer.prefix + name) for name in given[0].group.names}
+            linears = [self._linear(layer.prefix, linear) for linear in given[0].group.linears]
             for i, (steps, at) in enumerate(zip(running, given, strict=True)):
-                outputs = []
-                for name, (inputs, weight) in linears.items():
-                    bias = block.get_submodule(name).bias
-                    outputs.append(functional.linear(inputs(at.x), weight, bias))  # type: ignore[arg-type]
-                    inputs.forget()
                 try:
-                    given[i] = steps.send(tuple(outputs))
+                    given[i] = steps.send(tuple(linear(at.x) for linear in linears))
                 except StopIteration as end:
                     ends.append(end.value)
         return ends
 
     def _tensors(self, layer: Layer) -> dict[str, Tensor]:
-        """Of a block, by relative name; weights of linears, which answer from elsewhere, are only shapes."""
-        weights = {f"{linear.name}.weight": linear.shape for linear in layer.linears()}
+        """Of a block without its experts, by relative name; those of linears, which answer from elsewhere, are only
+        shapes."""
+        linears = {name: shape for group in layer.groups for x in group.linears for name, shape in x.tensors().items()}
         nothing = torch.zeros((), device=self.device, dtype=self._dtype)
         return {
-            name: nothing.expand(weights[name]) if name in weights else self._checkpoint.read(layer.prefix + name)
-            for name in layer.tensors()
+            name: nothing.expand(linears[name]) if name in linears else self._checkpoint.read(layer.prefix + name)
+            for name in layer.tensors_without_experts()
         }
 
-    def _linear(self, name: str) -> tuple[QuantisedInput, Tensor]:
-        """What stands in front of a linear, and its weight ``[C_out, C_in]``."""
+    def _linear(self, prefix: str, linear: Linear) -> Callable[[Tensor], Tensor]:
+        """x ``[…, C_in]`` → y, with what stands in front of the linear."""
+        name = prefix + linear.name
         spec = self._specs.get(name)
         if spec is None:
-            weight = self._checkpoint.read(f"{name}.weight")
+            stored = self._checkpoint.read(f"{name}.weight")
         else:
-            weight = torch.from_numpy(self._unpacked(name, spec))
+            stored = torch.from_numpy(self._unpacked(name, spec))
+        weight = stored.to(self.device, self._dtype)
+        bias = self._checkpoint.read(f"{name}.bias").to(self.device, self._dtype) if linear.bias else None
         inputs = input_of(self._checkpoint, self._specs, name, self.device)
-        return inputs, weight.to(self.device, self._dtype)
+
+        def answer(x: Tensor) -> Tensor:
+            found = functional.linear(inputs(x), weight, bias)
+            inputs.forget()
+            return found
+
+        return answer
 
     def _unpacked(self, name: str, spec: LinearSpec, rows: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """Weight ``[C_out, C_in]`` of a spec, or ``rows`` of one that is not sparse, whose tensors have a row each."""

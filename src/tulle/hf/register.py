@@ -26,6 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from tulle.errors import UserError
 from tulle.format.spec import QUANT_METHOD, LinearSpec, QuantizationConfig
 from tulle.hf.attention import IMPLEMENTATION, attach, grids_of
+from tulle.hf.experts import Experts, put_experts, without_merges
 from tulle.hf.packed_embedding import PackedEmbedding, TiedHead
 from tulle.hf.packed_linear import DTYPES, PackedLinear
 from tulle.models.checkpoint import Checkpoint
@@ -70,12 +71,15 @@ class TulleQuantizer(HfQuantizer):
         files = kwargs.get("checkpoint_files")
         if files:
             require_packed_tensors(Checkpoint.open(Path(files[0]).parent), linears)
+        held = put_experts(model, linears)
         for name, spec in linears.items():
-            _replace(model, name, spec)
+            if name not in held:
+                _replace(model, name, spec)
         _tie_head(model)
         for name, spec in linears.items():
             if spec.transform_of is not None:
-                _packed(model, name).share_transform(_packed(model, spec.transform_of))
+                own, holder = (held.get(one) or _packed(model, one) for one in (name, spec.transform_of))
+                own.share_transform(holder)
         grids = grids_of(self.quantization_config.packed.attention)
         if grids is not None:
             for layer in describe(model.config.to_dict()).layers:
@@ -98,6 +102,10 @@ class TulleQuantizer(HfQuantizer):
                         f"expected {name}.{suffix} as {kind}, found it cast to {found.dtype} by transformers; "
                         "upgrade it to 5.0 or load with dtype=torch.float32"
                     )
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        found: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        return without_merges(found) if any(isinstance(module, Experts) for module in model.modules()) else found
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True

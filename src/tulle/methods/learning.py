@@ -135,6 +135,7 @@ class Learned(Method):
     """Base of the methods that learn against the dense block's output, for a grid of weights that follows."""
 
     stages: ClassVar[tuple[Stage, ...]] = ("block",)
+    takes_experts: ClassVar[bool] = False
     learns: ClassVar[bool] = True
 
     settles: ClassVar[frozenset[Decision]] = frozenset({"clipping"})

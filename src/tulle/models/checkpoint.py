@@ -144,10 +144,10 @@ class Checkpoint:
         names += [layer.prefix + name for layer in model.layers for name in layer.tensors()]
         return sorted([model.embedding_name(self), *names])
 
-    def read_layer(self, layer: Layer) -> dict[str, Tensor]:
-        """All tensors of a layer by relative name, in stored dtype, checked to be finite."""
+    def read_layer(self, layer: Layer, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """All tensors of a layer, or those of ``names``, by relative name, in stored dtype, checked to be finite."""
         tensors = {}
-        for name in layer.tensors():
+        for name in layer.tensors() if names is None else names:
             tensors[name] = self.read(layer.prefix + name)
             require_finite(layer.prefix + name, tensors[name])
         return tensors

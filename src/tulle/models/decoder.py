@@ -22,6 +22,7 @@ from torch.nn import functional
 from tulle.core import attention
 from tulle.core.delta_rule import gated_delta_rule
 from tulle.errors import UserError
+from tulle.models.batches import real_tokens
 from tulle.models.description import XIELU as XIELU_SHAPES
 from tulle.models.description import (
     Attention,
@@ -87,6 +88,13 @@ class GroupInput:
     def role(self) -> str:
         return self.group.role
 
+    def real(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        """Rows ``[N, C]`` of real tokens of a tensor that belongs to this input; ``valid``: bool ``[B, T]``, None:
+        all."""
+        if self.tokens is None:
+            return real_tokens(x, valid)
+        return x if valid is None else x[valid.flatten()[self.tokens]]
+
 
 Steps = Generator[GroupInput, tuple[Tensor, ...], Tensor]
 
@@ -98,6 +106,7 @@ class DecoderBlock(nn.Module):
     Linears and norms are submodules under their names in the checkpoint. Where sequences of one batch are padded at the
     right, nothing keeps padding away from real tokens but that all is causal. Padding elsewhere takes ``valid``, bool
     ``[B, T]`` of real tokens: positions count those alone, nobody sees the others, and no state takes anything of them.
+    ``experts`` False: their tensors are not among ``tensors``; :meth:`hold` gives them one by one.
 
     Raises ``UserError`` for missing, unknown or misshapen tensors and for parts that are not implemented here.
     """
@@ -109,17 +118,16 @@ class DecoderBlock(nn.Module):
         tensors: Mapping[str, Tensor],
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        experts: bool = True,
     ):
         super().__init__()
-        self.layer = decoder.layers[index]
+        layer = self.layer = decoder.layers[index]
         require_implemented(decoder)
-        check_tensors(self.layer.prefix, self.layer.tensors(), tensors)
+        check_tensors(layer.prefix, layer.tensors() if experts else layer.tensors_without_experts(), tensors)
         name = self.layer.mixer.rotary
         self.rotary = None if name is None else decoder.rotary[name]
-        for linear in self.layer.linears():
-            with torch.device("meta"):
-                module = nn.Linear(linear.shape[1], linear.shape[0], bias=linear.bias)
-            _attach(self, linear.name, module)
+        for group in layer.all_groups() if experts else layer.groups:
+            self._attach_linears(group)
         for norm, width in self.layer.norms():
             with torch.device("meta"):
                 _attach(self, norm.name, NormModule(norm, width))
@@ -132,6 +140,35 @@ class DecoderBlock(nn.Module):
                 _attach_parameter(self, path, shape)
         self.load_state_dict({name: t.to(device, dtype) for name, t in tensors.items()}, assign=True)
         self.requires_grad_(False).eval()
+
+    def _attach_linears(self, group: LinearGroup) -> None:
+        """Empty ones."""
+        for linear in group.linears:
+            with torch.device("meta"):
+                module = nn.Linear(linear.shape[1], linear.shape[0], bias=linear.bias)
+            _attach(self, linear.name, module)
+
+    def hold(self, expert: int, tensors: Mapping[str, Tensor]) -> None:
+        """Gives the block an expert's tensors by relative name, until :meth:`release`."""
+        groups = self.layer.experts[expert].groups
+        check_tensors(self.layer.prefix, self.layer.tensors(expert), tensors)
+        for group in groups:
+            self._attach_linears(group)
+        for name, tensor in tensors.items():
+            module, _, last = name.rpartition(".")
+            parameter = nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False)
+            setattr(self.get_submodule(module), last, parameter)
+
+    def release(self, expert: int) -> None:
+        """Takes them away."""
+        for linear in self.layer.experts[expert].linears():
+            holder, _, last = linear.name.rpartition(".")
+            delattr(self.get_submodule(holder), last)
+
+    @property
+    def device(self) -> torch.device:
+        norm, _ = self.layer.norms()[0]
+        return cast(Tensor, self.get_submodule(norm.name).weight).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -205,7 +242,7 @@ class DecoderBlock(nn.Module):
                 reads, x.flatten(0, -2)[tokens], given.residual, adds=False, tokens=tokens, carried=given.carried
             )
             del x, total
-            inner = self._inner(mixture.expert, (yield given))
+            inner = self.inner_of_expert((yield given))
             given = GroupInput(writes, inner, given.residual, adds=False, tokens=tokens, carried=given.carried)
             del inner
             (y,) = yield given
@@ -213,6 +250,12 @@ class DecoderBlock(nn.Module):
             del y
         y = given.carried[1].reshape(residual_width)
         return given.residual + self._added(y, layer.feed_forward_norm_after)
+
+    def inner_of_expert(self, outputs: tuple[Tensor, ...]) -> Tensor:
+        """What an expert's down reads, of its gate's and up's outputs ``[n, I]``."""
+        mixture = self.layer.feed_forward
+        assert isinstance(mixture, Mixture)
+        return self._inner(mixture.expert, outputs)
 
     def routes(self, logits: Tensor) -> Routes:
         """Which tokens go to which experts, of the router's outputs ``[B, T, E]``."""
@@ -248,16 +291,13 @@ class DecoderBlock(nn.Module):
             (up,) = outputs
             return activation(up)
         gate, up = _parts(outputs, (feed_forward.intermediate,) * 2)
-        if feed_forward.limit is not None:
-            gate, up = gate.clamp(max=feed_forward.limit), up.clamp(-feed_forward.limit, feed_forward.limit)
-        up = up + feed_forward.up_offset if feed_forward.up_offset else up
-        return self._norm(feed_forward.inner_norm, activation(gate) * up)
+        return self._norm(feed_forward.inner_norm, gate_times_up(feed_forward, activation, gate, up))
 
     def _mix(self, outputs: tuple[Tensor, ...], heads: Heads | None, valid: Tensor | None) -> Tensor:
         """What the mixer's last linear reads, of its first linears' outputs."""
         mixer = self.layer.mixer
         if isinstance(mixer, GatedDeltaNet):
-            return self._delta(mixer, *outputs)
+            return self._delta(mixer, *(by_kind(mixer, *outputs) if mixer.fused else outputs))
         gated = mixer.output_gate
         queries, keys, values = mixer.widths
         q, k, v = _parts(outputs, (2 * queries if gated else queries, keys, values))
@@ -318,9 +358,26 @@ class DecoderBlock(nn.Module):
         return self._norm(mixer.output_norm, mixed)
 
 
+def gate_times_up(mlp: GatedMLP, activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+    """f(gate) ⊙ (up + offset), both limited where the MLP says so."""
+    if mlp.limit is not None:
+        gate, up = gate.clamp(max=mlp.limit), up.clamp(-mlp.limit, mlp.limit)
+    return activation(gate) * (up + mlp.up_offset if mlp.up_offset else up)
+
+
 def _parts(outputs: tuple[Tensor, ...], widths: tuple[int, ...]) -> tuple[Tensor, ...]:
     """Outputs of several linears, or of one that holds them all."""
     return outputs if len(outputs) > 1 else outputs[0].split(widths, -1)
+
+
+def by_kind(mixer: GatedDeltaNet, qkvz: Tensor, ba: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries, keys and values; z; b; a, of outputs of fused linears, which stand key head by key head."""
+    shared = mixer.value_heads // mixer.key_heads
+    values = shared * mixer.value_dim
+    by_head = (x.unflatten(-1, (mixer.key_heads, -1)) for x in (qkvz, ba))
+    widths = ((mixer.key_dim, mixer.key_dim, values, values), (shared, shared))
+    q, k, v, z, b, a = (part.flatten(-2) for x, w in zip(by_head, widths, strict=True) for part in x.split(w, -1))
+    return torch.cat((q, k, v), -1), z, b, a
 
 
 class NormModule(nn.Module):

@@ -121,8 +121,8 @@ class Linear:
 class Producer:
     """Output rows ``start`` … ``stop`` − 1 of the linear ``name``: all of it, or a part of a tensor that holds several.
 
-    ``linear``: whether what comes in between (a gate, but no norm and no activation) lets a factor of these channels
-    through.
+    ``linear``: whether what comes in between (a gate, but no norm, activation, limit or sum) lets a factor of these
+    channels through.
     """
 
     name: str
@@ -266,6 +266,9 @@ class GatedDeltaNet:
     eps: float
     activation: str = "silu"
     """Behind the convolution."""
+    fused: bool = False
+    """Whether two linears, ``in_proj_qkvz`` and ``in_proj_ba``, give all inputs, one key head's after the other's:
+    queries, keys, values and z; b and a."""
     name: str = "linear_attn"
     rotary: None = None
 
@@ -447,13 +450,19 @@ class Layer:
 
     def tensors(self, expert: int | None = None) -> dict[str, tuple[int, ...]]:
         """Every tensor of the layer with its shape, by relative name; or of one of its experts."""
+        experts = self.experts if expert is None else (self.experts[expert],)
         shapes: dict[str, tuple[int, ...]] = {}
-        for linear in self.linears() if expert is None else self.experts[expert].linears():
+        for linear in (linear for one in experts for linear in one.linears()):
             shapes |= linear.tensors()
-        if expert is not None:
-            return shapes
+        return shapes if expert is not None else self.tensors_without_experts() | shapes
+
+    def tensors_without_experts(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor but theirs."""
+        shapes: dict[str, tuple[int, ...]] = {}
         for norm, width in self.norms():
             shapes |= norm.tensors(width)
+        for linear in (linear for group in self.groups for linear in group.linears):
+            shapes |= linear.tensors()
         return shapes | self.others()
 
 

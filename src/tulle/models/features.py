@@ -66,12 +66,12 @@ def _of_layer(decoder: Decoder, layer: Layer) -> dict[str, object]:
         found["scale of what is added to the residual stream"] = layer.residual_scale
     if layer.parallel:
         found["attention and feed-forward side by side"] = True
-    first = decoder.layers[0]
-    if layer.feed_forward != first.feed_forward:
+    if layer.feed_forward != decoder.layers[0].feed_forward:
         found["feed-forwards that differ between layers"] = layer.feed_forward
-    if isinstance(layer.mixer, Attention) and isinstance(first.mixer, Attention):
+    if isinstance(layer.mixer, Attention):
+        first = next(other.mixer for other in decoder.layers if isinstance(other.mixer, Attention))
         for key in ("heads", "kv_heads", "head_dim"):
-            if getattr(layer.mixer, key) != getattr(first.mixer, key):
+            if getattr(layer.mixer, key) != getattr(first, key):
                 found[f"{key} that differ between layers"] = getattr(layer.mixer, key)
     return found
 
@@ -80,7 +80,10 @@ def _of_attention(decoder: Decoder, layer: Layer) -> dict[str, object]:
     mixer = layer.mixer
     found: dict[str, object] = {}
     if not isinstance(mixer, Attention):
-        return {"gated delta nets": layer.index}
+        found["gated delta nets"] = layer.index
+        if mixer.fused:
+            found["heads of delta nets side by side"] = layer.index
+        return found
     if mixer.rotary is None:
         found["attention without positions"] = layer.index
     elif decoder.rotary[mixer.rotary].dim != mixer.head_dim:

@@ -23,7 +23,7 @@ from torch import Tensor
 from tulle.core.transform import BlockMatrix, Permutation, Transform, fold, run
 from tulle.errors import UserError
 from tulle.models.checkpoint import Checkpoint
-from tulle.models.description import STREAM_READERS, Decoder, Layer, Norm, require_plain_values
+from tulle.models.description import STREAM_READERS, Decoder, Layer, LinearGroup, Norm, require_plain_values
 from tulle.models.features import features
 from tulle.models.hub import local_folder
 
@@ -95,18 +95,41 @@ class DenseModel:
         """What the embedding is stored in."""
         return self.checkpoint.info(self.description.embedding_name(self.checkpoint)).dtype
 
-    def read_block(self, index: int) -> dict[str, Tensor]:
-        """All tensors of a block by relative name."""
+    def read_block(self, index: int, experts: bool = True) -> dict[str, Tensor]:
+        """All tensors of a block by relative name; or all but those of its experts."""
         layer = self.description.layers[index]
-        tensors = self.checkpoint.read_layer(layer)
-        if not self.residual and index not in self._values:
-            return tensors
-        tensors = {name: tensor.float() for name, tensor in tensors.items()}
-        if index in self._values:
-            self._rotate_values(layer, tensors, self._values[index])
+        if not experts:
+            names = layer.tensors_without_experts()
+            return self._rewritten(layer, layer.groups, self.checkpoint.read_layer(layer, names), index in self._values)
+        tensors = self.checkpoint.read_layer(layer, layer.tensors())
+        return self._rewritten(layer, layer.all_groups(), tensors, index in self._values)
+
+    def read_expert(self, index: int, expert: int) -> dict[str, Tensor]:
+        """The tensors of one of a block's experts by relative name."""
+        layer = self.description.layers[index]
+        tensors = self.checkpoint.read_layer(layer, layer.tensors(expert))
         if not self.residual:
             return tensors
-        for group in layer.groups:
+        groups = layer.experts[expert].groups
+        norm = groups[0].norm
+        # Of the block's norm the gain is asked for, which its readers take over.
+        outer = {} if norm is None else self.checkpoint.read_layer(layer, norm.names())
+        found = self._rewritten(layer, groups, tensors | outer, False)
+        return {name: found[name] for name in tensors}
+
+    def _rewritten(
+        self, layer: Layer, groups: Sequence[LinearGroup], tensors: dict[str, Tensor], values: bool
+    ) -> dict[str, Tensor]:
+        """Tensors of ``groups``, and whatever norms are among them, in the new bases; ``values``: those of values,
+        too."""
+        if not self.residual and not values:
+            return tensors
+        tensors = {name: tensor.float() for name, tensor in tensors.items()}
+        if values:
+            self._rotate_values(layer, tensors, self._values[layer.index])
+        if not self.residual:
+            return tensors
+        for group in groups:
             norm = group.norm if group.role in STREAM_READERS else None
             gain = None if norm is None else tensors[f"{norm.name}.weight"] + norm.offset
             for name in group.names:
@@ -121,7 +144,8 @@ class DenseModel:
                         tensors[bias] = run(self.residual, tensors[bias])
         for norm in layer.stream_norms():
             for name in norm.names():
-                tensors[name] = self._of_norm(tensors[name], norm)
+                if name in tensors:
+                    tensors[name] = self._of_norm(tensors[name], norm)
         return tensors
 
     def dtypes(self, index: int) -> dict[str, torch.dtype]:

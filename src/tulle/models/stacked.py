@@ -47,10 +47,8 @@ class _Part:
 class Stacked:
     """A source whose experts' tensors are ``PREFIX.experts.E.gate_proj.weight``, ``up_proj``, ``down_proj``."""
 
-    plain = False
-
     def __init__(self, base: TensorSource):
-        self._base = base
+        self._base, self.plain = base, base.plain
         self.path, self.tokenizer, self.config, self.notes = base.path, base.tokenizer, base.config, base.notes
         self.files: Sequence[Path] = base.files
         settings = base.config.get("quantization_config")

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 
 import tulle.hf
 from checkpoints import PROSE, write_checkpoint
+from tulle.compression.block_work import DENSIFIED
 from tulle.compression.job import compress
-from tulle.compression.walker import DENSIFIED
 from tulle.errors import UserError
 from tulle.methods.activation.larosa import by_kv_head, principal_components
 from tulle.models.description import describe

@@ -34,6 +34,7 @@ class ActivationBudget(Method):
     """Divides a budget of dropped inputs by what they cost the model; the selecting step that follows respects it."""
 
     stages: ClassVar[tuple[Stage, ...]] = ("model",)
+    takes_experts: ClassVar[bool] = False
     settles: ClassVar[frozenset[Decision]] = frozenset({"input sparsities"})
 
     share: float = 0.5

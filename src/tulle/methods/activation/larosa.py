@@ -43,6 +43,7 @@ class LaRoSA(Method):
     """Rotates inputs to their principal components before others select among them; targets say which."""
 
     stages: ClassVar[tuple[Stage, ...]] = ("model",)
+    takes_experts: ClassVar[bool] = False
 
     residual: bool = True
     """Rotate the residual stream for q, k, v and gate, up."""

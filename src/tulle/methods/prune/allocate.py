@@ -59,6 +59,7 @@ class Allocate(Method):
     """Divides a budget of pruned weights by what they cost the model; the pruning step that follows respects it."""
 
     stages: ClassVar[tuple[Stage, ...]] = ("model",)
+    takes_experts: ClassVar[bool] = False
     settles: ClassVar[frozenset[Decision]] = frozenset({"sparsities"})
 
     sparsity: float

@@ -45,6 +45,7 @@ class OWL(Method):
     """Gives blocks with more outliers a lower sparsity; the pruning step that follows respects it."""
 
     stages: ClassVar[tuple[Stage, ...]] = ("model",)
+    takes_experts: ClassVar[bool] = False
     needs: ClassVar[frozenset[Statistic]] = frozenset({"column_norm"})
     settles: ClassVar[frozenset[Decision]] = frozenset({"sparsities"})
 

@@ -41,6 +41,7 @@ class PermuteChannels(Method):
     """Orders input channels so that an N:M mask retains the most; targets say which."""
 
     stages: ClassVar[tuple[Stage, ...]] = ("model", "block")
+    takes_experts: ClassVar[bool] = False
     settles: ClassVar[frozenset[Decision]] = frozenset({"order"})
 
     pattern: str = "2:4"

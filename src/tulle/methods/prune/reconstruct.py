@@ -70,6 +70,7 @@ class Reconstruct(Method):
     """Trains kept weights (or steps) of a block's attention and MLP against the dense block."""
 
     stages: ClassVar[tuple[Stage, ...]] = ("refine",)
+    takes_experts: ClassVar[bool] = False
     learns: ClassVar[bool] = True
 
     epochs: int = 10

@@ -49,6 +49,7 @@ class AllocateBits(Method):
     """Chooses a grid for every linear and table; the quantiser that follows takes it."""
 
     stages: ClassVar[tuple[Stage, ...]] = ("model",)
+    takes_experts: ClassVar[bool] = False
     settles: ClassVar[frozenset[Decision]] = frozenset({"grids"})
     takes_tables: ClassVar[bool] = True
 

@@ -42,6 +42,7 @@ class KeepSensitive(Method):
     """Chooses linears that keep ``keep_bits``; the quantisers that follow respect it."""
 
     stages: ClassVar[tuple[Stage, ...]] = ("model",)
+    takes_experts: ClassVar[bool] = False
     needs: ClassVar[frozenset[Statistic]] = frozenset({"rows"})
     settles: ClassVar[frozenset[Decision]] = frozenset({"bits"})
 

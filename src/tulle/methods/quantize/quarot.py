@@ -76,12 +76,13 @@ class QuaRot(Method):
         survey.residual = (Diagonal(signs), Hadamard(hadamard_block(survey.hidden)))
 
     def prepare(self, block: BlockState, roles: tuple[str, ...]) -> None:
-        if self.heads:
+        # An expert has no o, a layer whose feed-forward is experts alone no down.
+        if self.heads and "o" in block.groups:
             block.fold_value_rotation(Hadamard(hadamard_block(block.head_dim)))
-        if self.across_heads and hadamard_block(block.heads) == block.heads > 1:
+        if self.across_heads and "o" in block.groups and hadamard_block(block.heads) == block.heads > 1:
             across = hadamard_matrix(block.heads).float() / block.heads**0.5
             block.groups["o"].add_transform(Kronecker(across, torch.eye(block.head_dim)))
-        if self.down:
+        if self.down and "down" in block.groups:
             width = block.groups["down"].linears[0].dense.shape[1]
             block.fold_diagonal("down", random_signs(width, block.generator()))
             block.groups["down"].add_transform(Hadamard(hadamard_block(width)))

@@ -46,6 +46,7 @@ class SpinQuant(Method):
     """Learns the rotation of the residual stream. Targets do not matter."""
 
     stages: ClassVar[tuple[Stage, ...]] = ("model",)
+    takes_experts: ClassVar[bool] = False
     needs: ClassVar[frozenset[Statistic]] = frozenset({"rows"})
 
     bits: int = 4

@@ -168,6 +168,8 @@ def _delta(mixer: GatedDeltaNet, hidden: int, norm: Norm | None) -> tuple[Linear
         )
     values = mixer.widths[2]
     rows = {"qkv": sum(mixer.widths), "z": values, "b": mixer.value_heads, "a": mixer.value_heads}
+    if mixer.fused:
+        rows = {"qkvz": rows["qkv"] + rows["z"], "ba": 2 * mixer.value_heads}
     linears = tuple(Linear(f"{mixer.name}.in_proj_{name}", (count, hidden)) for name, count in rows.items())
     return (
         LinearGroup("qkv", linears, norm=norm),
@@ -207,7 +209,7 @@ def _feed_forward(
         gate = linear("gate_proj", width, hidden)
         both = linear("gate_up_proj", 2 * width, hidden)
         first = (both,) if fused else (gate, up)
-        through = mlp.inner_norm is None
+        through = mlp.inner_norm is None and mlp.limit is None and not mlp.up_offset
         up_rows = (both.name, width, 2 * width) if fused else (up.name, 0, width)
         gate_rows = (both.name if fused else gate.name, 0, width)
         producers = (Producer(*up_rows, through), Producer(*gate_rows, linear=False))
