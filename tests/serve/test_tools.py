@@ -267,3 +267,56 @@ def test_reasoning(tmp_path: Path) -> None:
         assert set(json.loads(answered["choices"][0]["message"]["content"])) == {"a"}
     finally:
         server.close()
+
+
+COMMAND = (
+    "{% for t in tools or [] %}{{ t.function.name }}\n{% endfor %}{% for m in messages %}<|{{ m.role }}|>"
+    '{{ m.content }}{% for c in m.tool_calls or [] %}<|START_ACTION|>[{{ \'{"tool_call_id": "0", "tool_name": "\' }}'
+    "{{ c.function.name }}{{ '\", \"parameters\": ' ~ (c.function.arguments | tojson) ~ '}' }}]<|END_ACTION|>"
+    "{% endfor %}\n{% endfor %}<|assistant|>{% if thinking %}<|START_THINKING|>{% endif %}"
+    "{# <|END_THINKING|><|START_RESPONSE|><|END_RESPONSE|> #}"
+)
+
+
+def test_a_family_with_marks_around_everything(tmp_path: Path) -> None:
+    """Thoughts that the prompt opens, calls and the answer come apart in every API, streamed or not."""
+    server = LiveServer(demo_folder(tmp_path / "demo", COMMAND))
+    try:
+        body: dict[str, Any] = {"messages": ASKED, "temperature": 0, "tools": [TOOL]}
+        opened = {"chat_template_kwargs": {"thinking": True}}
+
+        def streamed(more: dict[str, Any]) -> dict[str, Any]:
+            found: dict[str, Any] = {"content": "", "reasoning_content": "", "ids": [], "arguments": []}
+            with server.http.stream("POST", "/v1/chat/completions", json=body | more | {"stream": True}) as response:
+                for line in response.iter_lines():
+                    delta = json.loads(line[6:])["choices"][0]["delta"] if line.startswith("data: {") else {}
+                    for key in ("content", "reasoning_content"):
+                        found[key] += delta.get(key, "")
+                    for call in delta.get("tool_calls", ()):
+                        found["ids"] += [call["id"]] if "id" in call else []
+                        found["arguments"] += [""] if "id" in call else []
+                        found["arguments"][call["index"]] += call["function"]["arguments"]
+            return found
+
+        server.engine.say("Hm.<|END_THINKING|><|START_RESPONSE|>Rain.<|END_RESPONSE|>")
+        found = streamed(opened)
+        assert (found["reasoning_content"], found["content"], found["ids"]) == ("Hm.", "Rain.", [])
+        message = server.post("/v1/chat/completions", body | opened).json()["choices"][0]["message"]
+        assert (message["reasoning_content"], message["content"]) == ("Hm.", "Rain.")
+        message = server.post("/v1/chat/completions", {"messages": ASKED, "temperature": 0} | opened).json()
+        assert message["choices"][0]["message"]["content"] == "Rain."
+        use = '{"tool_name": "weather", "parameters": {"city": "%s"}}'
+        server.engine.say(f"Hm.<|END_THINKING|><|START_ACTION|>[{use % 'Ulm'}, {use % 'Bonn'}]<|END_ACTION|>")
+        found = streamed(opened)
+        assert (found["reasoning_content"], found["content"]) == ("Hm.", "") and len(set(found["ids"])) == 2
+        assert [json.loads(text)["city"] for text in found["arguments"]] == ["Ulm", "Bonn"]
+        tools = [{"name": "weather", "input_schema": PARAMETERS}]
+        asked = {"messages": ASKED, "temperature": 0, "max_tokens": 200, "tools": tools}
+        claude = server.post("/v1/messages", asked | {"thinking": {"type": "enabled", "budget_tokens": 1024}}).json()
+        assert [block["type"] for block in claude["content"]] == ["thinking", "tool_use", "tool_use"]
+        tools = [{"type": "function", **TOOL["function"]}]
+        asked = {"input": "x", "temperature": 0, "tools": tools, "reasoning": {"effort": "high"}}
+        responses = server.post("/v1/responses", asked).json()
+        assert [item["type"] for item in responses["output"]] == ["reasoning", "function_call", "function_call"]
+    finally:
+        server.close()

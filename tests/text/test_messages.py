@@ -13,10 +13,10 @@ from transformers import AutoTokenizer
 
 from tulle.errors import UserError
 from tulle.text.messages import content_text, prepare_messages
-from tulle.text.reasoning import KNOWN
+from tulle.text.reasoning import ANSWERS, KNOWN
 from tulle.text.template_facts import template_facts
 from tulle.text.tokenizer import ModelTokenizer
-from tulle.text.tool_formats import Content, describe_tools, detect
+from tulle.text.tool_formats import Arguments, Content, describe_tools, detect, joined
 
 # Small templates with the constructs of each family's own.
 HERMES = (
@@ -117,6 +117,91 @@ TEXT_ARGUMENTS = (
     "{% for call in m.tool_calls or [] %}{{ '<tool_call>' + call['function']['name'] + call['function']['arguments'] }}"
     "{% endfor %}{% endfor %}"
 )
+PLAIN = (
+    "{% for t in tools or [] %}{{ t.function.name }}: {{ t.function.description }}\n{% endfor %}{% for m in messages %}"
+    "<|{{ m.role }}|>{{ m.content }}CALLS\n{% endfor %}"
+)
+"""Roles, content and tools; ``CALLS`` is to come."""
+
+
+def calls(before: str, one: str, between: str, after: str, template: str = PLAIN) -> str:
+    """A template that writes calls so; ``one`` has NAME and ARGUMENTS."""
+    name, arguments = "' ~ c.function.name ~ '", "' ~ (c.function.arguments | tojson) ~ '"
+    body = "'" + one.replace("NAME", name).replace("ARGUMENTS", arguments) + "'"
+    return template.replace(
+        "CALLS",
+        f"{{% if m.tool_calls %}}{before}{{% for c in m.tool_calls %}}{{{{ {body} }}}}"
+        f"{{% if not loop.last %}}{between}{{% endif %}}{{% endfor %}}{after}{{% endif %}}",
+    )
+
+
+def tags(before: str, key: str, key_end: str, after: str, end: str) -> str:
+    """A template that writes calls in tags; ``before`` has NAME."""
+    return PLAIN.replace(
+        "CALLS",
+        f"{{% for c in m.tool_calls or [] %}}{before.replace('NAME', '{{ c.function.name }}')}{{% for k, v in "
+        f"c.function.arguments | items %}}{key}{{{{ k }}}}{key_end}{{{{ v if v is string else v | tojson }}}}{after}"
+        f"{{% endfor %}}{end}{{% endfor %}}",
+    )
+
+
+DEEPSEEK = PLAIN[PLAIN.index("{% for m in") :]
+"""Calls without tools, which the system message describes."""
+JSON_CALL = '{"name": "NAME", "arguments": ARGUMENTS}'
+FAMILIES = {
+    "seed-oss": tags(
+        "<seed:tool_call>\n<function=NAME>\n", "<parameter=", ">", "</parameter>\n", "</function>\n</seed:tool_call>"
+    ),
+    "glm4.5": tags(
+        "\n<tool_call>NAME\n", "\n<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>\n", "</tool_call><|observation|>"
+    ),
+    "glm4.7": tags("<tool_call>NAME", "<arg_key>", "</arg_key><arg_value>", "</arg_value>", "</tool_call>"),
+    "deepseek-v3": calls(
+        "<｜tool▁calls▁begin｜>",
+        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME\\n```json\\nARGUMENTS\\n```<｜tool▁call▁end｜>",
+        "\n",
+        "<｜tool▁calls▁end｜>",
+        DEEPSEEK,
+    ),
+    "deepseek-v3.1": calls(
+        "<｜tool▁calls▁begin｜>",
+        "<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>ARGUMENTS<｜tool▁call▁end｜>",
+        "",
+        "<｜tool▁calls▁end｜>",
+        DEEPSEEK,
+    ),
+    "command": calls(
+        "<|START_ACTION|>[\n    ",
+        '{"tool_call_id": "0", "tool_name": "NAME", "parameters": ARGUMENTS}',
+        ",\n    ",
+        "\n]<|END_ACTION|>",
+    ),
+    "apertus": calls("<|tools_prefix|>[", '{"NAME": ARGUMENTS}', ", ", "]<|tools_suffix|>"),
+    "tool-calls": calls("<tool_calls>[", JSON_CALL, ", ", "]</tool_calls>"),
+    "nemotron": calls("<TOOLCALL>[", JSON_CALL, ", ", "]</TOOLCALL>"),
+    "olmo3": PLAIN.replace(
+        "CALLS",
+        "{% if m.tool_calls %}<function_calls>{% for c in m.tool_calls %}{{ c.function.name }}({% for k, v in "
+        "c.function.arguments | items %}{{ k }}={{ v | tojson }}{% if not loop.last %}, {% endif %}{% endfor %})"
+        "{% if not loop.last %}{{ '\n' }}{% endif %}{% endfor %}</function_calls>{% endif %}",
+    ),
+}
+"""Templates that show calls, in each family's form."""
+SILENT = {
+    "granite": PLAIN.replace("CALLS", "").replace("{% for t", "Answer with <|tool_call|>.{% for t", 1),
+    "lfm2": PLAIN.replace("CALLS", "").replace("{% for t", "<|tool_list_start|>{% for t", 1),
+    "glm4": PLAIN.replace("CALLS", "").replace(
+        "<|{{ m.role }}|>", "{{ '<|observation|>' if m.role == 'observation' else '<|' ~ m.role ~ '|>' }}"
+    ),
+    "phi": (
+        "{% for m in messages %}{% if m['role'] == 'system' and 'tools' in m %}<|system|>{{ m['content'] }}<|tool|>"
+        "{{ m['tools'] }}<|/tool|><|end|>{% else %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
+    ),
+    "hermes": PLAIN.replace("CALLS", "")
+    .replace("tools or []", "xml_tools or []")
+    .replace("{{ t.function.name }}: {{ t.function.description }}", "{{ t }}<tool_call></tool_call>"),
+}
+"""Templates that show none: calls become content, as the model writes them."""
 TEMPLATES = {
     "hermes": HERMES,
     "qwen3-coder": QWEN3_CODER,
@@ -147,6 +232,24 @@ TALK: list[dict[str, Any]] = [
 def with_template(template: str) -> ModelTokenizer:
     special = {"bos_token": "<s>", "eos_token": "</s>"}
     return byte_tokenizer(list(special.values()), special=special, templates={"default": template} if template else {})
+
+
+@pytest.mark.parametrize(("name", "template"), [*FAMILIES.items(), *SILENT.items()])
+def test_formats_of_families(name: str, template: str) -> None:
+    """Detected by the template alone; the history shows calls, which the format reads, and results."""
+    tokenizer = with_template(template)
+    format = detect(tokenizer)
+    assert (format.name, format.supports_tools) == (name, not name.startswith("deepseek"))
+    now = {"id": "b", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+    asked = [TALK[1], {"role": "assistant", "content": None, "tool_calls": [CALL, now]}]
+    found = prepare_messages([*asked, TALK[3]], tokenizer, format, TOOLS)
+    text = tokenizer.chat(found.messages, tools=found.tools, add_generation_prompt=False)
+    assert "Does plot." in text and "rain: 1 < 2" in text
+    assert (found.tools is None) == (name.startswith("deepseek") or name == "phi")
+    parser = format.parser(TOOLS, eager=False)
+    deltas = joined([*parser.push(text[text.rindex("<|assistant|>") + 13 :]), *parser.end()])
+    arguments = [json.loads(delta.text) for delta in deltas if isinstance(delta, Arguments)]
+    assert arguments == [{"city": 'Köln "x"', "days": 2}, {}]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -183,7 +286,11 @@ def test_detection_by_tokens_and_type() -> None:
     # An answer that begins with reasoning, which the history does not show.
     assert of(HERMES.replace("assistant\n{%- endif %}", "assistant\n<think>\n{%- endif %}"), []).name == "hermes"
     glm = shows + "<tool_call>name<arg_key>k</arg_key>"
-    assert (of(glm, []).name, of(glm, []).supports_tools) == ("generic", False)
+    assert (of(glm, []).name, of(glm, []).supports_tools) == ("glm4.7", True)
+    assert of(shows, ["<|tool_call_start|>"]).name == "lfm2"
+    assert of(shows + "<response>x</response>", []).answer == ANSWERS[2] and of(shows + "<response>", []).answer is None
+    spoken = of(shows + "<|START_RESPONSE|>x<|END_RESPONSE|>", ["<|START_RESPONSE|>"])
+    assert spoken.keep_special and spoken.marks_answers and not of(shows, ["<|START_RESPONSE|>"]).marks_answers
     assert of("{{ messages[-1].content }}", [], "gpt_oss").name == "harmony"
     bare = detect(byte_tokenizer())
     assert (bare.name, bare.supports_tools, bare.reasoning) == ("generic", False, None)

@@ -6,6 +6,7 @@ import json
 import random
 import re
 import time
+from typing import Any
 
 import llguidance
 import llguidance.numpy
@@ -17,7 +18,7 @@ from jsonschema import Draft202012Validator
 from tool_samples import END_OF_TEXT, PARAMETERS, TOOLS, byte_tokenizer, format_named, numbered
 
 from tulle.errors import UserError
-from tulle.text.reasoning import KNOWN, ReasoningMarks
+from tulle.text.reasoning import ANSWERS, KNOWN, AnswerMarks, ReasoningMarks
 from tulle.text.tokenizer import ModelTokenizer
 from tulle.text.tool_formats import (
     Arguments,
@@ -54,15 +55,39 @@ TWO_CALLS = {
     "functiongemma": "<start_function_call>call:weather{city:<escape>%s<escape>,days:2}<end_function_call>"
     "<start_function_call>call:now{}<end_function_call>",
     "gemma4": '<|tool_call>call:weather{city:<|"|>%s<|"|>,days:2}<tool_call|><|tool_call>call:now{}<tool_call|>',
+    "seed-oss": "<seed:tool_call>\n<function=weather>\n<parameter=city>%s</parameter>\n<parameter=days>2</parameter>\n"
+    "</function>\n</seed:tool_call>\n<seed:tool_call>\n<function=now>\n</function>\n</seed:tool_call>",
+    "glm4.5": "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>%s</arg_value>\n<arg_key>days</arg_key>\n"
+    "<arg_value>2</arg_value>\n</tool_call>\n<tool_call>now\n</tool_call>",
+    "glm4.7": "<tool_call>weather<arg_key>city</arg_key><arg_value>%s</arg_value><arg_key>days</arg_key>"
+    "<arg_value>2</arg_value></tool_call><tool_call>now</tool_call>",
+    "glm4": 'weather\n{"city": %s, "days": 2}\nnow\n{}',
+    "deepseek-v3": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"
+    '{"city": %s, "days": 2}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{}\n```'
+    "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    "deepseek-v3.1": '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{"city": %s, "days": 2}'
+    "<｜tool▁call▁end｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    "command": '<|START_ACTION|>[\n    {"tool_call_id": "0", "tool_name": "weather", "parameters": {"city": %s, '
+    '"days": 2}},\n    {"tool_call_id": "1", "tool_name": "now", "parameters": {}}\n]<|END_ACTION|>',
+    "apertus": '<|tools_prefix|>[{"weather": {"city": %s, "days": 2}}, {"now": {}}]<|tools_suffix|>',
+    "phi": '<|tool_call|>[{"name": "weather", "arguments": {"city": %s, "days": 2}}, {"name": "now", "arguments": {}}]'
+    "<|/tool_call|>",
+    "granite": '<|tool_call|>[{"name": "weather", "arguments": {"city": %s, "days": 2}}, {"name": "now"}]',
+    "tool-calls": '<tool_calls>[{"name": "weather", "arguments": {"city": %s, "days": 2}}, {"name": "now"}]'
+    "</tool_calls>",
+    "nemotron": '<TOOLCALL>[{"name": "weather", "arguments": {"city": %s, "days": 2}}, {"name": "now"}]</TOOLCALL>',
     "python": "[weather(city=%s, days=2), now()]",
+    "lfm2": "<|tool_call_start|>[weather(city=%s, days=2), now()]<|tool_call_end|>",
+    "olmo3": "<function_calls>weather(city=%s, days=2)\nnow()</function_calls>",
     "tool_code": "```tool_code\nprint(default_api.weather(city=%s, days=2))\nnow()\n```",
     "generic": '```json\n[{"name": "weather", "arguments": {"city": %s, "days": 2}}, {"name": "now"}]\n```',
 }
-RAW = ("qwen3-coder", "functiongemma", "gemma4")
+RAW = ("qwen3-coder", "seed-oss", "glm4.5", "glm4.7", "functiongemma", "gemma4")
 """Formats whose strings stand as they are."""
-AT_THE_BEGINNING = ("python",)
+AT_THE_BEGINNING = ("python", "glm4")
 """Formats whose calls are all of the answer."""
 MARKS = sorted({mark for kind in FORMATS for mark in kind.marks} | {"<think>", "</think>", "```tool_code\n", "```"})
+ANSWER_MARKS = [mark for marks in ANSWERS for mark in (marks.start, marks.end)]
 
 
 def two_calls(name: str, city: str = CITY) -> str:
@@ -121,7 +146,28 @@ def test_without_tools_a_text_is_content(name: str) -> None:
 
 
 fragments = st.one_of(
-    st.sampled_from([*MARKS, "\n", " ", "{", "}", "[", "]", '"', "\\", ",", ":", "(", ")", "=", "<", "now", "weather"]),
+    st.sampled_from(
+        [
+            *MARKS,
+            *ANSWER_MARKS,
+            "\n",
+            " ",
+            "{",
+            "}",
+            "[",
+            "]",
+            '"',
+            "\\",
+            ",",
+            ":",
+            "(",
+            ")",
+            "=",
+            "<",
+            "now",
+            "weather",
+        ]
+    ),
     st.sampled_from(['{"name": "now"}', '{"name": "now", "arguments": {', '"city": "x', "call:now{", "now()", "ab c"]),
     st.sampled_from(["now[ARGS]{}", "<function=now>", "<parameter=city>\n", "assistant", " to=functions.now"]),
     st.sampled_from([text for name in NAMES for text in (two_calls(name), two_calls(name)[:-30])]),
@@ -132,11 +178,12 @@ texts = st.lists(fragments, max_size=8).map("".join)
 
 @pytest.mark.parametrize("eager", [True, False])
 @pytest.mark.parametrize("name", NAMES)
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(data=st.data())
 def test_however_it_is_cut(name: str, eager: bool, data: st.DataObject) -> None:
-    thinks = data.draw(st.booleans())
-    format = format_named(name, **({"reasoning": THINK} if thinks and name != "harmony" else {}))
+    thinks, marked = data.draw(st.booleans()), data.draw(st.booleans())
+    options: dict[str, Any] = {"reasoning": THINK if thinks else None, "answer": ANSWERS[2] if marked else None}
+    format = format_named(name, **({} if name == "harmony" else options))
     text = data.draw(st.one_of(texts, st.sampled_from([two_calls(n) for n in NAMES])))
     cuts = data.draw(st.one_of(st.lists(st.integers(0, 400), max_size=12), st.just(list(range(len(text))))))
     whole = read(format, text, eager=eager)
@@ -148,7 +195,7 @@ def test_however_it_is_cut(name: str, eager: bool, data: st.DataObject) -> None:
     if name == "harmony":
         return
     thinks = thinks and text.lstrip().startswith("<think>")
-    if not thinks and not any(isinstance(delta, ToolCall) for delta in whole):
+    if not thinks and not marked and not any(isinstance(delta, ToolCall) for delta in whole):
         assert "".join(delta.text for delta in whole if isinstance(delta, Content)) == text
     left = text
     for delta in whole:
@@ -158,7 +205,7 @@ def test_however_it_is_cut(name: str, eager: bool, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in ("harmony", *AT_THE_BEGINNING)])
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 @given(data=st.data())
 def test_nothing_between_calls_is_lost(name: str, data: st.DataObject) -> None:
     words = data.draw(st.lists(st.text("abcdefg. é", min_size=1).map(str.strip).filter(bool), min_size=2, max_size=4))
@@ -210,6 +257,24 @@ def test_nothing_between_calls_is_lost(name: str, data: st.DataObject) -> None:
         ("functiongemma", "<start_function_call>call:now{a:b}<end_function_call>"),
         ("functiongemma", "<start_function_call>call:now{a:<escape>b<end_function_call>"),
         ("gemma4", "<|tool_call>call:now{a:" + "[" * 100 + "]" * 100 + "}<tool_call|>"),
+        ("deepseek-v3.1", "<｜tool▁call▁begin｜>later<｜tool▁sep｜>{}<｜tool▁call▁end｜>"),
+        ("deepseek-v3.1", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>[1]<｜tool▁call▁end｜>"),
+        ("deepseek-v3", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{]\n```"),
+        ("glm4.5", "<tool_call>now\n<arg_key>a</arg_key>\n1\n</tool_call>"),
+        ("glm4.7", "<tool_call>now<arg_key>a</arg_key><arg_value>1</tool_call>"),
+        ("glm4.7", "<tool_call>later</tool_call>"),
+        ("glm4", "now\n[1]"),
+        ("glm4", 'So: now\n{"a": 1}'),
+        ("seed-oss", "<seed:tool_call><function=now><parameter=a>1</function></seed:tool_call>"),
+        ("command", '<|START_ACTION|>[{"tool_call_id": "0", "tool_name": "later", "parameters": {}}]<|END_ACTION|>'),
+        ("command", '<|START_ACTION|>[{"tool_name": "now", "parameters": {"a": }}]<|END_ACTION|>'),
+        ("apertus", '<|tools_prefix|>[{"now": 1}]<|tools_suffix|>'),
+        ("apertus", '<|tools_prefix|>[{"now": {}, "weather": {}}]<|tools_suffix|>'),
+        ("phi", "some functools [1]"),
+        ("granite", "<|tool_call|>now"),
+        ("lfm2", "<|tool_call_start|>[now(a=f(1))]<|tool_call_end|>"),
+        ("olmo3", "<function_calls>now(a=1</function_calls>"),
+        ("olmo3", "<function_calls></function_calls>"),
         ("generic", '{"name": "later", "arguments": {}}'),
         ("generic", '{"answer": [1, 2]}\n```json\n{"a": "b"}\n```\n[1]'),
     ],
@@ -233,7 +298,7 @@ def test_a_call_that_goes_wrong_after_it_was_given() -> None:
 
 
 def test_arguments_come_while_they_are_written() -> None:
-    streamed = [name for name in NAMES if name not in ("python", "tool_code")]
+    streamed = [name for name in NAMES if name not in ("python", "tool_code", "lfm2", "olmo3")]
     for name in streamed:
         text = two_calls(name, "x" * 50)
         parser = format_named(name).parser(TOOLS)
@@ -272,6 +337,27 @@ def test_arguments_come_while_they_are_written() -> None:
             [call("now", a='x\n"y', b={"k": [1, [True, None]]}, c=True, d=float("inf"), e="🙂", f=16)],
         ),
         ("python", "[now(é='世界', a=')')]", [call("now", é="世界", a=")")]),
+        ("python", "[now(from='a', x-y=[1], é=2)]", [call("now", **{"from": "a", "x-y": [1], "é": 2})]),
+        ("deepseek-v3", two_calls("deepseek-v3.1", "x"), [call("weather", city="x", days=2), call("now")]),
+        ("deepseek-v3.1", two_calls("deepseek-v3", "x"), [call("weather", city="x", days=2), call("now")]),
+        ("deepseek-v3.1", "<｜tool▁call▁begin｜>now<｜tool▁sep｜>```json\n{}\n```", [call("now")]),
+        ("glm4.5", two_calls("glm4.7", "x"), [call("weather", city="x", days=2), call("now")]),
+        ("glm4.7", two_calls("glm4.5", "x"), [call("weather", city="x", days=2), call("now")]),
+        (
+            "glm4.7",
+            "<tool_call>weather <arg_key>city</arg_key> <arg_value>\n</arg_value> </arg_value> </tool_call>",
+            [call("weather", city="\n</arg_value> ")],
+        ),
+        ("glm4", ' now {"a": 1}\n', [call("now", a=1)]),
+        ("seed-oss", "<function=now>\n<parameter=a>\n1\n</parameter>\n</function>", [call("now", a=1)]),
+        ("command", '<|START_ACTION|>{"tool_name": "now", "parameters": {"a": 1}}', [call("now", a=1)]),
+        ("apertus", '<|tools_prefix|>{"now": {"a": 1}}', [call("now", a=1)]),
+        ("phi", 'functools[{"name": "now", "arguments": {}}]', [call("now")]),
+        ("phi", '<|tool_call|>{"name": "now", "arguments": {}}<|/tool_call|>', [call("now")]),
+        ("granite", '<tool_call>[{"name": "now", "arguments": {}}]', [call("now")]),
+        ("lfm2", '<|tool_call_start|>[{"name": "now", "arguments": {}}]<|tool_call_end|>', [call("now")]),
+        ("lfm2", "<|tool_call_start|>[now(a='b')]", [call("now", a="b")]),
+        ("olmo3", "<function_calls>\nnow(a=true)\n</function_calls>\n", [call("now", a=True)]),
         ("functiongemma", '<start_function_call>call:now{a:{b:[1,{c:null}]},d:"x"}', None),
         ("generic", '{"name": "now", "arguments": {}}\n{"name": "now"}', [call("now"), call("now")]),
         ("generic", 'So:\n```\n{"name": "now"}\n```\nDone.', [("Content", "So:"), call("now"), ("Content", "Done.")]),
@@ -281,6 +367,111 @@ def test_other_ways_to_write_calls(name: str, text: str, expected: Flat | None) 
     expected = expected or [call("now", a={"b": [1, {"c": None}]}, d="x")]
     for eager in (True, False):
         assert flat(read(format_named(name), text, list(range(len(text))), eager=eager)) == expected
+
+
+VALUES: dict[str, object] = {
+    "text": {"type": "string"},
+    "maybe": {"type": ["string", "null"]},
+    "either": {"anyOf": [{"$ref": "#/$defs/N"}, {"type": "string"}]},
+    "count": {"$ref": "#/$defs/N"},
+    "list": {"type": "array"},
+    "flag": {"type": "boolean"},
+    "word": {"enum": ["5", "x"]},
+    "odd": {"anyOf": 3},
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "value"),
+    [
+        ("text", "5", "5"),
+        ("text", ' {"a": 1} ', ' {"a": 1} '),
+        ("maybe", "5", "5"),
+        ("maybe", "null", None),
+        ("maybe", "None", None),
+        ("maybe", '"a"', "a"),
+        ("maybe", "a b", "a b"),
+        ("maybe", "[1", "[1"),
+        ("maybe", "'a'", "'a'"),
+        ("unknown", "1, 2", "1, 2"),
+        ("either", "5", 5),
+        ("either", "5.5", "5.5"),
+        ("either", "true", "true"),
+        ("count", "5", 5),
+        ("count", "five", "five"),
+        ("list", '["a", 1]', ["a", 1]),
+        ("list", "['a', {'b': None}]", ["a", {"b": None}]),
+        ("list", "[f(1)]", "[f(1)]"),
+        ("list", "[" * 300, "[" * 300),
+        ("flag", "True", True),
+        ("word", "5", "5"),
+        ("odd", "5", 5),
+        ("unknown", '{"a": [1]}', {"a": [1]}),
+    ],
+)
+@pytest.mark.parametrize("name", ["qwen3-coder", "seed-oss", "glm4.5", "glm4.7"])
+def test_values_follow_the_schema(name: str, key: str, written: str, value: object) -> None:
+    schema = {"$defs": {"N": {"type": "integer"}}, "properties": VALUES}
+    format: Any = format_named(name)
+    text = format.written([("f", {key: written})])
+    assert flat(read(format, text, tools=[{"name": "f", "parameters": schema}])) == [call("f", **{key: value})]
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from("abc"), inner, max_size=2),
+    max_leaves=5,
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(deadline=None, max_examples=15)
+@given(
+    found=st.lists(
+        st.fixed_dictionaries(
+            {"city": st.text('ab<>/"\\\n é🙂', max_size=8)}, optional={"days": st.integers(), "more": json_values}
+        ),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_what_is_written_is_read_back(name: str, found: list[dict[str, Any]]) -> None:
+    if name in RAW:  # text that spells a value is that value
+        found = [{k: v for k, v in one.items() if k != "more" or not isinstance(v, str)} for one in found]
+    text = format_named(name).written([("weather", one) for one in found])
+    assert flat(read(format_named(name), text)) == [call("weather", **one) for one in found]
+
+
+@pytest.mark.parametrize("marks", ANSWERS, ids=lambda marks: marks.start)
+def test_marks_around_the_answer(marks: AnswerMarks) -> None:
+    format = format_named("tool-calls", reasoning=THINK, answer=marks)
+    start, end, calls = marks.start, marks.end, two_calls("tool-calls")
+    expected = [call("weather", city=CITY, days=2), call("now")]
+    for text, found in [
+        (f"{start}\nYes {end[:4]} no\n{end}\n", [("Content", f"Yes {end[:4]} no")]),
+        (f"<think>hm</think>\n{start}Yes{end} More.", [("Reasoning", "hm"), ("Content", "YesMore.")]),
+        (f"\n{start}Yes{end[:-1]}", [("Content", f"Yes{end[:-1]}")]),
+        (f"{start}Yes{end[:3]}{calls}", [("Content", f"Yes{end[:3]}"), *expected]),
+        (f"{start}\n{end}\n{calls}", expected),
+        (f"{start}A\n{calls}{end}", [("Content", "A"), *expected]),
+        (f"No {start}Yes{end}", [("Content", f"No {start}Yes{end}")]),
+    ]:
+        for eager in (True, False):
+            assert flat(read(format, text, eager=eager)) == found, text
+            assert flat(read(format, text, list(range(len(text))), eager=eager)) == found, text
+    assert read(format, f"Yes{end}", prompt=f"<think></think>\n{start}\n") == [Content("Yes")]
+
+
+@pytest.mark.parametrize(("name", "marks"), [("apertus", KNOWN[5]), ("command", KNOWN[3])])
+def test_calls_in_the_midst_of_reasoning(name: str, marks: ReasoningMarks) -> None:
+    format = format_named(name, reasoning=marks)
+    expected = [("Reasoning", "hm"), call("weather", city=CITY, days=2), call("now")]
+    for lead in (f"{marks.start}hm", f"{marks.start}hm{marks.end}"):
+        assert flat(read(format, lead + two_calls(name))) == expected
+    text = f"{marks.start}hm {two_calls(name)}"
+    assert isinstance(read(format, text, tools=[])[0], Reasoning)
+    # Where the format does not say so, marks in reasoning are reasoning.
+    assert len(read(format_named("hermes", reasoning=THINK), f"<think>{two_calls('hermes')}")) == 1
 
 
 @pytest.mark.parametrize("marks", KNOWN, ids=lambda marks: marks.start.strip())
@@ -370,6 +561,16 @@ def test_schemas_without_sense_are_the_clients_fault(name: str, schema: object) 
         assert "JSON Schema as parameters" in str(error)
 
 
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("python", "a b"), ("olmo3", "f(x"), ("qwen3-coder", "a<b"), ("glm4.7", "a\nb"), ("gemma4", "a:b")],
+)
+def test_names_that_a_format_cannot_write_are_refused(name: str, key: str) -> None:
+    tool = {"name": "f", "parameters": {"properties": {key: {"type": "integer"}}}}
+    with pytest.raises(UserError, match="rename it"):
+        format_named(name).grammar([tool])
+
+
 def test_a_schema_that_holds_itself() -> None:
     node = {"type": "object", "properties": {k: {"$ref": "#/$defs/Node"} for k in "ab"}, "additionalProperties": False}
     schema = {"type": "object", "$defs": {"Node": node}, "properties": {"n": node}, "required": ["n"]}
@@ -406,7 +607,7 @@ def sample(tokenizer: ModelTokenizer, grammar: str, rng: random.Random, ends: li
     return found
 
 
-ENDS = ['"', "}", '"}', "</parameter>", "\n</parameter>", "<escape>", '<|"|>', "<|end|>", "</think>"]
+ENDS = ['"', "}", '"}', "</parameter>", "\n</parameter>", "</arg_value>", "<escape>", '<|"|>', "<|end|>", "</think>"]
 
 
 @pytest.mark.parametrize("special", [True, False], ids=["special tokens", "text"])
@@ -452,11 +653,12 @@ def test_an_answer_after_reasoning_may_have_a_grammar(name: str, special: bool) 
     tokenizer = byte_tokenizer(marks)
     tokens = {mark: tokenizer.tokenizer.token_to_id(mark) for mark in marks}
     reasoning = format_named(name).reasoning or THINK
-    format = format_named(name, tokens=tokens, reasoning=reasoning)
+    answer = None if name == "harmony" else ANSWERS[3]
+    format = format_named(name, tokens=tokens, reasoning=reasoning, answer=answer)
     kinds = set()
     for number, prompt in enumerate(["", "", "", reasoning.start]):
         lark = Lark(tokens)
-        before = reasoning.grammar(lark, reasoning.opened(prompt))
+        before = format.before_answer(lark, prompt)
         ids = sample(tokenizer, lark.start(before + lark.json(PARAMETERS["weather"])), random.Random(number), ENDS)
         *thoughts, answer = read(format, tokenizer.decode(ids, keep_special=True), tools=[], prompt=prompt)
         assert isinstance(answer, Content) and all(isinstance(delta, Reasoning) for delta in thoughts)
@@ -469,3 +671,8 @@ def test_tools_in_words() -> None:
     text = describe_tools(TOOLS, "required")
     assert all(json.dumps(t.parameters) in text for t in read_tools(TOOLS)) and "at least one" in text
     assert "'now'" in describe_tools(TOOLS, {"function": {"name": "now"}})
+    assert '"arguments": {"a parameter"' in describe_tools(TOOLS) and "one line of JSON per call" in describe_tools(
+        TOOLS
+    )
+    told = describe_tools(TOOLS, format=format_named("deepseek-v3.1"))
+    assert '<｜tool▁call▁begin｜>the tool<｜tool▁sep｜>{"a parameter": "its value"}' in told and "one line" not in told

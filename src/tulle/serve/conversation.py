@@ -83,7 +83,7 @@ async def begin(model: ServedModel, body: Generating, http: HttpRequest, talk: T
     deadline = deadline_of(body.timeout, http)
     text, prompt = await prompt_of(model, talk)
     constraint = await _constraint(model, body, talk, text)
-    marked = bool(talk.offered) or model.format.reasoning is not None
+    marked = bool(talk.offered) or model.format.marks_answers
     requests = requests_of(
         model,
         prompt,
@@ -116,8 +116,8 @@ async def _constraint(model: ServedModel, body: Generating, talk: Talk, prompt: 
         raise ApiError(400, "expected one of grammar, regex and a format of the answer, found several")
     if talk.offered:
         raise unsupported("response_format", "expected no response_format beside tools that may be called")
-    if model.format.reasoning is None:
+    if not model.format.marks_answers:
         return await model.constraint("json_schema", json.dumps(talk.schema))
     lark = Lark(model.format.tokens)
-    thoughts = model.format.reasoning.grammar(lark, model.format.reasoning.opened(prompt))
-    return await model.constraint("lark", lark.start(f"{thoughts}{lark.json(talk.schema)}"))
+    before = model.format.before_answer(lark, prompt)
+    return await model.constraint("lark", lark.start(f"{before}{lark.json(talk.schema)}"))

@@ -19,7 +19,7 @@ from tulle.serve.errors import ApiError
 from tulle.serve.facts import Facts
 from tulle.serve.token_text import TokenTexts
 from tulle.serve.worker import Scheduler, Worker
-from tulle.text.chat_template import DEFAULT, WITH_TOOLS
+from tulle.text.chat_template import DEFAULT, WITH_TOOLS, variables_of
 from tulle.text.tokenizer import ModelTokenizer
 from tulle.text.tool_formats import ToolFormat, detect
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 SHORT = 8192
 """Characters up to which a text is tokenized on the event loop; longer ones are in a thread."""
+SWITCHES = ("enable_thinking", "thinking")
+"""How templates call their switch for reasoning: most; DeepSeek and Granite 3."""
 GENERATION_CONFIG = "generation_config.json"
 DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
 """What of ``generation_config.json`` counts where a request says nothing."""
@@ -59,9 +61,9 @@ class ServedModel:
         self.format: ToolFormat = detect(self.text, str(engine.config.get("model_type", "")))
         self.defaults = sampling_defaults(folder)
         self._grammars: Any = None
-        template = self.text.templates.get(WITH_TOOLS, "") + self.text.templates.get(DEFAULT, "")
-        self.template = template
-        """The source of the chat template, to see which variables it reads."""
+        templates = [self.text.templates.get(name, "") for name in (WITH_TOOLS, DEFAULT)]
+        self.variables: frozenset[str] = frozenset().union(*map(variables_of, templates))
+        """What the chat template reads beside the conversation."""
         longest = max((len(token.encode()) for token in self.text.tokenizer.get_vocab()), default=1)
         self._longest_prompt = (self.room + 1) * max(longest, 8)
         """Characters that no prompt which fits can exceed."""
@@ -69,6 +71,10 @@ class ServedModel:
         facts.tools = self.format.supports_tools
         facts.reasoning = self.format.reasoning is not None
         facts.defaults = {"temperature": 1.0, **self.defaults}
+
+    def thinking(self, wanted: bool) -> dict[str, bool]:
+        """The template's switch for reasoning; {} where it has none."""
+        return next(({name: wanted} for name in SWITCHES if name in self.variables), {})
 
     async def off_loop(self, size: int, function: Callable[..., Any], *arguments: Any) -> Any:
         """A function's result; in a thread where ``size`` characters make it slow."""

@@ -16,6 +16,8 @@ from tulle.errors import UserError
 
 DEFAULT, WITH_TOOLS = "default", "tool_use"
 """Names of the template that is used without another word, and with tools where there is one."""
+XML_TOOLS = "xml_tools"
+"""What SmolLM3's template reads instead of ``tools``: a line of JSON for each."""
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Keys of a message's reasoning; the first is the one that templates read."""
 
@@ -60,7 +62,8 @@ def render(
             tools=_plain(tools),
             documents=_plain(documents),
             add_generation_prompt=add_generation_prompt,
-            **{name: _plain(value) for name, value in (variables or {}).items()},
+            **({XML_TOOLS: [json.dumps(tool.get("function", tool)) for tool in tools]} if tools else {})
+            | {name: _plain(value) for name, value in (variables or {}).items()},
         )
     except (
         TemplateError,
@@ -73,6 +76,18 @@ def render(
     ) as error:
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"expected a chat template that can be filled in, found: {line}") from None
+
+
+@lru_cache(maxsize=16)
+def variables_of(template: str) -> frozenset[str]:
+    """Names that a template reads and does not set by itself, such as ``enable_thinking``; none of a broken one."""
+    from jinja2 import TemplateError
+    from jinja2.meta import find_undeclared_variables
+
+    try:
+        return frozenset(find_undeclared_variables(_compiled("").environment.parse(template)))
+    except (TemplateError, RecursionError):
+        return frozenset()
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:

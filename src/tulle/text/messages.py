@@ -43,19 +43,23 @@ def prepare_messages(
       the first user message.
     - Arguments of calls are objects, or JSON text where the template wants text. Results have their call's ``name``.
       Ids are as the template takes them.
-    - Where the template has no tools, they are described in the system message; calls are lines of JSON, and results
-      are the user's.
+    - Where the template has no tools, they are described in the system message. Calls and results that it does not
+      show become text: calls as the model writes them, results as the user's.
 
     Raises ``UserError`` for messages without a role, and for parts that are no text.
     """
     known = read_tools(tools)
     facts = template_facts(chosen_template(tokenizer.templates, None, known or None), tokenizer.special)
     prepared = _named([_message(message, tool_format) for message in messages])
-    prepared = [message for part in prepared for message in _calls(part, facts, tool_format.supports_tools)]
+    prepared = [message for part in prepared for message in _calls(part, facts, tool_format)]
     if known and not tool_format.supports_tools:
-        prepared = _with_system(prepared, describe_tools(known, choice))
+        prepared = _with_system(prepared, describe_tools(known, choice, tool_format))
     prepared = _merged_results(_roles(prepared, facts))
     shown = [_as_openai(tool) for tool in known] if known and tool_format.supports_tools else None
+    if shown and facts.system_tools:
+        prepared = _with_system(prepared, "")
+        functions = json.dumps([tool["function"] for tool in shown], ensure_ascii=False)
+        return Conversation([{**prepared[0], "tools": functions}, *prepared[1:]], None)
     return Conversation(prepared, shown)
 
 
@@ -124,16 +128,16 @@ def _named(messages: Messages) -> Messages:
     return messages
 
 
-def _calls(message: dict[str, Any], facts: TemplateFacts, native: bool) -> Messages:
-    """The message, with calls and results in a form that the template shows; ``native``: the format is its own."""
-    if message["role"] == "tool" and not (facts.results and native):
+def _calls(message: dict[str, Any], facts: TemplateFacts, tool_format: ToolFormat) -> Messages:
+    """The message, with calls and results in a form that the template shows."""
+    if message["role"] == "tool" and not (facts.results and tool_format.native):
         title = f"Result of {message['name']}:" if "name" in message else "Result of the tool:"
         return [{"role": "user", "content": f"{title}\n{message['content']}", "is_result": True}]
     if "tool_calls" not in message:
         return [message]
-    if not (facts.call and native):
-        lines = [json.dumps(call["function"], ensure_ascii=False) for call in message["tool_calls"]]
-        text = "\n".join([*([message["content"]] if message["content"] else []), *lines])
+    if not (facts.call and tool_format.native):
+        calls = [(call["function"]["name"], call["function"]["arguments"]) for call in message["tool_calls"]]
+        text = "\n".join([*([message["content"]] if message["content"] else []), tool_format.written(calls)])
         return [{**{k: v for k, v in message.items() if k != "tool_calls"}, "content": text}]
     if facts.text_arguments:
         for call in message["tool_calls"]:

@@ -46,6 +46,8 @@ class TemplateFacts:
     """It shows messages of the role ``tool``."""
     text_arguments: bool
     """It wants the arguments of calls as JSON text, not as an object."""
+    system_tools: bool
+    """It shows tools only where the system message has them, as JSON text under ``tools``."""
 
 
 def template_facts(template: str, special: Mapping[str, str] | None = None) -> TemplateFacts:
@@ -90,11 +92,13 @@ def _facts(template: str, special: tuple[tuple[str, str], ...]) -> TemplateFacts
     known = before if after.startswith(before) else shown([user], tools=True, prompt=False)
     call = after[len(os.path.commonprefix([known, after])) :]
     system = {"role": "system", "content": RESULT}
+    tools = NAME in before
     return TemplateFacts(
-        tools=NAME in before,
+        tools=tools,
         system=RESULT in shown([system, user]),
         developer=RESULT in shown([{**system, "role": "developer"}, user]),
         call=call if key in call else "",
         results=RESULT in as_object or RESULT in as_text,
         text_arguments=wants_text,
+        system_tools=not tools and NAME in shown([{**system, "tools": json.dumps([TOOL["function"]])}, user]),
     )

@@ -77,10 +77,10 @@ def effort(wanted: str | None, model: ServedModel) -> dict[str, Any]:
     """``reasoning_effort`` as the model's template has it. Raises ``ApiError`` where it has nothing like it."""
     if wanted is None:
         return {}
-    if "reasoning_effort" in model.template:
+    if "reasoning_effort" in model.variables:
         return {"reasoning_effort": wanted}
-    if "enable_thinking" in model.template:
-        return {"enable_thinking": wanted not in ("none", "minimal")}
+    if switch := model.thinking(wanted not in ("none", "minimal")):
+        return switch
     raise unsupported("reasoning_effort", "expected no reasoning_effort: this model's chat template has none")
 
 

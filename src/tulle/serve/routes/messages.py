@@ -97,9 +97,8 @@ def talk_of(body: Prompted, model: ServedModel) -> Talk:
     variables: dict[str, Any] = {}
     if body.thinking is not None:
         wanted = body.thinking.type != "disabled"
-        if "enable_thinking" in model.template:
-            variables["enable_thinking"] = wanted
-        elif wanted and model.format.reasoning is None:
+        variables = model.thinking(wanted)
+        if wanted and not variables and model.format.reasoning is None:
             raise unsupported("thinking", "expected no thinking: this model has none")
     return Talk(found, tools, choice, parallel, variables=variables)
 

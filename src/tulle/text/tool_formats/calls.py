@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tulle.text.tool_formats.json_text import json_string, json_value
 from tulle.text.tool_formats.lark import Lark, either
@@ -11,8 +11,9 @@ from tulle.text.tool_formats.parser import Parser
 from tulle.text.tool_formats.source import NoMatch, Reading
 from tulle.text.tool_formats.tools import Tool
 
+NAMES = ("name", "tool_name")
 ARGUMENTS = ("arguments", "parameters")
-OTHER_KEYS = ("type", "id", "index")
+OTHER_KEYS = ("type", "id", "index", "tool_call_id")
 """Keys that calls may also have, in the forms of several APIs."""
 
 
@@ -53,7 +54,7 @@ def read_call(parser: Parser) -> Reading[None]:
         yield from source.spaces()
         yield from source.expect(":")
         yield from source.spaces()
-        if key == "name" and name is None:
+        if key in NAMES and name is None:
             name = yield from json_string(source)
             if name not in parser.tools:
                 raise NoMatch
@@ -87,22 +88,49 @@ def read_call(parser: Parser) -> Reading[None]:
     parser.end_call()
 
 
-def read_calls(parser: Parser, separators: tuple[str, ...] = (",", ";")) -> Reading[None]:
+def read_named_call(parser: Parser) -> Reading[None]:
+    """One call whose name is the key: ``{name: {...}}``."""
+    source = parser.source
+    yield from source.expect("{")
+    yield from source.spaces()
+    name = yield from json_string(source)
+    yield from source.spaces()
+    yield from source.expect(":")
+    yield from source.spaces()
+    yield from read_arguments(parser, name)
+    yield from source.spaces()
+    yield from source.expect("}")
+    parser.end_call()
+
+
+def read_arguments(parser: Parser, name: str) -> Reading[None]:
+    """The arguments of a call that begins here, as an object; the call does not end yet."""
+    if (yield from parser.source.peek()) != "{":
+        raise NoMatch
+    parser.begin_call(name)
+    yield from json_value(parser.source, parser.arguments)
+
+
+def read_calls(
+    parser: Parser,
+    separators: tuple[str, ...] = (",", ";"),
+    one: Callable[[Parser], Reading[None]] = read_call,
+) -> Reading[None]:
     """One call or more, or a list of them; separated by white space or one of the ``separators``."""
     source = parser.source
     if (yield from source.literal("[")):
         yield from source.spaces()
-        yield from _sequence(parser, (",",))
+        yield from _sequence(parser, (",",), one)
         yield from source.spaces()
         yield from source.expect("]")
     else:
-        yield from _sequence(parser, separators)
+        yield from _sequence(parser, separators, one)
 
 
-def _sequence(parser: Parser, separators: tuple[str, ...]) -> Reading[None]:
+def _sequence(parser: Parser, separators: tuple[str, ...], one: Callable[[Parser], Reading[None]]) -> Reading[None]:
     source = parser.source
     while True:
-        yield from read_call(parser)
+        yield from one(parser)
         yield from source.spaces()
         separator = yield from source.literal(*separators)
         if separator:
@@ -113,13 +141,15 @@ def _sequence(parser: Parser, separators: tuple[str, ...]) -> Reading[None]:
             return
 
 
-def call_grammar(lark: Lark, tools: Sequence[Tool], key: str = "arguments", end: str = "}") -> str:
-    """An expression for one call of one of the tools; ``end`` comes after the arguments."""
-    options = []
-    for tool in tools:
-        opening = f'{{"name": {json.dumps(tool.name, ensure_ascii=False)}, "{key}": '
-        options.append(f"{lark.text(opening)} {lark.json(arguments_schema(tool))} {lark.text(end)}")
+def call_grammar(lark: Lark, tools: Sequence[Tool], opening: str = '{"name": %s, "arguments": ', end: str = "}") -> str:
+    """An expression for one call of one of the tools; ``opening`` holds the place of its name, in JSON."""
+    options = [lark_call(lark, tool, opening % json.dumps(tool.name, ensure_ascii=False), end) for tool in tools]
     return lark.rule(either(options), "call")
+
+
+def lark_call(lark: Lark, tool: Tool, opening: str, end: str) -> str:
+    """An expression for one call: its arguments between two texts."""
+    return f"{lark.text(opening)} {lark.json(arguments_schema(tool))} {lark.text(end)}"
 
 
 def arguments_schema(tool: Tool) -> dict[str, object]:

@@ -27,6 +27,8 @@ class FunctionGemma(ToolFormat):
     end: ClassVar[str] = "<end_function_call>"
     quote: ClassVar[str] = "<escape>"
     marks = (start, end, quote)
+    hints = (start,)
+    keys = _KEY
 
     def _read_answer(self, parser: Parser) -> Reading[None]:
         while (yield from parser.source.until((self.start,), parser.content)):
@@ -104,6 +106,9 @@ class FunctionGemma(ToolFormat):
         call = lark.rule(f"{lark.text(self.start + 'call:')} {body} {lark.text(self.end)}", "call")
         return f"{call}+" if parallel else call
 
+    def written(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+        return "".join(f"{self.start}call:{name}{self._written(arguments)}{self.end}" for name, arguments in calls)
+
     def _value_grammar(self, lark: Lark, tool: Tool, schema: Any) -> str:
         """An expression for a value. Of strings, lengths and values count; of objects, properties."""
         reference = schema.get("$ref") if isinstance(schema, Mapping) else None
@@ -158,6 +163,7 @@ class Gemma4(FunctionGemma):
     end = "<tool_call|>"
     quote = '<|"|>'
     marks = (start, end, quote)
+    hints = (start,)
 
 
 _COMMA = '","'

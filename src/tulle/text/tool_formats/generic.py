@@ -7,7 +7,7 @@ For models whose chat template knows no tools, or none that is known here. What 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from tulle.text.tool_formats.calls import call_grammar, read_calls
@@ -22,6 +22,14 @@ FENCES = ("```json", "```tool_call", "```")
 
 class Generic(ToolFormat):
     name = "generic"
+
+    @property
+    def native(self) -> bool:
+        return self.supports_tools
+
+    @classmethod
+    def hinted(cls, template: str, tokens: Collection[str], model_type: str) -> bool:
+        return '"name"' in template and ('"arguments"' in template or '"parameters"' in template)
 
     def _read_answer(self, parser: Parser) -> Reading[None]:
         source = parser.source
@@ -48,8 +56,13 @@ class Generic(ToolFormat):
         return repeated(call_grammar(lark, tools), '"\\n"', parallel)
 
 
-def describe_tools(tools: Sequence[Mapping[str, Any] | Tool], choice: Choice = "auto") -> str:
-    """A text for the system message that says which tools there are and how to call them."""
+def describe_tools(
+    tools: Sequence[Mapping[str, Any] | Tool], choice: Choice = "auto", format: ToolFormat | None = None
+) -> str:
+    """A text for the system message that says which tools there are and how to call them.
+
+    ``format``: how the model writes calls; None for lines of JSON.
+    """
     listed = [
         json.dumps({"name": t.name, "description": t.description, "parameters": t.parameters}, ensure_ascii=False)
         for t in read_tools(tools)
@@ -66,8 +79,10 @@ def describe_tools(tools: Sequence[Mapping[str, Any] | Tool], choice: Choice = "
             "You can call these tools. Each line is one tool, with a JSON Schema of its parameters:",
             *listed,
             "",
-            "To call a tool, answer with nothing but one line of JSON per call:",
-            '{"name": "the tool", "arguments": {"a parameter": "its value"}}',
+            "To call a tool, answer with nothing but one line of JSON per call:"
+            if isinstance(format, Generic | None)
+            else "To call a tool, answer with nothing but the call, in this form:",
+            (format or Generic()).written([("the tool", {"a parameter": "its value"})]),
             when,
         ]
     )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tulle.text.reasoning import ReasoningMarks
-from tulle.text.tool_formats.calls import arguments_schema
+from tulle.text.tool_formats.calls import lark_call, read_arguments
 from tulle.text.tool_formats.contract import ToolFormat
-from tulle.text.tool_formats.json_text import json_value
 from tulle.text.tool_formats.lark import Lark, either
 from tulle.text.tool_formats.parser import Parser
 from tulle.text.tool_formats.source import NoMatch, Reading
@@ -46,8 +47,13 @@ class Harmony(ToolFormat):
 
     name = "harmony"
     marks = (START, CHANNEL, MESSAGE, CONSTRAIN, END, CALL, RETURN)
+    hints = (CHANNEL, MESSAGE)
 
     reasoning: ReasoningMarks | None = Channels(f"{CHANNEL}analysis{MESSAGE}", END)
+
+    @classmethod
+    def hinted(cls, template: str, tokens: Collection[str], model_type: str) -> bool:
+        return super().hinted(template, tokens, model_type) or model_type == "gpt_oss"
 
     def _read(self, parser: Parser, prompt: str) -> Reading[None]:
         source = parser.source
@@ -82,10 +88,7 @@ class Harmony(ToolFormat):
         recipient = _RECIPIENT.search(head)
         if recipient:
             yield from source.spaces()
-            if (yield from source.peek()) != "{":
-                raise NoMatch
-            parser.begin_call(recipient[1].removeprefix(NAMESPACE))
-            yield from json_value(source, parser.arguments)
+            yield from read_arguments(parser, recipient[1].removeprefix(NAMESPACE))
             parser.end_call()
             yield from source.spaces()
             yield from source.literal(CALL, END, RETURN)
@@ -104,8 +107,12 @@ class Harmony(ToolFormat):
 
     def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
         head, tail = f"{CHANNEL}commentary to={NAMESPACE}", f" {CONSTRAIN}json{MESSAGE}"
-        options = [f"{lark.text(head + tool.name + tail)} {lark.json(arguments_schema(tool))}" for tool in tools]
-        return lark.rule(either(options), "call")
+        return lark.rule(either([lark_call(lark, tool, head + tool.name + tail, "") for tool in tools]), "call")
+
+    def written(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+        heads = (f"{CHANNEL}commentary to={NAMESPACE}{name} {CONSTRAIN}json{MESSAGE}" for name, _ in calls)
+        bodies = (json.dumps(arguments, ensure_ascii=False) for _, arguments in calls)
+        return f"{START}assistant".join(f"{head}{body}{CALL}" for head, body in zip(heads, bodies, strict=True))
 
     def _thoughts(self, lark: Lark, prompt: str) -> str:
         return _thoughts(lark, self.reasoning is not None and self.reasoning.opened(prompt))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from tulle.text.tool_formats.calls import call_grammar, read_calls
 from tulle.text.tool_formats.contract import ToolFormat
@@ -20,6 +22,11 @@ class Llama3(ToolFormat):
 
     name = "llama3"
     marks = (TAG,)
+
+    @classmethod
+    def hinted(cls, template: str, tokens: Collection[str], model_type: str) -> bool:
+        told = "ipython" in template and '"parameters"' in template
+        return TAG in template or told or (model_type in ("llama", "mllama") and TAG in tokens)
 
     def _read_answer(self, parser: Parser) -> Reading[None]:
         source = parser.source
@@ -39,4 +46,8 @@ class Llama3(ToolFormat):
             yield from read_python_call(parser)
 
     def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
-        return repeated(call_grammar(lark, tools, key="parameters"), '"; "', parallel)
+        return repeated(call_grammar(lark, tools, '{"name": %s, "parameters": '), '"; "', parallel)
+
+    def written(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+        lines = ({"name": name, "parameters": arguments} for name, arguments in calls)
+        return "; ".join(json.dumps(line, ensure_ascii=False) for line in lines)

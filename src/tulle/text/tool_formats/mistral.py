@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
-from tulle.text.tool_formats.calls import arguments_schema, call_grammar, read_calls
+from tulle.text.tool_formats.calls import call_grammar, lark_call, read_arguments, read_calls
 from tulle.text.tool_formats.contract import ToolFormat
-from tulle.text.tool_formats.json_text import json_value
 from tulle.text.tool_formats.lark import Lark, either, repeated
 from tulle.text.tool_formats.parser import Parser
-from tulle.text.tool_formats.source import NoMatch, Reading
+from tulle.text.tool_formats.source import Reading
 from tulle.text.tool_formats.tools import Tool
 
 CALLS, ARGS, ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
@@ -25,6 +26,7 @@ class Mistral(ToolFormat):
 
     name = "mistral"
     marks = (CALLS, ARGS, ID)
+    hints = (CALLS,)
 
     def template_id(self, id: str) -> str:
         """Nine letters and digits, which Mistral's templates want; an id that is not so is hashed."""
@@ -52,15 +54,16 @@ class Mistral(ToolFormat):
             yield from source.span(_ID)
         yield from source.literal(ARGS)
         yield from source.spaces()
-        if (yield from source.peek()) != "{":
-            raise NoMatch
-        parser.begin_call(name)
-        yield from json_value(source, parser.arguments)
+        yield from read_arguments(parser, name)
         parser.end_call()
 
     def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
         calls = repeated(call_grammar(lark, tools), '", "', parallel)
         return f'{lark.text(CALLS)} " "? "[" {calls} "]"'
+
+    def written(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+        listed = [{"name": name, "arguments": arguments} for name, arguments in calls]
+        return f"{CALLS}{json.dumps(listed, ensure_ascii=False)}"
 
 
 class MistralArgs(Mistral):
@@ -69,6 +72,12 @@ class MistralArgs(Mistral):
     name = "mistral-args"
 
     def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
-        options = [f"{lark.text(CALLS + t.name + ARGS)} {lark.json(arguments_schema(t))}" for t in tools]
-        call = lark.rule(either(options), "call")
+        call = lark.rule(either([lark_call(lark, t, CALLS + t.name + ARGS, "") for t in tools]), "call")
         return f"{call}+" if parallel else call
+
+    def written(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+        return "".join(f"{CALLS}{name}{ARGS}{json.dumps(arguments, ensure_ascii=False)}" for name, arguments in calls)
+
+    @classmethod
+    def hinted(cls, template: str, tokens: Collection[str], model_type: str) -> bool:
+        return super().hinted(template, tokens, model_type) and (ARGS in template or ARGS in tokens)

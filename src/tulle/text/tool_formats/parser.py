@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from tulle.text.detokenizer import overlap
 from tulle.text.tool_formats.delta import Arguments, Content, Delta, Reasoning, ToolCall
 from tulle.text.tool_formats.source import SPACE, Found, NoMatch, Reading, Source
 from tulle.text.tool_formats.tools import Tool
@@ -41,6 +42,10 @@ class Parser:
         self._space = ""
         """White space at the end of the content: it is content only where more content follows."""
         self._drop_space = False
+        self._answer_end = ""
+        """The mark that ends the answer, where one is to come."""
+        self._mark = ""
+        """How that mark may begin, at the end of the content."""
         self._reasoning_space = ""
         self._reasoning_begun = False
         self._reading = read(self)
@@ -57,6 +62,7 @@ class Parser:
         """The rest, when the text is over."""
         self.source.ended = True
         self._run()
+        self._end_mark()
         if self._space:
             self._out.append(Content(self._space))
             self._space = ""
@@ -75,7 +81,29 @@ class Parser:
 
     # What readers say.
 
+    def begin_answer(self, end: str) -> None:
+        """The answer begins, without the white space before it; its first ``end`` is not part of it."""
+        self._answer_end, self._space, self._drop_space = end, "", True
+
     def content(self, text: str) -> None:
+        if self._answer_end:
+            text, self._mark = self._mark + text, ""
+            before, mark, after = text.partition(self._answer_end)
+            if mark:
+                self._answer_end = ""
+                self._content(before)
+                self._space, self._drop_space = "", True
+                text = after
+            elif keep := overlap(text, self._answer_end):
+                text, self._mark = text[:-keep], text[-keep:]
+        self._content(text)
+
+    def _end_mark(self) -> None:
+        """What began as the mark is content, as something else comes now."""
+        text, self._mark = self._mark, ""
+        self._content(text)
+
+    def _content(self, text: str) -> None:
         if self._drop_space:
             text = text.lstrip(SPACE)
             self._drop_space = not text
@@ -134,6 +162,7 @@ class Parser:
             self.source.recording = False
 
     def _give(self, delta: Delta) -> None:
+        self._end_mark()
         if self._eager:
             self._out.append(delta)
             self._space = ""
