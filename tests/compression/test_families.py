@@ -20,6 +20,8 @@ from tulle.models.decoder import final_norm
 from tulle.models.decoder import logits as decoder_logits
 from tulle.text.reading import Text
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 TOKENS = torch.tensor(list(b"A fox that is quick jumps over dogs."))[None]
 TEXT = Text(("The quick brown fox jumps over the lazy dog. " * 20,), False, ("prose",))
 RECIPES: dict[str, list[dict[str, Any]]] = {

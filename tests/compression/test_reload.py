@@ -23,6 +23,8 @@ from tulle.models.checkpoint import Checkpoint, write_shard
 from tulle.models.description import Rotary, describe
 from tulle.text.reading import Text
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 TEXT = Text((PROSE,), False, ("prose",))
 EVERYWHERE = ["qkv", "o", "gate_up", "down", "embedding", "head"]
 RECIPE: dict[str, Any] = {
@@ -36,13 +38,6 @@ ROUNDED: dict[str, Any] = {
     ],
     "calibration": {"samples": 3, "length": 40, "compute": "float32"},
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_pages():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tulle.compression.job.write_report", lambda report, file: file.write_text("page"))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,8 @@ from tulle.models.description import GatedDeltaNet
 from tulle.models.rewrite import DenseModel
 from tulle.text.reading import Text
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 EVERYWHERE = ["qkv", "o", "gate_up", "down", "embedding", "head"]
 
 

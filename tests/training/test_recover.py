@@ -31,6 +31,8 @@ from tulle.training import distil as room
 from tulle.training.recover import recover
 from tulle.training.student import Student, Teacher
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 TEXT = Text((PROSE,), False, ("prose",))
 CALIBRATION = {"samples": 6, "length": 48}
 RECIPES: dict[str, dict[str, Any]] = {
@@ -56,13 +58,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "rotated": {"steps": [{"quarot": {}}, {"gptq": {"bits": 4, "group_size": 16}}]},
 }
 SETTINGS = Recover(tokens=6 * 64, context=16, batch=4, rate=2e-2, warmup_steps=1, evaluate_every=2)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_pages():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tulle.compression.job.write_report", lambda report, file: file.write_text("page"))
-        yield
 
 
 @pytest.fixture(scope="module")
