@@ -54,10 +54,8 @@ def write_gguf(path: Path, s: dict[str, Any]) -> None:
 
     arch = "qwen35"
     writer = gguf.GGUFWriter(str(path), arch)
-    keys, values = (
-        s["linear_num_key_heads"] * s["linear_key_head_dim"],
-        s["linear_num_value_heads"] * s["linear_value_head_dim"],
-    )
+    keys = s["linear_num_key_heads"] * s["linear_key_head_dim"]
+    values = s["linear_num_value_heads"] * s["linear_value_head_dim"]
     writer.add_context_length(2048)
     writer.add_embedding_length(s["hidden_size"])
     writer.add_block_count(s["num_hidden_layers"])
@@ -104,8 +102,8 @@ def write_gguf(path: Path, s: dict[str, Any]) -> None:
     delta = {
         "attn_qkv.weight": random(2 * keys + values, d), "attn_gate.weight": random(values, d),
         "ssm_beta.weight": random(heads, d), "ssm_alpha.weight": random(heads, d), "ssm_a": -ones(heads),
-        "ssm_dt.bias": ones(heads), "ssm_conv1d.weight": random(2 * keys + values, 4), "ssm_norm.weight": ones(s["linear_value_head_dim"]),
-        "ssm_out.weight": random(d, values),
+        "ssm_dt.bias": ones(heads), "ssm_conv1d.weight": random(2 * keys + values, 4),
+        "ssm_norm.weight": ones(s["linear_value_head_dim"]), "ssm_out.weight": random(d, values),
     }  # fmt: skip
     writer.add_tensor("token_embd.weight", random(s["vocab_size"], d))
     for i in range(s["num_hidden_layers"]):

@@ -204,7 +204,7 @@ def command_sections(group: Any, path: str) -> Iterable[str]:
         yield "\n".join([lines[0], f"Usage: `{usage}`\n", *lines[1:], table(("option", "default", "meaning"), rows)])
 
 
-NEEDED = {"glm4_moe": {"head_dim": 128}}
+NEEDED = {"deepseek_v2": {"num_experts_per_tok": 6}, "glm4_moe": {"head_dim": 128}}
 """Keys without which a family's defaults are no model."""
 
 

@@ -38,7 +38,10 @@ DENSE = (
 HYBRID = ("qwen3_5_text",)
 """With recurrent states."""
 EXPERTS = (
+    "deepseek_v2",
+    "deepseek_v3",
     "glm4_moe",
+    "glm4_moe_lite",
     "gpt_oss",
     "granitemoe",
     "mixtral",
@@ -331,3 +334,33 @@ def _qwen3_next(config: dict[str, Any], draw: random.Random, head_dim: int, seed
     _experts(config, draw)
     _drawn(config, draw, moe_intermediate_size=[8, 20], shared_expert_intermediate_size=[12, 24])
     _drawn(config, draw, norm_topk_prob=[False, True], decoder_sparse_step=[1, 1, 2], mlp_only_layers=[None, [0]])
+
+
+def _latent(config: dict[str, Any], draw: random.Random, seed: int) -> None:
+    _grouped(config, draw)
+    _drawn(config, draw, q_lora_rank=[None, 12], kv_lora_rank=[8, 20], qk_nope_head_dim=[4, 8])
+    _drawn(config, draw, qk_rope_head_dim=[4, 8], v_head_dim=[6, 12], attention_bias=[False, True])
+    config["num_key_value_heads"] = config["num_attention_heads"]
+    if seed % 2:
+        theta = config.pop("rope_theta")
+        config["rope_scaling"] = {
+            "rope_type": "yarn", "factor": 4.0, "rope_theta": theta, "mscale": 0.7, "mscale_all_dim": 0.9,
+            "original_max_position_embeddings": 8,
+        }  # fmt: skip
+
+
+def _deepseek_v2(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    _latent(config, draw, seed)
+    _drawn(config, draw, topk_method=["greedy", "group_limited_greedy"])
+    config["norm_topk_prob"] = False
+
+
+def _deepseek_v3(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    _latent(config, draw, seed)
+    _drawn(config, draw, rope_interleave=[True, False])
+
+
+def _glm4_moe_lite(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    _latent(config, draw, seed)
+    del config["first_k_dense_replace"]
+    _drawn(config, draw, rope_interleave=[True, False])

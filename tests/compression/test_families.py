@@ -45,8 +45,10 @@ ALL = DENSE + HYBRID + EXPERTS
 ROTATION = {"cohere2", "exaone4", "gemma2", "gemma3_text", "glm4", "nemotron", "olmo2", "olmo3", "stablelm"}
 ROTATION |= {"starcoder2"}
 """Families whose residual stream cannot be rotated."""
-GATED = {"bitnet", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"}
-"""Families whose values reach o through a norm or a gate, so that they cannot be rotated."""
+LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
+"""Families whose values come of the vector that gives the keys."""
+MIXED = ("bitnet", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", *LATENT)
+"""Families whose values cannot be rotated: they do not reach o as they are."""
 REASONS = ("rotat", "one expert at a time")
 
 
@@ -58,7 +60,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def refused(fold: str, family: str) -> bool:
     if family in EXPERTS and fold == "permuted":
         return True  # a step that looks at whole blocks
-    return fold == "quarot" and family in ROTATION or fold in ("quarot", "values") and family in GATED
+    return fold == "quarot" and family in ROTATION or fold in ("quarot", "values") and family in MIXED
 
 
 def run(folder: Path, output: Path, steps: list[dict[str, Any]]) -> dict[str, Any]:
@@ -79,7 +81,7 @@ def test_folds_leave_the_function(folders: dict[str, Path], family: str, tmp_pat
     """Or they are refused by name."""
     dense = logits(folders[family], packed=False)
     for name, steps in FOLDS.items():
-        if name == "values" and family not in ROTATION or name == "stream" and family not in GATED:
+        if name == "values" and family not in ROTATION or name == "stream" and family not in MIXED:
             continue  # part of quarot
         try:
             run(folders[family], tmp_path / name, steps)
@@ -120,8 +122,9 @@ def test_compressed(folders: dict[str, Path], family: str, recipe: str, tmp_path
     require_left_padding(model, found)
     assert all(linear["bits"] in (4, 8) for linear in report["linears"])
     if "activations" in str(steps):
-        # Four bits send tokens to other experts.
-        assert float((found - dense).norm() / dense.norm()) < {"w8a8-smoothquant": 0.2, "w4a4-quarot": 1.5}[recipe]
+        limit = {"w8a8-smoothquant": 0.2, "w4a4-quarot": 1.2}[recipe]
+        # Rounding sends tokens to other experts.
+        assert float((found - dense).norm() / dense.norm()) < (1.5 * limit if family in EXPERTS else limit)
         return
     plain = AutoModelForCausalLM.from_pretrained(folders[family], dtype=torch.float32)
     packed = 0

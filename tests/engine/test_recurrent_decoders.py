@@ -50,7 +50,7 @@ def test_instruction_sets_agree(folder: Path, tmp_path: Path) -> None:
         assert difference(other, first) < 1e-5
 
 
-@pytest.mark.parametrize("layout", ["sparse", "dense", "input-major"])
+@pytest.mark.parametrize("layout", ["auto", "sparse", "dense", "input-major"])
 def test_packed(folder: Path, layout: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     output = tmp_path_factory.getbasetemp() / "hybrid-packed"
     if not output.exists():

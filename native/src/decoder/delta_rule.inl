@@ -7,12 +7,17 @@
 
 static_assert(kDeltaLanes == kKeyBlock, "a row of a state is whole Lanes");
 
-// a · x + b · y
+// a · x + b · y, and sum += x · y
 #if defined(__AVX2__) && !defined(__AVX512F__)
+static inline void add_products(Lanes& sum, const Lanes& x, const Lanes& y) {
+  sum.low += x.low * y.low;
+  sum.high += x.high * y.high;
+}
 static inline Lanes combined(float a, const Lanes& x, float b, const Lanes& y) {
   return {a * x.low + b * y.low, a * x.high + b * y.high};
 }
 #else
+static inline void add_products(Lanes& sum, const Lanes& x, const Lanes& y) { sum += x * y; }
 static inline Lanes combined(float a, const Lanes& x, float b, const Lanes& y) { return a * x + b * y; }
 #endif
 
@@ -86,16 +91,16 @@ static void delta_rule(const DeltaTokens& x, std::size_t key_dim, std::size_t va
 static void convolve(const float* const* inputs, const float* taps, std::size_t stride, std::size_t count,
                      std::size_t n, float* out) {
   std::size_t i = 0;
-  for (; i + 16 <= n; i += 16) {
-    float sums[16] = {};
-    for (std::size_t k = 0; k < count; ++k) {
-      for (std::size_t j = 0; j < 16; ++j) sums[j] += taps[k * stride + i + j] * inputs[k][i + j];
-    }
-    for (std::size_t j = 0; j < 16; ++j) out[i + j] = sums[j] / (1.0f + exponential(-sums[j]));
+  for (; i + kKeyBlock <= n; i += kKeyBlock) {
+    Lanes sum = {};
+    for (std::size_t k = 0; k < count; ++k) add_products(sum, lanes(taps + k * stride + i), lanes(inputs[k] + i));
+    store(sum, out + i);
   }
   for (; i < n; ++i) {
     float sum = 0;
     for (std::size_t k = 0; k < count; ++k) sum += taps[k * stride + i] * inputs[k][i];
-    out[i] = sum / (1.0f + exponential(-sum));
+    out[i] = sum;
   }
+  // A loop of its own: in one with the sums the compiler takes it apart, number by number.
+  for (i = 0; i < n; ++i) out[i] = out[i] / (1.0f + exponential(-out[i]));
 }

@@ -168,7 +168,7 @@ def require_fitting(model: Decoder, recipe: Recipe) -> None:
     all_groups = unlike_groups(model)
     _require_no_experts(model, recipe)
     for step in recipe.steps:
-        groups = [group for group in all_groups if group.role in step.targets]
+        groups = [group for group in all_groups if step.covers(group.role)]
         size, widths = getattr(step.method, "group_size", None), _roles_by_width(groups)
         for role in (role for role, chosen in tables.items() if chosen is step):
             widths.setdefault(model.hidden, []).append(role)
@@ -213,7 +213,7 @@ def group_sizes(model: Decoder, recipe: Recipe) -> list[str]:
     for step in recipe.steps:
         size = getattr(step.method, "group_size", None)
         if "codes" in step.method.settles and is_automatic(size):
-            groups = [group for group in unlike_groups(model) if group.role in step.targets]
+            groups = [group for group in unlike_groups(model) if step.covers(group.role)]
             found = [
                 f"{Grid.of(8, size, True, width).group_size or width} of {width} in {', '.join(roles)}"
                 for width, roles in _roles_by_width(groups).items()

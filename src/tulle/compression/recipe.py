@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 import tulle
 from tulle.errors import UserError
 from tulle.methods.contract import Decision, Method, Stage
-from tulle.models.description import ROLES, TABLES
+from tulle.models.description import ROLES, TABLES, target_of
 
 METHODS: dict[str, str] = {
     "magnitude": "tulle.methods.prune.magnitude:Magnitude",
@@ -148,6 +148,10 @@ class Step:
     method: Method
     targets: tuple[str, ...]
 
+    def covers(self, role: str) -> bool:
+        """Whether it is meant for a group of linears: those of latent attention go with qkv."""
+        return target_of(role) in self.targets
+
     def to_json(self) -> dict[str, Any]:
         return {self.name: dataclasses.asdict(self.method) | {"targets": list(self.targets)}}  # type: ignore[call-overload]
 
@@ -190,7 +194,7 @@ class Recipe:
         return phases
 
     def steps_for(self, role: str, stage: Stage | None = None) -> list[Step]:
-        return [s for s in self.steps if role in s.targets and (stage is None or stage in s.method.stages)]
+        return [s for s in self.steps if s.covers(role) and (stage is None or stage in s.method.stages)]
 
 
 def read_recipe(recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> Recipe:

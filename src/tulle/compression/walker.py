@@ -50,7 +50,7 @@ from tulle.methods.contract import (
 )
 from tulle.models.batches import Batch, real_tokens
 from tulle.models.decoder import DecoderBlock, run_group
-from tulle.models.description import ROLES, Decoder, Expert, Layer, LinearGroup
+from tulle.models.description import Decoder, Expert, Layer, LinearGroup
 from tulle.models.watch import run_with_stream
 
 PARKED_SHARE = 1 / 8
@@ -281,7 +281,7 @@ class Walker:
         )
         outputs: list[Tensor] = []
         for step in self._recipe.stage("block"):
-            targets = tuple(role for role in step.targets if role in groups)
+            targets = tuple(role for role in groups if step.covers(role))
             if not targets:
                 continue
             self._report(layer.index, 0, step.name)
@@ -352,7 +352,7 @@ class Walker:
         inputs, and which experts they went to.
         """
         index, part = work.layer.index, work.part
-        targeted = [role for role in part.roles if any(role in step.targets for step in steps)]
+        targeted = [role for role in part.roles if any(step.covers(role) for step in steps)]
         gap, counters, tokens = Gap(), {}, None
         counts = propagate and any(linear.input_selection for linear in part.linears())
         with self._timed("forward"):
@@ -483,7 +483,7 @@ class Walker:
                 fit_to_dense(group, mismatch, self._recipe.calibration.target_damping)
         begun = time.perf_counter()
         for step in steps:
-            if group.role in step.targets:
+            if step.covers(group.role):
                 with self._timed(step.name):
                     step.method.apply(group)
         work.finish(group)
@@ -506,7 +506,7 @@ class Walker:
                     yield hidden, *wanted[i], masks[i]
 
             work.compressed.to(torch.float32)
-            touched = {role: group for role, group in work.part.groups.items() if role in step.targets}
+            touched = {role: group for role, group in work.part.groups.items() if step.covers(role)}
             modules: dict[str, nn.Linear] = {}
             for linear in (linear for group in touched.values() for linear in group.linears):
                 module = work.compressed.get_submodule(work.relative(linear))
@@ -560,7 +560,7 @@ class _Timer:
 
 def compressible(layer: Layer) -> list[LinearGroup]:
     """The groups of a layer without its experts that steps can target: all but the router."""
-    return [group for group in layer.groups if group.role in ROLES]
+    return [group for group in layer.groups if group.role != "router"]
 
 
 def compute_dtype(setting: str, stored: torch.dtype, device: str = "cpu") -> torch.dtype:

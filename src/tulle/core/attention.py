@@ -45,6 +45,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
             for x in (q, k, v)
         )
         and q.numel() > 0
+        and q.shape[-1] == v.shape[-1]
         and q.shape[-1] % 16 == 0
         and q.shape[-1] <= WIDEST
         and _native.has_flash_attention()

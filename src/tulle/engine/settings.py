@@ -112,8 +112,8 @@ def settings_of(
         if isinstance(layer.mixer, GatedDeltaNet):
             own["delta"] = _delta_net(source, layer.mixer, layer.prefix)
         else:
-            norms |= _head_norms(layer.mixer)
-            own["window"] = layer.mixer.window or 0
+            norms |= _head_norms(layer.attention)
+            own["window"] = layer.attention.window or 0
             own["rotary"] = -1 if layer.mixer.rotary is None else tables.index(layer.mixer.rotary)
         read: dict[str, Any] = {key: _norm(source, norm, layer.prefix, size) for key, (norm, size) in norms.items()}
         layers.append(Layer(activation=_xielu(source, layer), **own, **read, **groups))

@@ -30,7 +30,7 @@ from tulle.core.token_grid import TokenGrid
 from tulle.core.topk import Selection
 from tulle.core.transform import BlockMatrix, Diagonal, Permutation, Transform, fold, run, stored
 from tulle.errors import UserError
-from tulle.models.description import STREAM_READERS, Linear, LinearGroup, Norm, require_plain_values
+from tulle.models.description import STREAM_READERS, Linear, LinearGroup, Norm, require_plain_values, target_of
 
 Statistic = Literal["hessian", "column_norm", "absmax", "rows", "sample"]
 Stage = Literal["model", "block", "linear", "refine"]
@@ -461,9 +461,10 @@ class Survey(Decisions):
     """Of the weight of a module by its full name."""
 
     def linears(self, block: int, roles: Iterable[str]) -> list[tuple[str, Linear]]:
-        """Roles and linears of a block's groups, those of ``roles`` that it has, in their order."""
-        groups = self.groups[block]
-        return [(role, linear) for role in roles if role in groups for linear in groups[role].linears]
+        """A block's linears that ``roles`` target, in their order, each with its group's role."""
+        groups = self.groups[block].values()
+        reached = (group for role in roles for group in groups if target_of(group.role) == role)
+        return [(group.role, linear) for group in reached for linear in group.linears]
 
     def readers(self, block: int, roles: Iterable[str] = STREAM_READERS) -> list[LinearGroup]:
         """The groups of a block among ``roles`` that read the residual stream through a norm."""

@@ -29,6 +29,7 @@ from tulle.models.description import (
     Decoder,
     GatedDeltaNet,
     GatedMLP,
+    LatentAttention,
     LinearGroup,
     Mixture,
     Norm,
@@ -97,6 +98,7 @@ class GroupInput:
 
 
 Steps = Generator[GroupInput, tuple[Tensor, ...], Tensor]
+LatentSteps = Generator[GroupInput, tuple[Tensor, ...], tuple[Tensor, Tensor]]
 
 
 class DecoderBlock(nn.Module):
@@ -186,11 +188,14 @@ class DecoderBlock(nn.Module):
         layer = self.layer
         given = self._given("qkv", hidden.to(self.dtype), layer.mixer_norm)
         del hidden
-        if valid is not None and not isinstance(layer.mixer, Attention):
+        if valid is not None and isinstance(layer.mixer, GatedDeltaNet):
             given.x = given.x * valid[..., None]
-        mixed = self._mix((yield given), heads, valid)
-        given = GroupInput(layer.group("o"), mixed, given.residual, adds=layer.mixer_norm_after is None)
-        del mixed
+        if isinstance(layer.mixer, LatentAttention):
+            mixed, residual = yield from self._latent_steps(given, layer.mixer, heads, valid)
+        else:
+            mixed, residual = self._mix((yield given), heads, valid), given.residual
+        given = GroupInput(layer.group("o"), mixed, residual, adds=layer.mixer_norm_after is None)
+        del mixed, residual
         (y,) = yield given
         y = self._added(y, layer.mixer_norm_after)
         feed_forward = layer.feed_forward
@@ -208,6 +213,51 @@ class DecoderBlock(nn.Module):
         del inner
         (y,) = yield given
         return given.residual + self._added(y, layer.feed_forward_norm_after)
+
+    def _latent_steps(
+        self, given: GroupInput, mixer: LatentAttention, heads: Heads | None, valid: Tensor | None
+    ) -> LatentSteps:
+        """Of latent attention: the narrow vectors, then what comes of them; the heads' outputs and the stream."""
+        q, kv = yield given
+        latent, rotated = kv.split((mixer.kv_rank, mixer.rotary_dim), -1)
+        carried, residual = [latent, rotated], given.residual
+        if mixer.query_norm is not None:
+            group = self.layer.group("q_up")
+            given = GroupInput(group, self._norm(mixer.query_norm, q), residual, adds=False, carried=carried)
+            del q, kv, latent, rotated, carried, residual
+            (q,) = yield given
+            (latent, rotated), residual = given.carried, given.residual
+        group = self.layer.group("kv_up")
+        given = GroupInput(group, self._norm(mixer.kv_norm, latent), residual, adds=False, carried=[q, rotated])
+        del q, latent, rotated, residual
+        (up,) = yield given
+        q, rotated = given.carried
+        return self._attend_latent(mixer, q, rotated, up, heads, valid), given.residual
+
+    def _attend_latent(
+        self,
+        mixer: LatentAttention,
+        q: Tensor,
+        rotated: Tensor,
+        up: Tensor,
+        heads: Heads | None,
+        valid: Tensor | None,
+    ) -> Tensor:
+        """Attention ``[B, T, H·value_dim]`` of queries and of keys and values, heads side by side, and the part of the
+        keys that is rotated."""
+        dims = (mixer.plain_dim, mixer.rotary_dim)
+        q, up = (x.unflatten(-1, (mixer.heads, -1)).transpose(1, 2) for x in (q, up))
+        k, v = up.split((mixer.plain_dim, mixer.value_dim), -1)
+        plain, turned = q.split(dims, -1)
+        rotated = rotated.unsqueeze(1)
+        if self.rotary is not None:
+            positions, longest = (None, q.shape[2]) if valid is None else positions_of(valid)
+            cos, sin = (at(positions, t) for t in rotary_table(self.rotary, longest, q.device, q.dtype))
+            turned, rotated = (rotate(x, cos, sin, self.rotary.interleaved) for x in (turned, rotated))
+        q, k = torch.cat((plain, turned), -1), torch.cat((k, rotated.expand(-1, mixer.heads, -1, -1)), -1)
+        if heads is not None:
+            q, k, v = heads(q, k, v)
+        return attend(q, k, v, scale=mixer.scale, valid=valid).transpose(1, 2).flatten(2)
 
     def _mixture_steps(self, given: GroupInput, mixture: Mixture) -> Steps:
         """Of a mixture of experts: the router, the shared expert, then one expert after the other."""
@@ -296,6 +346,7 @@ class DecoderBlock(nn.Module):
     def _mix(self, outputs: tuple[Tensor, ...], heads: Heads | None, valid: Tensor | None) -> Tensor:
         """What the mixer's last linear reads, of its first linears' outputs."""
         mixer = self.layer.mixer
+        assert not isinstance(mixer, LatentAttention)
         if isinstance(mixer, GatedDeltaNet):
             return self._delta(mixer, *(by_kind(mixer, *outputs) if mixer.fused else outputs))
         gated = mixer.output_gate

@@ -21,6 +21,8 @@ from tulle.errors import UserError
 NormKind = Literal["rms", "layer"]
 ROLES = ("qkv", "o", "gate_up", "down")
 """Roles of linear groups that a recipe's steps can target, in the order in which they run."""
+LATENT_ROLES = ("q_up", "kv_up")
+"""Roles of latent attention, which go with ``qkv`` where a recipe names that."""
 STREAM_READERS = ("qkv", "router", "gate_up")
 """Roles that read the residual stream, through a norm where there is one."""
 TABLES = ("embedding", "head")
@@ -161,7 +163,7 @@ class LinearGroup:
     """Linears of one layer that read the same input."""
 
     role: str
-    """``qkv``, ``o``, ``gate_up`` or ``down``; ``router`` for what is never compressed."""
+    """One of ROLES or LATENT_ROLES; ``router`` for what is never compressed."""
     linears: tuple[Linear, ...]
     norm: Norm | None = None
     """Whose output they read, or None."""
@@ -190,6 +192,11 @@ class Expert:
 
     def linears(self) -> list[Linear]:
         return [linear for group in self.groups for linear in group.linears]
+
+
+def target_of(role: str) -> str:
+    """What a recipe names, of ROLES, to reach a group of this role."""
+    return "qkv" if role in LATENT_ROLES else role
 
 
 @dataclass(frozen=True)
@@ -246,6 +253,39 @@ class Attention:
         """The query heads that share a KV head."""
         shared = self.heads // self.kv_heads
         return range(kv_head * shared, (kv_head + 1) * shared)
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Attention whose keys and values come of a narrow vector per token, which is what a cache has to keep, beside a
+    part of the key that knows the position and that all heads share (DeepSeek-V2, 2024, section 2.1).
+
+    Queries, too, come of a narrow vector, unless ``query_rank`` is None. Of a head's channels of queries and keys the
+    last ``rotary_dim`` are rotated.
+    """
+
+    heads: int
+    query_rank: int | None
+    kv_rank: int
+    plain_dim: int
+    """Channels of a head's queries and keys that know no position."""
+    rotary_dim: int
+    value_dim: int
+    scale: float
+    """Of q·k."""
+    query_norm: Norm | None
+    """Of the narrow vectors."""
+    kv_norm: Norm
+    name: str = "self_attn"
+    rotary: str | None = "default"
+
+    @property
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    def norms(self) -> list[tuple[Norm, int]]:
+        own = [(self.kv_norm, self.kv_rank)]
+        return own if self.query_norm is None else [(self.query_norm, self.query_rank or 0), *own]
 
 
 @dataclass(frozen=True)
@@ -388,7 +428,7 @@ class Layer:
     prefix: str
     """Of its tensors' full names, with the dot."""
     hidden: int
-    mixer: Attention | GatedDeltaNet
+    mixer: Attention | LatentAttention | GatedDeltaNet
     feed_forward: GatedMLP | PlainMLP | Mixture
     mixer_norm: Norm | None
     feed_forward_norm: Norm | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from tulle.errors import UserError
-from tulle.models.description import Attention, Decoder, GatedMLP, Layer, Mixture, Norm, PlainMLP
+from tulle.models.description import Attention, Decoder, GatedMLP, LatentAttention, Layer, Mixture, Norm, PlainMLP
 
 GATED = frozenset({"silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"})
 
@@ -79,6 +79,8 @@ def _of_layer(decoder: Decoder, layer: Layer) -> dict[str, object]:
 def _of_attention(decoder: Decoder, layer: Layer) -> dict[str, object]:
     mixer = layer.mixer
     found: dict[str, object] = {}
+    if isinstance(mixer, LatentAttention):
+        return {"latent attention": mixer.kv_rank}
     if not isinstance(mixer, Attention):
         found["gated delta nets"] = layer.index
         if mixer.fused:

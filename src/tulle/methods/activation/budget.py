@@ -74,14 +74,14 @@ class ActivationBudget(Method):
         for index, own in enumerate(units):
             chosen = list(zip(own, given, strict=False))
             for unit, share in chosen:
-                names = (linear.name for _, linear in survey.linears(index, unit))
+                names = (name for role in unit for name in survey.groups[index][role].names)
                 survey.input_sparsity |= {survey.prefix(index) + name: share for name in names}
             shares = ", ".join(f"{'+'.join(unit)} {share:.3f}" for unit, share in chosen)
             survey.notes.append(f"block {index}: shares of dropped inputs {shares}")
 
     def _units(self, survey: Survey, block: int, roles: tuple[str, ...]) -> list[tuple[str, ...]]:
         """Roles of each unit of a block."""
-        own = tuple(role for role in roles if role in survey.groups[block])
+        own = tuple(dict.fromkeys(role for role, _ in survey.linears(block, roles)))
         if self.per == "block":
             return [own] if own else []
         return [(role,) for role in own]
@@ -89,7 +89,7 @@ class ActivationBudget(Method):
     def _weights(self, survey: Survey, units: list[list[tuple[str, ...]]]) -> np.ndarray:
         """n ``[U]``, block by block."""
         sizes = [
-            sum(linear.shape[0] * linear.shape[1] for _, linear in survey.linears(index, unit))
+            sum(linear.shape[0] * linear.shape[1] for role in unit for linear in survey.groups[index][role].linears)
             for index, own in enumerate(units)
             for unit in own
         ]

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -114,8 +115,7 @@ class Allocate(Method):
             return [(linear,) for linear in linears]
         if self.per == "block":
             return [tuple(linears)] if linears else []
-        found = [tuple(linear for linear in linears if linear[0] == role) for role in roles]
-        return [unit for unit in found if unit]
+        return [tuple(own) for _, own in groupby(linears, key=lambda linear: linear[0])]
 
     def plan(self, survey: Survey, roles: tuple[str, ...]) -> None:
         units, levels = [self.units(survey, index, roles) for index in range(survey.layers)], self.levels()

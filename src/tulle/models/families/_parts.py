@@ -15,6 +15,7 @@ from tulle.models.description import (
     Expert,
     GatedDeltaNet,
     GatedMLP,
+    LatentAttention,
     Layer,
     Linear,
     LinearGroup,
@@ -80,7 +81,7 @@ def build_decoder(
     keys: ConfigKeys,
     *,
     hidden: int,
-    attention: Sequence[Attention | GatedDeltaNet],
+    attention: Sequence[Attention | LatentAttention | GatedDeltaNet],
     feed_forward: GatedMLP | PlainMLP | Sequence[GatedMLP | Mixture],
     norms: Norms,
     final_norm: Norm,
@@ -107,8 +108,11 @@ def build_decoder(
     called = names or {}
     feed_forwards = feed_forward if isinstance(feed_forward, Sequence) else [feed_forward] * len(attention)
     for index, (mixer, mlp) in enumerate(zip(attention, feed_forwards, strict=True)):
+        mixing: tuple[LinearGroup, ...]
         if isinstance(mixer, GatedDeltaNet):
             mixing = _delta(mixer, hidden, norms.mixer)
+        elif isinstance(mixer, LatentAttention):
+            mixing = _latent(mixer, hidden, qkv_bias, norms.mixer)
         else:
             mixing = _attention(mixer, hidden, qkv_bias, o_bias, norms.mixer, "qkv" in fused, called)
         read = norms.mixer if parallel else norms.feed_forward
@@ -157,6 +161,29 @@ def _attention(
             producers=() if mixer.output_gate else (_values(mixer, fused),),
             adds=True,
         ),
+    )
+
+
+def _latent(mixer: LatentAttention, hidden: int, bias: bool, norm: Norm | None) -> tuple[LinearGroup, ...]:
+    """Narrow vectors, what comes of them, and the output; ``bias``: of what reads and writes the stream."""
+    queries, width = mixer.heads * (mixer.plain_dim + mixer.rotary_dim), mixer.heads * mixer.value_dim
+    down = Linear(f"{mixer.name}.kv_a_proj_with_mqa", (mixer.kv_rank + mixer.rotary_dim, hidden), bias)
+    up = Linear(f"{mixer.name}.kv_b_proj", (mixer.heads * (mixer.plain_dim + mixer.value_dim), mixer.kv_rank))
+    if mixer.query_rank is None:
+        first: tuple[LinearGroup, ...] = (
+            LinearGroup("qkv", (Linear(f"{mixer.name}.q_proj", (queries, hidden)), down), norm=norm),
+        )
+    else:
+        narrow = Linear(f"{mixer.name}.q_a_proj", (mixer.query_rank, hidden), bias)
+        wide = Linear(f"{mixer.name}.q_b_proj", (queries, mixer.query_rank))
+        first = (
+            LinearGroup("qkv", (narrow, down), norm=norm),
+            LinearGroup("q_up", (wide,), norm=mixer.query_norm),
+        )
+    return (
+        *first,
+        LinearGroup("kv_up", (up,), norm=mixer.kv_norm),
+        LinearGroup("o", (Linear(f"{mixer.name}.o_proj", (hidden, width), bias),), adds=True),
     )
 
 
