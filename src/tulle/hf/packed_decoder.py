@@ -101,6 +101,8 @@ class PackedDecoder:
         inputs = input_of(self._checkpoint, self._specs, name, self.device)
 
         def answer(x: Tensor) -> Tensor:
+            if not x.numel():  # an expert that no token went to
+                return x.new_zeros(*x.shape[:-1], len(weight))
             found = functional.linear(inputs(x), weight, bias)
             inputs.forget()
             return found
