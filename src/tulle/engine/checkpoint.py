@@ -126,7 +126,8 @@ def kernel_bits(spec: LinearSpec) -> int | None:
 class Source(Checkpoint):
     """A checkpoint of a decoder.
 
-    ``groups``: of every block the full names of the linears that share an input, one tuple for qkv, o, gate_up, down.
+    ``groups``: of every block the full names of the linears that share an input, a tuple for each of
+    ``Layer.all_groups()``.
     ``shapes``: of all of them, ``(C_out, C_in)``. ``biased``: those that have a
     bias. ``specs``: how they are packed; a linear without one is dense.
     """
@@ -138,7 +139,7 @@ class Source(Checkpoint):
         self.description = describe_source(self.source, self.specs)
         layers = self.description.layers
         self.groups = [
-            [tuple(layer.prefix + name for name in group.names) for group in layer.groups] for layer in layers
+            [tuple(layer.prefix + name for name in group.names) for group in layer.all_groups()] for layer in layers
         ]
         self.shapes = {layer.prefix + linear.name: linear.shape for layer in layers for linear in layer.linears()}
         self.biased = {layer.prefix + linear.name for layer in layers for linear in layer.linears() if linear.bias}
