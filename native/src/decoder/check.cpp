@@ -135,7 +135,9 @@ void check(const Model& m) {
     if (layer.mixer == Mixer::delta_net) {
       const DeltaNet& net = layer.delta;
       check(net);
-      fits(layer.qkv, m.hidden, {net.channels(), net.values(), net.value_heads, net.value_heads});
+      const std::size_t values = net.values(), heads = net.value_heads;
+      if (layer.qkv.linears.size() == 2) fits(layer.qkv, m.hidden, {net.channels() + values, 2 * heads});
+      else fits(layer.qkv, m.hidden, {net.channels(), values, heads, heads});
     } else {
       fits(layer.qkv, m.hidden, {q, kv, kv});
     }

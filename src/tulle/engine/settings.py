@@ -61,6 +61,7 @@ FEATURES = frozenset(
         "feed-forwards that differ between layers",
         "gates with a limit",
         "gated delta nets",
+        "heads of delta nets side by side",
         "output gate of attention",
         "heads of which only a part is rotated",
         "scale of attention",
