@@ -9,6 +9,9 @@ namespace {
 // Quads of one token's list: it is written 16 elements at a time.
 std::size_t quad_stride(const LinearView& w) { return w.padded() / 4 + 4; }
 
+// Entries of one token's list.
+std::size_t listed(const LinearView& w) { return quad_stride(w) * (w.blocks4() ? 1 : 4); }
+
 }  // namespace
 
 void InputSizes::add(const Linear& linear) {
@@ -46,13 +49,12 @@ Inputs QuantisedInputs::view(const Linear& linear, InputRow first, std::size_t t
   x.sum_stride = w.segments;
   x.steps = steps_.data() + first.number();
   x.quad_stride = quad_stride(w);
-  const std::size_t quads = first.at(sizes_.active, x.quad_stride * 4);
   for (std::size_t p = 0; p < x.planes; ++p) {
     x.plane[p] = plane_[p].data() + first.at(sizes_.codes, x.stride);
     x.sums[p] = sums_[p].data() + first.at(sizes_.segments, x.sum_stride);
-    x.quad_plane[p] = quad_plane_[p].data() + quads;
+    x.quad_plane[p] = quad_plane_[p].data() + first.at(sizes_.active, x.quad_stride * 4);
   }
-  x.quads = quads_.data() + (w.blocks4() ? quads / 4 : quads);
+  x.quads = quads_.data() + first.at(sizes_.active, listed(w));
   x.quad_starts = quad_starts_.data() + first.at(sizes_.segments + 1, w.segments + 1);
   return x;
 }
@@ -64,15 +66,13 @@ void QuantisedInputs::copy(const Linear& l, InputRow from, InputRow to) {
   };
   if (!w.is_codes()) return row(floats_.data(), sizes_.floats, w.padded());
   steps_.data()[to.number()] = step(from);
-  const std::size_t quads = quad_stride(w) * 4;
   for (std::size_t p = 0; p < planes_of(l.input); ++p) {
     row(plane_[p].data(), sizes_.codes, w.padded());
     row(sums_[p].data(), sizes_.segments, w.segments);
-    if (w.input_major()) row(quad_plane_[p].data(), sizes_.active, quads);
+    if (w.input_major()) row(quad_plane_[p].data(), sizes_.active, quad_stride(w) * 4);
   }
   if (!w.input_major()) return;
-  if (w.blocks4()) row(quads_.data(), sizes_.active / 4, quads / 4);
-  else row(quads_.data(), sizes_.active, quads);
+  row(quads_.data(), sizes_.active, listed(w));
   row(quad_starts_.data(), sizes_.segments + 1, w.segments + 1);
   active_.data()[to.number()] = static_cast<std::uint32_t>(active(from));
 }
@@ -131,7 +131,7 @@ void QuantisedInputs::set_floats(const OpsKernels& ops, const Linear& l, const f
 void QuantisedInputs::list_active(const OpsKernels& ops, const LinearView& w, const std::int8_t* high,
                                   const std::int8_t* low, InputRow row) {
   const std::size_t at = row.at(sizes_.active, quad_stride(w) * 4);
-  std::uint32_t* const indices = quads_.data() + (w.blocks4() ? at / 4 : at);
+  std::uint32_t* const indices = quads_.data() + row.at(sizes_.active, listed(w));
   std::int8_t* const kept_high = quad_plane_[0].data() + at;
   std::int8_t* const kept_low = low ? quad_plane_[1].data() + at : nullptr;
   std::uint32_t* const starts = quad_starts_.data() + row.at(sizes_.segments + 1, w.segments + 1);
