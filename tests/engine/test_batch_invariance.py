@@ -57,8 +57,8 @@ def make(folder: Path, name: str) -> Model:
     def changed(one: Layer) -> Layer:
         inner = one.feed_forward
         assert inner is not None
-        both = {"gate_up": with_minima(inner.gate_up), "down": with_minima(inner.down)}
-        return replace(one, feed_forward=replace(inner, **both))
+        inner = replace(inner, gate_up=with_minima(inner.gate_up), down=with_minima(inner.down))
+        return replace(one, feed_forward=inner)
 
     return replace(model, layers=[changed(one) for one in model.layers])
 

@@ -19,9 +19,14 @@ from test_families import TOKENS, difference, wanted
 from family_folders import write_family
 from tiny_models import as_torch, pack_random
 from tulle.engine import Engine
+from tulle.engine.checkpoint import Source
+from tulle.engine.choose import FirstBlock, _Arrays
 from tulle.engine.layout import ModelLayout
 from tulle.engine.native_model import Mixture, Model
+from tulle.engine.prepare import convert
+from tulle.engine.settings import settings_of
 from tulle.format.spec import InputSparsitySpec, LinearSpec, QuantizationConfig
+from tulle.models.source import open_source
 
 HALF = InputSparsitySpec(kind="top_k", keep=32)
 SCHEMES: list[dict[str, Any] | None] = [
@@ -103,6 +108,21 @@ def test_only_chosen_experts_are_read(tmp_path: Path) -> None:
         assert np.isnan(found).all() or np.array_equal(found, expected)
         chosen += bool(np.isnan(found).all())
     assert chosen == 2
+
+
+def test_the_layout_is_tried_with_chosen_experts(folder: Path) -> None:
+    """So that a token reads them all, and no others are in memory."""
+    first = FirstBlock(Source(open_source(folder)))
+    facts, arrays = {}, {}
+    for name, found, tensors in convert(first, "as stored", ModelLayout.SPARSE, [0]):
+        facts[name] = found
+        arrays |= {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
+    model = settings_of(first, _Arrays(arrays), facts, 16, range(1))
+    assert len(mixture_of(model).experts) == SIZES["num_experts_per_tok"]
+    runner = Runner(model)
+    runner.forward([5])
+    assert runner.native.take_bytes_per_token() == runner.native.weight_bytes
+    assert Engine(folder, 1).layout in list(ModelLayout)
 
 
 def mixture_of(model: Model) -> Mixture:

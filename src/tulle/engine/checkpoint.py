@@ -90,8 +90,11 @@ class StoredLinear:
 
     def with_rows(self, order: NDArray[np.int64]) -> StoredLinear:
         """Row i being row ``order[i]``."""
-        own = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: x[order] for name, x in own.items() if isinstance(x, np.ndarray)})
+
+        def ordered(x: Any) -> Any:
+            return x[order] if isinstance(x, np.ndarray) else x
+
+        return StoredLinear(**{field.name: ordered(getattr(self, field.name)) for field in fields(self)})
 
     def floats(self) -> NDArray[np.float32]:
         """``[C_out, C_in]``: what codes stand for, without a mask."""

@@ -281,8 +281,11 @@ class Mixture:
 
 @dataclass
 class Layer:
-    """A decoder block, with a feed-forward or a mixture of experts. Norms are None where there is none: before attention and feed-forward and on their outputs
-    ``[hidden]``, of queries and keys ``[head_dim]`` (or of all heads at once), of what o and down read."""
+    """A decoder block, with a feed-forward or a mixture of experts.
+
+    Norms are None where there is none: before attention and feed-forward and on their outputs ``[hidden]``, of queries
+    and keys ``[head_dim]`` (or of all heads at once), of what o and down read.
+    """
 
     qkv: Group
     o: Group
