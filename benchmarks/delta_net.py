@@ -16,8 +16,9 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -48,38 +49,53 @@ WAYS = {
 PEER = "llama.cpp Q4_0"
 
 
-def write_gguf(path: Path, s: dict[str, Any]) -> None:
-    """The same shape for llama.cpp, random, in F32."""
+def new_gguf(path: Path, arch: str, s: dict[str, Any]) -> Any:
+    """A writer that knows what all shapes have, tensors not."""
     import gguf
 
-    arch = "qwen35"
     writer = gguf.GGUFWriter(str(path), arch)
-    keys = s["linear_num_key_heads"] * s["linear_key_head_dim"]
-    values = s["linear_num_value_heads"] * s["linear_value_head_dim"]
     writer.add_context_length(2048)
     writer.add_embedding_length(s["hidden_size"])
     writer.add_block_count(s["num_hidden_layers"])
-    writer.add_feed_forward_length(s["intermediate_size"])
     writer.add_head_count(s["num_attention_heads"])
     writer.add_head_count_kv(s["num_key_value_heads"])
     writer.add_key_length(s["head_dim"])
     writer.add_value_length(s["head_dim"])
     writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_dimension_count(s["head_dim"] // 4)
-    writer.add_rope_dimension_sections([s["head_dim"] // 8, 0, 0, 0])
     writer.add_rope_freq_base(10_000_000.0)
-    writer.add_ssm_conv_kernel(4)
-    writer.add_ssm_inner_size(values)
-    writer.add_ssm_state_size(s["linear_key_head_dim"])
-    writer.add_ssm_time_step_rank(s["linear_num_value_heads"])
-    writer.add_ssm_group_count(s["linear_num_key_heads"])
-    writer.add_uint32(f"{arch}.full_attention_interval", 4)
     writer.add_vocab_size(s["vocab_size"])
     writer.add_tokenizer_model("llama")
     writer.add_token_list([f"t{i}".encode() for i in range(s["vocab_size"])])
     writer.add_token_scores([0.0] * s["vocab_size"])
     writer.add_token_types([gguf.TokenType.NORMAL] * s["vocab_size"])
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    return writer
+
+
+def finish_gguf(writer: Any) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_gguf(path: Path, s: dict[str, Any]) -> None:
+    """The same shape for llama.cpp, random, in F32."""
+    arch = "qwen35"
+    writer = new_gguf(path, arch, s)
+    keys, values = (
+        s["linear_num_key_heads"] * s["linear_key_head_dim"],
+        s["linear_num_value_heads"] * s["linear_value_head_dim"],
+    )
+    writer.add_feed_forward_length(s["intermediate_size"])
+    writer.add_rope_dimension_count(s["head_dim"] // 4)
+    writer.add_rope_dimension_sections([s["head_dim"] // 8, 0, 0, 0])
+    writer.add_ssm_conv_kernel(4)
+    writer.add_ssm_inner_size(values)
+    writer.add_ssm_state_size(s["linear_key_head_dim"])
+    writer.add_ssm_time_step_rank(s["linear_num_value_heads"])
+    writer.add_ssm_group_count(s["linear_num_key_heads"])
+    writer.add_uint32(f"{arch}.full_attention_interval", 4)
     generator = np.random.default_rng(0)
     d, f, heads = s["hidden_size"], s["intermediate_size"], s["linear_num_value_heads"]
     q, kv = s["num_attention_heads"] * s["head_dim"], s["num_key_value_heads"] * s["head_dim"]
@@ -103,26 +119,32 @@ def write_gguf(path: Path, s: dict[str, Any]) -> None:
         "attn_qkv.weight": random(2 * keys + values, d), "attn_gate.weight": random(values, d),
         "ssm_beta.weight": random(heads, d), "ssm_alpha.weight": random(heads, d), "ssm_a": -ones(heads),
         "ssm_dt.bias": ones(heads), "ssm_conv1d.weight": random(2 * keys + values, 4),
-        "ssm_norm.weight": ones(s["linear_value_head_dim"]), "ssm_out.weight": random(d, values),
+        "ssm_norm.weight": ones(s["linear_value_head_dim"]),
+        "ssm_out.weight": random(d, values),
     }  # fmt: skip
     writer.add_tensor("token_embd.weight", random(s["vocab_size"], d))
     for i in range(s["num_hidden_layers"]):
         for name, tensor in (every | (attention if i % 4 == 3 else delta)).items():
             writer.add_tensor(f"blk.{i}.{name}", tensor)
     writer.add_tensor("output_norm.weight", ones(d))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish_gguf(writer)
 
 
-def workers(arguments: argparse.Namespace) -> tuple[dict[str, Worker], dict[str, str]]:
+class Family(NamedTuple):
+    """What is timed: the configs' common part and the shapes' own, and who writes a shape for llama.cpp."""
+
+    name: str
+    common: dict[str, Any]
+    shapes: dict[str, dict[str, Any]]
+    write_gguf: Callable[[Path, dict[str, Any]], None]
+
+
+def workers(family: Family, arguments: argparse.Namespace) -> tuple[dict[str, Worker], dict[str, str]]:
     """Running models by name, and why others do not run."""
-    folder, shape = arguments.folder / arguments.shape, SHAPES[arguments.shape]
+    folder, shape = arguments.folder / arguments.shape, family.shapes[arguments.shape]
     if not (folder / "int4" / "config.json").exists():
-        write_model(
-            folder / "int4", COMMON | shape, lambda generator, _, size: packed_linear(generator, size, 4, 0.0, None)
-        )
+        config = family.common | shape
+        write_model(folder / "int4", config, lambda generator, _, size: packed_linear(generator, size, 4, 0.0, None))
     wanted = [
         (f"tulle int4{way}", sys.executable, ["tulle", str(folder / "int4"), str(arguments.threads), option])
         for way, option in WAYS.items()
@@ -130,7 +152,7 @@ def workers(arguments: argparse.Namespace) -> tuple[dict[str, Worker], dict[str,
     if arguments.peer_python:
         f32 = folder / "F32.gguf"
         if not f32.exists():
-            write_gguf(f32, shape)
+            family.write_gguf(f32, shape)
         command = [arguments.peer_python, str(HERE / "gguf_model.py"), str(folder), "{}", "--kinds", "Q4_0"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wanted.append((PEER, arguments.peer_python, ["llama.cpp", str(folder / "Q4_0.gguf"), str(arguments.threads)]))
@@ -145,11 +167,12 @@ def workers(arguments: argparse.Namespace) -> tuple[dict[str, Worker], dict[str,
     return found, missing
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def compare(family: Family, description: str | None, file: str) -> None:
+    """The whole benchmark; ``file``: of the folders and results."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=list(COUNT))
-    parser.add_argument("--folder", type=Path, default=Path("build/delta_net"))
-    parser.add_argument("--shape", choices=SHAPES, default="0.8b")
+    parser.add_argument("--folder", type=Path, default=Path("build") / file)
+    parser.add_argument("--shape", choices=family.shapes, default=next(iter(family.shapes)))
     parser.add_argument("--peer-python")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
@@ -161,7 +184,7 @@ def main() -> None:
 
     from tulle import machine
 
-    running, missing = workers(arguments)
+    running, missing = workers(family, arguments)
     count = COUNT[arguments.what]
     seconds: dict[str, list[float]] = {name: [] for name in running}
     for number in range(arguments.rounds + 1):  # the first one warms up
@@ -172,7 +195,7 @@ def main() -> None:
     for worker in running.values():
         worker.process.kill()
     results: dict[str, Any] = {}
-    table = Table("", "tokens/s", f"× {PEER}", "MB", title=f"{arguments.what}, Qwen 3.5 shape {arguments.shape}")
+    table = Table("", "tokens/s", f"× {PEER}", "MB", title=f"{arguments.what}, {family.name} {arguments.shape}")
     rates = {name: count / statistics.median(times) for name, times in seconds.items()}
     for name, rate in rates.items():
         ratio = rate / rates[PEER] if PEER in rates else None
@@ -184,12 +207,12 @@ def main() -> None:
         table.add_row(name, f"{rate:.1f}", "" if ratio is None else f"{ratio:.2f}", size)
     Console(width=120).print(table)
     content = {
-        "machine": machine.describe() | {"threads": arguments.threads}, "shape": SHAPES[arguments.shape],
+        "machine": machine.describe() | {"threads": arguments.threads}, "shape": family.shapes[arguments.shape],
         "rounds": arguments.rounds, "tokens": count, "results": results, "missing": missing,
     }  # fmt: skip
-    out = arguments.out or HERE / f"results/delta_net_{arguments.what}.json"
+    out = arguments.out or HERE / f"results/{file}_{arguments.what}.json"
     out.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    compare(Family("Qwen 3.5 shape", COMMON, SHAPES, write_gguf), __doc__, "delta_net")

@@ -83,9 +83,10 @@ def write_model(folder: Path, config: dict[str, Any], linear: MakeLinear, packed
 def _block(
     generator: np.random.Generator, layer: Layer, linear: MakeLinear
 ) -> tuple[dict[str, LinearSpec], dict[str, Any]]:
-    """Specs of a layer's linears, and all of its tensors."""
+    """Specs of a layer's linears, and all of its tensors. Routers stay dense."""
     specs: dict[str, LinearSpec] = {}
-    linears = {one.name: one.shape for one in layer.linears()}
+    groups = [group for group in layer.all_groups() if group.role != "router"]
+    linears = {one.name: one.shape for group in groups for one in group.linears}
     block = {k: _numbers(generator, s) for k, s in layer.tensors().items() if k.removesuffix(".weight") not in linears}
     for name, shape in linears.items():
         specs[name], arrays = linear(generator, name, shape)

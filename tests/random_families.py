@@ -51,7 +51,7 @@ EXPERTS = (
     "qwen3_moe",
     "qwen3_next",
 )
-"""With a mixture of experts, which the engine does not run yet."""
+"""With a mixture of experts."""
 LAYERS = 2
 
 

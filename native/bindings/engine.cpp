@@ -158,6 +158,34 @@ tulle::DeltaNet delta_net(nb::handle from, Kept& kept) {
   return net;
 }
 
+tulle::FeedForward feed_forward(nb::handle from, Kept& kept) {
+  return {size(from, "intermediate"), group(field(from, "gate_up"), kept), group(field(from, "down"), kept)};
+}
+
+tulle::Mixture mixture(nb::handle from, Kept& kept) {
+  tulle::Mixture m;
+  for (nb::handle e : get<nb::list>(from, "experts")) m.experts.push_back(feed_forward(e, kept));
+  const nb::object shared = field(from, "shared"), router = field(from, "router");
+  tulle::Router& r = m.router;
+  r.correction = array_of<float>(router, "correction", m.experts.size(), kept);
+  r.group = group(field(router, "group"), kept);
+  static const char* scores[] = {"softmax", "sigmoid"};
+  r.score = one_of<tulle::Router::Score>(scores, "score of a router", get<std::string>(router, "score"));
+  r.chosen = size(router, "chosen");
+  r.normalise = get<bool>(router, "normalise");
+  r.scale = get<float>(router, "scale");
+  r.groups = size(router, "groups");
+  r.chosen_groups = size(router, "chosen_groups");
+  r.group_best = size(router, "group_best");
+  m.shared = !shared.is_none();
+  m.shared_gate = get<bool>(from, "shared_gate");
+  if (m.experts.empty() || (m.shared_gate && !m.shared)) {
+    throw std::invalid_argument("mixture: expected experts, and a shared one where it has a gate");
+  }
+  if (m.shared) m.experts.push_back(feed_forward(shared, kept));
+  return m;
+}
+
 tulle::Layer layer(nb::handle from, const tulle::Model& m, Kept& kept) {
   tulle::Layer l;
   const std::size_t q = m.heads * m.head_dim, kv = m.kv_heads * m.head_dim;
@@ -168,7 +196,7 @@ tulle::Layer layer(nb::handle from, const tulle::Model& m, Kept& kept) {
   l.query_norm = norm(field(from, "query_norm"), m.norm_all_heads ? q : m.head_dim, kept);
   l.key_norm = norm(field(from, "key_norm"), m.norm_all_heads ? kv : m.head_dim, kept);
   l.output_norm = norm(field(from, "output_norm"), q, kept);
-  l.inner_norm = norm(field(from, "inner_norm"), m.intermediate, kept);
+  l.sinks = array_of<float>(from, "sinks", m.heads, kept);
   const nb::object delta = field(from, "delta");
   if (!delta.is_none()) {
     l.mixer = tulle::Mixer::delta_net;
@@ -181,22 +209,26 @@ tulle::Layer layer(nb::handle from, const tulle::Model& m, Kept& kept) {
   std::copy(numbers.begin(), numbers.end(), l.activation);
   l.qkv = group(field(from, "qkv"), kept);
   l.o = group(field(from, "o"), kept);
-  l.gate_up = group(field(from, "gate_up"), kept);
-  l.down = group(field(from, "down"), kept);
+  const nb::object experts = field(from, "mixture"), dense = field(from, "feed_forward");
+  if (experts.is_none() == dense.is_none()) throw std::invalid_argument("layer: expected a feed_forward or a mixture");
+  if (dense.is_none()) l.mixture = mixture(experts, kept);
+  else l.feed_forward = feed_forward(dense, kept);
+  l.inner_norm = norm(field(from, "inner_norm"), l.feed_forward.intermediate, kept);
   return l;
 }
 
 tulle::Model model(nb::handle from, Kept& kept) {
   tulle::Model m;
   m.hidden = size(from, "hidden");
-  m.intermediate = size(from, "intermediate");
   m.heads = size(from, "heads");
   m.kv_heads = size(from, "kv_heads");
   m.head_dim = size(from, "head_dim");
   m.vocabulary = size(from, "vocabulary");
-  static const char* gates[] = {"silu", "relu", "relu2", "gelu_tanh", "xielu"};
+  static const char* gates[] = {"silu", "relu", "relu2", "gelu_tanh", "xielu", "quick_gelu"};
   m.gate = one_of<tulle::Gate>(gates, "gate", get<std::string>(from, "gate"));
   m.gated = get<bool>(from, "gated");
+  m.gate_limit = get<float>(from, "gate_limit");
+  m.up_offset = get<float>(from, "up_offset");
   m.parallel = get<bool>(from, "parallel");
   m.residual_scale = get<float>(from, "residual_scale");
   m.embedding_scale = get<float>(from, "embedding_scale");

@@ -82,7 +82,7 @@ void attention_case(const tulle::Isa& isa, CacheKind kind, std::size_t d, std::s
     }
     const auto scores = exact(std::vector<float>(tulle::kQueries * order.size() * kKeyBlock));
     const float factor = 1.0f / std::sqrt(static_cast<float>(d));
-    ops.attend(view, rows, from, begin, end, factor, 0, to, scores.get());
+    ops.attend(view, rows, from, begin, end, factor, 0, nullptr, to, scores.get());
     for (std::size_t r = 0; r < rows; ++r) {
       std::vector<double> p(tokens, 0.0);
       double total = 0;
@@ -103,7 +103,7 @@ void attention_case(const tulle::Isa& isa, CacheKind kind, std::size_t d, std::s
       // The same bits alone.
       const auto alone = exact(std::vector<float>(d));
       float* const only = alone.get();
-      ops.attend(view, 1, from + r, begin + r, end + r, factor, 0, &only, scores.get());
+      ops.attend(view, 1, from + r, begin + r, end + r, factor, 0, nullptr, &only, scores.get());
       if (std::memcmp(only, to[r], d * sizeof(float)) != 0) {
         return fail(isa.name, "attention of a row alone", static_cast<std::size_t>(kind), d);
       }

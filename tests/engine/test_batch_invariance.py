@@ -18,7 +18,7 @@ from family_folders import write_family
 from tiny_models import write_model
 from tulle._native import active_isa
 from tulle.engine.layout import ModelLayout
-from tulle.engine.native_model import Group, Model, ScalingModel
+from tulle.engine.native_model import Group, Layer, Model, ScalingModel
 from tulle.format.spec import InputSparsitySpec
 from tulle.models.scaling_transformer import ScalingTransformerConfig, ScalingTransformerForCausalLM
 from tulle.native import supported_isas
@@ -54,8 +54,13 @@ def make(folder: Path, name: str) -> Model:
     def with_minima(group: Group) -> Group:
         return replace(group, linears=[replace(one, minima=one.scales) for one in group.linears])
 
-    return replace(model, layers=[replace(one, gate_up=with_minima(one.gate_up), down=with_minima(one.down))
-                                  for one in model.layers])  # fmt: skip
+    def changed(one: Layer) -> Layer:
+        inner = one.feed_forward
+        assert inner is not None
+        inner = replace(inner, gate_up=with_minima(inner.gate_up), down=with_minima(inner.down))
+        return replace(one, feed_forward=inner)
+
+    return replace(model, layers=[changed(one) for one in model.layers])
 
 
 def differing(model: Model | ScalingModel, threads: int, **more: Any) -> list[str]:
@@ -93,6 +98,12 @@ def test_decoders(name: str, threads: int, tmp_path: Path) -> None:
 def test_gated_delta_nets(threads: int, tmp_path: Path) -> None:
     model = decoder(write_family(tmp_path / "m", "qwen3_5_text", 2))
     assert model.state_bytes > 0 and differing(model, threads) == []
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_experts(threads: int, tmp_path: Path) -> None:
+    model = decoder(write_family(tmp_path / "m", "qwen2_moe", 2))
+    assert model.layers[0].mixture is not None and differing(model, threads) == []
 
 
 @pytest.mark.parametrize("isa", supported_isas()[1:])  # plain loops over tokens are what they are

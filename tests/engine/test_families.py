@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import tulle
 from family_folders import write_family
-from random_families import DENSE, HYBRID
+from random_families import DENSE, EXPERTS, HYBRID
 from tulle.compression.job import compress
 from tulle.engine import Engine
 from tulle.text.reading import Text
@@ -31,7 +31,7 @@ def difference(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-@pytest.mark.parametrize("family", DENSE + HYBRID)
+@pytest.mark.parametrize("family", DENSE + HYBRID + EXPERTS)
 def test_dense(family: str, tmp_path: Path) -> None:
     """A prompt at once, and its tokens one after the other."""
     for seed in (1, 2):
@@ -44,7 +44,7 @@ def test_dense(family: str, tmp_path: Path) -> None:
         assert difference(np.concatenate(rows), expected) <= 5e-5
 
 
-@pytest.mark.parametrize("family", DENSE + HYBRID)
+@pytest.mark.parametrize("family", DENSE + HYBRID + EXPERTS)
 def test_packed(family: str, tmp_path: Path) -> None:
     folder = write_family(tmp_path / "dense", family, 3)
     compress(folder, {"calibration": {"samples": 4, "length": 24}, "steps": W4}, tmp_path / "out", calibration=TEXT)

@@ -79,6 +79,35 @@ struct DeltaNet {
   std::size_t history() const { return (kernel - 1) * channels(); }
 };
 
+// down(act(gate) · up), or down(act(up)): of a layer, or an expert.
+struct FeedForward {
+  std::size_t intermediate = 0;
+  Group gate_up, down;
+};
+
+// Gives every token `chosen` experts with a weight each (src/tulle/models/routing.py).
+struct Router {
+  enum class Score : std::uint8_t { softmax, sigmoid } score = Score::softmax;
+  Group group;  // to scores of experts, and, where the shared one has a gate, by a second linear to that
+  std::size_t chosen = 0;
+  bool normalise = false;  // weights are made to sum to 1
+  float scale = 1;         // of weights
+  const float* correction = nullptr;  // [experts], added to scores for choosing
+  // Equal groups of experts, of which `chosen_groups` are eligible by the sum of their `group_best` best scores.
+  std::size_t groups = 1, chosen_groups = 1, group_best = 1;
+};
+
+// Σ of what a token's chosen experts give, weighted; and of what a shared one gives to every token, by σ of its gate.
+struct Mixture {
+  Router router;
+  std::vector<FeedForward> experts;  // the shared one last
+  bool shared = false, shared_gate = false;
+
+  bool present() const { return !experts.empty(); }
+  std::size_t routed() const { return experts.size() - (shared ? 1 : 0); }
+  std::size_t per_token() const { return router.chosen + (shared ? 1 : 0); }
+};
+
 // What mixes tokens in a layer. A kind that carries a state from token to token has floats of it in every sequence's
 // record (RecurrentStates); attention has keys and values instead.
 enum class Mixer : std::uint8_t { attention, delta_net };
@@ -91,7 +120,10 @@ struct Layer {
   Norm query_norm, key_norm;  // [head_dim], or of all heads at once
   Norm output_norm;           // of what o reads, [heads · head_dim]; attention's
   Norm inner_norm;            // of what down reads, [intermediate]
-  Group qkv, o, gate_up, down;
+  Group qkv, o;
+  FeedForward feed_forward;   // of a layer without
+  Mixture mixture;
+  const float* sinks = nullptr;  // [heads], scores that take part in the softmax and have no value; or null
   std::size_t window = 0;  // tokens that attention reaches back, itself included; 0: all
   int rotary = 0;          // number of a table of the model; −1: queries and keys know no position
   float activation[4] = {};  // numbers of Gate::xielu
@@ -122,9 +154,11 @@ struct Table {
 };
 
 struct Model {
-  std::size_t hidden = 0, intermediate = 0, heads = 0, kv_heads = 0, head_dim = 0, vocabulary = 0;
+  std::size_t hidden = 0, heads = 0, kv_heads = 0, head_dim = 0, vocabulary = 0;
   Gate gate = Gate::silu;
   bool gated = true;           // a feed-forward of down(act(gate) · up), not of down(act(up))
+  float gate_limit = 0;        // gate is at most this, and up at most this far from 0; 0: none
+  float up_offset = 0;         // added to up
   bool parallel = false;       // attention and feed-forward read the same stream
   float residual_scale = 1;    // of what is added to the stream
   float embedding_scale = 1, logit_scale = 1;
@@ -183,7 +217,8 @@ class Engine {
   void load_state(std::size_t snapshot, std::size_t slot);
   std::uint64_t state_bytes() const;
 
-  std::uint64_t weight_bytes() const;  // read per token where all inputs are active
+  // Read per token where all inputs are active; of experts as many as a token has, of mean size.
+  std::uint64_t weight_bytes() const;
   // What single tokens (passes of one token) have read, inputs left out not counted, and how many there were, since the
   // last call.
   struct Reads {

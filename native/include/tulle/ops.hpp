@@ -14,7 +14,7 @@ constexpr std::size_t kKeyBlock = 16;
 constexpr std::size_t kQueries = 4;
 
 enum class CacheKind : std::uint8_t { f32, bf16, u8, u4 };
-enum class Gate : std::uint8_t { silu, relu, relu2, gelu_tanh, xielu, sigmoid };
+enum class Gate : std::uint8_t { silu, relu, relu2, gelu_tanh, xielu, quick_gelu, sigmoid };
 
 // One layer's keys and values of one KV head, in pages of which a sequence has some.
 //
@@ -70,6 +70,9 @@ struct OpsKernels {
   void (*scale)(const float* x, const float* s, std::size_t n, float* y);
   // out = act(gate) · up. xielu's numbers: α_p, α_n, β, ε; others have none.
   void (*gate)(Gate kind, const float* numbers, const float* gate, const float* up, std::size_t n, float* out);
+  // What a gate with a limit reads: min(gate, limit), and up between −limit and limit, plus offset. Limit 0: none.
+  void (*limit_gate)(const float* gate, const float* up, std::size_t n, float limit, float offset, float* gate_to,
+                     float* up_to);
   GridRange (*range)(const float* x, std::size_t n, Grid grid);
   // clip(round(x / step)); with a low plane: whole = 256 · high + low.
   void (*quantise)(const float* x, std::size_t n, GridRange range, std::int8_t* high, std::int8_t* low);
@@ -95,9 +98,10 @@ struct OpsKernels {
   void (*append_to_cache)(const CacheView& cache, std::size_t position, const float* key, const float* value,
                    GridRange key_range, GridRange value_range);
   // out[r][head_dim] for up to kQueries rows: row r attends to positions [begin[r], end[r]). `scores`: kQueries times
-  // the greatest end, rounded up to kKeyBlock. cap 0: none; otherwise scores s become cap · tanh(s / cap).
+  // the greatest end, rounded up to kKeyBlock. cap 0: none; otherwise scores s become cap · tanh(s / cap). sinks [rows]:
+  // one more score of each row, which has no value; or null.
   void (*attend)(const CacheView& cache, std::size_t rows, const float* const* queries, const std::size_t* begin,
-                 const std::size_t* end, float scale, float cap, float* const* out, float* scores);
+                 const std::size_t* end, float scale, float cap, const float* sinks, float* const* out, float* scores);
   // y[i] = x[i] · s
   void (*scaled)(const float* x, float s, std::size_t n, float* y);
   // The threshold of the `keep` largest of size [n], all >= 0: exactly so many, or more where equal numbers force it.

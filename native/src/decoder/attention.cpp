@@ -25,19 +25,21 @@ void Attention::group(const std::int32_t* slots, std::size_t n) {
 
 void Attention::run(const OpsKernels& ops, const CacheView& cache, std::size_t kv_head, const QueryBlock& block,
                     const std::int32_t* positions, std::size_t window, const Vectors& queries, const Vectors& outputs,
-                    float* scores) const {
+                    const float* sinks, float* scores) const {
   const float* from[kQueries];
+  float sink[kQueries];
   float* to[kQueries];
   std::size_t begin[kQueries], end[kQueries];
   for (std::size_t r = 0; r < block.count; ++r) {
     const std::size_t row = block.first + r, t = row / shared_;
     const std::size_t head = kv_head * shared_ + row % shared_;
+    if (sinks != nullptr) sink[r] = sinks[head];
     from[r] = queries.data + t * queries.stride + head * queries.head;
     to[r] = outputs.data + t * outputs.stride + head * outputs.head;
     end[r] = static_cast<std::size_t>(positions[t]) + 1;
     begin[r] = window != 0 && end[r] > window ? end[r] - window : 0;
   }
-  ops.attend(cache, block.count, from, begin, end, scale_, cap_, to, scores);
+  ops.attend(cache, block.count, from, begin, end, scale_, cap_, sinks != nullptr ? sink : nullptr, to, scores);
 }
 
 }  // namespace tulle

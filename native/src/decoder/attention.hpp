@@ -35,10 +35,11 @@ class Attention {
   }
 
   // softmax(scale · q·Kᵀ)·V of a block and KV head: A token at
-  // position p sees [p − window + 1, p], or [0, p] where window is 0. `scores`: kQueries · context floats.
+  // position p sees [p − window + 1, p], or [0, p] where window is 0. `sinks` [heads]: as of OpsKernels::attend.
+  // `scores`: kQueries · context floats.
   void run(const OpsKernels& ops, const CacheView& cache, std::size_t kv_head, const QueryBlock& block,
            const std::int32_t* positions, std::size_t window, const Vectors& queries, const Vectors& outputs,
-           float* scores) const;
+           const float* sinks, float* scores) const;
 
  private:
   std::size_t shared_;  // queries per KV head

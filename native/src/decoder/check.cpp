@@ -107,6 +107,22 @@ void check(const Model& m) {
       even_scales(inputs, linear.weight);
     }
   };
+  const auto check_router = [&](const Router& r, std::size_t experts, bool gate) {
+    require(r.chosen >= 1 && r.chosen <= experts, "experts of a token of 1, at most", experts, r.chosen);
+    require(r.groups >= 1 && experts % r.groups == 0, "equal groups of experts; a divisor of", experts, r.groups);
+    require(r.chosen_groups >= 1 && r.chosen_groups <= r.groups, "chosen groups of 1, at most", r.groups,
+            r.chosen_groups);
+    const std::size_t own = experts / r.groups;
+    require(r.group_best >= 1 && r.group_best <= own, "best experts of a group of 1, at most", own, r.group_best);
+    require(r.chosen <= own * r.chosen_groups, "experts of a token, at most", own * r.chosen_groups, r.chosen);
+    if (gate) fits(r.group, m.hidden, {experts, 1});
+    else fits(r.group, m.hidden, {experts});
+  };
+  const auto check_feed_forward = [&](const FeedForward& f) {
+    if (m.gated) fits(f.gate_up, m.hidden, {f.intermediate, f.intermediate});
+    else fits(f.gate_up, m.hidden, {f.intermediate});
+    fits(f.down, f.intermediate, {m.hidden});
+  };
   const std::size_t q = m.heads * m.query_step(), kv = m.kv_heads * m.head_dim;
   require(!m.output_gate || !m.norm_all_heads, "norms of all queries and keys beside an output gate", 0, 1);
   for (const Layer& layer : m.layers) {
@@ -119,14 +135,21 @@ void check(const Model& m) {
     if (layer.mixer == Mixer::delta_net) {
       const DeltaNet& net = layer.delta;
       check(net);
-      fits(layer.qkv, m.hidden, {net.channels(), net.values(), net.value_heads, net.value_heads});
+      const std::size_t values = net.values(), heads = net.value_heads;
+      if (layer.qkv.linears.size() == 2) fits(layer.qkv, m.hidden, {net.channels() + values, 2 * heads});
+      else fits(layer.qkv, m.hidden, {net.channels(), values, heads, heads});
     } else {
       fits(layer.qkv, m.hidden, {q, kv, kv});
     }
     fits(layer.o, m.mixed(layer), {m.hidden});
-    if (m.gated) fits(layer.gate_up, m.hidden, {m.intermediate, m.intermediate});
-    else fits(layer.gate_up, m.hidden, {m.intermediate});
-    fits(layer.down, m.intermediate, {m.hidden});
+    if (!layer.mixture.present()) {
+      check_feed_forward(layer.feed_forward);
+      continue;
+    }
+    require(!m.parallel && m.gated && !layer.inner_norm.present(), "experts with gates, without norms of their own", 1, 0);
+    require(layer.mixture.routed() >= 1, "experts, at least", 1, 0);
+    check_router(layer.mixture.router, layer.mixture.routed(), layer.mixture.shared_gate);
+    for (const FeedForward& expert : layer.mixture.experts) check_feed_forward(expert);
   }
   fits(m.head, m.hidden, {m.vocabulary});
   for (const Grid& grid : {m.query, m.key, m.value}) check(grid, 8);

@@ -74,13 +74,24 @@ void Engine::load_state(std::size_t snapshot, std::size_t slot) {
 std::uint64_t Engine::state_bytes() const { return state_->states.record_bytes(); }
 
 std::uint64_t Engine::weight_bytes() const {
-  std::uint64_t bytes = 0;
+  const auto of = [](const Group& group) {
+    std::uint64_t bytes = 0;
+    for (const Linear& linear : group.linears) bytes += linear.bytes();
+    return bytes;
+  };
+  std::uint64_t bytes = of(state_->model.head);
   for (const Layer& layer : state_->model.layers) {
-    for (const Group* group : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) {
-      for (const Linear& linear : group->linears) bytes += linear.bytes();
+    const Mixture& mixture = layer.mixture;
+    bytes += of(layer.qkv) + of(layer.o) + of(layer.feed_forward.gate_up) + of(layer.feed_forward.down);
+    if (!mixture.present()) continue;
+    std::uint64_t all = 0;
+    for (std::size_t i = 0; i < mixture.experts.size(); ++i) {
+      const FeedForward& expert = mixture.experts[i];
+      (i < mixture.routed() ? all : bytes) += of(expert.gate_up) + of(expert.down);
     }
+    bytes += of(mixture.router.group) + all * mixture.router.chosen / mixture.routed();
   }
-  return bytes + state_->model.head.linears[0].bytes();
+  return bytes;
 }
 
 Engine::Reads Engine::take_reads() {

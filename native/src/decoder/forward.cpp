@@ -2,7 +2,7 @@
 // says what differs. `multiply` ends with all threads waiting for each other.
 //
 //   residual stream ─ norm ─ qkv ─ rotary, append to the cache, attend ─ o ─(+)─ norm ─ gate, up ─ act ─ down ─(+)─ …
-//                                 └─ convolution, delta rule ────────────┘
+//                                 └─ convolution, delta rule ────────────┘              └─ router, experts ─────┘
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -39,16 +39,18 @@ void Engine::State::forward(const PassInput& input, float* logits, float* embedd
   const bool one = n == 1;
   attention.group(input.slots, n);
   for (LayerPlans& of : plans) {
-    for (Plan* plan : {&of.qkv, &of.o, &of.gate_up, &of.down}) plan->restart();
+    for (Plan* plan : {&of.qkv, &of.o, &of.gate_up, &of.down, &of.router}) plan->restart();
   }
   head_plan.restart();
   if (one) ++reads.tokens;
   in_team(threads, [&](std::size_t thread, std::size_t team) {
     ThreadMemory& memory = of_thread[thread];
-    Pass pass{input, thread, team, one, 0, n, hidden.data(), &inputs};
+    Pass pass{input, thread, team, one, 0, n, hidden.data(), &inputs, &expert_inputs, routes.get()};
     if (one) {
       pass.hidden = memory.hidden.data();
       pass.inputs = &memory.inputs;
+      pass.expert_inputs = &memory.expert_inputs;
+      pass.routes = memory.routes.get();
     } else {
       pass.first = n * thread / team;
       pass.last = n * (thread + 1) / team;
@@ -68,21 +70,10 @@ void Engine::State::forward(const PassInput& input, float* logits, float* embedd
 void Engine::State::layer(const Pass& pass, std::size_t index) {
   const Layer& l = model.layers[index];
   LayerPlans& plan = plans[index];
-  const std::size_t d = model.hidden, n = pass.n;
-  float* const normed = vector(pass, 0);
-  // What a group reads of the stream.
-  const auto read = [&](const Norm& norm, std::size_t t) -> const float* {
-    const float* const x = pass.hidden + t * d;
-    if (!norm.present()) return x;
-    norm.run(ops, x, d, normed);
-    return normed;
-  };
+  const std::size_t n = pass.n;
   for (std::size_t t = pass.first; t < pass.last; ++t) {
-    if (index > 0) {
-      const Layer& before = model.layers[index - 1];
-      add_to_residual(pass, before.down, plans[index - 1].down, before.feed_forward_after, t);
-    }
-    quantise_inputs(pass, l.qkv, plan.qkv, read(l.input_norm, t), t);
+    if (index > 0) add_feed_forward(pass, index - 1, t);
+    quantise_inputs(pass, l.qkv, plan.qkv, read_stream(pass, l.input_norm, t), t);
   }
   pass.publish();
   multiply(pass, l.qkv, plan.qkv, partial_sums.wide, n, wide.data());
@@ -94,28 +85,54 @@ void Engine::State::layer(const Pass& pass, std::size_t index) {
   }
   pass.publish();
   multiply(pass, l.o, plan.o, partial_sums.back, n, back.data());
+  const bool experts = l.mixture.present();
+  const Group& reader = experts ? l.mixture.router.group : l.feed_forward.gate_up;
+  const Plan& read = experts ? plan.router : plan.gate_up;
+  float* const spare = of_thread[pass.thread].outputs.data();
   for (std::size_t t = pass.first; t < pass.last; ++t) {
+    const auto add_attention = [&] {
+      const float* const y = reduce(pass, l.o, plan.o, partial_sums.back, n, back.data(), t, 0, model.hidden, spare);
+      add_to_residual(pass, y, l.attention_after, t);
+    };
     if (model.parallel) {
       // Before the stream changes; a norm of its own, or attention's.
-      read(l.post_norm.present() ? l.post_norm : l.input_norm, t);
-      add_to_residual(pass, l.o, plan.o, l.attention_after, t);
-      quantise_inputs(pass, l.gate_up, plan.gate_up, normed, t);
+      const float* const normed = read_stream(pass, l.post_norm.present() ? l.post_norm : l.input_norm, t);
+      add_attention();
+      quantise_inputs(pass, reader, read, normed, t);
       continue;
     }
-    add_to_residual(pass, l.o, plan.o, l.attention_after, t);
-    quantise_inputs(pass, l.gate_up, plan.gate_up, read(l.post_norm, t), t);
+    add_attention();
+    quantise_inputs(pass, reader, read, read_stream(pass, l.post_norm, t), t);
   }
   pass.publish();
-  multiply(pass, l.gate_up, plan.gate_up, partial_sums.wide, n, wide.data());
+  if (experts) return mixture(pass, index);
+  multiply(pass, l.feed_forward.gate_up, plan.gate_up, partial_sums.wide, n, wide.data());
   feed_forward(pass, index);
-  multiply(pass, l.down, plan.down, partial_sums.back, n, back.data());
+  multiply(pass, l.feed_forward.down, plan.down, partial_sums.back, n, back.data());
 }
 
-// What o or down gave of token t, added to the residual stream.
-void Engine::State::add_to_residual(const Pass& pass, const Group& group, const Plan& plan, const Norm& after,
-                                    std::size_t t) {
+// What a group reads of token t's stream: the stream, or its norm, which vector 0 holds then.
+const float* Engine::State::read_stream(const Pass& pass, const Norm& norm, std::size_t t) {
+  const float* const x = pass.hidden + t * model.hidden;
+  if (!norm.present()) return x;
+  norm.run(ops, x, model.hidden, vector(pass, 0));
+  return vector(pass, 0);
+}
+
+// What a layer's feed-forward gave of token t, added to the residual stream.
+void Engine::State::add_feed_forward(const Pass& pass, std::size_t index, std::size_t t) {
+  const Layer& l = model.layers[index];
   float* const spare = of_thread[pass.thread].outputs.data();
-  const float* y = reduce(pass, group, plan, partial_sums.back, pass.n, back.data(), t, 0, model.hidden, spare);
+  const float* const y = l.mixture.present()
+                             ? sum_of_experts(pass, index, t)
+                             : reduce(pass, l.feed_forward.down, plans[index].down, partial_sums.back, pass.n,
+                                      back.data(), t, 0, model.hidden, spare);
+  add_to_residual(pass, y, l.feed_forward_after, t);
+}
+
+// y, what o or the feed-forward gave of token t, added to the residual stream.
+void Engine::State::add_to_residual(const Pass& pass, const float* y, const Norm& after, std::size_t t) {
+  float* const spare = of_thread[pass.thread].outputs.data();
   if (after.present()) {
     after.run(ops, y, model.hidden, spare);
     y = spare;
@@ -157,7 +174,7 @@ void Engine::State::attend(const Pass& pass, std::size_t index) {
   if (model.norm_all_heads) normalise_heads(pass, index);
   const auto run = [&](std::size_t kv_head, const QueryBlock& block) {
     const CacheView pages = view(pass, index, kv_head, attention.slot_of(block, pass.slots));
-    attention.run(ops, pages, kv_head, block, pass.positions, l.window, queries, outputs, scores);
+    attention.run(ops, pages, kv_head, block, pass.positions, l.window, queries, outputs, l.sinks, scores);
   };
   if (model.kv_heads % pass.team == 0) {
     // All threads get as many KV heads, and a head's queries and keys are one thread's business.
@@ -244,24 +261,36 @@ void Engine::State::rotate_head(const Pass& pass, float* x) const {
   std::memcpy(x, rotated, model.head_dim * sizeof(float));
 }
 
+// act(gate) · up of n channels, both within the model's limit; the spare ones may be what they were reduced to.
+void Engine::State::gate(const Layer& layer, const float* gate, const float* up, std::size_t n, float* spare_gate,
+                         float* spare_up, float* out) const {
+  if (model.gate_limit > 0 || model.up_offset != 0) {
+    ops.limit_gate(gate, up, n, model.gate_limit, model.up_offset, spare_gate, spare_up);
+    gate = spare_gate;
+    up = spare_up;
+  }
+  ops.gate(model.gate, layer.activation, gate, up, n, out);
+}
+
 // From gate and up in `wide` to the inputs of down. Of one token, each thread computes a part of the channels.
 void Engine::State::feed_forward(const Pass& pass, std::size_t index) {
   const Layer& l = model.layers[index];
   LayerPlans& plan = plans[index];
-  const std::size_t width = model.intermediate;
+  const Group& reader = l.feed_forward.gate_up;
+  const std::size_t width = l.feed_forward.intermediate;
   const std::size_t first = pass.replicated ? pass.bound(width, pass.thread) : 0;
   const std::size_t last = pass.replicated ? pass.bound(width, pass.thread + 1) : width;
   float* const product = pass.replicated ? gated.data() : vector(pass, 0);
   float* const spare = of_thread[pass.thread].outputs.data();
   const auto outputs = [&](std::size_t t, std::size_t from, std::size_t to, float* room) {
-    return reduce(pass, l.gate_up, plan.gate_up, partial_sums.wide, pass.n, wide.data(), t, from, to, room);
+    return reduce(pass, reader, plan.gate_up, partial_sums.wide, pass.n, wide.data(), t, from, to, room);
   };
   for (std::size_t t = pass.first; t < pass.last; ++t) {
     if (first < last) {
       const float* const gate = outputs(t, first, last, spare);
       const float* const up =
           model.gated ? outputs(t, width + first, width + last, spare + width) : ones.data() + first;
-      ops.gate(model.gate, l.activation, gate, up, last - first, product + first);
+      this->gate(l, gate, up, last - first, spare, spare + width, product + first);
     }
     if (pass.replicated) wait();
     const float* inner = product;
@@ -269,7 +298,7 @@ void Engine::State::feed_forward(const Pass& pass, std::size_t index) {
       l.inner_norm.run(ops, product, width, vector(pass, 1));
       inner = vector(pass, 1);
     }
-    quantise_inputs(pass, l.down, plan.down, inner, t);
+    quantise_inputs(pass, l.feed_forward.down, plan.down, inner, t);
   }
   pass.publish();
 }
@@ -283,10 +312,7 @@ void Engine::State::head(const Pass& pass, float* logits, float* embeddings) {
   const auto normed = [&](std::size_t row) { return pass.replicated ? vector(pass, 0) : back.data() + row * d; };
   for (std::size_t i = begin; i < wanted; i += step) {
     const std::size_t row = static_cast<std::size_t>(rows[i]);
-    if (!model.layers.empty()) {
-      const Layer& last = model.layers.back();
-      add_to_residual(pass, last.down, plans.back().down, last.feed_forward_after, row);
-    }
+    if (!model.layers.empty()) add_feed_forward(pass, model.layers.size() - 1, row);
     model.norm.run(ops, pass.hidden + row * d, d, normed(row));
     if (embeddings != nullptr && (!pass.replicated || pass.thread == 0)) {
       std::memcpy(embeddings + i * d, normed(row), d * sizeof(float));

@@ -98,6 +98,8 @@ static void gate(Gate kind, const float* numbers, const float* g, const float* u
     for (std::size_t i = 0; i < n; ++i) out[i] = g[i] / (1.0f + exponential(-g[i])) * up[i];
   } else if (kind == Gate::sigmoid) {
     for (std::size_t i = 0; i < n; ++i) out[i] = up[i] / (1.0f + exponential(-g[i]));
+  } else if (kind == Gate::quick_gelu) {
+    for (std::size_t i = 0; i < n; ++i) out[i] = g[i] / (1.0f + exponential(-1.702f * g[i])) * up[i];
   } else if (kind == Gate::relu) {
     for (std::size_t i = 0; i < n; ++i) out[i] = (g[i] > 0 ? g[i] : 0) * up[i];
   } else if (kind == Gate::relu2) {
@@ -116,6 +118,15 @@ static void gate(Gate kind, const float* numbers, const float* g, const float* u
       const float inner = 1.5957691216f * (g[i] + 0.044715f * g[i] * g[i] * g[i]);
       out[i] = g[i] / (1.0f + exponential(-inner)) * up[i];
     }
+  }
+}
+
+static void limit_gate(const float* gate, const float* up, std::size_t n, float limit, float offset, float* gate_to,
+                       float* up_to) {
+  const float most = limit > 0 ? limit : __builtin_inff();
+  for (std::size_t i = 0; i < n; ++i) {
+    gate_to[i] = gate[i] > most ? most : gate[i];
+    up_to[i] = limited(up[i], -most, most) + offset;
   }
 }
 
@@ -561,10 +572,11 @@ static inline float value_channel(const typename Stored<kKind>::Type* from, std:
   return value;
 }
 
-// e^(score − the largest) in place; returns their sum. `width`: whole blocks, scores that are masked far below.
-static inline float exponentials(float* scores, std::size_t width) {
-  float most = scores[0];
-  for (std::size_t i = 1; i < width; ++i) most = scores[i] > most ? scores[i] : most;
+// e^(score − the largest) in place; returns their sum, that of `sink` included where it is not null. `width`: whole
+// blocks, scores that are masked far below.
+static inline float exponentials(float* scores, std::size_t width, const float* sink) {
+  float most = sink != nullptr ? *sink : scores[0];
+  for (std::size_t i = 0; i < width; ++i) most = scores[i] > most ? scores[i] : most;
   float parts[kKeyBlock] = {};
   for (std::size_t i = 0; i < width; i += kKeyBlock) {
     for (std::size_t j = 0; j < kKeyBlock; ++j) {
@@ -573,14 +585,15 @@ static inline float exponentials(float* scores, std::size_t width) {
       parts[j] += weight;
     }
   }
-  float total = 0;
+  float total = sink != nullptr ? exponential(*sink - most) : 0.0f;
   for (float part : parts) total += part;
   return total;
 }
 
 template <std::size_t kRows, CacheKind kKind>
 static void attend_rows(const CacheView& c, const float* const* queries, const std::size_t* begin,
-                        const std::size_t* end, float factor, float cap, float* const* out, float* scores) {
+                        const std::size_t* end, float factor, float cap, const float* sinks,
+                        float* const* out, float* scores) {
   typedef typename Stored<kKind>::Type T;
   const std::size_t d = c.head_dim;
   std::size_t first = begin[0], last = end[0];
@@ -621,7 +634,9 @@ static void attend_rows(const CacheView& c, const float* const* queries, const s
     }
   }
   RowSums sums[kRows];
-  for (std::size_t r = 0; r < kRows; ++r) sums[r] = {exponentials(scores + r * width, width), 0.0f};
+  for (std::size_t r = 0; r < kRows; ++r) {
+    sums[r] = {exponentials(scores + r * width, width, sinks != nullptr ? sinks + r : nullptr), 0.0f};
+  }
   if (kCodes<kKind>) scale_weights<kRows>(c, first, scores, width, sums);
   std::size_t at = 0;
   const auto values = [&](auto wide) {
@@ -647,22 +662,24 @@ static void attend_rows(const CacheView& c, const float* const* queries, const s
 
 template <CacheKind kKind>
 static void attend_kind(const CacheView& c, std::size_t rows, const float* const* queries, const std::size_t* begin,
-                        const std::size_t* end, float factor, float cap, float* const* out, float* scores) {
+                        const std::size_t* end, float factor, float cap, const float* sinks,
+                        float* const* out, float* scores) {
   switch (rows) {
-    case 1: return attend_rows<1, kKind>(c, queries, begin, end, factor, cap, out, scores);
-    case 2: return attend_rows<2, kKind>(c, queries, begin, end, factor, cap, out, scores);
-    case 3: return attend_rows<3, kKind>(c, queries, begin, end, factor, cap, out, scores);
-    default: return attend_rows<4, kKind>(c, queries, begin, end, factor, cap, out, scores);
+    case 1: return attend_rows<1, kKind>(c, queries, begin, end, factor, cap, sinks, out, scores);
+    case 2: return attend_rows<2, kKind>(c, queries, begin, end, factor, cap, sinks, out, scores);
+    case 3: return attend_rows<3, kKind>(c, queries, begin, end, factor, cap, sinks, out, scores);
+    default: return attend_rows<4, kKind>(c, queries, begin, end, factor, cap, sinks, out, scores);
   }
 }
 
 static void attend(const CacheView& c, std::size_t rows, const float* const* queries, const std::size_t* begin,
-                   const std::size_t* end, float factor, float cap, float* const* out, float* scores) {
+                   const std::size_t* end, float factor, float cap, const float* sinks,
+                   float* const* out, float* scores) {
   switch (c.kind) {
-    case CacheKind::f32: return attend_kind<CacheKind::f32>(c, rows, queries, begin, end, factor, cap, out, scores);
-    case CacheKind::bf16: return attend_kind<CacheKind::bf16>(c, rows, queries, begin, end, factor, cap, out, scores);
-    case CacheKind::u8: return attend_kind<CacheKind::u8>(c, rows, queries, begin, end, factor, cap, out, scores);
-    case CacheKind::u4: return attend_kind<CacheKind::u4>(c, rows, queries, begin, end, factor, cap, out, scores);
+    case CacheKind::f32: return attend_kind<CacheKind::f32>(c, rows, queries, begin, end, factor, cap, sinks, out, scores);
+    case CacheKind::bf16: return attend_kind<CacheKind::bf16>(c, rows, queries, begin, end, factor, cap, sinks, out, scores);
+    case CacheKind::u8: return attend_kind<CacheKind::u8>(c, rows, queries, begin, end, factor, cap, sinks, out, scores);
+    case CacheKind::u4: return attend_kind<CacheKind::u4>(c, rows, queries, begin, end, factor, cap, sinks, out, scores);
   }
 }
 
@@ -674,6 +691,7 @@ constexpr OpsKernels kernels = {
     add,
     scale,
     gate,
+    limit_gate,
     range,
     quantise,
     fake_quantise,

@@ -9,6 +9,9 @@ namespace {
 // Quads of one token's list: it is written 16 elements at a time.
 std::size_t quad_stride(const LinearView& w) { return w.padded() / 4 + 4; }
 
+// Entries of one token's list.
+std::size_t listed(const LinearView& w) { return quad_stride(w) * (w.blocks4() ? 1 : 4); }
+
 }  // namespace
 
 void InputSizes::add(const Linear& linear) {
@@ -24,7 +27,7 @@ void InputSizes::add(const Linear& linear) {
 }
 
 QuantisedInputs::QuantisedInputs(const InputSizes& sizes, std::size_t tokens)
-    : floats_(tokens * sizes.floats), steps_(tokens) {
+    : sizes_(sizes), floats_(tokens * sizes.floats), steps_(tokens) {
   for (std::size_t p = 0; p < sizes.planes; ++p) {
     plane_[p] = Buffer<std::int8_t>(tokens * sizes.codes);
     sums_[p] = Buffer<std::int32_t>(tokens * sizes.segments);
@@ -36,30 +39,48 @@ QuantisedInputs::QuantisedInputs(const InputSizes& sizes, std::size_t tokens)
   active_ = Buffer<std::uint32_t>(tokens);
 }
 
-Inputs QuantisedInputs::view(const Linear& linear, std::size_t first, std::size_t tokens) const {
+Inputs QuantisedInputs::view(const Linear& linear, InputRow first, std::size_t tokens) const {
   const LinearView& w = linear.weight;
   Inputs x{};
   x.tokens = tokens;
   x.stride = w.padded();
-  x.floats = floats_.data() + first * x.stride;
+  x.floats = floats_.data() + first.at(sizes_.floats, x.stride);
   x.planes = w.is_codes() ? planes_of(linear.input) : 0;
   x.sum_stride = w.segments;
-  x.steps = steps_.data() + first;
+  x.steps = steps_.data() + first.number();
   x.quad_stride = quad_stride(w);
   for (std::size_t p = 0; p < x.planes; ++p) {
-    x.plane[p] = plane_[p].data() + first * x.stride;
-    x.sums[p] = sums_[p].data() + first * x.sum_stride;
-    x.quad_plane[p] = quad_plane_[p].data() + first * x.quad_stride * 4;
+    x.plane[p] = plane_[p].data() + first.at(sizes_.codes, x.stride);
+    x.sums[p] = sums_[p].data() + first.at(sizes_.segments, x.sum_stride);
+    x.quad_plane[p] = quad_plane_[p].data() + first.at(sizes_.active, x.quad_stride * 4);
   }
-  x.quads = quads_.data() + first * x.quad_stride * (w.blocks4() ? 1 : 4);
-  x.quad_starts = quad_starts_.data() + first * (w.segments + 1);
+  x.quads = quads_.data() + first.at(sizes_.active, listed(w));
+  x.quad_starts = quad_starts_.data() + first.at(sizes_.segments + 1, w.segments + 1);
   return x;
 }
 
-void QuantisedInputs::set(const OpsKernels& ops, const Linear& l, const float* x, std::size_t t, float* copy,
+void QuantisedInputs::copy(const Linear& l, InputRow from, InputRow to) {
+  const LinearView& w = l.weight;
+  const auto row = [&](auto* data, std::size_t widest, std::size_t own) {
+    std::copy_n(data + from.at(widest, own), own, data + to.at(widest, own));
+  };
+  if (!w.is_codes()) return row(floats_.data(), sizes_.floats, w.padded());
+  steps_.data()[to.number()] = step(from);
+  for (std::size_t p = 0; p < planes_of(l.input); ++p) {
+    row(plane_[p].data(), sizes_.codes, w.padded());
+    row(sums_[p].data(), sizes_.segments, w.segments);
+    if (w.input_major()) row(quad_plane_[p].data(), sizes_.active, quad_stride(w) * 4);
+  }
+  if (!w.input_major()) return;
+  row(quads_.data(), sizes_.active, listed(w));
+  row(quad_starts_.data(), sizes_.segments + 1, w.segments + 1);
+  active_.data()[to.number()] = static_cast<std::uint32_t>(active(from));
+}
+
+void QuantisedInputs::set(const OpsKernels& ops, const Linear& l, const float* x, InputRow row, float* copy,
                           float* spare) {
   const LinearView& w = l.weight;
-  if (!w.is_codes()) return set_floats(ops, l, x, t, spare);
+  if (!w.is_codes()) return set_floats(ops, l, x, row, spare);
   // A grid of the model comes before the selection, one of the engine's own after it.
   GridRange range{};
   float ratio = 1;
@@ -75,28 +96,29 @@ void QuantisedInputs::set(const OpsKernels& ops, const Linear& l, const float* x
     if (l.engine_grid) range = ops.range(copy, w.columns, l.input);
     x = copy;
   }
-  steps_.data()[t] = range.step * ratio;
+  steps_.data()[row.number()] = range.step * ratio;
   // Inputs of one scale are padded apart.
   const bool two = planes_of(l.input) == 2;
   const std::size_t scales = w.scales_per_row(), real = w.columns / scales;
   const std::size_t room = w.segment * w.segments_per_scale;
-  std::int8_t* high = plane_[0].data() + t * w.padded();
-  std::int8_t* low = two ? plane_[1].data() + t * w.padded() : nullptr;
+  const std::size_t at = row.at(sizes_.codes, w.padded()), sum_at = row.at(sizes_.segments, w.segments);
+  std::int8_t* high = plane_[0].data() + at;
+  std::int8_t* low = two ? plane_[1].data() + at : nullptr;
   for (std::size_t s = 0; s < scales; ++s) {
     ops.quantise(x + s * real, real, range, high + s * room, two ? low + s * room : nullptr);
     std::memset(high + s * room + real, 0, room - real);
     if (two) std::memset(low + s * room + real, 0, room - real);
   }
   for (std::size_t s = 0; s < w.segments; ++s) {
-    sums_[0].data()[t * w.segments + s] = ops.sum(high + s * w.segment, w.segment);
-    if (two) sums_[1].data()[t * w.segments + s] = ops.sum(low + s * w.segment, w.segment);
+    sums_[0].data()[sum_at + s] = ops.sum(high + s * w.segment, w.segment);
+    if (two) sums_[1].data()[sum_at + s] = ops.sum(low + s * w.segment, w.segment);
   }
-  if (w.input_major()) list_active(ops, w, high, low, t);
+  if (w.input_major()) list_active(ops, w, high, low, row);
 }
 
-void QuantisedInputs::set_floats(const OpsKernels& ops, const Linear& l, const float* x, std::size_t t, float* spare) {
+void QuantisedInputs::set_floats(const OpsKernels& ops, const Linear& l, const float* x, InputRow row, float* spare) {
   const LinearView& w = l.weight;
-  float* to = floats_.data() + t * w.padded();
+  float* to = floats_.data() + row.at(sizes_.floats, w.padded());
   std::memcpy(to, x, w.columns * sizeof(float));
   if (l.input.bits > 0) ops.fake_quantise(to, w.columns, ops.range(x, w.columns, l.input));
   const float ratio = l.selection.run(ops, to, w.columns, spare);
@@ -107,12 +129,12 @@ void QuantisedInputs::set_floats(const OpsKernels& ops, const Linear& l, const f
 }
 
 void QuantisedInputs::list_active(const OpsKernels& ops, const LinearView& w, const std::int8_t* high,
-                                  const std::int8_t* low, std::size_t t) {
-  const std::size_t at = t * quad_stride(w) * 4;
-  std::uint32_t* const indices = quads_.data() + (w.blocks4() ? at / 4 : at);
+                                  const std::int8_t* low, InputRow row) {
+  const std::size_t at = row.at(sizes_.active, quad_stride(w) * 4);
+  std::uint32_t* const indices = quads_.data() + row.at(sizes_.active, listed(w));
   std::int8_t* const kept_high = quad_plane_[0].data() + at;
   std::int8_t* const kept_low = low ? quad_plane_[1].data() + at : nullptr;
-  std::uint32_t* const starts = quad_starts_.data() + t * (w.segments + 1);
+  std::uint32_t* const starts = quad_starts_.data() + row.at(sizes_.segments + 1, w.segments + 1);
   std::size_t next = 0, total = 0;
   for (std::size_t s = 0; s < w.segments; ++s) {
     starts[s] = static_cast<std::uint32_t>(next / 4);
@@ -137,7 +159,7 @@ void QuantisedInputs::list_active(const OpsKernels& ops, const LinearView& w, co
     }
   }
   starts[w.segments] = static_cast<std::uint32_t>(next / 4);
-  active_.data()[t] = static_cast<std::uint32_t>(total);
+  active_.data()[row.number()] = static_cast<std::uint32_t>(total);
 }
 
 std::uint64_t QuantisedInputs::bytes() const {

@@ -23,30 +23,44 @@ struct InputSizes {
   void add(const Linear& linear);
 };
 
+// Where a token's inputs are: number `t` of those that a linear reads from row `base` on. Linears of other widths have
+// other bases.
+struct InputRow {
+  std::size_t base, t;
+
+  std::size_t number() const { return base + t; }
+  // Of an array with `widest` elements a row, of which the linear has `own`.
+  std::size_t at(std::size_t widest, std::size_t own) const { return base * widest + t * own; }
+};
+
 // Inputs of up to `tokens` tokens: floats, or integers in one or two planes with their sums per segment. For
 // input-major linears beside that the list of the inputs that are active, not zero.
 class QuantisedInputs {
  public:
   QuantisedInputs(const InputSizes& sizes, std::size_t tokens);
 
-  // x [columns] as token t's input of a linear: quantised, selected. `copy`: floats for its inputs, no part of x;
+  // x [columns] as a token's input of a linear: quantised, selected. `copy`: floats for its inputs, no part of x;
   // `spare`: as of Selection::run.
-  void set(const OpsKernels& ops, const Linear& linear, const float* x, std::size_t t, float* copy, float* spare);
+  void set(const OpsKernels& ops, const Linear& linear, const float* x, InputRow row, float* copy, float* spare);
 
-  // Tokens [first, first + tokens).
-  Inputs view(const Linear& linear, std::size_t first, std::size_t tokens) const;
+  // The input of one token becomes another's, too.
+  void copy(const Linear& linear, InputRow from, InputRow to);
 
-  // x̂ = step · integer, of token t.
-  float step(std::size_t t) const { return steps_.data()[t]; }
-  // Active inputs of token t.
-  std::size_t active(std::size_t t) const { return active_.data()[t]; }
+  // Of so many tokens from one on.
+  Inputs view(const Linear& linear, InputRow first, std::size_t tokens) const;
+
+  // x̂ = step · integer, of a token.
+  float step(InputRow row) const { return steps_.data()[row.number()]; }
+  // Active inputs of a token.
+  std::size_t active(InputRow row) const { return active_.data()[row.number()]; }
   std::uint64_t bytes() const;
 
  private:
-  void set_floats(const OpsKernels& ops, const Linear& linear, const float* x, std::size_t t, float* spare);
+  void set_floats(const OpsKernels& ops, const Linear& linear, const float* x, InputRow row, float* spare);
   void list_active(const OpsKernels& ops, const LinearView& w, const std::int8_t* high, const std::int8_t* low,
-                   std::size_t t);
+                   InputRow row);
 
+  InputSizes sizes_;
   Buffer<float> floats_, steps_;
   Buffer<std::int8_t> plane_[2], quad_plane_[2];
   Buffer<std::int32_t> sums_[2];

@@ -9,8 +9,10 @@ namespace {
 constexpr std::size_t kVectors = 8;  // of ThreadMemory::vectors
 
 std::size_t widest(const Model& m) {
-  std::size_t found = std::max({m.hidden, m.intermediate, m.heads * m.head_dim, m.kv_heads * m.head_dim});
+  std::size_t found = std::max({m.hidden, m.heads * m.head_dim, m.kv_heads * m.head_dim});
   for (const Layer& layer : m.layers) {
+    found = std::max({found, layer.feed_forward.intermediate, 2 * layer.mixture.experts.size()});
+    for (const FeedForward& expert : layer.mixture.experts) found = std::max(found, expert.intermediate);
     if (layer.mixer == Mixer::attention) continue;
     const DeltaNet& net = layer.delta;
     found = std::max({found, net.values(), (net.kernel - 1) * std::max(net.key_dim, net.value_dim)});
@@ -61,17 +63,55 @@ Engine::State::State(Model m, const EngineSizes& s)
     }
     for (const Linear* l : plan.inputs) input_sizes.add(*l);
   };
-  std::size_t partial_in = 0, partial_back = 0, cached = 0, floats = 0, outputs = 2 * model.intermediate, most_mixed = 0;
+  std::size_t partial_in = 0, partial_back = 0, cached = 0, floats = 0, outputs = 0, most_mixed = 0, inner = 0;
+  InputSizes expert_sizes;
+  std::size_t expert_kinds = 0, per_token = 0, most_experts = 0, marks = 0;
+  const auto add_expert = [&](const Group& group, std::size_t own_threads, std::size_t& partial) {
+    Outline outline = outline_of(group, own_threads);
+    expert_kinds = std::max(expert_kinds, outline.inputs.size());
+    if (outline.most_parts > 1) partial = std::max(partial, outline.most_parts * outline.outputs);
+    for (const Linear& l : group.linears) {
+      if (l.weight.input_major()) panel = std::max(panel, l.weight.panel_outputs());
+    }
+    for (const Linear* l : outline.inputs) expert_sizes.add(*l);
+    return outline;
+  };
+  const auto add_mixture = [&](const Mixture& mixture, LayerPlans& to) {
+    add(mixture.router.group, to.router, partial_in);
+    const std::size_t own_threads = (threads + mixture.router.chosen - 1) / mixture.router.chosen;
+    for (const FeedForward& one : mixture.experts) {
+      const std::size_t number = to.experts.size();
+      to.experts.push_back({add_expert(one.gate_up, own_threads, expert.wide_sums),
+                            add_expert(one.down, own_threads, expert.back_sums), number});
+      for (std::size_t i = 0; i < number && to.experts[number].like == number; ++i) {
+        const bool first = to.experts[i].like == i;
+        if (first && same_inputs(mixture.experts[i].gate_up, to.experts[i].gate_up, one.gate_up, to.experts[number].gate_up))
+          to.experts[number].like = i;
+      }
+      expert.wide_row = std::max(expert.wide_row, 2 * one.intermediate);
+      expert.gated_row = std::max(expert.gated_row, one.intermediate);
+    }
+    outputs = std::max({outputs, mixture.experts.size() + 1, expert.wide_row});
+    per_token = std::max(per_token, mixture.per_token());
+    most_experts = std::max(most_experts, mixture.experts.size());
+    marks = std::max(marks, mixture.routed() + mixture.router.groups);
+  };
   for (std::size_t i = 0; i < plans.size(); ++i) {
     const Layer& layer = model.layers[i];
     plans[i].kept = layer.mixer == Mixer::attention ? cached++ : floats;
     floats += tulle::state_floats(layer);
     outputs = std::max(outputs, model.mixer_outputs(layer));
     most_mixed = std::max(most_mixed, model.mixed(layer));
-    add(model.layers[i].qkv, plans[i].qkv, partial_in);
-    add(model.layers[i].o, plans[i].o, partial_back);
-    add(model.layers[i].gate_up, plans[i].gate_up, partial_in);
-    add(model.layers[i].down, plans[i].down, partial_back);
+    add(layer.qkv, plans[i].qkv, partial_in);
+    add(layer.o, plans[i].o, partial_back);
+    if (layer.mixture.present()) {
+      add_mixture(layer.mixture, plans[i]);
+      continue;
+    }
+    inner = std::max(inner, layer.feed_forward.intermediate);
+    outputs = std::max(outputs, 2 * layer.feed_forward.intermediate);
+    add(layer.feed_forward.gate_up, plans[i].gate_up, partial_in);
+    add(layer.feed_forward.down, plans[i].down, partial_back);
   }
   add(model.head, head_plan, partial_in);
 
@@ -82,10 +122,20 @@ Engine::State::State(Model m, const EngineSizes& s)
   attended = Buffer<float>(batch * most_mixed);
   back = Buffer<float>(batch * model.hidden);
   wide = Buffer<float>(batch * outputs);
-  gated = Buffer<float>(model.intermediate);
+  gated = Buffer<float>(inner);
   if (!model.gated) {
-    ones = Buffer<float>(model.intermediate);
-    std::fill_n(ones.data(), model.intermediate, 1.0f);
+    ones = Buffer<float>(inner);
+    std::fill_n(ones.data(), inner, 1.0f);
+  }
+  if (per_token > 0) {
+    const std::size_t rows = batch * per_token;
+    expert_inputs = group_inputs(expert_kinds, expert_sizes, rows);
+    routes = std::make_unique<Routes>(batch, per_token, most_experts);
+    expert.wide = Buffer<float>(rows * expert.wide_row);
+    expert.back = Buffer<float>(rows * model.hidden);
+    expert.gated = Buffer<float>(per_token * expert.gated_row);
+    expert.sums.wide = Buffer<float>(rows * expert.wide_sums);
+    expert.sums.back = Buffer<float>(rows * expert.back_sums);
   }
   vector_floats = round_up(widest(model) + 16, 16);
   for (std::size_t t = 0; t < threads; ++t) {
@@ -98,6 +148,11 @@ Engine::State::State(Model m, const EngineSizes& s)
     memory.inputs = group_inputs(input_kinds, input_sizes, 1);
     memory.hidden = Buffer<float>(model.hidden);
     memory.outputs = Buffer<float>(std::max(outputs, model.hidden));
+    if (per_token > 0) {
+      memory.expert_inputs = group_inputs(expert_kinds, expert_sizes, per_token);
+      memory.routes = std::make_unique<Routes>(1, per_token, most_experts);
+      memory.marks = Buffer<std::uint8_t>(marks);
+    }
     of_thread.push_back(std::move(memory));
   }
 }
@@ -105,15 +160,19 @@ Engine::State::State(Model m, const EngineSizes& s)
 std::uint64_t Engine::State::work_bytes() const {
   std::uint64_t bytes = 0;
   for (const RotaryTables& table : rotary) bytes += table.bytes();
-  for (const Buffer<float>* b :
-       {&partial_sums.wide, &partial_sums.back, &hidden, &attended, &back, &wide, &gated, &ones}) {
+  for (const Buffer<float>* b : {&partial_sums.wide, &partial_sums.back, &hidden, &attended, &back, &wide, &gated, &ones,
+                                 &expert.wide, &expert.back, &expert.gated, &expert.sums.wide, &expert.sums.back}) {
     bytes += b->bytes();
   }
   for (const QuantisedInputs& one : inputs) bytes += one.bytes();
+  for (const QuantisedInputs& one : expert_inputs) bytes += one.bytes();
+  if (routes != nullptr) bytes += routes->bytes();
   for (const ThreadMemory& t : of_thread) {
     bytes += t.vectors.bytes() + t.scores.bytes() + t.panel_sums.bytes() + t.kernel_scratch.bytes();
     bytes += t.hidden.bytes() + t.outputs.bytes();
     for (const QuantisedInputs& one : t.inputs) bytes += one.bytes();
+    for (const QuantisedInputs& one : t.expert_inputs) bytes += one.bytes();
+    if (t.routes != nullptr) bytes += t.routes->bytes() + t.marks.bytes();
   }
   return bytes;
 }

@@ -3,11 +3,15 @@
 //   state.cpp          sizes and allocates all of it
 //   delta_net.cpp      what gated delta nets do between their linears
 //   group_product.cpp  a group of linears: quantise the inputs, multiply, reduce partial sums
+//   mixture.cpp        experts: which tokens go to which, and their products
+//   routing.cpp        a token's experts and their weights
 //   forward.cpp        the pass: embedding, layers, logits
 #pragma once
 
 #include <cstddef>
+#include <atomic>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <vector>
 
@@ -34,6 +38,56 @@ struct PartialSums {
   Buffer<float> wide, back;
 };
 
+// A group's product with n tokens.
+struct Product {
+  const Group* group;
+  const Outline* outline;
+  const GroupInputs* inputs;
+  std::size_t input;  // where they begin (InputRow::base)
+  std::size_t n;
+  float* sums;        // partial sums, [part][n][outputs]
+  float* y;           // [n][outputs]
+};
+
+// Products that the threads share out together.
+struct Products {
+  std::vector<Product> all;
+  std::vector<WorkItem> items;
+
+  void clear();
+  // `item_bytes`: what an item weighs, at least.
+  void add(const Product& product, std::uint64_t item_bytes);
+};
+
+// Tokens of an expert: rows [first, first + count) of the experts' memory. What they read begins at row `input`, which
+// is another expert's where one token alone has both, and they read the same.
+struct ExpertRows {
+  std::size_t expert, first, count, input;
+};
+
+// Which tokens of a pass go to which experts of a layer. Rows are sorted by expert, then by token.
+struct Routes {
+  Buffer<std::uint32_t> experts;  // [token][per token], ascending
+  Buffer<float> weights;          // [token][per token]
+  Buffer<std::uint32_t> rows;     // [token][per token]
+  Buffer<std::uint32_t> next;     // [expert], of `arrange`
+  Buffer<std::uint32_t> part_of;  // [expert], of those that have tokens: among `parts`
+  std::vector<ExpertRows> parts;  // of experts that have tokens
+  Products gate_up, down;
+
+  Routes(std::size_t tokens, std::size_t per_token, std::size_t experts);
+  std::uint64_t bytes() const;
+};
+
+// What experts compute, by rows.
+struct ExpertMemory {
+  Buffer<float> wide;   // outputs of gate and up, [row][wide_row]
+  Buffer<float> back;   // outputs of down, [row][hidden]
+  Buffer<float> gated;  // of a pass of one token: [row][gated_row]
+  PartialSums sums;     // [row][sums of gate and up], [row][sums of down]
+  std::size_t wide_row = 0, gated_row = 0, wide_sums = 0, back_sums = 0;
+};
+
 // Memory of one thread.
 struct ThreadMemory {
   Buffer<float> vectors;      // of `vector_floats` each; see Engine::State::vector
@@ -42,15 +96,22 @@ struct ThreadMemory {
   Buffer<std::uint8_t> kernel_scratch;
   // Of passes of one token, where every thread computes for itself what is no product: what another core has just
   // written takes longer to come than to be computed again.
-  GroupInputs inputs;
+  GroupInputs inputs, expert_inputs;
   Buffer<float> hidden, outputs;
+  std::unique_ptr<Routes> routes;
+  Buffer<std::uint8_t> marks;  // of experts and their groups
 };
 
 struct Pass;
 
 struct Engine::State {
+  struct ExpertPlan {
+    Outline gate_up, down;
+    std::size_t like = 0;  // the first expert that reads the same of a token
+  };
   struct LayerPlans {
-    Plan qkv, o, gate_up, down;
+    Plan qkv, o, gate_up, down, router;
+    std::vector<ExpertPlan> experts;
     std::size_t kept = 0;  // of attention: its layer of the cache; otherwise where its floats begin in a record
   };
 
@@ -80,14 +141,18 @@ struct Engine::State {
   Attention attention;
 
   // Of all tokens of a pass.
-  GroupInputs inputs;
+  GroupInputs inputs, expert_inputs;
+  std::unique_ptr<Routes> routes;
+  ExpertMemory expert;
+  // How many items of the experts' products have been taken, of gate and up, and of down.
+  alignas(kAlignment) std::atomic<std::size_t> taken[2] = {};
   PartialSums partial_sums;
   Buffer<float> hidden;    // the residual stream, [token][hidden]
   Buffer<float> attended;  // what the mixer made, [token][inputs of o]
   Buffer<float> back;      // outputs of o and down, [token][hidden]
   Buffer<float> wide;      // outputs of qkv, or of gate and up, [token][outputs]
-  Buffer<float> gated;     // of a pass of one token: [intermediate]
-  Buffer<float> ones;      // [intermediate], of a feed-forward without gate
+  Buffer<float> gated;     // of a pass of one token: [widest intermediate]
+  Buffer<float> ones;      // likewise, of a feed-forward without gate
   std::vector<ThreadMemory> of_thread;
   std::size_t vector_floats;
 
@@ -96,15 +161,17 @@ struct Engine::State {
 
  private:
   // group_product.cpp
-  void quantise_inputs(const Pass& pass, const Group& group, const Plan& plan, const float* x, std::size_t t);
+  void quantise_inputs(const Pass& pass, const Group& group, const Outline& outline, const float* x, std::size_t t);
+  void quantise_inputs(const Pass& pass, const Group& group, const Outline& outline, const float* x,
+                       GroupInputs& inputs, InputRow row);
   void multiply(const Pass& pass, const Group& group, Plan& plan, Buffer<float>& partial_sums, std::size_t n, float* y);
-  void multiply_item(const Pass& pass, const Group& group, const Plan& plan, const WorkItem& item, float* partial_sums,
-                     std::size_t n, float* y);
-  void multiply_input_major(const Pass& pass, const Linear& linear, const Plan& plan, const WorkItem& item,
-                            float* partial_sums, std::size_t n, float* y);
-  const float* reduce(const Pass& pass, const Group& group, const Plan& plan, const Buffer<float>& partial_sums,
-                      std::size_t n, const float* y, std::size_t t, std::size_t first, std::size_t last, float* to);
-  void count_reads(const Group& group, const Plan& plan, const GroupInputs& inputs);
+  void multiply(const Pass& pass, const Products& products, std::atomic<std::size_t>& taken);
+  void multiply_item(const Pass& pass, const Product& product, const WorkItem& item);
+  void multiply_input_major(const Pass& pass, const Product& product, const WorkItem& item);
+  const float* reduce(const Pass& pass, const Group& group, const Outline& outline, const Buffer<float>& partial_sums,
+                      std::size_t n, float* y, std::size_t t, std::size_t first, std::size_t last, float* to);
+  const float* reduce(const Product& product, std::size_t t, std::size_t first, std::size_t last, float* to);
+  void count_reads(const Product& product);
 
   // forward.cpp
   void layer(const Pass& pass, std::size_t index);
@@ -115,10 +182,22 @@ struct Engine::State {
   void finish_head(const Layer& layer, float* x, const Norm& norm, std::size_t t) const;
   void rotate_head(const Pass& pass, float* x) const;
   void feed_forward(const Pass& pass, std::size_t index);
-  void add_to_residual(const Pass& pass, const Group& group, const Plan& plan, const Norm& after, std::size_t t);
+  void gate(const Layer& layer, const float* gate, const float* up, std::size_t n, float* spare_gate, float* spare_up,
+            float* out) const;
+  const float* read_stream(const Pass& pass, const Norm& norm, std::size_t t);
+  void add_feed_forward(const Pass& pass, std::size_t index, std::size_t t);
+  void add_to_residual(const Pass& pass, const float* y, const Norm& after, std::size_t t);
   void head(const Pass& pass, float* logits, float* embeddings);
   CacheView view(const Pass& pass, std::size_t layer, std::size_t kv_head, std::size_t slot) const;
   float* vector(const Pass& pass, std::size_t number) const;
+
+  // mixture.cpp
+  void mixture(const Pass& pass, std::size_t index);
+  void route(const Pass& pass, std::size_t index, std::size_t t);
+  void arrange(const Pass& pass, std::size_t index);
+  void quantise_for_experts(const Pass& pass, std::size_t index, const float* x, std::size_t t);
+  void gate_experts(const Pass& pass, std::size_t index);
+  const float* sum_of_experts(const Pass& pass, std::size_t index, std::size_t t);
 
   // delta_net.cpp
   void delta_net(const Pass& pass, std::size_t index);
@@ -131,13 +210,15 @@ struct Engine::State {
 //
 // Several tokens: a thread computes the vectors of its own tokens [first, last), in memory that all share, and waits
 // before others read them. One token: every thread has a copy of the residual stream and of the quantised inputs, and
-// computes both for itself, so that threads wait for each other six times a layer only.
+// computes both for itself, so that threads wait for each other six times a layer only (seven times where it has
+// experts).
 struct Pass : PassInput {
   std::size_t thread, team;
   bool replicated;  // one token
   std::size_t first, last;
   float* hidden;  // [n][hidden]
-  GroupInputs* inputs;
+  GroupInputs *inputs, *expert_inputs;
+  Routes* routes;
 
   // Part `thread` of n things, of whole vectors of 16: the same bits as all at once.
   std::size_t bound(std::size_t size, std::size_t part) const;

@@ -110,7 +110,7 @@ void ScalingEngine::State::attend(const ScalingPass& pass, std::size_t index) {
     }
     for (const QueryBlock& block : attention.blocks()) {
       attention.run(ops, view(pass, index, head, attention.slot_of(block, pass.slots)), head, block, pass.positions, 0,
-                    {q.data(), d, head_dim}, {attended.data(), d, head_dim}, pass.scratch.scores.data());
+                    {q.data(), d, head_dim}, {attended.data(), d, head_dim}, nullptr, pass.scratch.scores.data());
     }
   }
   wait();

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from tulle.format.pack import (
     unpack_zero_point,
 )
 from tulle.format.spec import LinearSpec
+from tulle.models.description import GatedDeltaNet
 from tulle.models.gguf.source import GgufSource
 from tulle.models.source import TensorSource, describe_source, open_source, packed_by_tulle, require_finite
 from tulle.models.tensor_file import FLOATS, as_float32
@@ -87,6 +88,14 @@ class StoredLinear:
             return self
         return replace(self, scale=self.scale.astype(np.float32) * self.row_scale[:, None], row_scale=None)
 
+    def with_rows(self, order: NDArray[np.int64]) -> StoredLinear:
+        """Row i being row ``order[i]``."""
+
+        def ordered(x: Any) -> Any:
+            return x[order] if isinstance(x, np.ndarray) else x
+
+        return StoredLinear(**{field.name: ordered(getattr(self, field.name)) for field in fields(self)})
+
     def floats(self) -> NDArray[np.float32]:
         """``[C_out, C_in]``: what codes stand for, without a mask."""
         whole = self.with_whole_scales()
@@ -123,12 +132,29 @@ def kernel_bits(spec: LinearSpec) -> int | None:
     return 5 if spec.format != "int" else spec.bits
 
 
+def rows_by_kind(mixer: GatedDeltaNet) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where the outputs of a delta net's two fused linears stand, which go key head by key head, in the order of the
+    kernels: all queries, keys, values, z; all b, a."""
+    shared = mixer.value_heads // mixer.key_heads
+    values = shared * mixer.value_dim
+
+    def of(*widths: int) -> NDArray[np.int64]:
+        by_head = np.arange(mixer.key_heads * sum(widths)).reshape(mixer.key_heads, -1)
+        ends = np.cumsum(widths)
+        parts = [by_head[:, end - width : end] for width, end in zip(widths, ends, strict=True)]
+        return np.concatenate([part.reshape(-1) for part in parts])
+
+    return of(mixer.key_dim, mixer.key_dim, values, values), of(shared, shared)
+
+
 class Source(Checkpoint):
     """A checkpoint of a decoder.
 
-    ``groups``: of every block the full names of the linears that share an input, one tuple for qkv, o, gate_up, down.
+    ``groups``: of every block the full names of the linears that share an input, a tuple for each of
+    ``Layer.all_groups()``.
     ``shapes``: of all of them, ``(C_out, C_in)``. ``biased``: those that have a
-    bias. ``specs``: how they are packed; a linear without one is dense.
+    bias. ``specs``: how they are packed; a linear without one is dense. ``row_orders``: of linears whose rows the
+    kernels want in another order, which row comes where.
     """
 
     def __init__(self, source: TensorSource | Path):
@@ -138,10 +164,16 @@ class Source(Checkpoint):
         self.description = describe_source(self.source, self.specs)
         layers = self.description.layers
         self.groups = [
-            [tuple(layer.prefix + name for name in group.names) for group in layer.groups] for layer in layers
+            [tuple(layer.prefix + name for name in group.names) for group in layer.all_groups()] for layer in layers
         ]
         self.shapes = {layer.prefix + linear.name: linear.shape for layer in layers for linear in layer.linears()}
         self.biased = {layer.prefix + linear.name for layer in layers for linear in layer.linears() if linear.bias}
+
+        self.row_orders: dict[str, NDArray[np.int64]] = {}
+        for layer in layers:
+            if isinstance(layer.mixer, GatedDeltaNet) and layer.mixer.fused:
+                names = [layer.prefix + name for name in layer.group("qkv").names]
+                self.row_orders |= dict(zip(names, rows_by_kind(layer.mixer), strict=True))
 
     def coded(self, name: str, shape: tuple[int, int]) -> StoredLinear | None:
         """A tensor (``NAME.weight``) that is stored in codes, packed or another tool's, as it is; None of one in

@@ -19,13 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tulle import _native
-from tulle.engine.checkpoint import Source
+from tulle.engine.checkpoint import Source, StoredLinear
 from tulle.engine.files import json_object
 from tulle.engine.layout import ModelLayout
 from tulle.engine.native_model import LinearFacts, Model, consecutive_pages, copied, nbytes
 from tulle.engine.prepare import HEADS, LAYOUT, cache_folders, convert
 from tulle.engine.settings import settings_of
 from tulle.errors import UserError
+from tulle.models.description import Mixture
 
 AUTO = "auto"
 LAYOUTS = (AUTO, *ModelLayout)
@@ -50,6 +51,34 @@ class _Arrays:
         return self._arrays[name]
 
 
+class FirstBlock(Source):
+    """A checkpoint's first block: of a mixture of experts as many as a token has, all of which a router chooses that
+    gives them equal scores. So a token reads what it reads of the whole model, and no more is in memory."""
+
+    def __init__(self, source: Source):
+        vars(self).update(vars(source))
+        first = source.description.layers[0]
+        self._router = ""
+        if not isinstance(first.feed_forward, Mixture):
+            return
+        router = first.feed_forward.router
+        one = replace(router, experts=router.chosen, correction=None, groups=1, chosen_groups=1, group_best=1)
+        first = replace(
+            first,
+            feed_forward=replace(first.feed_forward, router=one),
+            experts=first.experts[: router.chosen],
+        )
+        self._router = first.prefix + router.linear.name
+        self.description = replace(source.description, layers=(first, *source.description.layers[1:]))
+        self.groups = [[tuple(first.prefix + name for name in group.names) for group in first.all_groups()]]
+        self.shapes = source.shapes | {self._router: (router.chosen, first.hidden)}
+
+    def linear(self, name: str) -> StoredLinear:
+        if name == self._router:
+            return StoredLinear(np.zeros(self.shapes[name], np.float32))
+        return super().linear(name)
+
+
 def choose_layout(source: Source, layout: str, head: str, engine_bits: int, threads: int) -> ModelLayout:
     """``layout`` is one of LAYOUTS. What ``auto`` finds out is kept per CPU, instruction set and number of threads."""
     check_layout(layout)
@@ -66,13 +95,14 @@ def choose_layout(source: Source, layout: str, head: str, engine_bits: int, thre
         if isinstance(known, dict) and known.get("layout") in candidates:
             return ModelLayout(known["layout"])
     models = {}
+    first = FirstBlock(source)
     for name in candidates:
         facts: dict[str, LinearFacts] = {}
         arrays: dict[str, NDArray[Any]] = {}
-        for linear, found, tensors in convert(source, head, name, [0]):
+        for linear, found, tensors in convert(first, head, name, [0]):
             facts[linear] = found
             arrays |= {f"{linear}.{suffix}": tensor for suffix, tensor in tensors.items()}
-        models[name] = settings_of(source, _Arrays(arrays), facts, engine_bits, range(1))
+        models[name] = settings_of(first, _Arrays(arrays), facts, engine_bits, range(1))
     chosen, seconds = faster(models, len(source.description.layers), threads, _native.Engine)
     for folder in cache_folders(source):
         try:

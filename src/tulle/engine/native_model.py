@@ -243,14 +243,53 @@ class DeltaNet:
 
 
 @dataclass
+class FeedForward:
+    """down(act(gate)·up), or down(act(up)): of a layer, or an expert."""
+
+    intermediate: int
+    gate_up: Group
+    down: Group
+
+
+@dataclass
+class Router:
+    """Which experts a token goes to, and with what weights (:class:`tulle.models.description.Router`)."""
+
+    group: Group
+    """To scores of experts, and, where the shared one has a gate, by a second linear to that."""
+    chosen: int
+    score: str
+    """softmax or sigmoid."""
+    normalise: bool
+    scale: float
+    correction: Floats | None
+    """``[experts]``."""
+    groups: int
+    chosen_groups: int
+    group_best: int
+
+
+@dataclass
+class Mixture:
+    """A feed-forward of experts (:class:`tulle.models.description.Mixture`)."""
+
+    router: Router
+    experts: list[FeedForward]
+    shared: FeedForward | None
+    shared_gate: bool
+
+
+@dataclass
 class Layer:
-    """A decoder block. Norms are None where there is none: before attention and feed-forward and on their outputs
-    ``[hidden]``, of queries and keys ``[head_dim]`` (or of all heads at once), of what o and down read."""
+    """A decoder block, with a feed-forward or a mixture of experts.
+
+    Norms are None where there is none: before attention and feed-forward and on their outputs ``[hidden]``, of queries
+    and keys ``[head_dim]`` (or of all heads at once), of what o and down read.
+    """
 
     qkv: Group
     o: Group
-    gate_up: Group
-    down: Group
+    feed_forward: FeedForward | None
     input_norm: Norm | None
     post_norm: Norm | None
     query_norm: Norm | None = None
@@ -267,6 +306,9 @@ class Layer:
     """xielu's numbers: α_p, α_n, β, ε."""
     delta: DeltaNet | None = None
     """None: attention."""
+    mixture: Mixture | None = None
+    sinks: Floats | None = None
+    """``[heads]``: scores that take part in attention's softmax and have no value."""
 
 
 @dataclass
@@ -293,13 +335,12 @@ class Model:
     """A decoder, as ``_native.Engine`` takes it."""
 
     hidden: int
-    intermediate: int
     heads: int
     kv_heads: int
     head_dim: int
     vocabulary: int
     gate: str
-    """silu, relu, relu2, gelu_tanh or xielu."""
+    """silu, relu, relu2, gelu_tanh, xielu or quick_gelu."""
     rotary: list[RotaryTable]
     query: Grid
     key: Grid
@@ -315,6 +356,10 @@ class Model:
     """The head as it was stored, where ``head`` is a rougher copy."""
     gated: bool = True
     """A feed-forward of down(act(gate)·up), not of down(act(up))."""
+    gate_limit: float = 0.0
+    """The gate is at most this, and up at most this far from 0; 0: none."""
+    up_offset: float = 0.0
+    """Added to up."""
     parallel: bool = False
     """Attention and feed-forward read the same stream."""
     residual_scale: float = 1.0

@@ -170,6 +170,10 @@ def _block_inputs(spec: LinearSpec | None, layout: ModelLayout) -> int:
 def _read(source: Source, names: tuple[str, ...], layout: ModelLayout) -> StoredLinear:
     """Linears that become one, the rows of one behind another's; densified where the layout is dense."""
     parts = [source.linear(name) for name in names]
+    parts = [
+        part if (order := source.row_orders.get(name)) is None else part.with_rows(order)
+        for name, part in zip(names, parts, strict=True)
+    ]
     if layout.densified:
         parts = [_densified(part) for part in parts]
     if len(parts) == 1:

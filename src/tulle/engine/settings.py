@@ -12,14 +12,17 @@ from tulle.core.paley import base_order, hadamard_block, paley
 from tulle.engine.checkpoint import Source
 from tulle.engine.native_model import (
     DeltaNet,
+    FeedForward,
     Floats,
     Grid,
     Group,
     Layer,
     Linear,
     LinearFacts,
+    Mixture,
     Model,
     RotaryTable,
+    Router,
     Selection,
     Table,
     Transform,
@@ -29,12 +32,13 @@ from tulle.engine.native_model import Norm as NativeNorm
 from tulle.engine.prepare import EMBEDDING, EXACT_HEAD, HEAD
 from tulle.errors import UserError
 from tulle.format.spec import HeadSpec, LinearSpec
-from tulle.models.description import Attention, Decoder, GatedDeltaNet, GatedMLP, Norm, Rotary
+from tulle.models.description import Attention, Decoder, GatedDeltaNet, GatedMLP, Norm, PlainMLP, Rotary
 from tulle.models.description import Layer as DecoderLayer
+from tulle.models.description import Mixture as DecoderMixture
 from tulle.models.features import require
 from tulle.models.rotary import depends_on_length, frequencies
 
-GATES = ("silu", "relu", "relu2", "gelu_tanh", "xielu")
+GATES = ("silu", "relu", "relu2", "gelu_tanh", "xielu", "quick_gelu")
 """Activations of feed-forwards that the kernels have."""
 FEATURES = frozenset(
     {
@@ -52,7 +56,12 @@ FEATURES = frozenset(
         "scale of what is added to the residual stream",
         "attention and feed-forward side by side",
         "attention without positions",
+        "attention sinks",
+        "experts",
+        "feed-forwards that differ between layers",
+        "gates with a limit",
         "gated delta nets",
+        "heads of delta nets side by side",
         "output gate of attention",
         "heads of which only a part is rotated",
         "scale of attention",
@@ -92,15 +101,18 @@ def settings_of(
     description = source.description
     require_runnable(description)
     first, attention = description.layers[0], source.packed.attention if source.packed else None
+    inner = inner_of(first)
     mixer = attention_of(description)
     linears = _Linears(source, file, facts, engine_bits)
     layers = []
     tables = list(description.rotary)
     for index in blocks:
         layer = description.layers[index]
-        groups: dict[str, Any] = {
-            group.role: linears.group(names) for group, names in zip(layer.groups, source.groups[index], strict=True)
-        }
+        groups: dict[str, Any] = {role: linears.group(names_of(layer, role)) for role in ("qkv", "o")}
+        if isinstance(layer.feed_forward, DecoderMixture):
+            groups |= {"feed_forward": None, "mixture": _mixture(source, linears, layer, layer.feed_forward)}
+        else:
+            groups["feed_forward"] = _feed_forward(linears, layer, layer.feed_forward.intermediate)
         norms = {
             "input_norm": (layer.mixer_norm, description.hidden),
             "post_norm": (layer.feed_forward_norm, description.hidden),
@@ -114,6 +126,7 @@ def settings_of(
         else:
             norms |= _head_norms(layer.attention)
             own["window"] = layer.attention.window or 0
+            own["sinks"] = _sinks(source, layer.attention, layer.prefix)
             own["rotary"] = -1 if layer.mixer.rotary is None else tables.index(layer.mixer.rotary)
         read: dict[str, Any] = {key: _norm(source, norm, layer.prefix, size) for key, (norm, size) in norms.items()}
         layers.append(Layer(activation=_xielu(source, layer), **own, **read, **groups))
@@ -126,13 +139,14 @@ def settings_of(
     assert final is not None
     return Model(
         hidden=description.hidden,
-        intermediate=first.feed_forward.intermediate,
         heads=mixer.heads,
         kv_heads=mixer.kv_heads,
         head_dim=mixer.head_dim,
         vocabulary=description.vocabulary,
-        gate=first.feed_forward.activation,
-        gated=isinstance(first.feed_forward, GatedMLP),
+        gate=inner.activation,
+        gated=isinstance(inner, GatedMLP),
+        gate_limit=(inner.limit or 0.0) if isinstance(inner, GatedMLP) else 0.0,
+        up_offset=inner.up_offset if isinstance(inner, GatedMLP) else 0.0,
         parallel=first.parallel,
         residual_scale=first.residual_scale,
         embedding_scale=description.embedding_scale,
@@ -164,6 +178,58 @@ def attention_of(model: Decoder) -> Attention:
     if found is None:
         raise UserError("expected a model with attention in one layer at least, found none; use transformers for it")
     return found
+
+
+def inner_of(layer: DecoderLayer) -> GatedMLP | PlainMLP:
+    """A layer's feed-forward, or what its experts are alike in."""
+    found = layer.feed_forward
+    return found.expert if isinstance(found, DecoderMixture) else found
+
+
+def names_of(layer: DecoderLayer, role: str) -> list[str]:
+    """Full names of a group's linears."""
+    return [layer.prefix + name for name in layer.group(role).names]
+
+
+def _feed_forward(linears: _Linears, layer: DecoderLayer, intermediate: int) -> FeedForward:
+    return FeedForward(intermediate, *(linears.group(names_of(layer, role)) for role in ("gate_up", "down")))
+
+
+def _mixture(source: Source, linears: _Linears, layer: DecoderLayer, mixture: DecoderMixture) -> Mixture:
+    router = mixture.router
+    correction = None
+    if router.correction is not None:
+        correction = source.floats(layer.prefix + router.correction, (router.experts,))
+    experts = [
+        FeedForward(
+            mixture.expert.intermediate,
+            *(linears.group([layer.prefix + name for name in group.names]) for group in expert.groups),
+        )
+        for expert in layer.experts
+    ]
+    shared = None if mixture.shared is None else _feed_forward(linears, layer, mixture.shared.intermediate)
+    return Mixture(
+        Router(
+            linears.group(names_of(layer, "router")),
+            router.chosen,
+            router.score,
+            router.normalise,
+            router.scale,
+            correction,
+            router.groups,
+            router.chosen_groups,
+            router.group_best,
+        ),
+        experts,
+        shared,
+        mixture.shared_gate is not None,
+    )
+
+
+def _sinks(source: Source, mixer: Attention, prefix: str) -> Floats | None:
+    if not mixer.sinks:
+        return None
+    return np.ascontiguousarray(source.floats(f"{prefix}{mixer.name}.sinks", (mixer.heads,)))
 
 
 def _head_norms(mixer: Attention) -> dict[str, tuple[Norm | None, int]]:
@@ -206,7 +272,7 @@ def _norm(source: Source, norm: Norm | None, prefix: str, size: int) -> NativeNo
 
 def _xielu(source: Source, layer: DecoderLayer) -> list[float]:
     """α_p, α_n, β and ε of the layer's activation; none of others."""
-    if layer.feed_forward.activation != "xielu":
+    if inner_of(layer).activation != "xielu":
         return []
     numbers = {
         name.rpartition(".")[2]: float(source.floats(layer.prefix + name, shape).reshape(-1)[0])
@@ -357,11 +423,15 @@ def require_runnable(model: Decoder) -> None:
     """Raises ``UserError`` for what a description asks for and the kernels do not do."""
     require(model, FEATURES, "the engine", "use transformers for it")
     for layer in model.layers:
-        activation = layer.feed_forward.activation
-        if activation not in GATES:
+        inner, first = inner_of(layer), inner_of(model.layers[0])
+        if inner.activation not in GATES:
             raise UserError(
-                f"expected a model that the engine can run, found activation {activation}; use transformers for it"
+                f"expected a model that the engine can run, found activation {inner.activation}; use transformers for "
+                "it"
             )
+        own = {key: getattr(inner, key, None) for key in ("activation", "limit", "up_offset")}
+        if type(inner) is not type(first) or any(getattr(first, key, None) != value for key, value in own.items()):
+            raise UserError("expected feed-forwards alike but for their widths, found others; use transformers for it")
         if isinstance(layer.mixer, GatedDeltaNet):
             if layer.mixer.activation != "silu":
                 raise UserError(
