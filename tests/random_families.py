@@ -35,7 +35,7 @@ DENSE = (
     "stablelm",
     "starcoder2",
 )
-HYBRID = ("qwen3_5_text",)
+HYBRID = ("lfm2", "qwen3_5_text")
 """With recurrent states."""
 EXPERTS = (
     "deepseek_v2",
@@ -182,6 +182,16 @@ def _hunyuan_v1_dense(config: dict[str, Any], draw: random.Random, head_dim: int
         config["rope_scaling"] = {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0}
     elif seed % 3 == 1:
         config["rope_scaling"] = {"rope_type": "dynamic", "factor": 2.0}
+
+
+def _lfm2(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    _drawn(config, draw, conv_bias=[False, True], conv_L_cache=[2, 3, 4], norm_eps=[1e-5, 1e-2])
+    _drawn(config, draw, block_auto_adjust_ff_dim=[False, True], block_ffn_dim_multiplier=[1.0, 1.3])
+    config |= {"block_multiple_of": 8, "layer_types": draw.sample(["conv", "full_attention"], LAYERS)}
+    if seed % 2:  # as the first files have it
+        del config["layer_types"]
+        config |= {"full_attn_idxs": [draw.choice([0, 1])], "block_ff_dim": 20, "theta": config["rope_theta"]}
+    _stretched(config, draw, head_dim, seed)
 
 
 def _ministral3(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:

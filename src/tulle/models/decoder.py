@@ -35,6 +35,7 @@ from tulle.models.description import (
     Norm,
     PlainMLP,
     Rotary,
+    ShortConvolution,
 )
 from tulle.models.features import features
 from tulle.models.rotary import frequencies
@@ -337,6 +338,9 @@ class DecoderBlock(nn.Module):
         assert not isinstance(mixer, LatentAttention)
         if isinstance(mixer, GatedDeltaNet):
             return self._delta(mixer, *(by_kind(mixer, *outputs) if mixer.fused else outputs))
+        if isinstance(mixer, ShortConvolution):
+            b, c, x = outputs[0].chunk(3, -1)
+            return c * self._convolved(f"{mixer.name}.conv", b * x)
         gated = mixer.output_gate
         queries, keys, values = mixer.widths
         q, k, v = _parts(outputs, (2 * queries if gated else queries, keys, values))
@@ -345,14 +349,22 @@ class DecoderBlock(nn.Module):
         q, gate = (x.flatten(2) for x in q.unflatten(-1, (mixer.heads, 2, -1)).unbind(-2))
         return self._attend(mixer, q, k, v, heads) * gate.sigmoid()
 
+    def _own(self, mixer: GatedDeltaNet) -> dict[str, Tensor]:
+        """Its tensors besides linears and norms, by the names that they have in it."""
+        return {path.removeprefix(f"{mixer.name}."): self.get_parameter(path) for path in mixer.parameters}
+
+    def _convolved(self, name: str, x: Tensor) -> Tensor:
+        """x ``[B, T, C]`` behind the causal convolution ``name``, which keeps channels apart."""
+        module = self.get_submodule(name)
+        weight, bias = cast(Tensor, module.weight), cast("Tensor | None", getattr(module, "bias", None))
+        channels, _, kernel = weight.shape
+        padded = functional.pad(x.transpose(1, 2), (kernel - 1, 0))
+        return functional.conv1d(padded, weight, bias, groups=channels).transpose(1, 2)
+
     def _delta(self, mixer: GatedDeltaNet, qkv: Tensor, z: Tensor, b: Tensor, a: Tensor) -> Tensor:
         """The gated delta rule of projected queries, keys and values ``[B, T, …]``, gate z, and b and a per head."""
-        own = {path.removeprefix(f"{mixer.name}."): self.get_parameter(path) for path in mixer.parameters}
-        length, channels = qkv.shape[1], qkv.shape[2]
-        mixed = functional.conv1d(qkv.transpose(1, 2), own["conv1d.weight"], padding=mixer.kernel - 1, groups=channels)[
-            ..., :length
-        ]
-        mixed = ACTIVATIONS[mixer.activation](mixed).transpose(1, 2)
+        own = self._own(mixer)
+        mixed = ACTIVATIONS[mixer.activation](self._convolved(f"{mixer.name}.conv1d", qkv))
         shared = mixer.value_heads // mixer.key_heads
         q, k, v = (
             x.unflatten(-1, (-1, size)).transpose(1, 2).float()

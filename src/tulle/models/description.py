@@ -328,6 +328,32 @@ class GatedDeltaNet:
         return []
 
 
+def _convolution(name: str, channels: int, kernel: int, bias: bool) -> dict[str, tuple[int, ...]]:
+    """Tensors of a convolution along the tokens that keeps channels apart."""
+    return {f"{name}.weight": (channels, 1, kernel), **({f"{name}.bias": (channels,)} if bias else {})}
+
+
+@dataclass(frozen=True)
+class ShortConvolution:
+    """Gated short convolution (Liquid AI 2025, "LFM2 Technical Report"): of the parts B, C and x of one linear's output,
+    C ⊙ conv(B ⊙ x), the convolution being causal, of ``kernel`` tokens and channel by channel."""
+
+    channels: int
+    kernel: int
+    bias: bool = False
+    """Of the convolution."""
+    name: str = "conv"
+    rotary: None = None
+
+    @property
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Tensors besides those of linears, with their shapes, by relative name."""
+        return _convolution(f"{self.name}.conv", self.channels, self.kernel, self.bias)
+
+    def norms(self) -> list[tuple[Norm, int]]:
+        return []
+
+
 @dataclass(frozen=True)
 class GatedMLP:
     """down(f(gate(x)) ⊙ up(x)), f of :data:`ACTIVATIONS`' values. A single linear of twice the width gives gate and
@@ -414,6 +440,10 @@ XIELU: dict[str, tuple[int, ...]] = {"alpha_p": (1,), "alpha_n": (1,), "beta": (
 """xIELU's numbers (Huang & Schlag 2024, equation 6), with their shapes in a checkpoint."""
 
 
+Mixer = Attention | LatentAttention | GatedDeltaNet | ShortConvolution
+"""What mixes tokens in a layer."""
+
+
 @dataclass(frozen=True)
 class Layer:
     """One decoder layer: x + r·after(mixer(norm(x))), then x + r·after(feed_forward(norm(x))); norms that are None are
@@ -423,7 +453,7 @@ class Layer:
     prefix: str
     """Of its tensors' full names, with the dot."""
     hidden: int
-    mixer: Attention | LatentAttention | GatedDeltaNet
+    mixer: Mixer
     feed_forward: GatedMLP | PlainMLP | Mixture
     mixer_norm: Norm | None
     feed_forward_norm: Norm | None

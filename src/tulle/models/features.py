@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from tulle.errors import UserError
-from tulle.models.description import Attention, Decoder, GatedMLP, LatentAttention, Layer, Mixture, Norm, PlainMLP
+from tulle.models.description import (
+    Attention,
+    Decoder,
+    GatedMLP,
+    LatentAttention,
+    Layer,
+    Mixture,
+    Norm,
+    PlainMLP,
+    ShortConvolution,
+)
 
 GATED = frozenset({"silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"})
 
@@ -81,6 +91,8 @@ def _of_attention(decoder: Decoder, layer: Layer) -> dict[str, object]:
     found: dict[str, object] = {}
     if isinstance(mixer, LatentAttention):
         return {"latent attention": mixer.kv_rank}
+    if isinstance(mixer, ShortConvolution):
+        return {"gated short convolutions": layer.index}
     if not isinstance(mixer, Attention):
         found["gated delta nets"] = layer.index
         if mixer.fused:

@@ -19,6 +19,7 @@ from tulle.models.description import (
     Layer,
     Linear,
     LinearGroup,
+    Mixer,
     Mixture,
     Norm,
     PlainMLP,
@@ -26,6 +27,7 @@ from tulle.models.description import (
     Rotary,
     RotaryKind,
     Router,
+    ShortConvolution,
 )
 
 
@@ -81,7 +83,7 @@ def build_decoder(
     keys: ConfigKeys,
     *,
     hidden: int,
-    attention: Sequence[Attention | LatentAttention | GatedDeltaNet],
+    attention: Sequence[Mixer],
     feed_forward: GatedMLP | PlainMLP | Sequence[GatedMLP | Mixture],
     norms: Norms,
     final_norm: Norm,
@@ -111,6 +113,8 @@ def build_decoder(
         mixing: tuple[LinearGroup, ...]
         if isinstance(mixer, GatedDeltaNet):
             mixing = _delta(mixer, hidden, norms.mixer)
+        elif isinstance(mixer, ShortConvolution):
+            mixing = _in_and_out(mixer.name, 3 * mixer.channels, mixer.channels, hidden, mixer.bias, norms.mixer)
         elif isinstance(mixer, LatentAttention):
             mixing = _latent(mixer, hidden, qkv_bias, norms.mixer)
         else:
@@ -201,6 +205,16 @@ def _delta(mixer: GatedDeltaNet, hidden: int, norm: Norm | None) -> tuple[Linear
     return (
         LinearGroup("qkv", linears, norm=norm),
         LinearGroup("o", (Linear(f"{mixer.name}.out_proj", (hidden, values)),), adds=True),
+    )
+
+
+def _in_and_out(
+    name: str, outputs: int, inputs: int, hidden: int, bias: bool, norm: Norm | None
+) -> tuple[LinearGroup, LinearGroup]:
+    """``in_proj``, which gives all that a mixer needs, and ``out_proj``."""
+    return (
+        LinearGroup("qkv", (Linear(f"{name}.in_proj", (outputs, hidden), bias),), norm=norm),
+        LinearGroup("o", (Linear(f"{name}.out_proj", (hidden, inputs), bias),), adds=True),
     )
 
 
