@@ -44,6 +44,7 @@ EXPERTS = (
     "glm4_moe_lite",
     "gpt_oss",
     "granitemoe",
+    "granitemoehybrid",
     "mixtral",
     "olmoe",
     "qwen2_moe",
@@ -306,6 +307,22 @@ def _granitemoe(config: dict[str, Any], draw: random.Random, head_dim: int, seed
     _experts(config, draw, "num_local_experts")
     _drawn(config, draw, embedding_multiplier=[1.0, 12], logits_scaling=[1.0, 8.0], residual_multiplier=[0.22, 1.0])
     _drawn(config, draw, attention_multiplier=[0.3, 0.015625], attention_bias=[False, True])
+
+
+def _granitemoehybrid(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    _granitemoe(config, draw, head_dim, seed)
+    del config["use_sliding_window"]
+    if seed % 2 == 0:
+        config |= {"num_local_experts": 0, "num_experts_per_tok": 0}
+    heads, expand = draw.choice([2, 4]), draw.choice([1, 2])
+    config |= {"mamba_n_heads": heads, "mamba_expand": expand, "mamba_d_head": draw.choice(["auto", None])}
+    config["mamba_d_head"] = config["mamba_d_head"] or expand * config["hidden_size"] // heads
+    _drawn(config, draw, mamba_n_groups=[1, 2], mamba_d_state=[4, 12], mamba_d_conv=[2, 4], mamba_chunk_size=[8, 256])
+    _drawn(config, draw, mamba_conv_bias=[False, True], mamba_proj_bias=[False, True], shared_intermediate_size=[12, 20])
+    _drawn(config, draw, position_embedding_type=[None, "nope", "rope"], rms_norm_eps=[1e-6, 1e-2])
+    config["layer_types"] = draw.sample(draw.choice([["mamba", "attention"], ["linear_attention", "full_attention"]]), 2)
+    if draw.random() < 0.5:
+        config["time_step_limit"] = [0.3, 0.9]
 
 
 def _gpt_oss(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:

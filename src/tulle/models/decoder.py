@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from tulle.core import attention
 from tulle.core.delta_rule import gated_delta_rule
+from tulle.core.state_space import state_space
 from tulle.errors import UserError
 from tulle.models.batches import real_tokens
 from tulle.models.description import XIELU as XIELU_SHAPES
@@ -31,6 +32,7 @@ from tulle.models.description import (
     GatedMLP,
     LatentAttention,
     LinearGroup,
+    Mamba2,
     Mixture,
     Norm,
     PlainMLP,
@@ -341,6 +343,8 @@ class DecoderBlock(nn.Module):
         if isinstance(mixer, ShortConvolution):
             b, c, x = outputs[0].chunk(3, -1)
             return c * self._convolved(f"{mixer.name}.conv", b * x)
+        if isinstance(mixer, Mamba2):
+            return self._mamba(mixer, outputs[0])
         gated = mixer.output_gate
         queries, keys, values = mixer.widths
         q, k, v = _parts(outputs, (2 * queries if gated else queries, keys, values))
@@ -349,7 +353,7 @@ class DecoderBlock(nn.Module):
         q, gate = (x.flatten(2) for x in q.unflatten(-1, (mixer.heads, 2, -1)).unbind(-2))
         return self._attend(mixer, q, k, v, heads) * gate.sigmoid()
 
-    def _own(self, mixer: GatedDeltaNet) -> dict[str, Tensor]:
+    def _own(self, mixer: GatedDeltaNet | Mamba2) -> dict[str, Tensor]:
         """Its tensors besides linears and norms, by the names that they have in it."""
         return {path.removeprefix(f"{mixer.name}."): self.get_parameter(path) for path in mixer.parameters}
 
@@ -380,6 +384,26 @@ class DecoderBlock(nn.Module):
         out = out.transpose(1, 2).to(qkv.dtype)
         gate = functional.silu(z.unflatten(-1, (-1, mixer.value_dim)).float())
         return (rms_norm(out, own["norm.weight"], mixer.eps) * gate).to(qkv.dtype).flatten(2)
+
+    def _mamba(self, mixer: Mamba2, outputs: Tensor) -> Tensor:
+        """Mamba-2 of its linear's outputs ``[B, T, …]``."""
+        own = self._own(mixer)
+        z, mixed, step = outputs.split(mixer.outputs, -1)
+        mixed = ACTIVATIONS[mixer.activation](self._convolved(f"{mixer.name}.conv1d", mixed))
+        x, b, c = (
+            part.unflatten(-1, (-1, size)).transpose(1, 2).float()
+            for part, size in zip(
+                mixed.split(mixer.widths, -1), (mixer.head_dim, mixer.state, mixer.state), strict=True
+            )
+        )
+        b, c = (part.repeat_interleave(mixer.heads // mixer.groups, 1) for part in (b, c))
+        step = functional.softplus(step + own["dt_bias"]).clamp(*mixer.step_limits).transpose(1, 2).float()
+        g = -own["A_log"].float().exp()[:, None] * step
+        y = state_space(x * step[..., None], g, b, c) + own["D"].float()[:, None, None] * x
+        y = y.transpose(1, 2).flatten(2).to(outputs.dtype) * functional.silu(z.float())
+        y = y.unflatten(-1, (mixer.groups, -1))
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + mixer.eps)
+        return own["norm.weight"] * y.flatten(2).to(outputs.dtype)
 
     def _attend(self, mixer: Attention, q: Tensor, k: Tensor, v: Tensor, heads: Heads | None) -> Tensor:
         """Attention of projected queries, keys and values, heads side by side: ``[B, T, H·head_dim]``."""

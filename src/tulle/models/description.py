@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 import pkgutil
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -341,7 +342,7 @@ class ShortConvolution:
     channels: int
     kernel: int
     bias: bool = False
-    """Of the convolution."""
+    """Of the convolution and of the linears."""
     name: str = "conv"
     rotary: None = None
 
@@ -349,6 +350,55 @@ class ShortConvolution:
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Tensors besides those of linears, with their shapes, by relative name."""
         return _convolution(f"{self.name}.conv", self.channels, self.kernel, self.bias)
+
+    def norms(self) -> list[tuple[Norm, int]]:
+        return []
+
+
+@dataclass(frozen=True)
+class Mamba2:
+    """Mamba-2's mixer (Dao & Gu 2024, section 7; :mod:`tulle.core.state_space`).
+
+    One linear gives a gate z, x, B and C, and a step Δ per head. A causal convolution of ``kernel`` tokens runs over x,
+    B and C; Δ = softplus(Δ + δ) within ``step_limits``. A head's state forgets by e^{−e^A·Δ} and takes in B·(Δ·x)ᵀ; to
+    what C reads of it D·x is added. Outputs, gated by silu(z), are normed in ``groups`` equal parts.
+    """
+
+    heads: int
+    head_dim: int
+    """Channels of x per head."""
+    groups: int
+    """Of heads, each of which shares B and C."""
+    state: int
+    """Channels of B and of C per group."""
+    kernel: int
+    eps: float
+    activation: str = "silu"
+    """Behind the convolution."""
+    bias: bool = False
+    """Of the linears."""
+    convolution_bias: bool = True
+    step_limits: tuple[float, float] = (0.0, math.inf)
+    name: str = "mamba"
+    rotary: None = None
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Channels of x, of all B, of all C."""
+        shared = self.groups * self.state
+        return self.heads * self.head_dim, shared, shared
+
+    @property
+    def outputs(self) -> tuple[int, int, int]:
+        """Of the first linear: z; x, B and C; Δ."""
+        return self.widths[0], sum(self.widths), self.heads
+
+    @property
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Tensors besides those of linears, with their shapes, by relative name."""
+        per_head = {f"{self.name}.{name}": (self.heads,) for name in ("dt_bias", "A_log", "D")}
+        convolution = _convolution(f"{self.name}.conv1d", self.outputs[1], self.kernel, self.convolution_bias)
+        return {**convolution, **per_head, f"{self.name}.norm.weight": self.widths[:1]}
 
     def norms(self) -> list[tuple[Norm, int]]:
         return []
@@ -440,7 +490,7 @@ XIELU: dict[str, tuple[int, ...]] = {"alpha_p": (1,), "alpha_n": (1,), "beta": (
 """xIELU's numbers (Huang & Schlag 2024, equation 6), with their shapes in a checkpoint."""
 
 
-Mixer = Attention | LatentAttention | GatedDeltaNet | ShortConvolution
+Mixer = Attention | LatentAttention | GatedDeltaNet | ShortConvolution | Mamba2
 """What mixes tokens in a layer."""
 
 

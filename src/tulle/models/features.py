@@ -11,6 +11,7 @@ from tulle.models.description import (
     GatedMLP,
     LatentAttention,
     Layer,
+    Mamba2,
     Mixture,
     Norm,
     PlainMLP,
@@ -91,6 +92,8 @@ def _of_attention(decoder: Decoder, layer: Layer) -> dict[str, object]:
     found: dict[str, object] = {}
     if isinstance(mixer, LatentAttention):
         return {"latent attention": mixer.kv_rank}
+    if isinstance(mixer, Mamba2):
+        return {"Mamba-2": layer.index}
     if isinstance(mixer, ShortConvolution):
         return {"gated short convolutions": layer.index}
     if not isinstance(mixer, Attention):
