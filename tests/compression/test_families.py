@@ -41,8 +41,8 @@ ROTATION |= {"starcoder2"}
 """Families whose residual stream cannot be rotated."""
 LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
 """Families whose values cannot be rotated: they come of the vector that gives the keys."""
-UNLIKE = ("glm4_moe", "glm4_moe_lite", "qwen2_moe", "qwen3_5_moe_text", "qwen3_next")
-"""Families whose layers differ: with experts or without, with attention or a delta net."""
+UNLIKE = ("glm4_moe", "glm4_moe_lite", "granitemoehybrid", "qwen2_moe", "qwen3_5_moe_text", "qwen3_next")
+"""Families whose layers differ: with experts or without, with attention or another mixer."""
 
 
 REASONS = ("rotat", "layers alike", "one expert at a time", "rotation of the values")
