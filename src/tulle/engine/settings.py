@@ -128,7 +128,7 @@ def settings_of(
         else:
             norms |= _head_norms(layer.attention)
             own["window"] = layer.attention.window or 0
-            own["rotary"] = -1 if layer.mixer.rotary is None else tables.index(layer.mixer.rotary)
+        own["rotary"] = -1 if layer.mixer.rotary is None else tables.index(layer.mixer.rotary)
         read: dict[str, Any] = {key: _norm(source, norm, layer.prefix, size) for key, (norm, size) in norms.items()}
         layers.append(Layer(activation=_xielu(source, layer), **own, **read, **groups))
     head = description.embedding if description.tied else description.head
