@@ -185,8 +185,13 @@ def _hunyuan_v1_dense(config: dict[str, Any], draw: random.Random, head_dim: int
         config["rope_scaling"] = {"rope_type": "dynamic", "factor": 2.0}
 
 
+def _biased_padding(seed: int) -> bool:
+    """Whether transformers may let biases of padding into convolutions: not of seeds that are padded at the left."""
+    return seed > 1
+
+
 def _lfm2(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
-    _drawn(config, draw, conv_bias=[False, True], conv_L_cache=[2, 3, 4], norm_eps=[1e-5, 1e-2])
+    _drawn(config, draw, conv_bias=[False, _biased_padding(seed)], conv_L_cache=[2, 3, 4], norm_eps=[1e-5, 1e-2])
     _drawn(config, draw, block_auto_adjust_ff_dim=[False, True], block_ffn_dim_multiplier=[1.0, 1.3])
     config |= {"block_multiple_of": 8, "layer_types": draw.sample(["conv", "full_attention"], LAYERS)}
     if seed % 2:  # as the first files have it
@@ -318,7 +323,8 @@ def _granitemoehybrid(config: dict[str, Any], draw: random.Random, head_dim: int
     config |= {"mamba_n_heads": heads, "mamba_expand": expand, "mamba_d_head": draw.choice(["auto", None])}
     config["mamba_d_head"] = config["mamba_d_head"] or expand * config["hidden_size"] // heads
     _drawn(config, draw, mamba_n_groups=[1, 2], mamba_d_state=[4, 12], mamba_d_conv=[2, 4], mamba_chunk_size=[8, 256])
-    _drawn(config, draw, mamba_conv_bias=[False, True], mamba_proj_bias=[False, True], shared_intermediate_size=[12, 20])
+    _drawn(config, draw, mamba_conv_bias=[False, True], mamba_proj_bias=[False, _biased_padding(seed)])
+    _drawn(config, draw, shared_intermediate_size=[12, 20])
     _drawn(config, draw, position_embedding_type=[None, "nope", "rope"], rms_norm_eps=[1e-6, 1e-2])
     config["layer_types"] = draw.sample(draw.choice([["mamba", "attention"], ["linear_attention", "full_attention"]]), 2)
     if draw.random() < 0.5:

@@ -66,6 +66,10 @@ def sample_report(blocks: int = 2, sparse: bool = True, evaluated: bool = True) 
         },  # fmt: skip
         "seconds": {"total": 83.0, "load": 1.0, "forward": 30.0, "write": 2.0, "steps": {"sparsegpt": 40.0}},
         "peak_memory_bytes": 812_000_000,
+        "reload": {
+            "sequences": 4, "tokens": 508, "predicted_loss": 2.9551, "loss": 2.9552, "difference": 0.0011,
+            "allowed": 0.018, "seconds": 0.4,
+        },
         "machine": {"cpu": "A CPU", "cores": 2, "isa": "avx512", "python": "3.11.7", "torch": "2.13.0"},
         "evaluation": {
             "protocol": "stories.txt: 100 documents, one sequence each, cut at 512 tokens; BOS first",

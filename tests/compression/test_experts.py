@@ -16,6 +16,8 @@ from tulle.models.checkpoint import Checkpoint
 from tulle.models.decoder import DecoderBlock
 from tulle.text.reading import Text
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 TEXT = Text(("The quick brown fox jumps over the lazy dog. " * 20,), False, ("prose",))
 GPTQ = [{"gptq": {"bits": 4, "group_size": "auto-32"}}]
 

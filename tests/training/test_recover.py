@@ -23,13 +23,15 @@ from tulle.errors import UserError
 from tulle.format.spec import QuantizationConfig
 from tulle.methods.quantize.round_to_nearest import round_to_nearest
 from tulle.methods.train.codes import TrainedCodes, TrainedSteps, whole_numbers
-from tulle.models.checkpoint import Checkpoint
+from tulle.models.checkpoint import Checkpoint, write_shard
 from tulle.models.rewrite import DenseModel
 from tulle.text.reading import Text
 from tulle.training import compress as recipe_room
 from tulle.training import distil as room
 from tulle.training.recover import recover
 from tulle.training.student import Student, Teacher
+
+pytestmark = pytest.mark.usefixtures("no_pages")
 
 TEXT = Text((PROSE,), False, ("prose",))
 CALIBRATION = {"samples": 6, "length": 48}
@@ -56,13 +58,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "rotated": {"steps": [{"quarot": {}}, {"gptq": {"bits": 4, "group_size": 16}}]},
 }
 SETTINGS = Recover(tokens=6 * 64, context=16, batch=4, rate=2e-2, warmup_steps=1, evaluate_every=2)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_pages():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tulle.compression.job.write_report", lambda report, file: file.write_text("page"))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +260,24 @@ def test_recovered(models: dict[str, Path], train: str, tmp_path: Path) -> None:
     recipe = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["recipe"]
     assert read_recipe(recipe).recover == settings
     assert report["evaluation"] is None and report["recover"]["hidden_states"]
+    assert report["reload"]["tokens"] == 4 * 16 and report["reload"]["difference"] < 1e-5
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_recovered_model_is_read_again(models: dict[str, Path], tmp_path: Path, monkeypatch) -> None:
+    """With all that stands in front of linears; and one that is not what was trained is refused."""
+    settings = SETTINGS.model_copy(update={"tokens": 64})
+    for recipe in ("everything", "inputs"):
+        report = recover(models[recipe], models["dense"], tmp_path / recipe, settings, text=TEXT)
+        assert report["reload"]["difference"] <= report["reload"]["allowed"] / 4
+
+    def damaged(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+        write_shard(file, {n: 2 * t if n.endswith("1.mlp.down_proj.scale") else t for n, t in tensors.items()})
+
+    monkeypatch.setattr("tulle.training.recover.write_shard", damaged)
+    with pytest.raises(UserError, match="losses of its tokens .* nats from what it gave before"):
+        recover(models["sparse50-w4"], models["dense"], tmp_path / "out", settings, text=TEXT)
+    assert not (tmp_path / "out").exists() and not list((tmp_path / "out.partial").rglob("config.json"))
 
 
 def load_all(folder: Path) -> dict[str, torch.Tensor]:

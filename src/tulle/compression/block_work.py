@@ -20,7 +20,7 @@ from tulle.core.topk import Selection
 from tulle.errors import UserError
 from tulle.methods.contract import BlockState, Decisions, GroupState, LinearState, Statistics
 from tulle.models.decoder import DecoderBlock
-from tulle.models.description import LATENT_ROLES, Layer, LinearGroup
+from tulle.models.description import Layer, LinearGroup, target_of
 
 SPARSE_FROM = 0.01
 """Share of exact zeros from which on a linear of a checkpoint counts as pruned."""
@@ -130,11 +130,10 @@ class BlockWork:
 
 def group_state(layer: Layer, group: LinearGroup, weights: Mapping[str, Tensor], statistics: Statistics) -> GroupState:
     """A group's linears before any step."""
-    role = "qkv" if group.role in LATENT_ROLES else group.role
     linears = []
     for name in group.names:
         weight = weights[f"{name}.weight"]
-        linears.append(LinearState(name=layer.prefix + name, weight=weight, dense=weight, role=role))
+        linears.append(LinearState(name=layer.prefix + name, weight=weight, dense=weight, role=target_of(group.role)))
     return GroupState(group.role, linears, statistics)
 
 

@@ -22,6 +22,7 @@ from tulle import machine
 from tulle.compression.block_work import DENSIFIED, SPARSE_FROM
 from tulle.compression.calibration import calibration_sequences, calibration_text
 from tulle.compression.recipe import Recipe, Step, read_recipe
+from tulle.compression.reload import Rows, confirm, first_windows, losses
 from tulle.compression.report import linear_report, run_report, table_report
 from tulle.compression.run_folder import RunFolder, State, disk_errors
 from tulle.compression.survey import head_hessian, take_survey
@@ -35,8 +36,9 @@ from tulle.evaluate.compare import compare
 from tulle.evaluate.text import Protocol
 from tulle.format.spec import AttentionSpec, LinearSpec, QuantizationConfig
 from tulle.hf.pack import attention_spec, input_tensors, packed_tensors, spec_of, transform_tensors
+from tulle.hf.packed_decoder import PackedDecoder
 from tulle.methods.contract import LinearState, Progress
-from tulle.models.batches import batched
+from tulle.models.batches import Batch, batched
 from tulle.models.checkpoint import Checkpoint, copy_companions, read_json, require_finite, write_index, write_text
 from tulle.models.description import Decoder, LinearGroup
 from tulle.models.rewrite import DenseModel
@@ -126,10 +128,13 @@ def compress(
                 dense.description, chosen, batches, run.work, decisions, device, dtype, progress, seed,
                 embedding_changes="embedding" in tables,
             )  # fmt: skip
-            _Job(dense, chosen, walker, run, state, tables, decisions.head_hessian, decisions.grids).run_to_end()
+            job = _Job(dense, chosen, walker, run, state, tables, decisions.head_hessian, decisions.grids)
+            closing = job.run_to_end()
+            windows = first_windows(dense.description, batches)
+            reload = confirm(run.folder, windows, job.predicted(windows, closing, device), device, dtype, progress)
             report = run_report(
                 dense.checkpoint, chosen, state, run.fingerprint, decisions.notes, model=str(model), seed=seed,
-                compute=str(dtype).removeprefix("torch."), calibration=_calibration_facts(text, tokens),
+                compute=str(dtype).removeprefix("torch."), calibration=_calibration_facts(text, tokens), reload=reload,
             )  # fmt: skip
             report["seconds"]["total"] = time.perf_counter() - begun
             report["peak_memory_bytes"] = max(state.peak_memory_bytes, machine.peak_memory())
@@ -241,13 +246,13 @@ class _Job:
     grids: Mapping[str, Grid]
     """Of tables by module name, where a step allotted them."""
 
-    def run_to_end(self) -> None:
-        """Everything that the state does not count as done."""
+    def run_to_end(self) -> dict[str, Tensor]:
+        """Everything that the state does not count as done; the tensors behind the blocks as the file means them."""
         if self.state.next_block is None:
             self.begin()
         for index in range(self.state.next_block or 0, len(self.dense.description.layers)):
             self.block(index)
-        self.finish()
+        return self.finish()
 
     def begin(self) -> None:
         begun = time.perf_counter()
@@ -345,15 +350,19 @@ class _Job:
         self.state.tables.append(table_report(linear, spec, relative_error(table, linear.weight), seconds))
         return packed, linear.weight
 
-    def finish(self) -> None:
-        """Writes what stands behind the blocks, and the folder's small files; the report is not among them."""
+    def finish(self) -> dict[str, Tensor]:
+        """Writes what stands behind the blocks, and the folder's small files; the report is not among them.
+
+        Returns the tensors behind the blocks by full name, a head in codes unpacked.
+        """
         tensors = self.dense.closing()
         for name, tensor in tensors.items():
             require_finite(name, tensor)
-        head = self.dense.description.head
+        head, closing = self.dense.description.head, dict(tensors)
         if "head" in self.tables and head in tensors:
             hessian = head_hessian(self.dense.description, *self.walker.outputs(), tensors, "cpu")
-            tensors |= self._quantised_table("head", head, tensors.pop(head), hessian)[0]
+            in_codes, closing[head] = self._quantised_table("head", head, tensors.pop(head), hessian)
+            tensors |= in_codes
         folder = self.run.folder
         self.run.write(self.state, len(self.dense.description.layers) + 1, tensors)
         write_index(folder, self.state.shards, self.state.packed_bytes)
@@ -364,6 +373,25 @@ class _Job:
             config["tie_word_embeddings"] = False
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         copy_companions(self.dense.checkpoint.source.tokenizer, folder)
+        return closing
+
+    def predicted(self, windows: Sequence[Batch], closing: Mapping[str, Tensor], device: str) -> Tensor:
+        """The walk's losses of the next tokens of ``windows``, beginnings of its first batches: nats ``[N]``;
+        ``closing`` as :meth:`finish` gives it."""
+        model = self.dense.description
+        outer = {name: t.to(device, torch.float32) for name, t in closing.items() if name != model.head}
+        hidden = [
+            found[: window.tokens.shape[0], : window.tokens.shape[1]].to(device)
+            for window, found in zip(windows, self.walker.outputs()[1], strict=False)
+        ]
+        return losses(model, windows, hidden, outer, self._head(closing))
+
+    def _head(self, closing: Mapping[str, Tensor]) -> Rows:
+        if self.dense.tied and "embedding" in self.tables:
+            # A run that was killed may have made it. Where it is wrong, the first block's inputs are, too.
+            return PackedDecoder(Checkpoint.open(self.run.folder)).head
+        table = self.dense.embedding() if self.dense.tied else closing[self.dense.description.head]
+        return lambda start, stop: table[start:stop].float()
 
 
 def _calibration_facts(text: Text, tokens: Sequence[Tensor]) -> dict[str, Any]:

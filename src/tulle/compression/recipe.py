@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 import tulle
 from tulle.errors import UserError
 from tulle.methods.contract import Decision, Method, Stage
-from tulle.models.description import LATENT_ROLES, ROLES, TABLES
+from tulle.models.description import ROLES, TABLES, target_of
 
 METHODS: dict[str, str] = {
     "magnitude": "tulle.methods.prune.magnitude:Magnitude",
@@ -150,7 +150,7 @@ class Step:
 
     def covers(self, role: str) -> bool:
         """Whether it is meant for a group of linears: those of latent attention go with qkv."""
-        return ("qkv" if role in LATENT_ROLES else role) in self.targets
+        return target_of(role) in self.targets
 
     def to_json(self) -> dict[str, Any]:
         return {self.name: dataclasses.asdict(self.method) | {"targets": list(self.targets)}}  # type: ignore[call-overload]

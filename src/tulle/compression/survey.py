@@ -26,7 +26,7 @@ from tulle.format.spec import LinearSpec
 from tulle.methods.contract import InputTrials, Key, Progress, See, Statistics, Survey, TableTrials, WeightTrials
 from tulle.models.batches import Batch, batched
 from tulle.models.decoder import DecoderBlock, PlainDecoder, embed, final_norm
-from tulle.models.description import STREAM_READERS, Decoder
+from tulle.models.description import Decoder
 from tulle.models.fisher import divergences
 from tulle.models.rewrite import DenseModel
 from tulle.models.watch import run_watched
@@ -66,26 +66,14 @@ def take_survey(
     found: dict[tuple[int, str], Tensor] = {}
     norms: dict[tuple[int, str], Tensor] = {}
     model = dense.description
-    first = model.layers[0]
-    for step in recipe.stage("model"):
-        for layer in model.layers:
-            if [g.names for g in layer.groups] != [g.names for g in first.groups]:
-                raise UserError(
-                    f"expected layers alike for {step.name}, which looks at all of them at once, found "
-                    f"{type(layer.mixer).__name__} in layer {layer.index} and {type(first.mixer).__name__} in layer 0; "
-                    "leave the step out"
-                )
-    offsets = {norm.name: norm.offset for norm, _ in first.norms()}
     survey = Survey(
         layers=len(model.layers),
         rows=lambda block, role: found[block, role],
         block=lambda index: walk.read_block(index),
-        roles={group.role: group.names for group in first.groups},
-        norms={g.role: g.norm.name for g in first.groups if g.norm is not None and g.role in STREAM_READERS},
-        gain=lambda tensors, name: tensors[f"{name}.weight"] + offsets.get(name, 0.0),
+        groups=[{group.role: group for group in layer.groups} for layer in model.layers],
         prefix=lambda index: model.layers[index].prefix,
         hidden=model.hidden,
-        heads=first.heads,
+        heads=[layer.heads for layer in model.layers],
         seed=seed,
         column_norm=lambda block, role: norms[block, role],
         table=lambda role: walk.table(role),
@@ -187,11 +175,11 @@ class _Walk:
 
     def look(self, see: See, roles: Sequence[str]) -> None:
         """``Survey.look``; in memory are one block and the hidden states of about ``TOKENS`` tokens."""
-        groups = [group for group in self.model.layers[0].groups if group.role in roles]
         seen = batched(_drawn(self.batches, TOKENS)[0])
         stream = self._embedded(seen)
         for index, tensors in self._blocks("survey"):
             block = DecoderBlock(self.model, index, tensors, self.device)
+            groups = [group for group in block.layer.groups if group.role in roles]
             found = {group.role: Hessian.zeros(group.inputs, self.device) for group in groups}
             for i, batch in enumerate(seen):
                 stream[i], inputs = run_watched(block, stream[i])

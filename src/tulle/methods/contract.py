@@ -30,7 +30,7 @@ from tulle.core.token_grid import TokenGrid
 from tulle.core.topk import Selection
 from tulle.core.transform import BlockMatrix, Diagonal, Permutation, Transform, fold, run, stored
 from tulle.errors import UserError
-from tulle.models.description import require_plain_values
+from tulle.models.description import STREAM_READERS, Linear, LinearGroup, Norm, require_plain_values, target_of
 
 Statistic = Literal["hessian", "column_norm", "absmax", "rows", "sample"]
 Stage = Literal["model", "block", "linear", "refine"]
@@ -430,18 +430,14 @@ class Survey(Decisions):
     """Sampled input tokens ``[K, C_in]`` of a role of a block, in the dense model."""
     block: Callable[[int], dict[str, Tensor]]
     """Float32 tensors of a block by relative name."""
-    roles: dict[str, tuple[str, ...]]
-    """Relative names of a role's linears."""
-    norms: dict[str, str]
-    """Relative name of the norm through which a role reads the residual stream, for those that have one."""
+    groups: Sequence[Mapping[str, LinearGroup]]
+    """Of every block, by role. Blocks may differ in linears and widths; a role may be missing."""
     prefix: Callable[[int], str]
     """Of a block's full names."""
     hidden: int
-    gain: Callable[[Mapping[str, Tensor], str], Tensor] = lambda tensors, norm: tensors[f"{norm}.weight"]
-    """Of a block's tensors and the name of a norm: its gain γ ``[d]``, offset included."""
     seed: int = 0
-    heads: tuple[int, int, int] = (0, 0, 0)
-    """Query heads, KV heads, head_dim."""
+    heads: Sequence[tuple[int, int, int]] = ()
+    """Query heads, KV heads, head_dim of every block."""
     column_norm: Callable[[int, str], Tensor] | None = None
     """‖X_j‖₂ ``[C_in]`` of a role of a block over the tokens of the walk; for methods that need ``column_norm``."""
     costs: Costs | None = None
@@ -463,6 +459,23 @@ class Survey(Decisions):
     """Of a dense weight of shape ``(C_out, C_in)`` on a grid, as the file holds it."""
     weight_bytes: Callable[[str], int] = lambda name: 0
     """Of the weight of a module by its full name."""
+
+    def linears(self, block: int, roles: Iterable[str]) -> list[tuple[str, Linear]]:
+        """A block's linears that ``roles`` target, in their order, each with its group's role."""
+        groups = self.groups[block].values()
+        reached = (group for role in roles for group in groups if target_of(group.role) == role)
+        return [(group.role, linear) for group in reached for linear in group.linears]
+
+    def readers(self, block: int, roles: Iterable[str] = STREAM_READERS) -> list[LinearGroup]:
+        """The groups of a block among ``roles`` that read the residual stream through a norm."""
+        found = (self.groups[block].get(role) for role in STREAM_READERS if role in roles)
+        return [group for group in found if group is not None and group.norm is not None]
+
+
+def gain(tensors: Mapping[str, Tensor], norm: Norm | None) -> Tensor:
+    """γ ``[d]`` of a norm, offset included, of a block's tensors by relative name."""
+    assert norm is not None
+    return tensors[f"{norm.name}.weight"] + norm.offset
 
 
 See = Callable[[int, dict[str, Tensor], dict[str, Hessian]], None]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -116,11 +117,11 @@ class Checkpoint:
         """Raises ``UserError`` when the tensor is missing."""
         return TensorInfo(self.source.info(name))
 
-    def read(self, name: str) -> Tensor:
-        """The tensor in its stored dtype. Raises ``UserError`` when it is missing or unreadable."""
-        dtype = self.info(name).dtype
+    def read(self, name: str, rows: NDArray[np.int64] | None = None) -> Tensor:
+        """The tensor, or ``rows`` of it, in its stored dtype. Raises ``UserError`` when it is missing or unreadable."""
+        dtype, stored = self.info(name).dtype, self.source.read(name)
         # A copy: a tensor that still pointed into the mapping would keep its pages resident.
-        tensor = torch.from_numpy(np.array(self.source.read(name)))
+        tensor = torch.from_numpy(np.array(stored if rows is None else stored[rows]))
         return tensor if tensor.dtype == dtype else tensor.view(dtype)
 
     def read_many(self, names: Iterable[str]) -> dict[str, Tensor]:

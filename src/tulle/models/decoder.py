@@ -108,9 +108,10 @@ class DecoderBlock(nn.Module):
     """Decoder layer ``index`` with weights: hidden ``[B, T, d]`` → hidden ``[B, T, d]``, causal, positions 0 … T − 1.
 
     ``tensors`` holds the layer's tensors by relative name; one that already has the device and dtype is not copied.
-    Linears and norms are submodules under their names in the checkpoint. Sequences of one batch are padded at the
-    right, where causal attention keeps padding away from real tokens. ``experts`` False: their tensors are not among
-    ``tensors``; :meth:`hold` gives them one by one.
+    Linears and norms are submodules under their names in the checkpoint. Where sequences of one batch are padded at the
+    right, nothing keeps padding away from real tokens but that all is causal. Padding elsewhere takes ``valid``, bool
+    ``[B, T]`` of real tokens: positions count those alone, nobody sees the others, and no state takes anything of them.
+    ``experts`` False: their tensors are not among ``tensors``; :meth:`hold` gives them one by one.
 
     Raises ``UserError`` for missing, unknown or misshapen tensors and for parts that are not implemented here.
     """
@@ -180,7 +181,7 @@ class DecoderBlock(nn.Module):
         norm, _ = self.layer.norms()[0]
         return cast(Tensor, self.get_submodule(norm.name).weight).dtype
 
-    def steps(self, hidden: Tensor, heads: Heads | None = None) -> Steps:
+    def steps(self, hidden: Tensor, heads: Heads | None = None, valid: Tensor | None = None) -> Steps:
         """Yields every group's input in order and is sent the tuple of its linears' outputs; returns the block's
         output ``[B, T, d]`` in the block's dtype (``StopIteration.value``).
 
@@ -191,9 +192,9 @@ class DecoderBlock(nn.Module):
         given = self._given("qkv", hidden.to(self.dtype), layer.mixer_norm)
         del hidden
         if isinstance(layer.mixer, LatentAttention):
-            mixed, residual = yield from self._latent_steps(given, layer.mixer, heads)
+            mixed, residual = yield from self._latent_steps(given, layer.mixer, heads, valid)
         else:
-            mixed, residual = self._mix((yield given), heads), given.residual
+            mixed, residual = self._mix((yield given), heads, valid), given.residual
         given = GroupInput(layer.group("o"), mixed, residual, adds=layer.mixer_norm_after is None)
         del mixed, residual
         (y,) = yield given
@@ -214,7 +215,9 @@ class DecoderBlock(nn.Module):
         (y,) = yield given
         return given.residual + self._added(y, layer.feed_forward_norm_after)
 
-    def _latent_steps(self, given: GroupInput, mixer: LatentAttention, heads: Heads | None) -> LatentSteps:
+    def _latent_steps(
+        self, given: GroupInput, mixer: LatentAttention, heads: Heads | None, valid: Tensor | None
+    ) -> LatentSteps:
         """Of latent attention: the narrow vectors, then what comes of them; the heads' outputs and the stream."""
         q, kv = yield given
         latent, rotated = kv.split((mixer.kv_rank, mixer.rotary_dim), -1)
@@ -230,10 +233,16 @@ class DecoderBlock(nn.Module):
         del q, latent, rotated, residual
         (up,) = yield given
         q, rotated = given.carried
-        return self._attend_latent(mixer, q, rotated, up, heads), given.residual
+        return self._attend_latent(mixer, q, rotated, up, heads, valid), given.residual
 
     def _attend_latent(
-        self, mixer: LatentAttention, q: Tensor, rotated: Tensor, up: Tensor, heads: Heads | None
+        self,
+        mixer: LatentAttention,
+        q: Tensor,
+        rotated: Tensor,
+        up: Tensor,
+        heads: Heads | None,
+        valid: Tensor | None,
     ) -> Tensor:
         """Attention ``[B, T, H·value_dim]`` of queries and of keys and values, heads side by side, and the part of the
         keys that is rotated."""
@@ -243,12 +252,13 @@ class DecoderBlock(nn.Module):
         plain, turned = q.split(dims, -1)
         rotated = rotated.unsqueeze(1)
         if self.rotary is not None:
-            cos, sin = rotary_table(self.rotary, q.shape[2], q.device, q.dtype)
+            positions, longest = (None, q.shape[2]) if valid is None else positions_of(valid)
+            cos, sin = (at(positions, t) for t in rotary_table(self.rotary, longest, q.device, q.dtype))
             turned, rotated = (rotate(x, cos, sin, self.rotary.interleaved) for x in (turned, rotated))
         q, k = torch.cat((plain, turned), -1), torch.cat((k, rotated.expand(-1, mixer.heads, -1, -1)), -1)
         if heads is not None:
             q, k, v = heads(q, k, v)
-        return attend(q, k, v, scale=mixer.scale).transpose(1, 2).flatten(2)
+        return attend(q, k, v, scale=mixer.scale, valid=valid).transpose(1, 2).flatten(2)
 
     def _mixture_steps(self, given: GroupInput, mixture: Mixture) -> Steps:
         """Of a mixture of experts: the router, the shared expert, then one expert after the other."""
@@ -306,9 +316,9 @@ class DecoderBlock(nn.Module):
         correction = None if name is None else self.get_parameter(name)
         return Routes.of(*choose(mixture.router, logits.flatten(0, -2), correction))
 
-    def forward(self, hidden: Tensor, heads: Heads | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, heads: Heads | None = None, valid: Tensor | None = None) -> Tensor:
         """The block's output ``[B, T, d]``, by its own submodules, so that hooks and replaced linears take part."""
-        return drive(self.steps(hidden, heads), lambda given: run_group(self, given.group, given.x))
+        return drive(self.steps(hidden, heads, valid), lambda given: run_group(self, given.group, given.x))
 
     def _given(self, role: str, hidden: Tensor, norm: Norm | None) -> GroupInput:
         return GroupInput(self.layer.group(role), self._norm(norm, hidden), hidden, adds=False)
@@ -334,41 +344,43 @@ class DecoderBlock(nn.Module):
         gate, up = _parts(outputs, (feed_forward.intermediate,) * 2)
         return self._norm(feed_forward.inner_norm, gate_times_up(feed_forward, activation, gate, up))
 
-    def _mix(self, outputs: tuple[Tensor, ...], heads: Heads | None) -> Tensor:
+    def _mix(self, outputs: tuple[Tensor, ...], heads: Heads | None, valid: Tensor | None) -> Tensor:
         """What the mixer's last linear reads, of its first linears' outputs."""
         mixer = self.layer.mixer
         assert not isinstance(mixer, LatentAttention)
         if isinstance(mixer, GatedDeltaNet):
-            return self._delta(mixer, *(by_kind(mixer, *outputs) if mixer.fused else outputs))
+            return self._delta(mixer, valid, *(by_kind(mixer, *outputs) if mixer.fused else outputs))
         if isinstance(mixer, ShortConvolution):
             b, c, x = outputs[0].chunk(3, -1)
-            return c * self._convolved(f"{mixer.name}.conv", b * x)
+            return c * self._convolved(f"{mixer.name}.conv", b * x, valid)
         if isinstance(mixer, Mamba2):
-            return self._mamba(mixer, outputs[0])
+            return self._mamba(mixer, valid, outputs[0])
         gated = mixer.output_gate
         queries, keys, values = mixer.widths
         q, k, v = _parts(outputs, (2 * queries if gated else queries, keys, values))
         if not gated:
-            return self._attend(mixer, q, k, v, heads)
+            return self._attend(mixer, q, k, v, heads, valid)
         q, gate = (x.flatten(2) for x in q.unflatten(-1, (mixer.heads, 2, -1)).unbind(-2))
-        return self._attend(mixer, q, k, v, heads) * gate.sigmoid()
+        return self._attend(mixer, q, k, v, heads, valid) * gate.sigmoid()
 
     def _own(self, mixer: GatedDeltaNet | Mamba2) -> dict[str, Tensor]:
         """Its tensors besides linears and norms, by the names that they have in it."""
         return {path.removeprefix(f"{mixer.name}."): self.get_parameter(path) for path in mixer.parameters}
 
-    def _convolved(self, name: str, x: Tensor) -> Tensor:
-        """x ``[B, T, C]`` behind the causal convolution ``name``, which keeps channels apart."""
+    def _convolved(self, name: str, x: Tensor, valid: Tensor | None) -> Tensor:
+        """x ``[B, T, C]`` behind the causal convolution ``name``, which keeps channels apart and sees no padding."""
         module = self.get_submodule(name)
         weight, bias = cast(Tensor, module.weight), cast("Tensor | None", getattr(module, "bias", None))
         channels, _, kernel = weight.shape
-        padded = functional.pad(x.transpose(1, 2), (kernel - 1, 0))
+        padded = functional.pad(_without_padding(x, valid).transpose(1, 2), (kernel - 1, 0))
         return functional.conv1d(padded, weight, bias, groups=channels).transpose(1, 2)
 
-    def _delta(self, mixer: GatedDeltaNet, qkv: Tensor, z: Tensor, b: Tensor, a: Tensor) -> Tensor:
+    def _delta(
+        self, mixer: GatedDeltaNet, valid: Tensor | None, qkv: Tensor, z: Tensor, b: Tensor, a: Tensor
+    ) -> Tensor:
         """The gated delta rule of projected queries, keys and values ``[B, T, …]``, gate z, and b and a per head."""
         own = self._own(mixer)
-        mixed = ACTIVATIONS[mixer.activation](self._convolved(f"{mixer.name}.conv1d", qkv))
+        mixed = ACTIVATIONS[mixer.activation](self._convolved(f"{mixer.name}.conv1d", qkv, valid))
         shared = mixer.value_heads // mixer.key_heads
         q, k, v = (
             x.unflatten(-1, (-1, size)).transpose(1, 2).float()
@@ -385,11 +397,12 @@ class DecoderBlock(nn.Module):
         gate = functional.silu(z.unflatten(-1, (-1, mixer.value_dim)).float())
         return (rms_norm(out, own["norm.weight"], mixer.eps) * gate).to(qkv.dtype).flatten(2)
 
-    def _mamba(self, mixer: Mamba2, outputs: Tensor) -> Tensor:
+    def _mamba(self, mixer: Mamba2, valid: Tensor | None, outputs: Tensor) -> Tensor:
         """Mamba-2 of its linear's outputs ``[B, T, …]``."""
         own = self._own(mixer)
         z, mixed, step = outputs.split(mixer.outputs, -1)
-        mixed = ACTIVATIONS[mixer.activation](self._convolved(f"{mixer.name}.conv1d", mixed))
+        mixed = ACTIVATIONS[mixer.activation](self._convolved(f"{mixer.name}.conv1d", mixed, valid))
+        mixed = _without_padding(mixed, valid)  # the convolution's bias is in it
         x, b, c = (
             part.unflatten(-1, (-1, size)).transpose(1, 2).float()
             for part, size in zip(
@@ -405,9 +418,12 @@ class DecoderBlock(nn.Module):
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + mixer.eps)
         return own["norm.weight"] * y.flatten(2).to(outputs.dtype)
 
-    def _attend(self, mixer: Attention, q: Tensor, k: Tensor, v: Tensor, heads: Heads | None) -> Tensor:
+    def _attend(
+        self, mixer: Attention, q: Tensor, k: Tensor, v: Tensor, heads: Heads | None, valid: Tensor | None
+    ) -> Tensor:
         """Attention of projected queries, keys and values, heads side by side: ``[B, T, H·head_dim]``."""
         batch, length = q.shape[:2]
+        positions, longest = (None, length) if valid is None else positions_of(valid)
         if mixer.norm_width == "all":
             q, k = self._norm(mixer.q_norm, q), self._norm(mixer.k_norm, k)
         q, k, v = (x.reshape(batch, length, -1, mixer.head_dim) for x in (q, k, v))
@@ -416,16 +432,16 @@ class DecoderBlock(nn.Module):
             q, k = self._norm(mixer.q_norm, q), self._norm(mixer.k_norm, k)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if self.rotary is not None:
-            cos, sin = rotary_table(self.rotary, length, q.device, q.dtype)
+            cos, sin = (at(positions, t) for t in rotary_table(self.rotary, longest, q.device, q.dtype))
             q, k = (rotate(x, cos, sin, self.rotary.interleaved) for x in (q, k))
         if by_head and mixer.norm_after_rotary:
             q, k = self._norm(mixer.q_norm, q), self._norm(mixer.k_norm, k)
         if mixer.position_scale is not None:
-            q = q * position_scale(*mixer.position_scale, length, q.device).to(q.dtype)
+            q = q * at(positions, position_scale(*mixer.position_scale, longest, q.device)).to(q.dtype)
         if heads is not None:
             q, k, v = heads(q, k, v)
         sinks = self.get_parameter(f"{mixer.name}.sinks") if mixer.sinks else None
-        mixed = attend(q, k, v, mixer.window, mixer.scale, mixer.soft_cap, sinks)
+        mixed = attend(q, k, v, mixer.window, mixer.scale, mixer.soft_cap, sinks, valid)
         mixed = mixed.transpose(1, 2).reshape(batch, length, -1)
         return self._norm(mixer.output_norm, mixed)
 
@@ -435,6 +451,11 @@ def gate_times_up(mlp: GatedMLP, activation: Callable[[Tensor], Tensor], gate: T
     if mlp.limit is not None:
         gate, up = gate.clamp(max=mlp.limit), up.clamp(-mlp.limit, mlp.limit)
     return activation(gate) * (up + mlp.up_offset if mlp.up_offset else up)
+
+
+def _without_padding(x: Tensor, valid: Tensor | None) -> Tensor:
+    """x ``[B, T, C]`` with zeros at tokens that are not ``valid`` ``[B, T]``."""
+    return x if valid is None else x * valid[..., None]
 
 
 def _parts(outputs: tuple[Tensor, ...], widths: tuple[int, ...]) -> tuple[Tensor, ...]:
@@ -506,19 +527,21 @@ def attend(
     scale: float | None = None,
     cap: float | None = None,
     sinks: Tensor | None = None,
+    valid: Tensor | None = None,
 ) -> Tensor:
     """Causal softmax attention ``[B, H, T, head_dim]``; k and v ``[B, H_kv, T, head_dim]``, each for H/H_kv heads.
-    ``cap``: scores s become cap·tanh(s/cap). ``sinks`` ``[H]``: a score per head that has no value."""
+    ``cap``: scores s become cap·tanh(s/cap). ``sinks`` ``[H]``: a score per head that has no value. ``valid``: bool
+    ``[B, T]`` of keys that may be seen."""
     if cap is not None or sinks is not None:
-        return attention_by_scores(q, k, v, window, scale, cap, sinks)
-    if attention.takes(q, k, v):
+        return attention_by_scores(q, k, v, window, scale, cap, sinks, valid)
+    if valid is None and attention.takes(q, k, v):
         return attention.flash_attention(q, k, v, window, scale)
     shared, length = q.shape[1] // k.shape[1], q.shape[2]
-    if window is None or window >= length:
+    if valid is None and (window is None or window >= length):
         return functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=shared > 1)
     if shared > 1:
         k, v = (x.repeat_interleave(shared, dim=1) for x in (k, v))
-    mask = window_mask(length, window, q.device)
+    mask = visible(length, window, q.device, valid)
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
@@ -530,6 +553,7 @@ def attention_by_scores(
     scale: float | None,
     cap: float | None = None,
     sinks: Tensor | None = None,
+    valid: Tensor | None = None,
 ) -> Tensor:
     """:func:`attend`, with all scores of a head in memory."""
     length, shared = q.shape[2], q.shape[1] // k.shape[1]
@@ -537,11 +561,30 @@ def attention_by_scores(
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if cap is not None:
         scores = (scores / cap).tanh() * cap
-    mask = window_mask(length, length if window is None else window, q.device)
-    scores = scores.masked_fill(~mask, -torch.inf)
+    scores = scores.masked_fill(~visible(length, window, q.device, valid), -torch.inf)
     if sinks is not None:
         scores = torch.cat((scores, sinks[:, None, None].to(scores.dtype).expand(*scores.shape[:-1], 1)), -1)
     return scores.softmax(-1, dtype=torch.float32)[..., :length].to(q.dtype) @ v
+
+
+def visible(length: int, window: int | None, device: torch.device, valid: Tensor | None = None) -> Tensor:
+    """bool ``[T, T]``, or ``[B, 1, T, T]`` with ``valid``: which tokens (last axis) a token sees. Padding sees itself,
+    so that it gives numbers."""
+    mask = window_mask(length, length if window is None else window, device)
+    if valid is None:
+        return mask
+    return mask & valid[:, None, None, :] | torch.eye(length, dtype=torch.bool, device=device)
+
+
+def positions_of(valid: Tensor) -> tuple[Tensor, int]:
+    """Positions ``[B, T]`` of real tokens in their sequences, 0 of padding, and the longest sequence's length."""
+    counted = valid.long().cumsum(-1)
+    return (counted - 1).clamp(min=0), int(counted[:, -1].max())
+
+
+def at(positions: Tensor | None, table: Tensor) -> Tensor:
+    """Rows of a table ``[T, …]`` by position: ``[B, 1, T, …]``, or all of them in order."""
+    return table if positions is None else table[positions][:, None]
 
 
 @lru_cache(maxsize=4)
@@ -647,11 +690,11 @@ class PlainDecoder:
         return DecoderBlock(self.decoder, index, self._read_block(index), self.device, self._dtype)
 
     @torch.no_grad()
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Logits ``[B, T, V]`` of tokens ``[B, T]``."""
+    def __call__(self, tokens: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Logits ``[B, T, V]`` of tokens ``[B, T]``; ``valid`` as in :class:`DecoderBlock`."""
         hidden = self.embed(tokens)
         for index in range(len(self.decoder.layers)):
-            hidden = self.block(index)(hidden)
+            hidden = self.block(index)(hidden, valid=valid)
         return self.predict(hidden)
 
     def embed(self, tokens: Tensor) -> Tensor:

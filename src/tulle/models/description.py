@@ -195,6 +195,11 @@ class Expert:
         return [linear for group in self.groups for linear in group.linears]
 
 
+def target_of(role: str) -> str:
+    """What a recipe names, of ROLES, to reach a group of this role."""
+    return "qkv" if role in LATENT_ROLES else role
+
+
 @dataclass(frozen=True)
 class Attention:
     """Softmax attention. Query heads come in equal groups, each of which shares one KV head."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,15 @@ def attention(report: Mapping[str, Any]) -> str:
     if found.get("hadamard"):
         parts.append("queries and keys through a Hadamard transform")
     return ", ".join(parts)
+
+
+def read_again(found: Mapping[str, Any]) -> str:
+    """What came of reading the written model again (``reload`` of the report)."""
+    before, after = (units.significant(math.exp(min(found[key], 700.0)), 4) for key in ("predicted_loss", "loss"))
+    return (
+        f"perplexity {after} on {found['tokens']:,} calibration tokens, where {before} was predicted; tokens "
+        f"{found['difference']:.2g} nats apart on average, {found['allowed']:.2g} allowed"
+    )
 
 
 def _tiles(report: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -190,6 +200,8 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(("Attention", f"{attention(report)}; per token and head"))
     if evaluation:
         facts.append(("Perplexity", f"{evaluation['protocol']}; {evaluation['compressed']['tokens']:,} tokens scored"))
+    if found := report.get("reload"):
+        facts.append(("Read again", read_again(found)))
     facts += [
         ("Parameters", f"{report['totals']['parameters']:,}"),
         ("Peak memory", units.size(report["peak_memory_bytes"])),

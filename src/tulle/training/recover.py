@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tulle import machine
 from tulle.compression import job
 from tulle.compression.calibration import calibration_sequences, calibration_text
 from tulle.compression.job import Evaluation
 from tulle.compression.recipe import Recover, read_recipe
+from tulle.compression.reload import confirm, first_windows, losses
 from tulle.compression.run_folder import RunFolder, disk_errors
 from tulle.compression.walker import compute_dtype
 from tulle.errors import UserError
@@ -25,6 +28,7 @@ from tulle.hf import packed_linears, require_packed_tensors
 from tulle.hf.pack import packed_tensors
 from tulle.hf.packed_linear import DTYPES
 from tulle.methods.contract import Progress
+from tulle.models.batches import Batch, batched
 from tulle.models.checkpoint import Checkpoint, copy_companions, read_json, write_index, write_shard, write_text
 from tulle.models.rewrite import DenseModel
 from tulle.text.reading import Text
@@ -77,7 +81,9 @@ def recover(
             loop = Distillation(student, Teacher(teacher, device, dtype), settings, windows, device, same_basis)
             facts = loop.run(run.work, progress)
             _write(source, student, settings, run.folder)
-            report |= {"fingerprint": run.fingerprint, "recover": settings.model_dump() | facts}
+            seen = first_windows(student.decoder, batched(windows.held_out))
+            reload = confirm(run.folder, seen, _predicted(student, seen, device), device, dtype, progress)
+            report |= {"fingerprint": run.fingerprint, "recover": settings.model_dump() | facts, "reload": reload}
             report["recipe"] = report["recipe"] | {"recover": settings.model_dump()}
             report["recover"] |= {
                 "source": list(text.source), "seed": seed,
@@ -137,6 +143,18 @@ def _fingerprint(
     """Equal for runs that must end with the same bytes."""
     facts = [source.source.identity(), teacher.checkpoint.source.identity(), settings.model_dump(), seed, str(dtype)]
     return hashlib.sha256(json.dumps([*facts, windows.digest()], sort_keys=True).encode()).hexdigest()
+
+
+@torch.no_grad()
+def _predicted(student: Student, windows: Sequence[Batch], device: str) -> Tensor:
+    """The trained model's losses of the windows' next tokens, nats ``[N]``."""
+    found = []
+    for window in windows:
+        hidden = student.embed(window.tokens.to(device))
+        for index in range(len(student.decoder.layers)):
+            hidden = student.block(index, hidden)
+        found.append(hidden)
+    return losses(student.decoder, windows, found, student.outer(), student.head)
 
 
 def _write(source: Checkpoint, student: Student, settings: Recover, folder: Path) -> None:

@@ -21,15 +21,11 @@ from torch.nn import functional
 
 from tulle.core.grid import Format, Grid, Quantised
 from tulle.core.head_grids import HeadGrids
-from tulle.core.quantised_input import QuantisedInput
-from tulle.core.transform import Transform
 from tulle.format.spec import LinearSpec
 from tulle.hf.attention import grids_of
+from tulle.hf.packed_decoder import input_of
 from tulle.hf.packed_linear import (
-    InputTransform,
     dequantise,
-    input_grid,
-    input_selection,
     signed_codes,
     unpack_codes,
     unpack_mask,
@@ -125,9 +121,16 @@ class Student(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[T, V]`` float32 of hidden states ``[T, d]`` after the last block."""
-        name = self.decoder.final_norm.name
-        normed = final_norm(self.decoder, hidden, {f"{name}.{part}": tensor for part, tensor in self.norm.items()})
+        normed = final_norm(self.decoder, hidden, self.outer())
         return logits(self.decoder, normed.to(self._dtype), self._head.to(self._dtype)).float()
+
+    def outer(self) -> dict[str, Tensor]:
+        """The final norm's tensors by full name."""
+        return {f"{self.decoder.final_norm.name}.{part}": tensor for part, tensor in self.norm.items()}
+
+    def head(self, start: int, stop: int) -> Tensor:
+        """Rows ``[stop − start, d]`` of the head, float32."""
+        return self._head[start:stop].float()
 
     def _table(self, checkpoint: Checkpoint, name: str, specs: Mapping[str, LinearSpec]) -> Tensor:
         """The embedding or the head ``[V, d]``; one in codes is rounded to what the model computes in."""
@@ -178,7 +181,7 @@ class StudentBlock(nn.Module):
         self.weights = nn.ModuleList(self._trained(linear.name, train) for linear in self.layer.linears())
         self._number = {linear.name: number for number, linear in enumerate(self.layer.linears())}
         self._bias = dict(zip((x.name for x in self.layer.linears() if x.bias), self.biases, strict=True))
-        self._inputs = {name: self._input(name) for name in self._number}
+        self._inputs = {name: input_of(checkpoint, specs, self.layer.prefix + name, device) for name in self._number}
         weights = sum(x.shape[0] * x.shape[1] for x in self.layer.linears()) * len(decoder.layers)
         self._keeps = 2 * weights <= KEPT_SHARE * memory_bytes()
         self._kept: dict[str, tuple[Quantised, Tensor | None]] = {}
@@ -273,27 +276,6 @@ class StudentBlock(nn.Module):
         """Codes and mask as the file has them."""
         return unpacked(spec, self._tensors(name, spec))
 
-    def _input(self, name: str) -> QuantisedInput:
-        spec = self._specs.get(self.layer.prefix + name)
-        if spec is None:
-            return QuantisedInput((), None)
-        tensors = {suffix: self._read(f"{name}.{suffix}") for suffix in spec.input_tensors()}
-        return QuantisedInput(
-            self._transforms(name, spec), input_grid(spec), input_selection(spec, tensors.get("input_score"))
-        )
-
-    def _transforms(self, name: str, spec: LinearSpec) -> tuple[Transform, ...]:
-        """The maps in front of a linear; a sibling may hold their tensors."""
-        if not spec.transform:
-            return ()
-        holder = spec.transform_of or self.layer.prefix + name
-        own = self._specs[holder]
-        maps = InputTransform(own.transform, own.shape[1], self._device)
-        for suffix in own.transform_tensors():
-            place = suffix.removeprefix("transform.")
-            maps.get_buffer(place).copy_(self._checkpoint.read(f"{holder}.{suffix}"))
-        return tuple(maps.maps())
-
     def _tensors(self, name: str, spec: LinearSpec) -> dict[str, Tensor]:
         return {suffix: self._read(f"{name}.{suffix}") for suffix in spec.tensors()}
 
@@ -316,7 +298,8 @@ def unpacked(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> tuple[Quantised
 
 
 def _straight(grids: HeadGrids | None) -> Heads | None:
-    """Rounds queries, keys and values; gradients pass straight through, as in :class:`QuantisedInput`."""
+    """Rounds queries, keys and values; gradients pass straight through, as in
+    :class:`tulle.core.quantised_input.QuantisedInput`."""
     if grids is None:
         return None
 

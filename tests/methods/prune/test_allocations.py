@@ -28,6 +28,7 @@ from tulle.methods.prune.sparsegpt import SparseGPT
 from tulle.methods.prune.wanda import Wanda
 from tulle.models.batches import Batch
 from tulle.models.decoder import DecoderBlock
+from tulle.models.description import Linear, LinearGroup
 from tulle.models.rewrite import DenseModel
 
 SPARSE: dict[str, Any] = {"sparsegpt": {"sparsity": 0.6}}
@@ -111,7 +112,7 @@ def a_survey(weights: list[Tensor]) -> Survey:
     """One linear ``w`` per block; input norms 1."""
     return Survey(
         layers=len(weights), rows=lambda block, role: torch.eye(4), block=lambda i: {"w.weight": weights[i]},
-        roles={"o": ("w",)}, norms={}, prefix=lambda i: f"{i}.", hidden=4,
+        groups=[{"o": LinearGroup("o", (Linear("w", (4, 4)),))} for _ in weights], prefix=lambda i: f"{i}.", hidden=4,
         column_norm=lambda block, role: torch.ones(4),
     )  # fmt: skip
 

@@ -20,6 +20,7 @@ from tulle.core.transform import Permutation
 from tulle.errors import UserError
 from tulle.methods.contract import Survey
 from tulle.methods.prune.permute_channels import PermuteChannels
+from tulle.models.description import Linear, LinearGroup, Norm
 from tulle.text.reading import Text
 
 TEXT = Text((PROSE,), False, ("prose",))
@@ -101,7 +102,8 @@ def test_blocks_count_alike_for_the_residual_stream(score: Any) -> None:
         survey = Survey(
             layers=layers, rows=lambda block, role: torch.eye(32),
             block=lambda i: {"q.weight": weights[i]["q.weight"] * (factor if i else 1)},
-            roles={"qkv": ("q",)}, norms={"qkv": "norm"}, prefix=lambda i: f"{i}.", hidden=32,
+            groups=[{"qkv": LinearGroup("qkv", (Linear("q", (40, 32)),), Norm("norm", 1e-6))}] * layers,
+            prefix=lambda i: f"{i}.", hidden=32,
             column_norm=lambda block, role: norms[block],
         )  # fmt: skip
         PermuteChannels(score=score, effort=0.05).plan(survey, ("qkv",))

@@ -29,6 +29,7 @@ from tulle.methods.quantize.perq import PeRQ, zigzag_within_heads
 from tulle.methods.quantize.smoothquant import SmoothQuant
 from tulle.methods.quantize.spinquant import SpinQuant, cayley_step
 from tulle.methods.smoothing import smoothing
+from tulle.models.description import Linear, LinearGroup, Norm
 
 
 def a_block(x: dict[str, Tensor], seed: int = 0, heads: int = 4, kv_heads: int = 2, head_dim: int = 16) -> BlockState:
@@ -304,8 +305,9 @@ class TestSpinQuant:
 
 def a_survey(outlier: int | None = None, spoiled: str = "") -> Survey:
     g = torch.Generator().manual_seed(0)
-    roles = {"qkv": ("q", "k", "v"), "o": ("o",)}
-    tensors = {f"{n}.weight": torch.randn(64, 64, generator=g) for names in roles.values() for n in names}
+    q, k, v, o = (Linear(name, (64, 64)) for name in "qkvo")
+    groups = {"qkv": LinearGroup("qkv", (q, k, v), Norm("norm", 1e-6)), "o": LinearGroup("o", (o,))}
+    tensors = {f"{n}.weight": torch.randn(64, 64, generator=g) for group in groups.values() for n in group.names}
     tensors["norm.weight"] = torch.rand(64, generator=g) + 0.5
     if spoiled:
         tensors[f"{spoiled}.weight"][:, 3] *= 100
@@ -313,7 +315,7 @@ def a_survey(outlier: int | None = None, spoiled: str = "") -> Survey:
     if spoiled:
         x[:, 3] *= 1e-3  # the large weights matter to the grid alone
     return Survey(
-        layers=1, rows=lambda block, role: x, block=lambda index: tensors, roles=roles, norms={"qkv": "norm"},
+        layers=1, rows=lambda block, role: x, block=lambda index: tensors, groups=[groups, groups],
         prefix=lambda index: f"{index}.", hidden=64,
     )  # fmt: skip
 

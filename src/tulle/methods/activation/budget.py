@@ -65,34 +65,45 @@ class ActivationBudget(Method):
         return sorted({self.lowest, self.highest, self.share} | {s for s in tried if self.lowest < s < self.highest})
 
     def plan(self, survey: Survey, roles: tuple[str, ...]) -> None:
-        units: list[tuple[str, ...]] = [roles] if self.per == "block" else [(role,) for role in roles]
+        units = [self._units(survey, index, roles) for index in range(survey.layers)]
         levels = self.levels()
         weights = self._weights(survey, units)
         costs = self._costs(survey, units, levels)
         found = divide(np.array(levels), costs, weights, self.share)
-        for index in range(survey.layers):
-            own = found[index * len(units) : (index + 1) * len(units)].tolist()
-            for unit, share in zip(units, own, strict=True):
-                for role in unit:
-                    survey.input_sparsity |= {survey.prefix(index) + name: share for name in survey.roles[role]}
-            shares = ", ".join(f"{'+'.join(unit)} {share:.3f}" for unit, share in zip(units, own, strict=True))
+        given = iter(found.tolist())
+        for index, own in enumerate(units):
+            chosen = list(zip(own, given, strict=False))
+            for unit, share in chosen:
+                names = (name for role in unit for name in survey.groups[index][role].names)
+                survey.input_sparsity |= {survey.prefix(index) + name: share for name in names}
+            shares = ", ".join(f"{'+'.join(unit)} {share:.3f}" for unit, share in chosen)
             survey.notes.append(f"block {index}: shares of dropped inputs {shares}")
 
-    def _weights(self, survey: Survey, units: list[tuple[str, ...]]) -> np.ndarray:
-        """n ``[U]``, block by block; all blocks are of one shape."""
-        tensors = survey.block(0)
-        sizes = [sum(tensors[f"{n}.weight"].numel() for role in unit for n in survey.roles[role]) for unit in units]
-        return np.tile(np.array(sizes, dtype=np.float64), survey.layers)
+    def _units(self, survey: Survey, block: int, roles: tuple[str, ...]) -> list[tuple[str, ...]]:
+        """Roles of each unit of a block."""
+        own = tuple(dict.fromkeys(role for role, _ in survey.linears(block, roles)))
+        if self.per == "block":
+            return [own] if own else []
+        return [(role,) for role in own]
 
-    def _costs(self, survey: Survey, units: list[tuple[str, ...]], levels: list[float]) -> np.ndarray:
+    def _weights(self, survey: Survey, units: list[list[tuple[str, ...]]]) -> np.ndarray:
+        """n ``[U]``, block by block."""
+        sizes = [
+            sum(linear.shape[0] * linear.shape[1] for role in unit for linear in survey.groups[index][role].linears)
+            for index, own in enumerate(units)
+            for unit in own
+        ]
+        return np.array(sizes, dtype=np.float64)
+
+    def _costs(self, survey: Survey, units: list[list[tuple[str, ...]]], levels: list[float]) -> np.ndarray:
         """c ``[U, K]``, nats per token."""
         assert survey.costs is not None
 
         def trials(index: int, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Key, dict[str, Selection]]]:
-            for number, unit in enumerate(units):
-                widths = {role: tensors[f"{survey.roles[role][0]}.weight"].shape[1] for role in unit}
+            for number, unit in enumerate(units[index]):
+                widths = {role: survey.groups[index][role].inputs for role in unit}
                 for level in levels:
                     yield (index, number, level), {role: top_k(level, width) for role, width in widths.items()}
 
         found = survey.costs(self.tokens, inputs=trials)
-        return np.array([[found[i, u, s] for s in levels] for i in range(survey.layers) for u in range(len(units))])
+        return np.array([[found[i, u, s] for s in levels] for i, own in enumerate(units) for u in range(len(own))])

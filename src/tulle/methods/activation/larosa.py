@@ -26,7 +26,7 @@ from torch import Tensor
 from tulle.core.hessian import Hessian
 from tulle.core.transform import BlockMatrix
 from tulle.errors import UserError
-from tulle.methods.contract import Method, Stage, Survey
+from tulle.methods.contract import Method, Stage, Survey, gain
 
 
 def principal_components(moment: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,7 +55,8 @@ class LaRoSA(Method):
 
     def plan(self, survey: Survey, roles: tuple[str, ...]) -> None:
         assert survey.look is not None
-        readers = [role for role in survey.norms if role in roles and self.residual]
+        blocks = range(survey.layers) if self.residual else ()
+        readers = list(dict.fromkeys(group.role for index in blocks for group in survey.readers(index, roles)))
         rotated = [*readers, *(["o"] if self.heads and "o" in roles else [])]
         if not rotated:
             raise UserError(
@@ -73,13 +74,13 @@ class LaRoSA(Method):
         def see(index: int, tensors: dict[str, Tensor], hessians: dict[str, Hessian]) -> None:
             for hessian in hessians.values():
                 hessian.check_finite()
-            for role in readers:
-                gain = survey.gain(tensors, survey.norms[role])
-                gain = torch.where(gain == 0, torch.ones_like(gain), gain)
+            for group in survey.readers(index, readers):
+                scale = gain(tensors, group.norm)
+                scale = torch.where(scale == 0, torch.ones_like(scale), scale)
                 # Norms give out equal energy, so that all count alike.
-                stream.add_((hessians[role].matrix / gain / gain[:, None]).double().cpu())
+                stream.add_((hessians[group.role].matrix / scale / scale[:, None]).double().cpu())
             if "o" in rotated:
-                values[index] = by_kv_head(hessians["o"].matrix.cpu(), *survey.heads)
+                values[index] = by_kv_head(hessians["o"].matrix.cpu(), *survey.heads[index])
 
         survey.look(see, rotated)
         survey.values_taken |= "o" in rotated

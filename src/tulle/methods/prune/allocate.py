@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -33,11 +34,16 @@ from tulle.core.least_squares import refit_iterative
 from tulle.core.masks import check_sparsity, keep_share
 from tulle.errors import UserError
 from tulle.methods.contract import Decision, Key, Method, Stage, Survey
+from tulle.models.description import Linear
 
 DENSITIES = (0.4, 0.6, 0.8, 1.0, 1.25, 1.6, 2.0, 2.8)
 """Kept shares that are tried, as multiples of 1 − S."""
 GRID = 0.01
 """Sparsities between them are interpolated, this far apart."""
+
+
+Unit = tuple[tuple[str, Linear], ...]
+"""Roles and linears that share one sparsity."""
 
 
 class Surgeon:
@@ -102,17 +108,17 @@ class Allocate(Method):
         tried = {1 - (1 - self.sparsity) * d for d in DENSITIES}
         return sorted({self.lowest, self.highest} | {s for s in tried if self.lowest < s < self.highest})
 
-    def units(self, survey: Survey, roles: tuple[str, ...]) -> list[tuple[tuple[str, str], ...]]:
-        """(role, relative name) of the linears of each unit of a block."""
-        linears = [(role, name) for role in roles for name in survey.roles[role]]
+    def units(self, survey: Survey, block: int, roles: tuple[str, ...]) -> list[Unit]:
+        """Of a block: roles and linears of each unit."""
+        linears = survey.linears(block, roles)
         if self.per == "linear":
             return [(linear,) for linear in linears]
         if self.per == "block":
-            return [tuple(linears)]
-        return [tuple(linear for linear in linears if linear[0] == role) for role in roles]
+            return [tuple(linears)] if linears else []
+        return [tuple(own) for _, own in groupby(linears, key=lambda linear: linear[0])]
 
     def plan(self, survey: Survey, roles: tuple[str, ...]) -> None:
-        units, levels = self.units(survey, roles), self.levels()
+        units, levels = [self.units(survey, index, roles) for index in range(survey.layers)], self.levels()
         weights, bits = self._sizes(survey, units)
         costs = self._costs(survey, units, levels)
         if self.budget == "zeros":
@@ -123,39 +129,38 @@ class Allocate(Method):
             saved = (np.outer(bits, fine) - weights[:, None]).clip(0)
             gains = allocate(saved, curves, (bits * self.sparsity - weights).clip(0).sum())
             found = np.where(gains > 0, (gains + weights) / bits, self.lowest)
-        for number, s in enumerate(found.tolist()):
-            index, unit = divmod(number, len(units))
-            survey.sparsity |= {survey.prefix(index) + name: s for _, name in units[unit]}
-        for index in range(survey.layers):
-            shares = (survey.sparsity[survey.prefix(index) + name] for unit in units for _, name in unit)
-            survey.notes.append(f"block {index}: sparsities {', '.join(f'{s:.3f}' for s in shares)}")
+        shares = iter(found.tolist())
+        for index, own in enumerate(units):
+            given = [(s, linear) for unit, s in zip(own, shares, strict=False) for _, linear in unit]
+            survey.sparsity |= {survey.prefix(index) + linear.name: s for s, linear in given}
+            survey.notes.append(f"block {index}: sparsities {', '.join(f'{s:.3f}' for s, _ in given)}")
 
-    def _sizes(self, survey: Survey, units: list[tuple[tuple[str, str], ...]]) -> tuple[np.ndarray, np.ndarray]:
+    def _sizes(self, survey: Survey, units: list[list[Unit]]) -> tuple[np.ndarray, np.ndarray]:
         """Weights ``[U]`` of the units, block by block, and the bits ``[U]`` of all of them."""
         weights, bits = [], []
-        for index in range(survey.layers):
-            tensors, prefix = survey.block(index), survey.prefix(index)
-            for unit in units:
-                count = [tensors[f"{n}.weight"].numel() for _, n in unit]
-                each = [survey.kept.get(prefix + n, self.bits) for _, n in unit]
+        for index, own in enumerate(units):
+            prefix = survey.prefix(index)
+            for unit in own:
+                count = [linear.shape[0] * linear.shape[1] for _, linear in unit]
+                each = [survey.kept.get(prefix + linear.name, self.bits) for _, linear in unit]
                 weights.append(sum(count))
                 bits.append(sum(n * b for n, b in zip(count, each, strict=True)))
         return np.array(weights, dtype=np.float64), np.array(bits, dtype=np.float64)
 
-    def _costs(self, survey: Survey, units: list[tuple[tuple[str, str], ...]], levels: list[float]) -> np.ndarray:
+    def _costs(self, survey: Survey, units: list[list[Unit]], levels: list[float]) -> np.ndarray:
         """c ``[U, K]``, nats per token."""
         assert survey.costs is not None
 
         def trials(
             index: int, tensors: Mapping[str, Tensor], hessians: Mapping[str, Hessian]
         ) -> Iterator[tuple[Key, dict[str, Tensor]]]:
-            for number, unit in enumerate(units):
+            for number, unit in enumerate(units[index]):
                 surgeons = {
-                    f"{name}.weight": Surgeon(tensors[f"{name}.weight"], hessians[role], self.damping, self.steps)
-                    for role, name in unit
+                    (name := f"{linear.name}.weight"): Surgeon(tensors[name], hessians[role], self.damping, self.steps)
+                    for role, linear in unit
                 }
                 for level in levels:
                     yield (index, number, level), {name: surgeon.prune(level) for name, surgeon in surgeons.items()}
 
         found = survey.costs(self.tokens, weights=trials)
-        return np.array([[found[i, u, s] for s in levels] for i in range(survey.layers) for u in range(len(units))])
+        return np.array([[found[i, u, s] for s in levels] for i, own in enumerate(units) for u in range(len(own))])

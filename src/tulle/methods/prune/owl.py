@@ -65,11 +65,13 @@ class OWL(Method):
 
     def plan(self, survey: Survey, roles: tuple[str, ...]) -> None:
         assert survey.column_norm is not None
-        names = [(role, name) for role in roles for name in survey.roles[role]]
         shares, sizes = [], []
         for index in range(survey.layers):
             tensors = survey.block(index)
-            scores = [tensors[f"{name}.weight"].abs() * survey.column_norm(index, role) for role, name in names]
+            scores = [
+                tensors[f"{linear.name}.weight"].abs() * survey.column_norm(index, role)
+                for role, linear in survey.linears(index, roles)
+            ]
             shares.append(outlier_share(scores, self.multiple))
             sizes.append(sum(a.numel() for a in scores))
         found = owl(torch.tensor(shares), torch.tensor(sizes), self.sparsity, self.spread).tolist()
@@ -78,5 +80,5 @@ class OWL(Method):
                 raise UserError(
                     f"expected sparsities in [0, 1), found {s:.3f} for block {index}; lower the spread of owl"
                 )
-            survey.sparsity |= {survey.prefix(index) + name: s for _, name in names}
+            survey.sparsity |= {survey.prefix(index) + linear.name: s for _, linear in survey.linears(index, roles)}
             survey.notes.append(f"block {index}: {100 * d:.2f} % outliers, sparsity {s:.4f}")

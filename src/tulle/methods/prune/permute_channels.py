@@ -72,8 +72,9 @@ class PermuteChannels(Method):
 
     def plan(self, survey: Survey, roles: tuple[str, ...]) -> None:
         """One order of the residual stream, for the readers in ``roles``."""
-        wanted = [role for role in RESIDUAL if role in roles and role in survey.norms]
-        if not self.residual or not wanted:
+        wanted = [role for role in RESIDUAL if role in roles]
+        readers = [survey.readers(index, wanted) for index in range(survey.layers)]
+        if not self.residual or not any(readers):
             return
         assert survey.column_norm is not None
         if survey.residual:
@@ -82,14 +83,13 @@ class PermuteChannels(Method):
                 "mixes the channels, so leave one of the two out"
             )
         generator = torch.Generator().manual_seed(survey.seed)
-        groups = survey.layers * len(wanted)
-        share = max(MOST_SCORES // survey.hidden // groups, 64)
+        share = max(MOST_SCORES // survey.hidden // sum(map(len, readers)), 64)
         parts = []
         for index in range(survey.layers):
             tensors = survey.block(index)
-            for role in wanted:
-                weight = torch.cat([tensors[f"{name}.weight"] for name in survey.roles[role]])
-                norm = survey.column_norm(index, role) if self.score == "wanda" else None
+            for group in readers[index]:
+                weight = torch.cat([tensors[f"{name}.weight"] for name in group.names])
+                norm = survey.column_norm(index, group.role) if self.score == "wanda" else None
                 rows = torch.randperm(len(weight), generator=generator)[:share].sort().values
                 scores = self._scores(weight[rows], norm)
                 # Groups differ in scale and count alike.

@@ -102,17 +102,15 @@ class AllocateBits(Method):
         assert survey.costs is not None and survey.table is not None and survey.packed_bytes is not None
         shapes = self._shapes(survey, roles)
         tables = {role: name for role, name in survey.tables.items() if name in shapes}
-        targets = [role for role in roles if role in survey.roles]
 
         def trials(
             index: int, tensors: Mapping[str, Tensor], hessians: Mapping[str, Hessian]
         ) -> Iterator[tuple[Key, dict[str, Tensor]]]:
-            for role in targets:
-                for name in survey.roles[role]:
-                    weight = tensors[f"{name}.weight"]
-                    for number, grid in enumerate(self.grids(weight.shape[1])):
-                        rounded = self._rounded(weight, hessians[role], grid)
-                        yield (survey.prefix(index) + name, number), {f"{name}.weight": rounded}
+            for role, linear in survey.linears(index, roles):
+                name = f"{linear.name}.weight"
+                for number, grid in enumerate(self.grids(linear.shape[1])):
+                    rounded = self._rounded(tensors[name], hessians[role], grid)
+                    yield (survey.prefix(index) + linear.name, number), {name: rounded}
 
         def of_tables(role: str, hessian: Hessian) -> Iterator[tuple[Key, Tensor]]:
             role = "embedding" if role == "tied" else role
@@ -125,7 +123,7 @@ class AllocateBits(Method):
                 yield (tables[role], number), self._rounded(table, used, grid)
 
         found = survey.costs(
-            self.tokens, weights=trials if targets else None, tables=of_tables if tables else None
+            self.tokens, weights=trials if len(tables) < len(shapes) else None, tables=of_tables if tables else None
         )  # fmt: skip
         units = list(shapes)
         sizes = [[survey.packed_bytes(shapes[u], grid) for grid in self.grids(shapes[u][1])] for u in units]
@@ -136,15 +134,20 @@ class AllocateBits(Method):
         total = sum(size[k] for size, k in zip(sizes, chosen, strict=True))
         weights = sum(rows * columns for rows, columns in shapes.values())
         survey.notes.append(f"{total / 1e6:.2f} MB for {len(units)} weights, {8 * total / weights:.2f} bits each")
-        survey.notes += self._lines(survey, targets, tables)
+        survey.notes += self._lines(survey, roles, tables)
 
     def _lines(self, survey: Survey, roles: Sequence[str], tables: Mapping[str, str]) -> list[str]:
         """What was chosen, for the report."""
         lines = [f"{name}: {_named(survey.grids[name])}" for name in tables.values()]
+        blocks: dict[str, list[int]] = {}
         for role in roles:
-            for name in survey.roles[role]:
-                grids = [survey.grids[survey.prefix(index) + name] for index in range(survey.layers)]
-                lines.append(f"{name}, block by block: {', '.join(map(_named, grids))}")
+            for index in range(survey.layers):
+                for _, linear in survey.linears(index, [role]):
+                    blocks.setdefault(linear.name, []).append(index)
+        for name, own in blocks.items():
+            grids = [survey.grids[survey.prefix(index) + name] for index in own]
+            where = "block by block" if len(own) == survey.layers else f"blocks {', '.join(map(str, own))}"
+            lines.append(f"{name}, {where}: {', '.join(map(_named, grids))}")
         return lines
 
     def _shapes(self, survey: Survey, roles: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -155,11 +158,8 @@ class AllocateBits(Method):
             if role in roles or (role == "embedding" and "head" not in survey.tables and "head" in roles):
                 rows, columns = survey.table(role).shape
                 found[name] = (rows, columns)
-        tensors = survey.block(0)
         for index in range(survey.layers):
-            for name in (name for role in roles if role in survey.roles for name in survey.roles[role]):
-                rows, columns = tensors[f"{name}.weight"].shape
-                found[survey.prefix(index) + name] = (rows, columns)
+            found |= {survey.prefix(index) + linear.name: linear.shape for _, linear in survey.linears(index, roles)}
         return found
 
     def _budget(self, survey: Survey, shapes: Mapping[str, tuple[int, int]]) -> int:

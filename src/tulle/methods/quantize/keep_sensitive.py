@@ -85,14 +85,11 @@ class KeepSensitive(Method):
         siblings: dict[str, list[str]] = {}
         for index in range(survey.layers):
             tensors = survey.block(index)
-            for role in roles:
-                names = [survey.prefix(index) + name for name in survey.roles[role]]
-                for name, full in zip(survey.roles[role], names, strict=True):
-                    weight = tensors[f"{name}.weight"]
-                    x = survey.rows(index, role)
-                    grid, tokens = self._grids(weight.shape[1])
-                    scores[full] = output_error(weight, x, grid, tokens, self.error == "relative")
-                    siblings[full] = names
+            for role, linear in survey.linears(index, roles):
+                full, x = survey.prefix(index) + linear.name, survey.rows(index, role)
+                grid, tokens = self._grids(linear.shape[1])
+                scores[full] = output_error(tensors[f"{linear.name}.weight"], x, grid, tokens, self.error == "relative")
+                siblings[full] = [survey.prefix(index) + name for name in survey.groups[index][role].names]
         for name in sorted(scores, key=lambda n: (-scores[n], n))[: self.count]:
             survey.kept[name] = self.keep_bits
             note = f"{name} keeps {self.keep_bits} bits: output error {scores[name]:.3g}"

@@ -27,6 +27,7 @@ from tulle.core.paley import hadamard_block
 from tulle.core.transform import Diagonal, Hadamard, Kronecker
 from tulle.errors import UserError
 from tulle.methods.contract import BlockState, Decision, Method, Stage, Survey
+from tulle.models.description import require_plain_values
 
 
 def random_signs(count: int, generator: torch.Generator) -> Tensor:
@@ -64,6 +65,8 @@ class QuaRot(Method):
                     "expected one step that changes the basis of the values, found quarot after another; it would mix "
                     "them again, so leave one of the two out (heads: false)"
                 )
+            for groups in survey.groups:
+                require_plain_values(groups["o"].producers)
             survey.values_taken = True
         if not self.residual:
             return

@@ -28,7 +28,7 @@ from tulle.core.paley import hadamard_block
 from tulle.core.token_grid import TokenGrid
 from tulle.core.transform import BlockMatrix
 from tulle.errors import UserError
-from tulle.methods.contract import Method, Stage, Statistic, Survey
+from tulle.methods.contract import Method, Stage, Statistic, Survey, gain
 from tulle.methods.learning import fake_quantise, fake_tokens
 
 
@@ -102,12 +102,12 @@ class SpinQuant(Method):
         tensors = survey.block(index)
         total = torch.zeros(())
         grid = Grid(self.bits, None, self.symmetric)
-        for role, norm in survey.norms.items():
-            gain = survey.gain(tensors, norm)
-            x = survey.rows(index, role) / torch.where(gain == 0, torch.ones_like(gain), gain)
+        for group in survey.readers(index):
+            scale = gain(tensors, group.norm)
+            x = survey.rows(index, group.role) / torch.where(scale == 0, torch.ones_like(scale), scale)
             tokens = fake_tokens(x @ rotation, TokenGrid(self.input_bits, self.input_symmetric, self.input_clip))
-            for name in survey.roles[role]:
-                weight = tensors[f"{name}.weight"] * gain
+            for name in group.names:
+                weight = tensors[f"{name}.weight"] * scale
                 rotated = weight @ rotation
                 low, high = extremes(rotated, grid)
                 rounded = fake_quantise(rotated, low, high, self.bits, self.symmetric)
