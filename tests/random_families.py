@@ -326,7 +326,8 @@ def _granitemoehybrid(config: dict[str, Any], draw: random.Random, head_dim: int
     _drawn(config, draw, mamba_conv_bias=[False, True], mamba_proj_bias=[False, _biased_padding(seed)])
     _drawn(config, draw, shared_intermediate_size=[12, 20])
     _drawn(config, draw, position_embedding_type=[None, "nope", "rope"], rms_norm_eps=[1e-6, 1e-2])
-    config["layer_types"] = draw.sample(draw.choice([["mamba", "attention"], ["linear_attention", "full_attention"]]), 2)
+    kinds = draw.choice([["mamba", "attention"], ["linear_attention", "full_attention"]])
+    config["layer_types"] = draw.sample(kinds, LAYERS)
     if draw.random() < 0.5:
         config["time_step_limit"] = [0.3, 0.9]
 

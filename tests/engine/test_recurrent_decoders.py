@@ -82,7 +82,8 @@ LAYOUTS += [(family, layout) for family in OTHERS for layout in ("auto", "sparse
 def test_packed(folders: dict[str, Path], family: str, layout: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     output = tmp_path_factory.getbasetemp() / f"packed-{family}"
     if not output.exists():
-        compress(folders[family], {"calibration": {"samples": 2, "length": 24}, "steps": STEPS}, output, calibration=TEXT)
+        recipe = {"calibration": {"samples": 2, "length": 24}, "steps": STEPS}
+        compress(folders[family], recipe, output, calibration=TEXT)
     expected = wanted(output, TOKENS, packed=True)
     found = Engine(output, threads=2, cache="f32", head="as stored", layout=layout).forward(TOKENS)
     assert difference(found, expected) <= 5e-3  # inputs are rounded to 16 bits

@@ -1,5 +1,5 @@
-"""Mamba-2's state space model: Dao & Gu 2024, "Transformers are SSMs: Generalized Models and Efficient Algorithms Through
-Structured State Space Duality".
+"""Mamba-2's state space model: Dao & Gu 2024, "Transformers are SSMs: Generalized Models and Efficient Algorithms
+Through Structured State Space Duality".
 
 A state H ``[N, P]`` per head forgets by e^{g_t} and takes in an outer product; c reads it:
 
@@ -19,8 +19,8 @@ CHUNK = 64
 
 
 def state_space(x: Tensor, g: Tensor, b: Tensor, c: Tensor, chunk: int = CHUNK) -> Tensor:
-    """y ``[B, H, T, P]`` of x ``[B, H, T, P]``, times its step, g ≤ 0 ``[B, H, T]``, and b and c ``[B, H, T, N]``, from a
-    state of zeros; float32."""
+    """y ``[B, H, T, P]`` of x ``[B, H, T, P]``, times its step, g ≤ 0 ``[B, H, T]``, and b and c ``[B, H, T, N]``, from
+    a state of zeros; float32."""
     state = x.new_zeros(*x.shape[:2], b.shape[-1], x.shape[-1])
     found = []
     for one_x, one_g, one_b, one_c in zip(*(part.split(chunk, 2) for part in (x, g, b, c)), strict=True):

@@ -232,8 +232,13 @@ def _recurrent(
 
 def _convolution(own: Mapping[str, Floats], name: str, silu: bool) -> CausalConvolution:
     taps, bias = own[f"{name}.weight"][:, 0], own.get(f"{name}.bias")
-    flat = np.ascontiguousarray(taps.T).reshape(-1)
-    return CausalConvolution(*taps.shape, flat, None if bias is None else np.ascontiguousarray(bias), silu)
+    return CausalConvolution(
+        channels=len(taps),
+        kernel=taps.shape[1],
+        taps=np.ascontiguousarray(taps.T).reshape(-1),
+        bias=None if bias is None else np.ascontiguousarray(bias),
+        silu=silu,
+    )
 
 
 def _norm(source: Source, norm: Norm | None, prefix: str, size: int) -> NativeNorm | None:

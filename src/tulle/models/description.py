@@ -341,7 +341,7 @@ def _convolution(name: str, channels: int, kernel: int, bias: bool) -> dict[str,
 
 @dataclass(frozen=True)
 class ShortConvolution:
-    """Gated short convolution (Liquid AI 2025, "LFM2 Technical Report"): of the parts B, C and x of one linear's output,
+    """Gated short convolution (Liquid AI 2025, "LFM2 Technical Report"): of the parts B, C and x that one linear gives,
     C ⊙ conv(B ⊙ x), the convolution being causal, of ``kernel`` tokens and channel by channel."""
 
     channels: int

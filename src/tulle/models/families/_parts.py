@@ -125,8 +125,8 @@ def build_decoder(
     """A decoder of layers with attention and a feed-forward; refuses unread keys.
 
     ``feed_forward``: of every layer, or a list. ``names`` changes the linears' own names (``o_proj``, ``up_proj`` …),
-    ``shared_names`` those of shared experts. Roles in ``fused`` (``qkv``, ``gate_up``) are one tensor, ``qkv_proj`` and ``gate_up_proj``. ``tied``: the family's
-    default. ``outer``: fields of :class:`Decoder`.
+    ``shared_names`` those of shared experts. Roles in ``fused`` (``qkv``, ``gate_up``) are one tensor, ``qkv_proj`` and
+    ``gate_up_proj``, but in experts. ``tied``: the family's default. ``outer``: fields of :class:`Decoder`.
     """
     layers = []
     called = names or {}

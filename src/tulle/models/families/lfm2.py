@@ -63,6 +63,7 @@ def width(keys: ConfigKeys) -> int:
 def skip_unread(keys: ConfigKeys) -> None:
     """Keys of the first files that say what is so anyway."""
     for key, other in SAID_TWICE.items():
+        keys.raw(key)
         if other in keys.config:
             keys.only(key, keys.config[other])
     for key in ("block_use_swiglu", "use_pos_enc"):
