@@ -46,6 +46,7 @@ EXPERTS = (
     "granitemoe",
     "granitemoehybrid",
     "mixtral",
+    "nemotron_h",
     "olmoe",
     "qwen2_moe",
     "qwen3_5_moe_text",
@@ -214,6 +215,19 @@ def _ministral3(config: dict[str, Any], draw: random.Random, head_dim: int, seed
 def _nemotron(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
     _drawn(config, draw, head_dim=[8, 16], attention_bias=[False, True], mlp_bias=[False, True])
     _drawn(config, draw, partial_rotary_factor=[0.5, 1.0], hidden_act=["relu2", "gelu"])
+
+
+def _nemotron_h(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    config.pop("rope_theta"), config.pop("num_hidden_layers")
+    config |= {"n_routed_experts": 8, "moe_intermediate_size": 12, "tie_word_embeddings": False}
+    _drawn(config, draw, head_dim=[8, 16], mlp_bias=[False, True], mlp_hidden_act=["relu2", "silu"])
+    _drawn(config, draw, mamba_num_heads=[2, 4], mamba_head_dim=[8, 12], n_groups=[1, 2], ssm_state_size=[4, 12])
+    _drawn(config, draw, use_conv_bias=[False, True], use_bias=[False, _biased_padding(seed)], conv_kernel=[2, 4])
+    _drawn(config, draw, layer_norm_epsilon=[1e-5, 1e-2], time_step_min=[0.001, 0.4], num_experts_per_tok=[1, 3])
+    _drawn(config, draw, norm_topk_prob=[True, False], moe_shared_expert_intermediate_size=[12, 20])
+    config["n_group"], config["topk_group"] = draw.choice([(1, 1), (2, 1), (4, 2)])
+    config["routed_scaling_factor"] = draw.choice([1.0, 2.5])
+    config["hybrid_override_pattern"] = draw.choice(["M-*E", "MM*-", "E*M-"])
 
 
 def _olmo2(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:

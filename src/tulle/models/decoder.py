@@ -26,6 +26,7 @@ from tulle.errors import UserError
 from tulle.models.batches import real_tokens
 from tulle.models.description import XIELU as XIELU_SHAPES
 from tulle.models.description import (
+    Absent,
     Attention,
     Decoder,
     GatedDeltaNet,
@@ -189,6 +190,10 @@ class DecoderBlock(nn.Module):
         yielded :class:`GroupInput` holds tensors of the sequence.
         """
         layer = self.layer
+        if isinstance(layer.mixer, Absent):
+            rest = self._feed_forward_alone(hidden.to(self.dtype))
+            del hidden
+            return (yield from rest)
         given = self._given("qkv", hidden.to(self.dtype), layer.mixer_norm)
         del hidden
         if isinstance(layer.mixer, LatentAttention):
@@ -200,13 +205,30 @@ class DecoderBlock(nn.Module):
         (y,) = yield given
         y = self._added(y, layer.mixer_norm_after)
         feed_forward = layer.feed_forward
+        if isinstance(feed_forward, Absent):
+            return given.residual + y
         first = "router" if isinstance(feed_forward, Mixture) else "gate_up"
         if layer.parallel:
             given = self._given(first, given.residual, layer.feed_forward_norm or layer.mixer_norm)
             given.residual = given.residual + y
         else:
             given = self._given(first, given.residual + y, layer.feed_forward_norm)
-        del y
+        rest = self._feed_forward_steps(given, feed_forward)
+        del given, y
+        return (yield from rest)
+
+    def _feed_forward_alone(self, hidden: Tensor) -> Steps:
+        """Of a layer without a mixer."""
+        feed_forward = self.layer.feed_forward
+        assert not isinstance(feed_forward, Absent)
+        first = "router" if isinstance(feed_forward, Mixture) else "gate_up"
+        rest = self._feed_forward_steps(self._given(first, hidden, self.layer.feed_forward_norm), feed_forward)
+        del hidden
+        return (yield from rest)
+
+    def _feed_forward_steps(self, given: GroupInput, feed_forward: GatedMLP | PlainMLP | Mixture) -> Steps:
+        """From the feed-forward's input on."""
+        layer = self.layer
         if isinstance(feed_forward, Mixture):
             return (yield from self._mixture_steps(given, feed_forward))
         inner = self._inner(feed_forward, (yield given))
@@ -347,7 +369,7 @@ class DecoderBlock(nn.Module):
     def _mix(self, outputs: tuple[Tensor, ...], heads: Heads | None, valid: Tensor | None) -> Tensor:
         """What the mixer's last linear reads, of its first linears' outputs."""
         mixer = self.layer.mixer
-        assert not isinstance(mixer, LatentAttention)
+        assert not isinstance(mixer, LatentAttention | Absent)
         if isinstance(mixer, GatedDeltaNet):
             return self._delta(mixer, valid, *(by_kind(mixer, *outputs) if mixer.fused else outputs))
         if isinstance(mixer, ShortConvolution):

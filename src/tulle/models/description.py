@@ -470,9 +470,9 @@ class Mixture:
     for every token, by σ of the output of ``shared_gate`` where there is one."""
 
     router: Router
-    expert: GatedMLP
+    expert: GatedMLP | PlainMLP
     """What all are alike in; its ``name`` is that of their list."""
-    shared: GatedMLP | None = None
+    shared: GatedMLP | PlainMLP | None = None
     shared_gate: Linear | None = None
     inner_norm: None = None
 
@@ -495,8 +495,28 @@ XIELU: dict[str, tuple[int, ...]] = {"alpha_p": (1,), "alpha_n": (1,), "beta": (
 """xIELU's numbers (Huang & Schlag 2024, equation 6), with their shapes in a checkpoint."""
 
 
-Mixer = Attention | LatentAttention | GatedDeltaNet | ShortConvolution | Mamba2
+@dataclass(frozen=True)
+class Absent:
+    """The part that a layer does not have where it is a mixer or a feed-forward alone (Nemotron-H)."""
+
+    name: str = ""
+    rotary: None = None
+    inner_norm: None = None
+    intermediate: int = 0
+    activation: str = "silu"
+
+    @property
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    def norms(self) -> list[tuple[Norm, int]]:
+        return []
+
+
+Mixer = Attention | LatentAttention | GatedDeltaNet | ShortConvolution | Mamba2 | Absent
 """What mixes tokens in a layer."""
+FeedForward = GatedMLP | PlainMLP | Mixture | Absent
+"""What a layer does to every token by itself."""
 
 
 @dataclass(frozen=True)
@@ -509,7 +529,7 @@ class Layer:
     """Of its tensors' full names, with the dot."""
     hidden: int
     mixer: Mixer
-    feed_forward: GatedMLP | PlainMLP | Mixture
+    feed_forward: FeedForward
     mixer_norm: Norm | None
     feed_forward_norm: Norm | None
     """None in a parallel layer: the feed-forward reads what the mixer reads."""
@@ -535,7 +555,7 @@ class Layer:
         """Query heads, KV heads and head_dim; channels that no head keeps together count as those of one."""
         if isinstance(self.mixer, Attention):
             return self.mixer.heads, self.mixer.kv_heads, self.mixer.head_dim
-        return 1, 1, self.group("o").inputs
+        return 1, 1, 1 if isinstance(self.mixer, Absent) else self.group("o").inputs
 
     def group(self, role: str) -> LinearGroup:
         return next(group for group in self.groups if group.role == role)

@@ -11,9 +11,11 @@ from tulle.errors import UserError
 from tulle.models.config_keys import ConfigKeys, positive, same
 from tulle.models.description import (
     ACTIVATIONS,
+    Absent,
     Attention,
     Decoder,
     Expert,
+    FeedForward,
     GatedDeltaNet,
     GatedMLP,
     LatentAttention,
@@ -105,7 +107,7 @@ def build_decoder(
     *,
     hidden: int,
     attention: Sequence[Mixer],
-    feed_forward: GatedMLP | PlainMLP | Sequence[GatedMLP | Mixture],
+    feed_forward: GatedMLP | PlainMLP | Sequence[FeedForward],
     norms: Norms,
     final_norm: Norm,
     rotary: Mapping[str, Rotary],
@@ -114,6 +116,7 @@ def build_decoder(
     qkv_bias: bool = False,
     o_bias: bool = False,
     mlp_bias: bool = False,
+    expert_bias: bool | None = None,
     names: Mapping[str, str] | None = None,
     shared_names: Mapping[str, str] | None = None,
     fused: tuple[str, ...] = (),
@@ -126,14 +129,16 @@ def build_decoder(
 
     ``feed_forward``: of every layer, or a list. ``names`` changes the linears' own names (``o_proj``, ``up_proj`` …),
     ``shared_names`` those of shared experts. Roles in ``fused`` (``qkv``, ``gate_up``) are one tensor, ``qkv_proj`` and
-    ``gate_up_proj``, but in experts. ``tied``: the family's default. ``outer``: fields of :class:`Decoder`.
+    ``gate_up_proj``, but in experts. ``expert_bias`` None: as ``mlp_bias``. ``tied``: the family's default. ``outer``: fields of :class:`Decoder`.
     """
     layers = []
     called = names or {}
     feed_forwards = feed_forward if isinstance(feed_forward, Sequence) else [feed_forward] * len(attention)
     for index, (mixer, mlp) in enumerate(zip(attention, feed_forwards, strict=True)):
         mixing: tuple[LinearGroup, ...]
-        if isinstance(mixer, GatedDeltaNet):
+        if isinstance(mixer, Absent):
+            mixing = ()
+        elif isinstance(mixer, GatedDeltaNet):
             mixing = _delta(mixer, hidden, norms.mixer)
         elif isinstance(mixer, Mamba2):
             mixing = _in_and_out(mixer.name, sum(mixer.outputs), mixer.widths[0], hidden, mixer.bias, norms.mixer)
@@ -145,15 +150,19 @@ def build_decoder(
             mixing = _attention(mixer, hidden, qkv_bias, o_bias, norms.mixer, "qkv" in fused, called)
         read = norms.mixer if parallel else norms.feed_forward
         experts: tuple[Expert, ...] = ()
-        if isinstance(mlp, Mixture):
+        if isinstance(mlp, Absent):
+            groups = mixing
+        elif isinstance(mlp, Mixture):
             groups = (*mixing, *_routed(mlp, hidden, mlp_bias, read, "gate_up" in fused, shared_names or {}))
-            experts = _experts(mlp, hidden, mlp_bias, read, called)
+            experts = _experts(mlp, hidden, mlp_bias if expert_bias is None else expert_bias, read, called)
         else:
             groups = (*mixing, *_feed_forward(mlp, hidden, mlp_bias, read, "gate_up" in fused, called))
         layers.append(
             Layer(
-                index, f"model.layers.{index}.", hidden, mixer, mlp, norms.mixer, norms.feed_forward, groups,
-                norms.mixer_after, norms.feed_forward_after, residual_scale, parallel, experts,
+                index, f"model.layers.{index}.", hidden, mixer, mlp,
+                None if isinstance(mixer, Absent) else norms.mixer,
+                None if isinstance(mlp, Absent) else norms.feed_forward,
+                groups, norms.mixer_after, norms.feed_forward_after, residual_scale, parallel, experts,
             )
         )  # fmt: skip
     found = Decoder(
