@@ -204,8 +204,13 @@ def command_sections(group: Any, path: str) -> Iterable[str]:
         yield "\n".join([lines[0], f"Usage: `{usage}`\n", *lines[1:], table(("option", "default", "meaning"), rows)])
 
 
-NEEDED = {"deepseek_v2": {"num_experts_per_tok": 6}, "glm4_moe": {"head_dim": 128}}
-"""Keys without which a family's defaults are no model."""
+NEEDED: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"num_experts_per_tok": 6},
+    "glm4_moe": {"head_dim": 128},
+    "granitemoehybrid": {"num_hidden_layers": 2, "layer_types": ["mamba", "attention"]},
+    "lfm2": {"full_attn_idxs": [2]},
+}
+"""Keys without which a family's defaults are no model, or none that people use."""
 
 
 def model_families() -> str:

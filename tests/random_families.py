@@ -35,7 +35,7 @@ DENSE = (
     "stablelm",
     "starcoder2",
 )
-HYBRID = ("qwen3_5_text",)
+HYBRID = ("lfm2", "qwen3_5_text")
 """With recurrent states."""
 EXPERTS = (
     "deepseek_v2",
@@ -44,7 +44,9 @@ EXPERTS = (
     "glm4_moe_lite",
     "gpt_oss",
     "granitemoe",
+    "granitemoehybrid",
     "mixtral",
+    "nemotron_h",
     "olmoe",
     "qwen2_moe",
     "qwen3_5_moe_text",
@@ -184,6 +186,21 @@ def _hunyuan_v1_dense(config: dict[str, Any], draw: random.Random, head_dim: int
         config["rope_scaling"] = {"rope_type": "dynamic", "factor": 2.0}
 
 
+def _biased_padding(seed: int) -> bool:
+    """Whether transformers may let biases of padding into convolutions: not of seeds that are padded at the left."""
+    return seed > 1
+
+
+def _lfm2(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    _drawn(config, draw, conv_bias=[False, _biased_padding(seed)], conv_L_cache=[2, 3, 4], norm_eps=[1e-5, 1e-2])
+    _drawn(config, draw, block_auto_adjust_ff_dim=[False, True], block_ffn_dim_multiplier=[1.0, 1.3])
+    config |= {"block_multiple_of": 8, "layer_types": draw.sample(["conv", "full_attention"], LAYERS)}
+    if seed % 2:  # as the first files have it
+        del config["layer_types"]
+        config |= {"full_attn_idxs": [draw.choice([0, 1])], "block_ff_dim": 20, "theta": config["rope_theta"]}
+    _stretched(config, draw, head_dim, seed)
+
+
 def _ministral3(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
     _drawn(config, draw, head_dim=[8, 16], sliding_window=[None, 4])
     del config["rope_theta"]
@@ -198,6 +215,19 @@ def _ministral3(config: dict[str, Any], draw: random.Random, head_dim: int, seed
 def _nemotron(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
     _drawn(config, draw, head_dim=[8, 16], attention_bias=[False, True], mlp_bias=[False, True])
     _drawn(config, draw, partial_rotary_factor=[0.5, 1.0], hidden_act=["relu2", "gelu"])
+
+
+def _nemotron_h(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    config.pop("rope_theta"), config.pop("num_hidden_layers")
+    config |= {"n_routed_experts": 8, "moe_intermediate_size": 12, "tie_word_embeddings": False}
+    _drawn(config, draw, head_dim=[8, 16], mlp_bias=[False, True], mlp_hidden_act=["relu2", "silu"])
+    _drawn(config, draw, mamba_num_heads=[2, 4], mamba_head_dim=[8, 12], n_groups=[1, 2], ssm_state_size=[4, 12])
+    _drawn(config, draw, use_conv_bias=[False, True], use_bias=[False, _biased_padding(seed)], conv_kernel=[2, 4])
+    _drawn(config, draw, layer_norm_epsilon=[1e-5, 1e-2], time_step_min=[0.001, 0.4], num_experts_per_tok=[1, 3])
+    _drawn(config, draw, norm_topk_prob=[True, False], moe_shared_expert_intermediate_size=[12, 20])
+    config["n_group"], config["topk_group"] = draw.choice([(1, 1), (2, 1), (4, 2)])
+    config["routed_scaling_factor"] = draw.choice([1.0, 2.5])
+    config["hybrid_override_pattern"] = draw.choice(["M-*E", "MM*-", "E*M-"])
 
 
 def _olmo2(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
@@ -296,6 +326,24 @@ def _granitemoe(config: dict[str, Any], draw: random.Random, head_dim: int, seed
     _experts(config, draw, "num_local_experts")
     _drawn(config, draw, embedding_multiplier=[1.0, 12], logits_scaling=[1.0, 8.0], residual_multiplier=[0.22, 1.0])
     _drawn(config, draw, attention_multiplier=[0.3, 0.015625], attention_bias=[False, True])
+
+
+def _granitemoehybrid(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    _granitemoe(config, draw, head_dim, seed)
+    del config["use_sliding_window"]
+    if seed % 2 == 0:
+        config |= {"num_local_experts": 0, "num_experts_per_tok": 0}
+    heads, expand = draw.choice([2, 4]), draw.choice([1, 2])
+    config |= {"mamba_n_heads": heads, "mamba_expand": expand, "mamba_d_head": draw.choice(["auto", None])}
+    config["mamba_d_head"] = config["mamba_d_head"] or expand * config["hidden_size"] // heads
+    _drawn(config, draw, mamba_n_groups=[1, 2], mamba_d_state=[4, 12], mamba_d_conv=[2, 4], mamba_chunk_size=[8, 256])
+    _drawn(config, draw, mamba_conv_bias=[False, True], mamba_proj_bias=[False, _biased_padding(seed)])
+    _drawn(config, draw, shared_intermediate_size=[12, 20])
+    _drawn(config, draw, position_embedding_type=[None, "nope", "rope"], rms_norm_eps=[1e-6, 1e-2])
+    kinds = draw.choice([["mamba", "attention"], ["linear_attention", "full_attention"]])
+    config["layer_types"] = draw.sample(kinds, LAYERS)
+    if draw.random() < 0.5:
+        config["time_step_limit"] = [0.3, 0.9]
 
 
 def _gpt_oss(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:

@@ -143,15 +143,39 @@ tulle::Norm norm(nb::handle from, std::size_t n, Kept& kept) {
   return found;
 }
 
-// A DeltaNet, its convolution [kernel · channels].
+tulle::CausalConvolution convolution(nb::handle from, Kept& kept) {
+  tulle::CausalConvolution found;
+  found.channels = size(from, "channels");
+  found.kernel = size(from, "kernel");
+  found.taps = array_of<float>(from, "taps", found.kernel * found.channels, kept);
+  found.bias = array_of<float>(from, "bias", found.channels, kept);
+  found.silu = get<bool>(from, "silu");
+  return found;
+}
+
+tulle::Mamba2 mamba(nb::handle from, Kept& kept) {
+  tulle::Mamba2 found;
+  found.heads = size(from, "heads");
+  found.head_dim = size(from, "head_dim");
+  found.groups = size(from, "groups");
+  found.state = size(from, "state");
+  found.convolution = convolution(field(from, "convolution"), kept);
+  found.decay = array_of<float>(from, "decay", found.heads, kept);
+  found.step_bias = array_of<float>(from, "step_bias", found.heads, kept);
+  found.skip = array_of<float>(from, "skip", found.heads, kept);
+  found.least = get<float>(from, "least");
+  found.most = get<float>(from, "most");
+  found.norm = norm(field(from, "norm"), found.width(), kept);
+  return found;
+}
+
 tulle::DeltaNet delta_net(nb::handle from, Kept& kept) {
   tulle::DeltaNet net;
   net.key_heads = size(from, "key_heads");
   net.value_heads = size(from, "value_heads");
   net.key_dim = size(from, "key_dim");
   net.value_dim = size(from, "value_dim");
-  net.kernel = size(from, "kernel");
-  net.convolution = array_of<float>(from, "convolution", net.kernel * net.channels(), kept);
+  net.convolution = convolution(field(from, "convolution"), kept);
   net.decay = array_of<float>(from, "decay", net.value_heads, kept);
   net.step_bias = array_of<float>(from, "step_bias", net.value_heads, kept);
   net.norm = norm(field(from, "norm"), net.value_dim, kept);
@@ -197,10 +221,15 @@ tulle::Layer layer(nb::handle from, const tulle::Model& m, Kept& kept) {
   l.key_norm = norm(field(from, "key_norm"), m.norm_all_heads ? kv : m.head_dim, kept);
   l.output_norm = norm(field(from, "output_norm"), q, kept);
   l.sinks = array_of<float>(from, "sinks", m.heads, kept);
-  const nb::object delta = field(from, "delta");
-  if (!delta.is_none()) {
-    l.mixer = tulle::Mixer::delta_net;
-    l.delta = delta_net(delta, kept);
+  const nb::object recurrent = field(from, "recurrent");
+  if (!recurrent.is_none()) {
+    static const char* kinds[] = {"attention", "delta_net", "short_convolution", "mamba2"};
+    l.mixer = one_of<tulle::Mixer>(kinds, "kind of a mixer", get<std::string>(recurrent, "kind"));
+    if (l.mixer == tulle::Mixer::delta_net) l.delta = delta_net(recurrent, kept);
+    if (l.mixer == tulle::Mixer::mamba2) l.mamba = mamba(recurrent, kept);
+    if (l.mixer == tulle::Mixer::short_convolution) {
+      l.short_convolution.convolution = convolution(field(recurrent, "convolution"), kept);
+    }
   }
   l.window = get<std::size_t>(from, "window");
   l.rotary = get<int>(from, "rotary");

@@ -47,7 +47,7 @@ ROTATION |= {"starcoder2"}
 """Families whose residual stream cannot be rotated."""
 LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
 """Families whose values come of the vector that gives the keys."""
-MIXED = ("bitnet", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", *LATENT)
+MIXED = ("bitnet", "granitemoehybrid", "lfm2", "nemotron_h", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", *LATENT)
 """Families whose values cannot be rotated: they do not reach o as they are."""
 REASONS = ("rotat", "one expert at a time")
 

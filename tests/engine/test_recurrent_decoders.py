@@ -17,8 +17,20 @@ from tulle.engine import Engine, Request
 from tulle.errors import UserError
 
 FAMILY = "qwen3_5_text"
-# Value channels of several vectors and a part of one; three value heads to a key head.
-WIDE = {"linear_key_head_dim": 24, "linear_value_head_dim": 88, "linear_num_key_heads": 2, "linear_num_value_heads": 6}
+# Channels of several vectors and a part of one.
+ATTENTION = {"hidden_size": 88, "num_attention_heads": 2, "num_key_value_heads": 1}
+WIDE: dict[str, dict[str, Any]] = {
+    # Three value heads to a key head.
+    FAMILY: {
+        "linear_key_head_dim": 24, "linear_value_head_dim": 88, "linear_num_key_heads": 2, "linear_num_value_heads": 6,
+    },
+    "lfm2": ATTENTION,
+    "granitemoehybrid": ATTENTION | {
+        "num_local_experts": 0, "mamba_expand": 2, "mamba_n_heads": 2, "mamba_d_head": 88, "mamba_d_state": 24,
+        "mamba_n_groups": 2,
+    },
+}  # fmt: skip
+OTHERS = [family for family in WIDE if family != FAMILY]
 STEPS: list[dict[str, Any]] = [
     {"sparsegpt": {"sparsity": 0.5}}, {"gptq": {"bits": 4, "group_size": "auto-32"}},
 ]  # fmt: skip
@@ -26,12 +38,23 @@ PROMPT = list(b"A prompt that others begin with, too.")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_family(tmp_path_factory.mktemp("hybrid") / "m", FAMILY, 2, max_position_embeddings=192, **WIDE)
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    parent = tmp_path_factory.mktemp("hybrid")
+    return {
+        family: write_family(parent / family, family, 2, max_position_embeddings=192, **changes)
+        for family, changes in WIDE.items()
+    }
 
 
+@pytest.fixture(scope="module")
+def folder(folders: dict[str, Path]) -> Path:
+    return folders[FAMILY]
+
+
+@pytest.mark.parametrize("family", WIDE)
 @pytest.mark.parametrize("threads", [1, 3])
-def test_wide_heads(folder: Path, threads: int) -> None:
+def test_wide_heads(folders: dict[str, Path], family: str, threads: int) -> None:
+    folder = folders[family]
     expected = wanted(folder, TOKENS)
     engine = Engine(folder, threads, sequences=2, cache="f32", head="as stored")
     assert difference(engine.forward(TOKENS), expected) <= 5e-5
@@ -44,17 +67,23 @@ def test_wide_heads(folder: Path, threads: int) -> None:
     assert difference(np.concatenate(rows), expected) <= 5e-5
 
 
-def test_instruction_sets_agree(folder: Path, tmp_path: Path) -> None:
-    first, *others = logits_by_isa(folder, tmp_path, f"engine.forward({TOKENS})")
+@pytest.mark.parametrize("family", WIDE)
+def test_instruction_sets_agree(folders: dict[str, Path], family: str, tmp_path: Path) -> None:
+    first, *others = logits_by_isa(folders[family], tmp_path, f"engine.forward({TOKENS})")
     for other in others:
         assert difference(other, first) < 1e-5
 
 
-@pytest.mark.parametrize("layout", ["auto", "sparse", "dense", "input-major"])
-def test_packed(folder: Path, layout: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    output = tmp_path_factory.getbasetemp() / "hybrid-packed"
+LAYOUTS = [(FAMILY, layout) for layout in ("auto", "sparse", "dense", "input-major")]
+LAYOUTS += [(family, layout) for family in OTHERS for layout in ("auto", "sparse", "input-major")]
+
+
+@pytest.mark.parametrize(("family", "layout"), LAYOUTS)
+def test_packed(folders: dict[str, Path], family: str, layout: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    output = tmp_path_factory.getbasetemp() / f"packed-{family}"
     if not output.exists():
-        compress(folder, {"calibration": {"samples": 2, "length": 24}, "steps": STEPS}, output, calibration=TEXT)
+        recipe = {"calibration": {"samples": 2, "length": 24}, "steps": STEPS}
+        compress(folders[family], recipe, output, calibration=TEXT)
     expected = wanted(output, TOKENS, packed=True)
     found = Engine(output, threads=2, cache="f32", head="as stored", layout=layout).forward(TOKENS)
     assert difference(found, expected) <= 5e-3  # inputs are rounded to 16 bits
@@ -104,6 +133,17 @@ def test_what_others_computed_changes_no_bit(folder: Path, alone: Alone) -> None
     for sequence in sequences:
         engine.scheduler.cancel(sequence)
     assert [one[:2] for one in said(engine, third, turn)] == [alone(third), alone(turn)]
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_a_snapshot_changes_no_bit(folders: dict[str, Path], family: str) -> None:
+    """Of what others computed, and of prompts that run together."""
+    prompts = [[*PROMPT, *end] for end in (b"One?", b"Two, or more of them?")]
+    alone = [said(Engine(folders[family], 1, cache="f32"), prompt)[0][:2] for prompt in prompts]
+    engine = Engine(folders[family], 1, sequences=2, cache="f32")
+    assert said(engine, prompts[0])[0] == (*alone[0], 0)
+    for (tokens, logprobs, known), expected in zip(said(engine, *prompts), alone, strict=True):
+        assert (tokens, logprobs) == expected and known == len(PROMPT) // 16 * 16
 
 
 def test_memory_counts_states(folder: Path, alone: Alone) -> None:

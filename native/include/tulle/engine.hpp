@@ -1,6 +1,7 @@
 // A decoder on the engine's linears: tokens in, logits out, keys and values kept.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -60,12 +61,26 @@ struct Norm {
 
 constexpr std::size_t kMostTaps = 16;
 
-// Linear attention by the gated delta rule (src/tulle/core/delta_rule.py). Behind the linears' queries, keys and values
-// come a gate z for every value channel, and b and a for every value head: β = σ(b), g = decay · softplus(a + step_bias).
+// A causal convolution along the tokens that keeps channels apart.
+struct CausalConvolution {
+  std::size_t channels = 0;
+  std::size_t kernel = 0;       // tokens that an output sees, its own included; at most kMostTaps
+  const float* taps = nullptr;  // [kernel][channels], the oldest token first
+  const float* bias = nullptr;  // [channels], or none
+  bool silu = false;            // of the sums
+
+  std::size_t history() const { return (kernel - 1) * channels; }  // floats of a sequence, [kernel − 1][channels]
+};
+
+// Rows of a state are whole vectors.
+inline std::size_t state_row(std::size_t channels) { return (channels + kStateLanes - 1) / kStateLanes * kStateLanes; }
+
+// Linear attention by the gated delta rule (src/tulle/core/delta_rule.py). Behind the linears' queries, keys and values,
+// which are convolved, come a gate z for every value channel, and b and a for every value head: β = σ(b),
+// g = decay · softplus(a + step_bias).
 struct DeltaNet {
   std::size_t key_heads = 0, value_heads = 0, key_dim = 0, value_dim = 0;
-  std::size_t kernel = 0;              // tokens that the convolution sees, itself included; at most kMostTaps
-  const float* convolution = nullptr;  // [kernel][channels], the oldest token first
+  CausalConvolution convolution;
   const float *decay = nullptr, *step_bias = nullptr;  // [value_heads]
   Norm norm;                           // of a head's outputs, [value_dim]
 
@@ -73,10 +88,32 @@ struct DeltaNet {
   std::size_t values() const { return value_heads * value_dim; }
   std::size_t channels() const { return 2 * keys() + values(); }
   std::size_t outputs() const { return channels() + values() + 2 * value_heads; }
-  // Of a sequence's state [value_heads][key_dim][row], in floats; behind it the convolution's [kernel − 1][channels].
-  std::size_t row() const { return (value_dim + kDeltaLanes - 1) / kDeltaLanes * kDeltaLanes; }
+  // Of a sequence's state [value_heads][key_dim][row], in floats; behind it the convolution's history.
+  std::size_t row() const { return state_row(value_dim); }
   std::size_t matrices() const { return value_heads * key_dim * row(); }
-  std::size_t history() const { return (kernel - 1) * channels(); }
+};
+
+// LFM2's mixer: of the linear's outputs [B | C | x] of every token, C ⊙ conv(B ⊙ x).
+struct ShortConvolution {
+  CausalConvolution convolution;
+};
+
+// Mamba-2 (src/tulle/core/state_space.py). The linear's outputs are [z | x, B, C | Δ]: a gate, what is convolved, and a
+// step per head, softplus(Δ + step_bias) between `least` and `most`.
+struct Mamba2 {
+  std::size_t heads = 0, head_dim = 0, groups = 0, state = 0;  // state: channels of B and of C in a group of heads
+  CausalConvolution convolution;
+  const float *decay = nullptr, *step_bias = nullptr, *skip = nullptr;  // [heads]; decay: −e^A, skip: D
+  float least = 0, most = 0;
+  Norm norm;  // of the gated outputs, in `groups` equal parts, [width]
+
+  std::size_t width() const { return heads * head_dim; }
+  std::size_t shared() const { return groups * state; }
+  std::size_t channels() const { return width() + 2 * shared(); }
+  std::size_t outputs() const { return width() + channels() + heads; }
+  // Of a sequence's state [heads][state][row], in floats; behind it the convolution's history.
+  std::size_t row() const { return state_row(head_dim); }
+  std::size_t matrices() const { return heads * state * row(); }
 };
 
 // down(act(gate) · up), or down(act(up)): of a layer, or an expert.
@@ -110,11 +147,14 @@ struct Mixture {
 
 // What mixes tokens in a layer. A kind that carries a state from token to token has floats of it in every sequence's
 // record (RecurrentStates); attention has keys and values instead.
-enum class Mixer : std::uint8_t { attention, delta_net };
+enum class Mixer : std::uint8_t { attention, delta_net, short_convolution, mamba2 };
 
 struct Layer {
   Mixer mixer = Mixer::attention;
-  DeltaNet delta;  // of Mixer::delta_net
+  // Of the mixer that it is.
+  DeltaNet delta;
+  ShortConvolution short_convolution;
+  Mamba2 mamba;
   // Before attention and feed-forward, and on their outputs; any of them may be missing.
   Norm input_norm, post_norm, attention_after, feed_forward_after;  // [hidden]
   Norm query_norm, key_norm;  // [head_dim], or of all heads at once
@@ -129,11 +169,13 @@ struct Layer {
   float activation[4] = {};  // numbers of Gate::xielu
 };
 
-// What a layer has of a sequence's record, in floats, rounded up to whole cache lines.
-inline std::size_t state_floats(const Layer& layer) {
-  if (layer.mixer == Mixer::attention) return 0;
-  return (layer.delta.matrices() + layer.delta.history() + 15) / 16 * 16;
-}
+// Of a layer's mixer, in floats.
+struct MixerSizes {
+  std::size_t outputs;  // of qkv
+  std::size_t mixed;    // inputs of o
+  std::size_t state;    // in a sequence's record
+  std::size_t vector;   // the longest that a thread works on, beside `mixed`
+};
 
 // Frequencies of rotary position embeddings, of the first 2 · size channels of a head.
 struct Rotary {
@@ -182,12 +224,25 @@ struct Model {
 
   // Channels from one query head of `qkv` to the next.
   std::size_t query_step() const { return output_gate ? 2 * head_dim : head_dim; }
-  // Outputs of a layer's qkv, and inputs of its o.
-  std::size_t mixer_outputs(const Layer& layer) const {
-    return layer.mixer == Mixer::delta_net ? layer.delta.outputs() : heads * query_step() + 2 * kv_heads * head_dim;
-  }
-  std::size_t mixed(const Layer& layer) const {
-    return layer.mixer == Mixer::delta_net ? layer.delta.values() : heads * head_dim;
+  MixerSizes mixer_sizes(const Layer& layer) const {
+    switch (layer.mixer) {
+      case Mixer::attention: break;
+      case Mixer::delta_net: {
+        const DeltaNet& net = layer.delta;
+        return {net.outputs(), net.values(), net.matrices() + net.convolution.history(),
+                (net.convolution.kernel - 1) * std::max(net.key_dim, net.value_dim)};
+      }
+      case Mixer::short_convolution: {
+        const CausalConvolution& own = layer.short_convolution.convolution;
+        return {3 * own.channels, own.channels, own.history(), own.history()};
+      }
+      case Mixer::mamba2: {
+        const Mamba2& own = layer.mamba;
+        return {own.outputs(), own.width(), own.matrices() + own.convolution.history(),
+                (own.convolution.kernel - 1) * std::max(own.head_dim, own.state)};
+      }
+    }
+    return {heads * query_step() + 2 * kv_heads * head_dim, heads * head_dim, 0, kv_heads * head_dim};
   }
 };
 

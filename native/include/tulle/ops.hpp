@@ -50,8 +50,8 @@ struct TopKThreshold {
   std::size_t count;
 };
 
-// Rows of a state of the gated delta rule are whole vectors of so many floats; behind the last value channel are zeros.
-constexpr std::size_t kDeltaLanes = 16;
+// Rows of a recurrent state are whole vectors of so many floats; behind the last channel are zeros.
+constexpr std::size_t kStateLanes = 16;
 
 // Tokens that one head of a gated delta net goes through, in order. All of a token lies `stride` floats behind that of
 // the token before it in the pass; pointers are to those of the pass's first token.
@@ -59,6 +59,16 @@ struct DeltaTokens {
   const std::int32_t* tokens;  // [count], numbers within the pass
   std::size_t count, stride;
   const float *query, *key, *value, *decay, *beta;
+  float* out;
+  std::size_t out_stride;
+};
+
+// Tokens that one head of a state space model goes through, likewise. It forgets by e^(decay · step).
+struct StateSpaceTokens {
+  const std::int32_t* tokens;
+  std::size_t count, stride;
+  const float *c, *b, *x, *step;
+  float decay, skip;
   float* out;
   std::size_t out_stride;
 };
@@ -122,12 +132,16 @@ struct OpsKernels {
   void (*unit_sizes)(const float* size, std::size_t n, std::size_t unit, bool norm, float* to);
   // drop_below for units: x [n · unit], size [n].
   void (*drop_units_below)(float* x, const float* size, std::size_t n, std::size_t unit, float least);
-  // out[i] = silu(Σ_k taps[k · stride + i] · inputs[k][i]), k < count; `out` may be the last of the inputs.
-  void (*convolve)(const float* const* inputs, const float* taps, std::size_t stride, std::size_t count, std::size_t n,
-                   float* out);
+  // out[i] = f(bias[i] + Σ_k taps[k · stride + i] · inputs[k][i]), k < count; f is silu or nothing, and there may be no
+  // bias; `out` may be the last of the inputs.
+  void (*convolve)(const float* const* inputs, const float* taps, std::size_t stride, std::size_t count,
+                   const float* bias, bool silu, std::size_t n, float* out);
   // state [key_dim][value_dim, rounded up]: u = β · (v − decay · Sᵀk), out = decay · Sᵀq + (k·q) · u, S ← decay · S + k·uᵀ,
   // token after token: the same bits in any cut.
   void (*delta_rule)(const DeltaTokens& x, std::size_t key_dim, std::size_t value_dim, float* state);
+  // state [n][head_dim, rounded up]: H ← e^(decay · step) · H + b·(step · x)ᵀ, out = Hᵀc + skip · x, token after token: the
+  // same bits in any cut.
+  void (*state_space)(const StateSpaceTokens& x, std::size_t n, std::size_t head_dim, float* state);
   FlashKernel flash;  // null: the instruction set has no products of bfloat16
 };
 

@@ -15,16 +15,37 @@ void check(const Grid& grid, int most) {
           static_cast<std::size_t>(grid.bits));
 }
 
+void check(const CausalConvolution& own) {
+  require(own.channels > 0, "channels of a convolution", 1, 0);
+  require(own.kernel >= 1 && own.kernel <= kMostTaps, "tokens of a convolution of 1, at most", kMostTaps, own.kernel);
+  require(own.taps != nullptr, "taps of a convolution", 1, 0);
+}
+
+// Before numbers of floats are multiplied.
+void check_state(std::size_t heads, std::size_t rows, std::size_t channels) {
+  const double floats =
+      static_cast<double>(heads) * static_cast<double>(rows) * static_cast<double>(channels + kStateLanes);
+  require(floats < 0x1p44, "rows and channels of states that fit into memory, fewer than", rows, rows);
+}
+
+void check(const Mamba2& own) {
+  require(own.heads > 0 && own.head_dim > 0 && own.groups > 0 && own.state > 0, "sizes of Mamba-2", 1, 0);
+  require_equal("heads left over by groups", 0, own.heads % own.groups);
+  check(own.convolution);
+  require_equal("channels of Mamba-2's convolution", own.channels(), own.convolution.channels);
+  const bool whole = own.decay != nullptr && own.step_bias != nullptr && own.skip != nullptr && own.norm.present();
+  require(whole, "parameters of Mamba-2", 4, 0);
+  check_state(own.heads, own.state, own.head_dim);
+}
+
 void check(const DeltaNet& net) {
   require(net.key_heads > 0 && net.key_dim > 0 && net.value_dim > 0, "sizes of a gated delta net", 1, 0);
   require_equal("value heads left over by key heads", 0, net.value_heads % net.key_heads);
-  require(net.kernel >= 1 && net.kernel <= kMostTaps, "tokens of a convolution of 1, at most", kMostTaps, net.kernel);
-  const bool whole = net.convolution != nullptr && net.decay != nullptr && net.step_bias != nullptr;
-  require(whole && net.norm.present(), "parameters of a gated delta net", 4, 0);
-  // Before numbers of floats are multiplied.
-  const double floats = static_cast<double>(net.value_heads) * static_cast<double>(net.key_dim) *
-                        static_cast<double>(net.value_dim + kDeltaLanes);
-  require(floats < 0x1p44, "key and value channels of states that fit into memory, fewer than", net.key_dim, net.key_dim);
+  check(net.convolution);
+  require_equal("channels of a delta net's convolution", net.channels(), net.convolution.channels);
+  const bool whole = net.decay != nullptr && net.step_bias != nullptr;
+  require(whole && net.norm.present(), "parameters of a gated delta net", 3, 0);
+  check_state(net.value_heads, net.key_dim, net.value_dim);
 }
 
 }  // namespace
@@ -132,16 +153,26 @@ void check(const Model& m) {
     const bool both = layer.query_norm.present() && layer.key_norm.present();
     require(layer.mixer != Mixer::attention || !m.norm_all_heads || both, "norms of all queries and keys", 2, 0);
     require(!m.parallel || layer.input_norm.present(), "a norm before attention and feed-forward side by side", 1, 0);
-    if (layer.mixer == Mixer::delta_net) {
-      const DeltaNet& net = layer.delta;
-      check(net);
-      const std::size_t values = net.values(), heads = net.value_heads;
-      if (layer.qkv.linears.size() == 2) fits(layer.qkv, m.hidden, {net.channels() + values, 2 * heads});
-      else fits(layer.qkv, m.hidden, {net.channels(), values, heads, heads});
-    } else {
-      fits(layer.qkv, m.hidden, {q, kv, kv});
+    switch (layer.mixer) {
+      case Mixer::attention: fits(layer.qkv, m.hidden, {q, kv, kv}); break;
+      case Mixer::delta_net: {
+        const DeltaNet& net = layer.delta;
+        check(net);
+        const std::size_t values = net.values(), heads = net.value_heads;
+        if (layer.qkv.linears.size() == 2) fits(layer.qkv, m.hidden, {net.channels() + values, 2 * heads});
+        else fits(layer.qkv, m.hidden, {net.channels(), values, heads, heads});
+        break;
+      }
+      case Mixer::short_convolution:
+        check(layer.short_convolution.convolution);
+        fits(layer.qkv, m.hidden, {3 * layer.short_convolution.convolution.channels});
+        break;
+      case Mixer::mamba2:
+        check(layer.mamba);
+        fits(layer.qkv, m.hidden, {layer.mamba.outputs()});
+        break;
     }
-    fits(layer.o, m.mixed(layer), {m.hidden});
+    fits(layer.o, m.mixer_sizes(layer).mixed, {m.hidden});
     if (!layer.mixture.present()) {
       check_feed_forward(layer.feed_forward);
       continue;

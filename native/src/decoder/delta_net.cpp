@@ -9,16 +9,13 @@
 #include <cstring>
 
 #include "cpu/team.hpp"
+#include "decoder/scalars.hpp"
 #include "decoder/state.hpp"
 
 namespace tulle {
 namespace {
 
 constexpr float kUnitEps = 1e-6f;  // of a head's squared length
-
-float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
-
-float softplus(float x) { return x > 20.0f ? x : std::log1p(std::exp(x)); }
 
 }  // namespace
 
@@ -38,46 +35,29 @@ void Engine::State::delta_net(const Pass& pass, std::size_t index) {
 
 // Head number `head` of queries, then of keys, then of values, in place; of a value head β and the decay, too.
 void Engine::State::convolve_head(const Pass& pass, std::size_t index, const SequenceRun& run, std::size_t head) {
-  const Layer& l = model.layers[index];
-  const DeltaNet& net = l.delta;
-  const Plan& plan = plans[index].qkv;
+  const DeltaNet& net = model.layers[index].delta;
   const bool of_value = head >= 2 * net.key_heads;
   const std::size_t number = of_value ? head - 2 * net.key_heads : 0, width = of_value ? net.value_dim : net.key_dim;
-  const std::size_t first = of_value ? 2 * net.keys() + number * width : head * width, past = net.kernel - 1;
-  float* const history = states.of(run.slot) + plans[index].kept + net.matrices();
-  float* const before = vector(pass, 0);  // [past][width]
+  const std::size_t first = of_value ? 2 * net.keys() + number * width : head * width;
   const std::int32_t* const tokens = runs.tokens(run);
-  const auto row = [&](std::size_t i) { return wide.data() + static_cast<std::size_t>(tokens[i]) * plan.outputs; };
-  const auto read = [&](std::size_t i, std::size_t at, std::size_t count) {
-    const std::size_t t = static_cast<std::size_t>(tokens[i]);
-    reduce(pass, l.qkv, plan, partial_sums.wide, pass.n, wide.data(), t, at, at + count, row(i) + at);
-    return row(i) + at;
+  const auto outputs = [&](std::size_t i, std::size_t at, std::size_t count) {
+    return outputs_of(pass, index, static_cast<std::size_t>(tokens[i]), at, count);
   };
-  for (std::size_t k = 0; k < past; ++k) {
-    if (run.fresh) std::memset(before + k * width, 0, width * sizeof(float));
-    else std::memcpy(before + k * width, history + k * net.channels() + first, width * sizeof(float));
+  for (std::size_t i = 0; i < run.count; ++i) outputs(i, first, width);
+  convolve(pass, net.convolution, run, plans[index].qkv.outputs, first, width, first,
+           states.of(run.slot) + plans[index].kept + net.matrices());
+  if (!of_value) {
+    for (std::size_t i = 0; i < run.count; ++i) {
+      float* const x = wide.data() + static_cast<std::size_t>(tokens[i]) * plans[index].qkv.outputs + first;
+      float scale = 1.0f / std::sqrt(ops.dot(x, x, width) + kUnitEps);
+      if (head < net.key_heads) scale /= std::sqrt(static_cast<float>(width));
+      ops.scaled(x, scale, width, x);
+    }
+    return;
   }
-  for (std::size_t i = 0; i < run.count; ++i) read(i, first, width);
-  // Number i of what was before, followed by this run's.
-  const auto input = [&](std::size_t i) { return i < past ? before + i * width : row(i - past) + first; };
-  for (std::size_t k = 0; k < past; ++k) {
-    std::memcpy(history + k * net.channels() + first, input(run.count + k), width * sizeof(float));
-  }
-  // From the end, since what is written is an input of the tokens behind it.
-  for (std::size_t i = run.count; i-- > 0;) {
-    const float* inputs[kMostTaps];
-    for (std::size_t k = 0; k < net.kernel; ++k) inputs[k] = input(i + k);
-    float* const x = row(i) + first;
-    ops.convolve(inputs, net.convolution + first, net.channels(), net.kernel, width, x);
-    if (of_value) continue;
-    float scale = 1.0f / std::sqrt(ops.dot(x, x, width) + kUnitEps);
-    if (head < net.key_heads) scale /= std::sqrt(static_cast<float>(width));
-    ops.scaled(x, scale, width, x);
-  }
-  if (!of_value) return;
   const std::size_t b = net.channels() + net.values() + number, a = b + net.value_heads;
   for (std::size_t i = 0; i < run.count; ++i) {
-    float *const beta = read(i, b, 1), *const decay = read(i, a, 1);
+    float *const beta = outputs(i, b, 1), *const decay = outputs(i, a, 1);
     *beta = sigmoid(*beta);
     *decay = std::exp(net.decay[number] * softplus(*decay + net.step_bias[number]));
   }

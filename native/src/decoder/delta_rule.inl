@@ -5,7 +5,7 @@
 //
 // Value channels do not meet, so that a prompt's tokens run over a part of the state that stays in the first cache.
 
-static_assert(kDeltaLanes == kKeyBlock, "a row of a state is whole Lanes");
+static_assert(kStateLanes == kKeyBlock, "a row of a state is whole Lanes");
 
 // a · x + b · y, and sum += x · y
 #if defined(__AVX2__) && !defined(__AVX512F__)
@@ -22,11 +22,11 @@ static inline Lanes combined(float a, const Lanes& x, float b, const Lanes& y) {
 #endif
 
 #if defined(__AVX512F__)
-constexpr std::size_t kDeltaWide = 4;
+constexpr std::size_t kStateWide = 4;
 #elif defined(__AVX2__)
-constexpr std::size_t kDeltaWide = 2;
+constexpr std::size_t kStateWide = 2;
 #else
-constexpr std::size_t kDeltaWide = 1;
+constexpr std::size_t kStateWide = 1;
 #endif
 
 static inline Lanes first_lanes(const float* from, std::size_t count) {
@@ -80,8 +80,8 @@ static void delta_channels(const DeltaTokens& x, std::size_t d, std::size_t row,
 static void delta_rule(const DeltaTokens& x, std::size_t key_dim, std::size_t value_dim, float* state) {
   const std::size_t row = (value_dim + kKeyBlock - 1) / kKeyBlock * kKeyBlock;
   std::size_t at = 0;
-  for (; at + kDeltaWide * kKeyBlock <= value_dim; at += kDeltaWide * kKeyBlock) {
-    delta_channels<kDeltaWide>(x, key_dim, row, at, kKeyBlock, state);
+  for (; at + kStateWide * kKeyBlock <= value_dim; at += kStateWide * kKeyBlock) {
+    delta_channels<kStateWide>(x, key_dim, row, at, kKeyBlock, state);
   }
   for (; at < value_dim; at += kKeyBlock) {
     delta_channels<1>(x, key_dim, row, at, value_dim - at < kKeyBlock ? value_dim - at : kKeyBlock, state);
@@ -89,18 +89,20 @@ static void delta_rule(const DeltaTokens& x, std::size_t key_dim, std::size_t va
 }
 
 static void convolve(const float* const* inputs, const float* taps, std::size_t stride, std::size_t count,
-                     std::size_t n, float* out) {
+                     const float* bias, bool silu, std::size_t n, float* out) {
   std::size_t i = 0;
   for (; i + kKeyBlock <= n; i += kKeyBlock) {
     Lanes sum = {};
+    if (bias != nullptr) sum = lanes(bias + i);
     for (std::size_t k = 0; k < count; ++k) add_products(sum, lanes(taps + k * stride + i), lanes(inputs[k] + i));
     store(sum, out + i);
   }
   for (; i < n; ++i) {
-    float sum = 0;
+    float sum = bias != nullptr ? bias[i] : 0.0f;
     for (std::size_t k = 0; k < count; ++k) sum += taps[k * stride + i] * inputs[k][i];
     out[i] = sum;
   }
+  if (!silu) return;
   // A loop of its own: in one with the sums the compiler takes it apart, number by number.
   for (i = 0; i < n; ++i) out[i] = out[i] / (1.0f + exponential(-out[i]));
 }

@@ -77,11 +77,9 @@ void Engine::State::layer(const Pass& pass, std::size_t index) {
   }
   pass.publish();
   multiply(pass, l.qkv, plan.qkv, partial_sums.wide, n, wide.data());
-  if (l.mixer == Mixer::delta_net) delta_net(pass, index);
-  else attend(pass, index);
+  mix(pass, index);
   for (std::size_t t = pass.first; t < pass.last; ++t) {
-    const bool delta = l.mixer == Mixer::delta_net;
-    quantise_inputs(pass, l.o, plan.o, delta ? gated_heads(pass, index, t) : mixed(pass, index, t), t);
+    quantise_inputs(pass, l.o, plan.o, mixer_output(pass, index, t), t);
   }
   pass.publish();
   multiply(pass, l.o, plan.o, partial_sums.back, n, back.data());
@@ -109,6 +107,27 @@ void Engine::State::layer(const Pass& pass, std::size_t index) {
   multiply(pass, l.feed_forward.gate_up, plan.gate_up, partial_sums.wide, n, wide.data());
   feed_forward(pass, index);
   multiply(pass, l.feed_forward.down, plan.down, partial_sums.back, n, back.data());
+}
+
+// From the mixer's first linears, in `wide`, to what it carries and what it makes.
+void Engine::State::mix(const Pass& pass, std::size_t index) {
+  switch (model.layers[index].mixer) {
+    case Mixer::attention: return attend(pass, index);
+    case Mixer::delta_net: return delta_net(pass, index);
+    case Mixer::short_convolution: return short_convolution(pass, index);
+    case Mixer::mamba2: return mamba(pass, index);
+  }
+}
+
+// What o reads of token t.
+const float* Engine::State::mixer_output(const Pass& pass, std::size_t index, std::size_t t) {
+  switch (model.layers[index].mixer) {
+    case Mixer::attention: break;
+    case Mixer::delta_net: return gated_heads(pass, index, t);
+    case Mixer::short_convolution: return gated_convolution(pass, index, t);
+    case Mixer::mamba2: return gated_groups(pass, index, t);
+  }
+  return mixed(pass, index, t);
 }
 
 // What a group reads of token t's stream: the stream, or its norm, which vector 0 holds then.

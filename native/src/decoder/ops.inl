@@ -684,6 +684,7 @@ static void attend(const CacheView& c, std::size_t rows, const float* const* que
 }
 
 #include "decoder/delta_rule.inl"
+#include "decoder/state_space.inl"
 #include "decoder/top_k.inl"
 
 constexpr OpsKernels kernels = {
@@ -716,6 +717,7 @@ constexpr OpsKernels kernels = {
     drop_units_below,
     convolve,
     delta_rule,
+    state_space,
     nullptr,
 };
 

@@ -13,9 +13,8 @@ std::size_t widest(const Model& m) {
   for (const Layer& layer : m.layers) {
     found = std::max({found, layer.feed_forward.intermediate, 2 * layer.mixture.experts.size()});
     for (const FeedForward& expert : layer.mixture.experts) found = std::max(found, expert.intermediate);
-    if (layer.mixer == Mixer::attention) continue;
-    const DeltaNet& net = layer.delta;
-    found = std::max({found, net.values(), (net.kernel - 1) * std::max(net.key_dim, net.value_dim)});
+    const MixerSizes mixer = m.mixer_sizes(layer);
+    found = std::max({found, mixer.mixed, mixer.vector});
   }
   return found;
 }
@@ -28,7 +27,7 @@ std::size_t attention_layers(const Model& m) {
 // Of a sequence's record, all layers together.
 std::size_t floats_of(const Model& m) {
   std::size_t found = 0;
-  for (const Layer& layer : m.layers) found += state_floats(layer);
+  for (const Layer& layer : m.layers) found += round_up(m.mixer_sizes(layer).state, 16);  // whole cache lines
   return found;
 }
 
@@ -99,9 +98,10 @@ Engine::State::State(Model m, const EngineSizes& s)
   for (std::size_t i = 0; i < plans.size(); ++i) {
     const Layer& layer = model.layers[i];
     plans[i].kept = layer.mixer == Mixer::attention ? cached++ : floats;
-    floats += tulle::state_floats(layer);
-    outputs = std::max(outputs, model.mixer_outputs(layer));
-    most_mixed = std::max(most_mixed, model.mixed(layer));
+    const MixerSizes mixer = model.mixer_sizes(layer);
+    floats += round_up(mixer.state, 16);
+    outputs = std::max(outputs, mixer.outputs);
+    most_mixed = std::max(most_mixed, mixer.mixed);
     add(layer.qkv, plans[i].qkv, partial_in);
     add(layer.o, plans[i].o, partial_back);
     if (layer.mixture.present()) {

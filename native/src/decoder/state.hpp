@@ -2,6 +2,8 @@
 //
 //   state.cpp          sizes and allocates all of it
 //   delta_net.cpp      what gated delta nets do between their linears
+//   convolution.cpp    causal convolutions of recurrent mixers, and the mixer that is one between two gates
+//   mamba.cpp          what Mamba-2 does between its linears
 //   group_product.cpp  a group of linears: quantise the inputs, multiply, reduce partial sums
 //   mixture.cpp        experts: which tokens go to which, and their products
 //   routing.cpp        a token's experts and their weights
@@ -175,6 +177,8 @@ struct Engine::State {
 
   // forward.cpp
   void layer(const Pass& pass, std::size_t index);
+  void mix(const Pass& pass, std::size_t index);
+  const float* mixer_output(const Pass& pass, std::size_t index, std::size_t t);
   void attend(const Pass& pass, std::size_t index);
   const float* mixed(const Pass& pass, std::size_t index, std::size_t t);
   void normalise_heads(const Pass& pass, std::size_t index);
@@ -204,6 +208,19 @@ struct Engine::State {
   void convolve_head(const Pass& pass, std::size_t index, const SequenceRun& run, std::size_t head);
   void delta_rule(const Pass& pass, std::size_t index, const SequenceRun& run, std::size_t head);
   const float* gated_heads(const Pass& pass, std::size_t index, std::size_t t);
+
+  // convolution.cpp
+  void convolve(const Pass& pass, const CausalConvolution& own, const SequenceRun& run, std::size_t stride,
+                std::size_t first, std::size_t width, std::size_t at, float* history);
+  float* outputs_of(const Pass& pass, std::size_t index, std::size_t token, std::size_t at, std::size_t width);
+  void short_convolution(const Pass& pass, std::size_t index);
+  const float* gated_convolution(const Pass& pass, std::size_t index, std::size_t t);
+
+  // mamba.cpp
+  void mamba(const Pass& pass, std::size_t index);
+  void convolve_part(const Pass& pass, std::size_t index, const SequenceRun& run, std::size_t part);
+  void state_space(const Pass& pass, std::size_t index, const SequenceRun& run, std::size_t head);
+  const float* gated_groups(const Pass& pass, std::size_t index, std::size_t t);
 };
 
 // A pass as one thread sees it.

@@ -8,13 +8,17 @@ Within a chunk that begins with the state S, with G_i = Σ_{j≤i} g_j and D_ij 
 a unit lower triangular system (the WY form of section 3.3):
 
     (I + A)·U = diag(β)·(V − diag(e^G)·K·S),   A_ij = β_i·D_ij·k_i·k_j  (j < i),
-    O = diag(e^G)·Q·S + (QKᵀ ⊙ D)·U  (j ≤ i),   S ← e^{G_C}·S + Σ_j e^{G_C − G_j}·k_j·u_jᵀ.
+    O = diag(e^G)·Q·S + (QKᵀ ⊙ D)·U  (j ≤ i),   S ← e^{G_C}·S + Σ_j e^{G_C − G_j}·k_j·u_jᵀ,
+
+the last line being that of a state space model (:mod:`tulle.core.state_space`).
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from tulle.core.state_space import decay, read_and_write
 
 CHUNK = 64
 
@@ -34,13 +38,8 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, c
 def _chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """O of a chunk, and the state behind it."""
     total = g.cumsum(-1)
-    # Above the diagonal the exponent is positive and may be large.
-    decay = (total[..., :, None] - total[..., None, :]).tril().exp().tril()
-    since = total.exp()[..., None]
-    system = (k @ k.transpose(-1, -2) * decay * beta[..., None]).tril(-1)
+    since, between = total.exp()[..., None], decay(total)
+    system = (k @ k.transpose(-1, -2) * between * beta[..., None]).tril(-1)
     wanted = beta[..., None] * (v - since * (k @ state))
     u = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
-    out = since * (q @ state) + (q @ k.transpose(-1, -2) * decay) @ u
-    last = total[..., -1:]
-    state = last.exp()[..., None] * state + ((last - total).exp()[..., None] * k).transpose(-1, -2) @ u
-    return out, state
+    return read_and_write(q, k, u, total, between, state)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from enum import StrEnum
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -215,18 +215,81 @@ class Norm:
 
 
 @dataclass
+class CausalConvolution:
+    """Along the tokens, channel by channel; of the sums silu, where it is set."""
+
+    channels: int
+    kernel: int
+    """Tokens that an output sees, its own included."""
+    taps: Floats
+    """``[kernel · channels]``, the oldest token's first."""
+    bias: Floats | None
+    silu: bool
+
+    @property
+    def history(self) -> int:
+        """Floats of a sequence."""
+        return (self.kernel - 1) * self.channels
+
+
+def _whole_lines(floats: int) -> int:
+    return -(-floats // LINE) * LINE
+
+
+@dataclass
+class ShortConvolution:
+    """LFM2's mixer between its linears."""
+
+    kind: ClassVar[str] = "short_convolution"
+    convolution: CausalConvolution
+
+    @property
+    def state_floats(self) -> int:
+        """Of a sequence, in whole cache lines."""
+        return _whole_lines(self.convolution.history)
+
+
+@dataclass
+class Mamba2:
+    """Mamba-2 between its linears, the first of which gives [z | x, B, C | Δ]."""
+
+    kind: ClassVar[str] = "mamba2"
+    heads: int
+    head_dim: int
+    groups: int
+    state: int
+    """Channels of B and of C in a group of heads."""
+    convolution: CausalConvolution
+    decay: Floats
+    """``[heads]``: −e^A."""
+    step_bias: Floats
+    """``[heads]``: δ."""
+    skip: Floats
+    """``[heads]``: D."""
+    least: float
+    most: float
+    """Of a step."""
+    norm: Norm
+    """Of the gated outputs, in equal parts."""
+
+    @property
+    def state_floats(self) -> int:
+        """Of a sequence, in whole cache lines; Mamba2 in engine.hpp says in what order."""
+        return _whole_lines(self.heads * self.state * _whole_lines(self.head_dim) + self.convolution.history)
+
+
+@dataclass
 class DeltaNet:
     """The mixer of a layer of linear attention by the gated delta rule, between the linears of ``qkv`` (queries, keys
     and values; z; b; a) and ``o``."""
 
+    kind: ClassVar[str] = "delta_net"
     key_heads: int
     value_heads: int
     key_dim: int
     value_dim: int
-    kernel: int
-    """Tokens that the convolution sees, itself included."""
-    convolution: Floats
-    """``[kernel · channels]``, the oldest token's first."""
+    convolution: CausalConvolution
+    """Of queries, keys and values."""
     decay: Floats
     """``[value_heads]``: −e^A."""
     step_bias: Floats
@@ -237,9 +300,8 @@ class DeltaNet:
     @property
     def state_floats(self) -> int:
         """Of a sequence, in whole cache lines; DeltaNet in engine.hpp says in what order."""
-        channels = 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
-        row = -(-self.value_dim // LINE) * LINE
-        return -(-(self.value_heads * self.key_dim * row + (self.kernel - 1) * channels) // LINE) * LINE
+        matrices = self.value_heads * self.key_dim * _whole_lines(self.value_dim)
+        return _whole_lines(matrices + self.convolution.history)
 
 
 @dataclass
@@ -304,7 +366,7 @@ class Layer:
     """Number of a table of the model; -1: queries and keys know no position."""
     activation: list[float] = field(default_factory=list)
     """xielu's numbers: α_p, α_n, β, ε."""
-    delta: DeltaNet | None = None
+    recurrent: DeltaNet | ShortConvolution | Mamba2 | None = None
     """None: attention."""
     mixture: Mixture | None = None
     sinks: Floats | None = None
@@ -384,12 +446,12 @@ class Model:
     @property
     def attention_layers(self) -> int:
         """Those with keys and values."""
-        return sum(layer.delta is None for layer in self.layers)
+        return sum(layer.recurrent is None for layer in self.layers)
 
     @property
     def state_bytes(self) -> int:
         """Of a sequence's recurrent states; 0: it has none."""
-        return 4 * sum(layer.delta.state_floats for layer in self.layers if layer.delta is not None)
+        return 4 * sum(layer.recurrent.state_floats for layer in self.layers if layer.recurrent is not None)
 
 
 @dataclass

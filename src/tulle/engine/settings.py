@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from tulle.core.paley import base_order, hadamard_block, paley
 from tulle.engine.checkpoint import Source
 from tulle.engine.native_model import (
+    CausalConvolution,
     DeltaNet,
     FeedForward,
     Floats,
@@ -28,11 +29,24 @@ from tulle.engine.native_model import (
     Transform,
     WeightKind,
 )
+from tulle.engine.native_model import Mamba2 as NativeMamba2
 from tulle.engine.native_model import Norm as NativeNorm
+from tulle.engine.native_model import ShortConvolution as NativeShortConvolution
 from tulle.engine.prepare import EMBEDDING, EXACT_HEAD, HEAD
 from tulle.errors import UserError
 from tulle.format.spec import HeadSpec, LinearSpec
-from tulle.models.description import Attention, Decoder, GatedDeltaNet, GatedMLP, Norm, PlainMLP, Rotary
+from tulle.models.description import (
+    Absent,
+    Attention,
+    Decoder,
+    GatedDeltaNet,
+    GatedMLP,
+    Mamba2,
+    Norm,
+    PlainMLP,
+    Rotary,
+    ShortConvolution,
+)
 from tulle.models.description import Layer as DecoderLayer
 from tulle.models.description import Mixture as DecoderMixture
 from tulle.models.features import require
@@ -62,6 +76,8 @@ FEATURES = frozenset(
         "gates with a limit",
         "gated delta nets",
         "heads of delta nets side by side",
+        "gated short convolutions",
+        "Mamba-2",
         "output gate of attention",
         "heads of which only a part is rotated",
         "scale of attention",
@@ -121,13 +137,13 @@ def settings_of(
             "inner_norm": (layer.feed_forward.inner_norm, layer.feed_forward.intermediate),
         }
         own: dict[str, Any] = {}
-        if isinstance(layer.mixer, GatedDeltaNet):
-            own["delta"] = _delta_net(source, layer.mixer, layer.prefix)
+        if isinstance(layer.mixer, GatedDeltaNet | ShortConvolution | Mamba2):
+            own["recurrent"] = _recurrent(source, layer.mixer, layer.prefix)
         else:
             norms |= _head_norms(layer.attention)
             own["window"] = layer.attention.window or 0
             own["sinks"] = _sinks(source, layer.attention, layer.prefix)
-            own["rotary"] = -1 if layer.mixer.rotary is None else tables.index(layer.mixer.rotary)
+        own["rotary"] = -1 if layer.mixer.rotary is None else tables.index(layer.mixer.rotary)
         read: dict[str, Any] = {key: _norm(source, norm, layer.prefix, size) for key, (norm, size) in norms.items()}
         layers.append(Layer(activation=_xielu(source, layer), **own, **read, **groups))
     head = description.embedding if description.tied else description.head
@@ -183,7 +199,9 @@ def attention_of(model: Decoder) -> Attention:
 def inner_of(layer: DecoderLayer) -> GatedMLP | PlainMLP:
     """A layer's feed-forward, or what its experts are alike in."""
     found = layer.feed_forward
-    return found.expert if isinstance(found, DecoderMixture) else found
+    inner = found.expert if isinstance(found, DecoderMixture) else found
+    assert not isinstance(inner, Absent)  # a feature that the kernels do not do
+    return inner
 
 
 def names_of(layer: DecoderLayer, role: str) -> list[str]:
@@ -242,21 +260,54 @@ def _head_norms(mixer: Attention) -> dict[str, tuple[Norm | None, int]]:
     }
 
 
-def _delta_net(source: Source, mixer: GatedDeltaNet, prefix: str) -> DeltaNet:
+def _recurrent(
+    source: Source, mixer: GatedDeltaNet | ShortConvolution | Mamba2, prefix: str
+) -> DeltaNet | NativeShortConvolution | NativeMamba2:
+    """What a mixer has beside its linears."""
     own = {
         name.removeprefix(f"{mixer.name}."): source.floats(prefix + name, shape)
         for name, shape in mixer.parameters.items()
     }
+    if isinstance(mixer, ShortConvolution):
+        return NativeShortConvolution(_convolution(own, "conv", silu=False))
+    convolution = _convolution(own, "conv1d", silu=True)
+    decay, step_bias = -np.exp(own["A_log"]), np.ascontiguousarray(own["dt_bias"])
+    norm = NativeNorm(np.ascontiguousarray(own["norm.weight"]), None, mixer.eps, False)
+    if isinstance(mixer, Mamba2):
+        least, most = mixer.step_limits
+        return NativeMamba2(
+            heads=mixer.heads,
+            head_dim=mixer.head_dim,
+            groups=mixer.groups,
+            state=mixer.state,
+            convolution=convolution,
+            decay=decay,
+            step_bias=step_bias,
+            skip=np.ascontiguousarray(own["D"]),
+            least=least,
+            most=most,
+            norm=norm,
+        )
     return DeltaNet(
         key_heads=mixer.key_heads,
         value_heads=mixer.value_heads,
         key_dim=mixer.key_dim,
         value_dim=mixer.value_dim,
-        kernel=mixer.kernel,
-        convolution=np.ascontiguousarray(own["conv1d.weight"][:, 0].T).reshape(-1),
-        decay=-np.exp(own["A_log"]),
-        step_bias=np.ascontiguousarray(own["dt_bias"]),
-        norm=NativeNorm(np.ascontiguousarray(own["norm.weight"]), None, mixer.eps, False),
+        convolution=convolution,
+        decay=decay,
+        step_bias=step_bias,
+        norm=norm,
+    )
+
+
+def _convolution(own: Mapping[str, Floats], name: str, silu: bool) -> CausalConvolution:
+    taps, bias = own[f"{name}.weight"][:, 0], own.get(f"{name}.bias")
+    return CausalConvolution(
+        channels=len(taps),
+        kernel=taps.shape[1],
+        taps=np.ascontiguousarray(taps.T).reshape(-1),
+        bias=None if bias is None else np.ascontiguousarray(bias),
+        silu=silu,
     )
 
 
@@ -432,10 +483,12 @@ def require_runnable(model: Decoder) -> None:
         own = {key: getattr(inner, key, None) for key in ("activation", "limit", "up_offset")}
         if type(inner) is not type(first) or any(getattr(first, key, None) != value for key, value in own.items()):
             raise UserError("expected feed-forwards alike but for their widths, found others; use transformers for it")
-        if isinstance(layer.mixer, GatedDeltaNet):
+        if isinstance(layer.mixer, ShortConvolution):
+            continue
+        if isinstance(layer.mixer, GatedDeltaNet | Mamba2):
             if layer.mixer.activation != "silu":
                 raise UserError(
-                    f"expected silu behind the convolution of a gated delta net, found {layer.mixer.activation}; use "
+                    f"expected silu behind the convolution of a recurrent mixer, found {layer.mixer.activation}; use "
                     "transformers for it"
                 )
             continue

@@ -17,7 +17,7 @@ from tulle.errors import UserError
 from tulle.format.spec import LinearSpec
 from tulle.hf.packed_linear import PackedLinear
 from tulle.models.decoder import ACTIVATIONS, gate_times_up
-from tulle.models.description import GatedMLP, Layer, Mixture, describe
+from tulle.models.description import GatedMLP, Layer, Mixture, PlainMLP, describe
 from tulle.models.routing import Routes
 
 
@@ -25,7 +25,12 @@ class Experts(nn.Module):
     """The experts of a layer, each of which sees only the tokens that chose it."""
 
     def __init__(
-        self, layer: Layer, expert: GatedMLP, specs: Mapping[str, LinearSpec], device: torch.device, dtype: torch.dtype
+        self,
+        layer: Layer,
+        expert: GatedMLP | PlainMLP,
+        specs: Mapping[str, LinearSpec],
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.expert = expert
@@ -50,14 +55,15 @@ class Experts(nn.Module):
         total = torch.zeros_like(hidden_states)
         routes = Routes.of(top_k_index, top_k_weights)
         for index in routes.experts.unique().tolist():
-            (gate, up), down = self._names[index]
+            reads, down = self._names[index]
             holder = self.get_submodule(str(index))
             tokens, weights = routes.of_expert(index)
-            x = hidden_states[tokens]
-            inner = gate_times_up(
-                self.expert, ACTIVATIONS[self.expert.activation], holder.get_submodule(gate)(x),
-                holder.get_submodule(up)(x),
-            )  # fmt: skip
+            x, activation = hidden_states[tokens], ACTIVATIONS[self.expert.activation]
+            outputs = [holder.get_submodule(name)(x) for name in reads]
+            if isinstance(self.expert, PlainMLP):
+                inner = activation(outputs[0])
+            else:
+                inner = gate_times_up(self.expert, activation, *outputs)
             y = holder.get_submodule(down)(inner) * weights[:, None]
             total.index_add_(0, tokens, y.to(total.dtype))
         return total
@@ -81,7 +87,7 @@ def put_experts(model: PreTrainedModel, specs: Mapping[str, LinearSpec]) -> dict
                 "upgrade transformers to 5.23"
             )
         parent, child = place
-        weight = getattr(parent, child).gate_up_proj
+        weight = getattr(parent, child).down_proj
         module = Experts(layer, layer.feed_forward.expert, specs, weight.device, weight.dtype)
         setattr(parent, child, module)
         for linear in (linear for expert in layer.experts for linear in expert.linears()):
@@ -95,7 +101,7 @@ def _place(block: nn.Module) -> tuple[nn.Module, str] | None:
     """Where a block has the module of all experts."""
     for parent in block.modules():
         for child, module in parent.named_children():
-            if isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):
+            if isinstance(getattr(module, "down_proj", None), nn.Parameter):
                 return parent, child
     return None
 

@@ -21,20 +21,24 @@ from torch.nn import functional
 
 from tulle.core import attention
 from tulle.core.delta_rule import gated_delta_rule
+from tulle.core.state_space import state_space
 from tulle.errors import UserError
 from tulle.models.batches import real_tokens
 from tulle.models.description import XIELU as XIELU_SHAPES
 from tulle.models.description import (
+    Absent,
     Attention,
     Decoder,
     GatedDeltaNet,
     GatedMLP,
     LatentAttention,
     LinearGroup,
+    Mamba2,
     Mixture,
     Norm,
     PlainMLP,
     Rotary,
+    ShortConvolution,
 )
 from tulle.models.features import features
 from tulle.models.rotary import frequencies
@@ -186,10 +190,12 @@ class DecoderBlock(nn.Module):
         yielded :class:`GroupInput` holds tensors of the sequence.
         """
         layer = self.layer
+        if isinstance(layer.mixer, Absent):
+            rest = self._feed_forward_alone(hidden.to(self.dtype))
+            del hidden
+            return (yield from rest)
         given = self._given("qkv", hidden.to(self.dtype), layer.mixer_norm)
         del hidden
-        if valid is not None and isinstance(layer.mixer, GatedDeltaNet):
-            given.x = given.x * valid[..., None]
         if isinstance(layer.mixer, LatentAttention):
             mixed, residual = yield from self._latent_steps(given, layer.mixer, heads, valid)
         else:
@@ -199,13 +205,30 @@ class DecoderBlock(nn.Module):
         (y,) = yield given
         y = self._added(y, layer.mixer_norm_after)
         feed_forward = layer.feed_forward
+        if isinstance(feed_forward, Absent):
+            return given.residual + y
         first = "router" if isinstance(feed_forward, Mixture) else "gate_up"
         if layer.parallel:
             given = self._given(first, given.residual, layer.feed_forward_norm or layer.mixer_norm)
             given.residual = given.residual + y
         else:
             given = self._given(first, given.residual + y, layer.feed_forward_norm)
-        del y
+        rest = self._feed_forward_steps(given, feed_forward)
+        del given, y
+        return (yield from rest)
+
+    def _feed_forward_alone(self, hidden: Tensor) -> Steps:
+        """Of a layer without a mixer."""
+        feed_forward = self.layer.feed_forward
+        assert not isinstance(feed_forward, Absent)
+        first = "router" if isinstance(feed_forward, Mixture) else "gate_up"
+        rest = self._feed_forward_steps(self._given(first, hidden, self.layer.feed_forward_norm), feed_forward)
+        del hidden
+        return (yield from rest)
+
+    def _feed_forward_steps(self, given: GroupInput, feed_forward: GatedMLP | PlainMLP | Mixture) -> Steps:
+        """From the feed-forward's input on."""
+        layer = self.layer
         if isinstance(feed_forward, Mixture):
             return (yield from self._mixture_steps(given, feed_forward))
         inner = self._inner(feed_forward, (yield given))
@@ -346,9 +369,14 @@ class DecoderBlock(nn.Module):
     def _mix(self, outputs: tuple[Tensor, ...], heads: Heads | None, valid: Tensor | None) -> Tensor:
         """What the mixer's last linear reads, of its first linears' outputs."""
         mixer = self.layer.mixer
-        assert not isinstance(mixer, LatentAttention)
+        assert not isinstance(mixer, LatentAttention | Absent)
         if isinstance(mixer, GatedDeltaNet):
-            return self._delta(mixer, *(by_kind(mixer, *outputs) if mixer.fused else outputs))
+            return self._delta(mixer, valid, *(by_kind(mixer, *outputs) if mixer.fused else outputs))
+        if isinstance(mixer, ShortConvolution):
+            b, c, x = outputs[0].chunk(3, -1)
+            return c * self._convolved(f"{mixer.name}.conv", b * x, valid)
+        if isinstance(mixer, Mamba2):
+            return self._mamba(mixer, valid, outputs[0])
         gated = mixer.output_gate
         queries, keys, values = mixer.widths
         q, k, v = _parts(outputs, (2 * queries if gated else queries, keys, values))
@@ -357,14 +385,24 @@ class DecoderBlock(nn.Module):
         q, gate = (x.flatten(2) for x in q.unflatten(-1, (mixer.heads, 2, -1)).unbind(-2))
         return self._attend(mixer, q, k, v, heads, valid) * gate.sigmoid()
 
-    def _delta(self, mixer: GatedDeltaNet, qkv: Tensor, z: Tensor, b: Tensor, a: Tensor) -> Tensor:
+    def _own(self, mixer: GatedDeltaNet | Mamba2) -> dict[str, Tensor]:
+        """Its tensors besides linears and norms, by the names that they have in it."""
+        return {path.removeprefix(f"{mixer.name}."): self.get_parameter(path) for path in mixer.parameters}
+
+    def _convolved(self, name: str, x: Tensor, valid: Tensor | None) -> Tensor:
+        """x ``[B, T, C]`` behind the causal convolution ``name``, which keeps channels apart and sees no padding."""
+        module = self.get_submodule(name)
+        weight, bias = cast(Tensor, module.weight), cast("Tensor | None", getattr(module, "bias", None))
+        channels, _, kernel = weight.shape
+        padded = functional.pad(_without_padding(x, valid).transpose(1, 2), (kernel - 1, 0))
+        return functional.conv1d(padded, weight, bias, groups=channels).transpose(1, 2)
+
+    def _delta(
+        self, mixer: GatedDeltaNet, valid: Tensor | None, qkv: Tensor, z: Tensor, b: Tensor, a: Tensor
+    ) -> Tensor:
         """The gated delta rule of projected queries, keys and values ``[B, T, …]``, gate z, and b and a per head."""
-        own = {path.removeprefix(f"{mixer.name}."): self.get_parameter(path) for path in mixer.parameters}
-        length, channels = qkv.shape[1], qkv.shape[2]
-        mixed = functional.conv1d(qkv.transpose(1, 2), own["conv1d.weight"], padding=mixer.kernel - 1, groups=channels)[
-            ..., :length
-        ]
-        mixed = ACTIVATIONS[mixer.activation](mixed).transpose(1, 2)
+        own = self._own(mixer)
+        mixed = ACTIVATIONS[mixer.activation](self._convolved(f"{mixer.name}.conv1d", qkv, valid))
         shared = mixer.value_heads // mixer.key_heads
         q, k, v = (
             x.unflatten(-1, (-1, size)).transpose(1, 2).float()
@@ -380,6 +418,27 @@ class DecoderBlock(nn.Module):
         out = out.transpose(1, 2).to(qkv.dtype)
         gate = functional.silu(z.unflatten(-1, (-1, mixer.value_dim)).float())
         return (rms_norm(out, own["norm.weight"], mixer.eps) * gate).to(qkv.dtype).flatten(2)
+
+    def _mamba(self, mixer: Mamba2, valid: Tensor | None, outputs: Tensor) -> Tensor:
+        """Mamba-2 of its linear's outputs ``[B, T, …]``."""
+        own = self._own(mixer)
+        z, mixed, step = outputs.split(mixer.outputs, -1)
+        mixed = ACTIVATIONS[mixer.activation](self._convolved(f"{mixer.name}.conv1d", mixed, valid))
+        mixed = _without_padding(mixed, valid)  # the convolution's bias is in it
+        x, b, c = (
+            part.unflatten(-1, (-1, size)).transpose(1, 2).float()
+            for part, size in zip(
+                mixed.split(mixer.widths, -1), (mixer.head_dim, mixer.state, mixer.state), strict=True
+            )
+        )
+        b, c = (part.repeat_interleave(mixer.heads // mixer.groups, 1) for part in (b, c))
+        step = functional.softplus(step + own["dt_bias"]).clamp(*mixer.step_limits).transpose(1, 2).float()
+        g = -own["A_log"].float().exp()[:, None] * step
+        y = state_space(x * step[..., None], g, b, c) + own["D"].float()[:, None, None] * x
+        y = y.transpose(1, 2).flatten(2).to(outputs.dtype) * functional.silu(z.float())
+        y = y.unflatten(-1, (mixer.groups, -1))
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + mixer.eps)
+        return own["norm.weight"] * y.flatten(2).to(outputs.dtype)
 
     def _attend(
         self, mixer: Attention, q: Tensor, k: Tensor, v: Tensor, heads: Heads | None, valid: Tensor | None
@@ -414,6 +473,11 @@ def gate_times_up(mlp: GatedMLP, activation: Callable[[Tensor], Tensor], gate: T
     if mlp.limit is not None:
         gate, up = gate.clamp(max=mlp.limit), up.clamp(-mlp.limit, mlp.limit)
     return activation(gate) * (up + mlp.up_offset if mlp.up_offset else up)
+
+
+def _without_padding(x: Tensor, valid: Tensor | None) -> Tensor:
+    """x ``[B, T, C]`` with zeros at tokens that are not ``valid`` ``[B, T]``."""
+    return x if valid is None else x * valid[..., None]
 
 
 def _parts(outputs: tuple[Tensor, ...], widths: tuple[int, ...]) -> tuple[Tensor, ...]:

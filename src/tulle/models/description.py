@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 import pkgutil
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -333,6 +334,81 @@ class GatedDeltaNet:
         return []
 
 
+def _convolution(name: str, channels: int, kernel: int, bias: bool) -> dict[str, tuple[int, ...]]:
+    """Tensors of a convolution along the tokens that keeps channels apart."""
+    return {f"{name}.weight": (channels, 1, kernel), **({f"{name}.bias": (channels,)} if bias else {})}
+
+
+@dataclass(frozen=True)
+class ShortConvolution:
+    """Gated short convolution (Liquid AI 2025, "LFM2 Technical Report"): of the parts B, C and x that one linear gives,
+    C ⊙ conv(B ⊙ x), the convolution being causal, of ``kernel`` tokens and channel by channel."""
+
+    channels: int
+    kernel: int
+    bias: bool = False
+    """Of the convolution and of the linears."""
+    name: str = "conv"
+    rotary: None = None
+
+    @property
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Tensors besides those of linears, with their shapes, by relative name."""
+        return _convolution(f"{self.name}.conv", self.channels, self.kernel, self.bias)
+
+    def norms(self) -> list[tuple[Norm, int]]:
+        return []
+
+
+@dataclass(frozen=True)
+class Mamba2:
+    """Mamba-2's mixer (Dao & Gu 2024, section 7; :mod:`tulle.core.state_space`).
+
+    One linear gives a gate z, x, B and C, and a step Δ per head. A causal convolution of ``kernel`` tokens runs over x,
+    B and C; Δ = softplus(Δ + δ) within ``step_limits``. A head's state forgets by e^{−e^A·Δ} and takes in B·(Δ·x)ᵀ; to
+    what C reads of it D·x is added. Outputs, gated by silu(z), are normed in ``groups`` equal parts.
+    """
+
+    heads: int
+    head_dim: int
+    """Channels of x per head."""
+    groups: int
+    """Of heads, each of which shares B and C."""
+    state: int
+    """Channels of B and of C per group."""
+    kernel: int
+    eps: float
+    activation: str = "silu"
+    """Behind the convolution."""
+    bias: bool = False
+    """Of the linears."""
+    convolution_bias: bool = True
+    step_limits: tuple[float, float] = (0.0, math.inf)
+    name: str = "mamba"
+    rotary: None = None
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Channels of x, of all B, of all C."""
+        shared = self.groups * self.state
+        return self.heads * self.head_dim, shared, shared
+
+    @property
+    def outputs(self) -> tuple[int, int, int]:
+        """Of the first linear: z; x, B and C; Δ."""
+        return self.widths[0], sum(self.widths), self.heads
+
+    @property
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Tensors besides those of linears, with their shapes, by relative name."""
+        per_head = {f"{self.name}.{name}": (self.heads,) for name in ("dt_bias", "A_log", "D")}
+        convolution = _convolution(f"{self.name}.conv1d", self.outputs[1], self.kernel, self.convolution_bias)
+        return {**convolution, **per_head, f"{self.name}.norm.weight": self.widths[:1]}
+
+    def norms(self) -> list[tuple[Norm, int]]:
+        return []
+
+
 @dataclass(frozen=True)
 class GatedMLP:
     """down(f(gate(x)) ⊙ up(x)), f of :data:`ACTIVATIONS`' values. A single linear of twice the width gives gate and
@@ -394,9 +470,9 @@ class Mixture:
     for every token, by σ of the output of ``shared_gate`` where there is one."""
 
     router: Router
-    expert: GatedMLP
+    expert: GatedMLP | PlainMLP
     """What all are alike in; its ``name`` is that of their list."""
-    shared: GatedMLP | None = None
+    shared: GatedMLP | PlainMLP | None = None
     shared_gate: Linear | None = None
     inner_norm: None = None
 
@@ -420,6 +496,30 @@ XIELU: dict[str, tuple[int, ...]] = {"alpha_p": (1,), "alpha_n": (1,), "beta": (
 
 
 @dataclass(frozen=True)
+class Absent:
+    """The part that a layer does not have where it is a mixer or a feed-forward alone (Nemotron-H)."""
+
+    name: str = ""
+    rotary: None = None
+    inner_norm: None = None
+    intermediate: int = 0
+    activation: str = "silu"
+
+    @property
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    def norms(self) -> list[tuple[Norm, int]]:
+        return []
+
+
+Mixer = Attention | LatentAttention | GatedDeltaNet | ShortConvolution | Mamba2 | Absent
+"""What mixes tokens in a layer."""
+FeedForward = GatedMLP | PlainMLP | Mixture | Absent
+"""What a layer does to every token by itself."""
+
+
+@dataclass(frozen=True)
 class Layer:
     """One decoder layer: x + r·after(mixer(norm(x))), then x + r·after(feed_forward(norm(x))); norms that are None are
     left out. ``parallel``: both read the layer's input, and both are added to it."""
@@ -428,8 +528,8 @@ class Layer:
     prefix: str
     """Of its tensors' full names, with the dot."""
     hidden: int
-    mixer: Attention | LatentAttention | GatedDeltaNet
-    feed_forward: GatedMLP | PlainMLP | Mixture
+    mixer: Mixer
+    feed_forward: FeedForward
     mixer_norm: Norm | None
     feed_forward_norm: Norm | None
     """None in a parallel layer: the feed-forward reads what the mixer reads."""
@@ -455,7 +555,7 @@ class Layer:
         """Query heads, KV heads and head_dim; channels that no head keeps together count as those of one."""
         if isinstance(self.mixer, Attention):
             return self.mixer.heads, self.mixer.kv_heads, self.mixer.head_dim
-        return 1, 1, self.group("o").inputs
+        return 1, 1, 1 if isinstance(self.mixer, Absent) else self.group("o").inputs
 
     def group(self, role: str) -> LinearGroup:
         return next(group for group in self.groups if group.role == role)

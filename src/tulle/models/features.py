@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from tulle.errors import UserError
-from tulle.models.description import Attention, Decoder, GatedMLP, LatentAttention, Layer, Mixture, Norm, PlainMLP
+from tulle.models.description import (
+    Absent,
+    Attention,
+    Decoder,
+    FeedForward,
+    GatedMLP,
+    LatentAttention,
+    Layer,
+    Mamba2,
+    Mixture,
+    Norm,
+    PlainMLP,
+    ShortConvolution,
+)
 
 GATED = frozenset({"silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"})
 
@@ -60,13 +73,16 @@ def _of_layer(decoder: Decoder, layer: Layer) -> dict[str, object]:
     after = layer.mixer_norm_after or layer.feed_forward_norm_after
     if after is not None:
         found["norms after attention and feed-forward"] = after.name
-    if layer.mixer_norm is None or layer.feed_forward_norm is None and not layer.parallel:
+    if isinstance(layer.mixer, Absent) or isinstance(layer.feed_forward, Absent):
+        found["layers of a mixer or a feed-forward alone"] = layer.index
+    elif layer.mixer_norm is None or layer.feed_forward_norm is None and not layer.parallel:
         found["no norms before attention and feed-forward"] = True
     if layer.residual_scale != 1:
         found["scale of what is added to the residual stream"] = layer.residual_scale
     if layer.parallel:
         found["attention and feed-forward side by side"] = True
-    if layer.feed_forward != decoder.layers[0].feed_forward:
+    parts = [one.feed_forward for one in decoder.layers if not isinstance(one.feed_forward, Absent)]
+    if not isinstance(layer.feed_forward, Absent) and layer.feed_forward != parts[0]:
         found["feed-forwards that differ between layers"] = layer.feed_forward
     if isinstance(layer.mixer, Attention):
         first = next(other.mixer for other in decoder.layers if isinstance(other.mixer, Attention))
@@ -81,6 +97,12 @@ def _of_attention(decoder: Decoder, layer: Layer) -> dict[str, object]:
     found: dict[str, object] = {}
     if isinstance(mixer, LatentAttention):
         return {"latent attention": mixer.kv_rank}
+    if isinstance(mixer, Absent):
+        return found
+    if isinstance(mixer, Mamba2):
+        return {"Mamba-2": layer.index}
+    if isinstance(mixer, ShortConvolution):
+        return {"gated short convolutions": layer.index}
     if not isinstance(mixer, Attention):
         found["gated delta nets"] = layer.index
         if mixer.fused:
@@ -112,10 +134,14 @@ def _of_attention(decoder: Decoder, layer: Layer) -> dict[str, object]:
 
 def _of_feed_forward(layer: Layer) -> dict[str, object]:
     found: dict[str, object] = {}
-    feed_forward = layer.feed_forward
+    feed_forward: FeedForward = layer.feed_forward
+    if isinstance(feed_forward, Absent):
+        return found
     if isinstance(feed_forward, Mixture):
         found["experts"] = f"{feed_forward.router.chosen} of {feed_forward.router.experts}"
         feed_forward = feed_forward.expert
+        if isinstance(feed_forward, PlainMLP):
+            found["experts without gates"] = feed_forward.activation
     elif isinstance(feed_forward, PlainMLP):
         found["a feed-forward without gate"] = feed_forward.activation
     elif len(layer.group("gate_up").linears) == 1:

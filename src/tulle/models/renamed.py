@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from tulle.models.source import TensorSource
 
 PREFIX = "model."
+BACKBONE = "backbone."
+"""What Nemotron-H's files have in its place."""
 EMBEDDING = "embed_tokens.weight"
 HEAD = "lm_head.weight"
 
@@ -48,6 +50,19 @@ class Renamed:
 def base_model(source: TensorSource) -> Renamed:
     """A base model's save (AutoModel's): the same tensors without ``model.`` in front, and no head of its own."""
     return Renamed(source, {name if name == HEAD else PREFIX + name: name for name in source.names()})
+
+
+def without_backbone(source: TensorSource) -> Renamed:
+    """The same tensors with ``model.`` in the place of ``backbone.``, as transformers names them."""
+    return Renamed(source, {_plain_prefix(name): name for name in source.names()})
+
+
+def has_backbone(source: TensorSource) -> bool:
+    return source.config.get("model_type") == "nemotron_h" and any(n.startswith(BACKBONE) for n in source.names())
+
+
+def _plain_prefix(name: str) -> str:
+    return PREFIX + name.removeprefix(BACKBONE) if name.startswith(BACKBONE) else name
 
 
 def is_base_model(source: TensorSource) -> bool:

@@ -25,7 +25,7 @@ from tulle.models.adapter import is_adapter, open_adapter
 from tulle.models.description import Decoder, describe
 from tulle.models.foreign import open_foreign
 from tulle.models.gguf.file import is_gguf
-from tulle.models.renamed import base_model, is_base_model
+from tulle.models.renamed import base_model, has_backbone, is_base_model, without_backbone
 from tulle.models.stacked import Stacked, is_stacked
 from tulle.models.tensor_file import TensorFile, TensorInfo, as_float32
 from tulle.models.text_part import has_text_part, text_part
@@ -113,6 +113,8 @@ def _opened(path: Path) -> TensorSource:
     _add_older_settings(found)
     if has_text_part(found):
         found = text_part(found)
+    if has_backbone(found):
+        found = without_backbone(found)
     if is_base_model(found):
         found = base_model(found)
     if is_stacked(found):

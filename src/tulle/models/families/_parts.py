@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -10,15 +11,19 @@ from tulle.errors import UserError
 from tulle.models.config_keys import ConfigKeys, positive, same
 from tulle.models.description import (
     ACTIVATIONS,
+    Absent,
     Attention,
     Decoder,
     Expert,
+    FeedForward,
     GatedDeltaNet,
     GatedMLP,
     LatentAttention,
     Layer,
     Linear,
     LinearGroup,
+    Mamba2,
+    Mixer,
     Mixture,
     Norm,
     PlainMLP,
@@ -26,6 +31,7 @@ from tulle.models.description import (
     Rotary,
     RotaryKind,
     Router,
+    ShortConvolution,
 )
 
 
@@ -100,8 +106,8 @@ def build_decoder(
     keys: ConfigKeys,
     *,
     hidden: int,
-    attention: Sequence[Attention | LatentAttention | GatedDeltaNet],
-    feed_forward: GatedMLP | PlainMLP | Sequence[GatedMLP | Mixture],
+    attention: Sequence[Mixer],
+    feed_forward: GatedMLP | PlainMLP | Sequence[FeedForward],
     norms: Norms,
     final_norm: Norm,
     rotary: Mapping[str, Rotary],
@@ -110,7 +116,9 @@ def build_decoder(
     qkv_bias: bool = False,
     o_bias: bool = False,
     mlp_bias: bool = False,
+    expert_bias: bool | None = None,
     names: Mapping[str, str] | None = None,
+    shared_names: Mapping[str, str] | None = None,
     fused: tuple[str, ...] = (),
     residual_scale: float = 1.0,
     parallel: bool = False,
@@ -119,32 +127,43 @@ def build_decoder(
 ) -> Decoder:
     """A decoder of layers with attention and a feed-forward; refuses unread keys.
 
-    ``feed_forward``: of every layer, or a list. ``names`` changes the linears' own names (``o_proj``, ``up_proj`` …).
-    Roles in ``fused`` (``qkv``, ``gate_up``) are one tensor, ``qkv_proj`` and ``gate_up_proj``. ``tied``: the family's
-    default. ``outer``: fields of :class:`Decoder`.
+    ``feed_forward``: of every layer, or a list. ``names`` changes the linears' own names (``o_proj``, ``up_proj`` …),
+    ``shared_names`` those of shared experts. Roles in ``fused`` (``qkv``, ``gate_up``) are one tensor, ``qkv_proj`` and
+    ``gate_up_proj``, but in experts. ``expert_bias`` None: as ``mlp_bias``. ``tied``: the family's default. ``outer``:
+    fields of :class:`Decoder`.
     """
     layers = []
     called = names or {}
     feed_forwards = feed_forward if isinstance(feed_forward, Sequence) else [feed_forward] * len(attention)
     for index, (mixer, mlp) in enumerate(zip(attention, feed_forwards, strict=True)):
         mixing: tuple[LinearGroup, ...]
-        if isinstance(mixer, GatedDeltaNet):
+        if isinstance(mixer, Absent):
+            mixing = ()
+        elif isinstance(mixer, GatedDeltaNet):
             mixing = _delta(mixer, hidden, norms.mixer)
+        elif isinstance(mixer, Mamba2):
+            mixing = _in_and_out(mixer.name, sum(mixer.outputs), mixer.widths[0], hidden, mixer.bias, norms.mixer)
+        elif isinstance(mixer, ShortConvolution):
+            mixing = _in_and_out(mixer.name, 3 * mixer.channels, mixer.channels, hidden, mixer.bias, norms.mixer)
         elif isinstance(mixer, LatentAttention):
             mixing = _latent(mixer, hidden, qkv_bias, norms.mixer)
         else:
             mixing = _attention(mixer, hidden, qkv_bias, o_bias, norms.mixer, "qkv" in fused, called)
         read = norms.mixer if parallel else norms.feed_forward
         experts: tuple[Expert, ...] = ()
-        if isinstance(mlp, Mixture):
-            groups = (*mixing, *_routed(mlp, hidden, mlp_bias, read))
-            experts = _experts(mlp, hidden, mlp_bias, read, called)
+        if isinstance(mlp, Absent):
+            groups = mixing
+        elif isinstance(mlp, Mixture):
+            groups = (*mixing, *_routed(mlp, hidden, mlp_bias, read, "gate_up" in fused, shared_names or {}))
+            experts = _experts(mlp, hidden, mlp_bias if expert_bias is None else expert_bias, read, called)
         else:
             groups = (*mixing, *_feed_forward(mlp, hidden, mlp_bias, read, "gate_up" in fused, called))
         layers.append(
             Layer(
-                index, f"model.layers.{index}.", hidden, mixer, mlp, norms.mixer, norms.feed_forward, groups,
-                norms.mixer_after, norms.feed_forward_after, residual_scale, parallel, experts,
+                index, f"model.layers.{index}.", hidden, mixer, mlp,
+                None if isinstance(mixer, Absent) else norms.mixer,
+                None if isinstance(mlp, Absent) else norms.feed_forward,
+                groups, norms.mixer_after, norms.feed_forward_after, residual_scale, parallel, experts,
             )
         )  # fmt: skip
     found = Decoder(
@@ -223,6 +242,16 @@ def _delta(mixer: GatedDeltaNet, hidden: int, norm: Norm | None) -> tuple[Linear
     )
 
 
+def _in_and_out(
+    name: str, outputs: int, inputs: int, hidden: int, bias: bool, norm: Norm | None
+) -> tuple[LinearGroup, LinearGroup]:
+    """``in_proj``, which gives all that a mixer needs, and ``out_proj``."""
+    return (
+        LinearGroup("qkv", (Linear(f"{name}.in_proj", (outputs, hidden), bias),), norm=norm),
+        LinearGroup("o", (Linear(f"{name}.out_proj", (hidden, inputs), bias),), adds=True),
+    )
+
+
 def _qkv(mixer: Attention, hidden: int, bias: bool, norm: Norm | None, fused: bool) -> LinearGroup:
     queries, keys, values = mixer.widths
     rows = {"q": 2 * queries if mixer.output_gate else queries, "k": keys, "v": values}
@@ -265,11 +294,13 @@ def _feed_forward(
     )
 
 
-def _routed(mixture: Mixture, hidden: int, bias: bool, norm: Norm | None) -> tuple[LinearGroup, ...]:
+def _routed(
+    mixture: Mixture, hidden: int, bias: bool, norm: Norm | None, fused: bool, called: Mapping[str, str]
+) -> tuple[LinearGroup, ...]:
     """The router, and the shared expert."""
     gate = () if mixture.shared_gate is None else (mixture.shared_gate,)
     router = LinearGroup("router", (mixture.router.linear, *gate), norm=norm)
-    return (router, *(_feed_forward(mixture.shared, hidden, bias, norm, False, {}) if mixture.shared else ()))
+    return (router, *(_feed_forward(mixture.shared, hidden, bias, norm, fused, called) if mixture.shared else ()))
 
 
 def _experts(
@@ -311,9 +342,25 @@ def router(
     return found
 
 
+def step_limits(keys: ConfigKeys, key: str = "time_step_limit") -> tuple[float, float]:
+    """Of Mamba-2's steps; the greatest may be infinite, which transformers writes as an object."""
+    found = keys.raw(key)
+    if found is None:
+        return 0.0, math.inf
+    least, most = found if isinstance(found, list | tuple) and len(found) == 2 else (None, None)
+    most = math.inf if most == {"__float__": "Infinity"} else most
+    if not isinstance(least, int | float) or not isinstance(most, int | float) or not 0 <= least <= most:
+        raise keys.refused(key, "the least and the greatest step", found)
+    return float(least), float(most)
+
+
 def every(layers: int, number: int, kind: str = "sliding_attention") -> list[str]:
     """``kind`` for every layer but each ``number``-th, which is ``full_attention``."""
     return ["full_attention" if (index + 1) % number == 0 else kind for index in range(layers)]
+
+
+EARLIER = {"attention": "full_attention", "mamba": "linear_attention"}
+"""Names of layers' types in older files, and what transformers 5 calls them."""
 
 
 def layer_types(keys: ConfigKeys, layers: int, default: list[str], kind: str = "sliding_attention") -> list[str]:
@@ -323,6 +370,7 @@ def layer_types(keys: ConfigKeys, layers: int, default: list[str], kind: str = "
         return default
     if not isinstance(found, list) or len(found) != layers:
         raise keys.refused("layer_types", f"a list of {layers} types", found)
+    found = [EARLIER.get(one, one) if isinstance(one, str) else one for one in found]
     for one in found:
         if one not in ("full_attention", kind):
             raise keys.refused("layer_types", f"full_attention or {kind}", one)
