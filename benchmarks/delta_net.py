@@ -214,5 +214,9 @@ def compare(family: Family, description: str | None, file: str) -> None:
     out.write_text(json.dumps(content, indent=2) + "\n")
 
 
-if __name__ == "__main__":
+def main() -> None:
     compare(Family("Qwen 3.5 shape", COMMON, SHAPES, write_gguf), __doc__, "delta_net")
+
+
+if __name__ == "__main__":
+    main()

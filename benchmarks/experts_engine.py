@@ -71,5 +71,9 @@ def write_gguf(path: Path, s: dict[str, Any]) -> None:
     finish_gguf(writer)
 
 
-if __name__ == "__main__":
+def main() -> None:
     compare(Family("Qwen 3 shape with experts", COMMON, SHAPES, write_gguf), __doc__, "experts_engine")
+
+
+if __name__ == "__main__":
+    main()

@@ -27,6 +27,7 @@ from tulle import _native  # noqa: E402
 from tulle.engine.files import huge  # noqa: E402
 from tulle.engine.layout import BITS, SLACK, TILE, geometry, segment_step, tiles_kind  # noqa: E402
 from tulle.engine.native_model import (  # noqa: E402
+    FeedForward,
     Grid,
     Group,
     Layer,
@@ -34,6 +35,8 @@ from tulle.engine.native_model import (  # noqa: E402
     Linear,
     LinearFacts,
     Model,
+    Norm,
+    RotaryTable,
     ScaleKind,
     consecutive_pages,
 )
@@ -93,25 +96,28 @@ class Weights:
 
 def model_of(shape: dict[str, Any], weights: Weights) -> Model:
     d, wide, head_dim = shape["hidden"], shape["intermediate"], shape["hidden"] // shape["heads"]
-    ones, kv = np.ones(d, np.float32), shape["kv_heads"] * head_dim
+    norm, kv = Norm(np.ones(d, np.float32), None, 1e-5, False), shape["kv_heads"] * head_dim
     layers = [
         Layer(
-            input_norm=ones, post_norm=ones, query_norm=None, key_norm=None, window=0,
+            input_norm=norm, post_norm=norm,
             qkv=Group([], [weights.linear(d, d), weights.linear(kv, d), weights.linear(kv, d)]),
             o=Group([], [weights.linear(d, d)]),
-            gate_up=Group([], [weights.linear(wide, d), weights.linear(wide, d)]),
-            down=Group([], [weights.linear(d, wide)]),
+            feed_forward=FeedForward(
+                intermediate=wide,
+                gate_up=Group([], [weights.linear(wide, d), weights.linear(wide, d)]),
+                down=Group([], [weights.linear(d, wide)]),
+            ),
         )
         for _ in range(shape["layers"])
     ]  # fmt: skip
     head = weights.linear(shape["vocabulary"], d)
     return Model(
-        hidden=d, intermediate=wide, heads=shape["heads"], kv_heads=shape["kv_heads"], head_dim=head_dim,
-        vocabulary=shape["vocabulary"], eps=1e-5, gate="silu", rope_scale=1.0,
-        inverse_frequencies=(1e4 ** (-np.arange(0, head_dim, 2) / head_dim)).tolist(),
+        hidden=d, heads=shape["heads"], kv_heads=shape["kv_heads"], head_dim=head_dim,
+        vocabulary=shape["vocabulary"], gate="silu",
+        rotary=[RotaryTable((1e4 ** (-np.arange(0, head_dim, 2) / head_dim)).tolist(), 1.0, False)],
         query=Grid(), key=Grid(), value=Grid(), head_rotation=None,
         embedding=head if shape["tied"] else weights.linear(shape["vocabulary"], d),
-        layers=layers, norm=ones, head=Group([], [head]), exact_head=None,
+        layers=layers, norm=norm, head=Group([], [head]), exact_head=None,
     )  # fmt: skip
 
 

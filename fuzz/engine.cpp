@@ -517,10 +517,77 @@ void pass(Engine& engine, Bytes& bytes, std::size_t vocabulary, std::size_t batc
   engine.work_bytes();
 }
 
+struct FeedForwardParts {
+  std::size_t intermediate = 0;
+  GroupParts gate_up, down;
+
+  tulle::FeedForward bind(Random& random) { return {intermediate, gate_up.bind(random), down.bind(random)}; }
+};
+
+FeedForwardParts make_feed_forward(std::size_t hidden, std::size_t intermediate, Bytes& bytes, Random& random) {
+  GroupParts gate_up = make_group(hidden, {intermediate, intermediate}, bytes, random);
+  return {intermediate, std::move(gate_up), make_group(intermediate, {hidden}, bytes, random)};
+}
+
+void places(FeedForwardParts& parts, Places& to) {
+  to.size(parts.intermediate);
+  for (GroupParts* group : {&parts.gate_up, &parts.down}) places(*group, to);
+}
+
+// Experts with their router; none: a feed-forward.
+struct MixtureParts {
+  std::vector<FeedForwardParts> experts;
+  GroupParts scores;
+  tulle::Router router;
+  Array correction;
+  bool shared = false, shared_gate = false, corrected = false;
+
+  tulle::Mixture bind(Random& random) {
+    tulle::Mixture found;
+    for (FeedForwardParts& one : experts) found.experts.push_back(one.bind(random));
+    found.router = router;
+    found.router.group = scores.bind(random);
+    found.shared = shared;
+    found.shared_gate = shared_gate;
+    if (corrected) correction = Array::floats(experts.size() - (shared ? 1 : 0), random);
+    found.router.correction = correction.as<float>();
+    return found;
+  }
+};
+
+void make(MixtureParts& parts, std::size_t hidden, std::size_t intermediate, Bytes& bytes, Random& random) {
+  const std::uint8_t how = bytes.next();
+  const std::size_t routed = 2 * (1 + (how & 1)), narrow = how & 2 ? 8 : 0;
+  parts.shared = how & 4;
+  parts.shared_gate = (how & 12) == 12;
+  parts.corrected = how & 16;
+  if (how & 32) parts.router.groups = 2;
+  parts.router.score = static_cast<tulle::Router::Score>(how >> 6 & 1);
+  parts.router.normalise = how & 128;
+  parts.router.chosen = 1 + bytes.below(routed / parts.router.groups);
+  parts.scores = parts.shared_gate ? make_group(hidden, {routed, 1}, bytes, random)
+                                   : make_group(hidden, {routed}, bytes, random);
+  for (std::size_t i = 0; i < routed + (parts.shared ? 1 : 0); ++i) {
+    const std::size_t width = i == routed ? intermediate + narrow : intermediate;
+    parts.experts.push_back(make_feed_forward(hidden, width, bytes, random));
+  }
+}
+
+void places(MixtureParts& parts, Places& to) {
+  places(parts.scores, to);
+  tulle::Router& r = parts.router;
+  for (std::size_t* n : {&r.chosen, &r.groups, &r.chosen_groups, &r.group_best}) to.size(*n);
+  to.field(r.scale);
+  for (FeedForwardParts& one : parts.experts) places(one, to);
+}
+
 struct LayerParts {
-  GroupParts qkv, o, gate_up, down;
+  GroupParts qkv, o;
+  FeedForwardParts feed_forward;
+  MixtureParts mixture;
+  Array sinks;
   std::size_t window = 0;
-  bool head_norms = false;
+  bool head_norms = false, sunk = false;
 };
 
 void decoder(Bytes& bytes) {
@@ -528,14 +595,15 @@ void decoder(Bytes& bytes) {
   tulle::Model m;
   const std::size_t dims[] = {8, 16, 24, 32, 40, 48, 64, 96};
   m.hidden = dims[bytes.below(8)];
-  m.intermediate = dims[bytes.below(8)] + bytes.below(2) * 4;
+  const std::size_t intermediate = dims[bytes.below(8)] + bytes.below(2) * 4;
   m.kv_heads = 1 + bytes.below(2);
   m.heads = m.kv_heads * (1 + bytes.below(3));
   m.head_dim = 2 * (1 + bytes.below(12));
   m.vocabulary = 1 + bytes.below(200);
   const std::uint8_t flags = bytes.next(), grids = bytes.next();
-  m.eps = 1e-6f;
-  m.gate = static_cast<tulle::Gate>(flags & 3);
+  const std::uint8_t more = bytes.next();
+  m.gate = more & 1 ? tulle::Gate::quick_gelu : static_cast<tulle::Gate>(flags & 3);
+  if (more & 2) m.gate_limit = m.up_offset = 1;
   m.embedding.kind = flags & 4 ? WeightKind::bf16 : WeightKind::f32;
   m.exact_head.kind = flags & 8 ? WeightKind::bf16 : WeightKind::f32;
   bool exact = flags & 16;
@@ -554,8 +622,9 @@ void decoder(Bytes& bytes) {
     layer.head_norms = grids & 64;
     layer.qkv = make_group(m.hidden, {q, kv, kv}, bytes, random);
     layer.o = make_group(q, {m.hidden}, bytes, random);
-    layer.gate_up = make_group(m.hidden, {m.intermediate, m.intermediate}, bytes, random);
-    layer.down = make_group(m.intermediate, {m.hidden}, bytes, random);
+    layer.sunk = more & 4;
+    if (more & 8) make(layer.mixture, m.hidden, intermediate, bytes, random);
+    else layer.feed_forward = make_feed_forward(m.hidden, intermediate, bytes, random);
   }
   GroupParts head = make_group(m.hidden, {m.vocabulary}, bytes, random);
   LinearParts coded_embedding, coded_head;
@@ -564,15 +633,18 @@ void decoder(Bytes& bytes) {
   std::size_t frequencies = m.head_dim / 2;
 
   Places to;
-  for (std::size_t* n : {&m.hidden, &m.intermediate, &m.heads, &m.kv_heads, &m.head_dim, &m.vocabulary}) to.size(*n);
+  for (std::size_t* n : {&m.hidden, &m.heads, &m.kv_heads, &m.head_dim, &m.vocabulary}) to.size(*n);
   to.fields.push_back([&](std::uint64_t value) { frequencies = value % 64; });
-  to.field(m.eps);
-  to.field(m.rope_scale);
+  float eps = 1e-6f, rope_scale = 1;
+  to.field(eps);
+  to.field(rope_scale);
   for (tulle::Grid* grid : {&m.query, &m.key, &m.value}) places(*grid, to);
   places(m.head_rotation, to);
   for (LayerParts& layer : parts) {
     to.field(layer.window);
-    for (GroupParts* group : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) places(*group, to);
+    for (GroupParts* group : {&layer.qkv, &layer.o}) places(*group, to);
+    if (layer.mixture.experts.empty()) places(layer.feed_forward, to);
+    else places(layer.mixture, to);
   }
   places(head, to);
   if (coded) places(coded_embedding, to);
@@ -582,18 +654,20 @@ void decoder(Bytes& bytes) {
 
   // As bindings/engine.cpp makes a model.
   if (m.head_rotation.channels) tulle::check(m.head_rotation);
-  m.inverse_frequencies.assign(frequencies, 0.5f);
+  m.rotary.push_back({std::vector<float>(frequencies, 0.5f), rope_scale, false});
   for (LayerParts& of : parts) {
     tulle::Layer layer;
     layer.window = of.window;
     layer.qkv = of.qkv.bind(random);
     layer.o = of.o.bind(random);
-    layer.gate_up = of.gate_up.bind(random);
-    layer.down = of.down.bind(random);
+    if (of.sunk) of.sinks = Array::floats(m.heads, random);
+    layer.sinks = of.sinks.as<float>();
+    if (of.mixture.experts.empty()) layer.feed_forward = of.feed_forward.bind(random);
+    else layer.mixture = of.mixture.bind(random);
     m.layers.push_back(layer);
   }
   m.head = head.bind(random);
-  if (m.vocabulary > kMost || m.hidden > kMost || m.head_dim > kMost || m.vocabulary * m.hidden > 4 * kMost) {
+  if (m.vocabulary > kMost || m.hidden > kMost || m.heads > kMost || m.head_dim > kMost || m.vocabulary * m.hidden > 4 * kMost) {
     throw TooLarge();
   }
   const std::size_t numbers = m.vocabulary * m.hidden;
@@ -617,10 +691,12 @@ void decoder(Bytes& bytes) {
     bind(coded_head, random);
     m.exact_head.codes = coded_head.linear.weight;
   }
-  m.norm = norm.as<float>();
+  m.norm = {norm.as<float>(), nullptr, eps, false};
   for (std::size_t i = 0; i < layers; ++i) {
     m.layers[i].input_norm = m.layers[i].post_norm = m.norm;
-    if (parts[i].head_norms) m.layers[i].query_norm = m.layers[i].key_norm = head_norm.as<float>();
+    if (parts[i].head_norms) {
+      m.layers[i].query_norm = m.layers[i].key_norm = {head_norm.as<float>(), nullptr, eps, false};
+    }
   }
   const std::size_t vocabulary = m.vocabulary;
   tulle::Engine engine(std::move(m), sizes_of(cache, threads));

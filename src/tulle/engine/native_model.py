@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from enum import StrEnum
+from functools import cache
 from typing import Any, ClassVar, get_type_hints
 
 import numpy as np
@@ -111,7 +112,7 @@ class LinearFacts:
     @staticmethod
     def from_json(found: object) -> LinearFacts | None:
         """None where a field is missing, too many, or of another type."""
-        hints = get_type_hints(LinearFacts)
+        hints = _fact_types()
         if not isinstance(found, dict) or set(found) != set(hints):
             return None
         if any(type(found[name]) is not (int if hint is int else str) for name, hint in hints.items()):
@@ -120,6 +121,12 @@ class LinearFacts:
             return LinearFacts(**{name: hints[name](value) for name, value in found.items()})
         except ValueError:  # no such kind or layout
             return None
+
+
+@cache
+def _fact_types() -> dict[str, Any]:
+    """Of LinearFacts, by name: a model with experts has very many of them."""
+    return get_type_hints(LinearFacts)
 
 
 @dataclass(frozen=True)
