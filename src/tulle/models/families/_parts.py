@@ -129,7 +129,8 @@ def build_decoder(
 
     ``feed_forward``: of every layer, or a list. ``names`` changes the linears' own names (``o_proj``, ``up_proj`` …),
     ``shared_names`` those of shared experts. Roles in ``fused`` (``qkv``, ``gate_up``) are one tensor, ``qkv_proj`` and
-    ``gate_up_proj``, but in experts. ``expert_bias`` None: as ``mlp_bias``. ``tied``: the family's default. ``outer``: fields of :class:`Decoder`.
+    ``gate_up_proj``, but in experts. ``expert_bias`` None: as ``mlp_bias``. ``tied``: the family's default. ``outer``:
+    fields of :class:`Decoder`.
     """
     layers = []
     called = names or {}
