@@ -209,6 +209,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "glm4_moe": {"head_dim": 128},
     "granitemoehybrid": {"num_hidden_layers": 2, "layer_types": ["mamba", "attention"]},
     "lfm2": {"full_attn_idxs": [2]},
+    "nemotron_h": {"hybrid_override_pattern": "M-*-"},
 }
 """Keys without which a family's defaults are no model, or none that people use."""
 

@@ -147,6 +147,8 @@ def weight_of(model: PreTrainedModel, name: str) -> torch.Tensor:
     if last in ("down_proj", "w2"):
         found = holder.down_proj.data[int(number)]
         return found.T if model.config.model_type == "gpt_oss" else found
+    if not hasattr(holder, "gate_up_proj"):
+        return holder.up_proj.data[int(number)]
     both, up = holder.gate_up_proj.data[int(number)], last in ("up_proj", "w3")
     if model.config.model_type == "gpt_oss":
         return both[:, int(up) :: 2].T

@@ -11,13 +11,15 @@ from transformers import AutoModelForCausalLM
 
 import tulle
 from family_folders import write_family
-from random_families import DENSE, EXPERTS, HYBRID
+from random_families import DENSE, EXPERTS, HYBRID, NOT_IN_ENGINE
 from tulle.compression.job import compress
 from tulle.engine import Engine
+from tulle.errors import UserError
 from tulle.text.reading import Text
 
 TEXT = Text(("The quick brown fox jumps over the lazy dog. " * 20,), False, ("prose",))
 TOKENS = list(b"A fox that is quick jumps over dogs.")
+RUN = [family for family in DENSE + HYBRID + EXPERTS if family not in NOT_IN_ENGINE]
 W4 = [{"gptq": {"bits": 4, "group_size": "auto-32"}}]
 
 
@@ -31,7 +33,7 @@ def difference(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-@pytest.mark.parametrize("family", DENSE + HYBRID + EXPERTS)
+@pytest.mark.parametrize("family", RUN)
 def test_dense(family: str, tmp_path: Path) -> None:
     """A prompt at once, and its tokens one after the other."""
     for seed in (1, 2):
@@ -44,7 +46,7 @@ def test_dense(family: str, tmp_path: Path) -> None:
         assert difference(np.concatenate(rows), expected) <= 5e-5
 
 
-@pytest.mark.parametrize("family", DENSE + HYBRID + EXPERTS)
+@pytest.mark.parametrize("family", RUN)
 def test_packed(family: str, tmp_path: Path) -> None:
     folder = write_family(tmp_path / "dense", family, 3)
     compress(folder, {"calibration": {"samples": 4, "length": 24}, "steps": W4}, tmp_path / "out", calibration=TEXT)
@@ -52,3 +54,9 @@ def test_packed(family: str, tmp_path: Path) -> None:
     found = engine.forward(TOKENS, wanted=range(len(TOKENS)))
     # The engine rounds what codes are multiplied with to 16 bits.
     assert difference(found, wanted(tmp_path / "out", TOKENS, packed=True)) <= 5e-3
+
+
+@pytest.mark.parametrize("family", NOT_IN_ENGINE)
+def test_refused_by_name(tmp_path: Path, family: str) -> None:
+    with pytest.raises(UserError, match="the engine can take, found (latent attention|layers that are)"):
+        Engine(write_family(tmp_path / "model", family, 1), threads=1)
