@@ -211,10 +211,9 @@ NEEDED = {"deepseek_v2": {"num_experts_per_tok": 6}, "glm4_moe": {"head_dim": 12
 def model_families() -> str:
     """A row per family: what its file says first, what is special, which rotations and exports it takes."""
     from tulle.engine.settings import FEATURES
-    from tulle.export.gguf import ARCHITECTURES
     from tulle.models.description import describe, families
     from tulle.models.features import features
-    from tulle.models.gguf.config import FAMILIES
+    from tulle.models.gguf.families import WRITTEN
     from tulle.models.rewrite import NOT_ROTATED
 
     rows = []
@@ -224,9 +223,7 @@ def model_families() -> str:
         special = features(decoder)
         name = re.split("[:,]", plain(module.__doc__ or ""))[0]
         can = (not special.keys() & NOT_ROTATED.keys(), special.keys() <= FEATURES)
-        read = {one.model_type for one in FAMILIES.values()}
-        gguf = "yes" if family in ARCHITECTURES else "read" if family in read else "no"
-        answers = (*("yes" if one else "no" for one in can), gguf)
+        answers = ("yes" if one else "no" for one in (*can, family in WRITTEN))
         rows.append((f"`{family}`", name, "; ".join(special) or "nothing", *answers))
     return table(("model_type", "family", "beyond Llama's layout", "rotation", "engine", "GGUF"), rows)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 Type = GGMLQuantizationType
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2"}
-ARCHITECTURES["gemma3_text"] = "gemma3"
+ARCHITECTURES = {
+    "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2",
+    "gemma3_text": "gemma3", "phi3": "phi3", "olmo2": "olmo2", "olmo3": "olmo2", "granite": "granite", "glm4": "glm4",
+    "cohere2": "cohere2", "starcoder2": "starcoder2", "exaone4": "exaone4", "smollm3": "smollm3",
+    "seed_oss": "seed_oss", "ernie4_5": "ernie4_5", "hunyuan_v1_dense": "hunyuan-dense", "stablelm": "stablelm",
+    "nemotron": "nemotron", "arcee": "arcee", "apertus": "apertus", "ministral3": "mistral3", "bitnet": "bitnet",
+}  # fmt: skip
+PERMUTED = ("llama", "granite", "smollm3", "arcee", "mistral3")
+"""Architectures whose converters are children of Llama's and reorder q and k."""
+OFFSET = ("gemma2", "gemma3", "nemotron")
+"""Whose converters add 1 to norms."""
 HALVES = {
     Type.Q4_0: (0,), Type.Q4_1: (0, 2), Type.Q5_0: (0,), Type.Q5_1: (0, 2), Type.Q8_0: (0,), Type.Q2_K: (80, 82),
     Type.Q3_K: (108,), Type.Q4_K: (0, 2), Type.Q5_K: (0, 2), Type.Q6_K: (208,), Type.IQ4_NL: (0,), Type.IQ4_XS: (0,),
@@ -29,19 +39,33 @@ LARGEST = {
     Type.Q4_K: 945, Type.Q5_K: 1953, Type.Q6_K: 4096, Type.IQ4_NL: 127, Type.IQ4_XS: 4064, Type.TQ1_0: 1, Type.TQ2_0: 2,
 }  # fmt: skip
 """What a block's largest number is, in scales."""
-NAMES = {
-    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
-    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "phi3": {"partial_rotary_factor": 0.75, "sliding_window": 40},
+    "olmo2": {},
+    "olmo3": {"sliding_window": 8, "rope_parameters": {
+        "full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0}}},
+    "granite": {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.25,
+                "attention_multiplier": 0.5, "attention_bias": True, "mlp_bias": True},
+    "glm4": {"head_dim": 32, "attention_bias": True, "partial_rotary_factor": 0.5},
+    "cohere2": {"sliding_window": 8, "logit_scale": 0.25, "layer_norm_eps": 1e-5, "tie_word_embeddings": True},
+    "starcoder2": {"norm_epsilon": 1e-5, "use_bias": True, "sliding_window": None},
+    "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 5},
+    "smollm3": {"tie_word_embeddings": True},
+    "seed_oss": {"head_dim": 32, "attention_bias": True},
+    "ernie4_5": {"head_dim": 32, "tie_word_embeddings": True},
+    "hunyuan_v1_dense": {"head_dim": 32},
+    "stablelm": {"layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25, "use_qkv_bias": True,
+                 "use_parallel_residual": True},
+    "nemotron": {"norm_eps": 1e-5, "partial_rotary_factor": 0.5, "attention_bias": True, "mlp_bias": True,
+                 "hidden_act": "relu2"},
+    "arcee": {"rope_parameters": YARN},
+    "apertus": {"attention_bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0}},
+    "ministral3": {"head_dim": 32, "sliding_window": None, "rope_parameters": YARN | {
+        "beta_fast": 16.0, "beta_slow": 2.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5}},
+    "bitnet": {"hidden_act": "silu", "tie_word_embeddings": True},
 }  # fmt: skip
-
-
-GEMMA_NAMES = NAMES | {
-    "post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}  # fmt: skip
+XIELU = ("alpha_p", "alpha_n", "beta", "eps")
 
 
 def small_config(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
@@ -66,6 +90,21 @@ def small_config(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
         }
     return config | changes
+
+
+def family_config(family: str) -> dict[str, Any]:
+    """A small config with what is special about a family; 64 tokens of context, a vocabulary of 96."""
+    config: dict[str, Any] = {
+        "model_type": family, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 5,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 96,
+        "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 1000.0, "tie_word_embeddings": False,
+        "pad_token_id": 0,
+    }  # fmt: skip
+    config |= FAMILIES[family]
+    kinds = {"layer_norm_eps", "norm_epsilon", "norm_eps"} & config.keys()
+    for key in ("rms_norm_eps",) * bool(kinds) + ("rope_theta",) * ("rope_parameters" in config):
+        del config[key]
+    return config
 
 
 def random_bytes(
@@ -93,12 +132,20 @@ def random_bytes(
 
 
 def theirs(name: str, architecture: str = "llama") -> str:
-    """The GGUF name of a Hugging Face tensor."""
-    stem, suffix = name.rsplit(".", 1)
-    parts, names = stem.split("."), GEMMA_NAMES if architecture.startswith("gemma") else NAMES
-    if parts[:2] == ["model", "layers"]:
-        return f"blk.{parts[2]}.{names['.'.join(parts[3:])]}.{suffix}"
-    return f"{names[stem]}.{suffix}"
+    """The GGUF name of a Hugging Face tensor, by the gguf library."""
+    if architecture == "bitnet" and "_sub_norm" in name:  # the library knows an older spelling
+        name = name.replace("self_attn.attn_sub_norm", "self_attn.inner_attn_ln").replace(
+            "ffn_sub_norm", "ffn_layernorm"
+        )
+    found = _name_map(architecture).get_name(name, try_suffixes=(".weight", ".bias"))
+    assert found is not None, name
+    return found
+
+
+@cache
+def _name_map(architecture: str) -> gguf.TensorNameMap:
+    (of,) = [arch for arch, called in gguf.MODEL_ARCH_NAMES.items() if called == architecture]
+    return gguf.get_tensor_name_map(of, 8)
 
 
 def permuted(weight: NDArray[Any], heads: int) -> NDArray[Any]:
@@ -113,9 +160,11 @@ def write_random(
     seed: int = 0,
     metadata: Mapping[str, Any] | None = None,
     embedding: Type | None = None,
+    size: float = 0.05,
+    factors: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """A random model of a config, its linears in ``kind``, as a GGUF file; returns transformers' model of the same
-    weights, dequantised by the gguf library, in float32."""
+    """A random model of a config, its linears in ``kind``, as a GGUF file, with ``factors`` as further tensors; returns
+    transformers' model of the same weights, dequantised by the gguf library, in float32."""
     rng = np.random.default_rng(seed)
     model = AutoModelForCausalLM.from_config(
         CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config)))
@@ -127,23 +176,34 @@ def write_random(
         add(writer, key, value)
     state = {}
     for name, tensor in model.state_dict().items():
-        if config["tie_word_embeddings"] and name == "lm_head.weight":
+        if config["tie_word_embeddings"] and name == "lm_head.weight" or ".act_fn." in name:
             continue
         if tensor.ndim == 1:
             values = rng.standard_normal(tensor.shape).astype(np.float32) * 0.1
-            values = values + 1 if "norm" in name else values
+            values = values + 1 if name.endswith(("norm.weight", "layernorm.weight")) else values
             state[name] = torch.from_numpy(values)
-            stored = values + np.float32(1) if architecture.startswith("gemma") else values
+            stored = values + np.float32(1) if architecture in OFFSET and name.endswith("norm.weight") else values
             raw, of = stored.view(np.uint8), Type.F32
         else:
             of = (embedding or Type.F16) if name.startswith(("model.embed", "lm_head")) else kind
-            raw = random_bytes(rng, of, *tensor.shape)
+            raw = random_bytes(rng, of, *tensor.shape, size)
             state[name] = torch.from_numpy(dequantised(raw, of))
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
-        if architecture == "llama" and heads is not None:
+        if architecture in PERMUTED and heads is not None:
             rows = raw.reshape(tensor.shape[0], -1)
             raw = np.ascontiguousarray(permuted(rows, config[heads])).reshape(raw.shape)
         writer.add_tensor(theirs(name, architecture), raw, raw_dtype=of)
+    for name, values in (factors or {}).items():
+        writer.add_tensor(name, np.asarray(values, np.float32))
+    for name in XIELU if architecture == "apertus" else ():
+        numbers = rng.uniform(-0.5, 0.5, config["num_hidden_layers"]).astype(np.float32)
+        state |= {
+            key: torch.full_like(model.state_dict()[key], float(number))
+            for key, number in zip(
+                (f"model.layers.{i}.mlp.act_fn.{name}" for i in range(len(numbers))), numbers, strict=True
+            )
+        }
+        writer.add_array(f"xielu.{name}", numbers.tolist())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -164,19 +224,38 @@ def write_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    if "rope_theta" in config:
-        writer.add_rope_freq_base(config["rope_theta"])
-    else:
-        full = config["rope_parameters"]["full_attention"]
-        writer.add_rope_freq_base(full["rope_theta"])
+    for key in ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps"):
+        if key in config:
+            (writer.add_layer_norm_rms_eps if key == "rms_norm_eps" else writer.add_layer_norm_eps)(config[key])
+    rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta")}
+    full = rope.get("full_attention", rope)
+    writer.add_rope_freq_base(full["rope_theta"])
+    if full.get("rope_type") == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(full["factor"])
-    if config["model_type"].startswith("gemma"):
-        writer.add_sliding_window(config["sliding_window"])
-    if config["model_type"] == "gemma2":
-        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
-        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+    if full.get("rope_type") == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(full["factor"])
+        writer.add_rope_scaling_orig_ctx_len(full["original_max_position_embeddings"])
+    for key, write in (
+        ("sliding_window", writer.add_sliding_window),
+        ("attn_logit_softcapping", writer.add_attn_logit_softcapping),
+        ("final_logit_softcapping", writer.add_final_logit_softcapping),
+        ("attention_multiplier", writer.add_attention_scale), ("embedding_multiplier", writer.add_embedding_scale),
+        ("residual_multiplier", writer.add_residual_scale), ("logits_scaling", writer.add_logit_scale),
+        ("logit_scale", writer.add_logit_scale), ("use_parallel_residual", writer.add_parallel_residual),
+    ):  # fmt: skip
+        if config.get(key) is not None:
+            write(config[key])
+    if "partial_rotary_factor" in config:
+        writer.add_rope_dimension_count(int(config["partial_rotary_factor"] * config["head_dim"]))
+    if config["model_type"] == "ministral3":
+        writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
+        writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+        writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+        writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
+    if config["model_type"] == "olmo3":
+        writer.add_sliding_window_pattern([(i + 1) % 4 != 0 for i in range(config["num_hidden_layers"])])
     writer.add_vocab_size(config["vocab_size"])
 
 

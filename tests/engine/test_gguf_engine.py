@@ -9,7 +9,7 @@ import pytest
 import torch
 from dense_codes import in_order_of_units
 
-from gguf_files import Type, random_bytes, small_config, write_random
+from gguf_files import Type, family_config, random_bytes, small_config, write_random
 from tulle.engine import Engine
 from tulle.engine.checkpoint import Source
 from tulle.engine.layout import for_kernels
@@ -42,6 +42,14 @@ def test_logits_of_every_type(tmp_path: Path, kind: Type) -> None:
 def test_families(tmp_path: Path, family: str) -> None:
     config = small_config(family, tie_word_embeddings=True)
     model = write_random(tmp_path / "model.gguf", config, Type.Q4_K, embedding=Type.Q6_K)
+    _agrees(tmp_path / "model.gguf", model)
+
+
+@pytest.mark.parametrize("family", ["phi3", "nemotron", "apertus"])
+def test_fused_tensors_and_norms_that_are_more_than_stored(tmp_path: Path, family: str) -> None:
+    """Codes of fused tensors, an offset of norms, numbers that stand in the file's metadata."""
+    config = family_config(family) | {"num_hidden_layers": 2}
+    model = write_random(tmp_path / "model.gguf", config, Type.Q8_0, embedding=Type.Q8_0, size=0.1)
     _agrees(tmp_path / "model.gguf", model)
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints import PROSE, write_checkpoint
+from family_folders import write_family
 from tiny_models import write_model
 from tulle.cli.main import run
 from tulle.compression.job import compress
@@ -307,6 +308,22 @@ def test_compression_chooses_one_scheme_per_fused_group(plain, tmp_path, name):
     result = export(tmp_path / "packed", "compressed-tensors", tmp_path / "out")
     assert all(len(parts) == 1 for parts in fused_schemes(tmp_path / "out"))
     assert not any("vLLM" in note for note in result["notes"])
+
+
+FAMILIES = {"phi3": 4, "gemma2": 4, "cohere2": 8, "starcoder2": 8, "bitnet": 4}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compressed_tensors_of_other_families(plain, tmp_path, family):
+    """Fused tensors, norms after and of 1 + w, layer norms, parallel residuals, no gate, inner norms; 8: w8a8."""
+    pytest.importorskip("compressed_tensors")
+    folder, bits = write_family(tmp_path / "m", family, 1), FAMILIES[family]
+    steps = [{"activations": {"bits": 8, "symmetric": True}}] * (bits == 8) + [{"round_to_nearest": {"bits": bits}}]
+    settings = {"calibration": {"samples": 2, "length": 24}, "steps": steps}
+    compress(folder, settings, tmp_path / "packed", calibration=Text((PROSE,), False, ("prose",)))
+    result = export(tmp_path / "packed", "compressed-tensors", tmp_path / "out")
+    assert result["difference"] < 1e-5
+    assert bits == 8 or result["difference_from_packed"] < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [None, "float32", "float16"])

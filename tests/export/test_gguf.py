@@ -12,17 +12,24 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from checkpoints import write_checkpoint
-from gguf_files import Type, dequantised, permuted, small_config, write_random
+from checkpoints import PROSE, write_checkpoint, write_tokenizer
+from gguf_files import FAMILIES, YARN, Type, dequantised, family_config, permuted, small_config, write_random
 from tiny_models import tokens, write_model
 from tulle.cli.main import run
+from tulle.compression.job import compress
 from tulle.engine import Engine
 from tulle.errors import UserError
 from tulle.export import export
+from tulle.export import gguf as gguf_export
+from tulle.export.gguf_metadata import metadata_of
+from tulle.models.checkpoint import Checkpoint
+from tulle.models.description import describe
+from tulle.models.gguf.blocks import to_float32
 from tulle.models.gguf.file import GgufFile
 from tulle.models.gguf.source import GgufSource
 from tulle.models.gguf.tokenizer import GPT2
 from tulle.models.source import describe_source, open_source
+from tulle.text.reading import Text
 
 SCHEMES = {
     "w4-g32": ({"bits": 4, "group_size": 32}, "Q4_0"),
@@ -135,6 +142,90 @@ def test_a_dense_folder_of_every_family(tmp_path: Path) -> None:
         assert set(one.names()) == set(two.names()) and "no tokenizer" in " ".join(result["notes"])
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma2", "gemma3_text"])
+def test_families_as_their_converters_store_them(tmp_path: Path, family: str) -> None:
+    """Every tensor and every key that the library's writer was given for the same model."""
+    config = family_config(family) if family in FAMILIES else small_config(family)
+    model = write_random(tmp_path / "theirs.gguf", config, Type.F32, size=0.2)
+    model.save_pretrained(tmp_path / "dense")
+    checkpoint = Checkpoint.open(tmp_path / "dense")
+    gguf_export.write(checkpoint, tmp_path / "ours.gguf")
+    assert gguf_export.check(checkpoint, tmp_path / "ours.gguf") == len(GgufSource(tmp_path / "theirs.gguf").names())
+    theirs, ours = GgufFile(tmp_path / "theirs.gguf"), GgufFile(tmp_path / "ours.gguf")
+    assert theirs.tensors.keys() == ours.tensors.keys()
+    for name, entry in theirs.tensors.items():
+        assert entry.shape == ours.tensors[name].shape
+        values = [to_float32(file.raw(name), file.tensors[name].type).reshape(-1) for file in (theirs, ours)]
+        np.testing.assert_array_equal(*values, err_msg=name)
+    for key, value in theirs.metadata.items():
+        if key.split(".")[-1] not in SAID_OTHERWISE:
+            np.testing.assert_array_equal(value, ours.metadata[key], err_msg=key)
+
+
+SAID_OTHERWISE = ("yarn_log_multiplier", "sliding_window_pattern")
+"""Our files give yarn's factor of attention as such, and leave out the pattern that llama.cpp takes by itself."""
+
+
+@pytest.mark.parametrize("attention", [None, 1.5])
+def test_longrope_goes_into_tensors(tmp_path: Path, attention: float | None) -> None:
+    scaling = {"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [2.0 + i for i in range(6)]}
+    config = family_config("phi3") | {"rope_scaling": scaling | {"attention_factor": attention}}
+    config["original_max_position_embeddings"] = 32
+    written = metadata_of(describe(config))
+    assert written.keys["phi3.rope.scaling.original_context_length"] == 32
+    expected = attention or (1 + np.log(64 / 32) / np.log(32)) ** 0.5
+    assert written.keys["phi3.rope.scaling.attn_factor"] == pytest.approx(expected)
+    np.testing.assert_array_equal(written.factors["rope_factors_long.weight"], 2 + np.arange(6))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("smollm3", {"no_rope_layers": [1, 1, 0, 1, 1]}, r"layers\.2\.mixer\.rotary"),
+        ("smollm3", {"attention_bias": True}, "q_proj.bias"),
+        ("ernie4_5", {"use_bias": True}, "q_proj.bias"),
+        ("olmo2", {"tie_word_embeddings": True}, "head of its own"),
+        ("cohere2", {"tie_word_embeddings": False}, "lm_head.weight"),
+        ("phi3", {"head_dim": 32}, "64 channels in all"),
+        ("phi3", {"sliding_window": None, "hidden_act": "gelu"}, "activation"),
+        ("exaone4", {"sliding_window": 8, "layer_types": None}, "without 64 layers"),
+        ("bitnet", {"hidden_act": "relu2"}, "expected silu"),
+        ("olmo3", {"rope_parameters": {"full_attention": {"rope_theta": 1000.0},
+                                       "sliding_attention": {"rope_theta": 10.0}}}, "rotary.sliding_attention"),
+        ("arcee", {"rope_parameters": YARN | {"beta_slow": 0.1}}, "rotary.default"),
+        ("seed_oss", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "found dynamic"),
+        ("gemma2", {"query_pre_attn_scalar": 100}, "mixer.scale"),
+        ("gemma2", {"attn_logit_softcapping": None}, "soft_cap"),
+        ("gemma3_text", {"layer_types": ["full_attention", "sliding_attention"] * 3 + ["full_attention"]},
+         "sliding_window_pattern"),
+        ("qwen3_5_text", {}, "expected a family of"),
+    ],
+)  # fmt: skip
+def test_what_llama_cpp_does_otherwise_is_refused_by_name(
+    family: str, changes: dict[str, object], message: str
+) -> None:
+    config = family_config(family) if family in FAMILIES else small_config(family)
+    if family == "qwen3_5_text":
+        config = {"model_type": family}
+    with pytest.raises(UserError, match=message):
+        metadata_of(describe(config | changes))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "phi3"])
+def test_the_whole_export_of_a_packed_model(tmp_path: Path, family: str) -> None:
+    """Fused tensors in codes, norms with an offset, and attention that transformers computes in one way alone."""
+    config = family_config(family) if family in FAMILIES else small_config(family, num_hidden_layers=2)
+    config["vocab_size"] = 257
+    write_random(tmp_path / "model.gguf", config, Type.F32, size=0.2).save_pretrained(tmp_path / "dense")
+    write_tokenizer(tmp_path / "dense")
+    recipe = {"steps": [{"round_to_nearest": {"bits": 4, "group_size": 32}}]}
+    compress(tmp_path / "dense", recipe | {"calibration": {"samples": 2, "length": 24}}, tmp_path / "packed",
+             calibration=Text((PROSE,), False, ("prose",)))  # fmt: skip
+    result = export(tmp_path / "packed", "gguf", tmp_path / "again.gguf")
+    linears = {t for n, t in result["types"].items() if n.startswith("blk.") and "norm" not in n}
+    assert linears == {"Q4_0"} and result["difference"] < 1e-5
+
+
 @pytest.mark.parametrize("eps", [1e-5, 9.999999747378752e-06, 1.2345678e-6])
 def test_numbers_that_a_float32_does_not_hold(tmp_path: Path, eps: float) -> None:
     write_checkpoint(tmp_path / "dense", rms_norm_eps=eps)
@@ -150,6 +241,8 @@ def test_a_window_becomes_the_context(tmp_path: Path) -> None:
     result = export(tmp_path / "dense", "gguf", tmp_path / "window.gguf")
     assert GgufSource(tmp_path / "window.gguf").config["max_position_embeddings"] == 32
     assert any("sliding window" in note for note in result["notes"])
+    wide = metadata_of(describe(small_config("mistral", sliding_window=64)))  # which no text of 64 tokens reaches
+    assert wide.keys["llama.context_length"] == 64 and not wide.notes
 
 
 def test_llama_3_positions_come_back(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from tulle.export import export
 from tulle.models import identity
 from tulle.models.checkpoint import Checkpoint
 from tulle.models.hub import local_folder
-from tulle.models.source import INDEX, open_source
+from tulle.models.source import INDEX, describe_source, open_source
 
 TOKENS = [3, 100, 7, 250, 31, 31, 90]
 OPTIONS: dict[str, Any] = {"threads": 1, "head": "as stored", "cache": "f32"}
@@ -432,3 +432,21 @@ def test_a_packed_models_scales_are_finite(tmp_path: Path) -> None:
     save_file(state, tmp_path / "m/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="model.layers.1.mlp.up_proj, scale: expected finite numbers"):
         Engine(tmp_path / "m", threads=1)
+
+
+def test_tensors_that_the_model_does_not_use_are_said(tmp_path: Path) -> None:
+    """A head for several tokens is stored as a further layer, a bias may stand beside a config without one."""
+    folder = tmp_path / "model"
+    write_checkpoint(folder)
+    tensors = load_file(folder / "model.safetensors")
+    first = {n: t.clone() for n, t in tensors.items() if n.startswith("model.layers.0.")}
+    layer = {n.replace("layers.0", "layers.7"): t for n, t in first.items()}
+    unasked = {"model.layers.1.mlp.up_proj.bias": torch.zeros(4), "model.layers.0.rotary_emb.inv_freq": torch.zeros(4)}
+    save_file(tensors | layer | unasked, folder / "model.safetensors")
+    source = open_source(folder)
+    for _ in range(2):
+        describe_source(source)
+    (note,) = source.notes
+    assert note == (
+        f"tensors that the model does not use are left out: model.layers.1 (1), model.layers.7 ({len(layer)})"
+    )

@@ -12,8 +12,10 @@ import pytest
 
 from tulle.errors import LONGEST, UserError
 from tulle.models.description import Rotary, describe
-from tulle.models.gguf.config import config_of, family_of
+from tulle.models.gguf.config import config_of
+from tulle.models.gguf.families import family_of
 from tulle.models.gguf.file import GgufFile
+from tulle.models.gguf.names import ROPE
 from tulle.models.gguf.tokenizer import tokenizer_of
 from tulle.models.rotary import frequencies
 from tulle.models.source import open_source
@@ -93,8 +95,8 @@ GGUF = {
 @pytest.mark.parametrize("found", [["1", "2"], [["1"]], np.array([0.5]), "2", 0])
 def test_gguf_sizes_of_other_kinds(found: object) -> None:
     with pytest.raises(UserError, match="head_count"):
-        config_of(GGUF | {"llama.attention.head_count": found}, 10, (), None)
-    assert config_of(GGUF | {"llama.attention.head_count": np.array([2, 2])}, 10, (), None)["num_attention_heads"] == 2
+        config_of(GGUF | {"llama.attention.head_count": found}, 10, ())
+    assert config_of(GGUF | {"llama.attention.head_count": np.array([2, 2])}, 10, ())["num_attention_heads"] == 2
 
 
 def test_gguf_heads_that_are_wider_than_their_frequencies() -> None:
@@ -102,7 +104,7 @@ def test_gguf_heads_that_are_wider_than_their_frequencies() -> None:
     lie = GGUF | {f"llama.{key}": 1 << 40 for key in ("attention.key_length", "attention.value_length")}
     lie |= {"llama.rope.dimension_count": 1 << 40}
     with pytest.raises(UserError, match="numbers in rope_freqs"):
-        config_of(lie, 10, (), np.full(8, 2, np.float32))
+        config_of(lie, 10, (), {ROPE: np.full(8, 2, np.float32)})
 
 
 @pytest.mark.parametrize("architecture", [["llama"], None, 3])

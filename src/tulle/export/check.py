@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tulle.errors import UserError
 from tulle.export.plan import InputRule, Plan
 from tulle.hf import load_checkpoint
+from tulle.hf.attention import IMPLEMENTATION
 from tulle.hf.packed_embedding import PackedEmbedding, TiedHead
 from tulle.hf.packed_linear import PackedLinear
 from tulle.models.checkpoint import Checkpoint
@@ -128,7 +129,8 @@ def _own_logits(source: Checkpoint, tokens: np.ndarray, plan: Plan) -> tuple[np.
                 plain = name in plan.plain
                 dtype = plan.plain[name] if plain else plan.weight_dtype
                 model.set_submodule(name, _AsExported(module, dtype, "none" if plain else plan.input_rule))
-        model.set_attn_implementation("sdpa")
+        if model.config._attn_implementation == IMPLEMENTATION:
+            model.set_attn_implementation("sdpa")
         expected = model(ids).logits
     return packed.numpy(), expected.numpy()
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import gguf
@@ -25,22 +25,19 @@ from numpy.typing import NDArray
 
 from tulle.errors import UserError
 from tulle.export.dense import unpacked_weight
+from tulle.export.gguf_metadata import add_key, metadata_of, require_same, stored_names, tensors_of
 from tulle.export.gguf_tokenizer import write_tokenizer
 from tulle.format.pack import bf16_to_f32, f32_to_bf16, unpack_scale, unpack_stored, unpack_zero_point
 from tulle.format.spec import LinearSpec
 from tulle.models.checkpoint import Checkpoint
 from tulle.models.description import Decoder
-from tulle.models.features import require
 from tulle.models.gguf import blocks, names
-from tulle.models.gguf.config import FAMILIES, Family
+from tulle.models.gguf.families import Family
 from tulle.models.gguf.source import GgufSource
-from tulle.models.rotary import frequencies
 from tulle.models.source import describe_source
 from tulle.models.tensor_file import as_float32
 
 Type = GGMLQuantizationType
-ARCHITECTURES = {family.model_type: name for name, family in FAMILIES.items() if family.exported} | {"mistral": "llama"}
-"""What GGUF calls a family."""
 FILE_TYPES = {Type.F32: 0, Type.F16: 1, Type.Q4_0: 2, Type.Q4_1: 3, Type.Q8_0: 7, Type.Q5_0: 8, Type.BF16: 32,
               Type.TQ2_0: 37, Type.MXFP4: 38}  # fmt: skip
 """``general.file_type``, by the type of most weights."""
@@ -76,26 +73,28 @@ def write(checkpoint: Checkpoint, file: Path, progress: Callable[[int, int], Non
     Raises ``UserError`` for a family or a feature that GGUF files of that family cannot say.
     """
     model = checkpoint.describe()
-    architecture = ARCHITECTURES.get(model.model_type)
-    if architecture is None:
-        raise UserError(
-            f"expected a family of {', '.join(ARCHITECTURES)} for --to gguf, found {model.model_type}; use --to dense"
-        )
-    found = Written()
+    metadata = metadata_of(model)
+    family = metadata.family
+    found = Written(notes=metadata.notes)
     packed = checkpoint.packed
     linears = dict(packed.linears) if packed else {}
     _note_what_is_lost(checkpoint, linears, found.notes)
-    wanted = _tensors(model)
+    stored_as = stored_names(model, family)
+    for key, name in family.per_layer.items():
+        every = [_values(checkpoint, linears, model, layer.prefix + name) for layer in model.layers]
+        metadata.keys[key] = [float(values.reshape(-1)[0]) for values in every]
     partial = file.with_name(file.name + ".partial")
-    writer = gguf.GGUFWriter(partial, architecture)
+    writer = gguf.GGUFWriter(partial, family.architecture)
     try:
-        _write_metadata(writer, architecture, checkpoint, model, found.notes)
+        writer.add_name(checkpoint.path.name)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        for key, value in metadata.keys.items():
+            add_key(writer, key, value)
         write_tokenizer(writer, checkpoint, model.vocabulary, found.notes)
         # Headers come first: types depend on values, so that tensors are made twice.
         unheld: list[str] = []
-        for done, name in enumerate(wanted):
-            stored = _stored(checkpoint, linears, model, FAMILIES[architecture], name)
-            theirs = str(names.theirs(name))
+        for done, (name, theirs) in enumerate(stored_as.items()):
+            stored = _stored(checkpoint, linears, model, family, name)
             shape = stored.data.shape
             writer.add_tensor_info(theirs, shape, np.dtype(np.uint8), stored.data.nbytes, stored.kind)
             found.types[theirs] = stored.kind.name
@@ -104,28 +103,27 @@ def write(checkpoint: Checkpoint, file: Path, progress: Callable[[int, int], Non
             if spec is not None and spec.bits is not None and stored.kind in FLOATS:
                 unheld.append(stored.kind.name)
             if progress:
-                progress(done, 2 * len(wanted))
+                progress(done, 2 * len(stored_as))
         if unheld:
             kinds = " or ".join(sorted(set(unheld)))
             found.notes.append(
                 f"{len(unheld)} quantised weights are written as {kinds}: no type of GGUF holds their codes and scales "
                 "exactly (scales of 8 bits, for one)"
             )
-        ratios = _rope_ratios(model)
-        if ratios is not None:
-            writer.add_tensor_info(names.ROPE, ratios.shape, ratios.dtype, ratios.nbytes, Type.F32)
-        matrices = Counter(found.types[str(names.theirs(f"{name}.weight"))] for name in _linear_names(model))
+        for theirs, factors in metadata.factors.items():
+            writer.add_tensor_info(theirs, factors.shape, factors.dtype, factors.nbytes, Type.F32)
+        matrices = Counter(found.types[stored_as[f"{name}.weight"]] for name in _linear_names(model))
         ((most, _),) = matrices.most_common(1)
         writer.add_file_type(FILE_TYPES[next(kind for kind in FILE_TYPES if kind.name == most)])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for done, name in enumerate(wanted):
-            writer.write_tensor_data(_stored(checkpoint, linears, model, FAMILIES[architecture], name).data)
+        for done, name in enumerate(stored_as):
+            writer.write_tensor_data(_stored(checkpoint, linears, model, family, name).data)
             if progress:
-                progress(len(wanted) + done + 1, 2 * len(wanted))
-        if ratios is not None:
-            writer.write_tensor_data(ratios)
+                progress(len(stored_as) + done + 1, 2 * len(stored_as))
+        for factors in metadata.factors.values():
+            writer.write_tensor_data(factors)
         writer.close()
         os.replace(partial, file)
     finally:
@@ -138,31 +136,22 @@ def check(checkpoint: Checkpoint, file: Path) -> int:
     """Reads the file back and compares: its description with the checkpoint's, and every tensor value for value.
     Returns how many tensors; raises ``UserError`` where one differs."""
     source = GgufSource(file)
-    model, again = checkpoint.describe(), describe_source(source)
-    for key in ("hidden", "vocabulary", "final_norm", "tied", "rotary"):
-        mine, found = getattr(model, key), getattr(again, key)
-        same = mine == found
-        # Numbers are float32 there.
-        if key == "final_norm":
-            same = replace(mine, eps=np.float32(mine.eps)) == replace(found, eps=np.float32(found.eps))
-        if key == "rotary":
-            mine, found = (frequencies(one.rotary["default"], 1)[0] for one in (model, again))
-            same = np.allclose(mine, found, rtol=1e-6, atol=0)
-        if not same:
-            raise UserError(f"expected {key} {mine} of the GGUF file, found {found}; please report the model")
+    model = checkpoint.describe()
+    require_same(model, describe_source(source), source.family.architecture)
     packed = checkpoint.packed
     linears = dict(packed.linears) if packed else {}
-    wanted = _tensors(model)
+    wanted = tensors_of(model)
     for name in wanted:
         values = as_float32(source.read(name), source.info(name).dtype)
-        if not np.array_equal(_values(checkpoint, linears, model, name), values):
+        expected = _values(checkpoint, linears, model, name)
+        if _has_offset(source.family, str(source.family.tensors.theirs(name))):
+            # The sum with the offset is rounded.
+            same = np.allclose(expected, values, rtol=0, atol=2.0**-22 * max(1.0, float(np.abs(expected).max())))
+        else:
+            same = np.array_equal(expected, values)
+        if not same:
             raise UserError(f"expected {name} of the GGUF file as it was, found other values; please report the recipe")
     return len(wanted)
-
-
-def _tensors(model: Decoder) -> list[str]:
-    found = list(model.outer_tensors())
-    return found + [layer.prefix + name for layer in model.layers for name in layer.tensors()]
 
 
 def _linear_names(model: Decoder) -> list[str]:
@@ -181,62 +170,6 @@ def _note_what_is_lost(checkpoint: Checkpoint, linears: Mapping[str, LinearSpec]
         notes.append("GGUF cannot say that keys and values are quantised: they are not in the export")
 
 
-def _write_metadata(
-    writer: gguf.GGUFWriter, architecture: str, checkpoint: Checkpoint, model: Decoder, notes: list[str]
-) -> None:
-    first = model.layers[0]
-    mixer, rotary = first.attention, model.rotary["default"]
-    _require_expressible(model)
-    context = model.context
-    windows = {layer.attention.window for layer in model.layers if layer.attention.window is not None}
-    if windows and min(windows) < context:
-        context = min(windows)
-        notes.append(
-            f"llama.cpp knows no sliding window for {architecture}: the file's context is {context} tokens, within "
-            "which there is none"
-        )
-    writer.add_name(checkpoint.path.name)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_block_count(len(model.layers))
-    writer.add_context_length(context)
-    writer.add_embedding_length(model.hidden)
-    writer.add_feed_forward_length(first.feed_forward.intermediate)
-    writer.add_head_count(mixer.heads)
-    writer.add_head_count_kv(mixer.kv_heads)
-    writer.add_key_length(mixer.head_dim)
-    writer.add_value_length(mixer.head_dim)
-    writer.add_layer_norm_rms_eps(model.final_norm.eps)
-    writer.add_vocab_size(model.vocabulary)
-    writer.add_rope_dimension_count(mixer.head_dim)
-    writer.add_rope_freq_base(rotary.theta)
-    if rotary.kind == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(float(rotary.factor or 1))
-
-
-def _require_expressible(model: Decoder) -> None:
-    """Raises ``UserError`` for what a llama-like GGUF file has no key for."""
-    require(model, (), "a GGUF file", "export it as dense or compressed-tensors")
-    for layer in model.layers:
-        if layer.feed_forward.activation != "silu":
-            raise UserError(
-                f"expected silu as GGUF files of {model.model_type} have it, found {layer.feed_forward.activation}"
-            )
-    rotary = model.rotary["default"]
-    if rotary.kind not in ("default", "linear", "llama3"):
-        raise UserError(f"expected rotary embeddings of default, linear or llama3 for --to gguf, found {rotary.kind}")
-
-
-def _rope_ratios(model: Decoder) -> NDArray[np.float32] | None:
-    """What llama.cpp divides frequencies by, of Llama 3's stretched ones."""
-    rotary = model.rotary["default"]
-    if rotary.kind != "llama3":
-        return None
-    plain, _ = frequencies(replace(rotary, kind="default", factor=None), model.context)
-    stretched, _ = frequencies(rotary, model.context)
-    return (plain / stretched).astype(np.float32)
-
-
 def _stored(
     checkpoint: Checkpoint, linears: Mapping[str, LinearSpec], model: Decoder, family: Family, name: str
 ) -> Stored:
@@ -247,12 +180,20 @@ def _stored(
         found = _coded(checkpoint, linear, linears[linear])
     if found is None:
         found = _floats(_values(checkpoint, linears, model, name))
-    theirs = str(names.theirs(name))
+    theirs = str(family.tensors.theirs(name))
+    if _has_offset(family, theirs):
+        found = _floats(found.floats() + np.float32(family.norm_offset))
     if family.permuted and names.is_permuted(theirs):
         mixer = model.layers[0].attention
         order = names.stored_rows(mixer.heads if "attn_q" in theirs else mixer.kv_heads, mixer.head_dim)
-        found = Stored(found.kind, found.shape, _in_rows(found)[order])
+        rows = _in_rows(found)[order]
+        found = Stored(found.kind, found.shape, rows if len(found.shape) > 1 else rows.reshape(-1))
     return found
+
+
+def _has_offset(family: Family, theirs: str) -> bool:
+    """Whether a norm's weight is stored with its offset added."""
+    return family.norm_offset != 0 and theirs.endswith("norm.weight")
 
 
 def _in_rows(stored: Stored) -> NDArray[np.uint8]:

@@ -18,6 +18,7 @@ import gguf
 from tokenizers import Tokenizer
 
 from tulle.errors import UserError
+from tulle.export.gguf_metadata import add_key
 from tulle.models.checkpoint import Checkpoint
 from tulle.models.gguf.tokenizer import (
     BYTE,
@@ -75,19 +76,8 @@ def write_tokenizer(writer: gguf.GGUFWriter, checkpoint: Checkpoint, vocabulary:
             f"{why}: the file holds the whole tokenizer.json, which Tulle reads; llama.cpp takes token ids only"
         )
     for key, value in tables.items():
-        _add(writer, key, value)
+        add_key(writer, key, value)
     _add_templates(writer, folder, settings)
-
-
-def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    else:
-        writer.add_array(key, value)
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -34,6 +34,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth")
 
+COMPUTED = (".rotary_emb.inv_freq", ".attn.bias", ".masked_bias")
+"""Ends of names of tensors that old checkpoints hold and everybody computes."""
 ROWS = 4096
 """Of two tables that are compared at once."""
 
@@ -209,7 +211,8 @@ def describe_source(source: TensorSource, packed: Collection[str] = ()) -> Decod
     a float dtype, those of the linears ``packed`` apart.
 
     What transformers does where the two disagree: a model is tied only if the file does not hold two different tables;
-    biases that the config does not ask for are not read. What it makes up (tensors that are missing) is refused.
+    tensors that the config does not ask for (biases, further heads) are not read, which a note says. What it makes up
+    (tensors that are missing) is refused.
     """
     model = _tied_as_stored(source, describe(source.config))
     expected = {layer.prefix + k: s for layer in model.layers for k, s in layer.tensors().items()}
@@ -227,7 +230,31 @@ def describe_source(source: TensorSource, packed: Collection[str] = ()) -> Decod
             raise UserError(
                 f"expected {stored} in bf16, fp16, fp32 or fp64, found {info.dtype}; give the unquantised checkpoint"
             )
+    _tell_unread(source, {*model.outer_tensors(), *expected, model.head}, packed)
     return model
+
+
+def _tell_unread(source: TensorSource, read: Collection[str], packed: Collection[str]) -> None:
+    """Notes what a source holds and the model does not read."""
+    parts: dict[str, int] = {}
+    for name in source.names():
+        if name in read or name.endswith(COMPUTED) or any(module in packed for module in _modules(name)):
+            continue
+        part = ".".join(name.split(".")[:3])
+        parts[part] = parts.get(part, 0) + 1
+    if parts:
+        first = ", ".join(f"{part} ({count})" for part, count in sorted(parts.items())[:3])
+        more = f" and {len(parts) - 3} more" if len(parts) > 3 else ""
+        note = f"tensors that the model does not use are left out: {first}{more}"
+        if note not in source.notes:
+            source.notes.append(note)
+        tell(source.path, note)
+
+
+def _modules(name: str) -> Iterator[str]:
+    """What a tensor may belong to: a.b.c belongs to a.b and to a."""
+    while name := name.rpartition(".")[0]:
+        yield name
 
 
 def _tied_as_stored(source: TensorSource, model: Decoder) -> Decoder:

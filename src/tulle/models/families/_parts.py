@@ -68,13 +68,32 @@ def gated(keys: ConfigKeys, intermediate: int, key: str = "hidden_act", default:
 
 
 def gated_decoder(
-    keys: ConfigKeys, *, intermediate: int, attention: list[Attention], eps: float, rotary: Rotary, **settings: Any
+    keys: ConfigKeys,
+    *,
+    attention: list[Attention],
+    eps: float,
+    rotary: Rotary,
+    intermediate: int = 0,
+    mixture: Mixture | None = None,
+    **settings: Any,
 ) -> Decoder:
-    """Llama's layout: one attention and one gated MLP per layer, an RMS norm before each. Refuses unread keys."""
+    """Llama's layout: one attention and one gated MLP of width ``intermediate``, or ``mixture`` of experts, per layer,
+    an RMS norm before each. Refuses unread keys."""
+    feed_forward = gated(keys, intermediate) if mixture is None else [mixture] * len(attention)
     return build_decoder(
-        keys, attention=attention, feed_forward=gated(keys, intermediate), norms=llama_norms(eps),
+        keys, attention=attention, feed_forward=feed_forward, norms=llama_norms(eps),
         final_norm=Norm("model.norm", eps), rotary={"default": rotary}, **settings,
     )  # fmt: skip
+
+
+def mixture(
+    keys: ConfigKeys, name: str, hidden: int, intermediate: int, experts: int, chosen: int, **settings: Any
+) -> Mixture:
+    """Gated experts under a module ``name``, whose router is its ``gate``. Numbers are the family's defaults;
+    ``settings``: of :func:`router`."""
+    expert = replace(gated(keys, keys.size("intermediate_size", intermediate)), name=f"{name}.experts")
+    chosen, experts = keys.size("num_experts_per_tok", chosen), expert_count(keys, experts)
+    return Mixture(router(keys, settings.pop("gate", f"{name}.gate"), hidden, experts, chosen, **settings), expert)
 
 
 def build_decoder(

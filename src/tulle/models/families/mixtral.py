@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from tulle.models.config_keys import ConfigKeys
-from tulle.models.description import Attention, Decoder, Mixture, Norm
-from tulle.models.families._parts import (
-    build_decoder,
-    expert_count,
-    gated,
-    head_sizes,
-    llama_norms,
-    read_rotary,
-    router,
-)
+from tulle.models.description import Attention, Decoder
+from tulle.models.families._parts import gated_decoder, head_sizes, mixture, read_rotary
 
 
 def describe(config: Mapping[str, Any]) -> Decoder:
@@ -26,23 +17,13 @@ def describe(config: Mapping[str, Any]) -> Decoder:
     context, eps = keys.size("max_position_embeddings", 131072), keys.number("rms_norm_eps", 1e-5)
     keys.raw("router_jitter_noise")  # of training
     attention = Attention(heads, kv_heads, head_dim, window=keys.size_or_none("sliding_window", None))
-    layers = keys.size("num_hidden_layers", 32)
-    expert = gated(keys, keys.size("intermediate_size", 14336))
-    mixture = Mixture(
-        router(
-            keys, "block_sparse_moe.gate", hidden, expert_count(keys, 8),
-            keys.size("num_experts_per_tok", 2), normalise=True,
-        ),
-        replace(expert, name="block_sparse_moe.experts"),
-    )  # fmt: skip
-    return build_decoder(
+    return gated_decoder(
         keys,
         hidden=hidden,
-        attention=[attention] * layers,
-        feed_forward=[mixture] * layers,
-        norms=llama_norms(eps),
-        final_norm=Norm("model.norm", eps),
-        rotary={"default": read_rotary(keys, head_dim, context)},
+        attention=[attention] * keys.size("num_hidden_layers", 32),
+        mixture=mixture(keys, "block_sparse_moe", hidden, 14336, 8, 2, normalise=True),
+        rotary=read_rotary(keys, head_dim, context),
+        eps=eps,
         context=context,
         vocabulary=keys.size("vocab_size", 32000),
         names={"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},

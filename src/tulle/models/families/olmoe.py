@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from tulle.models.config_keys import ConfigKeys
-from tulle.models.description import Attention, Decoder, Mixture, Norm
+from tulle.models.description import Attention, Decoder
 from tulle.models.families._olmo import query_norms
-from tulle.models.families._parts import (
-    build_decoder,
-    expert_count,
-    gated,
-    head_sizes,
-    llama_norms,
-    read_rotary,
-    router,
-)
+from tulle.models.families._parts import gated_decoder, head_sizes, mixture, read_rotary
 
 
 def describe(config: Mapping[str, Any]) -> Decoder:
@@ -25,25 +16,16 @@ def describe(config: Mapping[str, Any]) -> Decoder:
     hidden = keys.size("hidden_size", 2048)
     heads, kv_heads, head_dim = head_sizes(keys, hidden, 16)
     context, eps = keys.size("max_position_embeddings", 4096), keys.number("rms_norm_eps", 1e-5)
-    bias, layers = keys.flag("attention_bias", False), keys.size("num_hidden_layers", 16)
+    bias = keys.flag("attention_bias", False)
     keys.only("clip_qkv", None)
     attention = Attention(heads, kv_heads, head_dim, **query_norms(eps))
-    expert = gated(keys, keys.size("intermediate_size", 2048))
-    mixture = Mixture(
-        router(
-            keys, "mlp.gate", hidden, expert_count(keys, 64), keys.size("num_experts_per_tok", 8),
-            normalise=keys.flag("norm_topk_prob", False),
-        ),
-        replace(expert, name="mlp.experts"),
-    )  # fmt: skip
-    return build_decoder(
+    return gated_decoder(
         keys,
         hidden=hidden,
-        attention=[attention] * layers,
-        feed_forward=[mixture] * layers,
-        norms=llama_norms(eps),
-        final_norm=Norm("model.norm", eps),
-        rotary={"default": read_rotary(keys, head_dim, context)},
+        attention=[attention] * keys.size("num_hidden_layers", 16),
+        mixture=mixture(keys, "mlp", hidden, 2048, 64, 8, normalise=keys.flag("norm_topk_prob", False)),
+        rotary=read_rotary(keys, head_dim, context),
+        eps=eps,
         context=context,
         vocabulary=keys.size("vocab_size", 50304),
         qkv_bias=bias,

@@ -6,6 +6,7 @@ Every key under the architecture's name is read here, or known to change nothing
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,63 +15,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tulle.errors import UserError
+from tulle.models.config_keys import DEEPEST, same
 from tulle.models.description import Rotary
-from tulle.models.gguf.names import GEMMA
+from tulle.models.gguf import names
+from tulle.models.gguf.families import Family, Windows, family_of
 from tulle.models.rotary import frequencies
-
-
-@dataclass(frozen=True)
-class Family:
-    """How a GGUF architecture is called and stored."""
-
-    model_type: str
-    """Of ``config.json``."""
-    class_name: str
-    permuted: bool = False
-    """Rows of q and k are stored so that neighbouring channels are rotated together (ggml's "norm" rope)."""
-    head_norms: bool = False
-    """Norms of queries and keys."""
-    always_biased: bool = False
-    """q, k and v have biases that no key tells of."""
-    optional_bias: bool = False
-    """``attention_bias`` and ``mlp_bias`` follow from the tensors that are there."""
-    names: Mapping[str, str] = field(default_factory=dict)
-    """Modules that are called otherwise than in :data:`tulle.models.gguf.names.LAYER`."""
-    norm_offset: float = 0.0
-    """Added to the weights of norms in the file."""
-    window_every: int = 0
-    """Every so many layers one has no window; 0: windows are refused."""
-    wide_layers: int = 0
-    """Layers of the one size whose scores are scaled by √(width/heads) instead of √head_dim; the file does not say."""
-    soft_caps: bool = False
-    rotary_tables: bool = False
-    """Layers with a window have a rotary table of their own, of θ = 10,000."""
-    exported: bool = True
-    """Whether :mod:`tulle.export.gguf` writes it."""
-
-
-FAMILIES = {
-    "llama": Family("llama", "LlamaForCausalLM", permuted=True, optional_bias=True),
-    "qwen2": Family("qwen2", "Qwen2ForCausalLM", always_biased=True),
-    "qwen3": Family("qwen3", "Qwen3ForCausalLM", head_norms=True),
-    "gemma2": Family("gemma2", "Gemma2ForCausalLM", names=GEMMA, norm_offset=1.0, window_every=2, wide_layers=46,
-                     soft_caps=True, exported=False),
-    "gemma3": Family("gemma3_text", "Gemma3ForCausalLM", head_norms=True, names=GEMMA, norm_offset=1.0, window_every=6,
-                     wide_layers=62, rotary_tables=True, exported=False),
-}  # fmt: skip
-"""By ``general.architecture``. Mistral's files say llama: without its window they are one function, and llama.cpp runs
-them so. A new family is a line here, and what its tensors are called in ``names.py``."""
 
 HARMLESS = {
     "vocab_size": "the embedding's shape says it",
-    "attention.layer_norm_epsilon": "of another kind of norm than these families have",
+    "attention.layer_norm_epsilon": "of another kind of norm than the family has",
+    "attention.layer_norm_rms_epsilon": "of another kind of norm than the family has",
     "rope.scaling.finetuned": "how the model was trained",
     "tensor_data_layout": "how an early converter ordered tensors",
-    "use_parallel_residual": "these families have none",
+    "use_parallel_residual": "llama.cpp looks whether a norm is missing",
     "attention.causal": "every model here is",
     "pooling_type": "for embeddings of texts",
 }
 """Keys under the architecture's name that change nothing, and why."""
+
+NOTHING = (
+    "expert_count", "expert_used_count", "attention.scale", "attention.sliding_window",
+    "rope.scaling.yarn_log_multiplier",
+)  # fmt: skip
+"""Keys that say nothing where they are 0."""
 
 LLAMA3 = {"original_max_position_embeddings": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 """Llama 3.1 to 3.3 all stretch their frequencies by these; GGUF stores the stretched frequencies' ratios alone."""
@@ -124,6 +91,8 @@ class _Keys:
             name = key.removeprefix(prefix)
             if not key.startswith(prefix) or name in self.read or name in HARMLESS:
                 continue
+            if name in NOTHING and isinstance(value, int | float) and not isinstance(value, bool) and value == 0:
+                continue
             raise UserError(
                 f"expected GGUF keys that tulle knows for {self.architecture}, found {key} ({str(value)[:40]}); the "
                 "model does something that tulle does not compute"
@@ -135,132 +104,196 @@ def shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def family_of(metadata: Mapping[str, Any]) -> Family:
-    """Raises ``UserError`` for an architecture that is not known, by its name."""
-    architecture = metadata.get("general.architecture")
-    if not isinstance(architecture, str) or architecture not in FAMILIES:
-        raise UserError(f"expected a GGUF architecture of {', '.join(FAMILIES)}, found {architecture!r}")
-    return FAMILIES[architecture]
-
-
 def config_of(
-    metadata: Mapping[str, Any], vocabulary: int, stored: Container[str], rope: NDArray[np.float32] | None
+    metadata: Mapping[str, Any],
+    vocabulary: int,
+    stored: Container[str],
+    rope: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> dict[str, Any]:
-    """The config of a model. ``stored``: the names of its tensors; ``rope``: the tensor ``rope_freqs.weight``."""
+    """The config of a model. ``stored``: the names of its tensors; ``rope``: those that hold rotary factors."""
     family = family_of(metadata)
-    keys = _Keys(str(metadata["general.architecture"]), metadata)
+    keys = _Keys(family.architecture, metadata)
     heads, hidden = keys.size("attention.head_count"), keys.size("embedding_length")
     head_dim = keys.size("attention.key_length", max(hidden // heads, 1))
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if keys.size(key, head_dim) != head_dim:
-            raise keys.refused(key, f"{head_dim}, as many channels as a head has", keys.get(key))
-    for key in ("expert_count", "expert_used_count"):
-        if keys.number(key, 0) != 0:
-            raise keys.refused(key, "0 (no experts)", keys.get(key))
-    window = keys.number("attention.sliding_window", 0)
-    if window != 0 and not family.window_every:
-        raise keys.refused("attention.sliding_window", "none", window)
-    if keys.number("attention.scale", 0.0) != 0.0:
-        raise keys.refused("attention.scale", "none", keys.get("attention.scale"))
-    context = keys.size("context_length")
+    if keys.size("attention.value_length", head_dim) != head_dim:
+        raise keys.refused("attention.value_length", f"{head_dim}, as many channels as a key has",
+                           keys.get("attention.value_length"))  # fmt: skip
+    rotated = keys.size("rope.dimension_count", head_dim)
+    if rotated != head_dim and not (family.partial and rotated < head_dim):
+        raise keys.refused("rope.dimension_count", f"{head_dim}, as many channels as a head has", rotated)
+    context, layers = keys.size("context_length"), keys.size("block_count")
+    if layers > DEEPEST:
+        raise keys.refused("block_count", f"a number up to {DEEPEST}", layers)
+    eps, eps_key = family.eps
     config: dict[str, Any] = {
         "architectures": [family.class_name],
         "model_type": family.model_type,
         "hidden_size": hidden,
         "intermediate_size": keys.size("feed_forward_length"),
-        "num_hidden_layers": keys.size("block_count"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": keys.size("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "hidden_act": "silu",
         "max_position_embeddings": context,
-        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon", 1e-5),
+        eps_key: keys.number(eps, 1e-5),
         "vocab_size": vocabulary,
         "tie_word_embeddings": "output.weight" not in stored,
         "rope_theta": keys.number("rope.freq_base", 10000.0),
+        **family.fixed,
     }
-    scaling = _rope_scaling(keys, context, head_dim, config["rope_theta"], rope)
-    if scaling:
-        config["rope_scaling"] = scaling
-    if family.window_every:
-        _make_gemma(config, keys, family)
-    if family.optional_bias:
-        config["attention_bias"] = "blk.0.attn_q.bias" in stored
-        config["mlp_bias"] = "blk.0.ffn_down.bias" in stored
+    for key, value in family.required.items():
+        if not same(keys.get(key, value), value):
+            raise keys.refused(key, str(value), keys.get(key))
+    for flag, module in family.flags.items():
+        config[flag] = f"blk.0.{module}.bias" in stored
+    for flag, module in family.absent.items():
+        config[flag] = f"blk.0.{module}.weight" not in stored
+    if family.partial:
+        config["partial_rotary_factor"] = _share(rotated, head_dim)
+    config |= _windows(keys, family.windows, layers)
+    config |= _rotary(keys, family, config, rotated, rope or {})
+    for number in family.numbers:
+        found = keys.number(number.key, 0.0) or number.default
+        into = config["rope_parameters"] if number.rotary else config
+        into[number.config] = found(config) if callable(found) else found
+    config |= {key: value(config) for key, value in family.derived.items()}
     keys.finish()
-    return config | token_ids(metadata)
+    # Classes of transformers have pad tokens of their own, which may lie beyond a small vocabulary.
+    return config | {"pad_token_id": None} | token_ids(metadata)
 
 
-def _make_gemma(config: dict[str, Any], keys: _Keys, family: Family) -> None:
-    """What Gemma's configs have and others do not. llama.cpp knows windows' places and the scale by the family."""
-    hidden, heads, layers = config["hidden_size"], config["num_attention_heads"], config["num_hidden_layers"]
-    del config["hidden_act"]
-    every = keys.get("attention.sliding_window_pattern", family.window_every)
-    expected = [index % family.window_every < family.window_every - 1 for index in range(layers)]
-    if (every.tolist() if isinstance(every, np.ndarray) else every) not in (family.window_every, expected):
-        raise keys.refused("attention.sliding_window_pattern", f"{family.window_every}", every)
-    config |= {
-        "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": hidden // heads if layers == family.wide_layers else config["head_dim"],
-        "sliding_window": keys.size("attention.sliding_window"),
-        "layer_types": ["sliding_attention" if slides else "full_attention" for slides in expected],
-        "attention_bias": False,
-    }
-    if family.soft_caps:
-        config["attn_logit_softcapping"] = keys.number("attn_logit_softcapping", 50.0)
-    cap = keys.number("final_logit_softcapping", 30.0 if family.soft_caps else 0.0)
-    config["final_logit_softcapping"] = cap or None
-    if family.rotary_tables:
-        full = {"rope_type": "default"} | (config.pop("rope_scaling", None) or {})
-        local = keys.number("rope.freq_base_swa", 10000.0)
-        config["rope_parameters"] = {
-            "full_attention": full | {"rope_theta": config.pop("rope_theta")},
+def _share(part: int, whole: int) -> float:
+    """A share of ``whole`` that gives ``part`` again when it is cut to a whole number."""
+    share = part / whole
+    return share if int(whole * share) == part else float(np.nextafter(share, 2))
+
+
+def _windows(keys: _Keys, windows: Windows | None, layers: int) -> dict[str, Any]:
+    """``sliding_window`` and, where layers may differ, ``layer_types``."""
+    if windows is None:
+        return {}
+    default = windows.default if windows.layers in (None, layers) else None
+    window = keys.number("attention.sliding_window", default or 0)
+    if windows.layers not in (None, layers) and window:
+        raise keys.refused("attention.sliding_window", f"none without {windows.layers} layers", window)
+    found: dict[str, Any] = {"sliding_window": keys.size("attention.sliding_window", default) if window else None}
+    if not windows.every:
+        return found
+    pattern = keys.get("attention.sliding_window_pattern", windows.every)
+    pattern = pattern.tolist() if isinstance(pattern, np.ndarray) else pattern
+    usual = _every(windows.every, layers)
+    if windows.fixed and pattern not in (windows.every, usual):
+        raise keys.refused("attention.sliding_window_pattern", f"{windows.every}", pattern)
+    if isinstance(pattern, int) and not isinstance(pattern, bool) and pattern > 0:
+        pattern = _every(pattern, layers)
+    if not isinstance(pattern, list) or len(pattern) != layers or not all(one in (0, 1) for one in pattern):
+        raise keys.refused("attention.sliding_window_pattern", f"true or false for {layers} layers", pattern)
+    kinds = ["sliding_attention" if one and window else "full_attention" for one in pattern]
+    return found | {"layer_types": kinds}
+
+
+def _every(number: int, layers: int) -> list[bool]:
+    """Whether a layer has a window, where every so many layers one has none."""
+    return [(index + 1) % number != 0 for index in range(layers)]
+
+
+def _rotary(
+    keys: _Keys, family: Family, config: Mapping[str, Any], rotated: int, rope: Mapping[str, NDArray[np.float32]]
+) -> dict[str, Any]:
+    """``rope_scaling``, or ``rope_parameters`` where the family keeps more there than one table."""
+    theta = config["rope_theta"]
+    scaling = _rope_scaling(keys, family, config["max_position_embeddings"], rotated, theta, rope)
+    original = scaling.get("original_max_position_embeddings", config["max_position_embeddings"])
+    if family.tables is not None:
+        local = keys.number("rope.freq_base_swa", family.tables.theta or theta)
+        return {"rope_parameters": {
+            "full_attention": {"rope_type": "default"} | scaling | {"rope_theta": theta},
             "sliding_attention": {"rope_type": "default", "rope_theta": local},
-        }
+        }}  # fmt: skip
+    if any(number.rotary for number in family.numbers):
+        inside = {"rope_type": "default", "original_max_position_embeddings": original} | scaling
+        return {"rope_parameters": inside | {"rope_theta": theta}}
+    found: dict[str, Any] = {"rope_scaling": scaling} if scaling else {}
+    if scaling.get("rope_type") == "longrope":
+        found["original_max_position_embeddings"] = scaling.pop("original_max_position_embeddings")
+    return found
 
 
 def _rope_scaling(
-    keys: _Keys, context: int, head_dim: int, theta: float, ratios: NDArray[np.float32] | None
-) -> dict[str, Any] | None:
-    kind = keys.text("rope.scaling.type", "none")
+    keys: _Keys,
+    family: Family,
+    context: int,
+    rotated: int,
+    theta: float,
+    rope: Mapping[str, NDArray[np.float32]],
+) -> dict[str, Any]:
+    """Empty where nothing is stretched."""
+    kind = keys.text("rope.scaling.type", "")
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0))
-    if kind == "none" and "rope.scale_linear" in keys.read and factor != 1:
-        kind = "linear"
+    kind = kind or ("linear" if factor != 1 else "none")
     original = keys.size("rope.scaling.original_context_length", context)
     attention = keys.number("rope.scaling.attn_factor", 1.0)
-    log_multiplier = keys.number("rope.scaling.yarn_log_multiplier", 0.0)
-    if kind != "yarn" and attention != 1 or log_multiplier != 0:
-        raise keys.refused("rope.scaling", "no factor of attention", attention if attention != 1 else log_multiplier)
-    if ratios is not None:
+    if names.LONG in rope or names.SHORT in rope:
+        return _longrope(keys, rope, rotated, kind, original, attention)
+    if kind != "yarn" and attention != 1:
+        raise keys.refused("rope.scaling.attn_factor", "no factor of attention", attention)
+    if names.ROPE in rope:
         if kind not in ("none", "linear") or kind == "linear" and factor != 1:
             raise keys.refused("rope.scaling.type", "none beside a tensor rope_freqs", kind)
-        return _llama3(context, head_dim, theta, ratios)
+        return _llama3(context, rotated, theta, rope[names.ROPE])
     if kind == "none" or kind == "linear" and factor == 1:
-        return None
+        return {}
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
     if kind != "yarn":
         raise keys.refused("rope.scaling.type", "none, linear or yarn", kind)
     found = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
-    for key, ours in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
+    for key, ours in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow"),
+                      ("yarn_attn_factor", "attention_factor")):  # fmt: skip
         if keys.get(f"rope.scaling.{key}") is not None:
             found[ours] = keys.number(f"rope.scaling.{key}", 0.0)
+    multiplier = keys.number("rope.scaling.yarn_log_multiplier", 0.0) if family.mscale else 0.0
+    if multiplier:
+        found |= {"mscale": 1.0, "mscale_all_dim": multiplier}
     if attention != 1:
         # llama.cpp multiplies what the paper suggests by this.
-        found["attention_factor"] = attention * (0.1 * float(np.log(factor)) + 1.0)
+        if multiplier:
+            raise keys.refused("rope.scaling.attn_factor", "1 beside yarn_log_multiplier", attention)
+        found["attention_factor"] = attention * suggested_attention(factor)
     return found
 
 
-def _llama3(context: int, head_dim: int, theta: float, ratios: NDArray[np.float32]) -> dict[str, Any] | None:
-    """The parameters of Llama 3's stretched frequencies that give these ratios ``[head_dim / 2]``."""
+def suggested_attention(factor: float) -> float:
+    """yarn's factor of cosines and sines, as the paper suggests it."""
+    return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _longrope(
+    keys: _Keys, rope: Mapping[str, NDArray[np.float32]], rotated: int, kind: str, original: int, attention: float
+) -> dict[str, Any]:
+    if kind not in ("none", "longrope"):
+        raise keys.refused("rope.scaling.type", "longrope beside tensors of its factors", kind)
+    found: dict[str, Any] = {"rope_type": "longrope", "original_max_position_embeddings": original,
+                             "attention_factor": attention}  # fmt: skip
+    for name, ours in ((names.LONG, "long_factor"), (names.SHORT, "short_factor")):
+        if name not in rope or len(rope[name]) != rotated // 2:
+            raise UserError(
+                f"expected {rotated // 2} numbers in the tensor {name}, found others; convert the file again"
+            )
+        found[ours] = [float(number) for number in rope[name]]
+    return found
+
+
+def _llama3(context: int, rotated: int, theta: float, ratios: NDArray[np.float32]) -> dict[str, Any]:
+    """The parameters of Llama 3's stretched frequencies that give these ratios ``[rotated / 2]``."""
     if np.all(ratios == 1):
-        return None
-    if len(ratios) != head_dim // 2:
-        raise UserError(f"expected {head_dim // 2} numbers in rope_freqs.weight, found {len(ratios)}; convert it again")
-    plain, _ = frequencies(Rotary(head_dim, theta), context)
+        return {}
+    if len(ratios) != rotated // 2:
+        raise UserError(f"expected {rotated // 2} numbers in rope_freqs.weight, found {len(ratios)}; convert it again")
+    plain, _ = frequencies(Rotary(rotated, theta), context)
     factor = shortest(float(ratios.max(initial=1.0)))
     candidate = Rotary(
-        head_dim, theta, "llama3", context, factor, int(LLAMA3["original_max_position_embeddings"]),
+        rotated, theta, "llama3", context, factor, int(LLAMA3["original_max_position_embeddings"]),
         low_freq_factor=LLAMA3["low_freq_factor"], high_freq_factor=LLAMA3["high_freq_factor"],
     )  # fmt: skip
     stretched, _ = frequencies(candidate, context)

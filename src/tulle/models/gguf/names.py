@@ -13,12 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-OUTER = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-    "output.bias": "lm_head.bias",
-}
+OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -33,34 +28,42 @@ LAYER = {
     "ffn_down": "mlp.down_proj",
 }
 """Of a layer's modules: ``blk.3.attn_q.weight`` is ``model.layers.3.self_attn.q_proj.weight``."""
-GEMMA = {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-"""What Gemma's modules are called, where ``LAYER`` says otherwise or nothing."""
 ROPE = "rope_freqs.weight"
-BACK = {ours: theirs for theirs, ours in LAYER.items()} | {ours: theirs for theirs, ours in OUTER.items()}
+LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+"""What frequencies are divided by: of Llama 3, and of longrope for long and short texts."""
 
 
-def ours(name: str, renamed: Mapping[str, str] | None = None) -> str | None:
-    """The Hugging Face name of a GGUF tensor; None where there is none. ``renamed``: a family's own names."""
-    if name in OUTER:
-        return OUTER[name]
-    match, modules = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name), LAYER | dict(renamed or {})
-    if match is None or match[2] not in modules:
-        return None
-    return f"model.layers.{int(match[1])}.{modules[match[2]]}.{match[3]}"
+class Names:
+    """Names of one family's tensors. ``renamed``: its modules that ``LAYER`` calls otherwise, or does not have; a name
+    of None is a module that it lacks. ``biased``: GGUF's names of modules that may have a bias."""
 
+    def __init__(self, renamed: Mapping[str, str | None], biased: tuple[str, ...]):
+        named = {**OUTER, **LAYER, **renamed}
+        taken = [one for one in renamed.values() if one is not None]
+        self._ours = {
+            theirs: ours for theirs, ours in named.items() if ours and (ours not in taken or theirs in renamed)
+        }
+        self._theirs = {ours: theirs for theirs, ours in self._ours.items()}
+        self._biased = biased
 
-def theirs(name: str) -> str | None:
-    """The GGUF name of a Hugging Face tensor; None where there is none."""
-    if name in BACK:
-        return BACK[name]
-    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
-    if match is None or match[2] not in BACK:
-        return None
-    return f"blk.{int(match[1])}.{BACK[match[2]]}.{match[3]}"
+    def ours(self, name: str) -> str | None:
+        """The Hugging Face name of a GGUF tensor; None where the family has none."""
+        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+        if match is None or (match[1] is None) != (match[2] in OUTER) or match[2] not in self._ours:
+            return None
+        if match[3] == "bias" and match[2] not in self._biased:
+            return None
+        layer = "" if match[1] is None else f"model.layers.{int(match[1])}."
+        return f"{layer}{self._ours[match[2]]}.{match[3]}"
+
+    def theirs(self, name: str) -> str | None:
+        """The GGUF name of a Hugging Face tensor; None where the family has none."""
+        match = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.(weight|bias)", name)
+        if match is None or match[2] not in self._theirs:
+            return None
+        layer = "" if match[1] is None else f"blk.{int(match[1])}."
+        found = f"{layer}{self._theirs[match[2]]}.{match[3]}"
+        return found if self.ours(found) == name else None
 
 
 def is_permuted(name: str) -> bool:

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,10 @@ from numpy.typing import NDArray
 
 from tulle import cache
 from tulle.errors import UserError
+from tulle.models.description import describe
 from tulle.models.gguf import blocks, names
-from tulle.models.gguf.config import config_of, family_of
+from tulle.models.gguf.config import config_of
+from tulle.models.gguf.families import Family, family_of
 from tulle.models.gguf.file import GgufFile
 from tulle.models.tensor_file import TensorInfo
 
@@ -49,18 +51,22 @@ class GgufSource:
         self._files = [GgufFile(part) for part in parts]
         self.files: Sequence[Path] = tuple(parts)
         self.metadata = self._files[0].metadata
-        family = family_of(self.metadata)
+        self.family = family = family_of(self.metadata)
         self._by_name: dict[str, tuple[GgufFile, str]] = {}
         stored: dict[str, GgufFile] = {}
+        rope: dict[str, NDArray[np.float32]] = {}
+        known = ((names.ROPE,) if family.ratios else ()) + ((names.LONG, names.SHORT) if family.longrope else ())
         for file in self._files:
             stored |= dict.fromkeys(file.tensors, file)
         for theirs, file in stored.items():
             if file.tensors[theirs].type not in (*blocks.FLOATS, *blocks.READERS):
                 raise blocks.refused(file.tensors[theirs].type)
-            ours = names.ours(theirs, family.names)
+            ours = family.tensors.ours(theirs)
             if ours is not None:
                 self._by_name[ours] = (file, theirs)
-            elif theirs != names.ROPE:
+            elif theirs in known:
+                rope[theirs] = blocks.to_float32(file.raw(theirs), file.tensors[theirs].type).reshape(-1)
+            else:
                 raise UserError(
                     f"expected tensors that tulle knows for {self.metadata['general.architecture']}, found {theirs} in "
                     f"{path.name}; the model does something that tulle does not compute"
@@ -68,21 +74,19 @@ class GgufSource:
         table = next((f.tensors[n].shape for n, f in stored.items() if n == "token_embd.weight"), None)
         if table is None or len(table) != 2:
             raise UserError(f"expected a table token_embd.weight in {path.name}, found none; the file is incomplete")
-        rope = stored.get(names.ROPE)
-        ratios = None
-        if rope is not None:
-            ratios = blocks.to_float32(rope.raw(names.ROPE), rope.tensors[names.ROPE].type).reshape(-1)
-        self.config = config_of(self.metadata, table[0], stored, ratios)
-        self._permuted, self._norm_offset, self._renamed = family.permuted, family.norm_offset, family.names
+        self.config = config_of(self.metadata, table[0], stored, rope)
+        self._numbers = _numbers(self.metadata, family, self.config)
         self.notes: list[str] = []
 
     def names(self) -> list[str]:
-        return sorted(self._by_name)
+        return sorted([*self._by_name, *self._numbers])
 
     def __contains__(self, name: object) -> bool:
-        return name in self._by_name
+        return name in self._by_name or name in self._numbers
 
     def info(self, name: str) -> TensorInfo:
+        if name in self._numbers:
+            return TensorInfo("F32", self._numbers[name].shape, self.path)
         file, theirs = self._find(name)
         entry = file.tensors[theirs]
         if entry.type in STORED and not self._has_offset(theirs):
@@ -91,6 +95,8 @@ class GgufSource:
 
     def read(self, name: str) -> NDArray[Any]:
         """A tensor: floats as they are stored, quantised ones in float32."""
+        if name in self._numbers:
+            return self._numbers[name]
         file, theirs = self._find(name)
         raw, kind = file.raw(theirs), file.tensors[theirs].type
         if raw.ndim == 1:
@@ -98,7 +104,7 @@ class GgufSource:
         if self._has_offset(theirs):
             # The offset is taken off in float32, whatever the file's type.
             gain: NDArray[np.float32] = blocks.to_float32(raw, kind).reshape(file.tensors[theirs].shape)
-            return gain - np.float32(self._norm_offset)
+            return gain - np.float32(self.family.norm_offset)
         order = self._order(theirs)
         found = blocks.stored_floats(raw, kind) if kind in STORED else blocks.to_float32(raw, kind)
         found = found.reshape(file.tensors[theirs].shape)
@@ -185,19 +191,37 @@ class GgufSource:
 
     def _has_offset(self, theirs: str) -> bool:
         """Whether a norm's weight is stored with its offset added."""
-        return self._norm_offset != 0 and theirs.endswith("norm.weight")
+        return self.family.norm_offset != 0 and theirs.endswith("norm.weight")
 
     def _order(self, theirs: str) -> NDArray[np.int64] | None:
         """The order of a tensor's rows, where it is not the stored one."""
-        if not self._permuted or not names.is_permuted(theirs):
+        if not self.family.permuted or not names.is_permuted(theirs):
             return None
         key = "num_attention_heads" if "attn_q" in theirs else "num_key_value_heads"
         heads, head_dim = self.config[key], self.config["head_dim"]
-        shape = self._find(str(names.ours(theirs, self._renamed)))[0].tensors[theirs].shape
+        shape = self._find(str(self.family.tensors.ours(theirs)))[0].tensors[theirs].shape
         rows = shape[0] if shape else 1
         if rows != heads * head_dim or head_dim % 2:
             raise UserError(f"expected {heads} heads of {head_dim} channels in {theirs}, found {rows} rows")
         return names.restored_rows(heads, head_dim)
+
+
+def _numbers(metadata: Mapping[str, Any], family: Family, config: Mapping[str, Any]) -> dict[str, NDArray[np.float32]]:
+    """Tensors of a number or two per layer that the file has among its metadata. Raises ``UserError`` where they are
+    missing or no numbers."""
+    if not family.per_layer:
+        return {}
+    found: dict[str, NDArray[np.float32]] = {}
+    shapes = [(layer.prefix, layer.others()) for layer in describe(config).layers]
+    for key, name in family.per_layer.items():
+        value = metadata.get(key)
+        if isinstance(value, float):
+            value = np.full(len(shapes), value, np.float32)
+        if not isinstance(value, np.ndarray) or value.dtype.kind != "f" or len(value) != len(shapes):
+            raise UserError(f"expected {len(shapes)} numbers for {key} in the GGUF file, found {value!r:.80}")
+        for (prefix, others), number in zip(shapes, value, strict=True):
+            found[prefix + name] = np.full(others[name], number, np.float32)
+    return found
 
 
 def _parts(path: Path) -> list[Path]:
