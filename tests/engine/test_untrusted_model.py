@@ -11,7 +11,19 @@ import pytest
 from tulle import _native
 from tulle.engine.checkpoint import StoredLinear
 from tulle.engine.layout import for_kernels
-from tulle.engine.native_model import Grid, Group, Layer, Linear, Model, Norm, RotaryTable, Table, Transform, WeightKind
+from tulle.engine.native_model import (
+    FeedForward,
+    Grid,
+    Group,
+    Layer,
+    Linear,
+    Model,
+    Norm,
+    RotaryTable,
+    Table,
+    Transform,
+    WeightKind,
+)
 
 Change = Callable[[Model], None]
 
@@ -27,10 +39,10 @@ def small() -> Model:
     ones = np.ones(8, np.float32)
     wide = Group([], [linear(16, 8), linear(16, 8)])
     norm = Norm(ones, None, 1e-6, False)
-    layer = Layer(Group([], [linear(8, 8) for _ in "qkv"]), Group([], [linear(8, 8)]), wide, Group([], [linear(8, 16)]),
-                  norm, norm)  # fmt: skip
+    feed_forward = FeedForward(16, wide, Group([], [linear(8, 16)]))
+    layer = Layer(Group([], [linear(8, 8) for _ in "qkv"]), Group([], [linear(8, 8)]), feed_forward, norm, norm)
     table = Table(WeightKind.F32, np.full(12 * 8, 0.1, np.float32))
-    return Model(8, 16, 1, 1, 8, 12, "silu", [RotaryTable([0.5] * 4, 1.0, False)], Grid(), Grid(), Grid(), None, table,
+    return Model(8, 1, 1, 8, 12, "silu", [RotaryTable([0.5] * 4, 1.0, False)], Grid(), Grid(), Grid(), None, table,
                  [layer], norm, Group([], [linear(12, 8)]), None)  # fmt: skip
 
 

@@ -267,12 +267,5 @@ def changed(decoder: Decoder, **mixer: object) -> Decoder:
     )
 
 
-def test_what_the_decoder_does_not_do_is_refused_by_name() -> None:
-    config = random_config("llama", 0)
-    decoder, tensors = describe(config), layer_tensors(reference_model(config), 0)
-    with pytest.raises(UserError, match="without attention sinks, found"):
-        DecoderBlock(changed(decoder, sinks=True), 0, tensors)
-
-
 def test_every_activation_of_the_description_is_here() -> None:
     assert set(NAMES.values()) == ACTIVATIONS.keys()

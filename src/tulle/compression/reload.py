@@ -151,7 +151,7 @@ def _read_again(
     layers = len(model.decoder.layers)
     for index in range(layers):
         if progress:
-            progress(f"read again {index + 1}/{layers}", index, layers)
+            progress(f"read again {index + 1}/{layers}", layers, layers)  # the blocks are done: the bar stays full
         ends = model.block(index, [*found, *shaken])
         found, shaken = ends[: len(found)], [rounded(hidden) for hidden in ends[len(found) :]]
     outer = model.outer()

@@ -40,7 +40,6 @@ from tulle.models.description import (
     Rotary,
     ShortConvolution,
 )
-from tulle.models.features import features
 from tulle.models.rotary import frequencies
 from tulle.models.routing import Routes, choose
 
@@ -60,8 +59,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 (:class:`XIELU`)."""
 UNIT_EPS = 1e-6
 """Added to a head's squared length before it is made a unit."""
-NOT_YET: tuple[str, ...] = ()
-"""Of :func:`tulle.models.features.features`."""
 
 
 @dataclass
@@ -128,7 +125,6 @@ class DecoderBlock(nn.Module):
     ):
         super().__init__()
         layer = self.layer = decoder.layers[index]
-        require_implemented(decoder)
         check_tensors(layer.prefix, layer.tensors() if experts else layer.tensors_without_experts(), tensors)
         name = self.layer.mixer.rotary
         self.rotary = None if name is None else decoder.rotary[name]
@@ -738,16 +734,6 @@ class PlainDecoder:
         """Logits of the last block's output."""
         bias = self._outer.get(self.decoder.head.removesuffix("weight") + "bias")
         return logits(self.decoder, self.normed(hidden), self.head(), bias)
-
-
-def require_implemented(decoder: Decoder) -> None:
-    """Raises ``UserError`` for what a description asks for and this decoder does not do."""
-    found = features(decoder)
-    for what in NOT_YET:
-        if what in found:
-            raise UserError(
-                f"expected a model without {what}, found {found[what]!r}; the plain decoder does not do it yet"
-            )
 
 
 def check_tensors(prefix: str, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]) -> None:
