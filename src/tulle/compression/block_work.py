@@ -88,6 +88,8 @@ class BlockWork:
         """Puts the effective weights, as they will be stored, into the compressed block."""
         for linear in group.linears:
             if linear.quantised is None:
+                if linear.mask is not None:  # the fit to the dense model has moved zeros, and no step has put them back
+                    linear.weight = linear.weight * linear.mask
                 linear.weight = linear.weight.to(self.dtypes[f"{self.relative(linear)}.weight"]).float()
             if not all_finite(linear.weight):
                 raise UserError(
