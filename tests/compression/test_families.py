@@ -94,16 +94,19 @@ def test_folds_leave_the_function(folders: dict[str, Path], family: str, tmp_pat
         assert float((found - dense).abs().max() / dense.abs().max()) <= 2e-5, name
 
 
-def require_left_padding(model: Any, alone: torch.Tensor) -> None:
-    """In a batch with a shorter text a text's logits are those ``alone``, and so are the shorter one's."""
+def require_left_padding(model: Any, alone: torch.Tensor, rounded: bool) -> None:
+    """In a batch with a shorter text a text's logits are those ``alone``, and so are the shorter one's; or nearly so
+    where inputs are ``rounded``."""
     short = TOKENS[:, 9:]
     batch, valid = TOKENS.repeat(2, 1), torch.ones(2, TOKENS.shape[1], dtype=torch.long)
     batch[1, :9] = valid[1, :9] = 0
     positions = (valid.cumsum(-1) - 1).clamp(min=0)
     found = model(batch, attention_mask=valid, position_ids=positions).logits
     for row, wanted in ((found[:1], alone), (found[1:, 9:], model(short).logits)):
-        # transformers' delta nets begin their chunks elsewhere.
-        assert float((row - wanted).abs().max() / wanted.abs().max()) <= 3e-5
+        if rounded:  # a sum in another order moves some of them by a step
+            assert float((row - wanted).norm() / wanted.norm()) <= 0.02
+        else:  # transformers' delta nets begin their chunks elsewhere
+            assert float((row - wanted).abs().max() / wanted.abs().max()) <= 3e-5
 
 
 @torch.no_grad()
@@ -121,7 +124,7 @@ def test_compressed(folders: dict[str, Path], family: str, recipe: str, tmp_path
     report = run(folders[family], tmp_path / "out", steps)
     model = tulle.load(tmp_path / "out", dtype=torch.float32)
     found = model(TOKENS).logits
-    require_left_padding(model, found)
+    require_left_padding(model, found, "activations" in str(steps))
     assert all(linear["bits"] in (4, 8) for linear in report["linears"])
     if "activations" in str(steps):
         limit = {"w8a8-smoothquant": 0.2, "w4a4-quarot": 1.2}[recipe]
@@ -181,4 +184,4 @@ def test_rounded_caches_with_caps_and_windows(folders: dict[str, Path], family: 
     normed = final_norm(plain.decoder, hidden[0], plain.outer())
     wanted = decoder_logits(plain.decoder, normed, plain.head(0, plain.decoder.vocabulary))
     assert float((found - wanted).abs().max() / wanted.abs().max()) <= 1e-5
-    require_left_padding(model, found)
+    require_left_padding(model, found, rounded=False)

@@ -48,7 +48,9 @@ def test_report(tmp_path: Path) -> None:
     )
     report = tulle.compress(tmp_path / "model", recipe, tmp_path / "out", calibration=[str(tmp_path / "text.txt")])
     written = {*report, *report["totals"], *report["linears"][0], *report["blocks"][0], "steps", "total"}
-    written |= report["tables"][0].keys() | (report["recover"].keys() - Recover.model_fields.keys())
+    written |= (
+        report["reload"].keys() | report["tables"][0].keys() | (report["recover"].keys() - Recover.model_fields.keys())
+    )
     written |= report["recover"]["curve"][-1].keys() | {"recover"}
     # Of the summary, of an evaluation, and of a block with experts; two terms of the loss are settings too.
     besides = {"output", "protocol", "dense", "compressed"} | set(ExpertTokens.__annotations__)

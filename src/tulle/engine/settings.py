@@ -197,6 +197,7 @@ def attention_of(model: Decoder) -> Attention:
     """The attention that layers have, those that have one. Raises ``UserError`` where none has."""
     found = next((layer.mixer for layer in model.layers if isinstance(layer.mixer, Attention)), None)
     if found is None:
+        require(model, FEATURES, "the engine", "use transformers for it")
         raise UserError("expected a model with attention in one layer at least, found none; use transformers for it")
     return found
 
