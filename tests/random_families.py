@@ -55,7 +55,7 @@ EXPERTS = (
 )
 """With a mixture of experts."""
 NOT_IN_ENGINE = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "nemotron_h")
-"""Latent attention, and layers of a mixer or a feed-forward alone."""
+"""Latent attention, and experts without gates."""
 LAYERS = 2
 
 

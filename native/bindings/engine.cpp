@@ -223,7 +223,7 @@ tulle::Layer layer(nb::handle from, const tulle::Model& m, Kept& kept) {
   l.sinks = array_of<float>(from, "sinks", m.heads, kept);
   const nb::object recurrent = field(from, "recurrent");
   if (!recurrent.is_none()) {
-    static const char* kinds[] = {"attention", "delta_net", "short_convolution", "mamba2"};
+    static const char* kinds[] = {"attention", "delta_net", "short_convolution", "mamba2", "none"};
     l.mixer = one_of<tulle::Mixer>(kinds, "kind of a mixer", get<std::string>(recurrent, "kind"));
     if (l.mixer == tulle::Mixer::delta_net) l.delta = delta_net(recurrent, kept);
     if (l.mixer == tulle::Mixer::mamba2) l.mamba = mamba(recurrent, kept);
@@ -236,12 +236,16 @@ tulle::Layer layer(nb::handle from, const tulle::Model& m, Kept& kept) {
   const auto numbers = get<std::vector<float>>(from, "activation");
   if (numbers.size() > 4) throw std::invalid_argument("numbers of an activation: expected at most 4");
   std::copy(numbers.begin(), numbers.end(), l.activation);
-  l.qkv = group(field(from, "qkv"), kept);
-  l.o = group(field(from, "o"), kept);
+  if (l.mixer != tulle::Mixer::none) {
+    l.qkv = group(field(from, "qkv"), kept);
+    l.o = group(field(from, "o"), kept);
+  }
   const nb::object experts = field(from, "mixture"), dense = field(from, "feed_forward");
-  if (experts.is_none() == dense.is_none()) throw std::invalid_argument("layer: expected a feed_forward or a mixture");
-  if (dense.is_none()) l.mixture = mixture(experts, kept);
-  else l.feed_forward = feed_forward(dense, kept);
+  const bool mixed = l.mixer != tulle::Mixer::none;
+  if (!experts.is_none() && !dense.is_none()) throw std::invalid_argument("layer: expected a feed_forward or a mixture");
+  if (!mixed && experts.is_none() && dense.is_none()) throw std::invalid_argument("layer: expected a part, found none");
+  if (!experts.is_none()) l.mixture = mixture(experts, kept);
+  else if (!dense.is_none()) l.feed_forward = feed_forward(dense, kept);
   l.inner_norm = norm(field(from, "inner_norm"), l.feed_forward.intermediate, kept);
   return l;
 }

@@ -58,5 +58,5 @@ def test_packed(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", NOT_IN_ENGINE)
 def test_refused_by_name(tmp_path: Path, family: str) -> None:
-    with pytest.raises(UserError, match="the engine can take, found (latent attention|layers of a mixer)"):
+    with pytest.raises(UserError, match="the engine can take, found (latent attention|experts without gates)"):
         Engine(write_family(tmp_path / "model", family, 1), threads=1)

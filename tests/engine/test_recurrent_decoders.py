@@ -29,6 +29,10 @@ WIDE: dict[str, dict[str, Any]] = {
         "num_local_experts": 0, "mamba_expand": 2, "mamba_n_heads": 2, "mamba_d_head": 88, "mamba_d_state": 24,
         "mamba_n_groups": 2,
     },
+    # Every order of layers that are a mixer or a feed-forward alone.
+    "nemotron_h": ATTENTION | {
+        "hybrid_override_pattern": "-M*M--*M", "mamba_num_heads": 4, "mamba_head_dim": 24, "ssm_state_size": 20,
+    },
 }  # fmt: skip
 OTHERS = [family for family in WIDE if family != FAMILY]
 STEPS: list[dict[str, Any]] = [
@@ -67,15 +71,17 @@ def test_wide_heads(folders: dict[str, Path], family: str, threads: int) -> None
     assert difference(np.concatenate(rows), expected) <= 5e-5
 
 
-@pytest.mark.parametrize("family", WIDE)
-def test_instruction_sets_agree(folders: dict[str, Path], family: str, tmp_path: Path) -> None:
-    first, *others = logits_by_isa(folders[family], tmp_path, f"engine.forward({TOKENS})")
+def test_instruction_sets_agree(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Of every family; all in one process per set."""
+    parts = "[Engine(f, 1, cache='f32', head='as stored').forward({}) for f in {}]"
+    paths = [str(folders[family]) for family in WIDE]
+    first, *others = logits_by_isa(folders[FAMILY], tmp_path, f"np.stack({parts.format(TOKENS, paths)})")
     for other in others:
-        assert difference(other, first) < 1e-5
+        assert all(difference(found, wanted) < 1e-5 for found, wanted in zip(other, first, strict=True))
 
 
 LAYOUTS = [(FAMILY, layout) for layout in ("auto", "sparse", "dense", "input-major")]
-LAYOUTS += [(family, layout) for family in OTHERS for layout in ("auto", "sparse", "input-major")]
+LAYOUTS += [(family, layout) for family in OTHERS for layout in ("sparse", "input-major")]
 
 
 @pytest.mark.parametrize(("family", "layout"), LAYOUTS)

@@ -120,6 +120,8 @@ struct Mamba2 {
 struct FeedForward {
   std::size_t intermediate = 0;
   Group gate_up, down;
+
+  bool present() const { return intermediate > 0; }
 };
 
 // Gives every token `chosen` experts with a weight each (src/tulle/models/routing.py).
@@ -146,8 +148,8 @@ struct Mixture {
 };
 
 // What mixes tokens in a layer. A kind that carries a state from token to token has floats of it in every sequence's
-// record (RecurrentStates); attention has keys and values instead.
-enum class Mixer : std::uint8_t { attention, delta_net, short_convolution, mamba2 };
+// record (RecurrentStates); attention has keys and values instead. A layer may be a feed-forward alone, or a mixer alone.
+enum class Mixer : std::uint8_t { attention, delta_net, short_convolution, mamba2, none };
 
 struct Layer {
   Mixer mixer = Mixer::attention;
@@ -227,6 +229,7 @@ struct Model {
   MixerSizes mixer_sizes(const Layer& layer) const {
     switch (layer.mixer) {
       case Mixer::attention: break;
+      case Mixer::none: return {0, 0, 0, 0};
       case Mixer::delta_net: {
         const DeltaNet& net = layer.delta;
         return {net.outputs(), net.values(), net.matrices() + net.convolution.history(),

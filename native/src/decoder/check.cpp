@@ -153,6 +153,8 @@ void check(const Model& m) {
     const bool both = layer.query_norm.present() && layer.key_norm.present();
     require(layer.mixer != Mixer::attention || !m.norm_all_heads || both, "norms of all queries and keys", 2, 0);
     require(!m.parallel || layer.input_norm.present(), "a norm before attention and feed-forward side by side", 1, 0);
+    const bool whole = layer.mixer != Mixer::none && (layer.mixture.present() || layer.feed_forward.present());
+    require(!m.parallel || whole, "attention and feed-forward side by side", 2, 1);
     switch (layer.mixer) {
       case Mixer::attention: fits(layer.qkv, m.hidden, {q, kv, kv}); break;
       case Mixer::delta_net: {
@@ -171,10 +173,11 @@ void check(const Model& m) {
         check(layer.mamba);
         fits(layer.qkv, m.hidden, {layer.mamba.outputs()});
         break;
+      case Mixer::none: break;
     }
-    fits(layer.o, m.mixer_sizes(layer).mixed, {m.hidden});
+    if (layer.mixer != Mixer::none) fits(layer.o, m.mixer_sizes(layer).mixed, {m.hidden});
     if (!layer.mixture.present()) {
-      check_feed_forward(layer.feed_forward);
+      if (layer.feed_forward.present()) check_feed_forward(layer.feed_forward);
       continue;
     }
     require(!m.parallel && m.gated && !layer.inner_norm.present(), "experts with gates, without norms of their own", 1, 0);

@@ -71,38 +71,47 @@ void Engine::State::layer(const Pass& pass, std::size_t index) {
   const Layer& l = model.layers[index];
   LayerPlans& plan = plans[index];
   const std::size_t n = pass.n;
-  for (std::size_t t = pass.first; t < pass.last; ++t) {
-    if (index > 0) add_feed_forward(pass, index - 1, t);
-    quantise_inputs(pass, l.qkv, plan.qkv, read_stream(pass, l.input_norm, t), t);
+  const bool mixes = l.mixer != Mixer::none;
+  if (mixes) {
+    for (std::size_t t = pass.first; t < pass.last; ++t) {
+      if (index > 0) add_feed_forward(pass, index - 1, t);
+      quantise_inputs(pass, l.qkv, plan.qkv, read_stream(pass, l.input_norm, t), t);
+    }
+    pass.publish();
+    multiply(pass, l.qkv, plan.qkv, partial_sums.wide, n, wide.data());
+    mix(pass, index);
+    for (std::size_t t = pass.first; t < pass.last; ++t) {
+      quantise_inputs(pass, l.o, plan.o, mixer_output(pass, index, t), t);
+    }
+    pass.publish();
+    multiply(pass, l.o, plan.o, partial_sums.back, n, back.data());
   }
-  pass.publish();
-  multiply(pass, l.qkv, plan.qkv, partial_sums.wide, n, wide.data());
-  mix(pass, index);
-  for (std::size_t t = pass.first; t < pass.last; ++t) {
-    quantise_inputs(pass, l.o, plan.o, mixer_output(pass, index, t), t);
-  }
-  pass.publish();
-  multiply(pass, l.o, plan.o, partial_sums.back, n, back.data());
-  const bool experts = l.mixture.present();
+  const bool experts = l.mixture.present(), mixer_alone = !experts && !l.feed_forward.present();
   const Group& reader = experts ? l.mixture.router.group : l.feed_forward.gate_up;
   const Plan& read = experts ? plan.router : plan.gate_up;
   float* const spare = of_thread[pass.thread].outputs.data();
   for (std::size_t t = pass.first; t < pass.last; ++t) {
-    const auto add_attention = [&] {
+    const auto add_before = [&] {
+      if (!mixes) {
+        if (index > 0) add_feed_forward(pass, index - 1, t);
+        return;
+      }
       const float* const y = reduce(pass, l.o, plan.o, partial_sums.back, n, back.data(), t, 0, model.hidden, spare);
       add_to_residual(pass, y, l.attention_after, t);
     };
     if (model.parallel) {
       // Before the stream changes; a norm of its own, or attention's.
       const float* const normed = read_stream(pass, l.post_norm.present() ? l.post_norm : l.input_norm, t);
-      add_attention();
+      add_before();
       quantise_inputs(pass, reader, read, normed, t);
       continue;
     }
-    add_attention();
+    add_before();
+    if (mixer_alone) continue;
     quantise_inputs(pass, reader, read, read_stream(pass, l.post_norm, t), t);
   }
   pass.publish();
+  if (mixer_alone) return;
   if (experts) return mixture(pass, index);
   multiply(pass, l.feed_forward.gate_up, plan.gate_up, partial_sums.wide, n, wide.data());
   feed_forward(pass, index);
@@ -116,13 +125,15 @@ void Engine::State::mix(const Pass& pass, std::size_t index) {
     case Mixer::delta_net: return delta_net(pass, index);
     case Mixer::short_convolution: return short_convolution(pass, index);
     case Mixer::mamba2: return mamba(pass, index);
+    case Mixer::none: return;
   }
 }
 
 // What o reads of token t.
 const float* Engine::State::mixer_output(const Pass& pass, std::size_t index, std::size_t t) {
   switch (model.layers[index].mixer) {
-    case Mixer::attention: break;
+    case Mixer::attention:
+    case Mixer::none: break;
     case Mixer::delta_net: return gated_heads(pass, index, t);
     case Mixer::short_convolution: return gated_convolution(pass, index, t);
     case Mixer::mamba2: return gated_groups(pass, index, t);
@@ -141,6 +152,7 @@ const float* Engine::State::read_stream(const Pass& pass, const Norm& norm, std:
 // What a layer's feed-forward gave of token t, added to the residual stream.
 void Engine::State::add_feed_forward(const Pass& pass, std::size_t index, std::size_t t) {
   const Layer& l = model.layers[index];
+  if (!l.mixture.present() && !l.feed_forward.present()) return;
   float* const spare = of_thread[pass.thread].outputs.data();
   const float* const y = l.mixture.present()
                              ? sum_of_experts(pass, index, t)

@@ -286,6 +286,14 @@ class Mamba2:
 
 
 @dataclass
+class NoMixer:
+    """Of a layer that is a feed-forward alone."""
+
+    kind: ClassVar[str] = "none"
+    state_floats: ClassVar[int] = 0
+
+
+@dataclass
 class DeltaNet:
     """The mixer of a layer of linear attention by the gated delta rule, between the linears of ``qkv`` (queries, keys
     and values; z; b; a) and ``o``."""
@@ -350,14 +358,14 @@ class Mixture:
 
 @dataclass
 class Layer:
-    """A decoder block, with a feed-forward or a mixture of experts.
+    """A decoder block: a mixer, and a feed-forward or a mixture of experts; one of both may be missing.
 
     Norms are None where there is none: before attention and feed-forward and on their outputs ``[hidden]``, of queries
     and keys ``[head_dim]`` (or of all heads at once), of what o and down read.
     """
 
-    qkv: Group
-    o: Group
+    qkv: Group | None
+    o: Group | None
     feed_forward: FeedForward | None
     input_norm: Norm | None
     post_norm: Norm | None
@@ -373,7 +381,7 @@ class Layer:
     """Number of a table of the model; -1: queries and keys know no position."""
     activation: list[float] = field(default_factory=list)
     """xielu's numbers: α_p, α_n, β, ε."""
-    recurrent: DeltaNet | ShortConvolution | Mamba2 | None = None
+    recurrent: DeltaNet | ShortConvolution | Mamba2 | NoMixer | None = None
     """None: attention."""
     mixture: Mixture | None = None
     sinks: Floats | None = None

@@ -22,6 +22,7 @@ from tulle.engine.native_model import (
     LinearFacts,
     Mixture,
     Model,
+    NoMixer,
     RotaryTable,
     Router,
     Selection,
@@ -77,6 +78,7 @@ FEATURES = frozenset(
         "gated delta nets",
         "heads of delta nets side by side",
         "gated short convolutions",
+        "layers of a mixer or a feed-forward alone",
         "Mamba-2",
         "output gate of attention",
         "heads of which only a part is rotated",
@@ -117,17 +119,18 @@ def settings_of(
     description = source.description
     require_runnable(description)
     first, attention = description.layers[0], source.packed.attention if source.packed else None
-    inner = inner_of(first)
-    mixer = attention_of(description)
+    inner, mixer = feed_forward_of(description), attention_of(description)
     linears = _Linears(source, file, facts, engine_bits)
     layers = []
     tables = list(description.rotary)
     for index in blocks:
         layer = description.layers[index]
-        groups: dict[str, Any] = {role: linears.group(names_of(layer, role)) for role in ("qkv", "o")}
+        groups: dict[str, Any] = {"qkv": None, "o": None, "feed_forward": None}
+        if not isinstance(layer.mixer, Absent):
+            groups |= {role: linears.group(names_of(layer, role)) for role in ("qkv", "o")}
         if isinstance(layer.feed_forward, DecoderMixture):
-            groups |= {"feed_forward": None, "mixture": _mixture(source, linears, layer, layer.feed_forward)}
-        else:
+            groups["mixture"] = _mixture(source, linears, layer, layer.feed_forward)
+        elif not isinstance(layer.feed_forward, Absent):
             groups["feed_forward"] = _feed_forward(linears, layer, layer.feed_forward.intermediate)
         norms = {
             "input_norm": (layer.mixer_norm, description.hidden),
@@ -139,6 +142,8 @@ def settings_of(
         own: dict[str, Any] = {}
         if isinstance(layer.mixer, GatedDeltaNet | ShortConvolution | Mamba2):
             own["recurrent"] = _recurrent(source, layer.mixer, layer.prefix)
+        elif isinstance(layer.mixer, Absent):
+            own["recurrent"] = NoMixer()
         else:
             norms |= _head_norms(layer.attention)
             own["window"] = layer.attention.window or 0
@@ -197,12 +202,19 @@ def attention_of(model: Decoder) -> Attention:
     return found
 
 
-def inner_of(layer: DecoderLayer) -> GatedMLP | PlainMLP:
-    """A layer's feed-forward, or what its experts are alike in."""
+def inner_of(layer: DecoderLayer) -> GatedMLP | PlainMLP | None:
+    """A layer's feed-forward, or what its experts are alike in; None where it has none."""
     found = layer.feed_forward
-    inner = found.expert if isinstance(found, DecoderMixture) else found
-    assert not isinstance(inner, Absent)  # a feature that the kernels do not do
-    return inner
+    found = found.expert if isinstance(found, DecoderMixture) else found
+    return None if isinstance(found, Absent) else found
+
+
+def feed_forward_of(model: Decoder) -> GatedMLP | PlainMLP:
+    """The feed-forward that layers have, those that have one. Raises ``UserError`` where none has."""
+    found = next((inner for layer in model.layers if (inner := inner_of(layer)) is not None), None)
+    if found is None:
+        raise UserError("expected a model with a feed-forward in one layer at least, found none; use transformers")
+    return found
 
 
 def names_of(layer: DecoderLayer, role: str) -> list[str]:
@@ -324,7 +336,8 @@ def _norm(source: Source, norm: Norm | None, prefix: str, size: int) -> NativeNo
 
 def _xielu(source: Source, layer: DecoderLayer) -> list[float]:
     """α_p, α_n, β and ε of the layer's activation; none of others."""
-    if inner_of(layer).activation != "xielu":
+    inner = inner_of(layer)
+    if inner is None or inner.activation != "xielu":
         return []
     numbers = {
         name.rpartition(".")[2]: float(source.floats(layer.prefix + name, shape).reshape(-1)[0])
@@ -475,7 +488,8 @@ def require_runnable(model: Decoder) -> None:
     """Raises ``UserError`` for what a description asks for and the kernels do not do."""
     require(model, FEATURES, "the engine", "use transformers for it")
     for layer in model.layers:
-        inner, first = inner_of(layer), inner_of(model.layers[0])
+        first = feed_forward_of(model)
+        inner = inner_of(layer) or first
         if inner.activation not in GATES:
             raise UserError(
                 f"expected a model that the engine can run, found activation {inner.activation}; use transformers for "
@@ -484,7 +498,7 @@ def require_runnable(model: Decoder) -> None:
         own = {key: getattr(inner, key, None) for key in ("activation", "limit", "up_offset")}
         if type(inner) is not type(first) or any(getattr(first, key, None) != value for key, value in own.items()):
             raise UserError("expected feed-forwards alike but for their widths, found others; use transformers for it")
-        if isinstance(layer.mixer, ShortConvolution):
+        if isinstance(layer.mixer, ShortConvolution | Absent):
             continue
         if isinstance(layer.mixer, GatedDeltaNet | Mamba2):
             if layer.mixer.activation != "silu":
