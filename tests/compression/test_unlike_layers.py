@@ -1,4 +1,4 @@
-"""Steps on the whole model where its layers differ: gated delta nets and attention, of other linears and widths."""
+"""Steps on the whole model where its layers differ in linears and widths, or lack some."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from tulle.compression.survey import take_survey
 from tulle.errors import UserError
 from tulle.methods.contract import Survey
 from tulle.models.batches import batched
-from tulle.models.description import GatedDeltaNet
 from tulle.models.rewrite import DenseModel
 from tulle.text.reading import Text
 
@@ -25,11 +24,13 @@ pytestmark = pytest.mark.usefixtures("no_pages")
 EVERYWHERE = ["qkv", "o", "gate_up", "down", "embedding", "head"]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_family(tmp_path_factory.mktemp("hybrid") / "model", "qwen3_5_text", 2)
+@pytest.fixture(scope="module", params=[("qwen3_5_text", 2), ("nemotron_h", 0)], ids=["delta nets", "lone parts"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Gated delta nets and attention; and Mamba-2, attention and feed-forwards, each a layer of its own."""
+    family, seed = request.param
+    folder = write_family(tmp_path_factory.mktemp("hybrid") / "model", family, seed)
     layers = DenseModel.open(folder).description.layers
-    assert len({type(layer.mixer) for layer in layers}) == len({layer.group("o").inputs for layer in layers}) == 2
+    assert len({tuple(group.role for group in layer.groups) + layer.groups[0].names for layer in layers}) > 1
     return folder
 
 
@@ -89,15 +90,13 @@ def test_bits_by_cost(model: Path, tmp_path: Path) -> None:
     assert 8 * sum(x["packed_bytes"] for x in every) / weights <= 6.5
     bits = {x["name"]: x["bits"] for x in report["linears"]}
     assert bits.keys() == sizes_of(model).keys() and len(set(bits.values())) > 1
-    mixers = [type(layer.mixer) for layer in DenseModel.open(model).description.layers]
-    (delta,) = (i for i, kind in enumerate(mixers) if kind is GatedDeltaNet)
-    (line,) = (note for note in report["notes"] if note.startswith("linear_attn.out_proj"))
-    own = bits[f"model.layers.{delta}.linear_attn.out_proj"]
-    assert line.startswith(f"linear_attn.out_proj, blocks {delta}: {own}")
-    (line,) = (note for note in report["notes"] if note.startswith("mlp.down_proj"))
-    grids = line.removeprefix("mlp.down_proj, block by block: ").split(", ")
-    found = [bits[f"model.layers.{index}.mlp.down_proj"] for index in (0, 1)]
-    assert [int(grid.partition("/")[0]) for grid in grids] == found
+    layers = DenseModel.open(model).description.layers
+    notes = dict(note.split(": ", 1) for note in report["notes"] if ", block" in note)
+    for name in {linear.name for layer in layers for linear in layer.linears()}:
+        own = [layer for layer in layers if name in [linear.name for linear in layer.linears()]]
+        where = f"blocks {', '.join(str(layer.index) for layer in own)}" if len(own) < len(layers) else "block by block"
+        grids = notes[f"{name}, {where}"].split(", ")
+        assert [int(grid.partition("/")[0]) for grid in grids] == [bits[layer.prefix + name] for layer in own]
 
 
 def test_sensitive_linears_and_their_siblings(model: Path) -> None:

@@ -79,7 +79,7 @@ class LaRoSA(Method):
                 scale = torch.where(scale == 0, torch.ones_like(scale), scale)
                 # Norms give out equal energy, so that all count alike.
                 stream.add_((hessians[group.role].matrix / scale / scale[:, None]).double().cpu())
-            if "o" in rotated:
+            if "o" in rotated and "o" in hessians:
                 values[index] = by_kv_head(hessians["o"].matrix.cpu(), *survey.heads[index])
 
         survey.look(see, rotated)

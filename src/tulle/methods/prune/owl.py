@@ -66,7 +66,8 @@ class OWL(Method):
     def plan(self, survey: Survey, roles: tuple[str, ...]) -> None:
         assert survey.column_norm is not None
         shares, sizes = [], []
-        for index in range(survey.layers):
+        blocks = [index for index in range(survey.layers) if survey.linears(index, roles)]
+        for index in blocks:
             tensors = survey.block(index)
             scores = [
                 tensors[f"{linear.name}.weight"].abs() * survey.column_norm(index, role)
@@ -75,7 +76,7 @@ class OWL(Method):
             shares.append(outlier_share(scores, self.multiple))
             sizes.append(sum(a.numel() for a in scores))
         found = owl(torch.tensor(shares), torch.tensor(sizes), self.sparsity, self.spread).tolist()
-        for index, (s, d) in enumerate(zip(found, shares, strict=True)):
+        for index, s, d in zip(blocks, found, shares, strict=True):
             if not 0 <= s < 1:
                 raise UserError(
                     f"expected sparsities in [0, 1), found {s:.3f} for block {index}; lower the spread of owl"

@@ -66,7 +66,8 @@ class QuaRot(Method):
                     "them again, so leave one of the two out (heads: false)"
                 )
             for groups in survey.groups:
-                require_plain_values(groups["o"].producers)
+                if "o" in groups:
+                    require_plain_values(groups["o"].producers)
             survey.values_taken = True
         if not self.residual:
             return

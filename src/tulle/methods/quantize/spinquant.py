@@ -79,6 +79,11 @@ class SpinQuant(Method):
                 "expected one step that changes the basis of the residual stream, found spinquant after another; leave "
                 "one of the two out (quarot, larosa, permute_channels: residual: false)"
             )
+        blocks = [index for index in range(survey.layers) if survey.readers(index)]
+        if not blocks:
+            raise UserError(
+                "expected norms through which linears read the residual stream, found none; leave spinquant out"
+            )
         generator = torch.Generator().manual_seed(survey.seed)
         size = survey.hidden
         signs = torch.randint(0, 2, (size,), generator=generator).double() * 2 - 1
@@ -87,12 +92,12 @@ class SpinQuant(Method):
         for step in range(self.steps):
             with torch.enable_grad():
                 trial = rotation.clone().requires_grad_(True)
-                loss = self._loss(survey, step % survey.layers, trial.float())
+                loss = self._loss(survey, blocks[step % len(blocks)], trial.float())
                 (gradient,) = torch.autograd.grad(loss, trial)
-            if step < survey.layers:
-                first += float(loss.detach()) / min(survey.layers, self.steps)
-            if step >= self.steps - survey.layers:
-                last += float(loss.detach()) / min(survey.layers, self.steps)
+            if step < len(blocks):
+                first += float(loss.detach()) / min(len(blocks), self.steps)
+            if step >= self.steps - len(blocks):
+                last += float(loss.detach()) / min(len(blocks), self.steps)
             rotation = cayley_step(rotation, gradient, self.rate * (1 - step / self.steps))
         survey.residual = (BlockMatrix(rotation.float()),)
         survey.notes.append(f"SpinQuant: mean output error of the stream's readers {first:.3g} → {last:.3g}")
