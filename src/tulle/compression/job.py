@@ -22,7 +22,7 @@ from tulle import machine
 from tulle.compression.block_work import DENSIFIED, SPARSE_FROM
 from tulle.compression.calibration import calibration_sequences, calibration_text
 from tulle.compression.recipe import Recipe, Step, read_recipe
-from tulle.compression.reload import Rows, confirm, first_windows, losses
+from tulle.compression.reload import Rows, confirm, first_windows, losses, rounding_of
 from tulle.compression.report import linear_report, run_report, table_report
 from tulle.compression.run_folder import RunFolder, State, disk_errors
 from tulle.compression.survey import head_hessian, take_survey
@@ -131,7 +131,10 @@ def compress(
             job = _Job(dense, chosen, walker, run, state, tables, decisions.head_hessian, decisions.grids)
             closing = job.run_to_end()
             windows = first_windows(dense.description, batches)
-            reload = confirm(run.folder, windows, job.predicted(windows, closing, device), device, dtype, progress)
+            reload = confirm(
+                run.folder, windows, job.predicted(windows, closing, device), device, dtype,
+                rounding_of(chosen, dtype), progress,
+            )  # fmt: skip
             report = run_report(
                 dense.checkpoint, chosen, state, run.fingerprint, decisions.notes, model=str(model), seed=seed,
                 compute=str(dtype).removeprefix("torch."), calibration=_calibration_facts(text, tokens), reload=reload,

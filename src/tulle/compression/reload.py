@@ -6,12 +6,17 @@ decoder (:mod:`tulle.hf.packed_decoder`), one group of linears in memory at a ti
 far the two losses are apart, bounds the difference of the losses' means, and errors of two tokens do not cancel in it.
 
 How large d may be is measured. The folder runs the windows twice, the second time with every number of the stream in
-front of every block, and behind the last, off by 2⁻⁸ of itself, up or down by chance: the most that rounding to
-bfloat16 does. With e, the mean distance of these two runs, d ≤ max(MARGIN·e, FLOOR) is asked for. A walk and a file
-differ in: gains and biases that smoothing has changed and that the file holds in bfloat16 (at most two norms and four
-biases of a block that matter at once), and the order of sums, in float32 or bfloat16 (two more). Eight errors of one
-size that know nothing of each other are √8 < 3 of them, and MARGIN is 4. Where inputs are rounded or selected, a small
-error moves some of them by a whole step; it does so in both runs, so that e knows of it.
+front of every block, and behind the last, off by u of itself, up or down by chance. With e, the mean distance of these
+two runs, d ≤ max(MARGIN·e, FLOOR) is asked for. u is what one rounding does at most:
+
+- of the dtype that blocks compute in, where steps have changed the weights of linears alone, which the walk computes
+  with as the file holds them: the two then differ in the order of sums;
+- of bfloat16, 2⁻⁸, where steps fold something into gains or biases, which the walk has in float32 and the file may have
+  in bfloat16, and where inputs are rounded or selected: a small error moves some of those by a whole step. It does so
+  in both runs, so that e knows of it.
+
+At most two norms and four biases of a block matter at once, and sums in another order count for two more. Eight errors
+of one size that know nothing of each other are √8 < 3 of them, and MARGIN is 4.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tulle.compression.recipe import Recipe
 from tulle.errors import UserError
 from tulle.hf import require_packed_tensors
 from tulle.hf.packed_decoder import PackedDecoder
@@ -93,17 +99,18 @@ def confirm(
     predicted: Tensor,
     device: str,
     dtype: torch.dtype,
+    rounding: float = ROUNDING,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Reads the model in ``folder`` and compares its losses of the windows' next tokens with those ``predicted``
-    (nats ``[N]``); figures for the report.
+    (nats ``[N]``); figures for the report. ``rounding``: u.
 
     Raises ``UserError`` where they are too far apart or the folder cannot be read; its config.json is removed then, so
     that nobody takes it for a model.
     """
     begun = time.perf_counter()
     try:
-        found, shaken = _read_again(folder, windows, device, dtype, progress)
+        found, shaken = _read_again(folder, windows, device, dtype, rounding, progress)
         difference, noise = _mean((found - predicted).abs()), _mean((found - shaken).abs())
         allowed = max(MARGIN * noise, FLOOR)
         if not difference <= allowed:  # NaN is none either
@@ -128,13 +135,25 @@ def confirm(
     }
 
 
+def rounding_of(recipe: Recipe, dtype: torch.dtype) -> float:
+    """u of a recipe whose blocks compute in ``dtype``."""
+    rounded = any(getattr(step.method, "input_bits", None) is not None for step in recipe.steps)
+    alone = not (rounded or recipe.stage("model") or recipe.stage("block"))
+    return torch.finfo(dtype).eps / 2 if alone else ROUNDING
+
+
 def _mean(nats: Tensor) -> float:
     """0 where there are no tokens to predict."""
     return float(nats.double().mean()) if len(nats) else 0.0
 
 
 def _read_again(
-    folder: Path, windows: Sequence[Batch], device: str, dtype: torch.dtype, progress: Progress | None
+    folder: Path,
+    windows: Sequence[Batch],
+    device: str,
+    dtype: torch.dtype,
+    rounding: float,
+    progress: Progress | None,
 ) -> tuple[Tensor, Tensor]:
     """Losses ``[N]`` of the model in the folder, and of the same with every number of the stream rounded by chance."""
     checkpoint = Checkpoint.open(folder)
@@ -144,7 +163,7 @@ def _read_again(
 
     def rounded(hidden: Tensor) -> Tensor:
         signs = torch.randint(0, 2, hidden.shape, generator=generator, dtype=torch.int8) * 2 - 1
-        return hidden + hidden * signs.to(hidden.device, hidden.dtype) * ROUNDING
+        return hidden + hidden * signs.to(hidden.device, hidden.dtype) * rounding
 
     found = [model.embed(window.tokens) for window in windows]
     shaken = [rounded(hidden) for hidden in found]

@@ -82,7 +82,7 @@ def recover(
             facts = loop.run(run.work, progress)
             _write(source, student, settings, run.folder)
             seen = first_windows(student.decoder, batched(windows.held_out))
-            reload = confirm(run.folder, seen, _predicted(student, seen, device), device, dtype, progress)
+            reload = confirm(run.folder, seen, _predicted(student, seen, device), device, dtype, progress=progress)
             report |= {"fingerprint": run.fingerprint, "recover": settings.model_dump() | facts, "reload": reload}
             report["recipe"] = report["recipe"] | {"recover": settings.model_dump()}
             report["recover"] |= {
