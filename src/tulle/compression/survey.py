@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -25,11 +26,11 @@ from tulle.errors import UserError
 from tulle.format.spec import LinearSpec
 from tulle.methods.contract import InputTrials, Key, Progress, See, Statistics, Survey, TableTrials, WeightTrials
 from tulle.models.batches import Batch, batched
-from tulle.models.decoder import DecoderBlock, PlainDecoder, embed, final_norm
-from tulle.models.description import Decoder
+from tulle.models.decoder import DecoderBlock, GroupInput, PlainDecoder, embed, final_norm
+from tulle.models.description import Decoder, Mixture
+from tulle.models.expert_pass import outputs
 from tulle.models.fisher import divergences
 from tulle.models.rewrite import DenseModel
-from tulle.models.watch import run_watched
 
 TOKENS = 8192
 """Calibration tokens of the walk; its hidden states are in memory."""
@@ -70,6 +71,9 @@ def take_survey(
         layers=len(model.layers),
         rows=lambda block, role: found[block, role],
         block=lambda index: walk.read_block(index),
+        expert=lambda index, expert: walk.read_expert(index, expert),
+        experts=[layer.experts for layer in model.layers],
+        chosen=[x.router.chosen if isinstance(x := layer.feed_forward, Mixture) else 0 for layer in model.layers],
         groups=[{group.role: group for group in layer.groups} for layer in model.layers],
         prefix=lambda index: model.layers[index].prefix,
         hidden=model.hidden,
@@ -145,8 +149,12 @@ class _Walk:
         return self.dense.description
 
     def read_block(self, index: int) -> dict[str, Tensor]:
-        """Float32 tensors of a block by relative name."""
-        return {name: t.float().to(self.device) for name, t in self.dense.read_block(index).items()}
+        """Float32 tensors of a block without its experts by relative name."""
+        return {name: t.float().to(self.device) for name, t in self.dense.read_block(index, experts=False).items()}
+
+    def read_expert(self, index: int, expert: int) -> dict[str, Tensor]:
+        """Those of one of its experts."""
+        return {name: t.float().to(self.device) for name, t in self.dense.read_expert(index, expert).items()}
 
     def watch(self, seed: int, found: dict[tuple[int, str], Tensor], norms: dict[tuple[int, str], Tensor]) -> None:
         """Fills ``found`` with the extreme rows and ``norms`` with the column norms of the inputs of every role."""
@@ -157,34 +165,39 @@ class _Walk:
             taken.append(batch)
         hidden = self._embedded(taken)
         for index, tensors in self._blocks("survey"):
-            block = DecoderBlock(self.model, index, tensors, self.device)
+            block = self._block(index, tensors)
             samplers: dict[str, Extremes] = {}
             seen: dict[str, Statistics] = defaultdict(Statistics)
-            for i, batch in enumerate(taken):
-                hidden[i], inputs = run_watched(block, hidden[i])
-                for role, x in inputs.items():
+
+            def see(batch: int, given: GroupInput) -> None:
+                role, x = given.role, given.real(given.x, taken[batch].valid.to(self.device))
+                if given.tokens is None:
                     sampler = samplers.setdefault(role, Extremes(x.shape[-1], per_segment=4, random=128, seed=seed))
-                    x = x[batch.valid.to(self.device)]
                     sampler.add(x)
-                    seen[role].add(x, frozenset({"column_norm"}))
-            for role, sampler in samplers.items():
-                found[index, role] = sampler.rows
-                norm = seen[role].column_norm
-                assert norm is not None
-                norms[index, role] = norm
+                seen[role if given.tokens is None else given.group.names[0]].add(x, frozenset({"column_norm"}))
+
+            hidden = outputs(block, hidden, self.read_expert, see)
+            found |= {(index, role): sampler.rows for role, sampler in samplers.items()}
+            tokens = max(statistics.tokens for statistics in seen.values())
+            for key, statistics in seen.items():
+                assert statistics.column_norm is not None
+                share = statistics.tokens / tokens
+                norms[index, key] = statistics.column_norm / (share**0.5 if 0 < share < 1 else 1.0)
 
     def look(self, see: See, roles: Sequence[str]) -> None:
         """``Survey.look``; in memory are one block and the hidden states of about ``TOKENS`` tokens."""
         seen = batched(_drawn(self.batches, TOKENS)[0])
+
+        def add(found: Mapping[str, Hessian], batch: int, given: GroupInput) -> None:
+            if given.tokens is None and given.role in found:
+                found[given.role].add(given.real(given.x, seen[batch].valid.to(self.device)))
+
         stream = self._embedded(seen)
         for index, tensors in self._blocks("survey"):
-            block = DecoderBlock(self.model, index, tensors, self.device)
+            block = self._block(index, tensors)
             groups = [group for group in block.layer.groups if group.role in roles]
             found = {group.role: Hessian.zeros(group.inputs, self.device) for group in groups}
-            for i, batch in enumerate(seen):
-                stream[i], inputs = run_watched(block, stream[i])
-                for role, hessian in found.items():
-                    hessian.add(inputs[role][batch.valid.to(self.device)])
+            stream = outputs(block, stream, self.read_expert, partial(add, found))
             see(index, tensors, found)
 
     def head_hessian(self, dtype: torch.dtype) -> Hessian:
@@ -192,8 +205,7 @@ class _Walk:
         seen = batched(_drawn(self.batches, HEAD_TOKENS)[0])
         stream = [hidden.to(dtype) for hidden in self._embedded(seen)]
         for index, tensors in self._blocks("head"):
-            block = DecoderBlock(self.model, index, tensors, self.device, dtype)
-            stream = [block(hidden) for hidden in stream]
+            stream = outputs(self._block(index, tensors, dtype), stream, self.read_expert)
         return head_hessian(self.model, seen, stream, self.dense.closing(), self.device)
 
     def costs(
@@ -205,7 +217,8 @@ class _Walk:
     ) -> dict[Key, float]:
         """``Survey.costs``. A killed run goes on from what is in the folder."""
         outer = {self.model.embedding: self.dense.embedding(), **self.dense.closing()}
-        model = PlainDecoder(replace(self.model, tied=self.dense.tied), self.read_block, outer, self.device)
+        tied = replace(self.model, tied=self.dense.tied)
+        model = PlainDecoder(tied, self.read_block, outer, self.device, read_expert=self.read_expert)
         folder = None if self.folder is None else self.folder / f"costs-{next(self.calls)}"
         chosen = batched(_drawn(self.batches, tokens)[0])
         return divergences(
@@ -220,6 +233,10 @@ class _Walk:
     def _embedded(self, batches: Sequence[Batch]) -> list[Tensor]:
         embedding = self.dense.embedding().float()
         return [embed(self.model, b.tokens, embedding).to(self.device) for b in batches]
+
+    def _block(self, index: int, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> DecoderBlock:
+        """Without its experts."""
+        return DecoderBlock(self.model, index, tensors, self.device, dtype, experts=False)
 
     def _blocks(self, what: str) -> Iterator[tuple[int, dict[str, Tensor]]]:
         for index in range(len(self.model.layers)):

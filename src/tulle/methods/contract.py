@@ -30,7 +30,7 @@ from tulle.core.token_grid import TokenGrid
 from tulle.core.topk import Selection
 from tulle.core.transform import BlockMatrix, Diagonal, Permutation, Transform, fold, run, stored
 from tulle.errors import UserError
-from tulle.models.description import STREAM_READERS, Linear, LinearGroup, Norm, require_plain_values, target_of
+from tulle.models.description import STREAM_READERS, Expert, Linear, LinearGroup, Norm, require_plain_values, target_of
 
 Statistic = Literal["hessian", "column_norm", "absmax", "rows", "sample"]
 Stage = Literal["model", "block", "linear", "refine"]
@@ -429,17 +429,26 @@ class Survey(Decisions):
     rows: Callable[[int, str], Tensor]
     """Sampled input tokens ``[K, C_in]`` of a role of a block, in the dense model."""
     block: Callable[[int], dict[str, Tensor]]
-    """Float32 tensors of a block by relative name."""
+    """Float32 tensors of a block without its experts by relative name."""
     groups: Sequence[Mapping[str, LinearGroup]]
-    """Of every block, by role. Blocks may differ in linears and widths; a role may be missing."""
+    """Of every block, by role. Blocks may differ in linears and widths; a role may be missing. Those of experts are in
+    ``experts``."""
     prefix: Callable[[int], str]
     """Of a block's full names."""
     hidden: int
+    experts: Sequence[Sequence[Expert]] = ()
+    """Of every block; empty: none has any."""
+    expert: Callable[[int, int], dict[str, Tensor]] = lambda block, expert: {}
+    """Float32 tensors of one of a block's experts by relative name."""
+    chosen: Sequence[int] = ()
+    """Experts that a token goes to, of every block."""
     seed: int = 0
     heads: Sequence[tuple[int, int, int]] = ()
     """Query heads, KV heads, head_dim of every block."""
     column_norm: Callable[[int, str], Tensor] | None = None
-    """‖X_j‖₂ ``[C_in]`` of a role of a block over the tokens of the walk; for methods that need ``column_norm``."""
+    """‖X_j‖₂ ``[C_in]`` of a role of a block over the tokens of the walk; for methods that need ``column_norm``. Of a
+    group of an expert, whose first linear is named instead of a role: over the tokens that go there, as if they were
+    all."""
     costs: Costs | None = None
     """``costs(tokens, weights, inputs, tables)``: for every trial the mean KL divergence (nats per token) of the next
     token's distribution from the dense model's, all the rest being dense, estimated on about ``tokens`` tokens
@@ -460,11 +469,30 @@ class Survey(Decisions):
     weight_bytes: Callable[[str], int] = lambda name: 0
     """Of the weight of a module by its full name."""
 
-    def linears(self, block: int, roles: Iterable[str]) -> list[tuple[str, Linear]]:
-        """A block's linears that ``roles`` target, in their order, each with its group's role."""
-        groups = self.groups[block].values()
-        reached = (group for role in roles for group in groups if target_of(group.role) == role)
+    def linears(self, block: int, roles: Iterable[str], experts: bool = False) -> list[tuple[str, Linear]]:
+        """A block's linears that ``roles`` target, in their order, each with its group's role; with ``experts`` theirs
+        besides."""
+        every = [*self.groups[block].values()]
+        if experts:
+            every += [group for expert in self.experts_of(block) for group in expert.groups]
+        reached = (group for role in roles for group in every if target_of(group.role) == role)
         return [(group.role, linear) for group in reached for linear in group.linears]
+
+    def experts_of(self, block: int) -> Sequence[Expert]:
+        return self.experts[block] if self.experts else ()
+
+    def units(self, block: int, roles: Sequence[str]) -> dict[str, Unit]:
+        """What decides together: every linear of a block that ``roles`` target; but the gates, the ups and the downs of
+        all its experts, under a name with ``*`` for the expert's number. Rare experts see too few tokens for a decision
+        of their own. Names are relative."""
+        found = {linear.name: ((role, linear),) for role, linear in self.linears(block, roles)}
+        for expert in self.experts_of(block):
+            for role in roles:
+                for group in (group for group in expert.groups if target_of(group.role) == role):
+                    for linear in group.linears:
+                        name = linear.name.replace(f".{expert.index}.", ".*.")
+                        found[name] = (*found.get(name, ()), (group.role, linear))
+        return found
 
     def readers(self, block: int, roles: Iterable[str] = STREAM_READERS) -> list[LinearGroup]:
         """The groups of a block among ``roles`` that read the residual stream through a norm."""
@@ -480,13 +508,17 @@ def gain(tensors: Mapping[str, Tensor], norm: Norm | None) -> Tensor:
 
 See = Callable[[int, dict[str, Tensor], dict[str, Hessian]], None]
 """Of a block's number, its float32 tensors by relative name and H of the inputs of roles."""
+Unit = tuple[tuple[str, Linear], ...]
+"""Linears that share what is decided, each with its group's role."""
 Key = tuple[int | float | str, ...]
 """Name of a trial."""
 WeightTrials = Callable[[int, Mapping[str, Tensor], Mapping[str, Hessian]], Iterable[tuple[Key, Mapping[str, Tensor]]]]
 """Of a block's number, its tensors by relative name and H of the input of every role: (key, tensors under the names of
-those whose place they take) of each trial."""
+those whose place they take) of each trial. Asked for a block without its experts, then for some of these, one at a
+time, each with its own tensors and H alone; costs under one key are added up."""
 InputTrials = Callable[[int, Mapping[str, Tensor]], Iterable[tuple[Key, Mapping[str, Selection]]]]
-"""Of a block's number and its tensors: (key, selection of inputs by role) of each trial."""
+"""Of a block's number and its tensors: (key, selection of inputs by role, or by ``expert_role`` for all of its experts)
+of each trial."""
 TableTrials = Callable[[str, Hessian], Iterable[tuple[Key, Tensor]]]
 """Of ``embedding``, ``head`` or ``tied`` and H of the head's inputs: (key, table) of each trial, whenever called."""
 

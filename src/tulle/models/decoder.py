@@ -689,7 +689,8 @@ class PlainDecoder:
     """The whole model, one block in memory at a time.
 
     ``read_block(index)`` gives a layer's tensors by relative name; ``outer`` holds embedding, final norm and, unless
-    tied, head by full name.
+    tied, head by full name. With ``read_expert(index, expert)`` ``read_block`` leaves experts out, and a block is
+    given one at a time (:mod:`tulle.models.expert_pass`).
     """
 
     def __init__(
@@ -699,13 +700,16 @@ class PlainDecoder:
         outer: Mapping[str, Tensor],
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        read_expert: Callable[[int, int], Mapping[str, Tensor]] | None = None,
     ):
         self.decoder = decoder
         self._read_block, self.device, self._dtype = read_block, device, dtype
+        self.read_expert = read_expert
         self._outer = {name: t.to(device, dtype) for name, t in outer.items()}
 
     def block(self, index: int) -> DecoderBlock:
-        return DecoderBlock(self.decoder, index, self._read_block(index), self.device, self._dtype)
+        whole = self.read_expert is None
+        return DecoderBlock(self.decoder, index, self._read_block(index), self.device, self._dtype, experts=whole)
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, valid: Tensor | None = None) -> Tensor:

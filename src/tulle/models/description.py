@@ -200,6 +200,11 @@ def target_of(role: str) -> str:
     return "qkv" if role in LATENT_ROLES else role
 
 
+def expert_role(role: str) -> str:
+    """The role of an expert's group, where the shared expert's must be told apart from it."""
+    return f"{role} of experts"
+
+
 @dataclass(frozen=True)
 class Attention:
     """Softmax attention. Query heads come in equal groups, each of which shares one KV head."""

@@ -15,7 +15,15 @@ single tokens remain. Then
 - for selected inputs, δx = x⊙M − x, KL ≈ ½·E[(g_xᵀδx)²] with g_x the gradient at the group's input: the product is
   taken token by token, and of several groups added up before it is squared;
 - for another embedding, δh is the difference of the token's rows, and the cost that of its inputs to the first block;
-- for another head no estimate is needed: KL is computed, on some of the tokens.
+- for another head no estimate is needed: KL is computed, on some of the tokens;
+- for an expert that sees n of the T tokens, G and M are of those, and the cost is n/T of the above.
+
+**Experts.** One is in memory at a time. Σ_e w_e·y_e adds up, so that with the gradient g of the sum every expert is
+differentiated by itself: w_e·g goes into it, y_eᵀg to the router's weight w_e. A change of weights is tried on
+``TRIED_EXPERTS`` of a block alone, those with the most tokens. They stand for all: costs are scaled up by the tokens.
+GPTQ and its like fit what they do to the tokens that the cost is then measured on. In an expert, with not many more
+tokens n than channels C, the cost came out at a fifth to a half of what fresh tokens showed, and within a tenth of it
+once H was drawn towards its diagonal by C/(n + C). So trials are given that H.
 
 A trial's cost was measured before by running the rest of the model for every linear and setting, which grows with the
 square of the depth. Here every block is run twice and differentiated once, whatever the number of blocks and trials:
@@ -30,6 +38,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -40,14 +49,18 @@ from torch import Tensor
 from tulle.core.hessian import Hessian
 from tulle.core.topk import Selection
 from tulle.models.decoder import DecoderBlock, GroupInput, PlainDecoder, drive, logits, run_group
+from tulle.models.description import Expert, LinearGroup, expert_role
+from tulle.models.expert_pass import ParkedBatch, holding, outputs
 
 Key = tuple[int | float | str, ...]
 """Name of a trial."""
 WeightTrials = Callable[[int, Mapping[str, Tensor], Mapping[str, Hessian]], Iterable[tuple[Key, Mapping[str, Tensor]]]]
 """Of a block's number, its tensors by relative name and H of the input of every role: (key, Ŵ by relative name, as
-``self_attn.q_proj.weight``) of each trial."""
+``self_attn.q_proj.weight``) of each trial. Asked for the block without its experts, and for one expert at a time; costs
+under one key are added up."""
 InputTrials = Callable[[int, Mapping[str, Tensor]], Iterable[tuple[Key, Mapping[str, Selection]]]]
-"""Of a block's number and its tensors: (key, selection by role) of each trial."""
+"""Of a block's number and its tensors: (key, selection by role, or by ``expert_role`` for all of its experts) of each
+trial."""
 TableTrials = Callable[[str, Hessian], Iterable[tuple[Key, Tensor]]]
 """Of ``embedding``, ``head`` or ``tied`` (one table for both) and H of the head's inputs: (key, table ``[V, d]``) of
 each trial. Called more than once; gives the same every time."""
@@ -55,6 +68,7 @@ Progress = Callable[[str, int, int], None]
 
 HEAD_TOKENS = 2048
 """Tokens that a head's divergence is computed on."""
+TRIED_EXPERTS = 8
 LOGITS = 1 << 25
 """Logits that are in memory at once."""
 
@@ -166,8 +180,7 @@ def _forward(model: PlainDecoder, batches: Sequence[Sequences], states: _States,
     for index in range(first, layers):
         if progress:
             progress(f"survey {index + 1}/{layers}", index, layers)
-        block = model.block(index)
-        states.write(f"hidden-{index + 1}", [block(hidden) for hidden in states.read(f"hidden-{index}")])
+        states.write(f"hidden-{index + 1}", outputs(model.block(index), states.read(f"hidden-{index}"), model.read_expert))
 
 
 def _label_gradients(
@@ -202,39 +215,197 @@ def _backward(
 ) -> dict[Key, float]:
     """Costs of a block's trials. Leaves the gradient of the block's inputs where that is to be kept."""
     block = model.block(index)
-    groups = {group.role: group for group in block.layer.groups}
     tensors = {name: t.detach() for name, t in block.state_dict().items()}
     thinned = [] if inputs is None else [(key, dict(chosen)) for key, chosen in inputs(index, tensors)]
+    found: dict[Key, float] = {}
+    mixed: list[_Mixed] | None = None
+    if block.layer.experts:
+        mixed, found = _experts(model, block, batches, states, weights, thinned)
     lost = {key: 0.0 for key, _ in thinned}
-    device = next(iter(tensors.values())).device
-    h = {role: Hessian.zeros(group.inputs, device) for role, group in groups.items()} if weights else {}
-    g = {linear.name: Hessian.zeros(linear.shape[0], device) for linear in block.layer.linears()} if weights else {}
+    watched = _Watched(block.layer.groups, block.device) if weights is not None else None
     tokens, before = 0, []
     stored = zip(batches, states.read(f"hidden-{index}"), states.read(f"gradient-{index + 1}"), strict=True)
-    for batch, hidden, gradient in stored:
-        real = batch.valid.to(hidden.device)
+    for i, (batch, hidden, gradient) in enumerate(stored):
+        real, inside = batch.valid.to(hidden.device), None if mixed is None else mixed[i]
         tokens += int(real.sum())
-        seen = _Differentiated(block, hidden, gradient, of_inputs=bool(thinned), of_outputs=bool(weights))
+        seen = _Differentiated(block, hidden, gradient, bool(thinned), weights is not None, inside)
         before.append(seen.before)
-        for role, hessian in h.items():
-            hessian.add(seen.x[role][real])
-        for name, fisher in g.items():
-            fisher.add(seen.of_outputs[name][real])
+        if watched is not None:
+            for role, x in seen.x.items():
+                watched.h[role].add(x[real])
+            for name, y in seen.of_outputs.items():
+                watched.g[name].add(y[real])
         for key, chosen in thinned:
-            product = sum(_thinned(seen.x[role], seen.of_inputs[role], s) for role, s in chosen.items())
-            lost[key] += float(torch.as_tensor(product)[real].double().square().sum())
+            product = sum(_thinned(seen.x[role], seen.of_inputs[role], s) for role, s in chosen.items() if role in seen.x)
+            product = torch.as_tensor(product) if inside is None else product + inside.products[key].view(real.shape)
+            lost[key] += float(product[real].double().square().sum())
     if keep:
         states.write(f"gradient-{index}", before)
-    found = {key: value / (2 * tokens) for key, value in lost.items()}
-    if weights is not None:
-        roles = {name: role for role, group in groups.items() for name in group.names}
-        for key, replaced in weights(index, tensors, h):
-            found[key] = 0.0
+    if weights is not None and watched is not None:
+        _add(found, watched.costs(weights(index, tensors, watched.h), tensors), 1.0)
+    return found | {key: value / (2 * tokens) for key, value in lost.items()}
+
+
+class _Watched:
+    """H of the inputs of groups by role, and of the gradients of their linears' outputs by relative name."""
+
+    def __init__(self, groups: Sequence[LinearGroup], device: torch.device):
+        self.h = {group.role: Hessian.zeros(group.inputs, device) for group in groups}
+        self.g = {x.name: Hessian.zeros(x.shape[0], device) for group in groups for x in group.linears}
+        self._roles = {name: group.role for group in groups for name in group.names}
+
+    def costs(
+        self, trials: Iterable[tuple[Key, Mapping[str, Tensor]]], tensors: Mapping[str, Tensor]
+    ) -> Iterator[tuple[Key, float]]:
+        """Per token that was seen."""
+        for key, replaced in trials:
+            cost = 0.0
             for name, weight in replaced.items():
                 linear = name.removesuffix(".weight")
                 change = weight.float() - tensors[name].float()
-                found[key] += kronecker_cost(change, g[linear], h[roles[linear]])
+                cost += kronecker_cost(change, self.g[linear], self.h[self._roles[linear]])
+            yield key, cost
+
+
+def _add(found: dict[Key, float], costs: Iterable[tuple[Key, float]], share: float) -> None:
+    for key, cost in costs:
+        found[key] = found.get(key, 0.0) + share * cost
+
+
+@dataclass
+class _Mixed:
+    """What a batch's experts say to the rest of the block."""
+
+    total: Tensor
+    """Σ_e w_e·y_e ``[N, d]``; zeros where nothing that follows depends on it."""
+    of_x: Tensor
+    """Gradient of what they read ``[N, d]``."""
+    of_weights: Tensor
+    """Gradient of the routes' weights ``[P]``."""
+    products: dict[Key, Tensor]
+    """g_xᵀ(x⊙M − x) ``[N]`` of trials of inputs, added up over a token's experts."""
+
+
+def _experts(
+    model: PlainDecoder,
+    block: DecoderBlock,
+    batches: Sequence[Sequences],
+    states: _States,
+    weights: WeightTrials | None,
+    thinned: Sequence[tuple[Key, Mapping[str, Selection]]],
+) -> tuple[list[_Mixed], dict[Key, float]]:
+    """Differentiates a block's experts, one at a time; costs of changes of their weights."""
+    layer, index = block.layer, block.layer.index
+    with torch.no_grad():
+        parked = [ParkedBatch(block, hidden.to(block.dtype)) for hidden in states.read(f"hidden-{index}")]
+    mixed = [
+        _Mixed(
+            torch.zeros_like(batch.x),
+            torch.zeros_like(batch.x),
+            torch.zeros_like(batch.routes.weights),
+            {key: batch.x.new_zeros(len(batch.x)) for key, _ in thinned},
+        )
+        for batch in parked
+    ]
+    if layer.feed_forward_norm_after is not None:  # its gradient depends on what it is given
+        for expert in layer.experts:
+            with holding(block, expert, model.read_expert), torch.no_grad():
+                for batch, own in zip(parked, mixed, strict=True):
+                    at, weight = batch.routes.of_expert(expert.index)
+                    own.total.index_add_(0, at, _Expert(block, expert, batch.x[at]).y * weight[:, None])
+    gradients = [
+        _of_total(batch, own, gradient)
+        for batch, own, gradient in zip(parked, mixed, states.read(f"gradient-{index + 1}"), strict=True)
+    ]
+    real = [batch.valid.flatten().to(block.device) for batch in batches]
+    counts = sum(
+        torch.bincount(batch.routes.experts[seen[batch.routes.tokens]], minlength=len(layer.experts)).cpu()
+        for batch, seen in zip(parked, real, strict=True)
+    )
+    assert isinstance(counts, Tensor)
+    tried = [e for e in counts.argsort(descending=True, stable=True)[:TRIED_EXPERTS].tolist() if counts[e]]
+    tokens = sum(int(seen.sum()) for seen in real)
+    scale = int(counts.sum()) / max(1, sum(int(counts[e]) for e in tried)) / tokens
+    found: dict[Key, float] = {}
+    for expert in layer.experts:
+        watches = weights is not None and expert.index in tried
+        watched = _Watched(expert.groups, block.device) if watches else None
+        with holding(block, expert, model.read_expert) as tensors:
+            for batch, own, gradient, seen in zip(parked, mixed, gradients, real, strict=True):
+                at, weight = batch.routes.of_expert(expert.index)
+                _through_expert(block, expert, batch, own, gradient, seen[at], thinned, watched)
+            if watched is not None and weights is not None:
+                n = int(counts[expert.index])
+                drawn = {role: _towards_diagonal(hessian) for role, hessian in watched.h.items()}
+                _add(found, watched.costs(weights(index, tensors, drawn), tensors), n * scale)
+    return mixed, found
+
+
+def _of_total(batch: ParkedBatch, mixed: _Mixed, gradient: Tensor) -> Tensor:
+    """Gradient of the sum of a batch's experts' outputs ``[N, d]``."""
+    total = torch.empty(0)
+
+    def change(shared: Tensor) -> Tensor:
+        nonlocal total
+        total = (shared.detach() + mixed.total).requires_grad_()
+        return total.clone()
+
+    with torch.enable_grad():
+        out = batch.skip(change)
+        (found,) = torch.autograd.grad(out, total, gradient.to(out.dtype))
     return found
+
+
+class _Expert:
+    """Tokens x ``[n, d]`` on their way through an expert that the block holds."""
+
+    def __init__(self, block: DecoderBlock, expert: Expert, x: Tensor):
+        reads, writes = expert.groups
+        self.x, self.outputs = x, run_group(block, reads, x)
+        self.inner = block.inner_of_expert(self.outputs)
+        (self.y,) = run_group(block, writes, self.inner)
+
+
+def _through_expert(
+    block: DecoderBlock,
+    expert: Expert,
+    batch: ParkedBatch,
+    mixed: _Mixed,
+    gradient: Tensor,
+    real: Tensor,
+    thinned: Sequence[tuple[Key, Mapping[str, Selection]]],
+    watched: _Watched | None,
+) -> None:
+    """Forward and back through an expert with a batch's tokens, of which ``real`` ``[n]`` are no padding."""
+    at, weight = batch.routes.of_expert(expert.index)
+    if not len(at):
+        return
+    reads, writes = expert.groups
+    with torch.enable_grad():
+        own = _Expert(block, expert, batch.x[at].detach().requires_grad_())
+    of_y = gradient[at] * weight[:, None].detach()
+    of_x, of_inner, *of_outputs = torch.autograd.grad(own.y, [own.x, own.inner, *own.outputs], of_y.to(own.y.dtype))
+    mixed.of_x.index_add_(0, at, of_x)
+    rows = batch.routes.rows_of(expert.index)
+    mixed.of_weights[rows] = (own.y.detach() * gradient[at]).sum(-1).to(mixed.of_weights.dtype)
+    sides = ((reads.role, own.x.detach(), of_x), (writes.role, own.inner.detach(), of_inner))
+    for key, chosen in thinned:
+        for role, x, back in sides:
+            if (selection := chosen.get(expert_role(role))) is not None:
+                mixed.products[key].index_add_(0, at, _thinned(x, back, selection))
+    if watched is not None:
+        for role, x, _ in sides:
+            watched.h[role].add(x[real])
+        for name, back in zip((*reads.names, *writes.names), (*of_outputs, of_y), strict=True):
+            watched.g[name].add(back[real])
+
+
+def _towards_diagonal(hessian: Hessian) -> Hessian:
+    """Its own H, drawn towards the diagonal by C/(n + C) of its n tokens and C channels."""
+    channels, n = len(hessian.matrix), hessian.tokens
+    drawn = hessian.matrix * (n / (n + channels))
+    drawn.diagonal().copy_(hessian.matrix.diagonal())
+    return Hessian(drawn, n)
 
 
 def kronecker_cost(change: Tensor, g: Hessian, h: Hessian) -> float:
@@ -248,23 +419,38 @@ def _thinned(x: Tensor, gradient: Tensor, selection: Selection) -> Tensor:
 
 
 class _Differentiated:
-    """One batch's way through a block, and the gradients of ``gradient``·output."""
+    """One batch's way through a block, and the gradients of ``gradient``·output; ``mixed``: what experts that are not
+    in the block have to say."""
 
-    def __init__(self, block: DecoderBlock, hidden: Tensor, gradient: Tensor, of_inputs: bool, of_outputs: bool):
+    def __init__(
+        self,
+        block: DecoderBlock,
+        hidden: Tensor,
+        gradient: Tensor,
+        of_inputs: bool,
+        of_outputs: bool,
+        mixed: _Mixed | None = None,
+    ):
         hidden = hidden.to(block.dtype).detach().requires_grad_()
         x: dict[str, Tensor] = {}
         y: dict[str, Tensor] = {}
 
         def answer(given: GroupInput) -> tuple[Tensor, ...]:
             x[given.role] = given.x
-            outputs = run_group(block, given.group, given.x)
-            y.update(zip(given.group.names, outputs, strict=True))
-            return outputs
+            given_out = run_group(block, given.group, given.x)
+            y.update(zip(given.group.names, given_out, strict=True))
+            return given_out
 
+        ends, backs = [], []
         with torch.enable_grad():
-            out = drive(block.steps(hidden), answer)
+            if mixed is None:
+                ends.append(drive(block.steps(hidden), answer))
+            else:
+                batch = ParkedBatch(block, hidden, answer)
+                ends += [batch.skip(lambda shared: shared + mixed.total), batch.x, batch.routes.weights]
+                backs += [mixed.of_x, mixed.of_weights]
         wanted = [hidden, *(x.values() if of_inputs else ()), *(y.values() if of_outputs else ())]
-        found = iter(torch.autograd.grad(out, wanted, gradient.to(out.dtype)))
+        found = iter(torch.autograd.grad(ends, wanted, [gradient.to(ends[0].dtype), *backs]))
         self.before = next(found)
         """Of the block's input ``[B, T, d]``."""
         self.of_inputs = {role: next(found).detach() for role in x} if of_inputs else {}

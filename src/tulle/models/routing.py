@@ -67,9 +67,13 @@ class Routes:
 
     def of_expert(self, expert: int) -> tuple[Tensor, Tensor]:
         """Tokens, ascending, and weights of an expert, ``[n]`` each."""
-        ends = torch.searchsorted(self.experts, torch.tensor([expert, expert + 1], device=self.experts.device))
-        rows = slice(int(ends[0]), int(ends[1]))
+        rows = self.rows_of(expert)
         return self.tokens[rows], self.weights[rows]
+
+    def rows_of(self, expert: int) -> slice:
+        """Its pairs."""
+        ends = torch.searchsorted(self.experts, torch.tensor([expert, expert + 1], device=self.experts.device))
+        return slice(int(ends[0]), int(ends[1]))
 
     def counts(self, experts: int) -> Tensor:
         """Tokens per expert, ``[experts]``."""

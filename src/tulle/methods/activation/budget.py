@@ -7,12 +7,16 @@ second order (:mod:`tulle.models.fisher`) on ``tokens`` tokens of the calibratio
 that (1 − S)·Σ n_u weights are active per token. The division is the greedy one by marginal cost, exact on the lower
 hull of the curves (core.allocation).
 
+In a mixture of experts those of a block that read one input share a share, the shared expert among them. Of experts a
+token reads only those that it goes to: as many weights count.
+
 TEAL's own search (its algorithm 1) is greedy within each block, on that block's output error; this one is over the
 whole model, on its predictions.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -24,6 +28,7 @@ from tulle.core.allocation import divide
 from tulle.core.topk import Selection, check_share, top_k
 from tulle.errors import UserError
 from tulle.methods.contract import Decision, Key, Method, Stage, Survey
+from tulle.models.description import expert_role
 
 DENSITIES = (0.3, 0.5, 0.75, 1.0, 1.25, 1.5)
 """Kept shares that are tried, as multiples of 1 − S."""
@@ -34,7 +39,6 @@ class ActivationBudget(Method):
     """Divides a budget of dropped inputs by what they cost the model; the selecting step that follows respects it."""
 
     stages: ClassVar[tuple[Stage, ...]] = ("model",)
-    takes_experts: ClassVar[bool] = False
     settles: ClassVar[frozenset[Decision]] = frozenset({"input sparsities"})
 
     share: float = 0.5
@@ -74,25 +78,29 @@ class ActivationBudget(Method):
         for index, own in enumerate(units):
             chosen = list(zip(own, given, strict=False))
             for unit, share in chosen:
-                names = (name for role in unit for name in survey.groups[index][role].names)
+                names = (linear.name for role, linear in survey.linears(index, roles, experts=True) if role in unit)
                 survey.input_sparsity |= {survey.prefix(index) + name: share for name in names}
             shares = ", ".join(f"{'+'.join(unit)} {share:.3f}" for unit, share in chosen)
             survey.notes.append(f"block {index}: shares of dropped inputs {shares}")
 
     def _units(self, survey: Survey, block: int, roles: tuple[str, ...]) -> list[tuple[str, ...]]:
         """Roles of each unit of a block."""
-        own = tuple(dict.fromkeys(role for role, _ in survey.linears(block, roles)))
+        own = tuple(dict.fromkeys(role for role, _ in survey.linears(block, roles, experts=True)))
         if self.per == "block":
             return [own] if own else []
         return [(role,) for role in own]
 
     def _weights(self, survey: Survey, units: list[list[tuple[str, ...]]]) -> np.ndarray:
-        """n ``[U]``, block by block."""
-        sizes = [
-            sum(linear.shape[0] * linear.shape[1] for role in unit for linear in survey.groups[index][role].linears)
-            for index, own in enumerate(units)
-            for unit in own
-        ]
+        """n ``[U]`` of the weights that a token reads, block by block."""
+        sizes = []
+        for index, own in enumerate(units):
+            read: dict[str, float] = defaultdict(float)
+            for group in survey.groups[index].values():
+                read[group.role] += sum(linear.shape[0] * linear.shape[1] for linear in group.linears)
+            experts = survey.experts_of(index)
+            for group in experts[0].groups if experts else ():
+                read[group.role] += survey.chosen[index] * sum(x.shape[0] * x.shape[1] for x in group.linears)
+            sizes += [sum(read[role] for role in unit) for unit in own]
         return np.array(sizes, dtype=np.float64)
 
     def _costs(self, survey: Survey, units: list[list[tuple[str, ...]]], levels: list[float]) -> np.ndarray:
@@ -101,7 +109,10 @@ class ActivationBudget(Method):
 
         def trials(index: int, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Key, dict[str, Selection]]]:
             for number, unit in enumerate(units[index]):
-                widths = {role: survey.groups[index][role].inputs for role in unit}
+                widths = {role: group.inputs for role, group in survey.groups[index].items() if role in unit}
+                experts = survey.experts_of(index)
+                own = experts[0].groups if experts else ()
+                widths |= {expert_role(group.role): group.inputs for group in own if group.role in unit}
                 for level in levels:
                     yield (index, number, level), {role: top_k(level, width) for role, width in widths.items()}
 

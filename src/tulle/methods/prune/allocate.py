@@ -14,6 +14,9 @@ for each kept weight, or those that keep_sensitive gave the linear (its step com
 bits, the bitmask taking one per weight, and nothing below s = 1/b, where it is stored dense; scales cost the same at
 every sparsity.
 
+In a mixture of experts the gates, the ups and the downs of all experts of a block share a sparsity each: rare experts
+see too few tokens for one of their own. Their cost is that of the experts with the most tokens, scaled up.
+
 Two passes forward and one backward, however many units there are. Before smoothing and rotations, but those of the
 residual stream that come first. The method is ours: OWL's aim, with the model's own answer in place of the guess.
 """
@@ -33,17 +36,12 @@ from tulle.core.hessian import Hessian, check_damping
 from tulle.core.least_squares import refit_iterative
 from tulle.core.masks import check_sparsity, keep_share
 from tulle.errors import UserError
-from tulle.methods.contract import Decision, Key, Method, Stage, Survey
-from tulle.models.description import Linear
+from tulle.methods.contract import Decision, Key, Method, Stage, Survey, Unit
 
 DENSITIES = (0.4, 0.6, 0.8, 1.0, 1.25, 1.6, 2.0, 2.8)
 """Kept shares that are tried, as multiples of 1 − S."""
 GRID = 0.01
 """Sparsities between them are interpolated, this far apart."""
-
-
-Unit = tuple[tuple[str, Linear], ...]
-"""Roles and linears that share one sparsity."""
 
 
 class Surgeon:
@@ -65,7 +63,6 @@ class Allocate(Method):
     """Divides a budget of pruned weights by what they cost the model; the pruning step that follows respects it."""
 
     stages: ClassVar[tuple[Stage, ...]] = ("model",)
-    takes_experts: ClassVar[bool] = False
     settles: ClassVar[frozenset[Decision]] = frozenset({"sparsities"})
 
     sparsity: float
@@ -110,9 +107,9 @@ class Allocate(Method):
 
     def units(self, survey: Survey, block: int, roles: tuple[str, ...]) -> list[Unit]:
         """Of a block: roles and linears of each unit."""
-        linears = survey.linears(block, roles)
         if self.per == "linear":
-            return [(linear,) for linear in linears]
+            return list(survey.units(block, roles).values())
+        linears = survey.linears(block, roles, experts=True)
         if self.per == "block":
             return [tuple(linears)] if linears else []
         return [tuple(own) for _, own in groupby(linears, key=lambda linear: linear[0])]
@@ -131,9 +128,9 @@ class Allocate(Method):
             found = np.where(gains > 0, (gains + weights) / bits, self.lowest)
         shares = iter(found.tolist())
         for index, own in enumerate(units):
-            given = [(s, linear) for unit, s in zip(own, shares, strict=False) for _, linear in unit]
-            survey.sparsity |= {survey.prefix(index) + linear.name: s for s, linear in given}
-            survey.notes.append(f"block {index}: sparsities {', '.join(f'{s:.3f}' for s, _ in given)}")
+            given = list(zip(own, shares, strict=False))
+            survey.sparsity |= {survey.prefix(index) + linear.name: s for unit, s in given for _, linear in unit}
+            survey.notes.append(f"block {index}: sparsities {', '.join(f'{s:.3f}' for _, s in given)}")
 
     def _sizes(self, survey: Survey, units: list[list[Unit]]) -> tuple[np.ndarray, np.ndarray]:
         """Weights ``[U]`` of the units, block by block, and the bits ``[U]`` of all of them."""
@@ -158,8 +155,9 @@ class Allocate(Method):
                 surgeons = {
                     (name := f"{linear.name}.weight"): Surgeon(tensors[name], hessians[role], self.damping, self.steps)
                     for role, linear in unit
+                    if f"{linear.name}.weight" in tensors
                 }
-                for level in levels:
+                for level in levels if surgeons else ():
                     yield (index, number, level), {name: surgeon.prune(level) for name, surgeon in surgeons.items()}
 
         found = survey.costs(self.tokens, weights=trials)

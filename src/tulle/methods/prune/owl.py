@@ -7,13 +7,16 @@ D_l over a width of 2λ, and the mean of S_l is S. Every linear of a block takes
 
 As in the authors' code the mean, not the middle, of S_l stands at S, so that a lone block may lie up to 2λ from it.
 
+In a mixture of experts a block's linears are those of all its experts, too. An expert that fewer tokens go to has
+smaller ‖X_j‖; they count as if all tokens went there, so that D says what is in the weights.
+
 Departure: the mean is weighted by the number of weights (which in models of equal blocks is no difference). The pruning
 step that follows respects S_l; one with an N:M pattern cannot.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,11 +28,13 @@ from tulle.errors import UserError
 from tulle.methods.contract import Decision, Method, Stage, Statistic, Survey
 
 
-def outlier_share(scores: Sequence[Tensor], multiple: float = 5.0) -> float:
-    """D of a block's linears with the scores A, any shapes: the share above M = ``multiple`` times the common mean."""
-    count = sum(a.numel() for a in scores)
-    mean = sum(float(a.double().sum()) for a in scores) / count
-    return sum(int((a > multiple * mean).sum()) for a in scores) / count
+def outlier_share(scores: Iterable[Tensor], multiple: float = 5.0) -> float:
+    """D of a block's linears with the scores A, any shapes: the share above M = ``multiple`` times the common mean.
+    Goes through ``scores`` twice."""
+    count, total = 0, 0.0
+    for a in scores:
+        count, total = count + a.numel(), total + float(a.double().sum())
+    return sum(int((a > multiple * total / count).sum()) for a in scores) / count
 
 
 def owl(shares: Tensor, sizes: Tensor, sparsity: float, spread: float = 0.08) -> Tensor:
@@ -41,11 +46,32 @@ def owl(shares: Tensor, sizes: Tensor, sparsity: float, spread: float = 0.08) ->
 
 
 @dataclass(frozen=True)
+class _Scores:
+    """A of a block's linears, one expert in memory at a time."""
+
+    survey: Survey
+    index: int
+    roles: tuple[str, ...]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        survey, index = self.survey, self.index
+        assert survey.column_norm is not None
+        tensors = survey.block(index)
+        for role, linear in survey.linears(index, self.roles):
+            yield tensors[f"{linear.name}.weight"].abs() * survey.column_norm(index, role)
+        for expert in survey.experts_of(index):
+            tensors = survey.expert(index, expert.index)
+            for group in (group for group in expert.groups if group.role in self.roles):
+                norm = survey.column_norm(index, group.names[0])
+                for name in group.names:
+                    yield tensors[f"{name}.weight"].abs() * norm
+
+
+@dataclass(frozen=True)
 class OWL(Method):
     """Gives blocks with more outliers a lower sparsity; the pruning step that follows respects it."""
 
     stages: ClassVar[tuple[Stage, ...]] = ("model",)
-    takes_experts: ClassVar[bool] = False
     needs: ClassVar[frozenset[Statistic]] = frozenset({"column_norm"})
     settles: ClassVar[frozenset[Decision]] = frozenset({"sparsities"})
 
@@ -66,20 +92,17 @@ class OWL(Method):
     def plan(self, survey: Survey, roles: tuple[str, ...]) -> None:
         assert survey.column_norm is not None
         shares, sizes = [], []
-        blocks = [index for index in range(survey.layers) if survey.linears(index, roles)]
+        blocks = [index for index in range(survey.layers) if survey.linears(index, roles, experts=True)]
         for index in blocks:
-            tensors = survey.block(index)
-            scores = [
-                tensors[f"{linear.name}.weight"].abs() * survey.column_norm(index, role)
-                for role, linear in survey.linears(index, roles)
-            ]
-            shares.append(outlier_share(scores, self.multiple))
-            sizes.append(sum(a.numel() for a in scores))
+            shares.append(outlier_share(_Scores(survey, index, roles), self.multiple))
+            linears = survey.linears(index, roles, experts=True)
+            sizes.append(sum(linear.shape[0] * linear.shape[1] for _, linear in linears))
         found = owl(torch.tensor(shares), torch.tensor(sizes), self.sparsity, self.spread).tolist()
         for index, s, d in zip(blocks, found, shares, strict=True):
             if not 0 <= s < 1:
                 raise UserError(
                     f"expected sparsities in [0, 1), found {s:.3f} for block {index}; lower the spread of owl"
                 )
-            survey.sparsity |= {survey.prefix(index) + linear.name: s for _, linear in survey.linears(index, roles)}
+            linears = survey.linears(index, roles, experts=True)
+            survey.sparsity |= {survey.prefix(index) + linear.name: s for _, linear in linears}
             survey.notes.append(f"block {index}: {100 * d:.2f} % outliers, sparsity {s:.4f}")

@@ -10,6 +10,9 @@ a multiple-choice knapsack. Its relaxation takes the pieces of the units' lower 
 pieces are taken while they fit (Sinha & Zoltners 1979). HAWQ-V2 (Dong et al. 2020) divides bits by the trace of the
 Hessian and the squared error; here the model's own gradients weigh the error that GPTQ leaves.
 
+In a mixture of experts a unit is the gates, the ups or the downs of all experts of a block: rare experts see too few
+tokens for a grid of their own. Its cost is that of the experts with the most tokens, scaled up.
+
 Costs are added up as if rounded units did not meet. They do, so that the sum is no forecast of the loss; it is only
 used to compare.
 """
@@ -49,7 +52,6 @@ class AllocateBits(Method):
     """Chooses a grid for every linear and table; the quantiser that follows takes it."""
 
     stages: ClassVar[tuple[Stage, ...]] = ("model",)
-    takes_experts: ClassVar[bool] = False
     settles: ClassVar[frozenset[Decision]] = frozenset({"grids"})
     takes_tables: ClassVar[bool] = True
 
@@ -100,17 +102,20 @@ class AllocateBits(Method):
 
     def plan(self, survey: Survey, roles: tuple[str, ...]) -> None:
         assert survey.costs is not None and survey.table is not None and survey.packed_bytes is not None
-        shapes = self._shapes(survey, roles)
-        tables = {role: name for role, name in survey.tables.items() if name in shapes}
+        units = self._units(survey, roles)
+        shapes = {unit: next(iter(members.values())) for unit, members in units.items()}
+        tables = {role: name for role, name in survey.tables.items() if name in units}
 
         def trials(
             index: int, tensors: Mapping[str, Tensor], hessians: Mapping[str, Hessian]
         ) -> Iterator[tuple[Key, dict[str, Tensor]]]:
-            for role, linear in survey.linears(index, roles):
-                name = f"{linear.name}.weight"
-                for number, grid in enumerate(self.grids(linear.shape[1])):
-                    rounded = self._rounded(tensors[name], hessians[role], grid)
-                    yield (survey.prefix(index) + linear.name, number), {name: rounded}
+            for unit, members in survey.units(index, roles).items():
+                for role, name in ((role, f"{linear.name}.weight") for role, linear in members):
+                    if name not in tensors:  # of an expert that is not here
+                        continue
+                    for number, grid in enumerate(self.grids(tensors[name].shape[1])):
+                        rounded = self._rounded(tensors[name], hessians[role], grid)
+                        yield (survey.prefix(index) + unit, number), {name: rounded}
 
         def of_tables(role: str, hessian: Hessian) -> Iterator[tuple[Key, Tensor]]:
             role = "embedding" if role == "tied" else role
@@ -123,47 +128,54 @@ class AllocateBits(Method):
                 yield (tables[role], number), self._rounded(table, used, grid)
 
         found = survey.costs(
-            self.tokens, weights=trials if len(tables) < len(shapes) else None, tables=of_tables if tables else None
+            self.tokens, weights=trials if len(tables) < len(units) else None, tables=of_tables if tables else None
         )  # fmt: skip
-        units = list(shapes)
-        sizes = [[survey.packed_bytes(shapes[u], grid) for grid in self.grids(shapes[u][1])] for u in units]
-        costs = [[found[u, k] for k in range(len(self.grids(shapes[u][1])))] for u in units]
-        chosen = knapsack(sizes, costs, self._budget(survey, shapes))
-        for unit, k in zip(units, chosen, strict=True):
-            survey.grids[unit] = self.grids(shapes[unit][1])[k]
+        tried = {unit: self.grids(shape[1]) for unit, shape in shapes.items()}
+        sizes = [
+            [len(members) * survey.packed_bytes(shapes[unit], grid) for grid in tried[unit]]
+            for unit, members in units.items()
+        ]
+        costs = [[found[unit, k] for k in range(len(tried[unit]))] for unit in units]
+        every = {name: shape for members in units.values() for name, shape in members.items()}
+        chosen = knapsack(sizes, costs, self._budget(survey, every))
+        for (unit, members), k in zip(units.items(), chosen, strict=True):
+            survey.grids |= dict.fromkeys(members, tried[unit][k])
         total = sum(size[k] for size, k in zip(sizes, chosen, strict=True))
-        weights = sum(rows * columns for rows, columns in shapes.values())
-        survey.notes.append(f"{total / 1e6:.2f} MB for {len(units)} weights, {8 * total / weights:.2f} bits each")
+        weights = sum(rows * columns for rows, columns in every.values())
+        survey.notes.append(f"{total / 1e6:.2f} MB for {len(every)} weights, {8 * total / weights:.2f} bits each")
         survey.notes += self._lines(survey, roles, tables)
 
     def _lines(self, survey: Survey, roles: Sequence[str], tables: Mapping[str, str]) -> list[str]:
         """What was chosen, for the report."""
         lines = [f"{name}: {_named(survey.grids[name])}" for name in tables.values()]
-        blocks: dict[str, list[int]] = {}
+        blocks: dict[str, dict[int, Grid]] = {}
         for role in roles:
             for index in range(survey.layers):
-                for _, linear in survey.linears(index, [role]):
-                    blocks.setdefault(linear.name, []).append(index)
+                for unit, members in survey.units(index, [role]).items():
+                    grid = survey.grids[survey.prefix(index) + members[0][1].name]
+                    blocks.setdefault(unit, {})[index] = grid
         for name, own in blocks.items():
-            grids = [survey.grids[survey.prefix(index) + name] for index in own]
+            grids = own.values()
             where = "block by block" if len(own) == survey.layers else f"blocks {', '.join(map(str, own))}"
             lines.append(f"{name}, {where}: {', '.join(map(_named, grids))}")
         return lines
 
-    def _shapes(self, survey: Survey, roles: Sequence[str]) -> dict[str, tuple[int, int]]:
-        """Units by full name, with their shapes."""
+    def _units(self, survey: Survey, roles: tuple[str, ...]) -> dict[str, dict[str, tuple[int, int]]]:
+        """Units by full name: the full names of what takes one grid, with their shapes."""
         assert survey.table is not None
-        found: dict[str, tuple[int, int]] = {}
+        found: dict[str, dict[str, tuple[int, int]]] = {}
         for role, name in survey.tables.items():
             if role in roles or (role == "embedding" and "head" not in survey.tables and "head" in roles):
                 rows, columns = survey.table(role).shape
-                found[name] = (rows, columns)
+                found[name] = {name: (rows, columns)}
         for index in range(survey.layers):
-            found |= {survey.prefix(index) + linear.name: linear.shape for _, linear in survey.linears(index, roles)}
+            prefix = survey.prefix(index)
+            for unit, members in survey.units(index, roles).items():
+                found[prefix + unit] = {prefix + linear.name: linear.shape for _, linear in members}
         return found
 
     def _budget(self, survey: Survey, shapes: Mapping[str, tuple[int, int]]) -> int:
-        """Bytes of the units."""
+        """Bytes of what is targeted, by full name."""
         weights = sum(rows * columns for rows, columns in shapes.values())
         if self.size is None:
             assert self.bits is not None
