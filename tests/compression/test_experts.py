@@ -3,6 +3,7 @@ router did not give it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tulle.compression.job import compress
 from tulle.errors import UserError
 from tulle.models.checkpoint import Checkpoint
 from tulle.models.decoder import DecoderBlock
+from tulle.models.description import Layer
 from tulle.text.reading import Text
 
 pytestmark = pytest.mark.usefixtures("no_pages")
@@ -82,8 +84,54 @@ def test_every_tensor_of_an_expert_is_written(model: Path, tmp_path: Path) -> No
         assert torch.equal(packed.read(name), dense.read(name)), name
 
 
-def test_steps_that_look_at_whole_blocks_are_refused_by_name(model: Path, tmp_path: Path) -> None:
-    for steps in ([{"owl": {"sparsity": 0.5}}, {"wanda": {"sparsity": 0.5}}], [*GPTQ, {"reconstruct": {}}]):
-        with pytest.raises(UserError, match=r"one expert at a time, found (owl|reconstruct) for qwen2_moe"):
+DIVIDED: dict[str, list[dict[str, Any]]] = {
+    "allocate_bits": [{"allocate_bits": {"bits": 7.0, "group_sizes": ["auto-32"], "tokens": 48}}, {"gptq": {}}],
+    "allocate": [{"allocate": {"sparsity": 0.5, "tokens": 48}}, {"sparsegpt": {"sparsity": 0.5}}],
+    "owl": [{"owl": {"sparsity": 0.5}}, {"wanda": {"sparsity": 0.5}}],
+    "activation_budget": [{"activation_budget": {"share": 0.4, "tokens": 48}}, {"teal": {"kind": "top_k", "share": 0.4}}],
+    "permute_channels": [{"permute_channels": {}}, {"wanda": {"pattern": "2:4"}}],
+    "larosa": [{"larosa": {}}, {"teal": {"kind": "top_k", "share": 0.4}}],
+    "keep_sensitive": [{"keep_sensitive": {"count": 3}}, {"activations": {}}, {"round_to_nearest": {"bits": 8}}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_steps_on_the_whole_model_take_experts(
+    model: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One in memory at a time; what is decided for one projection of a block's experts is decided for all."""
+    read, held = Checkpoint.read_layer, []
+
+    def count(checkpoint: Checkpoint, layer: Layer, names: Iterable[str] | None = None) -> Any:
+        own = list(layer.tensors() if names is None else names)
+        held.append(len({n.split(".experts.")[1].split(".")[0] for n in own if ".experts." in n}))
+        return read(checkpoint, layer, own)
+
+    monkeypatch.setattr(Checkpoint, "read_layer", count)
+    report = run(model, tmp_path / "out", DIVIDED[name])
+    assert max(held) == 1
+    assert report["reload"]["difference"] <= report["reload"]["allowed"]
+    found: dict[str, set[Any]] = {}
+    for linear in report["linears"]:
+        prefix, experts, rest = linear["name"].partition(".experts.")
+        unit = f"{prefix} {rest.partition('.')[2]}" if experts else linear["name"]
+        key = {"owl": linear["block"], "activation_budget": f"{linear['block']} {linear['role']}"}.get(name, unit)
+        found.setdefault(key, set()).add(round(linear["sparsity"], 2) if name in ("allocate", "owl") else linear["bits"])
+    assert all(max(values) - min(values) <= 0.02 for values in found.values() if None not in values)
+    if name in ("allocate", "owl"):
+        pruned = sum(x["sparsity"] * x["shape"][0] * x["shape"][1] for x in report["linears"])
+        assert pruned / sum(x["shape"][0] * x["shape"][1] for x in report["linears"]) == pytest.approx(0.5, abs=0.01)
+        assert len({round(x["sparsity"], 2) for x in report["linears"]}) > 1
+    if name == "allocate_bits":
+        assert len({x["bits"] for x in report["linears"]}) > 1
+
+
+def test_what_needs_all_experts_at_once_is_refused_with_its_reason(model: Path, tmp_path: Path) -> None:
+    for steps, name, reason in (
+        ([*GPTQ, {"reconstruct": {}}], "reconstruct", "trains all linears of a feed-forward together"),
+        ([{"spinquant": {}}, *GPTQ], "spinquant", "would read all experts of a block"),
+        ([{"learned_clipping": {}}, *GPTQ], "learned_clipping", "learns through whole blocks"),
+    ):
+        with pytest.raises(UserError, match=f"one expert at a time, found {name} for qwen2_moe, which {reason}"):
             run(model, tmp_path / "out", steps)
     assert not (tmp_path / "out").exists()

@@ -482,3 +482,19 @@ def test_shards(tmp_path):
     for name, file in index["weight_map"].items():
         found = load_file(tmp_path / file)[name]
         assert found.dtype == tensors[name].dtype and torch.equal(found, tensors[name])
+
+
+@pytest.mark.usefixtures("no_pages")
+@pytest.mark.parametrize("family", ["gpt_oss", "granitemoe", "mixtral"])
+def test_experts_stand_as_the_family_has_them(plain, tmp_path, family):
+    """In one tensor or apart, under the names and of the shapes that transformers saves; plain transformers reads it."""
+    write_family(tmp_path / "dense", family, 1)
+    recipe = {"calibration": {"samples": 2, "length": 24}, "steps": [{"gptq": {"bits": 4}}]}
+    compress(tmp_path / "dense", recipe, tmp_path / "packed", calibration=Text((PROSE,), False, ("prose",)))
+    result = export(tmp_path / "packed", "dense", tmp_path / "out")
+    assert result["difference"] < 1e-6 and result["difference_from_packed"] < 1e-6
+    wanted, found = (load_file(tmp_path / folder / "model.safetensors") for folder in ("dense", "out"))
+    assert {name: t.shape for name, t in found.items()} == {name: t.shape for name, t in wanted.items()}
+    for name in wanted:
+        size = wanted[name].norm()
+        assert float((found[name] - wanted[name]).norm() / size) < (0.5 if wanted[name].ndim > 1 else 1e-6), name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,22 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from checkpoints import write_checkpoint, write_tokenizer
+from checkpoints import PROSE, write_checkpoint, write_tokenizer
+from family_folders import write_family
+from tulle.compression.job import compress
 from tulle.engine import Engine
 from tulle.errors import UserError
 from tulle.evaluate.loading import load_model
 from tulle.models.checkpoint import Checkpoint
+from tulle.models.decoder import PlainDecoder
 from tulle.models.foreign import awq as awq_format
 from tulle.models.foreign import compressed_tensors as ct_format
 from tulle.models.foreign import fp8 as fp8_format
 from tulle.models.foreign import gptq as gptq_format
 from tulle.models.source import open_source
+from tulle.text.reading import Text
 
 SHAPES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
 TOKENS = [3, 100, 7, 250, 31, 31, 90]
@@ -251,6 +257,53 @@ def test_every_command_computes_the_same(case: str, tmp_path: Path) -> None:
         found = model(torch.tensor([TOKENS])).logits[0].numpy()
     assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
     assert any("linears are stored in" in note for note in open_source(tmp_path / "m").notes)
+
+
+def in_blocks(weight: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """E4M3 numbers, scales of blocks whose largest weight is the format's, and what they mean."""
+    scales = torch.stack([
+        torch.stack([part.abs().max() / 448 for part in band.split(columns, 1)]) for band in weight.split(rows)
+    ])  # fmt: skip
+    wide = scales.repeat_interleave(rows, 0)[: len(weight)].repeat_interleave(columns, 1)[:, : weight.shape[1]]
+    values = (weight / wide).to(torch.float8_e4m3fn)
+    return values, scales, values.float() * wide
+
+
+@pytest.mark.usefixtures("no_pages")
+def test_deepseek_v3_as_it_is_published(tmp_path: Path) -> None:
+    """Experts and latent attention in FP8, scales in blocks, and a layer behind the last that predicts a further token:
+    read as the numbers that they mean, run, and compressed."""
+    dense, folder, last = tmp_path / "dense", tmp_path / "fp8", "model.layers.2"
+    write_family(dense, "deepseek_v3", 1, num_nextn_predict_layers=1, num_hidden_layers=2)
+    shutil.copytree(dense, folder)
+    state, stored = load_file(dense / "model.safetensors"), {}
+    linears = {n for layer in Checkpoint.open(dense).describe().layers for g in layer.all_groups() if g.role != "router"
+               for n in (f"{layer.prefix}{name}.weight" for name in g.names)}  # fmt: skip
+    for name in sorted(linears):
+        stored[name], stored[f"{name}_scale_inv"], state[name] = in_blocks(state[name], 16, 8)
+    stored = {**state, **stored}
+    stored |= {f"{last}.{name}": torch.ones(4) for name in ("enorm.weight", "eh_proj.weight")}
+    stored[f"{last}.mlp.experts.0.up_proj.weight"] = torch.ones(4, 4).to(torch.float8_e4m3fn)
+    stored[f"{last}.mlp.experts.0.up_proj.weight_scale_inv"] = torch.ones(1, 1)
+    save_file(state, dense / "model.safetensors", metadata={"format": "pt"})
+    save_file({k: v.contiguous() for k, v in stored.items()}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    settings = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [16, 8]}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    found = Checkpoint.open(folder)
+    assert any("layers behind the last" in note and note.endswith(": 4") for note in found.source.notes)
+    assert all(torch.equal(found.read(name), state[name]) for name in linears)
+    decoder = found.describe()
+    assert any(layer.experts for layer in decoder.layers)
+    ours = PlainDecoder(
+        decoder, lambda index: found.read_layer(decoder.layers[index]), {n: found.read(n) for n in decoder.outer_tensors()}
+    )
+    with torch.no_grad():
+        wanted = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)(torch.tensor([TOKENS])).logits
+    assert float((ours(torch.tensor([TOKENS])) - wanted).abs().max() / wanted.abs().max()) <= 1e-5
+    recipe = {"calibration": {"samples": 2, "length": 24}, "steps": [{"gptq": {"bits": 4}}]}
+    report = compress(folder, recipe, tmp_path / "out", calibration=Text((PROSE,), False, ("prose",)))
+    assert report["reload"]["difference"] < 1e-5 and {x["bits"] for x in report["linears"]} == {4}
 
 
 def change(folder: Path, drop: str = "", **added: torch.Tensor) -> None:

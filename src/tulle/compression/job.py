@@ -199,14 +199,14 @@ def _groups(model: Decoder) -> Iterator[LinearGroup]:
 
 
 def _require_no_experts(model: Decoder, recipe: Recipe) -> None:
-    """Raises ``UserError`` for a step that does not know experts, where there are any."""
+    """Raises ``UserError`` for a step that does not take experts, where there are any."""
     if not any(layer.experts for layer in model.layers):
         return
     for step in recipe.steps:
-        if not step.method.takes_experts:
+        if step.method.refuses_experts:
             raise UserError(
-                f"expected steps that take one expert at a time, found {step.name} for {model.model_type}, which looks "
-                "at whole blocks; leave it out"
+                f"expected steps that take one expert at a time, found {step.name} for {model.model_type}, which "
+                f"{step.method.refuses_experts}; leave it out"
             )
 
 

@@ -1,7 +1,7 @@
 """Export to a plain Hugging Face checkpoint: every weight unpacked, zeros included.
 
 Quantised inputs have no place in it and are dropped. A weight Δ·(u − z) has up to 16 significant bits: bfloat16
-and float16 round it, float32 keeps it.
+and float16 round it, float32 keeps it. Experts stand as the family's files have them (:mod:`tulle.export.stack`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tulle.core.transform import unfold
 from tulle.export.plan import Plan, linear_entry, unpacked_entries
+from tulle.export.stack import stacked
 from tulle.format.spec import LinearSpec
 from tulle.hf.packed_linear import dequantise, transform_of
 from tulle.models.checkpoint import Checkpoint
@@ -43,7 +44,7 @@ def plan(checkpoint: Checkpoint, linears: Mapping[str, LinearSpec], dtype: torch
     if "attention" in (checkpoint.config.get("quantization_config") or {}):
         if checkpoint.config["quantization_config"]["attention"] is not None:
             notes.append("a dense checkpoint cannot say that keys and values are quantised: they are not in the export")
-    return Plan(entries, config, weight_dtype, dtype, notes=notes)
+    return Plan(stacked(model, entries), config, weight_dtype, dtype, notes=notes)
 
 
 def _unpack(

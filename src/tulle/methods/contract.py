@@ -554,9 +554,8 @@ class Method:
     """What no other step of a recipe may settle for the same role. A pruning step must follow up ``sparsities``, a
     selecting step ``input sparsities``."""
 
-    takes_experts: ClassVar[bool] = True
-    """Whether it works on a model with experts, whose weights are in memory one at a time: not what looks at whole
-    blocks."""
+    refuses_experts: ClassVar[str] = ""
+    """Why it does not work on a model with experts, whose weights are in memory one at a time; empty: it does."""
     takes_tables: ClassVar[bool] = False
     """Whether a recipe may give it the embedding and the head: a quantiser that sets nothing but ``quantised``."""
 

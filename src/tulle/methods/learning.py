@@ -132,10 +132,12 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Learned(Method):
-    """Base of the methods that learn against the dense block's output, for a grid of weights that follows."""
+    """Base of the methods that learn against the dense block's output, for a grid of weights that follows.
+
+    Models with experts are refused: all experts of a block would have to be in memory at once."""
 
     stages: ClassVar[tuple[Stage, ...]] = ("block",)
-    takes_experts: ClassVar[bool] = False
+    refuses_experts: ClassVar[str] = "learns through whole blocks"
     learns: ClassVar[bool] = True
 
     settles: ClassVar[frozenset[Decision]] = frozenset({"clipping"})

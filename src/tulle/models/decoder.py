@@ -315,7 +315,7 @@ class DecoderBlock(nn.Module):
             given = GroupInput(writes, inner, given.residual, adds=False, tokens=tokens, carried=given.carried)
             del inner
             (y,) = yield given
-            given.carried[1].index_add_(0, tokens, (y * weights[:, None]).to(y.dtype))
+            given.carried[1].index_add_(0, tokens, (y * weights[:, None]).to(given.carried[1].dtype))
             del y
         y = given.carried[1].reshape(residual_width)
         return given.residual + self._added(y, layer.feed_forward_norm_after)

@@ -61,11 +61,18 @@ class ParkedBatch:
     def skip(self, change: Callable[[Tensor], Tensor]) -> Tensor:
         """Goes on to the end without the experts; ``change`` is applied to the sum of their outputs and the shared
         expert's, ``[B·T, d]``, which has only the latter then. The block's output ``[B, T, d]``."""
-        last = self._block.layer.experts[-1].groups[-1]
         end = None
-        while end is None:
-            if self.given.group is last:
+        for expert in self._block.layer.experts:
+            if expert.index == len(self._block.layer.experts) - 1:
                 self.given.carried[1] = change(self.given.carried[1])
+            end = self.pass_by()
+        assert end is not None
+        return end
+
+    def pass_by(self) -> Tensor | None:
+        """Goes on behind an expert as if it gave zeros."""
+        end = None
+        for _ in range(2):
             rows = len(self.given.x)
             end = self.send(tuple(self.given.x.new_zeros(rows, x.shape[0]) for x in self.given.group.linears))
         return end
@@ -84,8 +91,8 @@ class ParkedBatch:
 def outputs(
     block: DecoderBlock, hidden: Iterable[Tensor], read: ReadExpert | None, see: See = lambda batch, given: None
 ) -> list[Tensor]:
-    """Outputs ``[B, T, d]`` of a block without its experts for every batch of ``hidden`` states; experts are ``read``
-    one at a time."""
+    """Outputs ``[B, T, d]`` of a block without its experts for every batch of ``hidden`` states; experts that tokens go
+    to are ``read`` one at a time."""
 
     def answer(batch: int, given: GroupInput) -> tuple[Tensor, ...]:
         see(batch, given)
@@ -96,6 +103,9 @@ def outputs(
     parked = [ParkedBatch(block, states, partial(answer, i)) for i, states in enumerate(hidden)]
     ends: list[Tensor | None] = []
     for expert in block.layer.experts:
+        if not any(len(batch.given.x) for batch in parked):
+            ends = [batch.pass_by() for batch in parked]
+            continue
         with holding(block, expert, read):
             for _ in expert.groups:
                 ends = [batch.send(answer(i, batch.given)) for i, batch in enumerate(parked)]

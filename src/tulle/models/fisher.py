@@ -328,6 +328,8 @@ def _experts(
     scale = int(counts.sum()) / max(1, sum(int(counts[e]) for e in tried)) / tokens
     found: dict[Key, float] = {}
     for expert in layer.experts:
+        if not any(len(batch.routes.of_expert(expert.index)[0]) for batch in parked):
+            continue
         watches = weights is not None and expert.index in tried
         watched = _Watched(expert.groups, block.device) if watches else None
         with holding(block, expert, model.read_expert) as tensors:

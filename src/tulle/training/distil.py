@@ -32,7 +32,7 @@ from tulle.errors import UserError
 from tulle.methods.contract import Progress
 from tulle.methods.train.squarehead import SquareHead
 from tulle.models.checkpoint import read_json, write_text
-from tulle.models.description import Decoder
+from tulle.models.description import Decoder, Mixture
 from tulle.training import checkpoint as checkpoints
 from tulle.training.corpus import EpochOrder
 from tulle.training.optim import learning_rates
@@ -277,7 +277,12 @@ def _slices(count: int, size: int) -> Iterator[slice]:
 
 
 def _graph_bytes(decoder: Decoder) -> int:
-    """About what the graphs of all blocks hold per token: outputs and inputs of linears and norms, float32."""
-    layer = decoder.layers[0]
-    channels = sum(x.shape[0] + x.shape[1] for x in layer.linears()) + 6 * decoder.hidden
-    return 4 * channels * len(decoder.layers)
+    """About what the graphs of all blocks hold per token: outputs and inputs of linears and norms, float32. Of experts
+    those that a token goes to."""
+    channels = 0
+    for layer in decoder.layers:
+        linears = [linear for group in layer.groups for linear in group.linears]
+        if isinstance(layer.feed_forward, Mixture):
+            linears += layer.experts[0].linears() * layer.feed_forward.router.chosen
+        channels += sum(x.shape[0] + x.shape[1] for x in linears) + 6 * decoder.hidden
+    return 4 * channels

@@ -3,7 +3,8 @@
 Both run on the plain decoder's coroutine blocks (:mod:`tulle.models.decoder`): a student's block answers for its groups
 of linears with weights that are trained on their grids (:mod:`tulle.methods.train.codes`), behind the transforms,
 quantisers and selections that the packed model has in front of them. Trained are weights or steps, norms and biases;
-embedding and head stay as they are.
+embedding and head stay as they are, and so do routers, convolutions and what recurrent mixers have besides linears. An
+expert that no token goes to is not unpacked, and has no gradient.
 
 What is not trained is read from the file when a block runs, unless the whole model is small beside the machine's
 memory (``KEPT_SHARE``).
@@ -38,6 +39,7 @@ from tulle.methods.train.codes import HeldWeight, TrainedCodes, TrainedSteps, wh
 from tulle.models.checkpoint import Checkpoint
 from tulle.models.decoder import DecoderBlock, GroupInput, Heads, drive, embed, final_norm, logits
 from tulle.models.description import Decoder
+from tulle.models.expert_pass import outputs
 from tulle.models.rewrite import DenseModel
 
 Trained = Literal["codes", "steps"]
@@ -72,11 +74,15 @@ class Teacher:
         """Hidden ``[B, T, d]`` after block ``index``, float32."""
         block = self._kept.get(index)
         if block is None:
-            block = DecoderBlock(self.decoder, index, self._dense.read_block(index), self._device)
+            tensors = self._dense.read_block(index, experts=self._keeps)
+            block = DecoderBlock(self.decoder, index, tensors, self._device, experts=self._keeps)
             if self._keeps:
                 self._kept[index] = block
         with autocast(self._device, self._dtype):
-            found: Tensor = block(hidden)
+            if self._keeps:
+                found: Tensor = block(hidden)
+            else:
+                (found,) = outputs(block, [hidden], self._dense.read_expert)
         return found
 
     @torch.no_grad()
@@ -174,11 +180,17 @@ class StudentBlock(nn.Module):
         self._checkpoint, self._specs, self._device, self._dtype = checkpoint, specs, device, dtype
         self.layer, self._heads = decoder.layers[index], _straight(heads)
         read = {name: self._read(name).float() for norm, _ in self.layer.norms() for name in norm.names()}
+        routers = {name for group in self.layer.groups if group.role == "router" for name in group.names}
         self.norms = nn.ParameterList(nn.Parameter(tensor) for tensor in read.values())
         self.biases = nn.ParameterList(
-            nn.Parameter(self._read(f"{linear.name}.bias").float()) for linear in self.layer.linears() if linear.bias
+            nn.Parameter(self._read(f"{x.name}.bias").float(), requires_grad=x.name not in routers)
+            for x in self.layer.linears()
+            if x.bias
         )
         self.weights = nn.ModuleList(self._trained(linear.name, train) for linear in self.layer.linears())
+        for name, weight in zip((linear.name for linear in self.layer.linears()), self.weights, strict=True):
+            if name in routers:
+                weight.requires_grad_(False)
         self._number = {linear.name: number for number, linear in enumerate(self.layer.linears())}
         self._bias = dict(zip((x.name for x in self.layer.linears() if x.bias), self.biases, strict=True))
         self._inputs = {name: input_of(checkpoint, specs, self.layer.prefix + name, device) for name in self._number}
@@ -238,6 +250,8 @@ class StudentBlock(nn.Module):
             yield LinearState(full, weight, weight, mask=mask, quantised=quantised)
 
     def _answer(self, given: GroupInput) -> tuple[Tensor, ...]:
+        if not given.x.numel():  # an expert that no token goes to
+            return tuple(given.x.new_zeros(0, linear.shape[0]) for linear in given.group.linears)
         return tuple(
             functional.linear(self._inputs[name](given.x), self._weight(name), self._bias.get(name))
             for name in given.group.names

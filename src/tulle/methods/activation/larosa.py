@@ -5,7 +5,7 @@ basis of C's eigenvectors Q, by falling eigenvalue, is the one whose first k coo
 (principal components). x·Q is multiplied with W·Q, so that the function stays, and Top-K is taken of x·Q.
 
 - Residual stream (``qkv``, ``gate_up``): Q of C = Σ C_l over all norms' outputs, their gains taken out. It is folded
-  into embeddings, readers, writers and head (:mod:`tulle.models.rewrite`).
+  into embeddings, readers, writers and head (:mod:`tulle.models.rewrite`). Experts read what their router reads.
 - ``o``: one Q per KV head, of the outputs of the query heads that share it, folded into v and o.
 - ``down``: what comes in is a product of channels, and keeps its basis.
 
@@ -27,6 +27,7 @@ from tulle.core.hessian import Hessian
 from tulle.core.transform import BlockMatrix
 from tulle.errors import UserError
 from tulle.methods.contract import Method, Stage, Survey, gain
+from tulle.models.description import LinearGroup
 
 
 def principal_components(moment: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,7 +44,6 @@ class LaRoSA(Method):
     """Rotates inputs to their principal components before others select among them; targets say which."""
 
     stages: ClassVar[tuple[Stage, ...]] = ("model",)
-    takes_experts: ClassVar[bool] = False
 
     residual: bool = True
     """Rotate the residual stream for q, k, v and gate, up."""
@@ -56,7 +56,7 @@ class LaRoSA(Method):
     def plan(self, survey: Survey, roles: tuple[str, ...]) -> None:
         assert survey.look is not None
         blocks = range(survey.layers) if self.residual else ()
-        readers = list(dict.fromkeys(group.role for index in blocks for group in survey.readers(index, roles)))
+        readers = list(dict.fromkeys(group.role for index in blocks for group in _readers(survey, index, roles)))
         rotated = [*readers, *(["o"] if self.heads and "o" in roles else [])]
         if not rotated:
             raise UserError(
@@ -74,7 +74,7 @@ class LaRoSA(Method):
         def see(index: int, tensors: dict[str, Tensor], hessians: dict[str, Hessian]) -> None:
             for hessian in hessians.values():
                 hessian.check_finite()
-            for group in survey.readers(index, readers):
+            for group in _readers(survey, index, roles) if readers else ():
                 scale = gain(tensors, group.norm)
                 scale = torch.where(scale == 0, torch.ones_like(scale), scale)
                 # Norms give out equal energy, so that all count alike.
@@ -88,6 +88,14 @@ class LaRoSA(Method):
             survey.residual = (_rotation(survey, "residual stream", stream),)
         for index, moment in values.items():
             survey.values[index] = _rotation(survey, f"block {index}, values", moment)
+
+
+def _readers(survey: Survey, index: int, roles: Sequence[str]) -> list[LinearGroup]:
+    """Of the residual stream, through a norm; the router where experts read beside it and no shared one does."""
+    found = survey.readers(index, [role for role in roles if role != "router"])
+    if "gate_up" in roles and survey.experts_of(index) and all(group.role != "gate_up" for group in found):
+        found += survey.readers(index, ["router"])
+    return found
 
 
 def by_kv_head(moment: Tensor, heads: int, kv_heads: int, head_dim: int) -> Tensor:

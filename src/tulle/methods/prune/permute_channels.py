@@ -6,7 +6,7 @@ free where what produces the channels can give them out in it. In a decoder bloc
 - ``down``: the rows of up and gate;
 - ``o``: the rows of v, inside every head, alike for the query heads of one KV head;
 - ``qkv`` and ``gate_up``: the residual stream. All readers (columns), all writers (rows), norm gains, embeddings and
-  head take one order for the whole model.
+  head take one order for the whole model, all experts among them.
 
 Siblings that share an input (q, k, v; gate, up) share its order, searched on all their rows. The permuted model
 computes the same function, and nothing of it is left at run time. A pruning step with the same ``pattern`` follows.
@@ -18,7 +18,7 @@ for p = 2 the output error that pruning alone would cause if channels were uncor
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -30,6 +30,7 @@ from tulle.core.permutation import efficacy, search
 from tulle.core.transform import Permutation, unfold
 from tulle.errors import UserError
 from tulle.methods.contract import BlockState, Decision, Method, Stage, Statistic, Survey
+from tulle.models.description import LinearGroup
 
 RESIDUAL = ("qkv", "gate_up")
 MOST_SCORES = 1 << 26
@@ -41,7 +42,6 @@ class PermuteChannels(Method):
     """Orders input channels so that an N:M mask retains the most; targets say which."""
 
     stages: ClassVar[tuple[Stage, ...]] = ("model", "block")
-    takes_experts: ClassVar[bool] = False
     settles: ClassVar[frozenset[Decision]] = frozenset({"order"})
 
     pattern: str = "2:4"
@@ -73,27 +73,35 @@ class PermuteChannels(Method):
     def plan(self, survey: Survey, roles: tuple[str, ...]) -> None:
         """One order of the residual stream, for the readers in ``roles``."""
         wanted = [role for role in RESIDUAL if role in roles]
-        readers = [survey.readers(index, wanted) for index in range(survey.layers)]
-        if not self.residual or not any(readers):
+        experts = [survey.experts_of(index) if "gate_up" in wanted else () for index in range(survey.layers)]
+        count = sum(len(survey.readers(index, wanted)) + len(experts[index]) for index in range(survey.layers))
+        if not self.residual or not count:
             return
-        assert survey.column_norm is not None
+        column_norm = survey.column_norm
+        assert column_norm is not None
         if survey.residual:
             raise UserError(
                 "expected permute_channels before a rotation of the residual stream, found it after one; a rotation "
                 "mixes the channels, so leave one of the two out"
             )
         generator = torch.Generator().manual_seed(survey.seed)
-        share = max(MOST_SCORES // survey.hidden // sum(map(len, readers)), 64)
+        share = max(MOST_SCORES // survey.hidden // count, 64)
         parts = []
+
+        def see(tensors: Mapping[str, Tensor], group: LinearGroup, index: int, key: str) -> None:
+            weight = torch.cat([tensors[f"{name}.weight"] for name in group.names])
+            rows = torch.randperm(len(weight), generator=generator)[:share].sort().values
+            scores = self._scores(weight[rows], column_norm(index, key) if self.score == "wanda" else None)
+            # Groups differ in scale and count alike.
+            parts.append(scores / scores.mean().clamp(min=1e-30))
+
         for index in range(survey.layers):
             tensors = survey.block(index)
-            for group in readers[index]:
-                weight = torch.cat([tensors[f"{name}.weight"] for name in group.names])
-                norm = survey.column_norm(index, group.role) if self.score == "wanda" else None
-                rows = torch.randperm(len(weight), generator=generator)[:share].sort().values
-                scores = self._scores(weight[rows], norm)
-                # Groups differ in scale and count alike.
-                parts.append(scores / scores.mean().clamp(min=1e-30))
+            for group in survey.readers(index, wanted):
+                see(tensors, group, index, group.role)
+            for expert in experts[index]:
+                reads = expert.groups[0]
+                see(survey.expert(index, expert.index), reads, index, reads.names[0])
         order = self._search(torch.cat(parts), survey.seed)
         survey.residual = (Permutation(order),)
 

@@ -10,6 +10,9 @@ models e.g. Wang et al. 2024, "Reconstruct the Pruned Model without Any Retraini
 
 Masks do not move. In a quantised linear the codes do not move either; its steps are trained. Follows the step that
 prunes; steps that quantise may follow, and are then fitted to what this one found.
+
+Models with experts are refused: all experts of a block would have to be in memory at once. ``tulle recover`` takes
+them.
 """
 
 from __future__ import annotations
@@ -70,7 +73,7 @@ class Reconstruct(Method):
     """Trains kept weights (or steps) of a block's attention and MLP against the dense block."""
 
     stages: ClassVar[tuple[Stage, ...]] = ("refine",)
-    takes_experts: ClassVar[bool] = False
+    refuses_experts: ClassVar[str] = "trains all linears of a feed-forward together"
     learns: ClassVar[bool] = True
 
     epochs: int = 10

@@ -10,6 +10,9 @@ The ``count`` largest keep ``keep_bits`` (16: not quantised at all). "Enabling H
 bits, its siblings share that input. By default the siblings keep their weights' bits too: readers that compute q, k, v
 or gate, up as one linear want one scheme for them.
 
+Experts are not among the candidates: readers want one scheme for all experts of a block, so that one of them would take
+all the others along. Their shared expert is.
+
 The score is of plain rounding, before any smoothing or rotation but those of the residual stream that come first.
 """
 
@@ -42,7 +45,6 @@ class KeepSensitive(Method):
     """Chooses linears that keep ``keep_bits``; the quantisers that follow respect it."""
 
     stages: ClassVar[tuple[Stage, ...]] = ("model",)
-    takes_experts: ClassVar[bool] = False
     needs: ClassVar[frozenset[Statistic]] = frozenset({"rows"})
     settles: ClassVar[frozenset[Decision]] = frozenset({"bits"})
 

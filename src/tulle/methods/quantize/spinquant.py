@@ -11,6 +11,9 @@ Departure: the authors minimise the cross-entropy of the whole quantised network
 errors of every linear that reads the stream, block by block on sampled tokens, rounded activations and weights against
 full precision: memory of one block, no graph through the network. v/o, down and Q/K are QuaRot's (steps ``quarot:
 {residual: false}`` and ``kv_cache``).
+
+Models with experts are refused: every step rounds all linears that read the stream of a block, and would read all of
+its experts from the disk.
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ class SpinQuant(Method):
     """Learns the rotation of the residual stream. Targets do not matter."""
 
     stages: ClassVar[tuple[Stage, ...]] = ("model",)
-    takes_experts: ClassVar[bool] = False
+    refuses_experts: ClassVar[str] = "would read all experts of a block in each of its steps"
     needs: ClassVar[frozenset[Statistic]] = frozenset({"rows"})
 
     bits: int = 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,11 +11,13 @@ from numpy.typing import NDArray
 
 from tulle.errors import UserError
 from tulle.models.description import Decoder, describe
+from tulle.models.renamed import Renamed
 from tulle.models.tensor_file import TensorInfo, as_float32
 
 if TYPE_CHECKING:
     from tulle.models.source import TensorSource
 
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
 HARMLESS = ("rotary_emb.inv_freq", "masked_bias", "self_attn.bias", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 """Ends of names of buffers that old versions of transformers saved; they are computed, not read."""
 INPUT_SUFFIXES = (
@@ -55,10 +58,11 @@ class Dequantised:
     plain = False
 
     def __init__(self, stored: TensorSource, form: Format):
-        self._stored, self._format = stored, form
-        self.path, self.tokenizer, self.files = stored.path, stored.tokenizer, stored.files
         self.config = {k: v for k, v in stored.config.items() if k != "quantization_config"}
         model = describe(self.config)
+        stored, left_out = _without_layers_behind(stored, len(model.layers))
+        self._stored, self._format = stored, form
+        self.path, self.tokenizer, self.files = stored.path, stored.tokenizer, stored.files
         shapes = linear_shapes(model)
         found = form.linears(stored)
         for name in sorted(found - shapes.keys()):
@@ -73,6 +77,7 @@ class Dequantised:
         self.notes = [
             *stored.notes,
             f"{len(self._linears)} linears are stored in {form.title}; they are read as the float32 numbers they mean",
+            *left_out,
         ]
         if any(name.endswith(INPUT_SUFFIXES) for name in stored.names()):
             self.notes.append("what the checkpoint says of quantised inputs, keys and values is not applied")
@@ -126,6 +131,16 @@ class Dequantised:
         if not name.endswith(".bias") or name.removesuffix(".bias") not in self._linears:
             return False
         return not as_float32(self._stored.read(name), self._stored.info(name).dtype).any()
+
+
+def _without_layers_behind(stored: TensorSource, layers: int) -> tuple[TensorSource, list[str]]:
+    """Without the tensors of layers behind the last, which predict further tokens (DeepSeek-V3, section 2.2); a note
+    says so."""
+    found = [name for name in stored.names() if (at := LAYER.match(name)) is not None and int(at[1]) >= layers]
+    if not found:
+        return stored, []
+    note = f"tensors of layers behind the last, which predict further tokens, are left out: {len(found)}"
+    return Renamed(stored, {name: name for name in sorted({*stored.names()} - {*found})}), [note]
 
 
 def open_foreign(stored: TensorSource) -> Dequantised:
