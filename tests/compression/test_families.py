@@ -167,7 +167,10 @@ def test_bits_by_cost_and_recovery(folders: dict[str, Path], family: str, tmp_pa
     """What looks at the whole model, and what trains it."""
     recipe = {
         "calibration": {"samples": 2, "length": 24},
-        "steps": [{"allocate_bits": {"bits": 7.0 if family in EXPERTS else 5.0, "group_sizes": ["auto-32"]}}, {"gptq": {}}],
+        "steps": [
+            {"allocate_bits": {"bits": 7.0 if family in EXPERTS else 5.0, "group_sizes": ["auto-32"]}},
+            {"gptq": {}},
+        ],
         "recover": {"tokens": 512, "context": 16, "batch": 4, "rate": 1e-2, "warmup_steps": 1},
     }
     report = tulle.compress(folders[family], recipe, tmp_path / "out", calibration=TEXT)
@@ -178,7 +181,8 @@ def test_bits_by_cost_and_recovery(folders: dict[str, Path], family: str, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("family", "recipe"), [("qwen3_moe", "tiny"), ("mixtral", "small"), ("gpt_oss", "balanced"), ("deepseek_v2", "small")]
+    ("family", "recipe"),
+    [("qwen3_moe", "tiny"), ("mixtral", "small"), ("gpt_oss", "balanced"), ("deepseek_v2", "small")],
 )
 def test_shipped_recipes_by_cost_take_experts(family: str, recipe: str, tmp_path: Path) -> None:
     """All experts of a block have one grid for their gates, one for their ups, one for their downs."""

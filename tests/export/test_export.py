@@ -487,7 +487,7 @@ def test_shards(tmp_path):
 @pytest.mark.usefixtures("no_pages")
 @pytest.mark.parametrize("family", ["gpt_oss", "granitemoe", "mixtral"])
 def test_experts_stand_as_the_family_has_them(plain, tmp_path, family):
-    """In one tensor or apart, under the names and of the shapes that transformers saves; plain transformers reads it."""
+    """In one tensor or apart, under transformers' own names and of its shapes, so that it reads them."""
     write_family(tmp_path / "dense", family, 1)
     recipe = {"calibration": {"samples": 2, "length": 24}, "steps": [{"gptq": {"bits": 4}}]}
     compress(tmp_path / "dense", recipe, tmp_path / "packed", calibration=Text((PROSE,), False, ("prose",)))

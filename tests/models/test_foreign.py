@@ -296,7 +296,9 @@ def test_deepseek_v3_as_it_is_published(tmp_path: Path) -> None:
     decoder = found.describe()
     assert any(layer.experts for layer in decoder.layers)
     ours = PlainDecoder(
-        decoder, lambda index: found.read_layer(decoder.layers[index]), {n: found.read(n) for n in decoder.outer_tensors()}
+        decoder,
+        lambda index: found.read_layer(decoder.layers[index]),
+        {n: found.read(n) for n in decoder.outer_tensors()},
     )
     with torch.no_grad():
         wanted = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)(torch.tensor([TOKENS])).logits

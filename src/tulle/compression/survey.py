@@ -163,20 +163,19 @@ class _Walk:
             if taken and sum(int(b.valid.sum()) for b in taken) + int(batch.valid.sum()) > TOKENS:
                 break
             taken.append(batch)
+
+        def see(samplers: dict[str, Extremes], seen: Mapping[str, Statistics], batch: int, given: GroupInput) -> None:
+            role, x = given.role, given.real(given.x, taken[batch].valid.to(self.device))
+            if given.tokens is None:
+                sampler = samplers.setdefault(role, Extremes(x.shape[-1], per_segment=4, random=128, seed=seed))
+                sampler.add(x)
+            seen[role if given.tokens is None else given.group.names[0]].add(x, frozenset({"column_norm"}))
+
         hidden = self._embedded(taken)
         for index, tensors in self._blocks("survey"):
-            block = self._block(index, tensors)
             samplers: dict[str, Extremes] = {}
             seen: dict[str, Statistics] = defaultdict(Statistics)
-
-            def see(batch: int, given: GroupInput) -> None:
-                role, x = given.role, given.real(given.x, taken[batch].valid.to(self.device))
-                if given.tokens is None:
-                    sampler = samplers.setdefault(role, Extremes(x.shape[-1], per_segment=4, random=128, seed=seed))
-                    sampler.add(x)
-                seen[role if given.tokens is None else given.group.names[0]].add(x, frozenset({"column_norm"}))
-
-            hidden = outputs(block, hidden, self.read_expert, see)
+            hidden = outputs(self._block(index, tensors), hidden, self.read_expert, partial(see, samplers, seen))
             found |= {(index, role): sampler.rows for role, sampler in samplers.items()}
             tokens = max(statistics.tokens for statistics in seen.values())
             for key, statistics in seen.items():

@@ -180,7 +180,9 @@ def _forward(model: PlainDecoder, batches: Sequence[Sequences], states: _States,
     for index in range(first, layers):
         if progress:
             progress(f"survey {index + 1}/{layers}", index, layers)
-        states.write(f"hidden-{index + 1}", outputs(model.block(index), states.read(f"hidden-{index}"), model.read_expert))
+        states.write(
+            f"hidden-{index + 1}", outputs(model.block(index), states.read(f"hidden-{index}"), model.read_expert)
+        )
 
 
 def _label_gradients(
@@ -236,7 +238,9 @@ def _backward(
             for name, y in seen.of_outputs.items():
                 watched.g[name].add(y[real])
         for key, chosen in thinned:
-            product = sum(_thinned(seen.x[role], seen.of_inputs[role], s) for role, s in chosen.items() if role in seen.x)
+            product = sum(
+                _thinned(seen.x[role], seen.of_inputs[role], s) for role, s in chosen.items() if role in seen.x
+            )
             product = torch.as_tensor(product) if inside is None else product + inside.products[key].view(real.shape)
             lost[key] += float(product[real].double().square().sum())
     if keep:
