@@ -136,7 +136,11 @@ def test_what_needs_all_experts_at_once_is_refused_with_its_reason(model: Path, 
     for steps, name, reason in (
         ([*GPTQ, {"reconstruct": {}}], "reconstruct", "trains all linears of a feed-forward together"),
         ([{"spinquant": {}}, *GPTQ], "spinquant", "would read all experts of a block"),
-        ([{"learned_clipping": {}}, *GPTQ], "learned_clipping", "learns through whole blocks"),
+        (
+            [{"learned_clipping": {}}, {"gptq": {"bits": 4, "symmetric": False}}],
+            "learned_clipping",
+            "learns through whole blocks",
+        ),
     ):
         with pytest.raises(UserError, match=f"one expert at a time, found {name} for qwen2_moe, which {reason}"):
             run(model, tmp_path / "out", steps)
