@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import tulle
 from checkpoints import PROSE, write_checkpoint
+from family_folders import write_family
 from tulle.cli.recover import recover as recover_command
 from tulle.compression.job import compress
 from tulle.compression.recipe import Recover, read_recipe
@@ -24,6 +25,7 @@ from tulle.format.spec import QuantizationConfig
 from tulle.methods.quantize.round_to_nearest import round_to_nearest
 from tulle.methods.train.codes import TrainedCodes, TrainedSteps, whole_numbers
 from tulle.models.checkpoint import Checkpoint, write_shard
+from tulle.models.decoder import DecoderBlock
 from tulle.models.rewrite import DenseModel
 from tulle.text.reading import Text
 from tulle.training import compress as recipe_room
@@ -201,6 +203,63 @@ def test_gradients_are_those_of_the_whole_loss(models: dict[str, Path], keeps: b
             torch.testing.assert_close(bias.grad, named[f"{prefix}{name}.bias"].grad, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(student.norm["weight"].grad, named["model.norm.weight"].grad, rtol=1e-3, atol=1e-6)
     assert checked == 21
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "deepseek_v3", "nemotron_h", "gpt_oss"])
+def test_gradients_of_other_mixers_and_of_experts_are_slopes(family: str, tmp_path: Path, monkeypatch) -> None:
+    """Delta nets, latent attention, Mamba-2 and experts: the loss along the gradient of every tensor. Routers are not
+    trained, and experts that no token goes to have no gradient."""
+    write_family(tmp_path / "dense", family, 1)
+    recipe = {"calibration": {"samples": 2, "length": 24}, "steps": [{"wanda": {"sparsity": 0.3}}]}
+    compress(tmp_path / "dense", recipe, tmp_path / "packed", calibration=TEXT)
+    student = Student(Checkpoint.open(tmp_path / "packed"), "codes", "cpu", torch.float32)
+    teacher = Teacher(DenseModel.open(tmp_path / "dense"), "cpu", torch.float32)
+    ours = room.Distillation(student, teacher, SETTINGS, room.Windows([], 1, 0), "cpu", True)
+    rows = torch.tensor(list(PROSE.encode()[:34])).reshape(2, 17)
+
+    routes, chosen = DecoderBlock.routes, []
+
+    def watched(block: DecoderBlock, logits: torch.Tensor) -> Any:
+        found = routes(block, logits)
+        chosen.append((found.experts, found.tokens))
+        return found
+
+    monkeypatch.setattr(DecoderBlock, "routes", watched)
+
+    def loss() -> float:
+        chosen.clear()
+        terms = ours._differentiate(rows)
+        return SETTINGS.kl * terms["kl"] + SETTINGS.squarehead * terms["squarehead"]
+
+    loss()
+    names = {}
+    for block in student.blocks:
+        named = zip(block._number, block.weights, strict=True)
+        names |= {weight.weight: block.layer.prefix + name for name, weight in named}
+    routers = [p for p, name in names.items() if name.endswith(("mlp.gate", "mixer.gate", "mlp.router"))]
+    assert routers and not any(p.requires_grad for p in routers)
+    trained = {p: p.grad.clone() for p in student.parameters() if p.grad is not None}
+    idle = [p for p in student.parameters() if p.requires_grad and p.grad is None]
+    assert all(".experts." in names[p] for p in idle if p in names)
+    checked = 0
+    steep = sorted(trained, key=lambda p: -float(trained[p].norm() * p.detach().norm()))[:: max(1, len(trained) // 12)]
+    for parameter in steep:
+        gradient, start = trained[parameter], parameter.detach().clone()
+        step = gradient * (1e-4 * start.norm() / gradient.norm())
+        ends, ways = [], []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter.copy_(start + sign * step)
+            ends.append(loss())
+            ways.append([part.tolist() for pair in chosen for part in pair])
+        with torch.no_grad():
+            parameter.copy_(start)
+        if ways[0] != ways[1]:
+            continue  # a token goes elsewhere, and the loss jumps
+        checked += 1
+        slope, noise = (ends[0] - ends[1]) / (2 * float(step.norm())), 1e-6 / float(step.norm())
+        assert slope == pytest.approx(float(gradient.norm()), rel=0.05, abs=noise)
+    assert checked >= 8
 
 
 def test_training_steps_reach_inputs_and_caches(models: dict[str, Path]) -> None:
