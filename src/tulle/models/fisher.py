@@ -443,11 +443,12 @@ class _Differentiated:
 
         def answer(given: GroupInput) -> tuple[Tensor, ...]:
             x[given.role] = given.x
-            given_out = run_group(block, given.group, given.x)
-            y.update(zip(given.group.names, given_out, strict=True))
-            return given_out
+            answers = run_group(block, given.group, given.x)
+            y.update(zip(given.group.names, answers, strict=True))
+            return answers
 
-        ends, backs = [], []
+        ends: list[Tensor] = []
+        backs: list[Tensor] = []
         with torch.enable_grad():
             if mixed is None:
                 ends.append(drive(block.steps(hidden), answer))

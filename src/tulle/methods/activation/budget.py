@@ -92,7 +92,7 @@ class ActivationBudget(Method):
 
     def _weights(self, survey: Survey, units: list[list[tuple[str, ...]]]) -> np.ndarray:
         """n ``[U]`` of the weights that a token reads, block by block."""
-        sizes = []
+        sizes: list[float] = []
         for index, own in enumerate(units):
             read: dict[str, float] = defaultdict(float)
             for group in survey.groups[index].values():

@@ -86,7 +86,7 @@ class PermuteChannels(Method):
             )
         generator = torch.Generator().manual_seed(survey.seed)
         share = max(MOST_SCORES // survey.hidden // count, 64)
-        parts = []
+        parts: list[Tensor] = []
 
         def see(tensors: Mapping[str, Tensor], group: LinearGroup, index: int, key: str) -> None:
             weight = torch.cat([tensors[f"{name}.weight"] for name in group.names])
