@@ -182,6 +182,9 @@ class _Walk:
                 assert statistics.column_norm is not None
                 share = statistics.tokens / tokens
                 norms[index, key] = statistics.column_norm / (share**0.5 if 0 < share < 1 else 1.0)
+            for expert in self.model.layers[index].experts:
+                for group in expert.groups:  # of one that no token goes to
+                    norms.setdefault((index, group.names[0]), torch.zeros(group.inputs, device=self.device))
 
     def look(self, see: See, roles: Sequence[str]) -> None:
         """``Survey.look``; in memory are one block and the hidden states of about ``TOKENS`` tokens."""

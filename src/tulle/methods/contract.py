@@ -448,7 +448,7 @@ class Survey(Decisions):
     column_norm: Callable[[int, str], Tensor] | None = None
     """‖X_j‖₂ ``[C_in]`` of a role of a block over the tokens of the walk; for methods that need ``column_norm``. Of a
     group of an expert, whose first linear is named instead of a role: over the tokens that go there, as if they were
-    all."""
+    all; zeros where none goes."""
     costs: Costs | None = None
     """``costs(tokens, weights, inputs, tables)``: for every trial the mean KL divergence (nats per token) of the next
     token's distribution from the dense model's, all the rest being dense, estimated on about ``tokens`` tokens

@@ -63,7 +63,7 @@ class _Scores:
             tensors = survey.expert(index, expert.index)
             for group in (group for group in expert.groups if group.role in self.roles):
                 norm = survey.column_norm(index, group.names[0])
-                for name in group.names:
+                for name in group.names if bool(norm.any()) else ():  # no token goes there
                     yield tensors[f"{name}.weight"].abs() * norm
 
 
