@@ -485,7 +485,7 @@ class Survey(Decisions):
         """What decides together: every linear of a block that ``roles`` target; but the gates, the ups and the downs of
         all its experts, under a name with ``*`` for the expert's number. Rare experts see too few tokens for a decision
         of their own. Names are relative."""
-        found = {linear.name: ((role, linear),) for role, linear in self.linears(block, roles)}
+        found: dict[str, Unit] = {linear.name: ((role, linear),) for role, linear in self.linears(block, roles)}
         for expert in self.experts_of(block):
             for role in roles:
                 for group in (group for group in expert.groups if target_of(group.role) == role):
