@@ -22,7 +22,7 @@ from tulle.core.hessian import Hessian
 from tulle.core.topk import Selection, top_k
 from tulle.models.checkpoint import Checkpoint
 from tulle.models.decoder import DecoderBlock, PlainDecoder
-from tulle.models.description import describe
+from tulle.models.description import describe, expert_role
 from tulle.models.fisher import Key, divergences, kronecker_cost
 from tulle.models.hub import local_folder
 
@@ -146,6 +146,33 @@ def test_selected_inputs_of_lone_tokens_are_exact_to_second_order() -> None:
         wanted = measured(model, few, index, with_selection(role, selection))
         assert wanted < 0.05
         assert found[index, role] == pytest.approx(wanted, rel=0.1), (index, role)
+
+
+def test_selected_inputs_of_experts_are_exact_to_second_order() -> None:
+    """A token's experts count together; what it loses goes through the routers that follow, too."""
+    model, batches = mixture_model(), texts(8000, 1)
+    experts = model.decoder.layers[0].experts
+    chosen = {group.role: top_k(0.1, group.inputs) for group in experts[0].groups}
+    found = divergences(
+        model,
+        batches,
+        inputs=lambda i, tensors: [((i, role), {expert_role(role): s}) for role, s in chosen.items()],
+    )
+
+    def thinned(role: str) -> Callable[[DecoderBlock], None]:
+        def change(block: DecoderBlock) -> None:
+            for group in (group for expert in block.layer.experts for group in expert.groups if group.role == role):
+                for name in group.names:
+                    module = block.get_submodule(name)
+                    module.register_forward_pre_hook(lambda m, x: (chosen[role].apply(x[0]),))
+
+        return change
+
+    few = texts(2000, 1)
+    for index, role in found:
+        wanted = measured(model, few, int(index), thinned(str(role)))
+        assert found[index, role] == pytest.approx(wanted, rel=0.15), (index, role)
+    assert len(found) == 4
 
 
 @pytest.mark.parametrize(("make", "moves"), [(small_model, 15), (hybrid_model, 13), (mixture_model, 26)])
