@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from checkpoints import PROSE, SIZES, write_checkpoint
+from family_folders import write_family
 from outliers import inject_outliers
 from tiny_models import write_model
 from tulle.core.grid import Grid, find_steps, round_to_grid
@@ -31,6 +32,7 @@ from tulle.inspect.outliers import (
 )
 from tulle.inspect.sensitivity import measure_sensitivity, spearman
 from tulle.methods.quantize.keep_sensitive import output_error
+from tulle.models.checkpoint import Checkpoint
 from tulle.models.description import describe
 
 CLEAN = 0.05
@@ -156,6 +158,17 @@ def outlying(tokens: int = 100, channels: int = 64) -> tuple[torch.Tensor, torch
     return x, weight, x.abs().amax(0) ** 0.6 / weight.abs().amax(0) ** 0.4
 
 
+@pytest.mark.parametrize("family", ["qwen3_next", "mixtral"])
+def test_experts_and_recurrent_mixers_are_inspected(family: str, tmp_path: Path) -> None:
+    """Experts read what their router reads."""
+    model = write_family(tmp_path / "m", family, 1)
+    found = inspect_activations(model, sequences())
+    roles = {(x["block"], x["role"]) for x in found["inputs"]}
+    layers = Checkpoint.open(model).describe().layers
+    assert roles == {(layer.index, group.role) for layer in layers for group in layer.groups}
+    assert any(role == "router" for _, role in roles) and found["landscapes"]
+
+
 def test_landscape_stages() -> None:
     x, weight, s = outlying()
     stages = landscape(x, [weight[:20], weight[20:]], s, block=16, steps=16)
@@ -195,11 +208,11 @@ def test_every_stage_shows_the_same_tokens() -> None:
 
 
 def test_smoothing_is_that_of_the_recipe_step() -> None:
-    mixer = describe(SIZES | {"model_type": "llama", "head_dim": 8}).layers[0].mixer
+    sizes = describe(SIZES | {"model_type": "llama", "head_dim": 8}).layers[0].heads
     x, w = torch.rand(50, 32) + 0.1, torch.rand(8, 32) + 0.1
-    s = smoothing_of(x, [w, 3 * w], "down", mixer)
+    s = smoothing_of(x, [w, 3 * w], "down", sizes)
     torch.testing.assert_close(s, x.amax(0) ** 0.6 / (3 * w.amax(0)) ** 0.4)
-    heads = smoothing_of(x, [w], "o", mixer).reshape(2, 2, 8)
+    heads = smoothing_of(x, [w], "o", sizes).reshape(2, 2, 8)
     assert torch.equal(heads[:, 0], heads[:, 1])  # one s for the query heads of a KV head
 
 

@@ -14,8 +14,9 @@ Walks the dense model block by block; memory is one block, the hidden states and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,10 @@ from tulle.methods.quantize.duquant import block_size
 from tulle.methods.smoothing import group_smoothing
 from tulle.models.batches import batched
 from tulle.models.checkpoint import Checkpoint
-from tulle.models.decoder import DecoderBlock, embed
-from tulle.models.description import Attention, LinearGroup
+from tulle.models.decoder import DecoderBlock, GroupInput, embed
+from tulle.models.description import LinearGroup
+from tulle.models.expert_pass import outputs
 from tulle.models.rewrite import DenseModel
-from tulle.models.watch import run_watched
 
 NORMAL, MASSIVE, FEW, OWN = 8.0, 100.0, 5.0, 20.0
 MOST_LISTED = 8
@@ -101,18 +102,20 @@ def inspect_activations(
     # Tokens in the order of the batches: longest sequence first.
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True)
     places = [(i, position) for i in order for position in range(len(sequences[i]))]
+
+    def keep(seen: Mapping[str, list[Tensor]], batch: int, given: GroupInput) -> None:
+        if given.tokens is None:  # experts read what their router reads
+            seen[given.role].append(given.real(given.x, batches[batch].valid.to(device)).float())
+
     inputs: list[dict[str, Any]] = []
     extreme: dict[str, Input] = {}
     count = len(model.layers)
     for index, layer in enumerate(model.layers):
         if progress:
             progress(f"activations {index + 1}/{count}", index, count)
-        block = DecoderBlock(model, index, dense.read_block(index), device)
+        block = DecoderBlock(model, index, dense.read_block(index, experts=False), device, experts=False)
         seen: dict[str, list[Tensor]] = {group.role: [] for group in layer.groups}
-        for i, batch in enumerate(batches):
-            hidden[i], watched = run_watched(block, hidden[i])
-            for role, x in watched.items():
-                seen[role].append(x[batch.valid.to(device)].float())
+        hidden = outputs(block, hidden, dense.read_expert, partial(keep, seen))
         for group in layer.groups:
             x = torch.cat(seen.pop(group.role))
             facts: dict[str, Any] = {"block": index, "role": group.role}
@@ -129,13 +132,13 @@ def inspect_activations(
     for number, found in enumerate(chosen):
         if progress:
             progress(f"landscape {number + 1}/{len(chosen)}", number, len(chosen))
-        tensors = dense.read_block(found.block)
+        tensors = dense.read_block(found.block, experts=False)
         weights = [tensors[f"{name}.weight"].float().to(device) for name in found.group.names]
-        size, mixer = found.x.abs(), model.layers[found.block].attention
+        size, heads = found.x.abs(), model.layers[found.block].heads
         landscapes.append(
             {"kinds": found.kinds, "block": found.block, "role": found.group.role, "readers": found.facts["readers"],
              "channel_absmax": size.amax(0).tolist(), "channel_median": size.median(0).values.tolist(),
-             "stages": landscape(found.x, weights, smoothing_of(found.x, weights, found.group.role, mixer))}
+             "stages": landscape(found.x, weights, smoothing_of(found.x, weights, found.group.role, heads))}
         )  # fmt: skip
     return {"tokens": sum(map(len, sequences)), "inputs": inputs, "landscapes": landscapes}
 
@@ -208,11 +211,12 @@ def rounding_error(x: Tensor) -> float:
     return float((GRID.fake(x) - x).square().sum() / x.square().sum().clamp(min=1e-30))
 
 
-def smoothing_of(x: Tensor, weights: Sequence[Tensor], role: str, mixer: Attention) -> Tensor:
-    """SmoothQuant's s ``[C]`` as the recipe step finds it: for o, one value for the query heads of a KV head."""
+def smoothing_of(x: Tensor, weights: Sequence[Tensor], role: str, heads: tuple[int, int, int]) -> Tensor:
+    """SmoothQuant's s ``[C]`` as the recipe step finds it: for o, one value for the query heads of a KV head; ``heads``
+    as in :class:`tulle.models.description.Layer`."""
     linears = [LinearState(name=str(i), weight=w, dense=w, role=role) for i, w in enumerate(weights)]
     group = GroupState(role, linears, Statistics(absmax=x.abs().amax(0)))
-    block = BlockState(0, {role: group}, {}, {}, {}, mixer.heads, mixer.kv_heads, mixer.head_dim)
+    block = BlockState(0, {role: group}, {}, {}, {}, *heads)
     return group_smoothing(block, role, ALPHA)
 
 
