@@ -22,6 +22,7 @@ DENSE = (
     "exaone4",
     "gemma2",
     "gemma3_text",
+    "gemma4_text",
     "glm4",
     "granite",
     "hunyuan_v1_dense",
@@ -168,6 +169,27 @@ def _gemma3_text(config: dict[str, Any], draw: random.Random, head_dim: int, see
         config["rope_parameters"] = {
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 900.0},
             "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        }
+
+
+def _gemma4_text(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    """With and without inputs of every layer's own; in transformers, layers that share keys and values need those."""
+    layers = 4
+    config |= {"num_hidden_layers": layers, "vocab_size_per_layer_input": 300, "tie_word_embeddings": True}
+    config |= {"layer_types": _kinds(draw) + ["sliding_attention", "full_attention"]}
+    del config["rope_theta"]
+    _drawn(config, draw, head_dim=[8, 16], global_head_dim=[16, 24], sliding_window=[3, 5], attention_bias=[False])
+    _drawn(config, draw, final_logit_softcapping=[3.0, None], use_double_wide_mlp=[False, True])
+    _drawn(config, draw, attention_k_eq_v=[False, True], rms_norm_eps=[1e-6, 1e-2])
+    config["hidden_size_per_layer_input"] = [8, 0, 12][seed % 3]
+    if config["hidden_size_per_layer_input"] and set(config["layer_types"][:2]) == set(config["layer_types"]):
+        config["num_kv_shared_layers"] = 2
+    if config["attention_k_eq_v"]:
+        config["num_global_key_value_heads"] = draw.choice([1, config["num_key_value_heads"]])
+    if seed % 2:
+        config["rope_parameters"] = {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            "full_attention": {"rope_type": "proportional", "rope_theta": 900.0, "partial_rotary_factor": 0.5},
         }
 
 
