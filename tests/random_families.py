@@ -55,8 +55,8 @@ EXPERTS = (
     "qwen3_next",
 )
 """With a mixture of experts."""
-NOT_IN_ENGINE = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "nemotron_h")
-"""Latent attention, and experts without gates."""
+NOT_IN_ENGINE = ("deepseek_v2", "deepseek_v3", "gemma4_text", "glm4_moe_lite", "nemotron_h")
+"""Latent attention, experts without gates, and inputs of every layer's own."""
 LAYERS = 2
 
 
@@ -181,7 +181,7 @@ def _gemma4_text(config: dict[str, Any], draw: random.Random, head_dim: int, see
     _drawn(config, draw, head_dim=[8, 16], global_head_dim=[16, 24], sliding_window=[3, 5], attention_bias=[False])
     _drawn(config, draw, final_logit_softcapping=[3.0, None], use_double_wide_mlp=[False, True])
     _drawn(config, draw, attention_k_eq_v=[False, True], rms_norm_eps=[1e-6, 1e-2])
-    config["hidden_size_per_layer_input"] = [8, 0, 12][seed % 3]
+    config["hidden_size_per_layer_input"] = [8, 0, 12][(seed + 1) % 3]
     if config["hidden_size_per_layer_input"] and set(config["layer_types"][:2]) == set(config["layer_types"]):
         config["num_kv_shared_layers"] = 2
     if config["attention_k_eq_v"]:
@@ -251,7 +251,7 @@ def _nemotron_h(config: dict[str, Any], draw: random.Random, head_dim: int, seed
     _drawn(config, draw, norm_topk_prob=[True, False], moe_shared_expert_intermediate_size=[12, 20])
     config["n_group"], config["topk_group"] = draw.choice([(1, 1), (2, 1), (4, 2)])
     config["routed_scaling_factor"] = draw.choice([1.0, 2.5])
-    config["hybrid_override_pattern"] = ["MM*-", "M-*E", "E*M"][seed % 3]
+    config["hybrid_override_pattern"] = ["MM*-", "M-*E", "E*M"][(seed + 1) % 3]
 
 
 def _olmo2(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:

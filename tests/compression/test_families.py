@@ -42,12 +42,13 @@ FOLDS: dict[str, list[dict[str, Any]]] = {
     "duquant": [{"smoothquant": {"alpha": 0.7}}, {"duquant": {}}],
 }
 ALL = DENSE + HYBRID + EXPERTS
-ROTATION = {"cohere2", "exaone4", "gemma2", "gemma3_text", "glm4", "nemotron", "olmo2", "olmo3", "stablelm"}
-ROTATION |= {"starcoder2"}
+ROTATION = {"cohere2", "exaone4", "gemma2", "gemma3_text", "gemma4_text", "glm4", "nemotron", "olmo2"}
+ROTATION |= {"olmo3", "stablelm", "starcoder2"}
 """Families whose residual stream cannot be rotated."""
 LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
 """Families whose values come of the vector that gives the keys."""
-MIXED = ("bitnet", "granitemoehybrid", "lfm2", "nemotron_h", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", *LATENT)
+MIXED = ("bitnet", "gemma4_text", "granitemoehybrid", "lfm2", "nemotron_h", "qwen3_5_text", "qwen3_5_moe_text")
+MIXED += ("qwen3_next", *LATENT)
 """Families whose values cannot be rotated: they do not reach o as they are."""
 REASONS = ("rotat", "one expert at a time")
 
@@ -158,7 +159,7 @@ def weight_of(model: PreTrainedModel, name: str) -> torch.Tensor:
     return both.chunk(2)[up]
 
 
-@pytest.mark.parametrize("family", ["apertus", "bitnet", "gemma2", "nemotron", "phi3"])
+@pytest.mark.parametrize("family", ["apertus", "bitnet", "gemma2", "gemma4_text", "nemotron", "phi3"])
 def test_bits_by_cost_and_recovery(folders: dict[str, Path], family: str, tmp_path: Path) -> None:
     """What looks at the whole model, and what trains it."""
     recipe = {
@@ -173,14 +174,14 @@ def test_bits_by_cost_and_recovery(folders: dict[str, Path], family: str, tmp_pa
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "gpt_oss"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "gemma4_text", "gpt_oss"])
 def test_rounded_caches_with_caps_and_windows(folders: dict[str, Path], family: str, tmp_path: Path) -> None:
     """transformers computes what the folder means, padded at the left or not."""
     run(folders[family], tmp_path / "out", [{"kv_cache": {"bits": 8}}, {"gptq": {"bits": 4}}])
     model, plain = tulle.load(tmp_path / "out", dtype=torch.float32), PackedDecoder(Checkpoint.open(tmp_path / "out"))
     found, hidden = model(TOKENS).logits, [plain.embed(TOKENS)]
     for index in range(len(plain.decoder.layers)):
-        hidden = plain.block(index, hidden)
+        hidden = plain.block(index, hidden, [TOKENS])
     normed = final_norm(plain.decoder, hidden[0], plain.outer())
     wanted = decoder_logits(plain.decoder, normed, plain.head(0, plain.decoder.vocabulary))
     assert float((found - wanted).abs().max() / wanted.abs().max()) <= 1e-5

@@ -155,8 +155,9 @@ class _Walk:
             if taken and sum(int(b.valid.sum()) for b in taken) + int(batch.valid.sum()) > TOKENS:
                 break
             taken.append(batch)
-        hidden = self._embedded(taken)
+        first = hidden = self._embedded(taken)
         for index, tensors in self._blocks("survey"):
+            hidden = self._entering(index, hidden, taken, first)
             block = DecoderBlock(self.model, index, tensors, self.device)
             samplers: dict[str, Extremes] = {}
             seen: dict[str, Statistics] = defaultdict(Statistics)
@@ -176,8 +177,9 @@ class _Walk:
     def look(self, see: See, roles: Sequence[str]) -> None:
         """``Survey.look``; in memory are one block and the hidden states of about ``TOKENS`` tokens."""
         seen = batched(_drawn(self.batches, TOKENS)[0])
-        stream = self._embedded(seen)
+        first = stream = self._embedded(seen)
         for index, tensors in self._blocks("survey"):
+            stream = self._entering(index, stream, seen, first)
             block = DecoderBlock(self.model, index, tensors, self.device)
             groups = [group for group in block.layer.groups if group.role in roles]
             found = {group.role: Hessian.zeros(group.inputs, self.device) for group in groups}
@@ -190,10 +192,10 @@ class _Walk:
     def head_hessian(self, dtype: torch.dtype) -> Hessian:
         """H of what the head reads; in memory are one block and the hidden states of about ``HEAD_TOKENS`` tokens."""
         seen = batched(_drawn(self.batches, HEAD_TOKENS)[0])
-        stream = [hidden.to(dtype) for hidden in self._embedded(seen)]
+        first = stream = [hidden.to(dtype) for hidden in self._embedded(seen)]
         for index, tensors in self._blocks("head"):
             block = DecoderBlock(self.model, index, tensors, self.device, dtype)
-            stream = [block(hidden) for hidden in stream]
+            stream = [block(hidden) for hidden in self._entering(index, stream, seen, first)]
         return head_hessian(self.model, seen, stream, self.dense.closing(), self.device)
 
     def costs(
@@ -205,7 +207,10 @@ class _Walk:
     ) -> dict[Key, float]:
         """``Survey.costs``. A killed run goes on from what is in the folder."""
         outer = {self.model.embedding: self.dense.embedding(), **self.dense.closing()}
-        model = PlainDecoder(replace(self.model, tied=self.dense.tied), self.read_block, outer, self.device)
+        model = PlainDecoder(
+            replace(self.model, tied=self.dense.tied), self.read_block, outer, self.device,
+            inputs=self.dense.token_inputs(),
+        )  # fmt: skip
         folder = None if self.folder is None else self.folder / f"costs-{next(self.calls)}"
         chosen = batched(_drawn(self.batches, tokens)[0])
         return divergences(
@@ -220,6 +225,16 @@ class _Walk:
     def _embedded(self, batches: Sequence[Batch]) -> list[Tensor]:
         embedding = self.dense.embedding().float()
         return [embed(self.model, b.tokens, embedding).to(self.device) for b in batches]
+
+    def _entering(
+        self, index: int, hidden: Sequence[Tensor], batches: Sequence[Batch], first: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Hidden states as block ``index`` takes them; ``first``: those in front of the first block."""
+        inputs = self.dense.token_inputs()
+        return [
+            inputs.join(index, states, batch.tokens, lambda embedded=embedded: embedded)
+            for states, batch, embedded in zip(hidden, batches, first, strict=True)
+        ]
 
     def _blocks(self, what: str) -> Iterator[tuple[int, dict[str, Tensor]]]:
         for index in range(len(self.model.layers)):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,9 @@ def inspect_activations(
     dense = DenseModel.open(folder)
     model = dense.description
     batches = batched(sequences)
-    embedding = dense.embedding().float()
-    hidden = [embed(model, b.tokens, embedding).to(device) for b in batches]
+    embedding, own = dense.embedding().float(), dense.token_inputs()
+    embedded = lambda batch: embed(model, batch.tokens, embedding).to(device)  # noqa: E731
+    hidden = [embedded(batch) for batch in batches]
     # Tokens in the order of the batches: longest sequence first.
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True)
     places = [(i, position) for i in order for position in range(len(sequences[i]))]
@@ -110,7 +112,7 @@ def inspect_activations(
         block = DecoderBlock(model, index, dense.read_block(index), device)
         seen: dict[str, list[Tensor]] = {group.role: [] for group in layer.groups}
         for i, batch in enumerate(batches):
-            hidden[i], watched = run_watched(block, hidden[i])
+            hidden[i], watched = run_watched(block, own.join(index, hidden[i], batch.tokens, partial(embedded, batch)))
             for role, x in watched.items():
                 seen[role].append(x[batch.valid.to(device)].float())
         for group in layer.groups:

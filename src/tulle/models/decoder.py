@@ -408,9 +408,7 @@ class DecoderBlock(nn.Module):
         gate, up = _parts(outputs, (feed_forward.intermediate,) * 2)
         return self._norm(feed_forward.inner_norm, gate_times_up(feed_forward, activation, gate, up))
 
-    def _mix(
-        self, outputs: tuple[Tensor, ...], beside: Beside, heads: Heads | None, valid: Tensor | None
-    ) -> Tensor:
+    def _mix(self, outputs: tuple[Tensor, ...], beside: Beside, heads: Heads | None, valid: Tensor | None) -> Tensor:
         """What the mixer's last linear reads, of its first linears' outputs."""
         mixer = self.layer.mixer
         assert not isinstance(mixer, LatentAttention | Absent)
@@ -515,9 +513,7 @@ class DecoderBlock(nn.Module):
         mixed = attend(q, k, v, mixer.window, mixer.scale, mixer.soft_cap, sinks, valid)
         return self._norm(mixer.output_norm, mixed.transpose(1, 2).flatten(2))
 
-    def _placed(
-        self, mixer: Attention, norm: Norm | None, x: Tensor, positions: Tensor | None, longest: int
-    ) -> Tensor:
+    def _placed(self, mixer: Attention, norm: Norm | None, x: Tensor, positions: Tensor | None, longest: int) -> Tensor:
         """Projected queries or keys ``[B, T, H·head_dim]``, normed and rotated: ``[B, H, T, head_dim]``."""
         by_head = mixer.norm_width == "head"
         x = x if by_head else self._norm(norm, x)

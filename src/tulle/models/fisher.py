@@ -39,7 +39,9 @@ from torch import Tensor
 
 from tulle.core.hessian import Hessian
 from tulle.core.topk import Selection
+from tulle.errors import UserError
 from tulle.models.decoder import DecoderBlock, GroupInput, PlainDecoder, drive, logits, run_group
+from tulle.models.state import without_own
 
 Key = tuple[int | float | str, ...]
 """Name of a trial."""
@@ -86,8 +88,14 @@ def divergences(
 
     Trials are asked for block by block, from the last to the first. In memory are one block, its G and H, and the
     hidden states of all batches, or of one block's with ``folder``. A call with the same arguments and folder goes on
-    where a killed one stopped; the caller removes the folder. Equal seeds give equal results.
+    where a killed one stopped; the caller removes the folder. Equal seeds give equal results. Raises ``UserError`` for
+    tables of a model where the embedding gives more than the stream.
     """
+    if tables is not None and model.decoder.per_layer is not None:
+        raise UserError(
+            "expected an embedding that gives the residual stream alone, found inputs of single layers that are made "
+            f"of it in {model.decoder.model_type}; leave tables out of what bits are allotted to"
+        )
     states = _States(folder, len(batches), model.device)
     layers = len(model.decoder.layers)
     found, next_block = states.results()
@@ -167,7 +175,9 @@ def _forward(model: PlainDecoder, batches: Sequence[Sequences], states: _States,
         if progress:
             progress(f"survey {index + 1}/{layers}", index, layers)
         block = model.block(index)
-        states.write(f"hidden-{index + 1}", [block(hidden) for hidden in states.read(f"hidden-{index}")])
+        before = zip(batches, states.read(f"hidden-{index}"), strict=True)
+        found = [block(model.enter(index, hidden, batch.tokens)) for batch, hidden in before]
+        states.write(f"hidden-{index + 1}", found)
 
 
 def _label_gradients(
@@ -214,8 +224,9 @@ def _backward(
     for batch, hidden, gradient in stored:
         real = batch.valid.to(hidden.device)
         tokens += int(real.sum())
-        seen = _Differentiated(block, hidden, gradient, of_inputs=bool(thinned), of_outputs=bool(weights))
-        before.append(seen.before)
+        given = model.enter(index, hidden, batch.tokens)
+        seen = _Differentiated(block, given, gradient, of_inputs=bool(thinned), of_outputs=bool(weights))
+        before.append(without_own(model.decoder, index, seen.before))
         for role, hessian in h.items():
             hessian.add(seen.x[role][real])
         for name, fisher in g.items():

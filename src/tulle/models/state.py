@@ -11,7 +11,7 @@ there just before the block runs, for it follows from the tokens and their embed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Protocol
 
 import torch

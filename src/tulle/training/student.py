@@ -39,6 +39,7 @@ from tulle.models.checkpoint import Checkpoint
 from tulle.models.decoder import DecoderBlock, GroupInput, Heads, drive, embed, final_norm, logits
 from tulle.models.description import Decoder
 from tulle.models.rewrite import DenseModel
+from tulle.models.state import TokenInputs
 
 Trained = Literal["codes", "steps"]
 KEPT_SHARE = 1 / 8
@@ -60,6 +61,7 @@ class Teacher:
         outer = {self.decoder.embedding: dense.embedding(), **dense.closing()}
         self._outer = {name: t.to(device) for name, t in outer.items()}
         self._norm = {name: self._outer[name].float() for name in self.decoder.final_norm.names()}
+        self._inputs = dense.token_inputs()
         weights = sum(linear.shape[0] * linear.shape[1] for layer in self.decoder.layers for linear in layer.linears())
         self._keeps = 4 * weights <= KEPT_SHARE * memory_bytes()
         self._kept: dict[int, DecoderBlock] = {}
@@ -68,15 +70,15 @@ class Teacher:
         return embed(self.decoder, tokens, self._outer[self.decoder.embedding]).float()
 
     @torch.no_grad()
-    def block(self, index: int, hidden: Tensor) -> Tensor:
-        """Hidden ``[B, T, d]`` after block ``index``, float32."""
+    def block(self, index: int, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Hidden ``[B, T, d]`` of ``tokens`` after block ``index``, float32."""
         block = self._kept.get(index)
         if block is None:
             block = DecoderBlock(self.decoder, index, self._dense.read_block(index), self._device)
             if self._keeps:
                 self._kept[index] = block
         with autocast(self._device, self._dtype):
-            found: Tensor = block(hidden)
+            found: Tensor = block(self._inputs.join(index, hidden, tokens, lambda: self.embed(tokens)))
         return found
 
     @torch.no_grad()
@@ -108,15 +110,16 @@ class Student(nn.Module):
             }
         )
         self._embedding = self._table(checkpoint, self.decoder.embedding_name(checkpoint), packed.linears)
+        self._inputs = TokenInputs(self.decoder, checkpoint.read_part)
         tied = self.decoder.tied
         self._head = self._embedding if tied else self._table(checkpoint, self.decoder.head, packed.linears)
 
     def embed(self, tokens: Tensor) -> Tensor:
         return embed(self.decoder, tokens, self._embedding).float()
 
-    def block(self, index: int, hidden: Tensor) -> Tensor:
-        """Hidden ``[B, T, d]`` after block ``index``, float32."""
-        found: Tensor = self.blocks[index](hidden)
+    def block(self, index: int, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Hidden ``[B, T, d]`` of ``tokens`` after block ``index``, float32."""
+        found: Tensor = self.blocks[index](self._inputs.join(index, hidden, tokens, lambda: self.embed(tokens)))
         return found
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -72,7 +72,8 @@ def _require_plain(keys: ConfigKeys) -> None:
     for key in ("num_experts", "top_k_experts", "moe_intermediate_size", "vocab_size_per_layer_input"):
         keys.raw(key)
     keys.only("use_bidirectional_attention", None, "vision")
-    keys.only("rope_scaling", None)
+    for key in ("rope_scaling", "partial_rotary_factor"):
+        keys.only(key, None)
 
 
 def _attention(keys: ConfigKeys, kinds: list[str], eps: float) -> list[Attention]:
@@ -145,7 +146,7 @@ def _rotary(keys: ConfigKeys, kind: str, head_dim: int, context: int) -> Rotary:
     inside = found.get(kind) if isinstance(found, Mapping) else None
     if not isinstance(inside, Mapping):
         raise keys.refused("rope_parameters", f"an object for {kind}", found)
-    return rotary_of(keys, inside, head_dim, context, None, keys.raw("rope_theta", 1e4))
+    return rotary_of(keys, inside, head_dim, context, None, theta=None)
 
 
 def _per_layer(keys: ConfigKeys, vocabulary: int, eps: float) -> PerLayerEmbedding:
