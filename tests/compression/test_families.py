@@ -184,5 +184,5 @@ def test_rounded_caches_with_caps_and_windows(folders: dict[str, Path], family: 
         hidden = plain.block(index, hidden, [TOKENS])
     normed = final_norm(plain.decoder, hidden[0], plain.outer())
     wanted = decoder_logits(plain.decoder, normed, plain.head(0, plain.decoder.vocabulary))
-    assert float((found - wanted).abs().max() / wanted.abs().max()) <= 1e-5
+    assert float((found - wanted).abs().max() / wanted.abs().max()) <= 5e-6 * len(plain.decoder.layers)
     require_left_padding(model, found, rounded=False)

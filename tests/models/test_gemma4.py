@@ -33,7 +33,10 @@ CONFIG = family_config("gemma4_text", SHARING)
 TEXT = Text(("The quick brown fox jumps over the lazy dog. " * 20,), False, ("prose",))
 RECIPE = {
     "calibration": {"samples": 2, "length": 24},
-    "steps": [{"permute_channels": {"pattern": "2:4"}}, {"round_to_nearest": {"bits": 4, "targets": ["qkv", "down"]}}],
+    "steps": [
+        {"permute_channels": {"pattern": "2:4", "effort": 0.01}},
+        {"round_to_nearest": {"bits": 4, "targets": ["qkv", "down"]}},
+    ],
 }
 
 

@@ -627,8 +627,8 @@ class Layer:
     def others(self) -> dict[str, tuple[int, ...]]:
         """Tensors that belong to no linear and no norm, with their shapes, by relative name."""
         scale: dict[str, tuple[int, ...]] = {} if self.output_scale is None else {self.output_scale: (1,)}
-        feed_forward = {} if isinstance(self.feed_forward, GatedMLP) else self.feed_forward.parameters
-        return self.mixer.parameters | feed_forward | scale
+        own = self.mixer.parameters | scale
+        return own if isinstance(self.feed_forward, GatedMLP) else own | self.feed_forward.parameters
 
     def tensors(self, expert: int | None = None) -> dict[str, tuple[int, ...]]:
         """Every tensor of the layer with its shape, by relative name; or of one of its experts."""

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tulle.models.description import Decoder
+from tulle.models.description import Decoder, PerLayerEmbedding
 from tulle.models.norms import normed
 
 OWN = "own input"
@@ -72,23 +72,25 @@ class TokenInputs:
     def __init__(self, decoder: Decoder, read: Read):
         self._decoder, self._read = decoder, read
 
-    @torch.no_grad()
     def join(self, index: int, state: Tensor, tokens: Tensor, embedded: Callable[[], Tensor]) -> Tensor:
         """The ``state`` ``[B, T, W]`` of ``tokens`` ``[B, T]`` as block ``index`` takes it; ``embedded``: the tokens'
         embeddings ``[B, T, d]``, scaled, which is the state in front of the first block."""
-        settings = self._decoder.per_layer
-        if settings is None:
+        if self._decoder.per_layer is None:
             return state
+        own = self._inputs(self._decoder.per_layer, index, tokens, embedded().to(state.device).float())
+        return torch.cat((state, own.to(state.dtype)), -1)
+
+    @torch.no_grad()
+    def _inputs(self, settings: PerLayerEmbedding, index: int, tokens: Tensor, embedded: Tensor) -> Tensor:
+        """p ``[B, T, e]`` of block ``index``."""
+        device, norm = embedded.device, settings.norm
         own = slice(index * settings.width, (index + 1) * settings.width)
-        device = state.device
-        seen, places = tokens.cpu().unique(return_inverse=True)
-        table = self._read(settings.table, seen, own).float().to(device)[places.to(device)]
         projection = self._read(settings.projection, torch.arange(own.start, own.stop)).float().to(device)
-        context = embedded().float().to(device) @ projection.T * self._decoder.hidden**-0.5
-        norm = settings.norm
-        context = normed(context, norm, self._read(f"{norm.name}.weight").float().to(device))
-        joined = (context + table * settings.width**0.5) * 2**-0.5
-        return torch.cat((state, joined.to(state.dtype)), -1)
+        gain = self._read(f"{norm.name}.weight").float().to(device)
+        context = normed(embedded @ projection.T * self._decoder.hidden**-0.5, norm, gain)
+        seen, places = tokens.cpu().unique(return_inverse=True)
+        table = self._read(settings.table, seen, own).float()[places].to(device)
+        return (context + table * settings.width**0.5) * 2**-0.5
 
 
 def without_own(decoder: Decoder, index: int, x: Tensor) -> Tensor:
