@@ -11,15 +11,17 @@ import torch
 from transformers import AutoModelForImageTextToText, Gemma4Config
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+import tulle
 from family_folders import write_family
 from random_decoders import largest_difference, plain_model, reference_model, text
-from random_families import family_config
+from random_families import family_config, saved_model
 from tulle.compression import walker
 from tulle.compression.job import compress
 from tulle.engine import Engine
 from tulle.errors import UserError
+from tulle.hf.packed_decoder import PackedDecoder
 from tulle.models.checkpoint import Checkpoint
-from tulle.models.decoder import PlainDecoder
+from tulle.models.decoder import PlainDecoder, final_norm, logits
 from tulle.models.description import describe
 from tulle.models.rewrite import DenseModel
 from tulle.models.source import open_source
@@ -30,6 +32,8 @@ pytestmark = pytest.mark.usefixtures("one_thread", "no_pages")
 SHARING = 2
 """A seed whose layers share keys and values and have inputs of their own."""
 CONFIG = family_config("gemma4_text", SHARING)
+EXPERTS = {"enable_moe_block": True, "num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 20}
+EXPERTS |= {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
 TEXT = Text(("The quick brown fox jumps over the lazy dog. " * 20,), False, ("prose",))
 RECIPE = {
     "calibration": {"samples": 2, "length": 24},
@@ -75,7 +79,9 @@ def test_sizes_as_transformers_writes_them() -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"enable_moe_block": True, "num_experts": 4}, "without experts, found enable_moe_block true"),
+        ({"enable_moe_block": True}, "0 beside experts (enable_moe_block) for hidden_size_per_layer_input"),
+        ({**EXPERTS, "top_k_experts": None}, "a positive whole number for top_k_experts"),
+        ({**EXPERTS, "top_k_experts": 7}, "a number up to that of experts (6) for top_k_experts"),
         ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention"),
         ({"vocab_size_per_layer_input": 39}, "at least vocab_size (40) for vocab_size_per_layer_input"),
         ({"num_kv_shared_layers": 3}, "layers of every kind before those that share for num_kv_shared_layers"),
@@ -107,6 +113,42 @@ def test_a_stopped_run_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pyt
     for file in (tmp_path / "whole").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "stopped" / file.name).read_bytes()
     assert any("left as stored: model.embed_tokens_per_layer.weight" in note for note in report["notes"])
+
+
+@torch.no_grad()
+def test_experts_beside_a_dense_feed_forward(tmp_path: Path) -> None:
+    for seed in range(4):
+        config = family_config("gemma4_text", seed) | EXPERTS
+        model = reference_model(config, seed)
+        tokens, valid = text(seed)
+        wanted = model(tokens, attention_mask=valid.long()).logits[valid]
+        assert largest_difference(wanted, saved_model(model, tmp_path / str(seed))(tokens)[valid]) <= 1e-5, config
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [4, 8])
+def test_compressed_experts(bits: int, tmp_path: Path) -> None:
+    """The folder means in transformers what it means when it is read again, and every linear but the router is in
+    codes."""
+    folder = write_family(tmp_path / "model", "gemma4_text", SHARING, **EXPERTS)
+    steps: list[dict[str, Any]] = [{"gptq": {"bits": 4, "group_size": "auto-32"}}]
+    if bits == 8:
+        steps = [{"smoothquant": {}}, {"activations": {"bits": 8}}, {"round_to_nearest": {"bits": 8}}]
+    report = compress(folder, {**RECIPE, "steps": steps}, tmp_path / "out", calibration=TEXT)
+    assert {linear["bits"] for linear in report["linears"]} == {bits}
+    assert sum(".experts." in linear["name"] for linear in report["linears"]) == 4 * 6 * 3
+    tokens = text(0)[0]
+    plain = PackedDecoder(Checkpoint.open(tmp_path / "out"))
+    hidden = plain.embed(tokens)
+    for index in range(4):
+        (hidden,) = plain.block(index, [hidden], [tokens])
+    found = logits(plain.decoder, final_norm(plain.decoder, hidden, plain.outer()), plain.head(0, 257))
+    wanted = tulle.load(tmp_path / "out", dtype=torch.float32)(tokens).logits
+    if bits == 4:
+        assert report["reload"]["difference"] < 1e-5
+        assert largest_difference(wanted, found) <= 1e-5
+    else:  # a sum in another order moves some of the inputs by a step
+        assert float((wanted - found).norm() / wanted.norm()) <= 0.02
 
 
 def test_costs_of_tables_are_refused(tmp_path: Path) -> None:

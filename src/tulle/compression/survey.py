@@ -232,7 +232,7 @@ class _Walk:
         """Hidden states as block ``index`` takes them; ``first``: those in front of the first block."""
         inputs = self.dense.token_inputs()
         return [
-            inputs.join(index, states, batch.tokens, lambda embedded=embedded: embedded)
+            inputs.join(index, states, batch.tokens, embedded.clone)
             for states, batch, embedded in zip(hidden, batches, first, strict=True)
         ]
 

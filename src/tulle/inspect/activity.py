@@ -61,15 +61,15 @@ def measure_activity(
     ]
     found = total(rows)
     table = shape.vocabulary * shape.hidden
-    own, unread = sum(math.prod(size) for size in shape.per_layer_tensors().values()), 0
+    by_layer, unread = sum(math.prod(size) for size in shape.per_layer_tensors().values()), 0
     if shape.per_layer is not None:
         unread = (shape.per_layer.vocabulary - 1) * shape.per_layer.width * len(shape.layers)
     return {
         "tokens": sum(map(len, sequences)),
         "rows": rows,
         "total": found,
-        "parameters": found["weights"] + (table if shape.tied else 2 * table) + own,
-        "active_parameters": found["active"] + table + shape.hidden + own - unread,
+        "parameters": found["weights"] + (table if shape.tied else 2 * table) + by_layer,
+        "active_parameters": found["active"] + table + shape.hidden + by_layer - unread,
     }
 
 

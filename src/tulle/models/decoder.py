@@ -238,12 +238,11 @@ class DecoderBlock(nn.Module):
         feed_forward = layer.feed_forward
         if isinstance(feed_forward, Absent):
             return given.residual + y
-        first = "router" if isinstance(feed_forward, Mixture) else "gate_up"
         if layer.parallel:
-            given = self._given(first, given.residual, layer.feed_forward_norm or layer.mixer_norm)
+            given = self._entering(given.residual, layer.feed_forward_norm or layer.mixer_norm)
             given.residual = given.residual + y
         else:
-            given = self._given(first, given.residual + y, layer.feed_forward_norm)
+            given = self._entering(given.residual + y, layer.feed_forward_norm)
         rest = self._feed_forward_steps(given, feed_forward)
         del given, y
         return (yield from rest)
@@ -252,8 +251,7 @@ class DecoderBlock(nn.Module):
         """Of a layer without a mixer."""
         feed_forward = self.layer.feed_forward
         assert not isinstance(feed_forward, Absent)
-        first = "router" if isinstance(feed_forward, Mixture) else "gate_up"
-        rest = self._feed_forward_steps(self._given(first, hidden, self.layer.feed_forward_norm), feed_forward)
+        rest = self._feed_forward_steps(self._entering(hidden, self.layer.feed_forward_norm), feed_forward)
         del hidden
         return (yield from rest)
 
@@ -327,7 +325,8 @@ class DecoderBlock(nn.Module):
     def _mixture_steps(self, given: GroupInput, mixture: Mixture) -> Steps:
         """Of a mixture of experts: the router, the shared expert, then one expert after the other."""
         layer, residual_width = self.layer, given.residual.shape
-        given.carried = [given.x]
+        own = mixture.expert_norm
+        given.carried = [given.x if own is None else self._norm(own, given.residual)]
         logits, *shared_gate = yield given
         routes = self.routes(logits)
         if given.asked is not None:
@@ -338,8 +337,9 @@ class DecoderBlock(nn.Module):
         else:
             carried = [*given.carried, *(gate.sigmoid() for gate in shared_gate)]
             del shared_gate
-            given = GroupInput(layer.group("gate_up"), carried[0], given.residual, adds=False, carried=carried)
-            del carried
+            x = carried[0] if own is None else self._norm(layer.feed_forward_norm, given.residual)
+            given = GroupInput(layer.group("gate_up"), x, given.residual, adds=False, carried=carried)
+            del carried, x
             inner = self._inner(mixture.shared, (yield given))
             adds = layer.feed_forward_norm_after is None and mixture.shared_gate is None
             given = GroupInput(layer.group("down"), inner, given.residual, adds=adds, carried=given.carried)
@@ -347,23 +347,27 @@ class DecoderBlock(nn.Module):
             (y,) = yield given
             x, *gate = given.carried
             y = y * gate[0] if gate else y.clone()
-            given.carried = [x, y.flatten(0, -2)]
+            if own is None:
+                given.carried = [x, y.flatten(0, -2)]
+            else:
+                given.carried = [x, torch.zeros_like(y).flatten(0, -2), self._norm(mixture.shared_norm_after, y)]
             del x, gate, y
         for expert in layer.experts:
             tokens, weights = routes.of_expert(expert.index)
             reads, writes = expert.groups
-            x, total = given.carried
+            x = given.carried[0]
             given = GroupInput(
                 reads, x.flatten(0, -2)[tokens], given.residual, adds=False, tokens=tokens, carried=given.carried
             )
-            del x, total
+            del x
             inner = self.inner_of_expert((yield given))
             given = GroupInput(writes, inner, given.residual, adds=False, tokens=tokens, carried=given.carried)
             del inner
             (y,) = yield given
             given.carried[1].index_add_(0, tokens, (y * weights[:, None]).to(y.dtype))
             del y
-        y = given.carried[1].reshape(residual_width)
+        y = self._norm(mixture.experts_norm_after, given.carried[1].reshape(residual_width))
+        y = sum(given.carried[2:], y)
         return given.residual + self._added(y, layer.feed_forward_norm_after)
 
     def inner_of_expert(self, outputs: tuple[Tensor, ...]) -> Tensor:
@@ -378,11 +382,24 @@ class DecoderBlock(nn.Module):
         assert isinstance(mixture, Mixture)
         name = mixture.router.correction
         correction = None if name is None else self.get_parameter(name)
-        return Routes.of(*choose(mixture.router, logits.flatten(0, -2), correction))
+        experts, weights = choose(mixture.router, logits.flatten(0, -2), correction)
+        scale = mixture.router.expert_scale
+        return Routes.of(experts, weights if scale is None else weights * self.get_parameter(scale)[experts])
 
     def forward(self, hidden: Tensor, heads: Heads | None = None, valid: Tensor | None = None) -> Tensor:
         """The block's output ``[B, T, d]``, by its own submodules, so that hooks and replaced linears take part."""
         return drive(self.steps(hidden, heads, valid), lambda given: run_group(self, given.group, given.x))
+
+    def _entering(self, hidden: Tensor, norm: Norm | None) -> GroupInput:
+        """What the feed-forward reads first."""
+        feed_forward = self.layer.feed_forward
+        if not isinstance(feed_forward, Mixture):
+            return self._given("gate_up", hidden, norm)
+        router = feed_forward.router
+        if router.input_scale is None:
+            return self._given("router", hidden, norm)
+        x = unit_rms(hidden, router.input_eps) * self.get_parameter(router.input_scale) * hidden.shape[-1] ** -0.5
+        return GroupInput(self.layer.group("router"), x, hidden, adds=False)
 
     def _given(self, role: str, hidden: Tensor, norm: Norm | None) -> GroupInput:
         return GroupInput(self.layer.group(role), self._norm(norm, hidden), hidden, adds=False)

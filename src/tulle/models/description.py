@@ -464,6 +464,11 @@ class Router:
     """Of the weights."""
     correction: str | None = None
     """Relative name of a tensor ``[experts]`` that is added to the scores for choosing."""
+    input_scale: str | None = None
+    """Relative name of a tensor ``[d]``, s: the linear reads x/√(mean x² + ``input_eps``)·s/√d of the stream x."""
+    input_eps: float = 0.0
+    expert_scale: str | None = None
+    """Relative name of a tensor ``[experts]`` that the chosen experts' weights are multiplied by."""
     groups: int = 1
     """Equal groups of experts, of which ``chosen_groups`` are eligible, by the sum of their ``group_best`` best."""
     chosen_groups: int = 1
@@ -480,7 +485,16 @@ class Mixture:
     """What all are alike in; its ``name`` is that of their list."""
     shared: GatedMLP | PlainMLP | None = None
     shared_gate: Linear | None = None
+    expert_norm: Norm | None = None
+    """Of the stream, for the routed experts; None: they read what the shared one reads."""
+    shared_norm_after: Norm | None = None
+    experts_norm_after: Norm | None = None
+    """On what the shared expert gives, and on the sum of the others."""
     inner_norm: None = None
+
+    def stream_norms(self) -> list[Norm]:
+        """Norms over the channels of the residual stream."""
+        return [n for n in (self.expert_norm, self.shared_norm_after, self.experts_norm_after) if n is not None]
 
     @property
     def intermediate(self) -> int:
@@ -494,7 +508,14 @@ class Mixture:
     @property
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Tensors besides those of linears, with their shapes, by relative name."""
-        return {} if self.router.correction is None else {self.router.correction: (self.router.experts,)}
+        router = self.router
+        shapes: dict[str, tuple[int, ...]] = {}
+        if router.input_scale is not None:
+            shapes[router.input_scale] = router.linear.shape[1:]
+        for name in (router.correction, router.expert_scale):
+            if name is not None:
+                shapes[name] = (router.experts,)
+        return shapes
 
 
 XIELU: dict[str, tuple[int, ...]] = {"alpha_p": (1,), "alpha_n": (1,), "beta": (), "eps": ()}
@@ -616,8 +637,9 @@ class Layer:
     def stream_norms(self) -> list[Norm]:
         """Norms over the channels of the residual stream."""
         around = (self.mixer_norm, self.mixer_norm_after, self.feed_forward_norm, self.feed_forward_norm_after)
+        inside = self.feed_forward.stream_norms() if isinstance(self.feed_forward, Mixture) else []
         last = None if self.input_gate is None else self.input_gate.norm
-        return [norm for norm in (*around, last) if norm is not None]
+        return [norm for norm in (*around, *inside, last) if norm is not None]
 
     def own_norms(self) -> list[tuple[LinearGroup, Norm]]:
         """Groups that read a norm's output, and the norm, where no other group reads it."""

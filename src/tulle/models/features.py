@@ -146,6 +146,10 @@ def _of_feed_forward(layer: Layer) -> dict[str, object]:
         return found
     if isinstance(feed_forward, Mixture):
         found["experts"] = f"{feed_forward.router.chosen} of {feed_forward.router.experts}"
+        if feed_forward.stream_norms():
+            found["norms of experts"] = feed_forward.stream_norms()[0].name
+        if feed_forward.router.input_scale is not None or feed_forward.router.expert_scale is not None:
+            found["scales of a router's inputs or of experts"] = feed_forward.router.linear.name
         feed_forward = feed_forward.expert
         if isinstance(feed_forward, PlainMLP):
             found["experts without gates"] = feed_forward.activation

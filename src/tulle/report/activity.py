@@ -82,9 +82,7 @@ def weights_read(rows: Rows, roles: Sequence[str], blocks: int) -> str:
                 sum(row["active"] for row in rows if (row["block"], row["role"]) == (b, role)) / 1e6
                 for b in range(blocks)
             ]
-            ax.bar(
-                [b + 0.2 for b in range(blocks)], read, 0.38, bottom=base, color=_color(role), label=reads(role)
-            )
+            ax.bar([b + 0.2 for b in range(blocks)], read, 0.38, bottom=base, color=_color(role), label=reads(role))
             base = [a + b for a, b in zip(base, read, strict=True)]
         block_axis(ax, blocks)
         ax.set_ylabel("million weights")

@@ -330,13 +330,15 @@ def _routed(
 ) -> tuple[LinearGroup, ...]:
     """The router, and the shared expert."""
     gate = () if mixture.shared_gate is None else (mixture.shared_gate,)
-    router = LinearGroup("router", (mixture.router.linear, *gate), norm=norm)
+    own = None if mixture.router.input_scale is not None else norm
+    router = LinearGroup("router", (mixture.router.linear, *gate), norm=own)
     return (router, *(_feed_forward(mixture.shared, hidden, bias, norm, fused, called) if mixture.shared else ()))
 
 
 def _experts(
     mixture: Mixture, hidden: int, bias: bool, norm: Norm | None, called: Mapping[str, str]
 ) -> tuple[Expert, ...]:
+    norm = mixture.expert_norm or norm
     return tuple(
         Expert(
             index,

@@ -1,6 +1,6 @@
 """Gemma 4, text: five layers with a window to one without, whose heads are wider and rotated in part; norms of queries,
 keys and values. The small models give every layer an input of its own of each token, and their last layers attend to
-the keys and values of earlier ones. Their experts are not implemented.
+the keys and values of earlier ones. One model has experts beside every feed-forward.
 """
 
 from __future__ import annotations
@@ -9,9 +9,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from tulle.errors import UserError
 from tulle.models.config_keys import ConfigKeys
-from tulle.models.description import Attention, Decoder, GatedMLP, InputGate, Norm, PerLayerEmbedding, Rotary
+from tulle.models.description import (
+    Attention,
+    Decoder,
+    GatedMLP,
+    InputGate,
+    Linear,
+    Mixture,
+    Norm,
+    PerLayerEmbedding,
+    Rotary,
+    Router,
+)
 from tulle.models.families._gemma import activation, soft_cap
 from tulle.models.families._parts import Norms, build_decoder, every, layer_types, rotary_of
 
@@ -29,23 +39,22 @@ def describe(config: Mapping[str, Any]) -> Decoder:
     hidden, eps = keys.size("hidden_size", 2304), keys.number("rms_norm_eps", 1e-6)
     layers, context = keys.size("num_hidden_layers", 30), keys.size("max_position_embeddings", 131072)
     vocabulary = keys.size("vocab_size", 262144)
-    _require_plain(keys)
+    keys.only("use_bidirectional_attention", None, "vision")
+    for key in ("rope_scaling", "partial_rotary_factor"):
+        keys.only(key, None)
     # transformers makes the last layer one without a window, whatever the config says.
     kinds = [*layer_types(keys, layers, every(layers, PATTERN))[:-1], "full_attention"]
     attention = _attention(keys, kinds, eps)
     sizes = {kind: mixer.head_dim for kind, mixer in zip(kinds, attention, strict=True)}
-    width, double = keys.size("intermediate_size", 9216), keys.flag("use_double_wide_mlp", False)
-    act = activation(keys)
-    narrow = keys.raw("hidden_size_per_layer_input", 256)
+    act, narrow = activation(keys), keys.raw("hidden_size_per_layer_input", 256)
+    keys.raw("vocab_size_per_layer_input")  # matters with inputs by layer alone
     names = ("input", "pre_feedforward", "post_attention", "post_feedforward")
     bias = keys.flag("attention_bias", False)
     return build_decoder(
         keys,
         hidden=hidden,
         attention=attention,
-        feed_forward=[
-            GatedMLP(2 * width if double and mixer.kv_from is not None else width, act) for mixer in attention
-        ],
+        feed_forward=_feed_forwards(keys, hidden, attention, act, eps),
         norms=Norms(*(Norm(f"{name}_layernorm", eps) for name in names)),
         final_norm=Norm("model.norm", eps),
         rotary={kind: _rotary(keys, kind, size, context) for kind, size in sizes.items()},
@@ -62,18 +71,31 @@ def describe(config: Mapping[str, Any]) -> Decoder:
     )
 
 
-def _require_plain(keys: ConfigKeys) -> None:
-    """Refuses what makes another model of it, and takes note of keys that matter only there."""
-    if keys.flag("enable_moe_block", False):
-        raise UserError(
-            f"expected a {keys.family} model without experts, found enable_moe_block true; experts beside a dense "
-            "feed-forward are not implemented, take a dense Gemma 4"
-        )
-    for key in ("num_experts", "top_k_experts", "moe_intermediate_size", "vocab_size_per_layer_input"):
-        keys.raw(key)
-    keys.only("use_bidirectional_attention", None, "vision")
-    for key in ("rope_scaling", "partial_rotary_factor"):
-        keys.only(key, None)
+def _feed_forwards(
+    keys: ConfigKeys, hidden: int, attention: list[Attention], act: str, eps: float
+) -> list[GatedMLP | Mixture]:
+    """Of every layer: those that share keys and values may be twice as wide."""
+    width, double = keys.size("intermediate_size", 9216), keys.flag("use_double_wide_mlp", False)
+    dense = [GatedMLP(2 * width if double and mixer.kv_from is not None else width, act) for mixer in attention]
+    if not keys.flag("enable_moe_block", False):
+        for key in ("num_experts", "top_k_experts", "moe_intermediate_size"):
+            keys.raw(key)
+        return [*dense]
+    if narrow := keys.raw("hidden_size_per_layer_input", 256):
+        # Experts are a layer's last groups, one after the other.
+        raise keys.refused("hidden_size_per_layer_input", "0 beside experts (enable_moe_block)", narrow)
+    experts, chosen = keys.size("num_experts", None), keys.size("top_k_experts", None)
+    if chosen > experts:
+        raise keys.refused("top_k_experts", f"a number up to that of experts ({experts})", chosen)
+    router = Router(
+        Linear("router.proj", (experts, hidden)), experts, chosen, normalise=True, input_scale="router.scale",
+        input_eps=eps, expert_scale="router.per_expert_scale",
+    )  # fmt: skip
+    experts_norm, dense_after, experts_after = (
+        Norm(f"{name}_feedforward_layernorm_{n}", eps) for name, n in (("pre", 2), ("post", 1), ("post", 2))
+    )
+    expert = GatedMLP(keys.size("moe_intermediate_size", None), act, name="experts")
+    return [Mixture(router, expert, one, None, experts_norm, dense_after, experts_after) for one in dense]
 
 
 def _attention(keys: ConfigKeys, kinds: list[str], eps: float) -> list[Attention]:
@@ -116,7 +138,8 @@ def _overridden(keys: ConfigKeys, kinds: list[str], attention: list[Attention]) 
         if index >= len(kinds) or not isinstance(sizes, Mapping) or not sizes.keys() <= names.keys():
             raise keys.refused("per_layer_config", expected, {number: sizes})
         inner = ConfigKeys({"model_type": keys.family, **sizes})
-        found[index] = replace(found[index], **{names[key]: inner.size(key, None) for key in sizes})
+        own: dict[str, Any] = {names[key]: inner.size(key, None) for key in sizes}
+        found[index] = replace(found[index], **own)
     for kind in set(kinds):
         unlike = {(m.head_dim, m.kv_heads) for m, own in zip(found, kinds, strict=True) if own == kind}
         if len(unlike) > 1:
