@@ -206,6 +206,7 @@ def command_sections(group: Any, path: str) -> Iterable[str]:
 
 NEEDED: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 6},
+    "gemma4_text": {"num_kv_shared_layers": 10},
     "glm4_moe": {"head_dim": 128},
     "granitemoehybrid": {"num_hidden_layers": 2, "layer_types": ["mamba", "attention"]},
     "lfm2": {"full_attn_idxs": [2]},
