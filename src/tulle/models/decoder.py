@@ -81,7 +81,8 @@ class GroupInput:
     tokens: Tensor | None = None
     """At an expert: which of the B·T tokens it sees, ascending ``[n]``."""
     carried: list[Tensor] = field(default_factory=list)
-    """What a mixture of experts needs later on: its input, and the sum of the outputs so far."""
+    """What a mixture of experts needs later on: its input, the sum of the outputs so far, and what the shared expert
+    gave, where a norm keeps that apart."""
     beside: Beside = field(default_factory=dict)
     """What the block has beside the stream."""
     asked: tuple[Tensor, Tensor] | None = None
