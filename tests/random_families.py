@@ -54,8 +54,6 @@ EXPERTS = (
     "qwen3_next",
 )
 """With a mixture of experts."""
-NOT_IN_ENGINE = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "nemotron_h")
-"""Latent attention, and experts without gates."""
 LAYERS = 2
 
 
