@@ -321,7 +321,7 @@ class DeltaNet:
 
 @dataclass
 class Absorbed:
-    """What latent attention has in the place of the linear that gives keys and values: LatentAttention in engine.hpp."""
+    """What latent attention has in the place of the linear that gives keys and values (engine.hpp, LatentAttention)."""
 
     transforms: list[Transform]
     input: Grid
