@@ -85,7 +85,8 @@ def test_packed(folder: Path, tmp_path: Path, scheme: str) -> None:
             # which all later tokens see.
             assert np.sort(off)[7] <= 1e-4 and off.max() <= 5e-2
         else:
-            assert off.max() <= (1e-2 if scheme.startswith("quantised heads") else 5e-3)  # inputs are rounded to 16 bits
+            # Inputs are rounded to 16 bits, and some of the heads' codes to others then.
+            assert off.max() <= (1e-2 if scheme == "quantised heads" else 5e-3)
 
 
 @pytest.mark.parametrize("seed", range(6))
