@@ -64,13 +64,8 @@ void Engine::State::narrow(const Pass& pass, std::size_t index, std::size_t t) {
 // To the cache, as kv_up would read it.
 void Engine::State::keep_latent(const Pass& pass, std::size_t index, float* narrow, float* rotated, std::size_t t) {
   const LatentAttention& own = model.layers[index].latent;
-  float* const transformed[2] = {vector(pass, 1), vector(pass, 2)};
-  int next = 0;
-  for (const Transform& transform : own.transforms) {
-    transform.run(ops, narrow, transformed[next], vector(pass, 3));
-    narrow = transformed[next];
-    next = 1 - next;
-  }
+  const float* const x = transformed(pass, own.transforms, narrow);
+  if (x != narrow) std::memcpy(narrow, x, own.rank * sizeof(float));
   Grid grid = own.grid;
   if (own.selection.kind != Selection::Kind::none) {
     if (grid.bits > 0) ops.fake_quantise(narrow, own.rank, ops.range(narrow, own.rank, grid));

@@ -181,6 +181,7 @@ struct Engine::State {
   void quantise_inputs(const Pass& pass, const Group& group, const Outline& outline, const float* x, std::size_t t);
   void quantise_inputs(const Pass& pass, const Group& group, const Outline& outline, const float* x,
                        GroupInputs& inputs, InputRow row);
+  const float* transformed(const Pass& pass, const std::vector<Transform>& transforms, const float* x);
   void multiply(const Pass& pass, const Group& group, Plan& plan, Buffer<float>& partial_sums, std::size_t n, float* y);
   void multiply(const Pass& pass, const Products& products, std::atomic<std::size_t>& taken);
   void multiply_item(const Pass& pass, const Product& product, const WorkItem& item);
