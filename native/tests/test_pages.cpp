@@ -191,12 +191,15 @@ void passes() {
 
   tulle::RecurrentStates states(2, 1, 5), none(2, 1, 0);
   states.of(1)[4] = 3;
-  states.set_next(1, 7);
+  const std::int32_t slot = 1, position = 6;
+  states.advance(&slot, &position, 1);
   refused("one that was saved", [&] { states.load(0, 0); });
   states.save(1, 0);
   states.of(1)[4] = 0;
   states.load(0, 0);
-  if (states.of(0)[4] != 3 || states.next(0) != 7) fail("any", "a snapshot", 0, 0);
+  if (states.of(0)[4] != 3) fail("any", "a snapshot", 0, 0);
+  states.check_next(0, 7, nullptr);
+  refused("expected 7 or a start", [&] { states.check_next(0, 6, nullptr); });
   refused("snapshots, fewer than", [&] { states.save(0, 1); });
   refused("slots, fewer than", [&] { states.load(0, 2); });
   refused("a model that has one", [&] { none.save(0, 0); });
