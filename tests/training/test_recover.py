@@ -357,12 +357,34 @@ def test_quantised_after_recovering(models: dict[str, Path], tmp_path: Path, mon
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert tulle.compress(models["dense"], content, tmp_path / "again", calibration=TEXT, resume=True) == again
     for wrong, line in (
-        ({"steps": content["then"], "recover": {}, "then": content["then"]}, "steps that prune before recover"),
+        (
+            {"steps": content["then"], "recover": {}, "then": content["then"]},
+            "before recover and then, found gptq",
+        ),
         ({"steps": content["steps"], "then": content["then"]}, "without recover"),
         ({"steps": content["steps"], "recover": {}, "then": {}}, "list of steps"),
+        ({"steps": [{"teal": {}}], "recover": {}, "then": content["then"]}, "before recover and then, found teal"),
+        ({"steps": [{"wina": {}}], "recover": {}, "then": content["then"]}, "step of then that selects inputs of down"),
     ):
         with pytest.raises(UserError, match=line):
             read_recipe(wrong)
+
+
+def test_inputs_are_selected_again_after_recovering(models: dict[str, Path], tmp_path: Path) -> None:
+    """By the shares that a budget gave before, which the step of ``then`` does not know by itself."""
+    budget, select = {"activation_budget": {"share": 0.5, "tokens": 64}}, {"wina": {"share": 0.5}}
+    content = {
+        "calibration": CALIBRATION,
+        "steps": [budget, select],
+        "recover": SETTINGS.model_dump(),
+        "then": [select, {"gptq": {"bits": 4, "group_size": 16}}],
+    }
+    tulle.compress(models["dense"], content, tmp_path / "out", calibration=TEXT)
+    compress(models["dense"], content | {"recover": None, "then": None}, tmp_path / "first", calibration=TEXT)
+    given, found = specs(tmp_path / "first"), specs(tmp_path / "out")
+    assert len({spec.input_sparsity.keep for spec in given.values()}) > 2
+    assert {n: s.input_sparsity for n, s in found.items()} == {n: s.input_sparsity for n, s in given.items()}
+    assert {spec.bits for spec in found.values()} == {4}
 
 
 def test_refusals(models: dict[str, Path], tmp_path: Path) -> None:

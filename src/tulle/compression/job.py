@@ -71,6 +71,7 @@ def compress(
     resume: bool = False,
     progress: Progress | None = None,
     costs: Path | None = None,
+    input_shares: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Compresses ``model`` by ``recipe`` into the folder ``output`` and returns its report (``OUT/report.json``).
 
@@ -78,8 +79,9 @@ def compress(
     what ``separator``, ``documents`` and ``min_chars`` do), or a ready :class:`Text`; None takes the source of the
     installed standard library. ``samples`` and ``length`` (tokens) override the recipe's. ``evaluation``: perplexity
     before and after goes into the report. ``costs``: a folder that keeps what ``allocate_bits`` and the like measured,
-    for another budget of the same model. Two runs with one seed write the same bytes (on one machine, with one number
-    of threads); the report differs in its times. Raises ``UserError`` for bad input, before anything is written
+    for another budget of the same model. ``input_shares``: shares of dropped inputs by linear, for a step that selects
+    inputs, where the recipe does not decide them. Two runs with one seed write the same bytes (on one machine, with one
+    number of threads); the report differs in its times. Raises ``UserError`` for bad input, before anything is written
     wherever that can be known.
     """
     begun = time.perf_counter()
@@ -116,6 +118,7 @@ def compress(
                 dense, chosen, batches, device, progress, seed, kept, dtype,
                 begun=state.next_block is not None, costs=costs,
             )  # fmt: skip
+            decisions.input_sparsity = {**(input_shares or {}), **decisions.input_sparsity}
             decisions.notes[:0] = group_sizes(dense.description, chosen)
             decisions.notes.extend(dense.checkpoint.source.notes)
             if decisions.changes_basis and any(
