@@ -49,8 +49,7 @@ def packed(folder: Path, output: Path, scheme: str) -> Path:
     return output
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("rank", [None, 24])
+@pytest.mark.parametrize(("rank", "threads"), [(None, 3), (24, 1), (24, 3)])
 def test_wide_heads(tmp_path: Path, rank: int | None, threads: int) -> None:
     folder = write_family(tmp_path / "model", "deepseek_v3", 2, **WIDE | {"q_lora_rank": rank})
     expected = wanted(folder, TOKENS)
@@ -65,7 +64,7 @@ def test_wide_heads(tmp_path: Path, rank: int | None, threads: int) -> None:
     assert difference(np.concatenate(rows), expected) <= 5e-5
 
 
-@pytest.mark.parametrize(("scheme", "threads"), [("", 1), ("", 2), ("sparse int4", 2), ("quantised heads", 2)])
+@pytest.mark.parametrize(("scheme", "threads"), [("", 2), ("sparse int4", 1), ("quantised heads", 2)])
 def test_same_bits_in_any_batch(folder: Path, tmp_path: Path, scheme: str, threads: int) -> None:
     model = decoder(packed(folder, tmp_path / "out", scheme) if scheme else folder)
     assert differing(model, threads) == []
@@ -89,8 +88,8 @@ def test_packed(folder: Path, tmp_path: Path, scheme: str) -> None:
             assert off.max() <= (1e-2 if scheme == "quantised heads" else 5e-3)
 
 
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("bits", [None, 3, 4, 8])
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("bits", [None, 3, 8])
 def test_absorbed_linears(bits: int | None, seed: int) -> None:
     """What they stand for is the linear's own numbers, turned."""
     draw = np.random.default_rng(seed)
