@@ -13,6 +13,7 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import json
 import re
 import sys
 import textwrap
@@ -235,8 +236,17 @@ def model_families() -> str:
     return table(("model_type", "family", "beyond Llama's layout", "rotation", "engine", "GGUF"), rows)
 
 
+def agreement() -> str:
+    """A row per family of `benchmarks/families.py`'s last run."""
+    cells = json.loads((REFERENCE.parents[1] / "benchmarks" / "results" / "families.json").read_text())["cells"]
+    forms = ("dense", "w4a16", "sparse50-w4")
+    rows = [(f"`{family}`", *(f"{found[form]:.1e}" for form in forms)) for family, found in sorted(cells.items())]
+    return table(("model_type", *forms), rows)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "families": model_families,
+    "agreement": agreement,
     "calibration": calibration,
     "recover": recover,
     "steps": steps,

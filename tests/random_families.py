@@ -55,8 +55,8 @@ EXPERTS = (
     "qwen3_next",
 )
 """With a mixture of experts."""
-NOT_IN_ENGINE = ("deepseek_v2", "deepseek_v3", "gemma4_text", "glm4_moe_lite", "nemotron_h")
-"""Latent attention, experts without gates, and inputs of every layer's own."""
+NOT_IN_ENGINE = ("gemma4_text",)
+"""Inputs of every layer's own."""
 LAYERS = 2
 
 
@@ -251,7 +251,7 @@ def _nemotron_h(config: dict[str, Any], draw: random.Random, head_dim: int, seed
     _drawn(config, draw, norm_topk_prob=[True, False], moe_shared_expert_intermediate_size=[12, 20])
     config["n_group"], config["topk_group"] = draw.choice([(1, 1), (2, 1), (4, 2)])
     config["routed_scaling_factor"] = draw.choice([1.0, 2.5])
-    config["hybrid_override_pattern"] = ["MM*-", "M-*E", "E*M"][(seed + 1) % 3]
+    config["hybrid_override_pattern"] = ["ME*-", "M-*E", "E*M"][seed % 3]
 
 
 def _olmo2(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:

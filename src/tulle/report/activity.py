@@ -82,7 +82,9 @@ def weights_read(rows: Rows, roles: Sequence[str], blocks: int) -> str:
                 sum(row["active"] for row in rows if (row["block"], row["role"]) == (b, role)) / 1e6
                 for b in range(blocks)
             ]
-            ax.bar([b + 0.2 for b in range(blocks)], read, 0.38, bottom=base, color=_color(role), label=reads(role))
+            ax.bar(
+                [b + 0.2 for b in range(blocks)], read, 0.38, bottom=base, color=style.of_role(role), label=reads(role)
+            )
             base = [a + b for a, b in zip(base, read, strict=True)]
         block_axis(ax, blocks)
         ax.set_ylabel("million weights")
@@ -99,7 +101,7 @@ def neighbours(rows: Rows, roles: Sequence[str], blocks: int) -> str:
             _line(p.axes, number, role, [(row["block"], row["overlap"]) for row in own], len(roles))
             p.axes.plot(
                 [row["block"] + _offset(number, len(roles)) for row in own], [row["chance"] for row in own],
-                color=_color(role), linestyle="none", marker="_", markersize=9, markeredgewidth=1.8,
+                color=style.of_role(role), linestyle="none", marker="_", markersize=9, markeredgewidth=1.8,
             )  # fmt: skip
         _share_axis(p.axes, blocks)
         p.axes.set_ylabel("shared with the token before")
@@ -113,7 +115,7 @@ def _offset(number: int, of: int) -> float:
 
 def _line(ax: style.Axes, number: int, role: str, points: Sequence[tuple[int, float]], of: int) -> None:
     ax.plot(
-        [block + _offset(number, of) for block, _ in points], [share for _, share in points], color=_color(role),
+        [block + _offset(number, of) for block, _ in points], [share for _, share in points], color=style.of_role(role),
         marker=MARKERS[number % len(MARKERS)], markersize=5.5, linewidth=1.2, markeredgecolor=style.PAPER,
         markeredgewidth=0.8, label=reads(role),
     )  # fmt: skip
@@ -124,8 +126,3 @@ def _share_axis(ax: style.Axes, blocks: int) -> None:
     block_axis(ax, blocks)
     ax.margins(y=0.12)
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=4, columnspacing=1.2, handlelength=1.4)
-
-
-def _color(role: str) -> str:
-    """Of a role; what no recipe names by itself is drawn in the text's colour."""
-    return style.ROLES.get(role, style.INK)
