@@ -42,10 +42,13 @@ CELLS: dict[str, dict[str, Any]] = {
         "then": [FOUR, TABLE],
     },
     "2of4-w4": {"steps": [{"alps": {"pattern": "2:4"}}], "then": [FOUR, TABLE]},
-    "inputs50-w4": {"steps": [{"wina": {"share": 0.5}}, FOUR, TABLE]},
+    "inputs50-w4": {
+        "steps": [{"activation_budget": {"share": 0.5}}, {"wina": {"share": 0.5}}],
+        "then": [{"wina": {"share": 0.5}}, FOUR, TABLE],
+    },
     "w2": {"steps": [TWO, TABLE]},
 }
-"""``then``: steps after recovery, where the weights that are trained are only pruned."""
+"""``then``: steps after recovery, where the weights that are trained have no codes yet."""
 SAMPLES, LENGTH = 64, 1024
 
 

@@ -13,6 +13,7 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import json
 import re
 import sys
 import textwrap
@@ -206,6 +207,7 @@ def command_sections(group: Any, path: str) -> Iterable[str]:
 
 NEEDED: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 6},
+    "gemma4_text": {"num_kv_shared_layers": 10},
     "glm4_moe": {"head_dim": 128},
     "granitemoehybrid": {"num_hidden_layers": 2, "layer_types": ["mamba", "attention"]},
     "lfm2": {"full_attn_idxs": [2]},
@@ -234,8 +236,17 @@ def model_families() -> str:
     return table(("model_type", "family", "beyond Llama's layout", "rotation", "engine", "GGUF"), rows)
 
 
+def agreement() -> str:
+    """A row per family of `benchmarks/families.py`'s last run."""
+    cells = json.loads((REFERENCE.parents[1] / "benchmarks" / "results" / "families.json").read_text())["cells"]
+    forms = ("dense", "w4a16", "sparse50-w4")
+    rows = [(f"`{family}`", *(f"{found[form]:.1e}" for form in forms)) for family, found in sorted(cells.items())]
+    return table(("model_type", *forms), rows)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "families": model_families,
+    "agreement": agreement,
     "calibration": calibration,
     "recover": recover,
     "steps": steps,

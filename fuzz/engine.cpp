@@ -653,6 +653,7 @@ void decoder(Bytes& bytes) {
   to.damage(bytes);
 
   // As bindings/engine.cpp makes a model.
+  m.value_dim = m.head_dim;
   if (m.head_rotation.channels) tulle::check(m.head_rotation);
   m.rotary.push_back({std::vector<float>(frequencies, 0.5f), rope_scale, false});
   for (LayerParts& of : parts) {

@@ -102,6 +102,9 @@ def reference_model(config: dict[str, Any], seed: int = 0, scale: float = 1.5) -
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         parameter.copy_(1 + 0.3 * noise if "norm" in name else noise * scale / parameter.shape[-1] ** 0.5)
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            buffer.copy_(1 + 0.3 * torch.randn(buffer.shape, generator=generator))
     return model
 
 

@@ -22,6 +22,7 @@ DENSE = (
     "exaone4",
     "gemma2",
     "gemma3_text",
+    "gemma4_text",
     "glm4",
     "granite",
     "hunyuan_v1_dense",
@@ -54,8 +55,8 @@ EXPERTS = (
     "qwen3_next",
 )
 """With a mixture of experts."""
-NOT_IN_ENGINE = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "nemotron_h")
-"""Latent attention, and experts without gates."""
+NOT_IN_ENGINE = ("gemma4_text",)
+"""Inputs of every layer's own."""
 LAYERS = 2
 
 
@@ -171,6 +172,27 @@ def _gemma3_text(config: dict[str, Any], draw: random.Random, head_dim: int, see
         }
 
 
+def _gemma4_text(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
+    """With and without inputs of every layer's own; in transformers, layers that share keys and values need those."""
+    layers = 4
+    config |= {"num_hidden_layers": layers, "vocab_size_per_layer_input": 300, "tie_word_embeddings": True}
+    config |= {"layer_types": _kinds(draw) + ["sliding_attention", "full_attention"]}
+    del config["rope_theta"]
+    _drawn(config, draw, head_dim=[8, 16], global_head_dim=[16, 24], sliding_window=[3, 5], attention_bias=[False])
+    _drawn(config, draw, final_logit_softcapping=[3.0, None], use_double_wide_mlp=[False, True])
+    _drawn(config, draw, attention_k_eq_v=[False, True], rms_norm_eps=[1e-6, 1e-2])
+    config["hidden_size_per_layer_input"] = [8, 0, 12][(seed + 1) % 3]
+    if config["hidden_size_per_layer_input"] and set(config["layer_types"][:2]) == set(config["layer_types"]):
+        config["num_kv_shared_layers"] = 2
+    if config["attention_k_eq_v"]:
+        config["num_global_key_value_heads"] = draw.choice([1, config["num_key_value_heads"]])
+    if seed % 2:
+        config["rope_parameters"] = {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            "full_attention": {"rope_type": "proportional", "rope_theta": 900.0, "partial_rotary_factor": 0.5},
+        }
+
+
 def _glm4(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:
     _drawn(config, draw, head_dim=[8, 16], attention_bias=[False, True], partial_rotary_factor=[0.5, 1.0, 0.25])
 
@@ -229,7 +251,7 @@ def _nemotron_h(config: dict[str, Any], draw: random.Random, head_dim: int, seed
     _drawn(config, draw, norm_topk_prob=[True, False], moe_shared_expert_intermediate_size=[12, 20])
     config["n_group"], config["topk_group"] = draw.choice([(1, 1), (2, 1), (4, 2)])
     config["routed_scaling_factor"] = draw.choice([1.0, 2.5])
-    config["hybrid_override_pattern"] = ["MM*-", "M-*E", "E*M"][seed % 3]
+    config["hybrid_override_pattern"] = ["ME*-", "M-*E", "E*M"][seed % 3]
 
 
 def _olmo2(config: dict[str, Any], draw: random.Random, head_dim: int, seed: int) -> None:

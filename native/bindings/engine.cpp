@@ -182,6 +182,33 @@ tulle::DeltaNet delta_net(nb::handle from, Kept& kept) {
   return net;
 }
 
+tulle::LatentAttention latent_attention(nb::handle from, std::size_t heads, Kept& kept) {
+  tulle::LatentAttention found;
+  found.query_rank = size(from, "query_rank");
+  found.rank = size(from, "rank");
+  found.plain = size(from, "plain");
+  found.rotary = size(from, "rotary");
+  found.value = size(from, "value");
+  found.query_norm = norm(field(from, "query_norm"), found.query_rank, kept);
+  found.norm = norm(field(from, "norm"), found.rank, kept);
+  const nb::object query_up = field(from, "query_up"), kv_up = field(from, "kv_up"), absorbed = field(from, "absorbed");
+  if (!query_up.is_none()) found.query_up = group(query_up, kept);
+  if (kv_up.is_none() == absorbed.is_none()) throw std::invalid_argument("latent attention: expected kv_up or absorbed");
+  if (!kv_up.is_none()) {
+    found.kv_up = group(kv_up, kept);
+    return found;
+  }
+  for (nb::handle t : get<nb::list>(absorbed, "transforms")) found.transforms.push_back(transform(t));
+  found.grid = grid(field(absorbed, "input"));
+  found.selection = selection(field(absorbed, "selection"), found.rank, kept);
+  found.keys = linear(field(absorbed, "keys"), kept);
+  found.values = linear(field(absorbed, "values"), kept);
+  found.parts = size(absorbed, "parts");
+  if (found.parts > found.rank) throw std::invalid_argument("parts of a latent: expected at most its channels");
+  found.factors = array_of<float>(absorbed, "factors", heads * found.parts * found.plain, kept);
+  return found;
+}
+
 tulle::FeedForward feed_forward(nb::handle from, Kept& kept) {
   return {size(from, "intermediate"), group(field(from, "gate_up"), kept), group(field(from, "down"), kept)};
 }
@@ -231,6 +258,12 @@ tulle::Layer layer(nb::handle from, const tulle::Model& m, Kept& kept) {
       l.short_convolution.convolution = convolution(field(recurrent, "convolution"), kept);
     }
   }
+  const nb::object latent = field(from, "latent");
+  if (!latent.is_none()) {
+    if (!recurrent.is_none()) throw std::invalid_argument("layer: expected latent attention or another mixer");
+    l.mixer = tulle::Mixer::latent;
+    l.latent = latent_attention(latent, m.heads, kept);
+  }
   l.window = get<std::size_t>(from, "window");
   l.rotary = get<int>(from, "rotary");
   const auto numbers = get<std::vector<float>>(from, "activation");
@@ -256,6 +289,8 @@ tulle::Model model(nb::handle from, Kept& kept) {
   m.heads = size(from, "heads");
   m.kv_heads = size(from, "kv_heads");
   m.head_dim = size(from, "head_dim");
+  m.value_dim = size(from, "value_dim");
+  if (m.value_dim == 0) m.value_dim = m.head_dim;
   m.vocabulary = size(from, "vocabulary");
   static const char* gates[] = {"silu", "relu", "relu2", "gelu_tanh", "xielu", "quick_gelu"};
   m.gate = one_of<tulle::Gate>(gates, "gate", get<std::string>(from, "gate"));

@@ -44,11 +44,12 @@ std::vector<float> kept(const tulle::OpsKernels& ops, CacheKind kind, std::vecto
   return x;
 }
 
-void attention_case(const tulle::Isa& isa, CacheKind kind, std::size_t d, std::size_t tokens, std::size_t window,
-                    std::mt19937& rng) {
+// Keys of `dk` channels, values of `d`, which are multiplied with queries, too, where they are latents.
+void attention_case(const tulle::Isa& isa, CacheKind kind, std::size_t dk, std::size_t d, bool latent,
+                    std::size_t tokens, std::size_t window, std::mt19937& rng) {
   const tulle::OpsKernels& ops = *isa.ops;
   // The sizes of a page, from a cache of one page; its memory is not used.
-  const tulle::CacheView sizes = tulle::KvCache(kind, 1, 1, 1, d).view(0, 0, nullptr);
+  const tulle::CacheView sizes = tulle::KvCache(kind, 1, 1, 1, dk, d).view(0, 0, nullptr);
   const bool codes = kind == CacheKind::u8 || kind == CacheKind::u4;
   // What a page held before is of no account, NaN not either.
   const auto keys = exact(std::vector<std::uint8_t>(kPages * sizes.key_bytes, 0xff));
@@ -57,23 +58,25 @@ void attention_case(const tulle::Isa& isa, CacheKind kind, std::size_t d, std::s
   std::vector<std::int32_t> order = {5, 0, 8, 3, 7, 1, 2, 6, 4};
   order.resize((tokens + kKeyBlock - 1) / kKeyBlock);
   const auto table = exact(order);
-  const tulle::CacheView view{kind,         d,           keys.get(), values.get(), codes ? scales.get() : nullptr,
+  const tulle::CacheView view{kind, dk, d, keys.get(), values.get(), codes ? scales.get() : nullptr,
                               sizes.key_bytes, sizes.value_bytes, table.get()};
   const tulle::Grid grid{kind == CacheKind::u4 ? 4 : 8, false, 1.0f};
   std::vector<std::vector<float>> key, value;
   for (std::size_t t = 0; t < tokens; ++t) {
-    const auto k = exact(normal(d, rng)), v = exact(normal(d, rng));
-    key.push_back(kept(ops, kind, {k.get(), k.get() + d}, grid));
+    const auto k = exact(normal(dk, rng)), v = exact(normal(d, rng));
+    key.push_back(kept(ops, kind, {k.get(), k.get() + dk}, grid));
     value.push_back(kept(ops, kind, {v.get(), v.get() + d}, grid));
-    ops.append_to_cache(view, t, k.get(), v.get(), ops.range(k.get(), d, grid), ops.range(v.get(), d, grid));
+    ops.append_to_cache(view, t, k.get(), v.get(), ops.range(k.get(), dk, grid), ops.range(v.get(), d, grid));
   }
   for (std::size_t rows = 1; rows <= tulle::kQueries; ++rows) {
-    std::vector<std::unique_ptr<float[]>> queries, outputs;
-    const float* from[tulle::kQueries];
+    std::vector<std::unique_ptr<float[]>> queries, outputs, of_latents;
+    const float *from[tulle::kQueries], *latents[tulle::kQueries];
     float* to[tulle::kQueries];
     std::size_t begin[tulle::kQueries], end[tulle::kQueries];
     for (std::size_t r = 0; r < rows; ++r) {
-      queries.push_back(exact(normal(d, rng)));
+      queries.push_back(exact(normal(dk, rng)));
+      of_latents.push_back(exact(normal(d, rng)));
+      latents[r] = of_latents[r].get();
       outputs.push_back(exact(std::vector<float>(d)));
       from[r] = queries[r].get();
       to[r] = outputs[r].get();
@@ -81,14 +84,18 @@ void attention_case(const tulle::Isa& isa, CacheKind kind, std::size_t d, std::s
       begin[r] = window != 0 && end[r] > window ? end[r] - window : 0;
     }
     const auto scores = exact(std::vector<float>(tulle::kQueries * order.size() * kKeyBlock));
-    const float factor = 1.0f / std::sqrt(static_cast<float>(d));
-    ops.attend(view, rows, from, begin, end, factor, 0, nullptr, to, scores.get());
+    const float factor = 1.0f / std::sqrt(static_cast<float>(latent ? dk + d : dk));
+    const float* const* const wide = latent ? latents : nullptr;
+    ops.attend(view, rows, from, wide, begin, end, factor, 0, nullptr, to, scores.get());
     for (std::size_t r = 0; r < rows; ++r) {
       std::vector<double> p(tokens, 0.0);
       double total = 0;
       for (std::size_t t = begin[r]; t < end[r]; ++t) {
         double score = 0;
-        for (std::size_t i = 0; i < d; ++i) score += static_cast<double>(from[r][i]) * static_cast<double>(key[t][i]);
+        for (std::size_t i = 0; i < dk; ++i) score += static_cast<double>(from[r][i]) * static_cast<double>(key[t][i]);
+        for (std::size_t i = 0; latent && i < d; ++i) {
+          score += static_cast<double>(latents[r][i]) * static_cast<double>(value[t][i]);
+        }
         p[t] = std::exp(score * static_cast<double>(factor));
         total += p[t];
       }
@@ -103,7 +110,7 @@ void attention_case(const tulle::Isa& isa, CacheKind kind, std::size_t d, std::s
       // The same bits alone.
       const auto alone = exact(std::vector<float>(d));
       float* const only = alone.get();
-      ops.attend(view, 1, from + r, begin + r, end + r, factor, 0, nullptr, &only, scores.get());
+      ops.attend(view, 1, from + r, latent ? latents + r : nullptr, begin + r, end + r, factor, 0, nullptr, &only, scores.get());
       if (std::memcmp(only, to[r], d * sizeof(float)) != 0) {
         return fail(isa.name, "attention of a row alone", static_cast<std::size_t>(kind), d);
       }
@@ -114,7 +121,7 @@ void attention_case(const tulle::Isa& isa, CacheKind kind, std::size_t d, std::s
 void copies(CacheKind kind) {
   constexpr std::size_t kLayers = 2, kHeads = 3, d = 10;
   const tulle::OpsKernels& ops = *tulle::active_isa().ops;
-  tulle::KvCache cache(kind, kLayers, kPages, kHeads, d);
+  tulle::KvCache cache(kind, kLayers, kPages, kHeads, d, d);
   const std::int32_t pages[] = {3, 7};
   const tulle::Grid none{0, true, 1.0f};
   std::mt19937 rng(5);
@@ -184,12 +191,15 @@ void passes() {
 
   tulle::RecurrentStates states(2, 1, 5), none(2, 1, 0);
   states.of(1)[4] = 3;
-  states.set_next(1, 7);
+  const std::int32_t slot = 1, position = 6;
+  states.advance(&slot, &position, 1);
   refused("one that was saved", [&] { states.load(0, 0); });
   states.save(1, 0);
   states.of(1)[4] = 0;
   states.load(0, 0);
-  if (states.of(0)[4] != 3 || states.next(0) != 7) fail("any", "a snapshot", 0, 0);
+  if (states.of(0)[4] != 3) fail("any", "a snapshot", 0, 0);
+  states.check_next(0, 7, nullptr);
+  refused("expected 7 or a start", [&] { states.check_next(0, 6, nullptr); });
   refused("snapshots, fewer than", [&] { states.save(0, 1); });
   refused("slots, fewer than", [&] { states.load(0, 2); });
   refused("a model that has one", [&] { none.save(0, 0); });
@@ -203,7 +213,13 @@ int main() {
     for (const CacheKind kind : {CacheKind::f32, CacheKind::bf16, CacheKind::u8, CacheKind::u4}) {
       for (const std::size_t d : {1, 2, 16, 20, 33, 48, 64, 80, 128}) {
         for (const std::size_t tokens : {1, 15, 16, 40, 129}) {
-          for (const std::size_t window : {0, 1, 20}) attention_case(isa, kind, d, tokens, window, rng);
+          for (const std::size_t window : {0, 1, 20}) attention_case(isa, kind, d, d, false, tokens, window, rng);
+        }
+      }
+      for (const std::size_t d : {1, 16, 20, 33, 64, 80}) {
+        for (const std::size_t tokens : {1, 16, 40}) {
+          attention_case(isa, kind, 6, d, true, tokens, 0, rng);
+          attention_case(isa, kind, 24, d, false, tokens, 20, rng);
         }
       }
     }

@@ -42,12 +42,13 @@ FOLDS: dict[str, list[dict[str, Any]]] = {
     "duquant": [{"smoothquant": {"alpha": 0.7}}, {"duquant": {}}],
 }
 ALL = DENSE + HYBRID + EXPERTS
-ROTATION = {"cohere2", "exaone4", "gemma2", "gemma3_text", "glm4", "nemotron", "olmo2", "olmo3", "stablelm"}
-ROTATION |= {"starcoder2"}
+ROTATION = {"cohere2", "exaone4", "gemma2", "gemma3_text", "gemma4_text", "glm4", "nemotron", "olmo2"}
+ROTATION |= {"olmo3", "stablelm", "starcoder2"}
 """Families whose residual stream cannot be rotated."""
 LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
 """Families whose values come of the vector that gives the keys."""
-MIXED = ("bitnet", "granitemoehybrid", "lfm2", "nemotron_h", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", *LATENT)
+MIXED = ("bitnet", "gemma4_text", "granitemoehybrid", "lfm2", "nemotron_h", "qwen3_5_text", "qwen3_5_moe_text")
+MIXED += ("qwen3_next", *LATENT)
 """Families whose values cannot be rotated: they do not reach o as they are."""
 
 
@@ -57,7 +58,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def refused(fold: str, family: str) -> bool:
-    return fold == "quarot" and family in ROTATION or fold in ("quarot", "values") and family in MIXED
+    return fold in ("quarot", "stream") and family in ROTATION or fold in ("quarot", "values") and family in MIXED
 
 
 def run(folder: Path, output: Path, steps: list[dict[str, Any]]) -> dict[str, Any]:
@@ -158,7 +159,7 @@ def weight_of(model: PreTrainedModel, name: str) -> torch.Tensor:
 @pytest.mark.parametrize(
     "family",
     [
-        "apertus", "bitnet", "gemma2", "nemotron", "phi3",
+        "apertus", "bitnet", "gemma2", "gemma4_text", "nemotron", "phi3",
         "lfm2", "qwen3_next",  # recurrent states
         "deepseek_v3", "gpt_oss", "nemotron_h",  # experts, latent attention, Mamba-2
     ],
@@ -202,15 +203,15 @@ def test_shipped_recipes_by_cost_take_experts(family: str, recipe: str, tmp_path
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "gpt_oss"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "gemma4_text", "gpt_oss"])
 def test_rounded_caches_with_caps_and_windows(folders: dict[str, Path], family: str, tmp_path: Path) -> None:
     """transformers computes what the folder means, padded at the left or not."""
     run(folders[family], tmp_path / "out", [{"kv_cache": {"bits": 8}}, {"gptq": {"bits": 4}}])
     model, plain = tulle.load(tmp_path / "out", dtype=torch.float32), PackedDecoder(Checkpoint.open(tmp_path / "out"))
     found, hidden = model(TOKENS).logits, [plain.embed(TOKENS)]
     for index in range(len(plain.decoder.layers)):
-        hidden = plain.block(index, hidden)
+        hidden = plain.block(index, hidden, [TOKENS])
     normed = final_norm(plain.decoder, hidden[0], plain.outer())
     wanted = decoder_logits(plain.decoder, normed, plain.head(0, plain.decoder.vocabulary))
-    assert float((found - wanted).abs().max() / wanted.abs().max()) <= 1e-5
+    assert float((found - wanted).abs().max() / wanted.abs().max()) <= 5e-6 * len(plain.decoder.layers)
     require_left_padding(model, found, rounded=False)

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from tulle import _native
 from tulle.core.attention import flash_attention, takes
-from tulle.models.decoder import attend
+from tulle.models.attention import attend
 
 needs_kernel = pytest.mark.skipif(not _native.has_flash_attention(), reason="this CPU has no products of bfloat16")
 

@@ -110,8 +110,11 @@ def test_only_chosen_experts_are_read(tmp_path: Path) -> None:
     assert chosen == 2
 
 
-def test_the_layout_is_tried_with_chosen_experts(folder: Path) -> None:
-    """So that a token reads them all, and no others are in memory."""
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_layout_is_tried_with_chosen_experts(folder: Path, tmp_path: Path, biased: bool) -> None:
+    """So that a token reads them all, and no others are in memory; a router's bias is none of theirs."""
+    if biased:
+        folder = write_family(tmp_path / "m", "gpt_oss", 1, num_experts_per_tok=SIZES["num_experts_per_tok"])
     first = FirstBlock(Source(open_source(folder)))
     facts, arrays = {}, {}
     for name, found, tensors in convert(first, "as stored", ModelLayout.SPARSE, [0]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -58,5 +59,17 @@ def test_packed(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", NOT_IN_ENGINE)
 def test_refused_by_name(tmp_path: Path, family: str) -> None:
-    with pytest.raises(UserError, match="the engine can take, found (latent attention|experts without gates)"):
+    with pytest.raises(UserError, match="the engine can take, found inputs of every layer's own"):
         Engine(write_family(tmp_path / "model", family, 1), threads=1)
+
+
+def test_longrope_of_long_contexts(tmp_path: Path) -> None:
+    """Beyond the first training's length all texts have the long factors, as transformers has them of long texts."""
+    folder = write_family(tmp_path / "model", "phi3", 1)
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) | {"original_max_position_embeddings": 16}
+    assert config["rope_scaling"]["type"] == "longrope"
+    file.write_text(json.dumps(config))
+    for context, tokens in ((64, TOKENS), (16, TOKENS[:16])):
+        engine = Engine(folder, threads=1, context=context, cache="f32", head="as stored")
+        assert difference(engine.forward(tokens), wanted(folder, tokens)) <= 5e-5

@@ -20,12 +20,12 @@ from random_decoders import (
     text,
 )
 from tulle.errors import UserError
+from tulle.models.attention import rotary_table
 from tulle.models.decoder import (
     ACTIVATIONS,
     DecoderBlock,
     GroupInput,
     drive,
-    rotary_table,
     run_group,
 )
 from tulle.models.description import ACTIVATIONS as NAMES

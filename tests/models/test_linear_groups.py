@@ -16,6 +16,8 @@ from tulle.models.description import ROLES, describe, families
 def sizes(model_type: str) -> dict[str, Any]:
     """Of a small model; two families have no head_dim of their own."""
     found = SIZES | {"pad_token_id": 0}
+    if model_type == "gemma4_text":
+        found |= {"vocab_size_per_layer_input": 300, "hidden_size_per_layer_input": 8}
     return {key: found[key] for key in found if key != "head_dim" or model_type not in ("bitnet", "stablelm")}
 
 
@@ -57,7 +59,8 @@ def test_groups_name_every_linear_once_and_norms_feed_what_they_say(model_type: 
     linears = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
     listed = [name for group in groups for name in group.names]
     assert sorted(listed) == sorted(linears)
-    assert tuple(group.role for group in groups) == ROLES
+    own = ("input_gate", "input_down") if model_type == "gemma4_text" else ()
+    assert tuple(group.role for group in groups) == (*ROLES, *own)
 
     seen: dict[str, torch.Tensor] = {}
     for name, module in block.named_modules():
@@ -70,7 +73,7 @@ def test_groups_name_every_linear_once_and_norms_feed_what_they_say(model_type: 
         assert all(torch.equal(inputs[0], x) for x in inputs)
         if group.norm is not None:
             assert torch.equal(seen[group.norm.name + ":out"], inputs[0])
-        assert group.adds == (group.role in ("o", "down"))
+        assert group.adds == (group.role in ("o", "down", "input_down"))
         for producer in group.producers:
             assert producer.stop <= seen[producer.name + ":out"].shape[-1]
             assert producer.stop - producer.start <= inputs[0].shape[-1]

@@ -116,6 +116,35 @@ struct Mamba2 {
   std::size_t matrices() const { return heads * state * row(); }
 };
 
+// Latent attention (DeepSeek-AI 2024, section 2.1). The first linears give [queries, or the narrow vector that they come
+// of | latent | what of a key is rotated, for all heads]. A linear kv_up gives the heads' keys and values of a latent.
+//
+// *Absorbed*, latents are kept as values and what is rotated as key: since q·(W_k·c) = (W_kᵀ·q)·c, queries are
+// multiplied with W_kᵀ, and what a head's weights make of latents with W_v. So all heads share one small key and value.
+// *Expanded*, which quantisers of heads' keys need, each head has a key [plain | rotated] and a value of its own.
+struct LatentAttention {
+  std::size_t query_rank = 0;  // of the narrow vector; 0: the first linears give the queries
+  std::size_t rank = 0;        // of latents
+  std::size_t plain = 0, rotary = 0, value = 0;  // channels of a head: of queries and keys, of values
+  Norm query_norm, norm;       // of narrow vectors [query_rank], of latents [rank]
+  Group query_up;              // where there is a narrow vector
+  Group kv_up;                 // expanded
+  // Absorbed: what kv_up would read of a latent is what is kept.
+  std::vector<Transform> transforms;
+  Grid grid{0, true, 1.0f};
+  Selection selection;
+  // W_kᵀ of plain channels, [head][part][rank / parts], and W_v of latents, [head][value]; the last size of both in
+  // whole tiles. A part is what shares a scale in a row of W_k: queries are multiplied with it before.
+  Linear keys, values;
+  std::size_t parts = 1;
+  const float* factors = nullptr;  // [head][part][plain], or null
+
+  bool absorbed() const { return kv_up.linears.empty(); }
+  std::size_t query() const { return plain + rotary; }  // of a head
+  std::size_t tiled_part() const { return (rank / parts + kTileRows - 1) / kTileRows * kTileRows; }
+  std::size_t tiled_value() const { return (value + kTileRows - 1) / kTileRows * kTileRows; }
+};
+
 // down(act(gate) · up), or down(act(up)): of a layer, or an expert.
 struct FeedForward {
   std::size_t intermediate = 0;
@@ -149,7 +178,7 @@ struct Mixture {
 
 // What mixes tokens in a layer. A kind that carries a state from token to token has floats of it in every sequence's
 // record (RecurrentStates); attention has keys and values instead. A layer may be a feed-forward alone, or a mixer alone.
-enum class Mixer : std::uint8_t { attention, delta_net, short_convolution, mamba2, none };
+enum class Mixer : std::uint8_t { attention, delta_net, short_convolution, mamba2, none, latent };
 
 struct Layer {
   Mixer mixer = Mixer::attention;
@@ -157,6 +186,7 @@ struct Layer {
   DeltaNet delta;
   ShortConvolution short_convolution;
   Mamba2 mamba;
+  LatentAttention latent;
   // Before attention and feed-forward, and on their outputs; any of them may be missing.
   Norm input_norm, post_norm, attention_after, feed_forward_after;  // [hidden]
   Norm query_norm, key_norm;  // [head_dim], or of all heads at once
@@ -211,6 +241,7 @@ struct Model {
   float attention_cap = 0;     // likewise
   bool output_gate = false;    // behind every query head come as many channels whose σ multiplies its output
   bool norm_all_heads = false, norm_after_rotary = false;  // of queries and keys
+  std::size_t value_dim = 0;   // of the values that are kept; head_dim, but in latent attention
   // A query at position p is multiplied by 1 + beta · ln(1 + ⌊p / length⌋); length 0: by 1.
   float position_beta = 0;
   std::int32_t position_length = 0;
@@ -243,6 +274,11 @@ struct Model {
         const Mamba2& own = layer.mamba;
         return {own.outputs(), own.width(), own.matrices() + own.convolution.history(),
                 (own.convolution.kernel - 1) * std::max(own.head_dim, own.state)};
+      }
+      case Mixer::latent: {
+        const LatentAttention& own = layer.latent;
+        const std::size_t queries = own.query_rank > 0 ? own.query_rank : heads * own.query();
+        return {queries + own.rank + own.rotary, heads * own.value, 0, std::max({own.query_rank, own.rank, own.query()})};
       }
     }
     return {heads * query_step() + 2 * kv_heads * head_dim, heads * head_dim, 0, kv_heads * head_dim};

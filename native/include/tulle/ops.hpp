@@ -8,7 +8,7 @@
 
 namespace tulle {
 
-// Tokens of a page. A page's keys are stored [head_dim][kKeyBlock], so that one query is multiplied with them as vectors.
+// Tokens of a page. A page's keys are stored [key_dim][kKeyBlock], so that one query is multiplied with them as vectors.
 constexpr std::size_t kKeyBlock = 16;
 // Queries that share a pass over keys and values.
 constexpr std::size_t kQueries = 4;
@@ -18,12 +18,12 @@ enum class Gate : std::uint8_t { silu, relu, relu2, gelu_tanh, xielu, quick_gelu
 
 // One layer's keys and values of one KV head, in pages of which a sequence has some.
 //
-//   keys     [head_dim][kKeyBlock]. u4: [⌈head_dim / 2⌉][kKeyBlock] bytes, of an even channel (low) and the next one
-//   values   [kKeyBlock][head_dim]. u4: [kKeyBlock][⌈head_dim / 32⌉][16] bytes, of channel j (low) and 16 + j of 32
+//   keys     [key_dim][kKeyBlock]. u4: [⌈key_dim / 2⌉][kKeyBlock] bytes, of an even channel (low) and the next one
+//   values   [kKeyBlock][value_dim]. u4: [kKeyBlock][⌈value_dim / 32⌉][16] bytes, of channel j (low) and 16 + j of 32
 //   scales   u8, u4: [4][kKeyBlock]: key steps, key zero points, value steps, value zero points: x = step · (u − zero)
 struct CacheView {
   CacheKind kind;
-  std::size_t head_dim;
+  std::size_t key_dim, value_dim;
   std::uint8_t *keys, *values;  // of page 0; those of page p lie p · (key_bytes, value_bytes) further
   float* scales;                // likewise, p · kPageScales
   std::size_t key_bytes, value_bytes;
@@ -107,11 +107,13 @@ struct OpsKernels {
   // Key and value of the token at `position` into the cache; ranges are of u8 and u4 caches.
   void (*append_to_cache)(const CacheView& cache, std::size_t position, const float* key, const float* value,
                    GridRange key_range, GridRange value_range);
-  // out[r][head_dim] for up to kQueries rows: row r attends to positions [begin[r], end[r]). `scores`: kQueries times
-  // the greatest end, rounded up to kKeyBlock. cap 0: none; otherwise scores s become cap · tanh(s / cap). sinks [rows]:
-  // one more score of each row, which has no value; or null.
-  void (*attend)(const CacheView& cache, std::size_t rows, const float* const* queries, const std::size_t* begin,
-                 const std::size_t* end, float scale, float cap, const float* sinks, float* const* out, float* scores);
+  // out[r][value_dim] for up to kQueries rows: row r attends to positions [begin[r], end[r]). `latents` [rows][value_dim]:
+  // what of the queries is multiplied with the values, which are keys, too (latent attention), or null. `scores`:
+  // kQueries times the greatest end, rounded up to kKeyBlock. cap 0: none; otherwise scores s become cap · tanh(s / cap).
+  // sinks [rows]: one more score of each row, which has no value; or null.
+  void (*attend)(const CacheView& cache, std::size_t rows, const float* const* queries, const float* const* latents,
+                 const std::size_t* begin, const std::size_t* end, float scale, float cap, const float* sinks,
+                 float* const* out, float* scores);
   // y[i] = x[i] · s
   void (*scaled)(const float* x, float s, std::size_t n, float* y);
   // The threshold of the `keep` largest of size [n], all >= 0: exactly so many, or more where equal numbers force it.

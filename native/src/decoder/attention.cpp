@@ -39,7 +39,7 @@ void Attention::run(const OpsKernels& ops, const CacheView& cache, std::size_t k
     end[r] = static_cast<std::size_t>(positions[t]) + 1;
     begin[r] = window != 0 && end[r] > window ? end[r] - window : 0;
   }
-  ops.attend(cache, block.count, from, begin, end, scale_, cap_, sinks != nullptr ? sink : nullptr, to, scores);
+  ops.attend(cache, block.count, from, nullptr, begin, end, scale_, cap_, sinks != nullptr ? sink : nullptr, to, scores);
 }
 
 }  // namespace tulle

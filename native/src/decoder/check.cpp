@@ -1,6 +1,7 @@
 // A decoder's sizes, before a kernel sees its arrays.
 #include <initializer_list>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "cpu/buffer.hpp"
@@ -46,6 +47,29 @@ void check(const DeltaNet& net) {
   const bool whole = net.decay != nullptr && net.step_bias != nullptr;
   require(whole && net.norm.present(), "parameters of a gated delta net", 3, 0);
   check_state(net.value_heads, net.key_dim, net.value_dim);
+}
+
+// Sizes of latent attention by themselves.
+void check(const LatentAttention& own, std::size_t heads) {
+  require(own.rank > 0 && own.plain > 0 && own.rotary > 0 && own.value > 0, "sizes of latent attention", 1, 0);
+  require(own.rotary % 2 == 0, "rotated channels of latent attention, an even number", own.rotary + 1, own.rotary);
+  require(own.norm.present() && (own.query_rank == 0 || own.query_norm.present()), "norms of latent attention", 2, 1);
+  if (!own.absorbed()) return;
+  require(own.parts > 0 && own.rank % own.parts == 0, "parts of a latent, a divisor of", own.rank, own.parts);
+  for (const Transform& t : own.transforms) require_equal("channels of a transform", own.rank, t.channels);
+  check(own.grid, 8);
+  tulle::check(own.selection, own.rank);
+  require_equal("outputs of absorbed keys", heads * own.parts * own.tiled_part(), own.keys.weight.rows);
+  require_equal("inputs of absorbed keys", own.plain, own.keys.weight.columns);
+  require_equal("outputs of absorbed values", heads * own.tiled_value(), own.values.weight.rows);
+  require_equal("inputs of absorbed values", own.rank, own.values.weight.columns);
+  require(own.parts == 1 || own.factors != nullptr, "factors of absorbed keys", own.parts, 0);
+  for (const Linear* l : {&own.keys, &own.values}) {
+    require(!l->weight.input_major() && l->bias == nullptr, "absorbed linears in tiles without biases", 0, 1);
+    require(l->selection.kind == Selection::Kind::none, "absorbed linears that see all inputs", 0, 1);
+    check(l->input, 16);
+    require(!l->weight.is_codes() || l->input.bits != 0, "bits of the inputs", 8, 0);
+  }
 }
 
 }  // namespace
@@ -152,6 +176,7 @@ void check(const Model& m) {
     // What a pass runs without asking.
     const bool both = layer.query_norm.present() && layer.key_norm.present();
     require(layer.mixer != Mixer::attention || !m.norm_all_heads || both, "norms of all queries and keys", 2, 0);
+    if (layer.mixer == Mixer::attention) require_equal("channels of values", m.head_dim, m.value_dim);
     require(!m.parallel || layer.input_norm.present(), "a norm before attention and feed-forward side by side", 1, 0);
     const bool whole = layer.mixer != Mixer::none && (layer.mixture.present() || layer.feed_forward.present());
     require(!m.parallel || whole, "attention and feed-forward side by side", 2, 1);
@@ -173,6 +198,32 @@ void check(const Model& m) {
         check(layer.mamba);
         fits(layer.qkv, m.hidden, {layer.mamba.outputs()});
         break;
+      case Mixer::latent: {
+        const LatentAttention& own = layer.latent;
+        const std::size_t queries = m.heads * own.query();
+        check(own, m.heads);
+        fits(layer.qkv, m.hidden, {own.query_rank > 0 ? own.query_rank : queries, own.rank + own.rotary});
+        if (own.query_rank > 0) fits(own.query_up, own.query_rank, {queries});
+        if (!own.absorbed()) fits(own.kv_up, own.rank, {m.heads * (own.plain + own.value)});
+        require_equal("KV heads of latent attention", own.absorbed() ? 1 : m.heads, m.kv_heads);
+        require_equal("channels of keys", own.absorbed() ? own.rotary : own.query(), m.head_dim);
+        require_equal("channels of values", own.absorbed() ? own.rank : own.value, m.value_dim);
+        if (own.absorbed()) {
+          for (const auto& [linear, inputs] : {std::pair{&own.keys, own.plain}, std::pair{&own.values, own.rank}}) {
+            if (linear->weight.is_codes()) even_scales(inputs, linear->weight);
+          }
+          const bool plain = m.query.bits == 0 && m.key.bits == 0 && m.value.bits == 0 && m.head_rotation.channels == 0;
+          require(plain, "absorbed keys without quantisers of heads", 0, 1);
+        }
+        require(!m.output_gate && !m.norm_all_heads && m.position_length == 0 && m.attention_cap == 0 &&
+                    m.attention_scale != 0 && layer.sinks == nullptr && layer.window == 0,
+                "latent attention with a scale and nothing else", 0, 1);
+        if (layer.rotary >= 0) {
+          const std::size_t rotated = 2 * m.rotary[static_cast<std::size_t>(layer.rotary)].frequencies.size();
+          require_equal("channels that are rotated", own.rotary, rotated);
+        }
+        break;
+      }
       case Mixer::none: break;
     }
     if (layer.mixer != Mixer::none) fits(layer.o, m.mixer_sizes(layer).mixed, {m.hidden});
@@ -180,7 +231,7 @@ void check(const Model& m) {
       if (layer.feed_forward.present()) check_feed_forward(layer.feed_forward);
       continue;
     }
-    require(!m.parallel && m.gated && !layer.inner_norm.present(), "experts with gates, without norms of their own", 1, 0);
+    require(!m.parallel && !layer.inner_norm.present(), "experts without norms of their own", 1, 0);
     require(layer.mixture.routed() >= 1, "experts, at least", 1, 0);
     check_router(layer.mixture.router, layer.mixture.routed(), layer.mixture.shared_gate);
     for (const FeedForward& expert : layer.mixture.experts) check_feed_forward(expert);

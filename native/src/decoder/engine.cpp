@@ -83,6 +83,10 @@ std::uint64_t Engine::weight_bytes() const {
   for (const Layer& layer : state_->model.layers) {
     const Mixture& mixture = layer.mixture;
     bytes += of(layer.qkv) + of(layer.o) + of(layer.feed_forward.gate_up) + of(layer.feed_forward.down);
+    bytes += of(layer.latent.query_up) + of(layer.latent.kv_up);
+    if (layer.mixer == Mixer::latent && layer.latent.absorbed()) {
+      bytes += layer.latent.keys.bytes() + layer.latent.values.bytes();
+    }
     if (!mixture.present()) continue;
     std::uint64_t all = 0;
     for (std::size_t i = 0; i < mixture.experts.size(); ++i) {

@@ -2,7 +2,8 @@
 // says what differs. `multiply` ends with all threads waiting for each other.
 //
 //   residual stream ─ norm ─ qkv ─ rotary, append to the cache, attend ─ o ─(+)─ norm ─ gate, up ─ act ─ down ─(+)─ …
-//                                 └─ convolution, delta rule ────────────┘              └─ router, experts ─────┘
+//                                 ├─ latents, see latent.cpp ────────────┤              └─ router, experts ─────┘
+//                                 └─ convolution, delta rule ────────────┘
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -39,7 +40,7 @@ void Engine::State::forward(const PassInput& input, float* logits, float* embedd
   const bool one = n == 1;
   attention.group(input.slots, n);
   for (LayerPlans& of : plans) {
-    for (Plan* plan : {&of.qkv, &of.o, &of.gate_up, &of.down, &of.router}) plan->restart();
+    for (Plan* plan : {&of.qkv, &of.query_up, &of.kv_up, &of.o, &of.gate_up, &of.down, &of.router}) plan->restart();
   }
   head_plan.restart();
   if (one) ++reads.tokens;
@@ -125,6 +126,7 @@ void Engine::State::mix(const Pass& pass, std::size_t index) {
     case Mixer::delta_net: return delta_net(pass, index);
     case Mixer::short_convolution: return short_convolution(pass, index);
     case Mixer::mamba2: return mamba(pass, index);
+    case Mixer::latent: return attend_latents(pass, index);
     case Mixer::none: return;
   }
 }
@@ -137,6 +139,7 @@ const float* Engine::State::mixer_output(const Pass& pass, std::size_t index, st
     case Mixer::delta_net: return gated_heads(pass, index, t);
     case Mixer::short_convolution: return gated_convolution(pass, index, t);
     case Mixer::mamba2: return gated_groups(pass, index, t);
+    case Mixer::latent: return latent_output(pass, index, t);
   }
   return mixed(pass, index, t);
 }

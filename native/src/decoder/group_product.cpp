@@ -18,16 +18,22 @@ void Engine::State::quantise_inputs(const Pass& pass, const Group& group, const 
 
 void Engine::State::quantise_inputs(const Pass& pass, const Group& group, const Outline& outline, const float* x,
                                     GroupInputs& to, InputRow row) {
-  float* const transformed[2] = {vector(pass, 1), vector(pass, 2)};
-  int next = 0;
-  for (const Transform& transform : group.transforms) {
-    transform.run(ops, x, transformed[next], vector(pass, 3));
-    x = transformed[next];
-    next = 1 - next;
-  }
+  x = transformed(pass, group.transforms, x);
   for (std::size_t i = 0; i < outline.inputs.size(); ++i) {
     to[i].set(ops, *outline.inputs[i], x, row, vector(pass, 4), vector(pass, 5));
   }
+}
+
+// x behind the transforms: x itself where there are none, else vector 1 or 2.
+const float* Engine::State::transformed(const Pass& pass, const std::vector<Transform>& transforms, const float* x) {
+  float* const room[2] = {vector(pass, 1), vector(pass, 2)};
+  int next = 0;
+  for (const Transform& transform : transforms) {
+    transform.run(ops, x, room[next], vector(pass, 3));
+    x = room[next];
+    next = 1 - next;
+  }
+  return x;
 }
 
 // y [n][outputs of the group], or partial sums; all threads are done when it returns. A thread takes its own items,

@@ -32,9 +32,10 @@ Buffer<T> reserve(std::size_t layers, std::size_t pages, std::size_t heads, std:
 
 }  // namespace
 
-KvCache::KvCache(CacheKind kind, std::size_t layers, std::size_t pages, std::size_t heads, std::size_t head_dim)
-    : kind_(kind), layers_(layers), pages_(pages), heads_(heads), head_dim_(head_dim),
-      key_bytes_(key_page_bytes(kind, head_dim)), value_bytes_(value_page_bytes(kind, head_dim)),
+KvCache::KvCache(CacheKind kind, std::size_t layers, std::size_t pages, std::size_t heads, std::size_t key_dim,
+                 std::size_t value_dim)
+    : kind_(kind), layers_(layers), pages_(pages), heads_(heads), key_dim_(key_dim), value_dim_(value_dim),
+      key_bytes_(key_page_bytes(kind, key_dim)), value_bytes_(value_page_bytes(kind, value_dim)),
       keys_(reserve<std::uint8_t>(layers, pages, heads, key_bytes_)),
       values_(reserve<std::uint8_t>(layers, pages, heads, value_bytes_)) {
   if (codes()) scales_ = reserve<float>(layers, pages, heads, kPageScales);
@@ -43,7 +44,8 @@ KvCache::KvCache(CacheKind kind, std::size_t layers, std::size_t pages, std::siz
 CacheView KvCache::view(std::size_t layer, std::size_t head, const std::int32_t* table) const {
   const std::size_t first = (layer * heads_ + head) * pages_;
   return {kind_,
-          head_dim_,
+          key_dim_,
+          value_dim_,
           keys_.data() + first * key_bytes_,
           values_.data() + first * value_bytes_,
           codes() ? scales_.data() + first * kPageScales : nullptr,
@@ -55,13 +57,13 @@ CacheView KvCache::view(std::size_t layer, std::size_t head, const std::int32_t*
 void KvCache::append(const OpsKernels& ops, const CacheView& view, std::size_t position, float* key, float* value,
                      const Grid& key_grid, const Grid& value_grid) const {
   const int bits = kind_ == CacheKind::u8 ? 8 : kind_ == CacheKind::u4 ? 4 : 0;
-  const auto range = [&](float* x, const Grid& grid) {
+  const auto range = [&](float* x, std::size_t n, const Grid& grid) {
     // The cache's codes are the grid's where they have room for it.
-    if (grid.bits > 0 && grid.bits <= bits) return ops.range(x, head_dim_, grid);
-    if (grid.bits > 0) ops.fake_quantise(x, head_dim_, ops.range(x, head_dim_, grid));
-    return bits > 0 ? ops.range(x, head_dim_, {bits, false, 1.0f}) : GridRange{};
+    if (grid.bits > 0 && grid.bits <= bits) return ops.range(x, n, grid);
+    if (grid.bits > 0) ops.fake_quantise(x, n, ops.range(x, n, grid));
+    return bits > 0 ? ops.range(x, n, {bits, false, 1.0f}) : GridRange{};
   };
-  const GridRange key_range = range(key, key_grid), value_range = range(value, value_grid);
+  const GridRange key_range = range(key, key_dim_, key_grid), value_range = range(value, value_dim_, value_grid);
   ops.append_to_cache(view, position, key, value, key_range, value_range);
 }
 

@@ -14,7 +14,8 @@ namespace tulle {
 class KvCache {
  public:
   // Reserved at once, and only as resident as it is used. Throws std::invalid_argument for sizes that no memory holds.
-  KvCache(CacheKind kind, std::size_t layers, std::size_t pages, std::size_t heads, std::size_t head_dim);
+  KvCache(CacheKind kind, std::size_t layers, std::size_t pages, std::size_t heads, std::size_t key_dim,
+          std::size_t value_dim);
 
   std::size_t pages() const { return pages_; }
   // `table`: the pages of a sequence.
@@ -34,7 +35,7 @@ class KvCache {
   bool codes() const { return kind_ == CacheKind::u8 || kind_ == CacheKind::u4; }
 
   CacheKind kind_;
-  std::size_t layers_, pages_, heads_, head_dim_;
+  std::size_t layers_, pages_, heads_, key_dim_, value_dim_;
   std::size_t key_bytes_, value_bytes_;  // of a page, layer and head
   Buffer<std::uint8_t> keys_, values_;
   Buffer<float> scales_;

@@ -161,7 +161,8 @@ void Engine::State::gate_experts(const Pass& pass, std::size_t index) {
     const Product& product = routes.gate_up.all[part];
     const std::size_t width = l.mixture.experts[routes.parts[part].expert].intermediate;
     const float* const gate = reduce(product, row, first, last, spare);
-    const float* const up = reduce(product, row, width + first, width + last, spare + width);
+    const float* const up =
+        model.gated ? reduce(product, row, width + first, width + last, spare + width) : ones.data() + first;
     this->gate(l, gate, up, last - first, spare, spare + width, to + first);
   };
   const auto quantise = [&](const ExpertRows& part, const float* x, std::size_t row) {

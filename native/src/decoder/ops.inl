@@ -296,36 +296,38 @@ static inline unsigned code_of(float x, GridRange r) {
 
 static void append_to_cache(const CacheView& c, std::size_t position, const float* key, const float* value,
                             GridRange kr, GridRange vr) {
-  const std::size_t d = c.head_dim, block = position / kKeyBlock, at = position % kKeyBlock;
+  const std::size_t keys_of = c.key_dim, d = c.value_dim, block = position / kKeyBlock, at = position % kKeyBlock;
   switch (c.kind) {
     case CacheKind::f32: {
       float* keys = page_keys<float>(c, block) + at;
-      for (std::size_t i = 0; i < d; ++i) keys[i * kKeyBlock] = key[i];
+      for (std::size_t i = 0; i < keys_of; ++i) keys[i * kKeyBlock] = key[i];
       std::memcpy(page_values<float>(c, block) + at * d, value, d * sizeof(float));
       return;
     }
     case CacheKind::bf16: {
       std::uint16_t *keys = page_keys<std::uint16_t>(c, block) + at, *values = page_values<std::uint16_t>(c, block);
-      for (std::size_t i = 0; i < d; ++i) keys[i * kKeyBlock] = to_bf16(key[i]);
+      for (std::size_t i = 0; i < keys_of; ++i) keys[i * kKeyBlock] = to_bf16(key[i]);
       for (std::size_t i = 0; i < d; ++i) values[at * d + i] = to_bf16(value[i]);
       return;
     }
     case CacheKind::u8: {
       std::uint8_t *keys = page_keys<std::uint8_t>(c, block) + at, *values = page_values<std::uint8_t>(c, block) + at * d;
-      for (std::size_t i = 0; i < d; ++i) {
-        keys[i * kKeyBlock] = static_cast<std::uint8_t>(code_of(key[i], kr));
-        values[i] = static_cast<std::uint8_t>(code_of(value[i], vr));
-      }
+      for (std::size_t i = 0; i < keys_of; ++i) keys[i * kKeyBlock] = static_cast<std::uint8_t>(code_of(key[i], kr));
+      for (std::size_t i = 0; i < d; ++i) values[i] = static_cast<std::uint8_t>(code_of(value[i], vr));
       break;
     }
     case CacheKind::u4: {
       const std::size_t row = c.value_bytes / kKeyBlock;
       std::uint8_t *keys = page_keys<std::uint8_t>(c, block) + at, *values = page_values<std::uint8_t>(c, block) + at * row;
       std::memset(values, 0, row);
-      for (std::size_t i = 0; i < d; ++i) {
-        const unsigned k = code_of(key[i], kr), v = code_of(value[i], vr);
-        std::uint8_t &pair = keys[i / 2 * kKeyBlock], &both = values[nibble_byte(i)];
+      for (std::size_t i = 0; i < keys_of; ++i) {
+        const unsigned k = code_of(key[i], kr);
+        std::uint8_t& pair = keys[i / 2 * kKeyBlock];
         pair = static_cast<std::uint8_t>(i % 2 == 0 ? k : pair | k << 4);
+      }
+      for (std::size_t i = 0; i < d; ++i) {
+        const unsigned v = code_of(value[i], vr);
+        std::uint8_t& both = values[nibble_byte(i)];
         both = static_cast<std::uint8_t>(both | (in_high_nibble(i) ? v << 4 : v));
       }
     }
@@ -359,6 +361,10 @@ static inline void add_product(Lanes& sum, float factor, const Lanes& x) {
   sum.low += factor * x.low;
   sum.high += factor * x.high;
 }
+static inline void add_product(Lanes& sum, const Lanes& x, const Lanes& y) {
+  sum.low += x.low * y.low;
+  sum.high += x.high * y.high;
+}
 // (x − offset) / total
 static inline Lanes normalised(const Lanes& x, float offset, float total) {
   return {(x.low - offset) / total, (x.high - offset) / total};
@@ -372,6 +378,7 @@ static inline Lanes lanes(const float* from) {
 }
 static inline void store(const Lanes& x, float* to) { std::memcpy(to, &x, sizeof x); }
 static inline void add_product(Lanes& sum, float factor, const Lanes& x) { sum += factor * x; }
+static inline void add_product(Lanes& sum, const Lanes& x, const Lanes& y) { sum += x * y; }
 static inline Lanes normalised(const Lanes& x, float offset, float total) { return (x - offset) / total; }
 #endif
 
@@ -505,6 +512,54 @@ static inline void value_lanes(const typename Stored<kKind>::Type* from, std::si
   }
 }
 
+// Channel `at` of a value.
+template <CacheKind kKind>
+static inline float value_channel(const typename Stored<kKind>::Type* from, std::size_t at) {
+  float value;
+  if constexpr (kKind == CacheKind::u4) {
+    const unsigned both = from[nibble_byte(at)];
+    value = static_cast<float>(in_high_nibble(at) ? both >> 4 : both & 15u);
+  } else {
+    widen(from + at, 1, &value);
+  }
+  return value;
+}
+
+// Products of kRows queries with the values of a page, which are keys, too, to[row][token]. kTokens of them at once: a
+// product's bits depend on its own row and token alone.
+template <std::size_t kRows, CacheKind kKind>
+static inline void query_value_products(const CacheView& c, std::size_t block, const float* const* queries,
+                                        float (*to)[kKeyBlock]) {
+  typedef typename Stored<kKind>::Type T;
+  constexpr std::size_t kTokens = kPagesAtOnce<kRows> * (kRows > 2 ? 2 : 1);
+  constexpr std::size_t kWide = kKind == CacheKind::u4 ? 2 : 1;
+  const std::size_t d = c.value_dim, row = c.value_bytes / kKeyBlock / sizeof(T);
+  const T* from = page_values<T>(c, block);
+  for (std::size_t t = 0; t < kKeyBlock; t += kTokens, from += kTokens * row) {
+    Lanes sums[kRows][kTokens] = {};
+    std::size_t at = 0;
+    for (; at + kWide * kKeyBlock <= d; at += kWide * kKeyBlock) {
+      Lanes value[kTokens][kWide];
+      for (std::size_t j = 0; j < kTokens; ++j) value_lanes<kWide, kKind>(from + j * row, at, value[j]);
+      for (std::size_t r = 0; r < kRows; ++r) {
+        for (std::size_t k = 0; k < kWide; ++k) {
+          const Lanes query = lanes(queries[r] + at + k * kKeyBlock);
+          for (std::size_t j = 0; j < kTokens; ++j) add_product(sums[r][j], query, value[j][k]);
+        }
+      }
+    }
+    for (std::size_t r = 0; r < kRows; ++r) {
+      for (std::size_t j = 0; j < kTokens; ++j) {
+        float parts[kKeyBlock], total = 0;
+        store(sums[r][j], parts);
+        for (std::size_t i = at; i < d; ++i) total += queries[r][i] * value_channel<kKind>(from + j * row, i);
+        for (float part : parts) total += part;
+        to[r][t + j] = total;
+      }
+    }
+  }
+}
+
 // Of the rows of a block: out = (Σ_t weights[t] · value t − offset) / total.
 struct RowSums {
   float total, offset;
@@ -559,19 +614,6 @@ static inline void weighted_values(const CacheView& c, std::size_t first, std::s
   }
 }
 
-// Channel `at` of a value.
-template <CacheKind kKind>
-static inline float value_channel(const typename Stored<kKind>::Type* from, std::size_t at) {
-  float value;
-  if constexpr (kKind == CacheKind::u4) {
-    const unsigned both = from[nibble_byte(at)];
-    value = static_cast<float>(in_high_nibble(at) ? both >> 4 : both & 15u);
-  } else {
-    widen(from + at, 1, &value);
-  }
-  return value;
-}
-
 // e^(score − the largest) in place; returns their sum, that of `sink` included where it is not null. `width`: whole
 // blocks, scores that are masked far below.
 static inline float exponentials(float* scores, std::size_t width, const float* sink) {
@@ -591,18 +633,21 @@ static inline float exponentials(float* scores, std::size_t width, const float* 
 }
 
 template <std::size_t kRows, CacheKind kKind>
-static void attend_rows(const CacheView& c, const float* const* queries, const std::size_t* begin,
-                        const std::size_t* end, float factor, float cap, const float* sinks,
+static void attend_rows(const CacheView& c, const float* const* queries, const float* const* latents,
+                        const std::size_t* begin, const std::size_t* end, float factor, float cap, const float* sinks,
                         float* const* out, float* scores) {
   typedef typename Stored<kKind>::Type T;
-  const std::size_t d = c.head_dim;
+  const std::size_t d = c.value_dim;
   std::size_t first = begin[0], last = end[0];
-  float query_sums[kRows] = {};
+  float query_sums[kRows] = {}, latent_sums[kRows] = {};
   for (std::size_t r = 0; r < kRows; ++r) {
     first = begin[r] < first ? begin[r] : first;
     last = end[r] > last ? end[r] : last;
     if (kCodes<kKind>) {
-      for (std::size_t i = 0; i < d; ++i) query_sums[r] += queries[r][i];
+      for (std::size_t i = 0; i < c.key_dim; ++i) query_sums[r] += queries[r][i];
+    }
+    if (kCodes<kKind> && latents != nullptr) {
+      for (std::size_t i = 0; i < d; ++i) latent_sums[r] += latents[r][i];
     }
   }
   first = first / kKeyBlock * kKeyBlock;
@@ -612,7 +657,7 @@ static void attend_rows(const CacheView& c, const float* const* queries, const s
     float* rows[kRows];
     for (std::size_t k = 0; k < pages(); ++k) keys[k] = page_keys<T>(c, (first + b) / kKeyBlock + k);
     for (std::size_t r = 0; r < kRows; ++r) rows[r] = scores + r * width + b;
-    query_key_products<kRows, pages(), kKind>(keys, d, queries, rows);
+    query_key_products<kRows, pages(), kKind>(keys, c.key_dim, queries, rows);
   };
   std::size_t done = 0;
   constexpr std::size_t kAtOnce = kPagesAtOnce<kRows>;
@@ -621,13 +666,23 @@ static void attend_rows(const CacheView& c, const float* const* queries, const s
   for (std::size_t b = 0; b < width; b += kKeyBlock) {
     const std::size_t start = first + b;
     const float* scales = kCodes<kKind> ? page_scales(c, start / kKeyBlock) : nullptr;
+    float of_values[kRows][kKeyBlock];
+    if (latents != nullptr) query_value_products<kRows, kKind>(c, start / kKeyBlock, latents, of_values);
     for (std::size_t r = 0; r < kRows; ++r) {
       float* row = scores + r * width + b;
+      if (kCodes<kKind>) {
+        for (std::size_t j = 0; j < kKeyBlock; ++j) row[j] = (row[j] - scales[kKeyBlock + j] * query_sums[r]) * scales[j];
+      }
+      if (latents != nullptr) {
+        for (std::size_t j = 0; j < kKeyBlock; ++j) {
+          float more = of_values[r][j];
+          if (kCodes<kKind>) more = (more - scales[3 * kKeyBlock + j] * latent_sums[r]) * scales[2 * kKeyBlock + j];
+          row[j] += more;
+        }
+      }
       for (std::size_t j = 0; j < kKeyBlock; ++j) {
         const std::size_t position = start + j;
-        float score = row[j];
-        if (kCodes<kKind>) score = (score - scales[kKeyBlock + j] * query_sums[r]) * scales[j];
-        score *= factor;
+        float score = row[j] * factor;
         if (cap > 0) score = cap * tangent(score / cap);
         row[j] = position < begin[r] || position >= end[r] ? -1e30f : score;
       }
@@ -661,25 +716,25 @@ static void attend_rows(const CacheView& c, const float* const* queries, const s
 }
 
 template <CacheKind kKind>
-static void attend_kind(const CacheView& c, std::size_t rows, const float* const* queries, const std::size_t* begin,
-                        const std::size_t* end, float factor, float cap, const float* sinks,
+static void attend_kind(const CacheView& c, std::size_t rows, const float* const* queries, const float* const* latents,
+                        const std::size_t* begin, const std::size_t* end, float factor, float cap, const float* sinks,
                         float* const* out, float* scores) {
   switch (rows) {
-    case 1: return attend_rows<1, kKind>(c, queries, begin, end, factor, cap, sinks, out, scores);
-    case 2: return attend_rows<2, kKind>(c, queries, begin, end, factor, cap, sinks, out, scores);
-    case 3: return attend_rows<3, kKind>(c, queries, begin, end, factor, cap, sinks, out, scores);
-    default: return attend_rows<4, kKind>(c, queries, begin, end, factor, cap, sinks, out, scores);
+    case 1: return attend_rows<1, kKind>(c, queries, latents, begin, end, factor, cap, sinks, out, scores);
+    case 2: return attend_rows<2, kKind>(c, queries, latents, begin, end, factor, cap, sinks, out, scores);
+    case 3: return attend_rows<3, kKind>(c, queries, latents, begin, end, factor, cap, sinks, out, scores);
+    default: return attend_rows<4, kKind>(c, queries, latents, begin, end, factor, cap, sinks, out, scores);
   }
 }
 
-static void attend(const CacheView& c, std::size_t rows, const float* const* queries, const std::size_t* begin,
-                   const std::size_t* end, float factor, float cap, const float* sinks,
+static void attend(const CacheView& c, std::size_t rows, const float* const* queries, const float* const* latents,
+                   const std::size_t* begin, const std::size_t* end, float factor, float cap, const float* sinks,
                    float* const* out, float* scores) {
   switch (c.kind) {
-    case CacheKind::f32: return attend_kind<CacheKind::f32>(c, rows, queries, begin, end, factor, cap, sinks, out, scores);
-    case CacheKind::bf16: return attend_kind<CacheKind::bf16>(c, rows, queries, begin, end, factor, cap, sinks, out, scores);
-    case CacheKind::u8: return attend_kind<CacheKind::u8>(c, rows, queries, begin, end, factor, cap, sinks, out, scores);
-    case CacheKind::u4: return attend_kind<CacheKind::u4>(c, rows, queries, begin, end, factor, cap, sinks, out, scores);
+    case CacheKind::f32: return attend_kind<CacheKind::f32>(c, rows, queries, latents, begin, end, factor, cap, sinks, out, scores);
+    case CacheKind::bf16: return attend_kind<CacheKind::bf16>(c, rows, queries, latents, begin, end, factor, cap, sinks, out, scores);
+    case CacheKind::u8: return attend_kind<CacheKind::u8>(c, rows, queries, latents, begin, end, factor, cap, sinks, out, scores);
+    case CacheKind::u4: return attend_kind<CacheKind::u4>(c, rows, queries, latents, begin, end, factor, cap, sinks, out, scores);
   }
 }
 

@@ -19,9 +19,10 @@ std::size_t widest(const Model& m) {
   return found;
 }
 
+bool attends(const Layer& l) { return l.mixer == Mixer::attention || l.mixer == Mixer::latent; }
+
 std::size_t attention_layers(const Model& m) {
-  return static_cast<std::size_t>(std::count_if(m.layers.begin(), m.layers.end(),
-                                                [](const Layer& l) { return l.mixer == Mixer::attention; }));
+  return static_cast<std::size_t>(std::count_if(m.layers.begin(), m.layers.end(), attends));
 }
 
 // Of a sequence's record, all layers together.
@@ -44,7 +45,7 @@ Engine::State::State(Model m, const EngineSizes& s)
       threads(std::max<std::size_t>(sizes.threads, 1)), linear(*active_isa().linear),
       ops(*active_isa().ops), plans(model.layers.size()),
       state_floats(floats_of(model)),
-      cache(sizes.cache, attention_layers(model), sizes.pages, model.kv_heads, model.head_dim),
+      cache(sizes.cache, attention_layers(model), sizes.pages, model.kv_heads, model.head_dim, model.value_dim),
       states(sizes.slots, sizes.snapshots, state_floats), runs(sizes.slots, sizes.batch), check(model.vocabulary, sizes),
       attention(model.heads, model.kv_heads, model.head_dim, sizes.batch, model.attention_scale, model.attention_cap) {
   for (const Rotary& table : model.rotary) {
@@ -89,21 +90,41 @@ Engine::State::State(Model m, const EngineSizes& s)
       }
       expert.wide_row = std::max(expert.wide_row, 2 * one.intermediate);
       expert.gated_row = std::max(expert.gated_row, one.intermediate);
+      inner = std::max(inner, one.intermediate);
     }
     outputs = std::max({outputs, mixture.experts.size() + 1, expert.wide_row});
     per_token = std::max(per_token, mixture.per_token());
     most_experts = std::max(most_experts, mixture.experts.size());
     marks = std::max(marks, mixture.routed() + mixture.router.groups);
   };
+  InputSizes absorbed_keys, absorbed_values;
+  std::size_t query_floats = 0, product_floats = 0, kept_floats = 0, parts = 0, rank = 0;
+  const auto add_latent = [&](const LatentAttention& own, LayerPlans& to) {
+    if (own.query_rank > 0) add(own.query_up, to.query_up, partial_back);
+    query_floats = std::max(query_floats, model.heads * own.query());
+    most_mixed = std::max(most_mixed, model.heads * own.tiled_value());
+    if (!own.absorbed()) {
+      add(own.kv_up, to.kv_up, partial_in);
+      product_floats = std::max(product_floats, to.kv_up.outputs);
+      kept_floats = std::max(kept_floats, own.rank + own.rotary);
+      return;
+    }
+    product_floats = std::max(product_floats, own.keys.weight.rows);
+    parts = std::max(parts, own.parts);
+    rank = std::max(rank, own.rank);
+    absorbed_keys.add(own.keys);
+    absorbed_values.add(own.values);
+  };
   for (std::size_t i = 0; i < plans.size(); ++i) {
     const Layer& layer = model.layers[i];
-    plans[i].kept = layer.mixer == Mixer::attention ? cached++ : floats;
+    plans[i].kept = attends(layer) ? cached++ : floats;
     const MixerSizes mixer = model.mixer_sizes(layer);
     floats += round_up(mixer.state, 16);
     outputs = std::max(outputs, mixer.outputs);
     most_mixed = std::max(most_mixed, mixer.mixed);
     add(layer.qkv, plans[i].qkv, partial_in);
     add(layer.o, plans[i].o, partial_back);
+    if (layer.mixer == Mixer::latent) add_latent(layer.latent, plans[i]);
     if (layer.mixture.present()) {
       add_mixture(layer.mixture, plans[i]);
       continue;
@@ -127,6 +148,13 @@ Engine::State::State(Model m, const EngineSizes& s)
     ones = Buffer<float>(inner);
     std::fill_n(ones.data(), inner, 1.0f);
   }
+  latent.queries = Buffer<float>(batch * query_floats);
+  latent.products = Buffer<float>(batch * product_floats);
+  latent.kept = Buffer<float>(batch * kept_floats);
+  if (parts > 0) {
+    latent.keys = group_inputs(1, absorbed_keys, batch * model.heads * parts);
+    latent.values = group_inputs(1, absorbed_values, batch * model.heads);
+  }
   if (per_token > 0) {
     const std::size_t rows = batch * per_token;
     expert_inputs = group_inputs(expert_kinds, expert_sizes, rows);
@@ -142,6 +170,7 @@ Engine::State::State(Model m, const EngineSizes& s)
     ThreadMemory memory;
     memory.vectors = Buffer<float>(kVectors * vector_floats);
     memory.scores = Buffer<float>(kQueries * table_width * kKeyBlock);
+    memory.latents = Buffer<float>(2 * kQueries * rank);
     memory.panel_sums = Buffer<float>(std::min(batch, kInputMajorTokens) * panel);
     memory.kernel_scratch = Buffer<std::uint8_t>(
         std::max(scratch_bytes(batch), panel > 0 ? input_major_scratch_bytes(kInputMajorTokens) : 0));
@@ -157,6 +186,14 @@ Engine::State::State(Model m, const EngineSizes& s)
   }
 }
 
+std::uint64_t LatentMemory::bytes() const {
+  std::uint64_t bytes = queries.bytes() + products.bytes() + kept.bytes();
+  for (const GroupInputs* inputs : {&keys, &values}) {
+    for (const QuantisedInputs& one : *inputs) bytes += one.bytes();
+  }
+  return bytes;
+}
+
 std::uint64_t Engine::State::work_bytes() const {
   std::uint64_t bytes = 0;
   for (const RotaryTables& table : rotary) bytes += table.bytes();
@@ -167,8 +204,9 @@ std::uint64_t Engine::State::work_bytes() const {
   for (const QuantisedInputs& one : inputs) bytes += one.bytes();
   for (const QuantisedInputs& one : expert_inputs) bytes += one.bytes();
   if (routes != nullptr) bytes += routes->bytes();
+  bytes += latent.bytes();
   for (const ThreadMemory& t : of_thread) {
-    bytes += t.vectors.bytes() + t.scores.bytes() + t.panel_sums.bytes() + t.kernel_scratch.bytes();
+    bytes += t.vectors.bytes() + t.latents.bytes() + t.scores.bytes() + t.panel_sums.bytes() + t.kernel_scratch.bytes();
     bytes += t.hidden.bytes() + t.outputs.bytes();
     for (const QuantisedInputs& one : t.inputs) bytes += one.bytes();
     for (const QuantisedInputs& one : t.expert_inputs) bytes += one.bytes();

@@ -4,6 +4,7 @@
 //   delta_net.cpp      what gated delta nets do between their linears
 //   convolution.cpp    causal convolutions of recurrent mixers, and the mixer that is one between two gates
 //   mamba.cpp          what Mamba-2 does between its linears
+//   latent.cpp         latent attention
 //   group_product.cpp  a group of linears: quantise the inputs, multiply, reduce partial sums
 //   mixture.cpp        experts: which tokens go to which, and their products
 //   routing.cpp        a token's experts and their weights
@@ -90,9 +91,21 @@ struct ExpertMemory {
   std::size_t wide_row = 0, gated_row = 0, wide_sums = 0, back_sums = 0;
 };
 
+// What latent attention works in.
+struct LatentMemory {
+  Buffer<float> queries;   // [token][head][plain | rotary]
+  Buffer<float> products;  // absorbed: queries as latents see them, [token][output of the absorbed keys]; otherwise
+                           // the heads' keys and values, [token][output of kv_up]
+  Buffer<float> kept;      // expanded: [token][latent, normed | what is rotated of a key, rotated]
+  GroupInputs keys, values;  // absorbed, one each: row [head][part][token], and [head][token]
+
+  std::uint64_t bytes() const;
+};
+
 // Memory of one thread.
 struct ThreadMemory {
   Buffer<float> vectors;      // of `vector_floats` each; see Engine::State::vector
+  Buffer<float> latents;      // latent attention: of the queries of a block, [kQueries][rank], and their outputs
   Buffer<float> scores;       // attention: [kQueries][context]
   Buffer<float> panel_sums;   // input-major linears: [kInputMajorTokens][output of a panel]
   Buffer<std::uint8_t> kernel_scratch;
@@ -113,8 +126,9 @@ struct Engine::State {
   };
   struct LayerPlans {
     Plan qkv, o, gate_up, down, router;
+    Plan query_up, kv_up;  // of latent attention
     std::vector<ExpertPlan> experts;
-    std::size_t kept = 0;  // of attention: its layer of the cache; otherwise where its floats begin in a record
+    std::size_t kept = 0;  // of attention, latent or not: its layer of the cache; otherwise where its floats begin in a record
   };
 
   State(Model model, const EngineSizes& sizes);
@@ -146,6 +160,7 @@ struct Engine::State {
   GroupInputs inputs, expert_inputs;
   std::unique_ptr<Routes> routes;
   ExpertMemory expert;
+  LatentMemory latent;
   // How many items of the experts' products have been taken, of gate and up, and of down.
   alignas(kAlignment) std::atomic<std::size_t> taken[2] = {};
   PartialSums partial_sums;
@@ -166,6 +181,7 @@ struct Engine::State {
   void quantise_inputs(const Pass& pass, const Group& group, const Outline& outline, const float* x, std::size_t t);
   void quantise_inputs(const Pass& pass, const Group& group, const Outline& outline, const float* x,
                        GroupInputs& inputs, InputRow row);
+  const float* transformed(const Pass& pass, const std::vector<Transform>& transforms, const float* x);
   void multiply(const Pass& pass, const Group& group, Plan& plan, Buffer<float>& partial_sums, std::size_t n, float* y);
   void multiply(const Pass& pass, const Products& products, std::atomic<std::size_t>& taken);
   void multiply_item(const Pass& pass, const Product& product, const WorkItem& item);
@@ -221,6 +237,17 @@ struct Engine::State {
   void convolve_part(const Pass& pass, std::size_t index, const SequenceRun& run, std::size_t part);
   void state_space(const Pass& pass, std::size_t index, const SequenceRun& run, std::size_t head);
   const float* gated_groups(const Pass& pass, std::size_t index, std::size_t t);
+
+  // latent.cpp
+  void attend_latents(const Pass& pass, std::size_t index);
+  void narrow(const Pass& pass, std::size_t index, std::size_t t);
+  void keep_latent(const Pass& pass, std::size_t index, float* latent, float* rotated, std::size_t t);
+  void absorb_query(const Pass& pass, std::size_t index, std::size_t head, std::size_t t);
+  void attend_absorbed(const Pass& pass, std::size_t index, const QueryBlock& block);
+  void expand(const Pass& pass, std::size_t index);
+  void append_expanded(const Pass& pass, std::size_t index, std::size_t head, std::size_t t);
+  void multiply_pieces(const Pass& pass, const Linear& l, const GroupInputs& x, std::size_t pieces, float* y);
+  const float* latent_output(const Pass& pass, std::size_t index, std::size_t t);
 };
 
 // A pass as one thread sees it.

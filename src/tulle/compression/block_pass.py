@@ -49,14 +49,15 @@ class ParkedBatches:
 
     def _park(self, given: GroupInput, before: GroupInput | None = None) -> GroupInput:
         # What stays the same from group to group (the stream within mixer and feed-forward, what a mixture of experts
-        # carries) lies where it lay.
-        there = [] if before is None else [before.residual, *before.carried]
+        # carries, what stands beside the stream) lies where it lay.
+        there = [] if before is None else [before.residual, *before.carried, *before.beside.values()]
         kept = {id(tensor): tensor for tensor in there}
-        for tensor in (given.x, given.residual, *given.carried):
+        for tensor in (given.x, given.residual, *given.carried, *given.beside.values()):
             if id(tensor) not in kept:
                 kept[id(tensor)] = self._parking.keep(tensor)
         given.x, given.residual = kept[id(given.x)], kept[id(given.residual)]
         given.carried = [kept[id(tensor)] for tensor in given.carried]
+        given.beside = {name: kept[id(tensor)] for name, tensor in given.beside.items()}
         return given
 
 

@@ -27,7 +27,7 @@ from tulle.compression.report import linear_report, run_report, table_report
 from tulle.compression.run_folder import RunFolder, State, disk_errors
 from tulle.compression.survey import head_hessian, take_survey
 from tulle.compression.tables import quantise_table, relative_error, table_steps
-from tulle.compression.walker import Experts, PartResult, Walker, compute_dtype
+from tulle.compression.walker import Experts, PartResult, Walker, compute_dtype, widest_state
 from tulle.core.grid import Grid, is_automatic, try_instead
 from tulle.core.hessian import Hessian
 from tulle.core.masks import zero_share
@@ -71,6 +71,7 @@ def compress(
     resume: bool = False,
     progress: Progress | None = None,
     costs: Path | None = None,
+    input_shares: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Compresses ``model`` by ``recipe`` into the folder ``output`` and returns its report (``OUT/report.json``).
 
@@ -78,8 +79,9 @@ def compress(
     what ``separator``, ``documents`` and ``min_chars`` do), or a ready :class:`Text`; None takes the source of the
     installed standard library. ``samples`` and ``length`` (tokens) override the recipe's. ``evaluation``: perplexity
     before and after goes into the report. ``costs``: a folder that keeps what ``allocate_bits`` and the like measured,
-    for another budget of the same model. Two runs with one seed write the same bytes (on one machine, with one number
-    of threads); the report differs in its times. Raises ``UserError`` for bad input, before anything is written
+    for another budget of the same model. ``input_shares``: shares of dropped inputs by linear, for a step that selects
+    inputs, where the recipe does not decide them. Two runs with one seed write the same bytes (on one machine, with one
+    number of threads); the report differs in its times. Raises ``UserError`` for bad input, before anything is written
     wherever that can be known.
     """
     begun = time.perf_counter()
@@ -107,7 +109,7 @@ def compress(
             return read_json(Path(output) / "report.json", "a report")
         batches = batched(tokens)
         # Two sets of hidden states go in and two come out.
-        activations = 4 * sum(b.tokens.numel() for b in batches) * dense.description.hidden * dtype.itemsize
+        activations = 4 * sum(b.tokens.numel() for b in batches) * widest_state(dense.description) * dtype.itemsize
         run.require_space(dense.checkpoint.bytes + activations)
         with disk_errors(Path(output)):
             # The state is not on disk yet, so that the folder's name must tell other runs apart.
@@ -116,8 +118,9 @@ def compress(
                 dense, chosen, batches, device, progress, seed, kept, dtype,
                 begun=state.next_block is not None, costs=costs,
             )  # fmt: skip
+            decisions.input_sparsity = {**(input_shares or {}), **decisions.input_sparsity}
             decisions.notes[:0] = group_sizes(dense.description, chosen)
-            decisions.notes.extend(dense.checkpoint.source.notes)
+            decisions.notes.extend([*dense.checkpoint.source.notes, *_left_as_stored(dense)])
             if decisions.changes_basis and any(
                 zero_share(t) >= SPARSE_FROM for t in dense.read_block(0, experts=False).values()
             ):
@@ -126,7 +129,7 @@ def compress(
             tables = table_steps(dense.tied, chosen)
             walker = Walker(
                 dense.description, chosen, batches, run.work, decisions, device, dtype, progress, seed,
-                embedding_changes="embedding" in tables,
+                embedding_changes="embedding" in tables, inputs=dense.token_inputs(),
             )  # fmt: skip
             job = _Job(dense, chosen, walker, run, state, tables, decisions.head_hessian, decisions.grids)
             closing = job.run_to_end()
@@ -267,7 +270,7 @@ class _Job:
         self.state.count({"load": time.perf_counter() - begun})
         if "embedding" in self.tables:
             tensors, compressed = self._quantised_table("embedding", name, embedding, self.head_hessian)
-        self.run.write(self.state, 0, tensors)
+        self.run.write(self.state, 0, tensors | self.dense.per_layer_tensors())
         self.walker.begin(embedding, compressed)
         self.state.next_block = 0
         self.run.commit(self.state)
@@ -310,8 +313,7 @@ class _Job:
         self.state.attention = None if attention is None else attention.to_json()
         self.state.next_block = index + 1
         self.run.commit(self.state)
-        for path in ("dense", "compressed"):
-            self.walker.states(path, index).file.unlink(missing_ok=True)
+        self.walker.forget(index)
 
     def _packed_part(
         self, index: int, result: PartResult, read: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]
@@ -395,6 +397,12 @@ class _Job:
             return PackedDecoder(Checkpoint.open(self.run.folder)).head
         table = self.dense.embedding() if self.dense.tied else closing[self.dense.description.head]
         return lambda start, stop: table[start:stop].float()
+
+
+def _left_as_stored(dense: DenseModel) -> list[str]:
+    """A line for the tables of a model's inputs by layer."""
+    stored = {name: dense.checkpoint.info(name).bytes for name in dense.description.per_layer_tensors()}
+    return [f"left as stored: {', '.join(stored)} ({sum(stored.values()):,} bytes)"] if stored else []
 
 
 def _calibration_facts(text: Text, tokens: Sequence[Tensor]) -> dict[str, Any]:

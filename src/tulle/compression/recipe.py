@@ -292,20 +292,30 @@ def _ordered(steps: list[Any]) -> tuple[Step, ...]:
 
 
 def _then(content: Any, steps: tuple[Step, ...], recover: Recover | None) -> tuple[Step, ...]:
-    """The steps after recovering. What the first ones have made is read as a dense model with zeros there, so that all
-    but zeros would be lost: raises ``UserError`` where they do more than prune."""
+    """The steps after recovering. What the first ones have made is read as a dense model with zeros there, so that
+    nothing else would stay: raises ``UserError`` where they do more than prune and select inputs by Top-K. Selected
+    inputs must be selected again, by a step of ``then``."""
     if recover is None or not isinstance(content, list) or not content:
         raise UserError(
             f"expected then as a list of steps after recover, found {content!r}"
             + ("" if recover else " without recover")
         )
     for step in steps:
-        if not METHODS[step.name].startswith("tulle.methods.prune."):
+        selects = step.method.settles <= {"selection", "input sparsities"}
+        kept = selects and getattr(step.method, "kind", "top_k") == "top_k"
+        if not kept and not METHODS[step.name].startswith("tulle.methods.prune."):
             raise UserError(
-                f"expected steps that prune before recover and then, found {step.name}; move it to then, or leave then "
-                "out"
+                "expected steps that prune, or select inputs by Top-K, before recover and then, found "
+                f"{step.name}; move it to then, or leave then out"
             )
-    return _ordered(content)
+    then = _ordered(content)
+    before, after = (_settled(found)["selection"] for found in (steps, then))
+    if missing := sorted(set(before) - set(after)):
+        raise UserError(
+            f"expected a step of then that selects inputs of {', '.join(missing)} as {steps[before[missing[0]]].name} "
+            "does before recover, found none; add that step to then"
+        )
+    return then
 
 
 def read_recover(content: Any) -> Recover:

@@ -171,7 +171,7 @@ def _read_again(
     for index in range(layers):
         if progress:
             progress(f"read again {index + 1}/{layers}", layers, layers)  # the blocks are done: the bar stays full
-        ends = model.block(index, [*found, *shaken])
+        ends = model.block(index, [*found, *shaken], 2 * [window.tokens for window in windows])
         found, shaken = ends[: len(found)], [rounded(hidden) for hidden in ends[len(found) :]]
     outer = model.outer()
     both = [losses(model.decoder, windows, hidden, outer, model.head) for hidden in (found, shaken)]

@@ -171,8 +171,9 @@ class _Walk:
                 sampler.add(x)
             seen[role if given.tokens is None else given.group.names[0]].add(x, frozenset({"column_norm"}))
 
-        hidden = self._embedded(taken)
+        first = hidden = self._embedded(taken)
         for index, tensors in self._blocks("survey"):
+            hidden = self._entering(index, hidden, taken, first)
             samplers: dict[str, Extremes] = {}
             seen: dict[str, Statistics] = defaultdict(Statistics)
             hidden = outputs(self._block(index, tensors), hidden, self.read_expert, partial(see, samplers, seen))
@@ -194,9 +195,10 @@ class _Walk:
             if given.tokens is None and given.role in found:
                 found[given.role].add(given.real(given.x, seen[batch].valid.to(self.device)))
 
-        stream = self._embedded(seen)
+        first = stream = self._embedded(seen)
         for index, tensors in self._blocks("survey"):
             block = self._block(index, tensors)
+            stream = self._entering(index, stream, seen, first)
             groups = [group for group in block.layer.groups if group.role in roles]
             found = {group.role: Hessian.zeros(group.inputs, self.device) for group in groups}
             stream = outputs(block, stream, self.read_expert, partial(add, found))
@@ -205,9 +207,10 @@ class _Walk:
     def head_hessian(self, dtype: torch.dtype) -> Hessian:
         """H of what the head reads; in memory are one block and the hidden states of about ``HEAD_TOKENS`` tokens."""
         seen = batched(_drawn(self.batches, HEAD_TOKENS)[0])
-        stream = [hidden.to(dtype) for hidden in self._embedded(seen)]
+        first = stream = [hidden.to(dtype) for hidden in self._embedded(seen)]
         for index, tensors in self._blocks("head"):
-            stream = outputs(self._block(index, tensors, dtype), stream, self.read_expert)
+            entering = self._entering(index, stream, seen, first)
+            stream = outputs(self._block(index, tensors, dtype), entering, self.read_expert)
         return head_hessian(self.model, seen, stream, self.dense.closing(), self.device)
 
     def costs(
@@ -219,8 +222,10 @@ class _Walk:
     ) -> dict[Key, float]:
         """``Survey.costs``. A killed run goes on from what is in the folder."""
         outer = {self.model.embedding: self.dense.embedding(), **self.dense.closing()}
-        tied = replace(self.model, tied=self.dense.tied)
-        model = PlainDecoder(tied, self.read_block, outer, self.device, read_expert=self.read_expert)
+        model = PlainDecoder(
+            replace(self.model, tied=self.dense.tied), self.read_block, outer, self.device,
+            inputs=self.dense.token_inputs(), read_expert=self.read_expert,
+        )  # fmt: skip
         folder = None if self.folder is None else self.folder / f"costs-{next(self.calls)}"
         chosen = batched(_drawn(self.batches, tokens)[0])
         return divergences(
@@ -239,6 +244,16 @@ class _Walk:
     def _block(self, index: int, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> DecoderBlock:
         """Without its experts."""
         return DecoderBlock(self.model, index, tensors, self.device, dtype, experts=False)
+
+    def _entering(
+        self, index: int, hidden: Sequence[Tensor], batches: Sequence[Batch], first: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Hidden states as block ``index`` takes them; ``first``: those in front of the first block."""
+        inputs = self.dense.token_inputs()
+        return [
+            inputs.join(index, states, batch.tokens, embedded.clone)
+            for states, batch, embedded in zip(hidden, batches, first, strict=True)
+        ]
 
     def _blocks(self, what: str) -> Iterator[tuple[int, dict[str, Tensor]]]:
         for index in range(len(self.model.layers)):

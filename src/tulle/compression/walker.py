@@ -21,6 +21,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ from tulle.methods.contract import (
 from tulle.models.batches import Batch, real_tokens
 from tulle.models.decoder import DecoderBlock, run_group
 from tulle.models.description import Decoder, Expert, Layer, LinearGroup
+from tulle.models.state import TokenInputs
 from tulle.models.watch import run_with_stream
 
 PARKED_SHARE = 1 / 8
@@ -104,6 +106,7 @@ class Walker:
 
     ``decisions``: what the recipe's model steps decided; None: nothing. ``dtype``: what the blocks compute in;
     statistics and weights are float32. ``embedding_changes``: the compressed model has an embedding of its own.
+    ``inputs``: what blocks have of their own, in a model where they do.
     """
 
     def __init__(
@@ -118,6 +121,7 @@ class Walker:
         progress: Progress | None = None,
         seed: int = 0,
         embedding_changes: bool = False,
+        inputs: TokenInputs | None = None,
     ):
         self._model, self._recipe, self._batches, self._folder = model, recipe, batches, folder
         self._decisions = decisions or Decisions()
@@ -125,17 +129,23 @@ class Walker:
         self._valid = [None if bool(batch.valid.all()) else batch.valid.to(device) for batch in batches]
         tokens = sum(batch.tokens.numel() for batch in batches)
         widest = max(group.inputs for layer in model.layers for group in layer.groups)
-        parked = 2 * tokens * (model.hidden + widest) * dtype.itemsize
+        parked = 2 * tokens * (widest_state(model) + widest) * dtype.itemsize
         self._parking = Parking(folder, on_disk=parked > PARKED_SHARE * memory_bytes())
         self._seconds: dict[str, float] = {}
-        self._embedding_changes = embedding_changes
+        self._embedding_changes, self._inputs = embedding_changes, inputs
 
     def states(self, path: str, block: int) -> HiddenStates:
         """Inputs of ``block`` on the ``dense`` or the ``compressed`` path; the same file for block 0 where the
         embedding is the same."""
         own = block > 0 or self._embedding_changes
         file = self._folder / f"{path if own else 'dense'}-{block}.bin"
-        return HiddenStates(file, self._batches, self._model.hidden, self._dtype)
+        return HiddenStates(file, self._batches, self._model.state_width(block), self._dtype)
+
+    def forget(self, block: int) -> None:
+        """Removes the inputs of a block that is done, but for what later ones make inputs of their own of."""
+        if block or self._model.per_layer is None:
+            for path in ("dense", "compressed"):
+                self.states(path, block).file.unlink(missing_ok=True)
 
     def begin(self, embedding: Tensor, compressed: Tensor | None = None) -> None:
         """Looks the tokens up in the embedding ``[V, d]``, and in the ``compressed`` one where it changes."""
@@ -391,7 +401,8 @@ class Walker:
                 ends = self._expert(work, expert, experts, expert_steps, dense, compressed, gap)
             self._report(index, len(part.roles), "propagate")
             for i, (wanted, left) in enumerate(ends):
-                gap.add("", real_tokens(wanted, self._valid[i]), real_tokens(left, self._valid[i]))
+                streams = [x[..., : self._model.hidden] for x in (wanted, left)]
+                gap.add("", *(real_tokens(stream, self._valid[i]) for stream in streams))
                 self.states("dense", index + 1).write(i, wanted)
                 self.states("compressed", index + 1).write(i, left)
         for quantised in work.inputs.values():
@@ -526,8 +537,13 @@ class Walker:
     # Small things
 
     def _hidden(self, path: str, block: int) -> Iterator[Tensor]:
-        states = self.states(path, block)
-        return (states.read(i).to(self._device) for i in range(len(self._batches)))
+        """What the block takes, batch by batch."""
+        states, first = self.states(path, block), self.states(path, 0)
+        for i, batch in enumerate(self._batches):
+            state = states.read(i)
+            if self._inputs is not None:
+                state = self._inputs.join(block, state, batch.tokens, partial(first.read, i))
+            yield state.to(self._device)
 
     def _masks(self) -> list[Tensor]:
         """Which tokens are real, bool ``[B, T]`` per batch."""
@@ -556,6 +572,11 @@ class _Timer:
 
     def __exit__(self, *_: object) -> None:
         self.seconds[self.stage] += time.perf_counter() - self.begun
+
+
+def widest_state(model: Decoder) -> int:
+    """Channels of a token that the files between blocks hold at most."""
+    return max(model.state_width(index) for index in range(len(model.layers) + 1))
 
 
 def compressible(layer: Layer) -> list[LinearGroup]:

@@ -20,7 +20,7 @@ from tulle.format.pack import (
     unpack_zero_point,
 )
 from tulle.format.spec import LinearSpec
-from tulle.models.description import GatedDeltaNet
+from tulle.models.description import GatedDeltaNet, LatentAttention
 from tulle.models.gguf.source import GgufSource
 from tulle.models.source import TensorSource, describe_source, open_source, packed_by_tulle, require_finite
 from tulle.models.tensor_file import FLOATS, as_float32
@@ -101,18 +101,18 @@ class StoredLinear:
         whole = self.with_whole_scales()
         if whole.scale is None or whole.bits is None:
             return bf16_to_f32(self.values) if self.values.dtype == np.uint16 else self.values
-        scale = _wide(whole.scale)
+        scale = wide(whole.scale)
         zero: Any = 1 << (whole.bits - 1) if whole.zero is None else whole.zero
         if whole.zero_point is not None:
             zero = whole.zero_point.astype(np.float32)[:, :, None]
         grouped = whole.values.reshape(*whole.scale.shape, -1).astype(np.float32) - np.float32(zero)
         grouped *= scale[:, :, None]
         if whole.minimum is not None:
-            grouped += _wide(whole.minimum)[:, :, None]
+            grouped += wide(whole.minimum)[:, :, None]
         return grouped.reshape(whole.values.shape)
 
 
-def _wide(numbers: NDArray[Any]) -> NDArray[np.float32]:
+def wide(numbers: NDArray[Any]) -> NDArray[np.float32]:
     """Scales or minima in float32; uint16 are bits of bfloat16."""
     return bf16_to_f32(numbers) if numbers.dtype == np.uint16 else numbers.astype(np.float32)
 
@@ -154,7 +154,8 @@ class Source(Checkpoint):
     ``Layer.all_groups()``.
     ``shapes``: of all of them, ``(C_out, C_in)``. ``biased``: those that have a
     bias. ``specs``: how they are packed; a linear without one is dense. ``row_orders``: of linears whose rows the
-    kernels want in another order, which row comes where.
+    kernels want in another order, which row comes where. ``absorbed``: linears of latent attention that are run as
+    ``tulle.engine.latent`` has them, and the mixer that each belongs to.
     """
 
     def __init__(self, source: TensorSource | Path):
@@ -169,6 +170,13 @@ class Source(Checkpoint):
         self.shapes = {layer.prefix + linear.name: linear.shape for layer in layers for linear in layer.linears()}
         self.biased = {layer.prefix + linear.name for layer in layers for linear in layer.linears() if linear.bias}
 
+        # Quantisers of heads' keys and values need these.
+        expanded = self.packed is not None and self.packed.attention is not None
+        self.absorbed = {
+            layer.prefix + layer.group("kv_up").names[0]: layer.mixer
+            for layer in layers
+            if isinstance(layer.mixer, LatentAttention) and not expanded
+        }
         self.row_orders: dict[str, NDArray[np.int64]] = {}
         for layer in layers:
             if isinstance(layer.mixer, GatedDeltaNet) and layer.mixer.fused:

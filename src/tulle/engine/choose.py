@@ -72,6 +72,7 @@ class FirstBlock(Source):
         self.description = replace(source.description, layers=(first, *source.description.layers[1:]))
         self.groups = [[tuple(first.prefix + name for name in group.names) for group in first.all_groups()]]
         self.shapes = source.shapes | {self._router: (router.chosen, first.hidden)}
+        self.biased = source.biased - {self._router}
 
     def linear(self, name: str) -> StoredLinear:
         if name == self._router:

@@ -24,9 +24,9 @@ from tulle.engine.prepare import Progress, prepared
 from tulle.engine.request import Event, Finish, Request
 from tulle.engine.sampling import Sampling
 from tulle.engine.scheduler import Scheduler
-from tulle.engine.settings import attention_of, settings_of
+from tulle.engine.settings import kept_of, settings_of
 from tulle.errors import UserError
-from tulle.models.description import Attention, describe, families
+from tulle.models.description import describe, families
 from tulle.models.source import open_source
 from tulle.text.tokenizer import ModelTokenizer
 from tulle.text.tokenizer_folder import read_tokenizer
@@ -61,10 +61,11 @@ def default_threads() -> int:
     return max(len(cores), 1)
 
 
-def _page_bytes(cache: str, layers: int, heads: int, head_dim: int) -> int:
-    """Of a page of keys and values; with steps and zero points where they are quantised."""
+def _page_bytes(cache: str, layers: int, heads: int, numbers: int) -> int:
+    """Of a page of keys and values, so many numbers per token and head; with steps and zero points where they are
+    quantised."""
     bits, steps = {"f32": (32, 0), "bf16": (16, 0), "int8": (8, 16), "int4": (4, 16)}[cache]
-    return PAGE * layers * heads * (2 * head_dim * bits // 8 + steps)
+    return PAGE * layers * heads * (numbers * bits // 8 + steps)
 
 
 def _limit(config: Mapping[str, Any]) -> int | None:
@@ -173,16 +174,16 @@ class Engine:
         self.layouts, self.layout = [str(name) for name in layouts_for(source)], str(chosen)
         file, facts = prepared(source, head, chosen, progress)
         model = source.description
-        mixer = attention_of(model)
-        layers = sum(isinstance(layer.mixer, Attention) for layer in model.layers)
+        kept = kept_of(source)
         if cache == "auto":
             # Codes of quantised keys and values are what they are in a cache of bytes.
             attention = source.packed.attention if source.packed else None
-            plain = self._fine_or_bf16(layers * mixer.kv_heads * mixer.head_dim)
+            plain = self._fine_or_bf16(kept.numbers)
             cache = "int8" if attention and attention.key and attention.value else plain
         self.vocabulary, self.cache_kind = model.vocabulary, cache
         settings = settings_of(source, file, facts, bits, range(len(model.layers)), self.context)
-        page_bytes, state_bytes = _page_bytes(cache, layers, mixer.kv_heads, mixer.head_dim), settings.state_bytes
+        page_bytes = _page_bytes(cache, kept.layers, kept.heads, kept.key_dim + kept.value_dim)
+        state_bytes = settings.state_bytes
         pages, snapshots = self._count_pages(page_bytes, state_bytes)
         self._native: _native.Engine | _native.ScalingEngine
         self._native = _native.Engine(
@@ -195,9 +196,9 @@ class Engine:
         shape, settings = scaling.settings_of(Checkpoint(self._stored), weights, head, progress)
         self.layouts, self.layout, self.vocabulary = ["dense"], "dense", shape.vocabulary
         if cache == "auto":
-            cache = self._fine_or_bf16(shape.layers * shape.hidden)
+            cache = self._fine_or_bf16(2 * shape.layers * shape.hidden)
         self.cache_kind = cache
-        pages, _ = self._count_pages(_page_bytes(cache, shape.layers, shape.heads, shape.hidden // shape.heads))
+        pages, _ = self._count_pages(_page_bytes(cache, shape.layers, shape.heads, 2 * shape.hidden // shape.heads))
         # Every page's end may be where another sequence goes on.
         self._native = _native.ScalingEngine(
             settings, pages, self.sequences, self.context, BATCH, cache, self.threads, pages, self._deterministic
@@ -225,8 +226,8 @@ class Engine:
         return pages, min(snapshots, pages)
 
     def _fine_or_bf16(self, numbers: int) -> str:
-        """Of a cache with so many keys, and as many values, per token."""
-        return "f32" if 8 * numbers * self.context * self.sequences <= FINE_CACHE else "bf16"
+        """Of a cache with so many numbers per token."""
+        return "f32" if 4 * numbers * self.context * self.sequences <= FINE_CACHE else "bf16"
 
     @property
     def text(self) -> ModelTokenizer:

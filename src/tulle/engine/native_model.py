@@ -320,6 +320,40 @@ class DeltaNet:
 
 
 @dataclass
+class Absorbed:
+    """What latent attention has in the place of the linear that gives keys and values (engine.hpp, LatentAttention)."""
+
+    transforms: list[Transform]
+    input: Grid
+    selection: Selection | None
+    """Of what that linear would read, which is what is kept."""
+    keys: Linear
+    values: Linear
+    parts: int
+    """Into which a latent is cut, each of which has a scale in a row of the keys' weights."""
+    factors: Floats | None
+    """``[heads · parts · plain]``: those scales, with which queries are multiplied."""
+
+
+@dataclass
+class LatentAttention:
+    """Latent attention between the linears of ``qkv`` and ``o`` (:class:`tulle.models.description.LatentAttention`)."""
+
+    query_rank: int
+    """0: the first linears give the queries."""
+    rank: int
+    plain: int
+    rotary: int
+    value: int
+    query_norm: Norm | None
+    norm: Norm
+    query_up: Group | None
+    kv_up: Group | None
+    """None where it is ``absorbed``."""
+    absorbed: Absorbed | None
+
+
+@dataclass
 class FeedForward:
     """down(act(gate)·up), or down(act(up)): of a layer, or an expert."""
 
@@ -383,6 +417,8 @@ class Layer:
     """xielu's numbers: α_p, α_n, β, ε."""
     recurrent: DeltaNet | ShortConvolution | Mamba2 | NoMixer | None = None
     """None: attention."""
+    latent: LatentAttention | None = None
+    """Where attention is latent."""
     mixture: Mixture | None = None
     sinks: Floats | None = None
     """``[heads]``: scores that take part in attention's softmax and have no value."""
@@ -454,6 +490,8 @@ class Model:
     norm_all_heads: bool = False
     norm_after_rotary: bool = False
     """Of queries and keys."""
+    value_dim: int = 0
+    """Of the values that are kept; 0: ``head_dim``."""
     position_beta: float = 0.0
     position_length: int = 0
     """A query at position p is multiplied by 1 + beta·ln(1 + ⌊p/length⌋); 0: by 1."""

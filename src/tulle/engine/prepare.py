@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tulle import cache
 from tulle.engine.checkpoint import Source, StoredLinear, kernel_bits
 from tulle.engine.files import TensorWriter, resident
+from tulle.engine.latent import absorbed
 from tulle.engine.layout import LINE_OUTPUTS, ModelLayout, for_kernels, input_major_kind
 from tulle.engine.native_model import LinearFacts
 from tulle.errors import UserError
@@ -44,7 +45,11 @@ def prepared(
     ``UserError`` for a checkpoint that is broken.
     """
     identity = f"{LAYOUT} {head} {layout} {source.identity()}"
-    names = {*(fused[0] for fused in fused_linears(source, layout)), *tables(source, head)}
+    names = {
+        *(fused[0] for fused in fused_linears(source, layout)),
+        *(part for name in absorbed_linears(source) for part in absorbed_names(name)),
+        *tables(source, head),
+    }
     paths = [folder / f"{head} {layout}.safetensors".replace(" ", "-") for folder in cache_folders(source)]
     for path in paths:
         known = _known(path, identity, names) if path.exists() else None
@@ -106,16 +111,44 @@ def convert(
     progress: Progress | None = None,
 ) -> Iterator[Packed]:
     """The linears of all blocks or of these, then the outer tables."""
-    linears, outer = fused_linears(source, layout, blocks), tables(source, head)
-    for number, names in enumerate(linears):
+    linears, latent, outer = (
+        fused_linears(source, layout, blocks),
+        absorbed_linears(source, blocks),
+        tables(source, head),
+    )
+    done, count = 0, len(linears) + len(latent) + len(outer)
+
+    def tell() -> None:
+        nonlocal done
         if progress:
-            progress("convert", number, len(linears) + len(outer))
+            progress("convert", done, count)
+        done += 1
+
+    for names in linears:
+        tell()
         block_inputs = _block_inputs(source.specs.get(names[0]), layout)
         yield names[0], *for_kernels(_read(source, names, layout), block_inputs)
-    for number, name in enumerate(outer, len(linears)):
-        if progress:
-            progress("convert", number, len(linears) + len(outer))
+    for name in latent:
+        tell()
+        found = absorbed(_read(source, (name,), layout), source.absorbed[name])
+        keys, values = absorbed_names(name)
+        facts, arrays = for_kernels(found.keys)
+        yield keys, facts, arrays if found.factors is None else arrays | {"factors": found.factors}
+        yield values, *for_kernels(found.values)
+    for name in outer:
+        tell()
         yield name, *for_kernels(_table(source, name, head))
+
+
+def absorbed_linears(source: Source, blocks: Iterable[int] | None = None) -> list[str]:
+    """Linears of latent attention that give way to two others (:func:`absorbed_names`), of all blocks or of these."""
+    chosen = range(len(source.groups)) if blocks is None else blocks
+    return [names[0] for index in chosen for names in source.groups[index] if names[0] in source.absorbed]
+
+
+def absorbed_names(name: str) -> tuple[str, str]:
+    """Of what is made of such a linear for keys and for values."""
+    return f"{name}.keys", f"{name}.values"
 
 
 def fused_linears(source: Source, layout: ModelLayout, blocks: Iterable[int] | None = None) -> list[tuple[str, ...]]:
@@ -127,6 +160,8 @@ def fused_linears(source: Source, layout: ModelLayout, blocks: Iterable[int] | N
     found: list[tuple[str, ...]] = []
     for index in range(len(source.groups)) if blocks is None else blocks:
         for names in source.groups[index]:
+            if names[0] in source.absorbed:
+                continue
             found += [names] if _fuse(source, layout, names) else [(name,) for name in names]
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from tulle.core.paley import base_order, hadamard_block, paley
 from tulle.engine.checkpoint import Source
 from tulle.engine.native_model import (
+    Absorbed,
     CausalConvolution,
     DeltaNet,
     FeedForward,
@@ -30,10 +32,11 @@ from tulle.engine.native_model import (
     Transform,
     WeightKind,
 )
+from tulle.engine.native_model import LatentAttention as NativeLatentAttention
 from tulle.engine.native_model import Mamba2 as NativeMamba2
 from tulle.engine.native_model import Norm as NativeNorm
 from tulle.engine.native_model import ShortConvolution as NativeShortConvolution
-from tulle.engine.prepare import EMBEDDING, EXACT_HEAD, HEAD
+from tulle.engine.prepare import EMBEDDING, EXACT_HEAD, HEAD, absorbed_names
 from tulle.errors import UserError
 from tulle.format.spec import HeadSpec, LinearSpec
 from tulle.models.description import (
@@ -42,6 +45,7 @@ from tulle.models.description import (
     Decoder,
     GatedDeltaNet,
     GatedMLP,
+    LatentAttention,
     Mamba2,
     Norm,
     PlainMLP,
@@ -73,9 +77,11 @@ FEATURES = frozenset(
         "attention without positions",
         "attention sinks",
         "experts",
+        "experts without gates",
         "feed-forwards that differ between layers",
         "gates with a limit",
         "gated delta nets",
+        "latent attention",
         "heads of delta nets side by side",
         "gated short convolutions",
         "layers of a mixer or a feed-forward alone",
@@ -119,7 +125,7 @@ def settings_of(
     description = source.description
     require_runnable(description)
     first, attention = description.layers[0], source.packed.attention if source.packed else None
-    inner, mixer = feed_forward_of(description), attention_of(description)
+    inner, mixer, kept = feed_forward_of(description), attention_of(description), kept_of(source)
     linears = _Linears(source, file, facts, engine_bits)
     layers = []
     tables = list(description.rotary)
@@ -144,6 +150,8 @@ def settings_of(
             own["recurrent"] = _recurrent(source, layer.mixer, layer.prefix)
         elif isinstance(layer.mixer, Absent):
             own["recurrent"] = NoMixer()
+        elif isinstance(layer.mixer, LatentAttention):
+            own["latent"] = _latent(source, linears, layer, layer.mixer)
         else:
             norms |= _head_norms(layer.attention)
             own["window"] = layer.attention.window or 0
@@ -153,16 +161,17 @@ def settings_of(
         layers.append(Layer(activation=_xielu(source, layer), **own, **read, **groups))
     head = description.embedding if description.tied else description.head
     rotation = None
-    if attention and attention.hadamard and hadamard_block(mixer.head_dim) > 1:
-        rotation = hadamard(mixer.head_dim, hadamard_block(mixer.head_dim))
+    if attention and attention.hadamard and hadamard_block(kept.key_dim) > 1:
+        rotation = hadamard(kept.key_dim, hadamard_block(kept.key_dim))
     beta, length = mixer.position_scale or (0.0, 0)
     final = _norm(source, description.final_norm, "", description.hidden)
     assert final is not None
     return Model(
         hidden=description.hidden,
         heads=mixer.heads,
-        kv_heads=mixer.kv_heads,
-        head_dim=mixer.head_dim,
+        kv_heads=kept.heads,
+        head_dim=kept.key_dim,
+        value_dim=kept.value_dim,
         vocabulary=description.vocabulary,
         gate=inner.activation,
         gated=isinstance(inner, GatedMLP),
@@ -193,9 +202,45 @@ def settings_of(
     )
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Keys and values of a token."""
+
+    layers: int
+    """That have them."""
+    heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def numbers(self) -> int:
+        return self.layers * self.heads * (self.key_dim + self.value_dim)
+
+
+def kept_of(source: Source) -> Kept:
+    """What attention keeps, those of a model's layers that have one. Raises ``UserError`` where none has."""
+    model = source.description
+    layers = sum(isinstance(layer.mixer, Attention | LatentAttention) for layer in model.layers)
+    mixer = latent_of(model)
+    if mixer is None:
+        plain = attention_of(model)
+        return Kept(layers, plain.kv_heads, plain.head_dim, plain.head_dim)
+    if source.absorbed:
+        return Kept(layers, 1, mixer.rotary_dim, mixer.kv_rank)
+    return Kept(layers, mixer.heads, mixer.plain_dim + mixer.rotary_dim, mixer.value_dim)
+
+
+def latent_of(model: Decoder) -> LatentAttention | None:
+    """The latent attention that layers have, if they have one."""
+    return next((layer.mixer for layer in model.layers if isinstance(layer.mixer, LatentAttention)), None)
+
+
 def attention_of(model: Decoder) -> Attention:
-    """The attention that layers have, those that have one. Raises ``UserError`` where none has."""
+    """The attention that layers have, those that have one; of latent attention one of as many heads and the same scale.
+    Raises ``UserError`` where none has."""
     found = next((layer.mixer for layer in model.layers if isinstance(layer.mixer, Attention)), None)
+    if found is None and (latent := latent_of(model)) is not None:
+        return Attention(latent.heads, latent.heads, latent.plain_dim + latent.rotary_dim, scale=latent.scale)
     if found is None:
         require(model, FEATURES, "the engine", "use transformers for it")
         raise UserError("expected a model with attention in one layer at least, found none; use transformers for it")
@@ -254,6 +299,26 @@ def _mixture(source: Source, linears: _Linears, layer: DecoderLayer, mixture: De
         experts,
         shared,
         mixture.shared_gate is not None,
+    )
+
+
+def _latent(source: Source, linears: _Linears, layer: DecoderLayer, mixer: LatentAttention) -> NativeLatentAttention:
+    query_norm = _norm(source, mixer.query_norm, layer.prefix, mixer.query_rank or 0)
+    norm = _norm(source, mixer.kv_norm, layer.prefix, mixer.kv_rank)
+    assert norm is not None
+    (name,) = names_of(layer, "kv_up")
+    absorbs = name in source.absorbed
+    return NativeLatentAttention(
+        query_rank=mixer.query_rank or 0,
+        rank=mixer.kv_rank,
+        plain=mixer.plain_dim,
+        rotary=mixer.rotary_dim,
+        value=mixer.value_dim,
+        query_norm=query_norm,
+        norm=norm,
+        query_up=None if mixer.query_rank is None else linears.group(names_of(layer, "q_up")),
+        kv_up=None if absorbs else linears.group([name]),
+        absorbed=linears.absorbed(name, mixer) if absorbs else None,
     )
 
 
@@ -396,35 +461,62 @@ class _Linears:
                 found.score = first.score  # the same array: linears that see the same inputs share them
         return Group(transforms, linears)
 
+    def absorbed(self, name: str, mixer: LatentAttention) -> Absorbed:
+        """What is made of a linear that gives keys and values."""
+        spec = self._source.specs.get(name)
+        rounded = spec is not None and spec.input_bits is not None
+        keys, values = (
+            self._piece(key, Grid(16 if rounded else self._engine_bits), engine_grid=True)
+            for key in absorbed_names(name)
+        )
+        factors = self._array(absorbed_names(name)[0], "factors")
+        return Absorbed(
+            transforms=transforms_of(spec, self._source, spec.transform_of or name) if spec else [],
+            input=_model_grid(spec) or Grid(),
+            selection=selection(self._source, name, spec),
+            keys=keys,
+            values=values,
+            parts=1 if factors is None else factors.size // (mixer.heads * mixer.plain_dim),
+            factors=factors,
+        )
+
     def linear(self, names: Sequence[str], key: str, spec: LinearSpec | None) -> Linear:
         """``names``: of the linears that are fused in it; ``key``: the name of its facts and arrays."""
+        grid = _model_grid(spec)
+        found = self._piece(key, grid or Grid(self._engine_bits), engine_grid=grid is None)
+        found.bias, found.selection = bias_of(self._source, names), selection(self._source, names[0], spec)
+        return found
+
+    def _piece(self, key: str, grid: Grid, engine_grid: bool) -> Linear:
+        """A linear without what a checkpoint has beside its weights; floats are given no grid of the engine's."""
         facts = self._facts[key]
-        model_grid = spec is not None and spec.input_bits is not None
-        grid = Grid()
-        if spec is not None and spec.input_bits is not None:
-            grid = Grid(spec.input_bits, spec.input_symmetric, spec.input_clip)
-        elif facts.kind.is_codes:
-            grid = Grid(self._engine_bits)
-
-        def array(suffix: str) -> Any:
-            name = f"{key}.{suffix}"
-            return self._file.tensor(name) if name in self._file else None
-
+        own = engine_grid and facts.kind.is_codes
         return Linear(
             facts=facts,
-            values=array("values"),
-            masks=array("masks"),
-            offsets=array("offsets"),
-            starts=array("starts"),
-            scales=array("scales"),
-            row_scales=array("row_scales"),
-            zeros=array("zeros"),
-            minima=array("minima"),
-            bias=bias_of(self._source, names),
-            input=grid,
-            engine_grid=facts.kind.is_codes and not model_grid,
-            selection=selection(self._source, names[0], spec),
+            values=self._array(key, "values"),
+            masks=self._array(key, "masks"),
+            offsets=self._array(key, "offsets"),
+            starts=self._array(key, "starts"),
+            scales=self._array(key, "scales"),
+            row_scales=self._array(key, "row_scales"),
+            zeros=self._array(key, "zeros"),
+            minima=self._array(key, "minima"),
+            bias=None,
+            input=grid if own or not engine_grid else Grid(),
+            engine_grid=own,
+            selection=None,
         )
+
+    def _array(self, key: str, suffix: str) -> Any:
+        name = f"{key}.{suffix}"
+        return self._file.tensor(name) if name in self._file else None
+
+
+def _model_grid(spec: LinearSpec | None) -> Grid | None:
+    """In which a recipe quantises a linear's inputs; None where it does not."""
+    if spec is None or spec.input_bits is None:
+        return None
+    return Grid(spec.input_bits, spec.input_symmetric, spec.input_clip)
 
 
 def _equal(a: Floats | None, b: Floats | None) -> bool:
@@ -472,14 +564,18 @@ def _head_grid(spec: HeadSpec | None) -> Grid:
 
 
 def rotary_frequencies(rotary: Rotary, context: int = 1) -> tuple[NDArray[np.float32], float]:
-    """Frequencies ``[dim/2]`` for texts of up to ``context`` tokens, and the factor on cosines and sines. Raises
-    ``UserError`` for a table that differs between short and long ones of them."""
+    """Frequencies ``[dim/2]`` for texts of up to ``context`` tokens, and the factor on cosines and sines.
+
+    Of longrope, all texts have the long factors where some may be longer than those of the first training: one that
+    grows beyond that length keeps its keys. Raises ``UserError`` for another table that differs between short and long
+    texts."""
+    if rotary.kind == "longrope":
+        return frequencies(rotary, context)
     found = frequencies(rotary, 1)
     if depends_on_length(rotary) and not np.array_equal(found[0], frequencies(rotary, context)[0]):
-        most = rotary.max_positions if rotary.kind == "dynamic" else rotary.original_max_positions
         raise UserError(
-            f"expected a context of at most {most} tokens, beyond which rope_type {rotary.kind!r} changes all "
-            f"positions, found {context}; set a shorter --context, or evaluate with --backend torch"
+            f"expected a context of at most {rotary.max_positions} tokens, beyond which rope_type {rotary.kind!r} "
+            f"changes all positions, found {context}; set a shorter --context, or evaluate with --backend torch"
         )
     return found
 
@@ -499,6 +595,13 @@ def require_runnable(model: Decoder) -> None:
         if type(inner) is not type(first) or any(getattr(first, key, None) != value for key, value in own.items()):
             raise UserError("expected feed-forwards alike but for their widths, found others; use transformers for it")
         if isinstance(layer.mixer, ShortConvolution | Absent):
+            continue
+        if (latent := latent_of(model)) is not None:
+            if layer.mixer != latent:
+                raise UserError(
+                    f"expected latent attention alike in all layers, found another mixer in layer {layer.index}; use "
+                    "transformers for it"
+                )
             continue
         if isinstance(layer.mixer, GatedDeltaNet | Mamba2):
             if layer.mixer.activation != "silu":

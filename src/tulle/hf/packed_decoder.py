@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from tulle.hf.packed_linear import InputTransform, input_grid, input_selection
 from tulle.models.checkpoint import Checkpoint
 from tulle.models.decoder import DecoderBlock
 from tulle.models.description import Layer, Linear
+from tulle.models.state import TokenInputs
 
 
 class PackedDecoder:
@@ -40,7 +42,7 @@ class PackedDecoder:
     ) -> None:
         packed = checkpoint.packed
         self.decoder, self.device, self._dtype = checkpoint.describe(), device, dtype
-        self._checkpoint = checkpoint
+        self._checkpoint, self._inputs = checkpoint, TokenInputs(self.decoder, checkpoint.read_part)
         self._specs: Mapping[str, LinearSpec] = {} if packed is None else packed.linears
         self._heads = None if packed is None else grids_of(packed.attention)
 
@@ -62,11 +64,14 @@ class PackedDecoder:
         return {name: self._checkpoint.read(name).to(self.device, torch.float32) for name in names}
 
     @torch.no_grad()
-    def block(self, index: int, hidden: Sequence[Tensor]) -> list[Tensor]:
-        """Hidden states ``[B, T, d]`` of several batches after block ``index``."""
+    def block(self, index: int, hidden: Sequence[Tensor], tokens: Sequence[Tensor]) -> list[Tensor]:
+        """Hidden states ``[B, T, d]`` of several batches of ``tokens`` after block ``index``."""
         layer = self.decoder.layers[index]
         block = DecoderBlock(self.decoder, index, self._tensors(layer), self.device, self._dtype, experts=False)
-        running = [block.steps(states, self._heads) for states in hidden]
+        running = [
+            block.steps(self._inputs.join(index, states, own, partial(self.embed, own)), self._heads)
+            for states, own in zip(hidden, tokens, strict=True)
+        ]
         given = [next(steps) for steps in running]
         ends: list[Tensor] = []
         while not ends:

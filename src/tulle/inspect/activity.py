@@ -2,12 +2,14 @@
 
 An input of a linear is *active* if it is not zero where the weights read it (after transforms, rounding and the
 selection). A weight is active if it is stored (not zero) and its input is active; the head and one row of the embedding
-are read by every token. The *overlap* of a token with the one before it is the share of its active inputs that were
-active there too. If tokens chose independently, each channel at its own rate p_j, it would be Σp_j²/Σp_j.
+(and of the table of inputs by layer) are read by every token. The *overlap* of a token with the one before it is the
+share of its active inputs that were active there too. If tokens chose independently, each channel at its own rate p_j,
+it would be Σp_j²/Σp_j.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -59,12 +61,15 @@ def measure_activity(
     ]
     found = total(rows)
     table = shape.vocabulary * shape.hidden
+    by_layer, unread = sum(math.prod(size) for size in shape.per_layer_tensors().values()), 0
+    if shape.per_layer is not None:
+        unread = (shape.per_layer.vocabulary - 1) * shape.per_layer.width * len(shape.layers)
     return {
         "tokens": sum(map(len, sequences)),
         "rows": rows,
         "total": found,
-        "parameters": found["weights"] + (table if shape.tied else 2 * table),
-        "active_parameters": found["active"] + table + shape.hidden,
+        "parameters": found["weights"] + (table if shape.tied else 2 * table) + by_layer,
+        "active_parameters": found["active"] + table + shape.hidden + by_layer - unread,
     }
 
 

@@ -97,8 +97,9 @@ def inspect_activations(
     dense = DenseModel.open(folder)
     model = dense.description
     batches = batched(sequences)
-    embedding = dense.embedding().float()
-    hidden = [embed(model, b.tokens, embedding).to(device) for b in batches]
+    embedding, own = dense.embedding().float(), dense.token_inputs()
+    embedded = lambda batch: embed(model, batch.tokens, embedding).to(device)  # noqa: E731
+    hidden = [embedded(batch) for batch in batches]
     # Tokens in the order of the batches: longest sequence first.
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True)
     places = [(i, position) for i in order for position in range(len(sequences[i]))]
@@ -115,7 +116,11 @@ def inspect_activations(
             progress(f"activations {index + 1}/{count}", index, count)
         block = DecoderBlock(model, index, dense.read_block(index, experts=False), device, experts=False)
         seen: dict[str, list[Tensor]] = {group.role: [] for group in layer.groups}
-        hidden = outputs(block, hidden, dense.read_expert, partial(keep, seen))
+        entering = [
+            own.join(index, states, batch.tokens, partial(embedded, batch))
+            for states, batch in zip(hidden, batches, strict=True)
+        ]
+        hidden = outputs(block, entering, dense.read_expert, partial(keep, seen))
         for group in layer.groups:
             x = torch.cat(seen.pop(group.role))
             facts: dict[str, Any] = {"block": index, "role": group.role}

@@ -117,12 +117,18 @@ class Checkpoint:
         """Raises ``UserError`` when the tensor is missing."""
         return TensorInfo(self.source.info(name))
 
-    def read(self, name: str, rows: NDArray[np.int64] | None = None) -> Tensor:
-        """The tensor, or ``rows`` of it, in its stored dtype. Raises ``UserError`` when it is missing or unreadable."""
+    def read(self, name: str, rows: NDArray[np.int64] | None = None, columns: slice | None = None) -> Tensor:
+        """The tensor, or ``rows`` or ``columns`` of it, in its stored dtype. Raises ``UserError`` when it is missing or
+        unreadable."""
         dtype, stored = self.info(name).dtype, self.source.read(name)
+        stored = stored if columns is None else stored[:, columns]
         # A copy: a tensor that still pointed into the mapping would keep its pages resident.
         tensor = torch.from_numpy(np.array(stored if rows is None else stored[rows]))
         return tensor if tensor.dtype == dtype else tensor.view(dtype)
+
+    def read_part(self, name: str, rows: Tensor | None = None, columns: slice | None = None) -> Tensor:
+        """As :meth:`read`; for :class:`tulle.models.state.TokenInputs`."""
+        return self.read(name, None if rows is None else rows.numpy(), columns)
 
     def read_many(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Several tensors."""

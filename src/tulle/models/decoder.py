@@ -12,17 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tulle.core import attention
 from tulle.core.delta_rule import gated_delta_rule
 from tulle.core.state_space import state_space
 from tulle.errors import UserError
+from tulle.models.attention import at, attend, position_scale, positions_of, rotary_table, rotate
 from tulle.models.batches import real_tokens
 from tulle.models.description import XIELU as XIELU_SHAPES
 from tulle.models.description import (
@@ -31,17 +30,18 @@ from tulle.models.description import (
     Decoder,
     GatedDeltaNet,
     GatedMLP,
+    InputGate,
     LatentAttention,
     LinearGroup,
     Mamba2,
     Mixture,
     Norm,
     PlainMLP,
-    Rotary,
     ShortConvolution,
 )
-from tulle.models.rotary import frequencies
+from tulle.models.norms import NormModule, normed, rms_norm, unit_rms
 from tulle.models.routing import Routes, choose
+from tulle.models.state import OWN, Beside, StateLayout, TokenInputs, shared
 
 Heads = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 """Queries ``[B, H, T, head_dim]`` and keys ``[B, H_kv, T, head_dim]`` after the rotation, and values, to what the
@@ -66,8 +66,8 @@ class GroupInput:
     """What a block yields at a group of linears, and takes back.
 
     The parked generator holds no large tensor but through this object. So its tensors can be moved away while it is
-    parked: ``del given.x, given.residual``, and set ``residual`` and ``carried`` again before the next ``send`` (``x``
-    is not needed any more).
+    parked: ``del given.x, given.residual``, and set ``residual``, ``carried`` and ``beside`` again before the next
+    ``send`` (``x`` is not needed any more).
     """
 
     group: LinearGroup
@@ -81,7 +81,10 @@ class GroupInput:
     tokens: Tensor | None = None
     """At an expert: which of the B·T tokens it sees, ascending ``[n]``."""
     carried: list[Tensor] = field(default_factory=list)
-    """What a mixture of experts needs later on: its input, and the sum of the outputs so far."""
+    """What a mixture of experts needs later on: its input, the sum of the outputs so far, and what the shared expert
+    gave, where a norm keeps that apart."""
+    beside: Beside = field(default_factory=dict)
+    """What the block has beside the stream."""
     asked: tuple[Tensor, Tensor] | None = None
     """At a router, to be set before its outputs are sent: experts and tokens, ``[P]`` each, that are to run as well,
     with a weight of 0."""
@@ -103,7 +106,8 @@ LatentSteps = Generator[GroupInput, tuple[Tensor, ...], tuple[Tensor, Tensor]]
 
 
 class DecoderBlock(nn.Module):
-    """Decoder layer ``index`` with weights: hidden ``[B, T, d]`` → hidden ``[B, T, d]``, causal, positions 0 … T − 1.
+    """Decoder layer ``index`` with weights: hidden ``[B, T, d]`` → hidden ``[B, T, d]``, causal, positions 0 … T − 1;
+    with more channels where blocks read more than the stream (:mod:`tulle.models.state`).
 
     ``tensors`` holds the layer's tensors by relative name; one that already has the device and dtype is not copied.
     Linears and norms are submodules under their names in the checkpoint. Where sequences of one batch are padded at the
@@ -126,6 +130,7 @@ class DecoderBlock(nn.Module):
         super().__init__()
         layer = self.layer = decoder.layers[index]
         check_tensors(layer.prefix, layer.tensors() if experts else layer.tensors_without_experts(), tensors)
+        self._layout = StateLayout(decoder, index)
         name = self.layer.mixer.rotary
         self.rotary = None if name is None else decoder.rotary[name]
         for group in layer.all_groups() if experts else layer.groups:
@@ -185,17 +190,48 @@ class DecoderBlock(nn.Module):
         Outputs are in the order of ``group.linears``, biases included. Between a yield and the next send only the
         yielded :class:`GroupInput` holds tensors of the sequence.
         """
+        stream, beside = self._layout.split(hidden.to(self.dtype))
+        inner = self._layer_steps(stream, beside, heads, valid)
+        del hidden, stream
+        given = next(inner)
+        while True:
+            given.beside = dict(beside)
+            beside.clear()
+            outputs = yield given
+            beside |= given.beside
+            try:
+                given = inner.send(outputs)
+            except StopIteration as end:
+                return cast(Tensor, end.value)
+            del outputs
+
+    def _layer_steps(self, stream: Tensor, beside: Beside, heads: Heads | None, valid: Tensor | None) -> Steps:
+        """All of the layer, in whose last place ``beside`` joins the stream again."""
+        layer = self.layer
+        rest = self._parts_steps(stream, beside, heads, valid)
+        del stream
+        out = yield from rest
+        if layer.input_gate is not None:
+            rest = self._input_steps(layer.input_gate, out, beside)
+            del out
+            out = yield from rest
+        if layer.output_scale is not None:
+            out = out * self.get_parameter(layer.output_scale)
+        return self._layout.join(out, beside)
+
+    def _parts_steps(self, hidden: Tensor, beside: Beside, heads: Heads | None, valid: Tensor | None) -> Steps:
+        """Mixer and feed-forward."""
         layer = self.layer
         if isinstance(layer.mixer, Absent):
-            rest = self._feed_forward_alone(hidden.to(self.dtype))
+            rest = self._feed_forward_alone(hidden)
             del hidden
             return (yield from rest)
-        given = self._given("qkv", hidden.to(self.dtype), layer.mixer_norm)
+        given = self._given("qkv", hidden, layer.mixer_norm)
         del hidden
         if isinstance(layer.mixer, LatentAttention):
             mixed, residual = yield from self._latent_steps(given, layer.mixer, heads, valid)
         else:
-            mixed, residual = self._mix((yield given), heads, valid), given.residual
+            mixed, residual = self._mix((yield given), beside, heads, valid), given.residual
         given = GroupInput(layer.group("o"), mixed, residual, adds=layer.mixer_norm_after is None)
         del mixed, residual
         (y,) = yield given
@@ -203,12 +239,11 @@ class DecoderBlock(nn.Module):
         feed_forward = layer.feed_forward
         if isinstance(feed_forward, Absent):
             return given.residual + y
-        first = "router" if isinstance(feed_forward, Mixture) else "gate_up"
         if layer.parallel:
-            given = self._given(first, given.residual, layer.feed_forward_norm or layer.mixer_norm)
+            given = self._entering(given.residual, layer.feed_forward_norm or layer.mixer_norm)
             given.residual = given.residual + y
         else:
-            given = self._given(first, given.residual + y, layer.feed_forward_norm)
+            given = self._entering(given.residual + y, layer.feed_forward_norm)
         rest = self._feed_forward_steps(given, feed_forward)
         del given, y
         return (yield from rest)
@@ -217,8 +252,7 @@ class DecoderBlock(nn.Module):
         """Of a layer without a mixer."""
         feed_forward = self.layer.feed_forward
         assert not isinstance(feed_forward, Absent)
-        first = "router" if isinstance(feed_forward, Mixture) else "gate_up"
-        rest = self._feed_forward_steps(self._given(first, hidden, self.layer.feed_forward_norm), feed_forward)
+        rest = self._feed_forward_steps(self._entering(hidden, self.layer.feed_forward_norm), feed_forward)
         del hidden
         return (yield from rest)
 
@@ -232,6 +266,17 @@ class DecoderBlock(nn.Module):
         del inner
         (y,) = yield given
         return given.residual + self._added(y, layer.feed_forward_norm_after)
+
+    def _input_steps(self, gate: InputGate, hidden: Tensor, beside: Beside) -> Steps:
+        """Of the layer's own input."""
+        given = self._given("input_gate", hidden, None)
+        del hidden
+        (y,) = yield given
+        inner = ACTIVATIONS[gate.activation](y) * beside.pop(OWN)
+        given = GroupInput(self.layer.group("input_down"), inner, given.residual, adds=False)
+        del y, inner
+        (y,) = yield given
+        return given.residual + self._norm(gate.norm, y)
 
     def _latent_steps(
         self, given: GroupInput, mixer: LatentAttention, heads: Heads | None, valid: Tensor | None
@@ -281,7 +326,8 @@ class DecoderBlock(nn.Module):
     def _mixture_steps(self, given: GroupInput, mixture: Mixture) -> Steps:
         """Of a mixture of experts: the router, the shared expert, then one expert after the other."""
         layer, residual_width = self.layer, given.residual.shape
-        given.carried = [given.x]
+        own = mixture.expert_norm
+        given.carried = [given.x if own is None else self._norm(own, given.residual)]
         logits, *shared_gate = yield given
         routes = self.routes(logits)
         if given.asked is not None:
@@ -292,8 +338,9 @@ class DecoderBlock(nn.Module):
         else:
             carried = [*given.carried, *(gate.sigmoid() for gate in shared_gate)]
             del shared_gate
-            given = GroupInput(layer.group("gate_up"), carried[0], given.residual, adds=False, carried=carried)
-            del carried
+            x = carried[0] if own is None else self._norm(layer.feed_forward_norm, given.residual)
+            given = GroupInput(layer.group("gate_up"), x, given.residual, adds=False, carried=carried)
+            del carried, x
             inner = self._inner(mixture.shared, (yield given))
             adds = layer.feed_forward_norm_after is None and mixture.shared_gate is None
             given = GroupInput(layer.group("down"), inner, given.residual, adds=adds, carried=given.carried)
@@ -301,23 +348,27 @@ class DecoderBlock(nn.Module):
             (y,) = yield given
             x, *gate = given.carried
             y = y * gate[0] if gate else y.clone()
-            given.carried = [x, y.flatten(0, -2)]
+            if own is None:
+                given.carried = [x, y.flatten(0, -2)]
+            else:
+                given.carried = [x, torch.zeros_like(y).flatten(0, -2), self._norm(mixture.shared_norm_after, y)]
             del x, gate, y
         for expert in layer.experts:
             tokens, weights = routes.of_expert(expert.index)
             reads, writes = expert.groups
-            x, total = given.carried
+            x = given.carried[0]
             given = GroupInput(
                 reads, x.flatten(0, -2)[tokens], given.residual, adds=False, tokens=tokens, carried=given.carried
             )
-            del x, total
+            del x
             inner = self.inner_of_expert((yield given))
             given = GroupInput(writes, inner, given.residual, adds=False, tokens=tokens, carried=given.carried)
             del inner
             (y,) = yield given
             given.carried[1].index_add_(0, tokens, (y * weights[:, None]).to(given.carried[1].dtype))
             del y
-        y = given.carried[1].reshape(residual_width)
+        y = self._norm(mixture.experts_norm_after, given.carried[1].reshape(residual_width))
+        y = sum(given.carried[2:], y)
         return given.residual + self._added(y, layer.feed_forward_norm_after)
 
     def inner_of_expert(self, outputs: tuple[Tensor, ...]) -> Tensor:
@@ -332,11 +383,24 @@ class DecoderBlock(nn.Module):
         assert isinstance(mixture, Mixture)
         name = mixture.router.correction
         correction = None if name is None else self.get_parameter(name)
-        return Routes.of(*choose(mixture.router, logits.flatten(0, -2), correction))
+        experts, weights = choose(mixture.router, logits.flatten(0, -2), correction)
+        scale = mixture.router.expert_scale
+        return Routes.of(experts, weights if scale is None else weights * self.get_parameter(scale)[experts])
 
     def forward(self, hidden: Tensor, heads: Heads | None = None, valid: Tensor | None = None) -> Tensor:
         """The block's output ``[B, T, d]``, by its own submodules, so that hooks and replaced linears take part."""
         return drive(self.steps(hidden, heads, valid), lambda given: run_group(self, given.group, given.x))
+
+    def _entering(self, hidden: Tensor, norm: Norm | None) -> GroupInput:
+        """What the feed-forward reads first."""
+        feed_forward = self.layer.feed_forward
+        if not isinstance(feed_forward, Mixture):
+            return self._given("gate_up", hidden, norm)
+        router = feed_forward.router
+        if router.input_scale is None:
+            return self._given("router", hidden, norm)
+        x = unit_rms(hidden, router.input_eps) * self.get_parameter(router.input_scale) * hidden.shape[-1] ** -0.5
+        return GroupInput(self.layer.group("router"), x, hidden, adds=False)
 
     def _given(self, role: str, hidden: Tensor, norm: Norm | None) -> GroupInput:
         return GroupInput(self.layer.group(role), self._norm(norm, hidden), hidden, adds=False)
@@ -362,7 +426,7 @@ class DecoderBlock(nn.Module):
         gate, up = _parts(outputs, (feed_forward.intermediate,) * 2)
         return self._norm(feed_forward.inner_norm, gate_times_up(feed_forward, activation, gate, up))
 
-    def _mix(self, outputs: tuple[Tensor, ...], heads: Heads | None, valid: Tensor | None) -> Tensor:
+    def _mix(self, outputs: tuple[Tensor, ...], beside: Beside, heads: Heads | None, valid: Tensor | None) -> Tensor:
         """What the mixer's last linear reads, of its first linears' outputs."""
         mixer = self.layer.mixer
         assert not isinstance(mixer, LatentAttention | Absent)
@@ -373,13 +437,14 @@ class DecoderBlock(nn.Module):
             return c * self._convolved(f"{mixer.name}.conv", b * x, valid)
         if isinstance(mixer, Mamba2):
             return self._mamba(mixer, valid, outputs[0])
-        gated = mixer.output_gate
-        queries, keys, values = mixer.widths
-        q, k, v = _parts(outputs, (2 * queries if gated else queries, keys, values))
-        if not gated:
-            return self._attend(mixer, q, k, v, heads, valid)
+        if mixer.kv_from is None:
+            queries, keys, values = mixer.widths
+            outputs = _parts(outputs, (2 * queries if mixer.output_gate else queries, keys, values))
+        q, *kv = outputs
+        if not mixer.output_gate:
+            return self._attend(mixer, q, kv, beside, heads, valid)
         q, gate = (x.flatten(2) for x in q.unflatten(-1, (mixer.heads, 2, -1)).unbind(-2))
-        return self._attend(mixer, q, k, v, heads, valid) * gate.sigmoid()
+        return self._attend(mixer, q, kv, beside, heads, valid) * gate.sigmoid()
 
     def _own(self, mixer: GatedDeltaNet | Mamba2) -> dict[str, Tensor]:
         """Its tensors besides linears and norms, by the names that they have in it."""
@@ -437,31 +502,47 @@ class DecoderBlock(nn.Module):
         return own["norm.weight"] * y.flatten(2).to(outputs.dtype)
 
     def _attend(
-        self, mixer: Attention, q: Tensor, k: Tensor, v: Tensor, heads: Heads | None, valid: Tensor | None
+        self,
+        mixer: Attention,
+        q: Tensor,
+        kv: list[Tensor],
+        beside: Beside,
+        heads: Heads | None,
+        valid: Tensor | None,
     ) -> Tensor:
-        """Attention of projected queries, keys and values, heads side by side: ``[B, T, H·head_dim]``."""
-        batch, length = q.shape[:2]
-        positions, longest = (None, length) if valid is None else positions_of(valid)
-        if mixer.norm_width == "all":
-            q, k = self._norm(mixer.q_norm, q), self._norm(mixer.k_norm, k)
-        q, k, v = (x.reshape(batch, length, -1, mixer.head_dim) for x in (q, k, v))
-        by_head = mixer.norm_width == "head"
-        if by_head and not mixer.norm_after_rotary:
-            q, k = self._norm(mixer.q_norm, q), self._norm(mixer.k_norm, k)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if self.rotary is not None:
-            cos, sin = (at(positions, t) for t in rotary_table(self.rotary, longest, q.device, q.dtype))
-            q, k = (rotate(x, cos, sin, self.rotary.interleaved) for x in (q, k))
-        if by_head and mixer.norm_after_rotary:
-            q, k = self._norm(mixer.q_norm, q), self._norm(mixer.k_norm, k)
+        """Attention ``[B, T, H·head_dim]`` of projected queries, and of keys and values, or keys that are both, or
+        none: then they are another layer's."""
+        positions, longest = (None, q.shape[1]) if valid is None else positions_of(valid)
+        q = self._placed(mixer, mixer.q_norm, q, positions, longest)
+        if mixer.kv_from is None:
+            k = self._placed(mixer, mixer.k_norm, kv[0], positions, longest)
+            v = kv[-1].unflatten(-1, (-1, mixer.head_dim)).transpose(1, 2)
+            v = v if mixer.value_eps is None else unit_rms(v, mixer.value_eps)
+            if self._layout.keeps(shared(self.layer.index)):
+                beside[shared(self.layer.index)] = torch.cat([x.transpose(1, 2).flatten(2) for x in (k, v)], -1)
+        else:
+            both = beside[shared(mixer.kv_from)].chunk(2, -1)
+            k, v = (x.unflatten(-1, (-1, mixer.head_dim)).transpose(1, 2) for x in both)
         if mixer.position_scale is not None:
             q = q * at(positions, position_scale(*mixer.position_scale, longest, q.device)).to(q.dtype)
         if heads is not None:
             q, k, v = heads(q, k, v)
         sinks = self.get_parameter(f"{mixer.name}.sinks") if mixer.sinks else None
         mixed = attend(q, k, v, mixer.window, mixer.scale, mixer.soft_cap, sinks, valid)
-        mixed = mixed.transpose(1, 2).reshape(batch, length, -1)
-        return self._norm(mixer.output_norm, mixed)
+        return self._norm(mixer.output_norm, mixed.transpose(1, 2).flatten(2))
+
+    def _placed(self, mixer: Attention, norm: Norm | None, x: Tensor, positions: Tensor | None, longest: int) -> Tensor:
+        """Projected queries or keys ``[B, T, H·head_dim]``, normed and rotated: ``[B, H, T, head_dim]``."""
+        by_head = mixer.norm_width == "head"
+        x = x if by_head else self._norm(norm, x)
+        x = x.unflatten(-1, (-1, mixer.head_dim))
+        if by_head and not mixer.norm_after_rotary:
+            x = self._norm(norm, x)
+        x = x.transpose(1, 2)
+        if self.rotary is not None:
+            cos, sin = (at(positions, t) for t in rotary_table(self.rotary, longest, x.device, x.dtype))
+            x = rotate(x, cos, sin, self.rotary.interleaved)
+        return self._norm(norm, x) if by_head and mixer.norm_after_rotary else x
 
 
 def gate_times_up(mlp: GatedMLP, activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
@@ -491,19 +572,6 @@ def by_kind(mixer: GatedDeltaNet, qkvz: Tensor, ba: Tensor) -> tuple[Tensor, Ten
     return torch.cat((q, k, v), -1), z, b, a
 
 
-class NormModule(nn.Module):
-    """A norm of the description with its gain and bias ``[width]``."""
-
-    def __init__(self, norm: Norm, width: int):
-        super().__init__()
-        self.norm = norm
-        self.weight = nn.Parameter(torch.ones(width), requires_grad=False)
-        self.bias = nn.Parameter(torch.zeros(width), requires_grad=False) if norm.bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return normed(x, self.norm, self.weight, self.bias)
-
-
 class XIELU(nn.Module):
     """x ↦ α_p·x² + β·x above 0, α_n·(e^min(x, ε) − 1 − x) + β·x below; α_p = softplus(a_p), α_n = β + softplus(a_n)
     (Huang & Schlag 2024, "Deriving Activation Functions Using Integration", equation 6)."""
@@ -518,133 +586,6 @@ class XIELU(nn.Module):
         negative = beta + functional.softplus(self.get_buffer("alpha_n"))
         below = (torch.expm1(torch.minimum(x, self.get_buffer("eps"))) - x) * negative + beta * x
         return torch.where(x > 0, positive * x * x + beta * x, below)
-
-
-def normed(x: Tensor, norm: Norm, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x/√(mean x² + ε)·(offset + w), or with the mean taken off x before, + b; computed in float32 (Zhang & Sennrich
-    2019, Ba et al. 2016). Without an offset RMSNorm's product is in x's dtype, as Llama has it."""
-    if norm.kind == "rms" and not norm.offset:
-        return rms_norm(x, weight, norm.eps)
-    wide = x.float()
-    if norm.kind == "layer":
-        wide = wide - wide.mean(-1, keepdim=True)
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps) * (norm.offset + weight.float())
-    return (wide if bias is None else wide + bias.float()).to(x.dtype)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int | None = None,
-    scale: float | None = None,
-    cap: float | None = None,
-    sinks: Tensor | None = None,
-    valid: Tensor | None = None,
-) -> Tensor:
-    """Causal softmax attention ``[B, H, T, head_dim]``; k and v ``[B, H_kv, T, head_dim]``, each for H/H_kv heads.
-    ``cap``: scores s become cap·tanh(s/cap). ``sinks`` ``[H]``: a score per head that has no value. ``valid``: bool
-    ``[B, T]`` of keys that may be seen."""
-    if cap is not None or sinks is not None:
-        return attention_by_scores(q, k, v, window, scale, cap, sinks, valid)
-    if valid is None and attention.takes(q, k, v):
-        return attention.flash_attention(q, k, v, window, scale)
-    shared, length = q.shape[1] // k.shape[1], q.shape[2]
-    if valid is None and (window is None or window >= length):
-        return functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=shared > 1)
-    if shared > 1:
-        k, v = (x.repeat_interleave(shared, dim=1) for x in (k, v))
-    mask = visible(length, window, q.device, valid)
-    return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-
-
-def attention_by_scores(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int | None,
-    scale: float | None,
-    cap: float | None = None,
-    sinks: Tensor | None = None,
-    valid: Tensor | None = None,
-) -> Tensor:
-    """:func:`attend`, with all scores of a head in memory."""
-    length, shared = q.shape[2], q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(shared, dim=1) for x in (k, v))
-    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if cap is not None:
-        scores = (scores / cap).tanh() * cap
-    scores = scores.masked_fill(~visible(length, window, q.device, valid), -torch.inf)
-    if sinks is not None:
-        scores = torch.cat((scores, sinks[:, None, None].to(scores.dtype).expand(*scores.shape[:-1], 1)), -1)
-    return scores.softmax(-1, dtype=torch.float32)[..., :length].to(q.dtype) @ v
-
-
-def visible(length: int, window: int | None, device: torch.device, valid: Tensor | None = None) -> Tensor:
-    """bool ``[T, T]``, or ``[B, 1, T, T]`` with ``valid``: which tokens (last axis) a token sees. Padding sees itself,
-    so that it gives numbers."""
-    mask = window_mask(length, length if window is None else window, device)
-    if valid is None:
-        return mask
-    return mask & valid[:, None, None, :] | torch.eye(length, dtype=torch.bool, device=device)
-
-
-def positions_of(valid: Tensor) -> tuple[Tensor, int]:
-    """Positions ``[B, T]`` of real tokens in their sequences, 0 of padding, and the longest sequence's length."""
-    counted = valid.long().cumsum(-1)
-    return (counted - 1).clamp(min=0), int(counted[:, -1].max())
-
-
-def at(positions: Tensor | None, table: Tensor) -> Tensor:
-    """Rows of a table ``[T, …]`` by position: ``[B, 1, T, …]``, or all of them in order."""
-    return table if positions is None else table[positions][:, None]
-
-
-@lru_cache(maxsize=4)
-def window_mask(length: int, window: int, device: torch.device) -> Tensor:
-    """bool ``[T, T]``: token i sees tokens i − window + 1 … i."""
-    with torch.inference_mode(False):
-        return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """x ``[…, T, head_dim]``, its first ``dim`` channels rotated by the tables ``[T, dim]``: channels i and i + dim/2
-    together, or, ``interleaved``, channels 2i and 2i + 1."""
-    dim = cos.shape[-1]
-    x, rest = x[..., :dim], x[..., dim:]
-    if interleaved:
-        cos, sin = (table[..., : dim // 2].repeat_interleave(2, -1) for table in (cos, sin))
-        other = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
-    else:
-        left, right = x.chunk(2, dim=-1)
-        other = torch.cat((-right, left), dim=-1)
-    rotated = x * cos + other * sin
-    return torch.cat((rotated, rest), -1) if rest.shape[-1] else rotated
-
-
-@lru_cache(maxsize=4)
-def position_scale(beta: float, original: int, length: int, device: torch.device) -> Tensor:
-    """1 + β·ln(1 + ⌊p/original⌋) ``[T, 1]`` of positions p = 0 … T − 1."""
-    with torch.inference_mode(False):
-        steps = torch.arange(length, device=device) // original
-        return (1 + beta * torch.log(1 + steps.float()))[:, None]
-
-
-@lru_cache(maxsize=16)
-def rotary_table(
-    rotary: Rotary, length: int, device: torch.device, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``[T, dim]`` of positions 0 … T − 1, computed in float32."""
-    found, scaling = frequencies(rotary, length)
-    with torch.inference_mode(False), torch.no_grad():
-        angles = torch.arange(length, dtype=torch.float32)[:, None] * torch.from_numpy(found)
-        angles = torch.cat((angles, angles), dim=-1)
-        return (angles.cos() * scaling).to(device, dtype), (angles.sin() * scaling).to(device, dtype)
 
 
 def drive(steps: Steps, answer: Callable[[GroupInput], tuple[Tensor, ...]]) -> Tensor:
@@ -689,8 +630,9 @@ class PlainDecoder:
     """The whole model, one block in memory at a time.
 
     ``read_block(index)`` gives a layer's tensors by relative name; ``outer`` holds embedding, final norm and, unless
-    tied, head by full name. With ``read_expert(index, expert)`` ``read_block`` leaves experts out, and a block is
-    given one at a time (:mod:`tulle.models.expert_pass`).
+    tied, head by full name. ``inputs``: of single layers; None: ``outer`` has what they are made of. With
+    ``read_expert(index, expert)`` ``read_block`` leaves experts out, and a block is given one at a time
+    (:mod:`tulle.models.expert_pass`).
     """
 
     def __init__(
@@ -700,9 +642,11 @@ class PlainDecoder:
         outer: Mapping[str, Tensor],
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        inputs: TokenInputs | None = None,
         read_expert: Callable[[int, int], Mapping[str, Tensor]] | None = None,
     ):
         self.decoder = decoder
+        self._inputs = inputs or TokenInputs(decoder, self._part)
         self._read_block, self.device, self._dtype = read_block, device, dtype
         self.read_expert = read_expert
         self._outer = {name: t.to(device, dtype) for name, t in outer.items()}
@@ -716,11 +660,19 @@ class PlainDecoder:
         """Logits ``[B, T, V]`` of tokens ``[B, T]``; ``valid`` as in :class:`DecoderBlock`."""
         hidden = self.embed(tokens)
         for index in range(len(self.decoder.layers)):
-            hidden = self.block(index)(hidden, valid=valid)
+            hidden = self.block(index)(self.enter(index, hidden, tokens), valid=valid)
         return self.predict(hidden)
+
+    def enter(self, index: int, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Hidden states of ``tokens`` as block ``index`` takes them."""
+        return self._inputs.join(index, hidden, tokens, lambda: self.embed(tokens))
 
     def embed(self, tokens: Tensor) -> Tensor:
         return embed(self.decoder, tokens.to(self.device), self.embedding())
+
+    def _part(self, name: str, rows: Tensor | None = None, columns: slice | None = None) -> Tensor:
+        found = self._outer[name] if rows is None else self._outer[name][rows.to(self.device)]
+        return found if columns is None else found[:, columns]
 
     def embedding(self) -> Tensor:
         """``[V, d]``."""

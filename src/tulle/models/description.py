@@ -22,9 +22,9 @@ from tulle.errors import UserError
 NormKind = Literal["rms", "layer"]
 ROLES = ("qkv", "o", "gate_up", "down")
 """Roles of linear groups that a recipe's steps can target, in the order in which they run."""
-LATENT_ROLES = ("q_up", "kv_up")
-"""Roles of latent attention, which go with ``qkv`` where a recipe names that."""
-STREAM_READERS = ("qkv", "router", "gate_up")
+TARGETS = {"q_up": "qkv", "kv_up": "qkv", "input_gate": "gate_up", "input_down": "down"}
+"""Further roles, of latent attention and of a layer's own inputs, and what of ROLES a recipe names to reach them."""
+STREAM_READERS = ("qkv", "router", "gate_up", "input_gate")
 """Roles that read the residual stream, through a norm where there is one."""
 TABLES = ("embedding", "head")
 """Roles outside the blocks, which a step has only where it names them. A tied model has one table for both."""
@@ -164,7 +164,7 @@ class LinearGroup:
     """Linears of one layer that read the same input."""
 
     role: str
-    """One of ROLES or LATENT_ROLES; ``router`` for what is never compressed."""
+    """One of ROLES or TARGETS; ``router`` for what is never compressed."""
     linears: tuple[Linear, ...]
     norm: Norm | None = None
     """Whose output they read, or None."""
@@ -197,7 +197,7 @@ class Expert:
 
 def target_of(role: str) -> str:
     """What a recipe names, of ROLES, to reach a group of this role."""
-    return "qkv" if role in LATENT_ROLES else role
+    return TARGETS.get(role, role)
 
 
 def expert_role(role: str) -> str:
@@ -237,6 +237,12 @@ class Attention:
     """Of all heads' outputs at once, before the output linear."""
     position_scale: tuple[float, int] | None = None
     """(β, n): a query at position p is multiplied by 1 + β·ln(1 + ⌊p/n⌋)."""
+    kv_from: int | None = None
+    """An earlier layer whose keys and values are attended to, as they are after norm and rotation; None: its own."""
+    value_is_key: bool = False
+    """The key linear gives the values, too: there is no other for them."""
+    value_eps: float | None = None
+    """A head's values v become v/√(mean v² + ε); None: they stay as they are."""
 
     @property
     def parameters(self) -> dict[str, tuple[int, ...]]:
@@ -463,6 +469,11 @@ class Router:
     """Of the weights."""
     correction: str | None = None
     """Relative name of a tensor ``[experts]`` that is added to the scores for choosing."""
+    input_scale: str | None = None
+    """Relative name of a tensor ``[d]``, s: the linear reads x/√(mean x² + ``input_eps``)·s/√d of the stream x."""
+    input_eps: float = 0.0
+    expert_scale: str | None = None
+    """Relative name of a tensor ``[experts]`` that the chosen experts' weights are multiplied by."""
     groups: int = 1
     """Equal groups of experts, of which ``chosen_groups`` are eligible, by the sum of their ``group_best`` best."""
     chosen_groups: int = 1
@@ -479,7 +490,16 @@ class Mixture:
     """What all are alike in; its ``name`` is that of their list."""
     shared: GatedMLP | PlainMLP | None = None
     shared_gate: Linear | None = None
+    expert_norm: Norm | None = None
+    """Of the stream, for the routed experts; None: they read what the shared one reads."""
+    shared_norm_after: Norm | None = None
+    experts_norm_after: Norm | None = None
+    """On what the shared expert gives, and on the sum of the others."""
     inner_norm: None = None
+
+    def stream_norms(self) -> list[Norm]:
+        """Norms over the channels of the residual stream."""
+        return [n for n in (self.expert_norm, self.shared_norm_after, self.experts_norm_after) if n is not None]
 
     @property
     def intermediate(self) -> int:
@@ -493,7 +513,14 @@ class Mixture:
     @property
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Tensors besides those of linears, with their shapes, by relative name."""
-        return {} if self.router.correction is None else {self.router.correction: (self.router.experts,)}
+        router = self.router
+        shapes: dict[str, tuple[int, ...]] = {}
+        if router.input_scale is not None:
+            shapes[router.input_scale] = router.linear.shape[1:]
+        for name in (router.correction, router.expert_scale):
+            if name is not None:
+                shapes[name] = (router.experts,)
+        return shapes
 
 
 XIELU: dict[str, tuple[int, ...]] = {"alpha_p": (1,), "alpha_n": (1,), "beta": (), "eps": ()}
@@ -516,6 +543,36 @@ class Absent:
 
     def norms(self) -> list[tuple[Norm, int]]:
         return []
+
+
+@dataclass(frozen=True)
+class PerLayerEmbedding:
+    """Gives every layer an input of its own of every token (from Gemma 3n, 2025, on): of the token's embedding h,
+    scaled, p = (norm(P·h/√d) + √e·t)/√2, where P has ``width`` rows per layer and t is the layer's part of the token's
+    row of a table ``[vocabulary, layers·width]``."""
+
+    width: int
+    """e: channels of one layer's input."""
+    vocabulary: int
+    norm: Norm
+    """Over ``width`` channels; its name, like the others, is full."""
+    table: str = "model.embed_tokens_per_layer.weight"
+    projection: str = "model.per_layer_model_projection.weight"
+    """P."""
+
+    def tensors(self, layers: int, hidden: int) -> dict[str, tuple[int, ...]]:
+        every = layers * self.width
+        return {self.table: (self.vocabulary, every), self.projection: (every, hidden), **self.norm.tensors(self.width)}
+
+
+@dataclass(frozen=True)
+class InputGate:
+    """What a layer does with its own input p of ``width`` channels: x + norm(down(f(gate(x)) ⊙ p)) behind the
+    feed-forward; gate and down are groups of the roles ``input_gate`` and ``input_down``."""
+
+    width: int
+    activation: str
+    norm: Norm
 
 
 Mixer = Attention | LatentAttention | GatedDeltaNet | ShortConvolution | Mamba2 | Absent
@@ -547,6 +604,9 @@ class Layer:
     """r."""
     parallel: bool = False
     experts: tuple[Expert, ...] = ()
+    input_gate: InputGate | None = None
+    output_scale: str | None = None
+    """Relative name of a tensor ``[1]`` that the layer's output is multiplied by."""
 
     @property
     def attention(self) -> Attention:
@@ -582,7 +642,9 @@ class Layer:
     def stream_norms(self) -> list[Norm]:
         """Norms over the channels of the residual stream."""
         around = (self.mixer_norm, self.mixer_norm_after, self.feed_forward_norm, self.feed_forward_norm_after)
-        return [norm for norm in around if norm is not None]
+        inside = self.feed_forward.stream_norms() if isinstance(self.feed_forward, Mixture) else []
+        last = None if self.input_gate is None else self.input_gate.norm
+        return [norm for norm in (*around, *inside, last) if norm is not None]
 
     def own_norms(self) -> list[tuple[LinearGroup, Norm]]:
         """Groups that read a norm's output, and the norm, where no other group reads it."""
@@ -591,7 +653,9 @@ class Layer:
 
     def others(self) -> dict[str, tuple[int, ...]]:
         """Tensors that belong to no linear and no norm, with their shapes, by relative name."""
-        return self.mixer.parameters | ({} if isinstance(self.feed_forward, GatedMLP) else self.feed_forward.parameters)
+        scale: dict[str, tuple[int, ...]] = {} if self.output_scale is None else {self.output_scale: (1,)}
+        own = self.mixer.parameters | scale
+        return own if isinstance(self.feed_forward, GatedMLP) else own | self.feed_forward.parameters
 
     def tensors(self, expert: int | None = None) -> dict[str, tuple[int, ...]]:
         """Every tensor of the layer with its shape, by relative name; or of one of its experts."""
@@ -633,6 +697,7 @@ class Decoder:
     logit_scale: float = 1.0
     logit_soft_cap: float | None = None
     """c of logits c·tanh(l/c)."""
+    per_layer: PerLayerEmbedding | None = None
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -669,7 +734,23 @@ class Decoder:
             shapes[self.head] = table
         if self.head_bias:
             shapes[self.head.removesuffix("weight") + "bias"] = table[:1]
-        return shapes
+        return shapes | self.per_layer_tensors()
+
+    def per_layer_tensors(self) -> dict[str, tuple[int, ...]]:
+        """What gives every layer its own inputs, where something does."""
+        return {} if self.per_layer is None else self.per_layer.tensors(len(self.layers), self.hidden)
+
+    def shared_widths(self, index: int) -> dict[int, int]:
+        """Layers in front of layer ``index`` whose keys and values it or a later one reads, and the channels of a
+        token's keys and values together."""
+        readers = (layer.mixer for layer in self.layers[index:] if isinstance(layer.mixer, Attention))
+        read = {mixer.kv_from for mixer in readers if mixer.kv_from is not None and mixer.kv_from < index}
+        return {source: sum(self.layers[source].attention.widths[1:]) for source in sorted(read)}
+
+    def state_width(self, index: int) -> int:
+        """Channels of the state in front of layer ``index`` (:mod:`tulle.models.state`); of the last one's output with
+        the number of layers."""
+        return self.hidden + sum(self.shared_widths(index).values())
 
 
 def families() -> list[str]:

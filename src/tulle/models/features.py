@@ -32,6 +32,8 @@ def features(decoder: Decoder) -> dict[str, object]:
         found["scale of the logits"] = decoder.logit_scale
     if decoder.logit_soft_cap is not None:
         found["soft cap of the logits"] = decoder.logit_soft_cap
+    if decoder.per_layer is not None:
+        found["inputs of every layer's own"] = decoder.per_layer.width
     if decoder.head_bias:
         found["bias of the head"] = True
     if len(decoder.rotary) > 1:
@@ -77,6 +79,8 @@ def _of_layer(decoder: Decoder, layer: Layer) -> dict[str, object]:
         found["layers of a mixer or a feed-forward alone"] = layer.index
     elif layer.mixer_norm is None or layer.feed_forward_norm is None and not layer.parallel:
         found["no norms before attention and feed-forward"] = True
+    if layer.output_scale is not None:
+        found["scale of the layers' outputs"] = layer.output_scale
     if layer.residual_scale != 1:
         found["scale of what is added to the residual stream"] = layer.residual_scale
     if layer.parallel:
@@ -117,6 +121,8 @@ def _of_attention(decoder: Decoder, layer: Layer) -> dict[str, object]:
         ("soft cap of attention", mixer.soft_cap),
         ("scale of queries by position", mixer.position_scale),
         ("norm of the heads' outputs", mixer.output_norm and mixer.output_norm.name),
+        ("norm of values", mixer.value_eps),
+        ("keys and values of an earlier layer", mixer.kv_from),
     ):
         if value is not None:
             found[name] = value
@@ -125,7 +131,8 @@ def _of_attention(decoder: Decoder, layer: Layer) -> dict[str, object]:
         ("output gate of attention", mixer.output_gate),
         ("norms of queries and keys over all heads", mixer.norm_width == "all" and mixer.q_norm is not None),
         ("norms of queries and keys after the rotation", mixer.norm_after_rotary and mixer.q_norm is not None),
-        ("queries, keys and values in one tensor", len(layer.group("qkv").linears) == 1),
+        ("keys that are the values", mixer.value_is_key),
+        ("queries, keys and values in one tensor", mixer.kv_from is None and len(layer.group("qkv").linears) == 1),
     ):
         if flag:
             found[name] = True
@@ -139,6 +146,10 @@ def _of_feed_forward(layer: Layer) -> dict[str, object]:
         return found
     if isinstance(feed_forward, Mixture):
         found["experts"] = f"{feed_forward.router.chosen} of {feed_forward.router.experts}"
+        if feed_forward.stream_norms():
+            found["norms of experts"] = feed_forward.stream_norms()[0].name
+        if feed_forward.router.input_scale is not None or feed_forward.router.expert_scale is not None:
+            found["scales of a router's inputs or of experts"] = feed_forward.router.linear.name
         feed_forward = feed_forward.expert
         if isinstance(feed_forward, PlainMLP):
             found["experts without gates"] = feed_forward.activation

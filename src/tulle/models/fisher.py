@@ -48,9 +48,11 @@ from torch import Tensor
 
 from tulle.core.hessian import Hessian
 from tulle.core.topk import Selection
+from tulle.errors import UserError
 from tulle.models.decoder import DecoderBlock, GroupInput, PlainDecoder, drive, logits, run_group
-from tulle.models.description import Expert, LinearGroup, expert_role
+from tulle.models.description import Expert, LinearGroup, Mixture, expert_role
 from tulle.models.expert_pass import ParkedBatch, holding, outputs
+from tulle.models.state import without_own
 
 Key = tuple[int | float | str, ...]
 """Name of a trial."""
@@ -100,8 +102,14 @@ def divergences(
 
     Trials are asked for block by block, from the last to the first. In memory are one block, its G and H, and the
     hidden states of all batches, or of one block's with ``folder``. A call with the same arguments and folder goes on
-    where a killed one stopped; the caller removes the folder. Equal seeds give equal results.
+    where a killed one stopped; the caller removes the folder. Equal seeds give equal results. Raises ``UserError`` for
+    tables of a model where the embedding gives more than the stream.
     """
+    if tables is not None and model.decoder.per_layer is not None:
+        raise UserError(
+            "expected an embedding that gives the residual stream alone, found inputs of single layers that are made "
+            f"of it in {model.decoder.model_type}; leave tables out of what bits are allotted to"
+        )
     states = _States(folder, len(batches), model.device)
     layers = len(model.decoder.layers)
     found, next_block = states.results()
@@ -180,9 +188,9 @@ def _forward(model: PlainDecoder, batches: Sequence[Sequences], states: _States,
     for index in range(first, layers):
         if progress:
             progress(f"survey {index + 1}/{layers}", index, layers)
-        states.write(
-            f"hidden-{index + 1}", outputs(model.block(index), states.read(f"hidden-{index}"), model.read_expert)
-        )
+        before = zip(batches, states.read(f"hidden-{index}"), strict=True)
+        entering = (model.enter(index, hidden, batch.tokens) for batch, hidden in before)
+        states.write(f"hidden-{index + 1}", outputs(model.block(index), entering, model.read_expert))
 
 
 def _label_gradients(
@@ -230,8 +238,9 @@ def _backward(
     for i, (batch, hidden, gradient) in enumerate(stored):
         real, inside = batch.valid.to(hidden.device), None if mixed is None else mixed[i]
         tokens += int(real.sum())
-        seen = _Differentiated(block, hidden, gradient, bool(thinned), weights is not None, inside)
-        before.append(seen.before)
+        given = model.enter(index, hidden, batch.tokens)
+        seen = _Differentiated(block, given, gradient, bool(thinned), weights is not None, inside)
+        before.append(without_own(model.decoder, index, seen.before))
         if watched is not None:
             for role, x in seen.x.items():
                 watched.h[role].add(x[real])
@@ -301,7 +310,9 @@ def _experts(
     """Differentiates a block's experts, one at a time; costs of changes of their weights."""
     layer, index = block.layer, block.layer.index
     with torch.no_grad():
-        parked = [ParkedBatch(block, hidden.to(block.dtype)) for hidden in states.read(f"hidden-{index}")]
+        stored = zip(batches, states.read(f"hidden-{index}"), strict=True)
+        entering = (model.enter(index, hidden, batch.tokens) for batch, hidden in stored)
+        parked = [ParkedBatch(block, hidden.to(block.dtype)) for hidden in entering]
     mixed = [
         _Mixed(
             torch.zeros_like(batch.x),
@@ -311,7 +322,9 @@ def _experts(
         )
         for batch in parked
     ]
-    if layer.feed_forward_norm_after is not None:  # its gradient depends on what it is given
+    mixture = layer.feed_forward
+    assert isinstance(mixture, Mixture)
+    if layer.feed_forward_norm_after or mixture.experts_norm_after:  # its gradient depends on what it is given
         for expert in layer.experts:
             with holding(block, expert, model.read_expert), torch.no_grad():
                 for batch, own in zip(parked, mixed, strict=True):

@@ -26,6 +26,7 @@ from tulle.models.checkpoint import Checkpoint
 from tulle.models.description import STREAM_READERS, Decoder, Layer, LinearGroup, Norm, require_plain_values
 from tulle.models.features import features
 from tulle.models.hub import local_folder
+from tulle.models.state import TokenInputs
 
 NOT_ROTATED = {
     "layer norms": "which take off the mean of the channels",
@@ -147,6 +148,21 @@ class DenseModel:
                 if name in tensors:
                     tensors[name] = self._of_norm(tensors[name], norm)
         return tensors
+
+    def token_inputs(self) -> TokenInputs:
+        """The inputs that blocks have of their own."""
+        return TokenInputs(self.description, self._read_part)
+
+    def per_layer_tensors(self) -> dict[str, Tensor]:
+        """What they are made of, by full name, in the stored dtype."""
+        return {name: self._read_part(name) for name in self.description.per_layer_tensors()}
+
+    def _read_part(self, name: str, rows: Tensor | None = None, columns: slice | None = None) -> Tensor:
+        stored = self.checkpoint.read_part(name, rows, columns)
+        settings = self.description.per_layer
+        if not self.residual or settings is None or name != settings.projection:
+            return stored
+        return fold(self.residual, stored.float()).to(stored.dtype)
 
     def dtypes(self, index: int) -> dict[str, torch.dtype]:
         """What the tensors of a block are stored as."""

@@ -83,7 +83,7 @@ def weights_read(rows: Rows, roles: Sequence[str], blocks: int) -> str:
                 for b in range(blocks)
             ]
             ax.bar(
-                [b + 0.2 for b in range(blocks)], read, 0.38, bottom=base, color=style.ROLES[role], label=reads(role)
+                [b + 0.2 for b in range(blocks)], read, 0.38, bottom=base, color=style.of_role(role), label=reads(role)
             )
             base = [a + b for a, b in zip(base, read, strict=True)]
         block_axis(ax, blocks)
@@ -101,7 +101,7 @@ def neighbours(rows: Rows, roles: Sequence[str], blocks: int) -> str:
             _line(p.axes, number, role, [(row["block"], row["overlap"]) for row in own], len(roles))
             p.axes.plot(
                 [row["block"] + _offset(number, len(roles)) for row in own], [row["chance"] for row in own],
-                color=style.ROLES[role], linestyle="none", marker="_", markersize=9, markeredgewidth=1.8,
+                color=style.of_role(role), linestyle="none", marker="_", markersize=9, markeredgewidth=1.8,
             )  # fmt: skip
         _share_axis(p.axes, blocks)
         p.axes.set_ylabel("shared with the token before")
@@ -115,7 +115,7 @@ def _offset(number: int, of: int) -> float:
 
 def _line(ax: style.Axes, number: int, role: str, points: Sequence[tuple[int, float]], of: int) -> None:
     ax.plot(
-        [block + _offset(number, of) for block, _ in points], [share for _, share in points], color=style.ROLES[role],
+        [block + _offset(number, of) for block, _ in points], [share for _, share in points], color=style.of_role(role),
         marker=MARKERS[number % len(MARKERS)], markersize=5.5, linewidth=1.2, markeredgecolor=style.PAPER,
         markeredgewidth=0.8, label=reads(role),
     )  # fmt: skip

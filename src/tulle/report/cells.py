@@ -60,7 +60,7 @@ def transforms(linear: Mapping[str, Any]) -> str:
 
 def reads(role: str) -> str:
     """``gate_up`` as people write it."""
-    return {"qkv": "q/k/v", "gate_up": "gate/up"}.get(role, role)
+    return {"qkv": "q/k/v", "q_up": "q up", "kv_up": "k/v up", "gate_up": "gate/up"}.get(role, role)
 
 
 def by_block(linears: Iterable[Mapping[str, Any]]) -> tuple[list[str], dict[tuple[str, int], Mapping[str, Any]]]:

@@ -19,7 +19,16 @@ from matplotlib.figure import Figure
 INK, MUTED, GRID, PAPER, ACCENT, DENSE = "#010101", "#010102", "#010103", "#010104", "#010105", "#010106"
 CARD = "#010107"
 """What is behind a picture."""
-ROLES = {"qkv": "#020101", "o": "#020102", "gate_up": "#020103", "down": "#020104"}
+ROLES = {
+    "qkv": "#020101", "q_up": "#020105", "kv_up": "#020106", "o": "#020102", "gate_up": "#020103", "down": "#020104",
+}  # fmt: skip
+
+
+def of_role(role: str) -> str:
+    """A role's colour; routers, which no step compresses, have the axes'."""
+    return ROLES.get(role, MUTED)
+
+
 KINDS = {"dense": "#050100", "low-bit": "#050101", "sparse": "#050102", "sparse and low-bit": "#050103"}
 """Kinds of models."""
 RAMP = tuple(f"#03010{i}" for i in range(8))

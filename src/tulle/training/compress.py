@@ -15,7 +15,7 @@ from tulle.compression.job import Evaluation
 from tulle.compression.recipe import Recipe, read_recipe
 from tulle.compression.run_folder import has_content, in_use
 from tulle.methods.contract import Progress
-from tulle.models.checkpoint import read_json, write_text
+from tulle.models.checkpoint import Checkpoint, read_json, write_text
 from tulle.models.rewrite import DenseModel
 from tulle.text.reading import Text
 from tulle.training.model_folder import unpack
@@ -40,8 +40,9 @@ def compress(
 ) -> dict[str, Any]:
     """:func:`tulle.compression.job.compress`, and recovery on the same text where the recipe has ``recover``.
 
-    With ``then`` the steps before only prune, what is trained are plain weights under their masks, and the steps of
-    ``then`` compress the recovered model. Until all is done, models on the way lie beside ``output``.
+    With ``then`` the steps before only prune or select inputs, what is trained are plain weights under their masks, and
+    the steps of ``then`` compress the recovered model. Shares of dropped inputs stay as they were, unless ``then``
+    decides them. Until all is done, models on the way lie beside ``output``.
     """
     chosen, text = read_recipe(recipe), calibration_text(calibration, separator, documents, min_chars)
     given: dict[str, Any] = {"device": device, "seed": seed, "progress": progress}
@@ -70,7 +71,10 @@ def compress(
             if not dense.exists():
                 unpack(recovered, dense, DenseModel.open(model).embedding_dtype)
             rest = replace(chosen, steps=chosen.then, recover=None, then=())
-            job.compress(dense, rest, out, calibration=text, resume=resume, **given, **settings)
+            shares = _input_shares(recovered)
+            job.compress(
+                dense, rest, out, calibration=text, resume=resume, input_shares=shares, **given, **settings
+            )  # fmt: skip
             report = _told(out, report, chosen, str(model), evaluation, device, progress)
     except BaseException as error:
         error.add_note(f"what was done so far lies beside {out}: --resume goes on")
@@ -78,6 +82,18 @@ def compress(
     for folder in (pruned, recovered, dense):
         shutil.rmtree(folder, ignore_errors=True)
     return report
+
+
+def _input_shares(folder: Path) -> dict[str, float]:
+    """Shares of the inputs that every token drops, by linear of the packed model."""
+    packed = Checkpoint.open(folder).packed
+    assert packed is not None
+    found = {
+        name: spec.input_sparsity.share(spec.shape[1])
+        for name, spec in packed.linears.items()
+        if spec.input_sparsity is not None
+    }
+    return {name: share for name, share in found.items() if share is not None}
 
 
 def _told(

@@ -168,21 +168,23 @@ class Distillation:
         trail: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
         squares = 0.0
         for index in range(len(self.student.decoder.layers)):
-            wanted = self.teacher.block(index, wanted)
+            wanted = self.teacher.block(index, wanted, inputs)
             entry = hidden.detach().requires_grad_()
             with torch.set_grad_enabled(self._keeps_graphs):
-                out = self.student.block(index, entry)
+                out = self.student.block(index, entry, inputs)
             hidden, pull = out.detach(), None
             if self._squarehead:
-                value, pull = _square_head(hidden, wanted)
-                squares, pull = squares + value, pull * self._squarehead
+                width = self.student.decoder.hidden  # what stands beside the stream is left out
+                value, pull = _square_head(hidden[..., :width], wanted[..., :width])
+                squares += value
+                pull = nn.functional.pad(pull * self._squarehead, (0, hidden.shape[-1] - width))
             trail.append((entry, out if self._keeps_graphs else None, pull))
         found, gradient = self._at_the_head(hidden, wanted, targets)
         for index in reversed(range(len(trail))):
             entry, kept, pull = trail.pop()
             if kept is None:
                 with torch.enable_grad():
-                    kept = self.student.block(index, entry)
+                    kept = self.student.block(index, entry, inputs)
             torch.autograd.backward(kept, gradient if pull is None else gradient + pull)
             assert entry.grad is not None
             gradient = entry.grad
@@ -216,7 +218,8 @@ class Distillation:
             inputs, targets = part[:, :-1], part[:, 1:]
             wanted, hidden = self.teacher.embed(inputs), self.student.embed(inputs)
             for index in range(len(self.student.decoder.layers)):
-                wanted, hidden = self.teacher.block(index, wanted), self.student.block(index, hidden)
+                wanted = self.teacher.block(index, wanted, inputs)
+                hidden = self.student.block(index, hidden, inputs)
             for piece, _, given, taught in self._logits(hidden, wanted):
                 for name, value in output_loss(given.detach(), taught, targets.flatten()[piece], self.settings).items():
                     sums[name] += value / (len(rows) * targets.numel())

@@ -152,7 +152,7 @@ def _predicted(student: Student, windows: Sequence[Batch], device: str) -> Tenso
     for window in windows:
         hidden = student.embed(window.tokens.to(device))
         for index in range(len(student.decoder.layers)):
-            hidden = student.block(index, hidden)
+            hidden = student.block(index, hidden, window.tokens)
         found.append(hidden)
     return losses(student.decoder, windows, found, student.outer(), student.head)
 

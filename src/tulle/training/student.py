@@ -41,6 +41,7 @@ from tulle.models.decoder import DecoderBlock, GroupInput, Heads, drive, embed, 
 from tulle.models.description import Decoder
 from tulle.models.expert_pass import outputs
 from tulle.models.rewrite import DenseModel
+from tulle.models.state import TokenInputs
 
 Trained = Literal["codes", "steps"]
 KEPT_SHARE = 1 / 8
@@ -62,6 +63,7 @@ class Teacher:
         outer = {self.decoder.embedding: dense.embedding(), **dense.closing()}
         self._outer = {name: t.to(device) for name, t in outer.items()}
         self._norm = {name: self._outer[name].float() for name in self.decoder.final_norm.names()}
+        self._inputs = dense.token_inputs()
         weights = sum(linear.shape[0] * linear.shape[1] for layer in self.decoder.layers for linear in layer.linears())
         self._keeps = 4 * weights <= KEPT_SHARE * memory_bytes()
         self._kept: dict[int, DecoderBlock] = {}
@@ -70,8 +72,8 @@ class Teacher:
         return embed(self.decoder, tokens, self._outer[self.decoder.embedding]).float()
 
     @torch.no_grad()
-    def block(self, index: int, hidden: Tensor) -> Tensor:
-        """Hidden ``[B, T, d]`` after block ``index``, float32."""
+    def block(self, index: int, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Hidden ``[B, T, d]`` of ``tokens`` after block ``index``, float32."""
         block = self._kept.get(index)
         if block is None:
             tensors = self._dense.read_block(index, experts=self._keeps)
@@ -79,10 +81,11 @@ class Teacher:
             if self._keeps:
                 self._kept[index] = block
         with autocast(self._device, self._dtype):
+            entering = self._inputs.join(index, hidden, tokens, lambda: self.embed(tokens))
             if self._keeps:
-                found: Tensor = block(hidden)
+                found: Tensor = block(entering)
             else:
-                (found,) = outputs(block, [hidden], self._dense.read_expert)
+                (found,) = outputs(block, [entering], self._dense.read_expert)
         return found
 
     @torch.no_grad()
@@ -114,15 +117,16 @@ class Student(nn.Module):
             }
         )
         self._embedding = self._table(checkpoint, self.decoder.embedding_name(checkpoint), packed.linears)
+        self._inputs = TokenInputs(self.decoder, checkpoint.read_part)
         tied = self.decoder.tied
         self._head = self._embedding if tied else self._table(checkpoint, self.decoder.head, packed.linears)
 
     def embed(self, tokens: Tensor) -> Tensor:
         return embed(self.decoder, tokens, self._embedding).float()
 
-    def block(self, index: int, hidden: Tensor) -> Tensor:
-        """Hidden ``[B, T, d]`` after block ``index``, float32."""
-        found: Tensor = self.blocks[index](hidden)
+    def block(self, index: int, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Hidden ``[B, T, d]`` of ``tokens`` after block ``index``, float32."""
+        found: Tensor = self.blocks[index](self._inputs.join(index, hidden, tokens, lambda: self.embed(tokens)))
         return found
 
     def logits(self, hidden: Tensor) -> Tensor:

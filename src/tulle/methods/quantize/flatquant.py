@@ -28,7 +28,7 @@ from tulle.core.transform import Kronecker, Transform
 from tulle.methods.contract import BlockState, Statistic
 from tulle.methods.learning import Learned, LearnedGroup, LearnedScale, Schedule, fake_linears, input_clip, learn_block
 from tulle.methods.smoothing import Size, group_smoothing
-from tulle.models.description import LATENT_ROLES, ROLES
+from tulle.models.description import ROLES, TARGETS
 
 START: dict[Size, float] = {"rms": 0.5, "max": 0.3}
 """α of the scale that c starts from."""
@@ -80,7 +80,7 @@ class _Maps:
 
     def __init__(self, block: BlockState, role: str, size: Size):
         linear = block.groups[role].linears[0]
-        generator = block.generator((*ROLES, *LATENT_ROLES).index(role))
+        generator = block.generator((*ROLES, *TARGETS).index(role))
         self.role = role
         self.left, self.right = (nn.Parameter(start(size, generator)) for size in factors(linear.dense.shape[1]))
         self.scale = None

@@ -18,6 +18,7 @@ from tulle.models.description import (
     FeedForward,
     GatedDeltaNet,
     GatedMLP,
+    InputGate,
     LatentAttention,
     Layer,
     Linear,
@@ -122,6 +123,8 @@ def build_decoder(
     fused: tuple[str, ...] = (),
     residual_scale: float = 1.0,
     parallel: bool = False,
+    input_gate: InputGate | None = None,
+    output_scale: str | None = None,
     tied: bool = False,
     **outer: Any,
 ) -> Decoder:
@@ -134,6 +137,7 @@ def build_decoder(
     """
     layers = []
     called = names or {}
+    shared = {mixer.kv_from for mixer in attention if isinstance(mixer, Attention)}
     feed_forwards = feed_forward if isinstance(feed_forward, Sequence) else [feed_forward] * len(attention)
     for index, (mixer, mlp) in enumerate(zip(attention, feed_forwards, strict=True)):
         mixing: tuple[LinearGroup, ...]
@@ -148,7 +152,9 @@ def build_decoder(
         elif isinstance(mixer, LatentAttention):
             mixing = _latent(mixer, hidden, qkv_bias, norms.mixer)
         else:
-            mixing = _attention(mixer, hidden, qkv_bias, o_bias, norms.mixer, "qkv" in fused, called)
+            mixing = _attention(
+                mixer, hidden, qkv_bias, o_bias, norms.mixer, "qkv" in fused, called, shared=index in shared
+            )
         read = norms.mixer if parallel else norms.feed_forward
         experts: tuple[Expert, ...] = ()
         if isinstance(mlp, Absent):
@@ -158,12 +164,15 @@ def build_decoder(
             experts = _experts(mlp, hidden, mlp_bias if expert_bias is None else expert_bias, read, called)
         else:
             groups = (*mixing, *_feed_forward(mlp, hidden, mlp_bias, read, "gate_up" in fused, called))
+        if input_gate is not None:
+            groups = (*groups, *_input_groups(input_gate, hidden))
         layers.append(
             Layer(
                 index, f"model.layers.{index}.", hidden, mixer, mlp,
                 None if isinstance(mixer, Absent) else norms.mixer,
                 None if isinstance(mlp, Absent) else norms.feed_forward,
-                groups, norms.mixer_after, norms.feed_forward_after, residual_scale, parallel, experts,
+                groups, norms.mixer_after, norms.feed_forward_after, residual_scale, parallel, experts, input_gate,
+                output_scale,
             )
         )  # fmt: skip
     found = Decoder(
@@ -182,8 +191,16 @@ def build_decoder(
 
 
 def _attention(
-    mixer: Attention, hidden: int, bias: bool, o_bias: bool, norm: Norm | None, fused: bool, called: Mapping[str, str]
+    mixer: Attention,
+    hidden: int,
+    bias: bool,
+    o_bias: bool,
+    norm: Norm | None,
+    fused: bool,
+    called: Mapping[str, str],
+    shared: bool,
 ) -> tuple[LinearGroup, LinearGroup]:
+    """``shared``: other layers attend to its keys and values."""
     if mixer.heads % mixer.kv_heads:
         raise UserError(
             f"expected num_attention_heads in equal groups per KV head, found {mixer.heads} heads and "
@@ -195,10 +212,22 @@ def _attention(
             "o",
             (Linear(f"{mixer.name}.{called.get('o_proj', 'o_proj')}", (hidden, mixer.widths[0]), o_bias),),
             norm=mixer.output_norm,
-            # A gate multiplies what comes of the values channel by channel, so that they keep their order and basis.
-            producers=() if mixer.output_gate else (_values(mixer, fused),),
+            producers=() if shared or _fixed_values(mixer) else (_values(mixer, fused),),
             adds=True,
         ),
+    )
+
+
+def _fixed_values(mixer: Attention) -> bool:
+    """Whether the channels of its values keep their order and basis, whatever reads them: a gate multiplies what comes
+    of them channel by channel; or they are another layer's, keys as well, or normed."""
+    return mixer.output_gate or mixer.kv_from is not None or mixer.value_is_key or mixer.value_eps is not None
+
+
+def _input_groups(gate: InputGate, hidden: int) -> tuple[LinearGroup, LinearGroup]:
+    return (
+        LinearGroup("input_gate", (Linear("per_layer_input_gate", (gate.width, hidden)),)),
+        LinearGroup("input_down", (Linear("per_layer_projection", (hidden, gate.width)),), adds=True),
     )
 
 
@@ -254,7 +283,9 @@ def _in_and_out(
 
 def _qkv(mixer: Attention, hidden: int, bias: bool, norm: Norm | None, fused: bool) -> LinearGroup:
     queries, keys, values = mixer.widths
-    rows = {"q": 2 * queries if mixer.output_gate else queries, "k": keys, "v": values}
+    rows = {"q": 2 * queries if mixer.output_gate else queries}
+    if mixer.kv_from is None:
+        rows |= {"k": keys} if mixer.value_is_key else {"k": keys, "v": values}
     if fused:
         linears = [Linear(f"{mixer.name}.qkv_proj", (sum(rows.values()), hidden), bias)]
     else:
@@ -299,13 +330,15 @@ def _routed(
 ) -> tuple[LinearGroup, ...]:
     """The router, and the shared expert."""
     gate = () if mixture.shared_gate is None else (mixture.shared_gate,)
-    router = LinearGroup("router", (mixture.router.linear, *gate), norm=norm)
+    own = None if mixture.router.input_scale is not None else norm
+    router = LinearGroup("router", (mixture.router.linear, *gate), norm=own)
     return (router, *(_feed_forward(mixture.shared, hidden, bias, norm, fused, called) if mixture.shared else ()))
 
 
 def _experts(
     mixture: Mixture, hidden: int, bias: bool, norm: Norm | None, called: Mapping[str, str]
 ) -> tuple[Expert, ...]:
+    norm = mixture.expert_norm or norm
     return tuple(
         Expert(
             index,
