@@ -24,11 +24,17 @@ pytestmark = pytest.mark.usefixtures("no_pages")
 EVERYWHERE = ["qkv", "o", "gate_up", "down", "embedding", "head"]
 
 
-@pytest.fixture(scope="module", params=[("qwen3_5_text", 2), ("nemotron_h", 0)], ids=["delta nets", "lone parts"])
+MODELS = {
+    "delta nets": ("qwen3_5_text", 2, {}),
+    "lone parts": ("nemotron_h", 0, {"hybrid_override_pattern": "MM*-"}),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS.keys())
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Gated delta nets and attention; and Mamba-2, attention and feed-forwards, each a layer of its own."""
-    family, seed = request.param
-    folder = write_family(tmp_path_factory.mktemp("hybrid") / "model", family, seed)
+    family, seed, changes = request.param
+    folder = write_family(tmp_path_factory.mktemp("hybrid") / "model", family, seed, **changes)
     layers = DenseModel.open(folder).description.layers
     assert len({tuple(group.role for group in layer.groups) + layer.groups[0].names for layer in layers}) > 1
     return folder
