@@ -186,7 +186,7 @@ def test_a_checkpoint_of_another_version_does_not_resume(tmp_path, whole):
     shutil.copytree(whole, out)
     state = checkpoint.latest(out / "checkpoints") / "state.json"
     content = json.loads(state.read_text())
-    content["recipe"]["training"]["an_old_key"] = 1
+    content["facts"]["training"]["an_old_key"] = 1
     state.write_text(json.dumps(content))
     with pytest.raises(UserError, match="expected the recipe that .* was started with"):
         train(recipe_file(tmp_path), out, resume=True)

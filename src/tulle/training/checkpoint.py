@@ -39,13 +39,16 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 def save(
     folder: Path,
     step: int,
-    recipe: dict[str, Any],
+    facts: dict[str, Any],
     model: nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
     methods: Sequence[TrainingMethod] = (),
     main: bool = True,
 ) -> None:
-    """Write ``folder/step-…`` atomically and drop older ones. All processes gather; the ``main`` one writes."""
+    """Write ``folder/step-…`` atomically and drop older ones. All processes gather; the ``main`` one writes.
+
+    ``facts``: what :func:`read_state` gives back, JSON: the recipe of ``tulle train``, sums of ``tulle recover``.
+    """
     names: dict[Tensor, str] = {p: name for name, p in parameters(model).items()}
     model_tensors = weights(model)
     states: dict[str, Tensor] = {_GENERATOR: torch.get_rng_state()}
@@ -67,7 +70,7 @@ def save(
     save_file(model_tensors, partial / "model.safetensors")
     save_file(states, partial / "optimizer.safetensors")
     save_file(remembered, partial / "methods.safetensors")
-    (partial / "state.json").write_text(json.dumps({"step": step, "recipe": recipe}, indent=1) + "\n")
+    (partial / "state.json").write_text(json.dumps({"step": step, "facts": facts}, indent=1) + "\n")
     for file in [*partial.iterdir(), partial]:
         _sync(file)
     if target.exists():
@@ -85,9 +88,10 @@ def latest(folder: Path) -> Path | None:
 
 
 def read_state(checkpoint: Path) -> tuple[int, dict[str, Any]]:
-    """(step, recipe) of a checkpoint."""
+    """(step, facts) of a checkpoint."""
     state = json.loads((checkpoint / "state.json").read_text())
-    return state["step"], state["recipe"]
+    # Up to version 0.1 there was nothing but a recipe.
+    return state["step"], state["facts"] if "facts" in state else state["recipe"]
 
 
 @torch.no_grad()

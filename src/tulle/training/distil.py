@@ -116,7 +116,10 @@ class Distillation:
             record["curve"].append({"step": 0, "tokens": 0} | self.held_out())
         steps, rates = self._training.steps, learning_rates(self._training)
         saved = time.perf_counter()
-        sums: dict[str, float] = {}
+        # Of the terms since the curve's last point, and of how many steps.
+        kept = {} if found is None else checkpoints.read_state(found)[1]
+        sums: dict[str, float] = kept.get("sums", {})
+        count: int = kept.get("count", 0)
         for step in range(start, steps):
             if progress:
                 progress(f"recover {step}/{steps}", step, steps)
@@ -124,18 +127,18 @@ class Distillation:
                 group["lr"] = rates[step] * group["size"]
             for name, value in self._step(step).items():
                 sums[name] = sums.get(name, 0.0) + value
+            count += 1
             done, now = step + 1, time.perf_counter()
             if done % self.settings.evaluate_every == 0 or done == steps:
-                count = (done - 1) % self.settings.evaluate_every + 1
                 row = {"step": done, "tokens": done * self._training.step_tokens, "rate": rates[step]}
                 row |= {name: value / count for name, value in sums.items()}
                 record["curve"].append(row | self.held_out())
-                sums = {}
+                sums, count = {}, 0
             if now - saved > CHECKPOINT_SECONDS or done == steps:
                 record["seconds"] += now - saved
                 saved = now
                 write_text(file, json.dumps(record))
-                checkpoints.save(folder, done, {}, self.student, [self._optimizer])
+                checkpoints.save(folder, done, {"sums": sums, "count": count}, self.student, [self._optimizer])
         record["tokens_trained"] = steps * self._training.step_tokens
         record["windows"] = len(self.windows)
         return record
