@@ -429,6 +429,7 @@ def test_quantised_after_recovering(models: dict[str, Path], tmp_path: Path, mon
         ),
         ({"steps": content["steps"], "then": content["then"]}, "without recover"),
         ({"steps": content["steps"], "recover": {}, "then": {}}, "list of steps"),
+        ({"steps": [{"larosa": {}}], "recover": {}, "then": content["then"]}, "before recover and then, found larosa"),
         ({"steps": [{"teal": {}}], "recover": {}, "then": content["then"]}, "before recover and then, found teal"),
         ({"steps": [{"wina": {}}], "recover": {}, "then": content["then"]}, "step of then that selects inputs of down"),
     ):

@@ -301,7 +301,8 @@ def _then(content: Any, steps: tuple[Step, ...], recover: Recover | None) -> tup
             + ("" if recover else " without recover")
         )
     for step in steps:
-        selects = step.method.settles <= {"selection", "input sparsities"}
+        settled = step.method.settles
+        selects = settled and settled <= {"selection", "input sparsities"}
         kept = selects and getattr(step.method, "kind", "top_k") == "top_k"
         if not kept and not METHODS[step.name].startswith("tulle.methods.prune."):
             raise UserError(

@@ -88,12 +88,11 @@ def _input_shares(folder: Path) -> dict[str, float]:
     """Shares of the inputs that every token drops, by linear of the packed model."""
     packed = Checkpoint.open(folder).packed
     assert packed is not None
-    found = {
-        name: spec.input_sparsity.share(spec.shape[1])
+    return {
+        name: share
         for name, spec in packed.linears.items()
-        if spec.input_sparsity is not None
+        if spec.input_sparsity is not None and (share := spec.input_sparsity.share(spec.shape[1])) is not None
     }
-    return {name: share for name, share in found.items() if share is not None}
 
 
 def _told(
