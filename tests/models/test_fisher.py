@@ -20,10 +20,11 @@ from random_decoders import plain_model, random_config, reference_model
 from random_families import family_config, saved_model
 from tulle.core.hessian import Hessian
 from tulle.core.topk import Selection, top_k
+from tulle.core.trials import Key
 from tulle.models.checkpoint import Checkpoint
 from tulle.models.decoder import DecoderBlock, PlainDecoder
 from tulle.models.description import describe, expert_role
-from tulle.models.fisher import Key, divergences, kronecker_cost
+from tulle.models.fisher import divergences, kronecker_cost
 from tulle.models.hub import local_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")

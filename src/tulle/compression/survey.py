@@ -22,9 +22,10 @@ from tulle.core.grid import Grid
 from tulle.core.hessian import Hessian
 from tulle.core.rotation import Extremes
 from tulle.core.transform import Permutation
+from tulle.core.trials import InputTrials, Key, TableTrials, WeightTrials
 from tulle.errors import UserError
 from tulle.format.spec import LinearSpec
-from tulle.methods.contract import InputTrials, Key, Progress, See, Statistics, Survey, TableTrials, WeightTrials
+from tulle.methods.contract import Progress, See, Statistics, Survey
 from tulle.models.batches import Batch, batched
 from tulle.models.decoder import DecoderBlock, GroupInput, PlainDecoder, embed, final_norm
 from tulle.models.description import Decoder, Mixture

@@ -29,6 +29,7 @@ from tulle.core.hessian import Hessian
 from tulle.core.token_grid import TokenGrid
 from tulle.core.topk import Selection
 from tulle.core.transform import BlockMatrix, Diagonal, Permutation, Transform, fold, run, stored
+from tulle.core.trials import InputTrials, Key, TableTrials, WeightTrials
 from tulle.errors import UserError
 from tulle.models.description import STREAM_READERS, Expert, Linear, LinearGroup, Norm, require_plain_values, target_of
 
@@ -510,17 +511,6 @@ See = Callable[[int, dict[str, Tensor], dict[str, Hessian]], None]
 """Of a block's number, its float32 tensors by relative name and H of the inputs of roles."""
 Unit = tuple[tuple[str, Linear], ...]
 """Linears that share what is decided, each with its group's role."""
-Key = tuple[int | float | str, ...]
-"""Name of a trial."""
-WeightTrials = Callable[[int, Mapping[str, Tensor], Mapping[str, Hessian]], Iterable[tuple[Key, Mapping[str, Tensor]]]]
-"""Of a block's number, its tensors by relative name and H of the input of every role: (key, tensors under the names of
-those whose place they take) of each trial. Asked for a block without its experts, then for some of these, one at a
-time, each with its own tensors and H alone; costs under one key are added up."""
-InputTrials = Callable[[int, Mapping[str, Tensor]], Iterable[tuple[Key, Mapping[str, Selection]]]]
-"""Of a block's number and its tensors: (key, selection of inputs by role, or by ``expert_role`` for all of its experts)
-of each trial."""
-TableTrials = Callable[[str, Hessian], Iterable[tuple[Key, Tensor]]]
-"""Of ``embedding``, ``head`` or ``tied`` and H of the head's inputs: (key, table) of each trial, whenever called."""
 
 
 class Costs(Protocol):

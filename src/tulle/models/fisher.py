@@ -48,24 +48,13 @@ from torch import Tensor
 
 from tulle.core.hessian import Hessian
 from tulle.core.topk import Selection
+from tulle.core.trials import InputTrials, Key, TableTrials, WeightTrials
 from tulle.errors import UserError
 from tulle.models.decoder import DecoderBlock, GroupInput, PlainDecoder, drive, logits, run_group
 from tulle.models.description import Expert, LinearGroup, Mixture, expert_role
 from tulle.models.expert_pass import ParkedBatch, holding, outputs
 from tulle.models.state import without_own
 
-Key = tuple[int | float | str, ...]
-"""Name of a trial."""
-WeightTrials = Callable[[int, Mapping[str, Tensor], Mapping[str, Hessian]], Iterable[tuple[Key, Mapping[str, Tensor]]]]
-"""Of a block's number, its tensors by relative name and H of the input of every role: (key, Ŵ by relative name, as
-``self_attn.q_proj.weight``) of each trial. Asked for the block without its experts, and for one expert at a time; costs
-under one key are added up."""
-InputTrials = Callable[[int, Mapping[str, Tensor]], Iterable[tuple[Key, Mapping[str, Selection]]]]
-"""Of a block's number and its tensors: (key, selection by role, or by ``expert_role`` for all of its experts) of each
-trial."""
-TableTrials = Callable[[str, Hessian], Iterable[tuple[Key, Tensor]]]
-"""Of ``embedding``, ``head`` or ``tied`` (one table for both) and H of the head's inputs: (key, table ``[V, d]``) of
-each trial. Called more than once; gives the same every time."""
 Progress = Callable[[str, int, int], None]
 
 HEAD_TOKENS = 2048

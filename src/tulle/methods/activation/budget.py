@@ -26,8 +26,9 @@ from torch import Tensor
 
 from tulle.core.allocation import divide
 from tulle.core.topk import Selection, check_share, top_k
+from tulle.core.trials import Key
 from tulle.errors import UserError
-from tulle.methods.contract import Decision, Key, Method, Stage, Survey
+from tulle.methods.contract import Decision, Method, Stage, Survey
 from tulle.models.description import expert_role
 
 DENSITIES = (0.3, 0.5, 0.75, 1.0, 1.25, 1.5)

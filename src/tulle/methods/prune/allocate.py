@@ -35,8 +35,9 @@ from tulle.core.allocation import allocate, divide, monotone_curve
 from tulle.core.hessian import Hessian, check_damping
 from tulle.core.least_squares import refit_iterative
 from tulle.core.masks import check_sparsity, keep_share
+from tulle.core.trials import Key
 from tulle.errors import UserError
-from tulle.methods.contract import Decision, Key, Method, Stage, Survey, Unit
+from tulle.methods.contract import Decision, Method, Stage, Survey, Unit
 
 DENSITIES = (0.4, 0.6, 0.8, 1.0, 1.25, 1.6, 2.0, 2.8)
 """Kept shares that are tried, as multiples of 1 − S."""

@@ -31,8 +31,9 @@ from tulle.core.allocation import lower_hull
 from tulle.core.gptq import gptq
 from tulle.core.grid import Grid, GroupSize, find_steps
 from tulle.core.hessian import Hessian, check_damping
+from tulle.core.trials import Key
 from tulle.errors import UserError
-from tulle.methods.contract import Decision, Key, Method, Stage, Survey
+from tulle.methods.contract import Decision, Method, Stage, Survey
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 ROWS = 8192
