@@ -1,7 +1,7 @@
 """The compiled kernels, as functions on NumPy arrays.
 
 The kernels are compiled for several instruction sets; the widest that this CPU executes is chosen at run
-time. `TULLE_ISA=scalar|avx2|avx512` forces one. All sets give the same bytes.
+time. `TULLE_ISA=scalar|avx2|avx512|amx` forces one. All sets give the same bytes.
 
 Arrays of codes and values are C-contiguous; other layouts are copied first. Bit and nibble order are those of
 docs/reference/format.md: little-endian within a byte.

@@ -617,8 +617,13 @@ static inline void weighted_values(const CacheView& c, std::size_t first, std::s
 // e^(score − the largest) in place; returns their sum, that of `sink` included where it is not null. `width`: whole
 // blocks, scores that are masked far below.
 static inline float exponentials(float* scores, std::size_t width, const float* sink) {
-  float most = sink != nullptr ? *sink : scores[0];
-  for (std::size_t i = 0; i < width; ++i) most = scores[i] > most ? scores[i] : most;
+  float mosts[kKeyBlock];
+  for (float& most : mosts) most = sink != nullptr ? *sink : scores[0];
+  for (std::size_t i = 0; i < width; i += kKeyBlock) {
+    for (std::size_t j = 0; j < kKeyBlock; ++j) mosts[j] = scores[i + j] > mosts[j] ? scores[i + j] : mosts[j];
+  }
+  float most = mosts[0];
+  for (float one : mosts) most = one > most ? one : most;
   float parts[kKeyBlock] = {};
   for (std::size_t i = 0; i < width; i += kKeyBlock) {
     for (std::size_t j = 0; j < kKeyBlock; ++j) {

@@ -12,15 +12,22 @@ std::size_t quad_stride(const LinearView& w) { return w.padded() / 4 + 4; }
 // Entries of one token's list.
 std::size_t listed(const LinearView& w) { return quad_stride(w) * (w.blocks4() ? 1 : 4); }
 
+// Elements from one token's inputs to the next: an odd number of cache lines, so that a kernel that reads several tokens
+// at once finds them in different sets of the cache.
+std::size_t apart(const LinearView& w) {
+  const std::size_t line = w.is_codes() ? 64 : 64 / sizeof(float);
+  return ((w.padded() + line - 1) / line | 1) * line;
+}
+
 }  // namespace
 
 void InputSizes::add(const Linear& linear) {
   const LinearView& w = linear.weight;
   if (!w.is_codes()) {
-    floats = std::max(floats, w.padded());
+    floats = std::max(floats, apart(w));
     return;
   }
-  codes = std::max(codes, w.padded());
+  codes = std::max(codes, apart(w));
   segments = std::max(segments, w.segments);
   planes = std::max(planes, planes_of(linear.input));
   if (w.input_major()) active = std::max(active, 4 * quad_stride(w));
@@ -43,7 +50,7 @@ Inputs QuantisedInputs::view(const Linear& linear, InputRow first, std::size_t t
   const LinearView& w = linear.weight;
   Inputs x{};
   x.tokens = tokens;
-  x.stride = w.padded();
+  x.stride = apart(w);
   x.floats = floats_.data() + first.at(sizes_.floats, x.stride);
   x.planes = w.is_codes() ? planes_of(linear.input) : 0;
   x.sum_stride = w.segments;
@@ -64,10 +71,10 @@ void QuantisedInputs::copy(const Linear& l, InputRow from, InputRow to) {
   const auto row = [&](auto* data, std::size_t widest, std::size_t own) {
     std::copy_n(data + from.at(widest, own), own, data + to.at(widest, own));
   };
-  if (!w.is_codes()) return row(floats_.data(), sizes_.floats, w.padded());
+  if (!w.is_codes()) return row(floats_.data(), sizes_.floats, apart(w));
   steps_.data()[to.number()] = step(from);
   for (std::size_t p = 0; p < planes_of(l.input); ++p) {
-    row(plane_[p].data(), sizes_.codes, w.padded());
+    row(plane_[p].data(), sizes_.codes, apart(w));
     row(sums_[p].data(), sizes_.segments, w.segments);
     if (w.input_major()) row(quad_plane_[p].data(), sizes_.active, quad_stride(w) * 4);
   }
@@ -101,7 +108,7 @@ void QuantisedInputs::set(const OpsKernels& ops, const Linear& l, const float* x
   const bool two = planes_of(l.input) == 2;
   const std::size_t scales = w.scales_per_row(), real = w.columns / scales;
   const std::size_t room = w.segment * w.segments_per_scale;
-  const std::size_t at = row.at(sizes_.codes, w.padded()), sum_at = row.at(sizes_.segments, w.segments);
+  const std::size_t at = row.at(sizes_.codes, apart(w)), sum_at = row.at(sizes_.segments, w.segments);
   std::int8_t* high = plane_[0].data() + at;
   std::int8_t* low = two ? plane_[1].data() + at : nullptr;
   for (std::size_t s = 0; s < scales; ++s) {
@@ -118,7 +125,7 @@ void QuantisedInputs::set(const OpsKernels& ops, const Linear& l, const float* x
 
 void QuantisedInputs::set_floats(const OpsKernels& ops, const Linear& l, const float* x, InputRow row, float* spare) {
   const LinearView& w = l.weight;
-  float* to = floats_.data() + row.at(sizes_.floats, w.padded());
+  float* to = floats_.data() + row.at(sizes_.floats, apart(w));
   std::memcpy(to, x, w.columns * sizeof(float));
   if (l.input.bits > 0) ops.fake_quantise(to, w.columns, ops.range(x, w.columns, l.input));
   const float ratio = l.selection.run(ops, to, w.columns, spare);

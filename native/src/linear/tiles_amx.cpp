@@ -7,8 +7,8 @@
 //   tmm5  tokens 16–31     tmm2  sums                 tmm3  sums
 //         [16][64 inputs]
 //
-//   step (64 inputs): load 4, 6, 7, 5; tdpbsud 0 += 4·6, 1 += 4·7, 2 += 5·6, 3 += 5·7. After a segment: store the sums,
-//   add zero points and scales by AVX-512.
+//   step (64 inputs): load 4, 6, 7, 5; tdpbsud 0 += 4·6, 1 += 4·7, 2 += 5·6, 3 += 5·7. After a segment: store the sums.
+//   AVX-512 adds zero points and scales one segment behind, into the other half of the sums, while the tiles multiply.
 //
 // What does not fit (one token, few tokens, weights that are no codes, odd segments) goes to the AVX-512 kernels.
 #include "linear/amx.hpp"
@@ -16,6 +16,7 @@
 #include <immintrin.h>
 
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/tables.hpp"
 #include "linear/amx_registers.hpp"
@@ -29,11 +30,11 @@ constexpr std::size_t kTokens = 16;       // of a tile
 constexpr std::size_t kFewest = 4;        // tokens; below, most of a tile would be idle
 constexpr std::size_t kStepInputs = 64;   // of a tile
 constexpr std::size_t kChunkCodes = kChunkInputs * kTileRows;
-// Scratch: two panels of codes, four tiles of sums per plane, a chunk of the last tokens' inputs per plane, and where
-// scratch_bytes() has room for them the sums of all tokens.
+// Scratch: two panels of codes, of two segments four tiles of sums per plane, a chunk of the last tokens' inputs per
+// plane, and where scratch_bytes() has room for them the sums of all tokens.
 constexpr std::size_t kWholes = 2 * kChunkCodes;
-constexpr std::size_t kSums4 = 4 * kTokens * kTileRows * sizeof(std::int32_t);
-constexpr std::size_t kRest = kWholes + 2 * kSums4;
+constexpr std::size_t kSums4 = 4 * kTokens * kTileRows;
+constexpr std::size_t kRest = kWholes + 2 * 2 * kSums4 * sizeof(std::int32_t);
 constexpr std::size_t kRestBytes = kTokens * kChunkInputs;
 constexpr std::size_t kSums = 2 * kChunkInputs * kTileRows * sizeof(float);
 static_assert(kRest + 2 * kRestBytes <= kSums, "scratch");
@@ -78,31 +79,61 @@ void sum_segment(std::size_t segment, std::size_t step, const std::uint8_t* code
   if constexpr (kTwoTiles) Tiles::template store<3>(to + 3 * kSize, kStride);
 }
 
-// Adds what sum_segment found, of `count` tokens from `token` on, to sums [token][2][16], scaled.
-void add_segment(const LinearView& w, const Inputs& x, std::size_t tile, std::size_t tiles, std::size_t segment,
-                 std::size_t token, std::size_t count, const std::int32_t* wholes, float* sums) {
+// What sum_segment found, of `count` tokens from `token` on: wholes [plane][token half · 2 + tile][16][16].
+struct Segment {
+  std::size_t number, token, count;
+  const std::int32_t* wholes;
+};
+
+// Adds a segment of two tiles at most to sums [token][2][16], scaled.
+template <int kPlanes, bool kZeros, bool kMinima>
+void add_segment(const LinearView& w, const Inputs& x, std::size_t tile, std::size_t tiles, const Segment& found,
+                 float* sums) {
+  const std::size_t segment = found.number;
+  std::int32_t total[kPlanes][2 * kTokens];  // zero point times −Σ x, without zero points −Σ x
+  for (std::size_t t = 0; t < found.count; ++t) {
+    for (int p = 0; p < kPlanes; ++p) {
+      const std::int32_t sum = x.sums[p][(found.token + t) * x.sum_stride + segment];
+      total[p][t] = kZeros ? -sum : -static_cast<std::int32_t>(w.zero) * sum;
+    }
+  }
   for (std::size_t i = 0; i < tiles; ++i) {
     const std::size_t scale = ((tile + i) * w.scales_per_row() + segment / w.segments_per_scale) * kTileRows;
-    const Zeros zeros = zeros_at(w, scale);
+    const __m512i zeros = kZeros ? zeros_at(w, scale).wide : _mm512_setzero_si512();
     const __m512 scales = scales_at(w.scales, w.scale_kind, scale);
-    const __m512 minima = w.minima ? scales_at(w.minima, w.scale_kind, scale) : _mm512_setzero_ps();
-    for (std::size_t t = 0; t < count; ++t) {
-      const std::size_t at = ((t / kTokens * 2 + i) * kTokens + t % kTokens) * kTileRows;
+    const __m512 minima = kMinima ? scales_at(w.minima, w.scale_kind, scale) : _mm512_setzero_ps();
+    const std::int32_t* from = found.wholes + i * kTokens * kTileRows;
+    float* to = sums + (found.token * 2 + i) * kTileRows;
+    for (std::size_t t = 0; t < found.count; ++t, from += kTileRows, to += 2 * kTileRows) {
+      if (t == kTokens) from += kTokens * kTileRows;
       __m512 whole = _mm512_setzero_ps();
-      for (std::size_t p = 0; p < x.planes; ++p) {
-        const __m512i part = _mm512_load_si512(wholes + p * kSums4 / sizeof(std::int32_t) + at);
-        const std::int32_t sum = x.sums[p][(token + t) * x.sum_stride + segment];
-        const __m512 found = _mm512_cvtepi32_ps(_mm512_add_epi32(part, correction(w, zeros, sum)));
-        whole = _mm512_fmadd_ps(whole, _mm512_set1_ps(256), found);
+#pragma GCC unroll 2
+      for (int p = 0; p < kPlanes; ++p) {
+        __m512i corrected = _mm512_set1_epi32(total[p][t]);
+        if (kZeros) corrected = _mm512_mullo_epi32(zeros, corrected);
+        corrected = _mm512_add_epi32(corrected, _mm512_load_si512(from + p * kSums4));
+        const __m512 plane = _mm512_cvtepi32_ps(corrected);
+        whole = p == 0 ? plane : _mm512_fmadd_ps(whole, _mm512_set1_ps(256), plane);
       }
-      float* to = sums + ((token + t) * 2 + i) * kTileRows;
       __m512 result = _mm512_fmadd_ps(whole, scales, _mm512_load_ps(to));
-      if (w.minima) {
-        result = _mm512_fmadd_ps(_mm512_set1_ps(input_sum(x, token + t, segment)), minima, result);
+      if (kMinima) {
+        result = _mm512_fmadd_ps(_mm512_set1_ps(input_sum(x, found.token + t, segment)), minima, result);
       }
       _mm512_store_ps(to, result);
     }
   }
+}
+
+using AddSegment = void (*)(const LinearView& w, const Inputs& x, std::size_t tile, std::size_t tiles,
+                            const Segment& found, float* sums);
+
+AddSegment add_segment_of(const LinearView& w, const Inputs& x) {
+  const auto of = [&](auto planes) -> AddSegment {
+    constexpr int kPlanes = decltype(planes)::value;
+    if (w.minima) return w.zeros ? add_segment<kPlanes, true, true> : add_segment<kPlanes, false, true>;
+    return w.zeros ? add_segment<kPlanes, true, false> : add_segment<kPlanes, false, false>;
+  };
+  return x.planes == 2 ? of(std::integral_constant<int, 2>()) : of(std::integral_constant<int, 1>());
 }
 
 template <class Tiles, int kBits, bool kSparse>
@@ -113,6 +144,8 @@ void multiply(const LinearView& w, const Inputs& x, std::size_t first, std::size
   std::int8_t* const rest = reinterpret_cast<std::int8_t*>(scratch + kRest);
   float* const sums = reinterpret_cast<float*>(scratch + kSums);
   const std::size_t whole_tokens = x.tokens / kTokens * kTokens;
+  const AddSegment add = add_segment_of(w, x);
+  std::size_t half = 0;
   TileShapes shapes;
   for (int t = 0; t < 6; ++t) shapes.set(t, kTokens, t < 4 ? kTileRows * 4 : step);
   for (int t = 6; t < 8; ++t) shapes.set(t, step / 4, kUnitBytes);
@@ -133,23 +166,27 @@ void multiply(const LinearView& w, const Inputs& x, std::size_t first, std::size
           }
         }
       }
-      for (std::size_t s = 0; s < w.segments_of(chunk); ++s) {
-        const std::uint8_t* codes = scratch + s * w.segment * kTileRows;
-        const auto rows_at = [&](std::size_t p, std::size_t t) -> Rows {
-          if (t < whole_tokens) return {x.plane[p] + t * x.stride + (start + s) * w.segment, x.stride};
-          return {rest + p * kRestBytes + s * w.segment, kChunkInputs};
-        };
-        for (std::size_t t = 0; t < x.tokens; t += 2 * kTokens) {
+      Segment behind{};
+      for (std::size_t t = 0; t < x.tokens; t += 2 * kTokens) {
+        for (std::size_t s = 0; s < w.segments_of(chunk); ++s) {
+          const std::uint8_t* codes = scratch + s * w.segment * kTileRows;
+          const auto rows_at = [&](std::size_t p, std::size_t token) -> Rows {
+            if (token < whole_tokens) return {x.plane[p] + token * x.stride + (start + s) * w.segment, x.stride};
+            return {rest + p * kRestBytes + s * w.segment, kChunkInputs};
+          };
+          std::int32_t* const to = wholes + half * 2 * kSums4;
+          half = 1 - half;
           for (std::size_t p = 0; p < x.planes; ++p) {
             const Rows upper = rows_at(p, t), lower = rows_at(p, t + kTokens);
             const Rows* second = t + kTokens < x.tokens ? &lower : nullptr;
-            std::int32_t* to = wholes + p * kSums4 / sizeof(std::int32_t);
-            if (tiles == 2) sum_segment<Tiles, true>(w.segment, step, codes, upper, second, to);
-            else sum_segment<Tiles, false>(w.segment, step, codes, upper, second, to);
+            if (tiles == 2) sum_segment<Tiles, true>(w.segment, step, codes, upper, second, to + p * kSums4);
+            else sum_segment<Tiles, false>(w.segment, step, codes, upper, second, to + p * kSums4);
           }
-          add_segment(w, x, tile, tiles, start + s, t, least(2 * kTokens, x.tokens - t), wholes, sums);
+          if (behind.count > 0) add(w, x, tile, tiles, behind, sums);
+          behind = {start + s, t, least(2 * kTokens, x.tokens - t), to};
         }
       }
+      add(w, x, tile, tiles, behind, sums);
     }
     write_scaled(w, x, tile, tiles, sums, y, y_stride);
   }
