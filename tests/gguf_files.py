@@ -23,8 +23,10 @@ ARCHITECTURES = {
     "cohere2": "cohere2", "starcoder2": "starcoder2", "exaone4": "exaone4", "smollm3": "smollm3",
     "seed_oss": "seed_oss", "ernie4_5": "ernie4_5", "hunyuan_v1_dense": "hunyuan-dense", "stablelm": "stablelm",
     "nemotron": "nemotron", "arcee": "arcee", "apertus": "apertus", "ministral3": "mistral3", "bitnet": "bitnet",
+    "mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "olmoe": "olmoe", "gpt_oss": "gpt-oss",
+    "granitemoe": "granitemoe",
 }  # fmt: skip
-PERMUTED = ("llama", "granite", "smollm3", "arcee", "mistral3")
+PERMUTED = ("llama", "granite", "granitemoe", "smollm3", "arcee", "mistral3")
 """Architectures whose converters are children of Llama's and reorder q and k."""
 OFFSET = ("gemma2", "gemma3", "nemotron")
 """Whose converters add 1 to norms."""
@@ -64,6 +66,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "ministral3": {"head_dim": 32, "sliding_window": None, "rope_parameters": YARN | {
         "beta_fast": 16.0, "beta_slow": 2.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5}},
     "bitnet": {"hidden_act": "silu", "tie_word_embeddings": True},
+    "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": None},
+    "qwen2_moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+                  "shared_expert_intermediate_size": 64},
+    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 32,
+                  "norm_topk_prob": True},
+    "olmoe": {"num_experts": 6, "num_experts_per_tok": 2, "eos_token_id": 1},
+    "gpt_oss": {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 8, "attention_bias": True,
+                "rope_parameters": YARN | {"truncate": False}},
+    "granitemoe": {"num_local_experts": 6, "num_experts_per_tok": 2, "embedding_multiplier": 12.0,
+                   "logits_scaling": 8.0, "residual_multiplier": 0.25, "attention_multiplier": 0.5},
 }  # fmt: skip
 XIELU = ("alpha_p", "alpha_n", "beta", "eps")
 
@@ -133,6 +145,8 @@ def random_bytes(
 
 def theirs(name: str, architecture: str = "llama") -> str:
     """The GGUF name of a Hugging Face tensor, by the gguf library."""
+    name = name.replace("block_sparse_moe.router.weight", "block_sparse_moe.router.layer.weight")
+    name = name + ".weight" if name.endswith("sinks") else name
     if architecture == "bitnet" and "_sub_norm" in name:  # the library knows an older spelling
         name = name.replace("self_attn.attn_sub_norm", "self_attn.inner_attn_ln").replace(
             "ffn_sub_norm", "ffn_layernorm"
@@ -178,6 +192,9 @@ def write_random(
     for name, tensor in model.state_dict().items():
         if config["tie_word_embeddings"] and name == "lm_head.weight" or ".act_fn." in name:
             continue
+        if ".experts." in name:
+            state[name] = _write_experts(writer, rng, name, tuple(tensor.shape), kind, size, architecture)
+            continue
         if tensor.ndim == 1:
             values = rng.standard_normal(tensor.shape).astype(np.float32) * 0.1
             values = values + 1 if name.endswith(("norm.weight", "layernorm.weight")) else values
@@ -211,6 +228,41 @@ def write_random(
     model.load_state_dict(state, strict=False)
     model.tie_weights()
     return model.float().eval()
+
+
+def _write_experts(
+    writer: gguf.GGUFWriter,
+    rng: np.random.Generator,
+    name: str,
+    shape: tuple[int, ...],
+    kind: Type,
+    size: float,
+    architecture: str,
+) -> torch.Tensor:
+    """Writes transformers' tensor of all experts as GGUF's one or two; returns it. gpt-oss stores gate and up by turns,
+    and inputs before outputs."""
+    layer, module = name.split(".")[2], name.split(".")[-1]
+    bias, by_turns = module.endswith("_bias"), architecture == "gpt-oss"
+    parts = ("gate", "up") if "gate_up" in module else ("down",)
+    rows, columns = (shape[-1], 1) if bias else (shape[-1], shape[1]) if by_turns else shape[1:]
+    found = []
+    for part in parts:
+        count = rows // len(parts)
+        if bias:
+            values = rng.standard_normal((shape[0], count)).astype(np.float32) * 0.1
+            writer.add_tensor(f"blk.{layer}.ffn_{part}_exps.bias", values)
+        else:
+            raw = random_bytes(rng, kind, shape[0] * count, columns, size)
+            values = dequantised(raw, kind).reshape(shape[0], count, columns)
+            raw = raw.reshape(shape[0], count, -1)
+            writer.add_tensor(f"blk.{layer}.ffn_{part}_exps.weight", raw, raw_dtype=kind)
+        found.append(values)
+    if bias:
+        return torch.from_numpy(np.stack(found, -1).reshape(shape))
+    if not by_turns:
+        return torch.from_numpy(np.concatenate(found, 1))
+    whole = np.stack(found, 2).reshape(shape[0], rows, columns)
+    return torch.from_numpy(np.ascontiguousarray(whole.swapaxes(1, 2)))
 
 
 def write_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
@@ -256,6 +308,14 @@ def write_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
         writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
     if config["model_type"] == "olmo3":
         writer.add_sliding_window_pattern([(i + 1) % 4 != 0 for i in range(config["num_hidden_layers"])])
+    experts = config.get("num_experts", config.get("num_local_experts"))
+    if experts is not None:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+    if (width := config.get("moe_intermediate_size")) is not None or config["model_type"] == "gpt_oss":
+        writer.add_expert_feed_forward_length(width or config["intermediate_size"])
+    if "shared_expert_intermediate_size" in config:
+        writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
     writer.add_vocab_size(config["vocab_size"])
 
 

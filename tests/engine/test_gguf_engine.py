@@ -53,6 +53,19 @@ def test_fused_tensors_and_norms_that_are_more_than_stored(tmp_path: Path, famil
     _agrees(tmp_path / "model.gguf", model)
 
 
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("mixtral", Type.Q8_0), ("qwen2_moe", Type.Q5_1), ("qwen3_moe", Type.Q4_K), ("gpt_oss", Type.MXFP4)],
+)
+def test_experts(tmp_path: Path, family: str, kind: Type) -> None:
+    """Codes of experts, all of a layer in one tensor."""
+    config = family_config(family) | {"num_hidden_layers": 2}
+    if kind == Type.Q4_K:
+        config |= {"hidden_size": 256, "num_attention_heads": 8, "moe_intermediate_size": 256}
+    model = write_random(tmp_path / "model.gguf", config, kind, embedding=Type.F16, size=0.1)
+    _agrees(tmp_path / "model.gguf", model)
+
+
 @pytest.mark.parametrize("kind", READERS, ids=lambda kind: kind.name)
 def test_codes_run_as_they_are_stored(tmp_path: Path, kind: Type) -> None:
     """What the kernels get, put together again, is the file's weights value for value."""

@@ -157,9 +157,35 @@ def test_families_as_their_converters_store_them(tmp_path: Path, family: str) ->
         assert entry.shape == ours.tensors[name].shape
         values = [to_float32(file.raw(name), file.tensors[name].type).reshape(-1) for file in (theirs, ours)]
         np.testing.assert_array_equal(*values, err_msg=name)
+    # The channels of dense layers, of which there is none.
+    said_otherwise = SAID_OTHERWISE + ("feed_forward_length",) * ("moe_intermediate_size" in config)
     for key, value in theirs.metadata.items():
-        if key.split(".")[-1] not in SAID_OTHERWISE:
+        if key.split(".")[-1] not in said_otherwise:
             np.testing.assert_array_equal(value, ours.metadata[key], err_msg=key)
+
+
+@pytest.mark.parametrize(
+    ("grid", "kind"),
+    [
+        ({"bits": 4, "group_size": 32}, "Q4_0"),
+        ({"bits": 4, "group_size": 32, "symmetric": False}, None),
+        ({"bits": 4, "group_size": 32, "scale_bits": 8}, "F32"),
+    ],
+)
+def test_experts_in_one_tensor(tmp_path: Path, grid: dict[str, object], kind: str | None) -> None:
+    """All in one type that holds every one of them; zero points make some experts' codes wider than others'."""
+    config = family_config("qwen3_moe") | {"vocab_size": 288}
+    model = write_random(tmp_path / "theirs.gguf", config, Type.BF16, size=0.2)
+    model.save_pretrained(tmp_path / "dense")
+    write_tokenizer(tmp_path / "dense")
+    recipe = {"name": "w4", "calibration": {"samples": 2, "length": 16}, "steps": [{"round_to_nearest": grid}]}
+    compress(tmp_path / "dense", recipe, tmp_path / "packed", calibration=Text((PROSE,), False, ()))
+    result = export(tmp_path / "packed", "gguf", tmp_path / "model.gguf")
+    kinds = {t for n, t in result["types"].items() if "_exps" in n}
+    assert kinds == {kind} if kind is not None else kinds <= {"Q4_1", "Q5_0", "Q8_0", "F32", "F16"}
+    checkpoint = Checkpoint.open(tmp_path / "packed")
+    assert gguf_export.check(checkpoint, tmp_path / "model.gguf") == len(GgufSource(tmp_path / "theirs.gguf").names())
+    assert result["difference"] < 1e-5
 
 
 SAID_OTHERWISE = ("yarn_log_multiplier", "sliding_window_pattern")

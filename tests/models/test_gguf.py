@@ -90,8 +90,11 @@ def test_names_and_rows_go_back_and_forth() -> None:
     for family in WRITTEN.values():
         names = family.tensors
         biased = "blk.11.attn_q.bias" if "attn_q" in family.biased else "output_norm.weight"
-        for name in ("token_embd.weight", biased, "blk.0.ffn_down.weight", "output_norm.weight"):
+        for name in ("token_embd.weight", biased, "blk.0.attn_output.weight", "output_norm.weight"):
             assert names.theirs(str(names.ours(name))) == name
+        part = names.experts("blk.7.ffn_down_exps.weight")
+        assert (part is None) == (family.experts is None)
+        assert part is None or names.stack(part.format(3)) == ("blk.7.ffn_down_exps.weight", 3)
         assert names.ours("blk.0.ffn_gate_exps.weight") is None and names.ours("attn_q.weight") is None
         assert names.theirs("model.layers.0.mlp.experts.0.weight") is None
     rows = restored_rows(3, 8)
@@ -173,7 +176,7 @@ def test_llama_3_positions_from_their_ratios(tmp_path: Path) -> None:
     ("key", "value", "message"),
     [
         ("llama.attention.sliding_window", 16, "attention.sliding_window"),
-        ("llama.expert_count", 8, "expert_count"),
+        ("llama.expert_count", 8, "blk.0.ffn_gate.weight"),  # Mixtral's layers have no such tensor
         ("llama.rope.dimension_count", 32, "rope.dimension_count"),
         ("llama.attention.clamp_kqv", 3.0, "clamp_kqv"),
         ("llama.rope.scaling.type", "longrope", "longrope"),
@@ -196,6 +199,41 @@ def test_an_architecture_and_a_tensor_that_are_not_known_are_refused_by_name(tmp
     _with_tensor(tmp_path / "model.gguf", tmp_path / "more.gguf", "blk.0.attn_sinks.weight", np.ones(4))
     with pytest.raises(UserError, match="blk.0.attn_sinks.weight"):
         GgufSource(tmp_path / "more.gguf")
+
+
+def test_tensors_of_other_numbers_of_experts_are_refused(tmp_path: Path) -> None:
+    write_random(tmp_path / "model.gguf", family_config("qwen3_moe"), Type.F32, metadata={})
+    file = GgufFile(tmp_path / "model.gguf")
+    for count, message in ((5, "expected 5 experts"), (7, "expected 7 experts")):
+        writer = gguf.GGUFWriter(tmp_path / "other.gguf", "qwen3moe")
+        for key, value in file.metadata.items():
+            if key != "general.architecture":
+                add(writer, key, count if key == "qwen3moe.expert_count" else value)
+        for name, entry in file.tensors.items():
+            writer.add_tensor(name, np.array(file.raw(name)), raw_dtype=entry.type)
+        _finish(writer)
+        with pytest.raises(UserError, match=message):
+            GgufSource(tmp_path / "other.gguf")
+    _with_tensor(tmp_path / "model.gguf", tmp_path / "flat.gguf", "blk.9.ffn_up_exps.weight", np.ones((6, 8)))
+    with pytest.raises(UserError, match="a tensor of all experts"):
+        GgufSource(tmp_path / "flat.gguf")
+
+
+def test_a_gate_of_one_output_as_a_vector(tmp_path: Path) -> None:
+    """Files of Qwen 2 with experts differ in how they store it."""
+    model = write_random(tmp_path / "model.gguf", family_config("qwen2_moe"), Type.F32)
+    file = GgufFile(tmp_path / "model.gguf")
+    writer = gguf.GGUFWriter(tmp_path / "vector.gguf", "qwen2moe")
+    for key, value in file.metadata.items():
+        if key != "general.architecture":
+            add(writer, key, value)
+    for name, entry in file.tensors.items():
+        raw = np.array(file.raw(name))
+        writer.add_tensor(name, raw.reshape(-1) if "inp_shexp" in name else raw, raw_dtype=entry.type)
+    _finish(writer)
+    name = "model.layers.1.mlp.shared_expert_gate.weight"
+    found, expected = GgufSource(tmp_path / "vector.gguf").read(name), model.state_dict()[name].numpy()
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_files_in_several_parts(tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ from tulle.errors import UserError
 
 Kind = Literal["top_k", "threshold", "relu"]
 UnitScore = Literal["max", "norm"]
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By bytes of a number."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +191,9 @@ class _Masked(torch.autograd.Function):
         ctx.straight_through = straight_through
         if not straight_through:
             ctx.save_for_backward(mask)
-        return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
+        # The same as torch.where with zeros, several times as fast.
+        bits = INTEGERS[x.element_size()]
+        return (x.view(bits) & -mask.view(torch.int8).to(bits)).view(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:

@@ -83,6 +83,12 @@ def write(checkpoint: Checkpoint, file: Path, progress: Callable[[int, int], Non
     for key, name in family.per_layer.items():
         every = [_values(checkpoint, linears, model, layer.prefix + name) for layer in model.layers]
         metadata.keys[key] = [float(values.reshape(-1)[0]) for values in every]
+
+    def _stored_as(theirs: str, names_of: list[str]) -> Stored:
+        if family.tensors.stack(names_of[0]) is None:
+            return _stored(checkpoint, linears, model, family, names_of[0])
+        return _stacked(checkpoint, linears, model, names_of)
+
     partial = file.with_name(file.name + ".partial")
     writer = gguf.GGUFWriter(partial, family.architecture)
     try:
@@ -93,17 +99,20 @@ def write(checkpoint: Checkpoint, file: Path, progress: Callable[[int, int], Non
         write_tokenizer(writer, checkpoint, model.vocabulary, found.notes)
         # Headers come first: types depend on values, so that tensors are made twice.
         unheld: list[str] = []
-        for done, (name, theirs) in enumerate(stored_as.items()):
-            stored = _stored(checkpoint, linears, model, family, name)
-            shape = stored.data.shape
+        parts: dict[str, list[str]] = {}
+        for name, theirs in stored_as.items():
+            parts.setdefault(theirs, []).append(name)
+        for done, (theirs, names_of) in enumerate(parts.items()):
+            stored = _stored_as(theirs, names_of)
+            name, shape = names_of[0], stored.data.shape
             writer.add_tensor_info(theirs, shape, np.dtype(np.uint8), stored.data.nbytes, stored.kind)
             found.types[theirs] = stored.kind.name
             found.bytes += stored.data.nbytes
             spec = linears.get(name.removesuffix(".weight"))
             if spec is not None and spec.bits is not None and stored.kind in FLOATS:
-                unheld.append(stored.kind.name)
+                unheld += [stored.kind.name] * len(names_of)
             if progress:
-                progress(done, 2 * len(stored_as))
+                progress(done, 2 * len(parts))
         if unheld:
             kinds = " or ".join(sorted(set(unheld)))
             found.notes.append(
@@ -118,10 +127,10 @@ def write(checkpoint: Checkpoint, file: Path, progress: Callable[[int, int], Non
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for done, name in enumerate(stored_as):
-            writer.write_tensor_data(_stored(checkpoint, linears, model, family, name).data)
+        for done, (theirs, names_of) in enumerate(parts.items()):
+            writer.write_tensor_data(_stored_as(theirs, names_of).data)
             if progress:
-                progress(len(stored_as) + done + 1, 2 * len(stored_as))
+                progress(len(parts) + done + 1, 2 * len(parts))
         for factors in metadata.factors.values():
             writer.write_tensor_data(factors)
         writer.close()
@@ -191,6 +200,26 @@ def _stored(
     return found
 
 
+def _stacked(checkpoint: Checkpoint, linears: Mapping[str, LinearSpec], model: Decoder, experts: list[str]) -> Stored:
+    """The tensors of all experts in one, in the smallest type that loses nothing of any."""
+
+    def coded(name: str, only: GGMLQuantizationType | None = None) -> Stored | None:
+        linear = name.removesuffix(".weight")
+        return _coded(checkpoint, linear, linears[linear], only) if linear in linears else None
+
+    found = [coded(name) for name in experts]
+    kinds = {one.kind if one is not None else None for one in found}
+    for kind in blocks.RANGES if len(kinds) > 1 and None not in kinds else ():
+        found = [coded(name, kind) for name in experts]
+        if all(one is not None for one in found):
+            kinds = {kind}
+            break
+    if len(kinds) > 1 or None in kinds:
+        return _floats(np.stack([_values(checkpoint, linears, model, name) for name in experts]))
+    held = [one for one in found if one is not None]
+    return Stored(held[0].kind, (len(held), *held[0].shape), np.stack([one.data for one in held]))
+
+
 def _has_offset(family: Family, theirs: str) -> bool:
     """Whether a norm's weight is stored with its offset added."""
     return family.norm_offset != 0 and theirs.endswith("norm.weight")
@@ -215,8 +244,11 @@ def _values(
     return as_float32(checkpoint.source.read(stored), checkpoint.source.info(stored).dtype)
 
 
-def _coded(checkpoint: Checkpoint, linear: str, spec: LinearSpec) -> Stored | None:
-    """A quantised linear in the first type that holds it exactly; None where there is none."""
+def _coded(
+    checkpoint: Checkpoint, linear: str, spec: LinearSpec, only: GGMLQuantizationType | None = None
+) -> Stored | None:
+    """A quantised linear in the first type, or in the one of whole numbers that is asked for, that holds it exactly;
+    None where there is none."""
     if spec.bits is None or spec.transform:
         return None
     arrays = {suffix: np.asarray(checkpoint.source.read(f"{linear}.{suffix}")) for suffix in spec.tensors()}
@@ -244,12 +276,12 @@ def _coded(checkpoint: Checkpoint, linear: str, spec: LinearSpec) -> Stored | No
     least, most = int(whole.min()), int(whole.max())
     for kind, (lowest, highest) in blocks.RANGES.items():
         block = GGML_QUANT_SIZES[kind][0]
-        if width % block:
+        if width % block or only not in (None, kind):
             continue
         per_block = scale.repeat(width // block, axis=1)
         if lowest <= least and most <= highest:
             return Stored(kind, spec.shape, blocks.encode(whole, per_block, kind))
-        if kind is not Type.Q4_0 or spec.bits > 4:
+        if kind is not Type.Q4_0 or spec.bits > 4 or only is not None:
             continue
         minimum = _half(-numbers * zero.astype(np.float32))
         if minimum is not None:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tulle.errors import UserError
-from tulle.models.description import Attention, Decoder, Rotary, describe
+from tulle.models.description import Attention, Decoder, Mixture, Rotary, describe
 from tulle.models.gguf import names
 from tulle.models.gguf.config import config_of, suggested_attention
 from tulle.models.gguf.families import WRITTEN, Family
@@ -84,11 +84,14 @@ def metadata_of(model: Decoder) -> Written:
         value = number.of(model)
         if value:
             keys[number.key] = float(value)
+    keys |= _experts(model, family)
     local = model.rotary.get("sliding_attention")
     if family.tables is not None and family.tables.used and local is not None:
         keys["rope.freq_base_swa"] = float(local.theta)
     keys |= _windows(model, family, found.notes)
     keys |= _stretched(model, family, rotary, found.factors)
+    if family.yarn and rotary.kind == "yarn":
+        found.notes.append(f"llama.cpp rounds the ends of yarn's ramp for {family.architecture}; the model does not")
     if any(layer.parallel for layer in model.layers):
         keys["use_parallel_residual"] = True
     found.keys = {prefix + key: value for key, value in keys.items()}
@@ -96,14 +99,29 @@ def metadata_of(model: Decoder) -> Written:
     return found
 
 
+def _experts(model: Decoder, family: Family) -> dict[str, Any]:
+    """How many there are, how many a token goes to, and their channels."""
+    mixture = model.layers[0].feed_forward
+    if family.experts is None or not isinstance(mixture, Mixture):
+        return {}
+    keys = {"expert_count": mixture.router.experts, "expert_used_count": mixture.router.chosen}
+    if family.experts.width is not None:
+        keys["expert_feed_forward_length"] = mixture.expert.intermediate
+    if family.experts.shared is not None and mixture.shared is not None:
+        keys["expert_shared_feed_forward_length"] = mixture.shared.intermediate
+    return keys
+
+
 def stored_names(model: Decoder, family: Family) -> dict[str, str]:
-    """GGUF's names of all tensors that the file holds, by their own. Raises ``UserError`` for one that llama.cpp does
-    not read in the family."""
+    """GGUF's names of all tensors that the file holds, by their own; those of a layer's experts share one. Raises
+    ``UserError`` for a tensor that llama.cpp does not read in the family."""
     found = {}
     per_layer = {layer.prefix + name for layer in model.layers for name in family.per_layer.values()}
     for name in tensors_of(model):
-        theirs = family.tensors.theirs(name)
-        if theirs is not None:
+        theirs, stack = family.tensors.theirs(name), family.tensors.stack(name)
+        if stack is not None:
+            found[name] = stack[0]
+        elif theirs is not None:
             found[name] = theirs
         elif name not in per_layer:
             raise UserError(

@@ -18,7 +18,7 @@ from tulle.errors import UserError
 from tulle.models.config_keys import DEEPEST, same
 from tulle.models.description import Rotary
 from tulle.models.gguf import names
-from tulle.models.gguf.families import Family, Windows, family_of
+from tulle.models.gguf.families import Experts, Family, Windows, family_of
 from tulle.models.rotary import frequencies
 
 HARMLESS = {
@@ -150,6 +150,7 @@ def config_of(
         config[flag] = f"blk.0.{module}.weight" not in stored
     if family.partial:
         config["partial_rotary_factor"] = _share(rotated, head_dim)
+    config |= _experts(keys, family.experts)
     config |= _windows(keys, family.windows, layers)
     config |= _rotary(keys, family, config, rotated, rope or {})
     for number in family.numbers:
@@ -166,6 +167,18 @@ def _share(part: int, whole: int) -> float:
     """A share of ``whole`` that gives ``part`` again when it is cut to a whole number."""
     share = part / whole
     return share if int(whole * share) == part else float(np.nextafter(share, 2))
+
+
+def _experts(keys: _Keys, experts: Experts | None) -> dict[str, Any]:
+    """How many experts there are, how many a token goes to, and their channels."""
+    if experts is None:
+        return {}
+    found = {experts.count: keys.size("expert_count"), "num_experts_per_tok": keys.size("expert_used_count")}
+    for ours, key in ((experts.width, "expert_feed_forward_length"),
+                      (experts.shared, "expert_shared_feed_forward_length")):  # fmt: skip
+        if ours is not None:
+            found[ours] = keys.size(key)
+    return found
 
 
 def _windows(keys: _Keys, windows: Windows | None, layers: int) -> dict[str, Any]:
@@ -247,7 +260,7 @@ def _rope_scaling(
         return {"rope_type": "linear", "factor": factor}
     if kind != "yarn":
         raise keys.refused("rope.scaling.type", "none, linear or yarn", kind)
-    found = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+    found = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original, **family.yarn}
     for key, ours in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow"),
                       ("yarn_attn_factor", "attention_factor")):  # fmt: skip
         if keys.get(f"rope.scaling.{key}") is not None:

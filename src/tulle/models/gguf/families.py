@@ -19,6 +19,7 @@ from tulle.models.gguf.names import Names
 Config = Mapping[str, Any]
 QKV = ("attn_q", "attn_k", "attn_v")
 FEED_FORWARD = ("ffn_gate", "ffn_up", "ffn_down")
+PARTS = ("gate", "up", "down")
 LAYER_NORMS = ("attn_norm", "ffn_norm", "output_norm")
 
 
@@ -34,6 +35,27 @@ class Number:
     """In a file without the key, or with 0; None: so is the config's."""
     rotary: bool = False
     """Whether the config has it among its rotary parameters."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Experts, of which a token goes to a few."""
+
+    count: str
+    """The config's key of how many there are; a token's are ``num_experts_per_tok``."""
+    module: str
+    """Of a layer: their list."""
+    parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    width: str | None = None
+    """The config's key of an expert's channels, where the file has them apart from ``feed_forward_length``."""
+    shared: str | None = None
+    """The same of the shared expert."""
+
+    def stacks(self) -> dict[str, str]:
+        """GGUF's modules that hold all experts → names of their parts, with {} for an expert's number."""
+        return {
+            f"ffn_{theirs}_exps": f"{self.module}.{{}}.{ours}" for theirs, ours in zip(PARTS, self.parts, strict=True)
+        }
 
 
 @dataclass(frozen=True)
@@ -92,6 +114,9 @@ class Family:
     derived: Mapping[str, Callable[[Config], Any]] = field(default_factory=dict)
     """Config keys that follow from the others."""
     numbers: tuple[Number, ...] = ()
+    experts: Experts | None = None
+    bare: Mapping[str, str] = field(default_factory=dict)
+    """Tensors of a layer that are no module's weight."""
     per_layer: Mapping[str, str] = field(default_factory=dict)
     """Keys (without the architecture's name) with a number per layer → tensors that have it in a folder."""
     required: Mapping[str, Any] = field(default_factory=dict)
@@ -104,6 +129,8 @@ class Family:
     """llama.cpp reads a tensor ``rope_freqs``."""
     longrope: bool = False
     """llama.cpp reads tensors of longrope's factors."""
+    yarn: Config = field(default_factory=dict)
+    """What the config says of yarn besides, and no key does; llama.cpp may do otherwise."""
     mscale: bool = False
     """llama.cpp reads yarn's ramp (``yarn_beta_fast``) and ``yarn_log_multiplier``."""
     tables: Tables | None = None
@@ -116,7 +143,10 @@ class Family:
     @cached_property
     def tensors(self) -> Names:
         left_out: dict[str, str | None] = {"output": None} if self.head == "tied" else {}
-        return Names({**self.names, **left_out}, self.biased)
+        if self.experts is None:
+            return Names({**self.names, **left_out}, self.biased, bare=self.bare)
+        dense: dict[str, str | None] = dict.fromkeys(FEED_FORWARD)
+        return Names({**dense, **self.names, **left_out}, self.biased, self.experts.stacks(), self.bare)
 
 
 def _first(model: Decoder) -> Attention:
@@ -167,10 +197,37 @@ def _logit_cap(default: float | None) -> Number:
 
 XIELU = {f"xielu.{name}": f"mlp.act_fn.{name}" for name in ("alpha_p", "alpha_n", "beta", "eps")}
 
+SMALL: dict[str, Any] = {"hidden_act": "silu", "decoder_sparse_step": 1, "mlp_only_layers": []}
+SHARED: dict[str, str | None] = {
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    **{f"ffn_{part}_shexp": f"mlp.shared_expert.{part}_proj" for part in PARTS},
+}
+
 FAMILIES = (
+    Family("llama", "mixtral", "MixtralForCausalLM", when="expert_count", permuted=True, ratios=True,
+           names={"ffn_gate_inp": "block_sparse_moe.gate"},
+           experts=Experts("num_local_experts", "block_sparse_moe.experts", ("w1", "w3", "w2"))),
     Family("llama", "llama", "LlamaForCausalLM", permuted=True, ratios=True, **BIASES),
     Family("qwen2", "qwen2", "Qwen2ForCausalLM", biased=QKV),
     Family("qwen3", "qwen3", "Qwen3ForCausalLM"),
+    Family("qwen2moe", "qwen2_moe", "Qwen2MoeForCausalLM", biased=QKV, head="own", square=True,
+           names={"ffn_gate_inp": "mlp.gate", **SHARED}, fixed=SMALL | {"norm_topk_prob": False},
+           experts=Experts("num_experts", "mlp.experts", width="moe_intermediate_size",
+                           shared="shared_expert_intermediate_size")),
+    Family("qwen3moe", "qwen3_moe", "Qwen3MoeForCausalLM", names={"ffn_gate_inp": "mlp.gate"},
+           fixed=SMALL | {"norm_topk_prob": True},
+           experts=Experts("num_experts", "mlp.experts", width="moe_intermediate_size")),
+    Family("olmoe", "olmoe", "OlmoeForCausalLM", head="own", square=True, names={"ffn_gate_inp": "mlp.gate"},
+           fixed={"hidden_act": "silu", "norm_topk_prob": False}, experts=Experts("num_experts", "mlp.experts")),
+    Family("gpt-oss", "gpt_oss", "GptOssForCausalLM", head="own", windows=Windows(2),
+           names={"post_attention_norm": "post_attention_layernorm", "ffn_gate_inp": "mlp.router"},
+           flags={"attention_bias": "attn_q"},
+           biased=(*QKV, "attn_output", "ffn_gate_inp", *(f"ffn_{part}_exps" for part in PARTS)),
+           bare={"attn_sinks.weight": "self_attn.sinks"}, yarn={"truncate": False},
+           experts=Experts("num_local_experts", "mlp.experts", width="intermediate_size")),
+    Family("granitemoe", "granitemoe", "GraniteMoeForCausalLM", permuted=True, ratios=True, numbers=GRANITE,
+           required={"rope.scaling.finetuned": True}, names={"ffn_gate_inp": "block_sparse_moe.router.layer"},
+           experts=Experts("num_local_experts", "block_sparse_moe.experts")),
     Family("gemma2", "gemma2", "Gemma2ForCausalLM", **GEMMA, head="tied", windows=Windows(2, 4096, fixed=True),
            numbers=(SCORE_CAP, _logit_cap(30.0)), derived={"query_pre_attn_scalar": _gemma_scale(46)}),
     Family("gemma3", "gemma3_text", "Gemma3ForCausalLM", **GEMMA, windows=Windows(6, fixed=True),
@@ -223,7 +280,8 @@ FAMILIES = (
 )  # fmt: skip
 """A file's family is the first of its architecture that fits (``when``). Files of Mistral say llama, or mistral3."""
 
-WRITTEN = {family.model_type: family for family in reversed(FAMILIES)} | {"mistral": FAMILIES[0]}
+WRITTEN = {family.model_type: family for family in reversed(FAMILIES)}
+WRITTEN |= {"mistral": WRITTEN["llama"]}
 """By ``model_type``: how a family is written. Mistral is Llama there: without its window they are one function."""
 
 

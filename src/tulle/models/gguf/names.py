@@ -29,15 +29,25 @@ LAYER = {
 }
 """Of a layer's modules: ``blk.3.attn_q.weight`` is ``model.layers.3.self_attn.q_proj.weight``."""
 ROPE = "rope_freqs.weight"
+ONE_OUTPUT = "ffn_gate_inp_shexp.weight"
+"""A linear of one output, which may be stored as a vector."""
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 """What frequencies are divided by: of Llama 3, and of longrope for long and short texts."""
 
 
 class Names:
     """Names of one family's tensors. ``renamed``: its modules that ``LAYER`` calls otherwise, or does not have; a name
-    of None is a module that it lacks. ``biased``: GGUF's names of modules that may have a bias."""
+    of None is a module that it lacks. ``biased``: GGUF's names of modules that may have a bias. ``stacks``: of modules
+    that hold all experts of a layer, their own names with {} for the expert's number. ``bare``: of tensors that are no
+    module's weight, such as ``attn_sinks.weight``."""
 
-    def __init__(self, renamed: Mapping[str, str | None], biased: tuple[str, ...]):
+    def __init__(
+        self,
+        renamed: Mapping[str, str | None],
+        biased: tuple[str, ...],
+        stacks: Mapping[str, str] | None = None,
+        bare: Mapping[str, str] | None = None,
+    ):
         named = {**OUTER, **LAYER, **renamed}
         taken = [one for one in renamed.values() if one is not None]
         self._ours = {
@@ -45,10 +55,15 @@ class Names:
         }
         self._theirs = {ours: theirs for theirs, ours in self._ours.items()}
         self._biased = biased
+        self._stacks, self._bare = stacks or {}, bare or {}
+        self._bare_theirs = {ours: theirs for theirs, ours in self._bare.items()}
+        self._stack_theirs = {ours: theirs for theirs, ours in self._stacks.items()}
 
     def ours(self, name: str) -> str | None:
         """The Hugging Face name of a GGUF tensor; None where the family has none."""
         match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+        if match is not None and match[1] is not None and (bare := self._bare.get(f"{match[2]}.{match[3]}")):
+            return f"model.layers.{int(match[1])}.{bare}"
         if match is None or (match[1] is None) != (match[2] in OUTER) or match[2] not in self._ours:
             return None
         if match[3] == "bias" and match[2] not in self._biased:
@@ -58,12 +73,31 @@ class Names:
 
     def theirs(self, name: str) -> str | None:
         """The GGUF name of a Hugging Face tensor; None where the family has none."""
+        match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
+        if match is not None and match[2] in self._bare_theirs:
+            return f"blk.{int(match[1])}.{self._bare_theirs[match[2]]}"
         match = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.(weight|bias)", name)
         if match is None or match[2] not in self._theirs:
             return None
         layer = "" if match[1] is None else f"blk.{int(match[1])}."
         found = f"{layer}{self._theirs[match[2]]}.{match[3]}"
         return found if self.ours(found) == name else None
+
+    def experts(self, name: str) -> str | None:
+        """The Hugging Face name, with {} for the expert's number, of the parts of a GGUF tensor that holds all experts;
+        None of any other tensor."""
+        match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+        if match is None or match[2] not in self._stacks or match[3] == "bias" and match[2] not in self._biased:
+            return None
+        return f"model.layers.{int(match[1])}.{self._stacks[match[2]]}.{match[3]}"
+
+    def stack(self, name: str) -> tuple[str, int] | None:
+        """The GGUF tensor that an expert's tensor is a part of, and the expert's number; None of any other tensor."""
+        match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(\d+)\.(\w+)\.(weight|bias)", name)
+        theirs = None if match is None else self._stack_theirs.get(f"{match[2]}.{{}}.{match[4]}")
+        if match is None or theirs is None or match[5] == "bias" and theirs not in self._biased:
+            return None
+        return f"blk.{int(match[1])}.{theirs}.{match[5]}", int(match[3])
 
 
 def is_permuted(name: str) -> bool:

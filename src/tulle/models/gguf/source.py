@@ -14,6 +14,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,43 @@ from tulle.models.tensor_file import TensorInfo
 
 STORED = {blocks.Type.F32: "F32", blocks.Type.F16: "F16", blocks.Type.BF16: "BF16", blocks.Type.F64: "F64"}
 SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+MOST_EXPERTS = 4096
 TOKENIZER_VERSION = 1
 """Of the files that are made of a tokenizer: another number, another folder."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor is stored: by itself, or as that of one expert in a tensor of all."""
+
+    file: GgufFile
+    theirs: str
+    expert: int | None = None
+
+    @property
+    def kind(self) -> blocks.Type:
+        return self.file.tensors[self.theirs].type
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        found = self.file.tensors[self.theirs].shape
+        if self.expert is not None:
+            return found[1:]
+        # A gate of one output is a row, whether or not the file says so.
+        return (1, *found) if self.theirs.endswith(names.ONE_OUTPUT) and len(found) == 1 else found
+
+    @property
+    def bytes(self) -> int:
+        entry = self.file.tensors[self.theirs]
+        return entry.bytes if self.expert is None else entry.bytes // entry.shape[0]
+
+    def raw(self) -> NDArray[np.uint8]:
+        """``[..., bytes of a row]``, of a vector one row."""
+        found = self.file.raw(self.theirs)
+        found = (
+            found if self.expert is None else found.reshape(self.file.tensors[self.theirs].shape[0], -1)[self.expert]
+        )
+        return found.reshape(*self.shape[:-1], -1) if len(self.shape) > 1 else found.reshape(1, -1)
 
 
 class GgufSource:
@@ -52,7 +88,8 @@ class GgufSource:
         self.files: Sequence[Path] = tuple(parts)
         self.metadata = self._files[0].metadata
         self.family = family = family_of(self.metadata)
-        self._by_name: dict[str, tuple[GgufFile, str]] = {}
+        self._by_name: dict[str, _Place] = {}
+        stacks: list[tuple[str, int]] = []
         stored: dict[str, GgufFile] = {}
         rope: dict[str, NDArray[np.float32]] = {}
         known = ((names.ROPE,) if family.ratios else ()) + ((names.LONG, names.SHORT) if family.longrope else ())
@@ -63,7 +100,14 @@ class GgufSource:
                 raise blocks.refused(file.tensors[theirs].type)
             ours = family.tensors.ours(theirs)
             if ours is not None:
-                self._by_name[ours] = (file, theirs)
+                self._by_name[ours] = _Place(file, theirs)
+            elif (part := family.tensors.experts(theirs)) is not None:
+                shape = file.tensors[theirs].shape
+                if len(shape) != (3 if theirs.endswith("weight") else 2):
+                    raise UserError(f"expected a tensor of all experts as {theirs}, found shape {list(shape)}")
+                stacks.append((theirs, shape[0]))
+                for expert in range(min(shape[0], MOST_EXPERTS)):
+                    self._by_name[part.format(expert)] = _Place(file, theirs, expert)
             elif theirs in known:
                 rope[theirs] = blocks.to_float32(file.raw(theirs), file.tensors[theirs].type).reshape(-1)
             else:
@@ -75,6 +119,10 @@ class GgufSource:
         if table is None or len(table) != 2:
             raise UserError(f"expected a table token_embd.weight in {path.name}, found none; the file is incomplete")
         self.config = config_of(self.metadata, table[0], stored, rope)
+        for theirs, count in stacks:
+            wanted = self.config[family.experts.count] if family.experts else 0
+            if count != wanted:
+                raise UserError(f"expected {wanted} experts in {theirs} of {path.name}, found {count}; copy it again")
         self._numbers = _numbers(self.metadata, family, self.config)
         self.notes: list[str] = []
 
@@ -87,51 +135,47 @@ class GgufSource:
     def info(self, name: str) -> TensorInfo:
         if name in self._numbers:
             return TensorInfo("F32", self._numbers[name].shape, self.path)
-        file, theirs = self._find(name)
-        entry = file.tensors[theirs]
-        if entry.type in STORED and not self._has_offset(theirs):
-            return TensorInfo(STORED[entry.type], entry.shape, file.path)
-        return TensorInfo("F32", entry.shape, file.path, entry.type.name, entry.bytes)
+        place = self._find(name)
+        if place.kind in STORED and not self._has_offset(place.theirs):
+            return TensorInfo(STORED[place.kind], place.shape, place.file.path)
+        return TensorInfo("F32", place.shape, place.file.path, place.kind.name, place.bytes)
 
     def read(self, name: str) -> NDArray[Any]:
         """A tensor: floats as they are stored, quantised ones in float32."""
         if name in self._numbers:
             return self._numbers[name]
-        file, theirs = self._find(name)
-        raw, kind = file.raw(theirs), file.tensors[theirs].type
-        if raw.ndim == 1:
-            raw = raw.reshape(1, -1)
-        if self._has_offset(theirs):
+        place = self._find(name)
+        raw, kind = place.raw(), place.kind
+        if self._has_offset(place.theirs):
             # The offset is taken off in float32, whatever the file's type.
-            gain: NDArray[np.float32] = blocks.to_float32(raw, kind).reshape(file.tensors[theirs].shape)
+            gain: NDArray[np.float32] = blocks.to_float32(raw, kind).reshape(place.shape)
             return gain - np.float32(self.family.norm_offset)
-        order = self._order(theirs)
+        order = self._order(place)
         found = blocks.stored_floats(raw, kind) if kind in STORED else blocks.to_float32(raw, kind)
-        found = found.reshape(file.tensors[theirs].shape)
+        found = found.reshape(place.shape)
         return found if order is None else found[order]
 
     def coded(self, name: str) -> blocks.Coded | None:
         """Codes, scales and minima of a quantised tensor; None of one in floats. Raises ``UserError`` for scales that
         are no numbers."""
-        file, theirs = self._find(name)
-        kind = file.tensors[theirs].type
-        if kind in STORED:
+        place = self._find(name)
+        if place.kind in STORED:
             return None
-        if len(file.tensors[theirs].shape) != 2:
-            raise UserError(f"expected a matrix in {theirs}, found the shape {list(file.tensors[theirs].shape)}")
-        found = blocks.decode(file.raw(theirs), kind)
+        if len(place.shape) != 2:
+            raise UserError(f"expected a matrix in {place.theirs}, found the shape {list(place.shape)}")
+        found = blocks.decode(place.raw(), place.kind)
         numbers = (found.scale,) if found.minimum is None else (found.scale, found.minimum)
         if not all(np.isfinite(n).all() for n in numbers):
             raise UserError(
-                f"expected finite weights, found NaN or Inf scales in {theirs}; the file is damaged, copy it again"
+                f"expected finite weights, found NaN or Inf scales in {place.theirs}; the file is damaged, copy it "
+                "again"
             )
-        order = self._order(theirs)
+        order = self._order(place)
         return found if order is None else found.rows(order)
 
     def bits(self, name: str) -> int | None:
         """Of a quantised tensor's codes, without reading them; None of one in floats."""
-        file, theirs = self._find(name)
-        kind = file.tensors[theirs].type
+        kind = self._find(name).kind
         return None if kind in STORED else blocks.bits_of(kind)
 
     def identity(self) -> str:
@@ -181,7 +225,7 @@ class GgufSource:
         ):  # fmt: skip
             (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
-    def _find(self, name: str) -> tuple[GgufFile, str]:
+    def _find(self, name: str) -> _Place:
         from tulle.models.source import missing
 
         try:
@@ -193,13 +237,13 @@ class GgufSource:
         """Whether a norm's weight is stored with its offset added."""
         return self.family.norm_offset != 0 and theirs.endswith("norm.weight")
 
-    def _order(self, theirs: str) -> NDArray[np.int64] | None:
+    def _order(self, place: _Place) -> NDArray[np.int64] | None:
         """The order of a tensor's rows, where it is not the stored one."""
+        theirs, shape = place.theirs, place.shape
         if not self.family.permuted or not names.is_permuted(theirs):
             return None
         key = "num_attention_heads" if "attn_q" in theirs else "num_key_value_heads"
         heads, head_dim = self.config[key], self.config["head_dim"]
-        shape = self._find(str(self.family.tensors.ours(theirs)))[0].tensors[theirs].shape
         rows = shape[0] if shape else 1
         if rows != heads * head_dim or head_dim % 2:
             raise UserError(f"expected {heads} heads of {head_dim} channels in {theirs}, found {rows} rows")
