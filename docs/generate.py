@@ -221,9 +221,10 @@ def model_families() -> str:
     from tulle.engine.settings import FEATURES
     from tulle.models.description import describe, families
     from tulle.models.features import features
-    from tulle.models.gguf.families import WRITTEN
+    from tulle.models.gguf.families import FAMILIES, WRITTEN
     from tulle.models.rewrite import NOT_ROTATED
 
+    read = {family.model_type for family in FAMILIES}
     rows = []
     for family in families():
         decoder = describe({"model_type": family} | NEEDED.get(family, {}))
@@ -231,7 +232,9 @@ def model_families() -> str:
         special = features(decoder)
         name = re.split("[:,]", plain(module.__doc__ or ""))[0]
         can = (not special.keys() & NOT_ROTATED.keys(), special.keys() <= FEATURES)
-        answers = ("yes" if one else "no" for one in (*can, family in WRITTEN))
+        answers = ["yes" if one else "no" for one in (*can, family in WRITTEN)]
+        if answers[-1] == "no" and family in read:
+            answers[-1] = "read"
         rows.append((f"`{family}`", name, "; ".join(special) or "nothing", *answers))
     return table(("model_type", "family", "beyond Llama's layout", "rotation", "engine", "GGUF"), rows)
 

@@ -24,11 +24,11 @@ ARCHITECTURES = {
     "seed_oss": "seed_oss", "ernie4_5": "ernie4_5", "hunyuan_v1_dense": "hunyuan-dense", "stablelm": "stablelm",
     "nemotron": "nemotron", "arcee": "arcee", "apertus": "apertus", "ministral3": "mistral3", "bitnet": "bitnet",
     "mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "olmoe": "olmoe", "gpt_oss": "gpt-oss",
-    "granitemoe": "granitemoe",
+    "granitemoe": "granitemoe", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe",
 }  # fmt: skip
 PERMUTED = ("llama", "granite", "granitemoe", "smollm3", "arcee", "mistral3")
 """Architectures whose converters are children of Llama's and reorder q and k."""
-OFFSET = ("gemma2", "gemma3", "nemotron")
+OFFSET = ("gemma2", "gemma3", "nemotron", "qwen35", "qwen35moe")
 """Whose converters add 1 to norms."""
 HALVES = {
     Type.Q4_0: (0,), Type.Q4_1: (0, 2), Type.Q5_0: (0,), Type.Q5_1: (0, 2), Type.Q8_0: (0,), Type.Q2_K: (80, 82),
@@ -77,6 +77,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granitemoe": {"num_local_experts": 6, "num_experts_per_tok": 2, "embedding_multiplier": 12.0,
                    "logits_scaling": 8.0, "residual_multiplier": 0.25, "attention_multiplier": 0.5},
 }  # fmt: skip
+DELTA_NET = {
+    "head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_key_head_dim": 16,
+    "linear_value_head_dim": 32, "linear_conv_kernel_dim": 4, "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.25},
+}  # fmt: skip
+READ_ONLY: dict[str, dict[str, Any]] = {
+    "qwen3_5_text": DELTA_NET,
+    "qwen3_5_moe_text": DELTA_NET | {
+        "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
+}  # fmt: skip
+"""Families whose files are read, but not written."""
 XIELU = ("alpha_p", "alpha_n", "beta", "eps")
 
 
@@ -112,7 +123,7 @@ def family_config(family: str) -> dict[str, Any]:
         "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 1000.0, "tie_word_embeddings": False,
         "pad_token_id": 0,
     }  # fmt: skip
-    config |= FAMILIES[family]
+    config |= (FAMILIES | READ_ONLY)[family]
     kinds = {"layer_norm_eps", "norm_epsilon", "norm_eps"} & config.keys()
     for key in ("rms_norm_eps",) * bool(kinds) + ("rope_theta",) * ("rope_parameters" in config):
         del config[key]
@@ -195,6 +206,9 @@ def write_random(
         if ".experts." in name:
             state[name] = _write_experts(writer, rng, name, tuple(tensor.shape), kind, size, architecture)
             continue
+        if ".linear_attn." in name:
+            state[name] = _write_delta_net(writer, rng, name, tensor, kind, config, size)
+            continue
         if tensor.ndim == 1:
             values = rng.standard_normal(tensor.shape).astype(np.float32) * 0.1
             values = values + 1 if name.endswith(("norm.weight", "layernorm.weight")) else values
@@ -265,12 +279,51 @@ def _write_experts(
     return torch.from_numpy(np.ascontiguousarray(whole.swapaxes(1, 2)))
 
 
+def _write_delta_net(
+    writer: gguf.GGUFWriter,
+    rng: np.random.Generator,
+    name: str,
+    tensor: torch.Tensor,
+    kind: Type,
+    config: Mapping[str, Any],
+    size: float,
+) -> torch.Tensor:
+    """Writes a tensor of a gated delta net as Qwen 3.5's converter does, value heads in its order; returns it."""
+    keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    layer, module = name.split(".")[2], name.split("linear_attn.")[1]
+    theirs = {
+        "in_proj_qkv.weight": "attn_qkv.weight", "in_proj_z.weight": "attn_gate.weight", "A_log": "ssm_a",
+        "in_proj_a.weight": "ssm_alpha.weight", "in_proj_b.weight": "ssm_beta.weight", "dt_bias": "ssm_dt.bias",
+        "norm.weight": "ssm_norm.weight", "conv1d.weight": "ssm_conv1d.weight", "out_proj.weight": "ssm_out.weight",
+    }[module]  # fmt: skip
+    if tensor.ndim == 2:
+        raw = random_bytes(rng, kind, *tensor.shape, size)
+        found = torch.from_numpy(dequantised(raw, kind))
+    else:
+        kind = Type.F32
+        raw = rng.standard_normal(tuple(tensor.shape)).astype(np.float32) * np.float32(0.3)
+        found = torch.from_numpy(raw.copy())
+        raw = -np.exp(raw) if module == "A_log" else raw.squeeze()
+    before = 2 * keys * config["linear_key_head_dim"] if module in ("in_proj_qkv.weight", "conv1d.weight") else 0
+
+    def tiled(rows: NDArray[Any]) -> NDArray[Any]:
+        return rows.reshape(keys, values // keys, -1).swapaxes(0, 1).reshape(rows.shape)
+
+    if module == "out_proj.weight":
+        raw = np.stack([tiled(row) for row in raw])
+    elif module != "norm.weight":
+        raw = np.concatenate([raw[:before], tiled(raw[before:])])
+    writer.add_tensor(f"blk.{layer}.{theirs}", np.ascontiguousarray(raw), raw_dtype=kind)
+    return found
+
+
 def write_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     """What a converter writes of a config."""
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
+    if config["model_type"] != "qwen3_5_moe_text":
+        writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
     if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
@@ -299,8 +352,16 @@ def write_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     ):  # fmt: skip
         if config.get(key) is not None:
             write(config[key])
-    if "partial_rotary_factor" in config:
-        writer.add_rope_dimension_count(int(config["partial_rotary_factor"] * config["head_dim"]))
+    if (partial := config.get("partial_rotary_factor", full.get("partial_rotary_factor"))) is not None:
+        writer.add_rope_dimension_count(int(partial * config["head_dim"]))
+    if "linear_num_key_heads" in config:
+        writer.add_ssm_conv_kernel(config["linear_conv_kernel_dim"])
+        writer.add_ssm_state_size(config["linear_key_head_dim"])
+        writer.add_ssm_group_count(config["linear_num_key_heads"])
+        writer.add_ssm_time_step_rank(config["linear_num_value_heads"])
+        writer.add_ssm_inner_size(config["linear_value_head_dim"] * config["linear_num_value_heads"])
+        writer.add_full_attention_interval(4)
+        writer.add_rope_dimension_sections([2, 1, 1, 0])
     if config["model_type"] == "ministral3":
         writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
         writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])

@@ -16,6 +16,7 @@ from gguf.constants import GGML_QUANT_SIZES
 import gguf_files
 from gguf_files import (
     FAMILIES,
+    READ_ONLY,
     Type,
     add,
     dequantised,
@@ -60,6 +61,15 @@ def test_codes_fit_their_bits(kind: Type) -> None:
     assert 512 % coded.scale.shape[1] == 0 and coded.scale.dtype in (np.float16, np.float32)
     order = np.array([3, 1, 5, 0, 2, 4])
     np.testing.assert_array_equal(coded.rows(order).floats(), dequantised(raw, kind)[order])
+
+
+def test_columns_move_in_whole_blocks() -> None:
+    raw = random_bytes(np.random.default_rng(4), Type.Q4_1, 3, 128)
+    coded = decode(raw, Type.Q4_1)
+    order = np.concatenate([np.arange(64, 128), np.arange(64)])
+    np.testing.assert_array_equal(coded.columns(order).floats(), dequantised(raw, Type.Q4_1)[:, order])
+    with pytest.raises(UserError, match="whole blocks of 32"):
+        coded.columns(np.roll(np.arange(128), 16))
 
 
 def test_a_type_without_a_reader_is_refused_by_its_name() -> None:
@@ -441,7 +451,7 @@ def test_gemma(tmp_path: Path, family: str) -> None:
 LONG = {"rope_factors_long.weight": [2.0 + i for i in range(6)], "rope_factors_short.weight": [1.0] * 6}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *READ_ONLY])
 def test_families(tmp_path: Path, family: str) -> None:
     """What the library's writer stores as the converter of a family does, against transformers."""
     model = write_random(tmp_path / "model.gguf", family_config(family), Type.F32, size=0.2)
@@ -543,6 +553,35 @@ def test_gemma_s_norms_of_any_type(tmp_path: Path) -> None:
     for name, weight in (("model.norm.weight", 0.5), ("model.layers.0.input_layernorm.weight", 0.25)):
         assert source.info(name).dtype == "F32" and source.read(name).dtype == np.float32
         assert (source.read(name) == weight).all() and source.read(name).shape == (256,)
+
+
+def test_heads_for_several_tokens_are_left_out(tmp_path: Path) -> None:
+    """Converters of Qwen 3.5 count them among the layers."""
+    model = write_random(tmp_path / "model.gguf", family_config("qwen3_5_text"), Type.F32, size=0.2)
+    file = GgufFile(tmp_path / "model.gguf")
+    writer = gguf.GGUFWriter(tmp_path / "more.gguf", "qwen35")
+    for key, value in file.metadata.items():
+        value = value.tolist() if isinstance(value, np.ndarray) else value
+        if key != "general.architecture":
+            add(writer, key, value + 1 if key == "qwen35.block_count" else value)
+    add(writer, "qwen35.nextn_predict_layers", 1)
+    writer.add_array("qwen35.attention.recurrent_layers", [True, True, True, False, True, False])
+    for name, entry in file.tensors.items():
+        writer.add_tensor(name, np.array(file.raw(name)), raw_dtype=entry.type)
+    writer.add_tensor("blk.5.nextn.eh_proj.weight", np.ones((64, 128), np.float32))
+    _finish(writer)
+    assert "1 tensors of heads for several tokens" in GgufSource(tmp_path / "more.gguf").notes[0]
+    _same_logits(tmp_path / "more.gguf", model, 1e-5)
+
+
+def test_a_state_that_would_grow_is_refused(tmp_path: Path) -> None:
+    write_random(tmp_path / "model.gguf", family_config("qwen3_5_text"), Type.F32)
+    entry = GgufFile(tmp_path / "model.gguf").tensors["blk.0.ssm_a"]
+    data = bytearray((tmp_path / "model.gguf").read_bytes())
+    data[entry.start : entry.start + 4] = np.float32(0.5).tobytes()
+    (tmp_path / "model.gguf").write_bytes(data)
+    with pytest.raises(UserError, match="numbers below 0 in blk.0.ssm_a"):
+        GgufSource(tmp_path / "model.gguf").read("model.layers.0.linear_attn.A_log")
 
 
 def test_gemma_of_another_pattern_is_refused(tmp_path: Path) -> None:

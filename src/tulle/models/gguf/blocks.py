@@ -65,6 +65,16 @@ class Coded:
         minimum = None if self.minimum is None else self.minimum[order]
         return Coded(self.codes[order], self.bits, self.zero, self.scale[order], minimum)
 
+    def columns(self, order: NDArray[np.int64]) -> Coded:
+        """In another order of the columns. Raises ``UserError`` where it would part those that share a scale."""
+        width = self.codes.shape[1] // self.scale.shape[1]
+        first = order[::width]
+        if (first % width).any() or not np.array_equal(order, (first[:, None] + np.arange(width)).reshape(-1)):
+            raise UserError(f"expected columns that move in whole blocks of {width}, found others; convert it again")
+        groups = first // width
+        minimum = None if self.minimum is None else self.minimum[:, groups]
+        return Coded(self.codes[:, order], self.bits, self.zero, self.scale[:, groups], minimum)
+
 
 def decode(raw: Bytes, kind: GGMLQuantizationType) -> Coded:
     """What ``raw [R, bytes of a row]`` of a quantised type holds. Raises ``UserError`` for a type that is not known."""

@@ -33,6 +33,7 @@ HARMLESS = {
 }
 """Keys under the architecture's name that change nothing, and why."""
 
+FURTHER_HEADS = "nextn_predict_layers"
 NOTHING = (
     "expert_count", "expert_used_count", "attention.scale", "attention.sliding_window",
     "rope.scaling.yarn_log_multiplier",
@@ -121,7 +122,7 @@ def config_of(
     rotated = keys.size("rope.dimension_count", head_dim)
     if rotated != head_dim and not (family.partial and rotated < head_dim):
         raise keys.refused("rope.dimension_count", f"{head_dim}, as many channels as a head has", rotated)
-    context, layers = keys.size("context_length"), keys.size("block_count")
+    context, layers = keys.size("context_length"), keys.size("block_count") - further_heads(metadata, family)
     if layers > DEEPEST:
         raise keys.refused("block_count", f"a number up to {DEEPEST}", layers)
     eps, eps_key = family.eps
@@ -129,7 +130,6 @@ def config_of(
         "architectures": [family.class_name],
         "model_type": family.model_type,
         "hidden_size": hidden,
-        "intermediate_size": keys.size("feed_forward_length"),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": keys.size("attention.head_count_kv", heads),
@@ -141,6 +141,8 @@ def config_of(
         "rope_theta": keys.number("rope.freq_base", 10000.0),
         **family.fixed,
     }
+    if family.experts is None or not family.experts.alone:
+        config["intermediate_size"] = keys.size("feed_forward_length")
     for key, value in family.required.items():
         if not same(keys.get(key, value), value):
             raise keys.refused(key, str(value), keys.get(key))
@@ -151,6 +153,8 @@ def config_of(
     if family.partial:
         config["partial_rotary_factor"] = _share(rotated, head_dim)
     config |= _experts(keys, family.experts)
+    if family.delta_net:
+        config |= _delta_net(keys, layers)
     config |= _windows(keys, family.windows, layers)
     config |= _rotary(keys, family, config, rotated, rope or {})
     for number in family.numbers:
@@ -179,6 +183,34 @@ def _experts(keys: _Keys, experts: Experts | None) -> dict[str, Any]:
         if ours is not None:
             found[ours] = keys.size(key)
     return found
+
+
+def further_heads(metadata: Mapping[str, Any], family: Family) -> int:
+    """How many of the last layers are heads for several tokens, which nobody reads."""
+    value = metadata.get(f"{family.architecture}.{FURTHER_HEADS}", 0) if family.delta_net else 0
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+
+
+def _delta_net(keys: _Keys, layers: int) -> dict[str, Any]:
+    """Sizes of gated delta nets, and which layers are such."""
+    heads, inner = keys.size("ssm.time_step_rank"), keys.size("ssm.inner_size")
+    if inner % heads:
+        raise keys.refused("ssm.inner_size", f"a multiple of {heads} heads", inner)
+    keys.read |= {"rope.dimension_sections", FURTHER_HEADS}  # positions in pictures; see further_heads
+    every = keys.size("full_attention_interval", 4)
+    usual = [(index + 1) % every != 0 for index in range(layers)]
+    recurrent = keys.get("attention.recurrent_layers", usual)
+    recurrent = recurrent.tolist() if isinstance(recurrent, np.ndarray) else recurrent
+    if not isinstance(recurrent, list) or len(recurrent) < layers or not all(one in (0, 1) for one in recurrent):
+        raise keys.refused("attention.recurrent_layers", f"true or false for {layers} layers", recurrent)
+    return {
+        "linear_num_key_heads": keys.size("ssm.group_count"),
+        "linear_num_value_heads": heads,
+        "linear_key_head_dim": keys.size("ssm.state_size"),
+        "linear_value_head_dim": inner // heads,
+        "linear_conv_kernel_dim": keys.size("ssm.conv_kernel"),
+        "layer_types": ["linear_attention" if one else "full_attention" for one in recurrent[:layers]],
+    }
 
 
 def _windows(keys: _Keys, windows: Windows | None, layers: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from tulle.errors import UserError
 from tulle.models.description import Attention, Decoder
+from tulle.models.gguf import delta_net
 from tulle.models.gguf.names import Names
 
 Config = Mapping[str, Any]
@@ -50,6 +51,8 @@ class Experts:
     """The config's key of an expert's channels, where the file has them apart from ``feed_forward_length``."""
     shared: str | None = None
     """The same of the shared expert."""
+    alone: bool = False
+    """Whether the config has no width of dense layers."""
 
     def stacks(self) -> dict[str, str]:
         """GGUF's modules that hold all experts → names of their parts, with {} for an expert's number."""
@@ -115,6 +118,10 @@ class Family:
     """Config keys that follow from the others."""
     numbers: tuple[Number, ...] = ()
     experts: Experts | None = None
+    delta_net: bool = False
+    """Layers without attention are gated delta nets; the last layers may be heads for several tokens."""
+    written: bool = True
+    """Whether :mod:`tulle.export.gguf` writes it."""
     bare: Mapping[str, str] = field(default_factory=dict)
     """Tensors of a layer that are no module's weight."""
     per_layer: Mapping[str, str] = field(default_factory=dict)
@@ -202,6 +209,10 @@ SHARED: dict[str, str | None] = {
     "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
     **{f"ffn_{part}_shexp": f"mlp.shared_expert.{part}_proj" for part in PARTS},
 }
+HYBRID: dict[str, Any] = {
+    "names": {**delta_net.NAMES, "post_attention_norm": "post_attention_layernorm"}, "bare": delta_net.BARE,
+    "delta_net": True, "norm_offset": 1.0, "partial": True, "written": False,
+}  # fmt: skip
 
 FAMILIES = (
     Family("llama", "mixtral", "MixtralForCausalLM", when="expert_count", permuted=True, ratios=True,
@@ -228,6 +239,11 @@ FAMILIES = (
     Family("granitemoe", "granitemoe", "GraniteMoeForCausalLM", permuted=True, ratios=True, numbers=GRANITE,
            required={"rope.scaling.finetuned": True}, names={"ffn_gate_inp": "block_sparse_moe.router.layer"},
            experts=Experts("num_local_experts", "block_sparse_moe.experts")),
+    Family("qwen35", "qwen3_5_text", "Qwen3_5ForCausalLM", **HYBRID),
+    Family("qwen35moe", "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", **HYBRID | {
+           "names": {**HYBRID["names"], "ffn_gate_inp": "mlp.gate", **SHARED}},
+           experts=Experts("num_experts", "mlp.experts", width="moe_intermediate_size",
+                           shared="shared_expert_intermediate_size", alone=True)),
     Family("gemma2", "gemma2", "Gemma2ForCausalLM", **GEMMA, head="tied", windows=Windows(2, 4096, fixed=True),
            numbers=(SCORE_CAP, _logit_cap(30.0)), derived={"query_pre_attn_scalar": _gemma_scale(46)}),
     Family("gemma3", "gemma3_text", "Gemma3ForCausalLM", **GEMMA, windows=Windows(6, fixed=True),
@@ -280,7 +296,7 @@ FAMILIES = (
 )  # fmt: skip
 """A file's family is the first of its architecture that fits (``when``). Files of Mistral say llama, or mistral3."""
 
-WRITTEN = {family.model_type: family for family in reversed(FAMILIES)}
+WRITTEN = {family.model_type: family for family in reversed(FAMILIES) if family.written}
 WRITTEN |= {"mistral": WRITTEN["llama"]}
 """By ``model_type``: how a family is written. Mistral is Llama there: without its window they are one function."""
 

@@ -61,9 +61,10 @@ class Names:
 
     def ours(self, name: str) -> str | None:
         """The Hugging Face name of a GGUF tensor; None where the family has none."""
+        match = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
+        if match is not None and match[2] in self._bare:
+            return f"model.layers.{int(match[1])}.{self._bare[match[2]]}"
         match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-        if match is not None and match[1] is not None and (bare := self._bare.get(f"{match[2]}.{match[3]}")):
-            return f"model.layers.{int(match[1])}.{bare}"
         if match is None or (match[1] is None) != (match[2] in OUTER) or match[2] not in self._ours:
             return None
         if match[3] == "bias" and match[2] not in self._biased:
@@ -98,6 +99,12 @@ class Names:
         if match is None or theirs is None or match[5] == "bias" and theirs not in self._biased:
             return None
         return f"blk.{int(match[1])}.{theirs}.{match[5]}", int(match[3])
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a GGUF tensor belongs to."""
+    match = re.match(r"blk\.(\d+)\.", name)
+    return None if match is None else int(match[1])
 
 
 def is_permuted(name: str) -> bool:

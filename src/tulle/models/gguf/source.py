@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from tulle import cache
 from tulle.errors import UserError
 from tulle.models.description import describe
-from tulle.models.gguf import blocks, names
-from tulle.models.gguf.config import config_of
+from tulle.models.gguf import blocks, delta_net, names
+from tulle.models.gguf.config import config_of, further_heads
 from tulle.models.gguf.families import Family, family_of
 from tulle.models.gguf.file import GgufFile
 from tulle.models.tensor_file import TensorInfo
@@ -55,6 +55,8 @@ class _Place:
         found = self.file.tensors[self.theirs].shape
         if self.expert is not None:
             return found[1:]
+        if self.theirs.endswith(delta_net.CONVOLUTION) and len(found) == 2:
+            return found[0], 1, found[1]
         # A gate of one output is a row, whether or not the file says so.
         return (1, *found) if self.theirs.endswith(names.ONE_OUTPUT) and len(found) == 1 else found
 
@@ -93,13 +95,17 @@ class GgufSource:
         stored: dict[str, GgufFile] = {}
         rope: dict[str, NDArray[np.float32]] = {}
         known = ((names.ROPE,) if family.ratios else ()) + ((names.LONG, names.SHORT) if family.longrope else ())
+        further = self._further_layers()
+        left_out = 0
         for file in self._files:
             stored |= dict.fromkeys(file.tensors, file)
         for theirs, file in stored.items():
             if file.tensors[theirs].type not in (*blocks.FLOATS, *blocks.READERS):
                 raise blocks.refused(file.tensors[theirs].type)
             ours = family.tensors.ours(theirs)
-            if ours is not None:
+            if further is not None and names.layer_of(theirs) in further:
+                left_out += 1
+            elif ours is not None:
                 self._by_name[ours] = _Place(file, theirs)
             elif (part := family.tensors.experts(theirs)) is not None:
                 shape = file.tensors[theirs].shape
@@ -125,6 +131,8 @@ class GgufSource:
                 raise UserError(f"expected {wanted} experts in {theirs} of {path.name}, found {count}; copy it again")
         self._numbers = _numbers(self.metadata, family, self.config)
         self.notes: list[str] = []
+        if left_out:
+            self.notes.append(f"left out: {left_out} tensors of heads for several tokens")
 
     def names(self) -> list[str]:
         return sorted([*self._by_name, *self._numbers])
@@ -153,7 +161,11 @@ class GgufSource:
         order = self._order(place)
         found = blocks.stored_floats(raw, kind) if kind in STORED else blocks.to_float32(raw, kind)
         found = found.reshape(place.shape)
-        return found if order is None else found[order]
+        if self.family.delta_net and place.theirs.endswith(f".{delta_net.DECAY}"):
+            found = delta_net.decay(found.astype(np.float32), place.theirs)
+        if order is None:
+            return found
+        return found[:, order] if self._by_columns(place) else found[order]
 
     def coded(self, name: str) -> blocks.Coded | None:
         """Codes, scales and minima of a quantised tensor; None of one in floats. Raises ``UserError`` for scales that
@@ -171,7 +183,9 @@ class GgufSource:
                 "again"
             )
         order = self._order(place)
-        return found if order is None else found.rows(order)
+        if order is None:
+            return found
+        return found.columns(order) if self._by_columns(place) else found.rows(order)
 
     def bits(self, name: str) -> int | None:
         """Of a quantised tensor's codes, without reading them; None of one in floats."""
@@ -235,11 +249,27 @@ class GgufSource:
 
     def _has_offset(self, theirs: str) -> bool:
         """Whether a norm's weight is stored with its offset added."""
-        return self.family.norm_offset != 0 and theirs.endswith("norm.weight")
+        return self.family.norm_offset != 0 and theirs.endswith("norm.weight") and not theirs.endswith(delta_net.NORM)
+
+    def _further_layers(self) -> range | None:
+        """Layers that are heads for several tokens."""
+        count = further_heads(self.metadata, self.family)
+        blocks_in_all = self.metadata.get(f"{self.family.architecture}.block_count")
+        return range(blocks_in_all - count, blocks_in_all) if count and isinstance(blocks_in_all, int) else None
+
+    def _by_columns(self, place: _Place) -> bool:
+        """Whether it is columns that are put back."""
+        return self.family.delta_net and place.theirs.endswith(delta_net.OUTPUT)
 
     def _order(self, place: _Place) -> NDArray[np.int64] | None:
-        """The order of a tensor's rows, where it is not the stored one."""
+        """The order of a tensor's rows (or columns), where it is not the stored one."""
         theirs, shape = place.theirs, place.shape
+        if self.family.delta_net:
+            order = delta_net.order(theirs, self.config)
+            wide = shape[1 if self._by_columns(place) else 0]
+            if order is not None and len(order) != wide:
+                raise UserError(f"expected {len(order)} channels in {theirs}, found {wide}; convert the file again")
+            return order
         if not self.family.permuted or not names.is_permuted(theirs):
             return None
         key = "num_attention_heads" if "attn_q" in theirs else "num_key_value_heads"

@@ -26,12 +26,14 @@ CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
-def _words(digits: str, other_end: str = r"[\r\n]*") -> str:
-    """Llama 3's expression and its relatives': words with one character before them, ``digits``, punctuation, space."""
+def _words(digits: str, other_end: str = r"[\r\n]*", marks: str = "") -> str:
+    """Llama 3's expression and its relatives': words with one character before them, ``digits``, punctuation, space.
+    ``marks``: a class of characters that are parts of words, too."""
+    letter = rf"[\p{{L}}{marks}]" if marks else r"\p{L}"
     return (
-        CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+" + other_end
-        + r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )  # fmt: skip
+        CONTRACTIONS + rf"|[^\r\n\p{{L}}\p{{N}}]?{letter}+|{digits}| ?[^\s\p{{L}}{marks}\p{{N}}]+{other_end}"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
 
 
 def _cased(contractions: str, digits: str) -> str:
@@ -61,6 +63,7 @@ PRE = {
     "smollm": Pre((r"\p{N}", GPT2)),
     "starcoder": Pre((r"\p{N}", GPT2)),
     "qwen2": Pre((_words(r"\p{N}"),)),
+    "qwen35": Pre((_words(r"\p{N}", marks=r"\p{M}"),)),
     "llama-bpe": Pre((_words(r"\p{N}{1,3}"),), ignore_merges=True, bos=True),
     "dbrx": Pre((_words(r"\p{N}{1,3}"),)),
     "tekken": Pre((_cased("", r"\p{N}"),), ignore_merges=True, bos=True),
