@@ -25,6 +25,7 @@ ARCHITECTURES = {
     "nemotron": "nemotron", "arcee": "arcee", "apertus": "apertus", "ministral3": "mistral3", "bitnet": "bitnet",
     "mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "olmoe": "olmoe", "gpt_oss": "gpt-oss",
     "granitemoe": "granitemoe", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe",
+    "lfm2": "lfm2",
 }  # fmt: skip
 PERMUTED = ("llama", "granite", "granitemoe", "smollm3", "arcee", "mistral3")
 """Architectures whose converters are children of Llama's and reorder q and k."""
@@ -86,6 +87,10 @@ READ_ONLY: dict[str, dict[str, Any]] = {
     "qwen3_5_text": DELTA_NET,
     "qwen3_5_moe_text": DELTA_NET | {
         "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
+}  # fmt: skip
+READ_ONLY["lfm2"] = {
+    "norm_eps": 1e-5, "conv_L_cache": 3, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": True,
+    "layer_types": ["conv", "conv", "full_attention", "conv", "full_attention"],
 }  # fmt: skip
 """Families whose files are read, but not written."""
 XIELU = ("alpha_p", "alpha_n", "beta", "eps")
@@ -206,6 +211,11 @@ def write_random(
         if ".experts." in name:
             state[name] = _write_experts(writer, rng, name, tuple(tensor.shape), kind, size, architecture)
             continue
+        if ".conv.conv." in name:
+            values = rng.standard_normal(tuple(tensor.shape)).astype(np.float32)
+            writer.add_tensor(theirs(name, architecture), values.squeeze(1))
+            state[name] = torch.from_numpy(values)
+            continue
         if ".linear_attn." in name:
             state[name] = _write_delta_net(writer, rng, name, tensor, kind, config, size)
             continue
@@ -325,13 +335,19 @@ def write_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     if config["model_type"] != "qwen3_5_moe_text":
         writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
+    kv_heads = config["num_key_value_heads"]
+    if config["model_type"] == "lfm2":
+        writer.add_head_count_kv([0 if kind == "conv" else kv_heads for kind in config["layer_types"]])
+        writer.add_shortconv_l_cache(config["conv_L_cache"])
+    else:
+        writer.add_head_count_kv(kv_heads)
     if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
     for key in ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps"):
         if key in config:
-            (writer.add_layer_norm_rms_eps if key == "rms_norm_eps" else writer.add_layer_norm_eps)(config[key])
+            rms = key == "rms_norm_eps" or config["model_type"] == "lfm2"
+            (writer.add_layer_norm_rms_eps if rms else writer.add_layer_norm_eps)(config[key])
     rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta")}
     full = rope.get("full_attention", rope)
     writer.add_rope_freq_base(full["rope_theta"])

@@ -56,11 +56,11 @@ class _Keys:
         self.read.add(key)
         return self.metadata.get(f"{self.architecture}.{key}", default)
 
-    def size(self, key: str, default: int | None = None) -> int:
-        """A positive whole number; of a list (one per layer), the number that all of it is."""
+    def size(self, key: str, default: int | None = None, also_zero: bool = False) -> int:
+        """A positive whole number; of a list (one per layer), the number that all of it is, but for ``also_zero``."""
         value = self.get(key, default)
         if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
-            numbers = set(value.tolist())
+            numbers = set(value.tolist()) - ({0} if also_zero else set())
             if len(numbers) != 1:
                 raise self.refused(key, "one number for all layers", sorted(numbers))
             value = numbers.pop()
@@ -132,7 +132,7 @@ def config_of(
         "hidden_size": hidden,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": keys.size("attention.head_count_kv", heads),
+        "num_key_value_heads": keys.size("attention.head_count_kv", heads, also_zero=family.convolution is not None),
         "head_dim": head_dim,
         "max_position_embeddings": context,
         eps_key: keys.number(eps, 1e-5),
@@ -153,6 +153,8 @@ def config_of(
     if family.partial:
         config["partial_rotary_factor"] = _share(rotated, head_dim)
     config |= _experts(keys, family.experts)
+    if family.convolution is not None:
+        config |= _convolutions(keys, family.convolution, layers)
     if family.delta_net:
         config |= _delta_net(keys, layers)
     config |= _windows(keys, family.windows, layers)
@@ -211,6 +213,15 @@ def _delta_net(keys: _Keys, layers: int) -> dict[str, Any]:
         "linear_conv_kernel_dim": keys.size("ssm.conv_kernel"),
         "layer_types": ["linear_attention" if one else "full_attention" for one in recurrent[:layers]],
     }
+
+
+def _convolutions(keys: _Keys, key: str, layers: int) -> dict[str, Any]:
+    """Which layers are gated short convolutions, and how many tokens they see."""
+    counts = keys.get("attention.head_count_kv")
+    if not isinstance(counts, np.ndarray) or len(counts) != layers:
+        raise keys.refused("attention.head_count_kv", f"a number for each of {layers} layers", counts)
+    kinds = ["full_attention" if count else "conv" for count in counts.tolist()]
+    return {"conv_L_cache": keys.size(key), "layer_types": kinds}
 
 
 def _windows(keys: _Keys, windows: Windows | None, layers: int) -> dict[str, Any]:

@@ -100,6 +100,8 @@ class Family:
     """A key that tells this family from others of the same architecture: it is there, and not 0."""
     permuted: bool = False
     """Rows of q and k are stored so that neighbouring channels are rotated together (ggml's "norm" rope)."""
+    outer: Mapping[str, str | None] = field(default_factory=dict)
+    """The same of modules outside of the layers."""
     names: Mapping[str, str | None] = field(default_factory=dict)
     """Modules that are called otherwise than in :data:`tulle.models.gguf.names.LAYER`."""
     biased: tuple[str, ...] = ()
@@ -120,6 +122,8 @@ class Family:
     experts: Experts | None = None
     delta_net: bool = False
     """Layers without attention are gated delta nets; the last layers may be heads for several tokens."""
+    convolution: str | None = None
+    """The key of how many tokens gated short convolutions see; layers without heads of keys are such."""
     written: bool = True
     """Whether :mod:`tulle.export.gguf` writes it."""
     bare: Mapping[str, str] = field(default_factory=dict)
@@ -151,7 +155,7 @@ class Family:
     def tensors(self) -> Names:
         left_out: dict[str, str | None] = {"output": None} if self.head == "tied" else {}
         if self.experts is None:
-            return Names({**self.names, **left_out}, self.biased, bare=self.bare)
+            return Names({**self.names, **left_out}, self.biased, bare=self.bare, outer=self.outer)
         dense: dict[str, str | None] = dict.fromkeys(FEED_FORWARD)
         return Names({**dense, **self.names, **left_out}, self.biased, self.experts.stacks(), self.bare)
 
@@ -244,6 +248,14 @@ FAMILIES = (
            "names": {**HYBRID["names"], "ffn_gate_inp": "mlp.gate", **SHARED}},
            experts=Experts("num_experts", "mlp.experts", width="moe_intermediate_size",
                            shared="shared_expert_intermediate_size", alone=True)),
+    Family("lfm2", "lfm2", "Lfm2ForCausalLM", eps=("attention.layer_norm_rms_epsilon", "norm_eps"), square=True,
+           convolution="shortconv.l_cache", written=False, outer={"output_norm": None,
+           "token_embd_norm": "model.embedding_norm"}, fixed={"block_auto_adjust_ff_dim": False}, names={
+               "attn_norm": "operator_norm", "attn_q_norm": "self_attn.q_layernorm",
+               "attn_k_norm": "self_attn.k_layernorm", "attn_output": "self_attn.out_proj", "ffn_norm": "ffn_norm",
+               "ffn_gate": "feed_forward.w1", "ffn_up": "feed_forward.w3", "ffn_down": "feed_forward.w2",
+               **{f"shortconv.{part}": f"conv.{part}" for part in ("conv", "in_proj", "out_proj")},
+           }),
     Family("gemma2", "gemma2", "Gemma2ForCausalLM", **GEMMA, head="tied", windows=Windows(2, 4096, fixed=True),
            numbers=(SCORE_CAP, _logit_cap(30.0)), derived={"query_pre_attn_scalar": _gemma_scale(46)}),
     Family("gemma3", "gemma3_text", "Gemma3ForCausalLM", **GEMMA, windows=Windows(6, fixed=True),

@@ -31,6 +31,8 @@ LAYER = {
 ROPE = "rope_freqs.weight"
 ONE_OUTPUT = "ffn_gate_inp_shexp.weight"
 """A linear of one output, which may be stored as a vector."""
+CONVOLUTIONS = ("ssm_conv1d.weight", "shortconv.conv.weight")
+"""Stored without the axis of length 1 that they have in a folder."""
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 """What frequencies are divided by: of Llama 3, and of longrope for long and short texts."""
 
@@ -39,7 +41,7 @@ class Names:
     """Names of one family's tensors. ``renamed``: its modules that ``LAYER`` calls otherwise, or does not have; a name
     of None is a module that it lacks. ``biased``: GGUF's names of modules that may have a bias. ``stacks``: of modules
     that hold all experts of a layer, their own names with {} for the expert's number. ``bare``: of tensors that are no
-    module's weight, such as ``attn_sinks.weight``."""
+    module's weight, such as ``attn_sinks.weight``. ``outer``: of modules outside of the layers, as ``renamed``."""
 
     def __init__(
         self,
@@ -47,7 +49,10 @@ class Names:
         biased: tuple[str, ...],
         stacks: Mapping[str, str] | None = None,
         bare: Mapping[str, str] | None = None,
+        outer: Mapping[str, str | None] | None = None,
     ):
+        renamed = {**renamed, **(outer or {})}
+        self._outer = OUTER.keys() | (outer or {}).keys()
         named = {**OUTER, **LAYER, **renamed}
         taken = [one for one in renamed.values() if one is not None]
         self._ours = {
@@ -64,8 +69,8 @@ class Names:
         match = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
         if match is not None and match[2] in self._bare:
             return f"model.layers.{int(match[1])}.{self._bare[match[2]]}"
-        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-        if match is None or (match[1] is None) != (match[2] in OUTER) or match[2] not in self._ours:
+        match = re.fullmatch(r"(?:blk\.(\d+)\.)?([\w.]+)\.(weight|bias)", name)
+        if match is None or (match[1] is None) != (match[2] in self._outer) or match[2] not in self._ours:
             return None
         if match[3] == "bias" and match[2] not in self._biased:
             return None

@@ -55,7 +55,7 @@ class _Place:
         found = self.file.tensors[self.theirs].shape
         if self.expert is not None:
             return found[1:]
-        if self.theirs.endswith(delta_net.CONVOLUTION) and len(found) == 2:
+        if self.theirs.endswith(names.CONVOLUTIONS) and len(found) == 2:
             return found[0], 1, found[1]
         # A gate of one output is a row, whether or not the file says so.
         return (1, *found) if self.theirs.endswith(names.ONE_OUTPUT) and len(found) == 1 else found

@@ -73,7 +73,7 @@ PRE = {
 SAME = {
     "phi-2": "gpt-2", "jina-es": "gpt-2", "jina-de": "gpt-2", "gigachat": "gpt-2", "olmo": "gpt-2", "mpt": "gpt-2",
     "refact": "starcoder", "command-r": "starcoder", "codeshell": "starcoder", "exaone": "starcoder",
-    "llama3": "llama-bpe", "llama-v3": "llama-bpe", "smaug-bpe": "dbrx",
+    "llama3": "llama-bpe", "llama-v3": "llama-bpe", "lfm2": "llama-bpe", "smaug-bpe": "dbrx",
     "deepseek-r1-qwen": "qwen2", "stablelm2": "qwen2", "megrez": "qwen2", "llama4": "gpt-4o",
 }  # fmt: skip
 """Names of what another one does."""
