@@ -55,7 +55,8 @@ SAMPLES, LENGTH = 64, 1024
 def recipe(cell: str, recover: dict[str, Any] | None) -> dict[str, Any]:
     found = {"name": cell, "calibration": {"samples": SAMPLES, "length": LENGTH}} | CELLS[cell]
     if recover is None:
-        return found | {"steps": found["steps"] + found.pop("then", [])}
+        then = found.pop("then", [])  # where inputs are selected again
+        return found | {"steps": found["steps"] + [step for step in then if step not in found["steps"]]}
     return found | {"recover": recover}
 
 

@@ -33,7 +33,7 @@ def recipes(group_size: str, epochs: int) -> dict[str, list[dict[str, Any]]]:
     plain, clipped, cache = {"activations": inputs}, {"activations": inputs | {"clip": CLIP}}, {"kv_cache": {"bits": 4}}
     gptq, rtn = {"gptq": weights}, {"round_to_nearest": weights}
     learned = weights | {"epochs": epochs}
-    spin = weights | {"input_bits": 4}
+    spin = inputs | {"input_bits": 4}
     smooth = {"smoothquant": {"alpha": 0.6}}
     rms = {"smoothquant": {"alpha": 0.5, "size": "rms"}}
     return {
@@ -74,10 +74,14 @@ def main() -> None:
 
     from tulle import machine
     from tulle.compression.job import compress
+    from tulle.compression.recipe import read_recipe
     from tulle.evaluate import Protocol, evaluate_text
     from tulle.evaluate.loading import load_model
 
     import_methods()
+    chosen = recipes(options.group_size, options.epochs)
+    for name in options.methods:  # a wrong one is better known before hours of others
+        read_recipe({"name": "w4a4", "steps": chosen[name]})
     machine.keep_freed_memory()
     text, protocol = beginning(options.text, options.bytes), Protocol(options.window)
     settings = {key: getattr(options, key) for key in ("group_size", "samples", "length", "epochs", "bytes", "window")}
@@ -100,7 +104,7 @@ def main() -> None:
 
     dense = cells.make("dense", partial(perplexity, options.model))
     for name in options.methods:
-        found = cells.make(name, partial(made, recipes(options.group_size, options.epochs)[name]))
+        found = cells.make(name, partial(made, chosen[name]))
         Console().print(f"{name}: {found['perplexity']:.2f}, {found['seconds']:.0f} s")
     table = Table("", "perplexity", "beside W4", "seconds", title=f"dense {dense:.2f}")
     for name, found in cells.all.items():

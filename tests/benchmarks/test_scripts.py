@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tulle.compression.recipe import read_recipe
+
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 MODULES = sorted(file.stem for file in FOLDER.glob("*.py"))
 SCRIPTS = [name for name in MODULES if '__name__ == "__main__"' in (FOLDER / f"{name}.py").read_text()]
@@ -38,3 +40,11 @@ def test_help(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert stopped.value.code == 0
     printed = capsys.readouterr().out
     assert printed.startswith(f"usage: {name}.py") and script.__doc__.strip() in printed
+
+
+def test_recipes_of_long_benchmarks_are_valid() -> None:
+    """One that is not would be found after hours."""
+    w4a4, recover = importlib.import_module("w4a4_real"), importlib.import_module("recover")
+    cells = [{"name": "cell", "steps": steps} for steps in w4a4.recipes("auto-64", 2).values()]
+    for cell in [*cells, *(recover.recipe(name, settings) for name in recover.CELLS for settings in (None, {}))]:
+        read_recipe(cell)
