@@ -70,6 +70,8 @@ class LearnedGroup:
     parameters: list[nn.Parameter] = field(default_factory=list)
     clip: nn.Parameter | None = None
     """Logit of the activations' clip ratio, or None: the clip of the input grid stays."""
+    held: tuple[Tensor, tuple[object, ...], Tensor] | None = field(default=None, repr=False)
+    """Inputs of this pass, by what they were rounded, and the result: linears of a group share it."""
 
     def input_clip(self) -> Tensor | None:
         return None if self.clip is None else self.clip.sigmoid()
@@ -95,9 +97,7 @@ class FakeLinear(nn.Module):
         return fold(self.group.maps(), ready)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = run(self.group.maps(), run(self.fixed, run(self.group.before(), x)))
-        if self.input_grid is not None:
-            x = fake_tokens(x, self.input_grid, self.group.input_clip())
+        x = self._rounded(x)
         weight = self.folded()
         if self.grid is not None:
             low, high = self.clip.ranges(weight, self.grid)
@@ -106,6 +106,17 @@ class FakeLinear(nn.Module):
                 weight.shape
             )
         return nn.functional.linear(x, weight, self.bias)
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        """The transformed, rounded inputs."""
+        by = (self.input_grid, *map(id, self.fixed))
+        if self.group.held is not None and self.group.held[0] is x and self.group.held[1] == by:
+            return self.group.held[2]
+        found = run(self.group.maps(), run(self.fixed, run(self.group.before(), x)))
+        if self.input_grid is not None:
+            found = fake_tokens(found, self.input_grid, self.group.input_clip())
+        self.group.held = (x, by, found)
+        return found
 
 
 def fake_tokens(x: Tensor, grid: TokenGrid, clip: Tensor | None = None) -> Tensor:
@@ -235,7 +246,13 @@ def learn_block(
     ``after_step(step, steps)`` runs after every optimizer step (a gradual mask, a retraction to a manifold).
     """
     assert block.batches is not None and block.forward is not None and block.module is not None
-    forward, batches = block.forward, list(block.batches())
+    run_block, batches = block.forward, list(block.batches())
+
+    def forward(x: Tensor) -> Tensor:
+        for group in groups.values():
+            group.held = None  # of parameters as they were
+        return run_block(x)
+
     maps = [p for group in groups.values() for p in group.parameters if p.requires_grad]
     clips = [g.clip for g in groups.values() if g.clip is not None]
     clips += [p for linear in linears.values() for p in linear.parameters() if p.requires_grad]
@@ -280,6 +297,8 @@ def learn_block(
             with torch.no_grad():
                 for parameter, value in zip(every, kept, strict=True):
                     parameter.copy_(value)
+    for group in groups.values():
+        group.held = None
     return history
 
 
