@@ -87,10 +87,8 @@ READ_ONLY: dict[str, dict[str, Any]] = {
     "qwen3_5_text": DELTA_NET,
     "qwen3_5_moe_text": DELTA_NET | {
         "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
-}  # fmt: skip
-READ_ONLY["lfm2"] = {
-    "norm_eps": 1e-5, "conv_L_cache": 3, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": True,
-    "layer_types": ["conv", "conv", "full_attention", "conv", "full_attention"],
+    "lfm2": {"norm_eps": 1e-5, "conv_L_cache": 3, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": True,
+             "layer_types": ["conv", "conv", "full_attention", "conv", "full_attention"]},
 }  # fmt: skip
 """Families whose files are read, but not written."""
 XIELU = ("alpha_p", "alpha_n", "beta", "eps")

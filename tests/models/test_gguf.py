@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import gguf
@@ -100,7 +101,8 @@ def test_names_and_rows_go_back_and_forth() -> None:
     for family in WRITTEN.values():
         names = family.tensors
         biased = "blk.11.attn_q.bias" if "attn_q" in family.biased else "output_norm.weight"
-        for name in ("token_embd.weight", biased, "blk.0.attn_output.weight", "output_norm.weight"):
+        down = ("blk.0.ffn_down.weight",) * (family.experts is None)
+        for name in ("token_embd.weight", biased, *down, "blk.0.attn_output.weight", "output_norm.weight"):
             assert names.theirs(str(names.ours(name))) == name
         part = names.experts("blk.7.ffn_down_exps.weight")
         assert (part is None) == (family.experts is None)
@@ -212,16 +214,9 @@ def test_an_architecture_and_a_tensor_that_are_not_known_are_refused_by_name(tmp
 
 
 def test_tensors_of_other_numbers_of_experts_are_refused(tmp_path: Path) -> None:
-    write_random(tmp_path / "model.gguf", family_config("qwen3_moe"), Type.F32, metadata={})
-    file = GgufFile(tmp_path / "model.gguf")
+    write_random(tmp_path / "model.gguf", family_config("qwen3_moe"), Type.F32)
     for count, message in ((5, "expected 5 experts"), (7, "expected 7 experts")):
-        writer = gguf.GGUFWriter(tmp_path / "other.gguf", "qwen3moe")
-        for key, value in file.metadata.items():
-            if key != "general.architecture":
-                add(writer, key, count if key == "qwen3moe.expert_count" else value)
-        for name, entry in file.tensors.items():
-            writer.add_tensor(name, np.array(file.raw(name)), raw_dtype=entry.type)
-        _finish(writer)
+        _changed(tmp_path / "model.gguf", tmp_path / "other.gguf", {"qwen3moe.expert_count": count})
         with pytest.raises(UserError, match=message):
             GgufSource(tmp_path / "other.gguf")
     _with_tensor(tmp_path / "model.gguf", tmp_path / "flat.gguf", "blk.9.ffn_up_exps.weight", np.ones((6, 8)))
@@ -233,14 +228,9 @@ def test_a_gate_of_one_output_as_a_vector(tmp_path: Path) -> None:
     """Files of Qwen 2 with experts differ in how they store it."""
     model = write_random(tmp_path / "model.gguf", family_config("qwen2_moe"), Type.F32)
     file = GgufFile(tmp_path / "model.gguf")
-    writer = gguf.GGUFWriter(tmp_path / "vector.gguf", "qwen2moe")
-    for key, value in file.metadata.items():
-        if key != "general.architecture":
-            add(writer, key, value)
-    for name, entry in file.tensors.items():
-        raw = np.array(file.raw(name))
-        writer.add_tensor(name, raw.reshape(-1) if "inp_shexp" in name else raw, raw_dtype=entry.type)
-    _finish(writer)
+    gates = {name: file.raw(name).view(np.float32).reshape(-1) for name in file.tensors if "inp_shexp" in name}
+    _changed(tmp_path / "model.gguf", tmp_path / "vector.gguf", tensors=gates)
+    assert gates and GgufFile(tmp_path / "vector.gguf").tensors["blk.1.ffn_gate_inp_shexp.weight"].shape == (64,)
     name = "model.layers.1.mlp.shared_expert_gate.weight"
     found, expected = GgufSource(tmp_path / "vector.gguf").read(name), model.state_dict()[name].numpy()
     np.testing.assert_array_equal(found, expected)
@@ -423,14 +413,23 @@ def _same_logits(file: Path, model: torch.nn.Module, most: float = 1e-4, length:
 
 def _with_tensor(file: Path, to: Path, name: str, values: np.ndarray) -> None:
     """A copy of a file with one more tensor."""
-    old = GgufFile(file)
+    _changed(file, to, tensors={name: values})
+
+
+def _changed(
+    file: Path, to: Path, keys: Mapping[str, object] | None = None, tensors: Mapping[str, np.ndarray] | None = None
+) -> None:
+    """A copy of a file with other, or further, keys and float32 tensors."""
+    old, tensors = GgufFile(file), tensors or {}
     writer = gguf.GGUFWriter(to, str(old.metadata["general.architecture"]))
-    for key, value in old.metadata.items():
+    for key, value in (old.metadata | dict(keys or {})).items():
         if key != "general.architecture":
-            add(writer, key, value)
+            add(writer, key, value.tolist() if isinstance(value, np.ndarray) else value)
     for tensor, entry in old.tensors.items():
-        writer.add_tensor(tensor, np.array(old.raw(tensor)), raw_dtype=entry.type)
-    writer.add_tensor(name, values.astype(np.float32))
+        if tensor not in tensors:
+            writer.add_tensor(tensor, np.array(old.raw(tensor)), raw_dtype=entry.type)
+    for tensor, values in tensors.items():
+        writer.add_tensor(tensor, values.astype(np.float32))
     _finish(writer)
 
 
@@ -509,15 +508,7 @@ def test_what_a_family_does_not_do_is_refused(
     tmp_path: Path, family: str, key: str, value: object, message: str
 ) -> None:
     write_random(tmp_path / "model.gguf", family_config(family), Type.F32)
-    source = GgufFile(tmp_path / "model.gguf")
-    writer = gguf.GGUFWriter(tmp_path / "other.gguf", str(source.metadata["general.architecture"]))
-    for name, old in source.metadata.items():
-        if name not in ("general.architecture", key):
-            add(writer, name, old.tolist() if isinstance(old, np.ndarray) else old)
-    add(writer, key, value)
-    for name, entry in source.tensors.items():
-        writer.add_tensor(name, np.array(source.raw(name)), raw_dtype=entry.type)
-    _finish(writer)
+    _changed(tmp_path / "model.gguf", tmp_path / "other.gguf", {key: value})
     with pytest.raises(UserError, match=message):
         GgufSource(tmp_path / "other.gguf")
 
@@ -558,18 +549,10 @@ def test_gemma_s_norms_of_any_type(tmp_path: Path) -> None:
 def test_heads_for_several_tokens_are_left_out(tmp_path: Path) -> None:
     """Converters of Qwen 3.5 count them among the layers."""
     model = write_random(tmp_path / "model.gguf", family_config("qwen3_5_text"), Type.F32, size=0.2)
-    file = GgufFile(tmp_path / "model.gguf")
-    writer = gguf.GGUFWriter(tmp_path / "more.gguf", "qwen35")
-    for key, value in file.metadata.items():
-        value = value.tolist() if isinstance(value, np.ndarray) else value
-        if key != "general.architecture":
-            add(writer, key, value + 1 if key == "qwen35.block_count" else value)
-    add(writer, "qwen35.nextn_predict_layers", 1)
-    writer.add_array("qwen35.attention.recurrent_layers", [True, True, True, False, True, False])
-    for name, entry in file.tensors.items():
-        writer.add_tensor(name, np.array(file.raw(name)), raw_dtype=entry.type)
-    writer.add_tensor("blk.5.nextn.eh_proj.weight", np.ones((64, 128), np.float32))
-    _finish(writer)
+    keys = {"qwen35.block_count": 6, "qwen35.nextn_predict_layers": 1,
+            "qwen35.attention.recurrent_layers": [True, True, True, False, True, False]}  # fmt: skip
+    further = {"blk.5.nextn.eh_proj.weight": np.ones((64, 128))}
+    _changed(tmp_path / "model.gguf", tmp_path / "more.gguf", keys, further)
     assert "1 tensors of heads for several tokens" in GgufSource(tmp_path / "more.gguf").notes[0]
     _same_logits(tmp_path / "more.gguf", model, 1e-5)
 

@@ -83,11 +83,14 @@ def write(checkpoint: Checkpoint, file: Path, progress: Callable[[int, int], Non
     for key, name in family.per_layer.items():
         every = [_values(checkpoint, linears, model, layer.prefix + name) for layer in model.layers]
         metadata.keys[key] = [float(values.reshape(-1)[0]) for values in every]
+    parts: dict[str, list[str]] = {}
+    for name, theirs in stored_as.items():
+        parts.setdefault(theirs, []).append(name)
 
-    def _stored_as(theirs: str, names_of: list[str]) -> Stored:
-        if family.tensors.stack(names_of[0]) is None:
-            return _stored(checkpoint, linears, model, family, names_of[0])
-        return _stacked(checkpoint, linears, model, names_of)
+    def made(of: list[str]) -> Stored:
+        if family.tensors.stack(of[0]) is None:
+            return _stored(checkpoint, linears, model, family, of[0])
+        return _stacked(checkpoint, linears, model, of)
 
     partial = file.with_name(file.name + ".partial")
     writer = gguf.GGUFWriter(partial, family.architecture)
@@ -99,18 +102,14 @@ def write(checkpoint: Checkpoint, file: Path, progress: Callable[[int, int], Non
         write_tokenizer(writer, checkpoint, model.vocabulary, found.notes)
         # Headers come first: types depend on values, so that tensors are made twice.
         unheld: list[str] = []
-        parts: dict[str, list[str]] = {}
-        for name, theirs in stored_as.items():
-            parts.setdefault(theirs, []).append(name)
-        for done, (theirs, names_of) in enumerate(parts.items()):
-            stored = _stored_as(theirs, names_of)
-            name, shape = names_of[0], stored.data.shape
-            writer.add_tensor_info(theirs, shape, np.dtype(np.uint8), stored.data.nbytes, stored.kind)
+        for done, (theirs, of) in enumerate(parts.items()):
+            stored = made(of)
+            writer.add_tensor_info(theirs, stored.data.shape, np.dtype(np.uint8), stored.data.nbytes, stored.kind)
             found.types[theirs] = stored.kind.name
             found.bytes += stored.data.nbytes
-            spec = linears.get(name.removesuffix(".weight"))
+            spec = linears.get(of[0].removesuffix(".weight"))
             if spec is not None and spec.bits is not None and stored.kind in FLOATS:
-                unheld += [stored.kind.name] * len(names_of)
+                unheld += [stored.kind.name] * len(of)
             if progress:
                 progress(done, 2 * len(parts))
         if unheld:
@@ -127,8 +126,8 @@ def write(checkpoint: Checkpoint, file: Path, progress: Callable[[int, int], Non
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for done, (theirs, names_of) in enumerate(parts.items()):
-            writer.write_tensor_data(_stored_as(theirs, names_of).data)
+        for done, of in enumerate(parts.values()):
+            writer.write_tensor_data(made(of).data)
             if progress:
                 progress(len(parts) + done + 1, 2 * len(parts))
         for factors in metadata.factors.values():
@@ -153,7 +152,7 @@ def check(checkpoint: Checkpoint, file: Path) -> int:
     for name in wanted:
         values = as_float32(source.read(name), source.info(name).dtype)
         expected = _values(checkpoint, linears, model, name)
-        if _has_offset(source.family, str(source.family.tensors.theirs(name))):
+        if source.family.has_offset(str(source.family.tensors.theirs(name))):
             # The sum with the offset is rounded.
             same = np.allclose(expected, values, rtol=0, atol=2.0**-22 * max(1.0, float(np.abs(expected).max())))
         else:
@@ -190,7 +189,7 @@ def _stored(
     if found is None:
         found = _floats(_values(checkpoint, linears, model, name))
     theirs = str(family.tensors.theirs(name))
-    if _has_offset(family, theirs):
+    if family.has_offset(theirs):
         found = _floats(found.floats() + np.float32(family.norm_offset))
     if family.permuted and names.is_permuted(theirs):
         mixer = model.layers[0].attention
@@ -218,11 +217,6 @@ def _stacked(checkpoint: Checkpoint, linears: Mapping[str, LinearSpec], model: D
         return _floats(np.stack([_values(checkpoint, linears, model, name) for name in experts]))
     held = [one for one in found if one is not None]
     return Stored(held[0].kind, (len(held), *held[0].shape), np.stack([one.data for one in held]))
-
-
-def _has_offset(family: Family, theirs: str) -> bool:
-    """Whether a norm's weight is stored with its offset added."""
-    return family.norm_offset != 0 and theirs.endswith("norm.weight")
 
 
 def _in_rows(stored: Stored) -> NDArray[np.uint8]:

@@ -278,7 +278,7 @@ class TestSpinQuant:
 
     def test_learning_lowers_the_error(self) -> None:
         survey = a_survey(outlier=5)
-        method = SpinQuant(steps=40, rate=0.3)
+        method = SpinQuant(steps=60, rate=0.2)
         start = SpinQuant(steps=0)
         losses = []
         for m in (start, method):
@@ -289,9 +289,8 @@ class TestSpinQuant:
             assert (matrix.double() @ matrix.double().T - torch.eye(64)).abs().max() < 1e-6
             losses.append(float(m._loss(survey, 0, matrix)))
         assert losses[1] < 0.9 * losses[0]
-        # The last one is of the state before the last step, which at this rate lies on either side.
         first, last = survey.notes[-1].split("readers ")[1].split(" → ")
-        assert first == f"{losses[0]:.3g}" and 0.95 * losses[1] < float(last) < 1.05 * losses[1]
+        assert first == f"{losses[0]:.3g}" and losses[1] * 0.99 < float(last) < 1.05 * losses[1]
 
     def test_the_note_is_a_mean_over_blocks(self) -> None:
         """Two steps, each on a block of its own: the first and the last visit of each are one."""

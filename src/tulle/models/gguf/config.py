@@ -122,7 +122,7 @@ def config_of(
     rotated = keys.size("rope.dimension_count", head_dim)
     if rotated != head_dim and not (family.partial and rotated < head_dim):
         raise keys.refused("rope.dimension_count", f"{head_dim}, as many channels as a head has", rotated)
-    context, layers = keys.size("context_length"), keys.size("block_count") - further_heads(metadata, family)
+    context, layers = keys.size("context_length"), keys.size("block_count") - len(further_layers(metadata, family))
     if layers > DEEPEST:
         raise keys.refused("block_count", f"a number up to {DEEPEST}", layers)
     eps, eps_key = family.eps
@@ -187,10 +187,12 @@ def _experts(keys: _Keys, experts: Experts | None) -> dict[str, Any]:
     return found
 
 
-def further_heads(metadata: Mapping[str, Any], family: Family) -> int:
-    """How many of the last layers are heads for several tokens, which nobody reads."""
-    value = metadata.get(f"{family.architecture}.{FURTHER_HEADS}", 0) if family.delta_net else 0
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+def further_layers(metadata: Mapping[str, Any], family: Family) -> range:
+    """The last layers that are heads for several tokens, which nobody reads."""
+    layers, count = (metadata.get(f"{family.architecture}.{key}", 0) for key in ("block_count", FURTHER_HEADS))
+    if not family.delta_net or not all(type(one) is int and one > 0 for one in (layers, count)):
+        return range(0)
+    return range(layers - count, layers)
 
 
 def _delta_net(keys: _Keys, layers: int) -> dict[str, Any]:
@@ -198,9 +200,8 @@ def _delta_net(keys: _Keys, layers: int) -> dict[str, Any]:
     heads, inner = keys.size("ssm.time_step_rank"), keys.size("ssm.inner_size")
     if inner % heads:
         raise keys.refused("ssm.inner_size", f"a multiple of {heads} heads", inner)
-    keys.read |= {"rope.dimension_sections", FURTHER_HEADS}  # positions in pictures; see further_heads
-    every = keys.size("full_attention_interval", 4)
-    usual = [(index + 1) % every != 0 for index in range(layers)]
+    keys.read |= {"rope.dimension_sections", FURTHER_HEADS}  # positions in pictures; see further_layers
+    usual = _every(keys.size("full_attention_interval", 4), layers)
     recurrent = keys.get("attention.recurrent_layers", usual)
     recurrent = recurrent.tolist() if isinstance(recurrent, np.ndarray) else recurrent
     if not isinstance(recurrent, list) or len(recurrent) < layers or not all(one in (0, 1) for one in recurrent):
@@ -249,7 +250,7 @@ def _windows(keys: _Keys, windows: Windows | None, layers: int) -> dict[str, Any
 
 
 def _every(number: int, layers: int) -> list[bool]:
-    """Whether a layer has a window, where every so many layers one has none."""
+    """Whether a layer has a window (or a state), where every so many layers one has none."""
     return [(index + 1) % number != 0 for index in range(layers)]
 
 

@@ -151,6 +151,10 @@ class Family:
     square: bool = False
     """llama.cpp reads heads only that are as wide together as the stream."""
 
+    def has_offset(self, theirs: str) -> bool:
+        """Whether a tensor is a norm's weight that is stored with ``norm_offset`` added."""
+        return self.norm_offset != 0 and theirs.endswith("norm.weight") and not theirs.endswith(delta_net.NORM)
+
     @cached_property
     def tensors(self) -> Names:
         left_out: dict[str, str | None] = {"output": None} if self.head == "tied" else {}

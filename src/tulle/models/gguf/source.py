@@ -26,14 +26,13 @@ from tulle import cache
 from tulle.errors import UserError
 from tulle.models.description import describe
 from tulle.models.gguf import blocks, delta_net, names
-from tulle.models.gguf.config import config_of, further_heads
+from tulle.models.gguf.config import config_of, further_layers
 from tulle.models.gguf.families import Family, family_of
 from tulle.models.gguf.file import GgufFile
 from tulle.models.tensor_file import TensorInfo
 
 STORED = {blocks.Type.F32: "F32", blocks.Type.F16: "F16", blocks.Type.BF16: "BF16", blocks.Type.F64: "F64"}
 SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
-MOST_EXPERTS = 4096
 TOKENIZER_VERSION = 1
 """Of the files that are made of a tokenizer: another number, another folder."""
 
@@ -68,9 +67,8 @@ class _Place:
     def raw(self) -> NDArray[np.uint8]:
         """``[..., bytes of a row]``, of a vector one row."""
         found = self.file.raw(self.theirs)
-        found = (
-            found if self.expert is None else found.reshape(self.file.tensors[self.theirs].shape[0], -1)[self.expert]
-        )
+        if self.expert is not None:
+            found = found[self.expert]
         return found.reshape(*self.shape[:-1], -1) if len(self.shape) > 1 else found.reshape(1, -1)
 
 
@@ -91,19 +89,18 @@ class GgufSource:
         self.metadata = self._files[0].metadata
         self.family = family = family_of(self.metadata)
         self._by_name: dict[str, _Place] = {}
-        stacks: list[tuple[str, int]] = []
         stored: dict[str, GgufFile] = {}
         rope: dict[str, NDArray[np.float32]] = {}
         known = ((names.ROPE,) if family.ratios else ()) + ((names.LONG, names.SHORT) if family.longrope else ())
-        further = self._further_layers()
-        left_out = 0
+        further, left_out = further_layers(self.metadata, family), 0
+        experts = self.metadata.get(f"{family.architecture}.expert_count")
         for file in self._files:
             stored |= dict.fromkeys(file.tensors, file)
         for theirs, file in stored.items():
             if file.tensors[theirs].type not in (*blocks.FLOATS, *blocks.READERS):
                 raise blocks.refused(file.tensors[theirs].type)
             ours = family.tensors.ours(theirs)
-            if further is not None and names.layer_of(theirs) in further:
+            if names.layer_of(theirs) in further:
                 left_out += 1
             elif ours is not None:
                 self._by_name[ours] = _Place(file, theirs)
@@ -111,8 +108,9 @@ class GgufSource:
                 shape = file.tensors[theirs].shape
                 if len(shape) != (3 if theirs.endswith("weight") else 2):
                     raise UserError(f"expected a tensor of all experts as {theirs}, found shape {list(shape)}")
-                stacks.append((theirs, shape[0]))
-                for expert in range(min(shape[0], MOST_EXPERTS)):
+                if shape[0] != experts:
+                    raise UserError(f"expected {experts} experts in {theirs}, found {shape[0]}; copy the file again")
+                for expert in range(shape[0]):
                     self._by_name[part.format(expert)] = _Place(file, theirs, expert)
             elif theirs in known:
                 rope[theirs] = blocks.to_float32(file.raw(theirs), file.tensors[theirs].type).reshape(-1)
@@ -125,10 +123,6 @@ class GgufSource:
         if table is None or len(table) != 2:
             raise UserError(f"expected a table token_embd.weight in {path.name}, found none; the file is incomplete")
         self.config = config_of(self.metadata, table[0], stored, rope)
-        for theirs, count in stacks:
-            wanted = self.config[family.experts.count] if family.experts else 0
-            if count != wanted:
-                raise UserError(f"expected {wanted} experts in {theirs} of {path.name}, found {count}; copy it again")
         self._numbers = _numbers(self.metadata, family, self.config)
         self.notes: list[str] = []
         if left_out:
@@ -144,7 +138,7 @@ class GgufSource:
         if name in self._numbers:
             return TensorInfo("F32", self._numbers[name].shape, self.path)
         place = self._find(name)
-        if place.kind in STORED and not self._has_offset(place.theirs):
+        if place.kind in STORED and not self.family.has_offset(place.theirs):
             return TensorInfo(STORED[place.kind], place.shape, place.file.path)
         return TensorInfo("F32", place.shape, place.file.path, place.kind.name, place.bytes)
 
@@ -154,7 +148,7 @@ class GgufSource:
             return self._numbers[name]
         place = self._find(name)
         raw, kind = place.raw(), place.kind
-        if self._has_offset(place.theirs):
+        if self.family.has_offset(place.theirs):
             # The offset is taken off in float32, whatever the file's type.
             gain: NDArray[np.float32] = blocks.to_float32(raw, kind).reshape(place.shape)
             return gain - np.float32(self.family.norm_offset)
@@ -246,16 +240,6 @@ class GgufSource:
             return self._by_name[name]
         except KeyError:
             raise missing(name, self.path) from None
-
-    def _has_offset(self, theirs: str) -> bool:
-        """Whether a norm's weight is stored with its offset added."""
-        return self.family.norm_offset != 0 and theirs.endswith("norm.weight") and not theirs.endswith(delta_net.NORM)
-
-    def _further_layers(self) -> range | None:
-        """Layers that are heads for several tokens."""
-        count = further_heads(self.metadata, self.family)
-        blocks_in_all = self.metadata.get(f"{self.family.architecture}.block_count")
-        return range(blocks_in_all - count, blocks_in_all) if count and isinstance(blocks_in_all, int) else None
 
     def _by_columns(self, place: _Place) -> bool:
         """Whether it is columns that are put back."""
