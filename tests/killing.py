@@ -7,6 +7,7 @@ child, so that they fall all over the run on a busy machine too.
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import json
 import os
@@ -16,8 +17,9 @@ import sys
 import time
 from pathlib import Path
 
-# One thread: a forked child cannot use threads that its parent has started.
+# One thread: a forked child waits for ever for threads that its parent had, and for locks that they held.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import psutil  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -32,10 +34,16 @@ RECIPE = {
 }
 
 
+PATIENCE = 120.0
+"""Seconds after which a child that is not done hangs: its stack is printed, and the test fails."""
+
+
 def attempt(model: Path, output: Path, kill_after: float | None) -> float | None:
     """Runs one child; the CPU seconds it took, or None when it was killed after ``kill_after`` of them."""
+    assert psutil.Process().num_threads() == 1
     child = os.fork()
     if child == 0:
+        faulthandler.dump_traceback_later(PATIENCE, exit=True)
         try:
             compress(model, RECIPE, output, calibration=Text((PROSE,), False), resume=True)
         except BaseException as error:  # a child must never return into the parent's loop

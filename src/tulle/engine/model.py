@@ -241,6 +241,11 @@ class Engine:
         """Bytes of weights that one token reads."""
         return int(self._native.weight_bytes)
 
+    @property
+    def recurrent(self) -> bool:
+        """A sequence goes on from a state, which cannot be taken back by a few tokens as keys and values can."""
+        return self._kv.recurrent
+
     def take_bytes_per_token(self) -> float:
         """Bytes of weights that a token read, on average over the passes of one token since the last call (0 without
         any): less than ``weight_bytes`` where weights are input-major and tokens leave inputs out, or where chosen

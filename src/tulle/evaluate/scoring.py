@@ -38,10 +38,12 @@ def score_sequences(
 
     Sequences of similar length share a batch, padded on the right. No attention mask is needed: causality keeps the
     padding out of every real position, and padded positions are not read, so batching changes nothing but rounding.
+    A model that ``shares_beginnings`` gets those next to each other that begin alike.
     """
     score_batch = getattr(model, "score_batch", None) or partial(_score_batch, model)
     skip = [1] * len(sequences) if context is None else list(context)
-    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+    alike = getattr(model, "shares_beginnings", False)
+    order = sorted(range(len(sequences)), key=lambda i: list(sequences[i]) if alike else [-len(sequences[i])])
     budget = max(1, LOGITS_PER_BATCH // int(model.config.vocab_size))
     scores: list[Score | None] = [None] * len(sequences)
     done = 0
