@@ -55,8 +55,6 @@ EXPERTS = (
     "qwen3_next",
 )
 """With a mixture of experts."""
-NOT_IN_ENGINE = ("gemma4_text",)
-"""Inputs of every layer's own."""
 LAYERS = 2
 
 

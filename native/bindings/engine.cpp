@@ -213,12 +213,17 @@ tulle::FeedForward feed_forward(nb::handle from, Kept& kept) {
   return {size(from, "intermediate"), group(field(from, "gate_up"), kept), group(field(from, "down"), kept)};
 }
 
-tulle::Mixture mixture(nb::handle from, Kept& kept) {
+tulle::Mixture mixture(nb::handle from, std::size_t hidden, Kept& kept) {
   tulle::Mixture m;
   for (nb::handle e : get<nb::list>(from, "experts")) m.experts.push_back(feed_forward(e, kept));
   const nb::object shared = field(from, "shared"), router = field(from, "router");
   tulle::Router& r = m.router;
   r.correction = array_of<float>(router, "correction", m.experts.size(), kept);
+  r.expert_scales = array_of<float>(router, "expert_scales", m.experts.size(), kept);
+  r.norm = norm(field(router, "norm"), hidden, kept);
+  m.expert_norm = norm(field(from, "expert_norm"), hidden, kept);
+  m.shared_after = norm(field(from, "shared_after"), hidden, kept);
+  m.experts_after = norm(field(from, "experts_after"), hidden, kept);
   r.group = group(field(router, "group"), kept);
   static const char* scores[] = {"softmax", "sigmoid"};
   r.score = one_of<tulle::Router::Score>(scores, "score of a router", get<std::string>(router, "score"));
@@ -239,13 +244,19 @@ tulle::Mixture mixture(nb::handle from, Kept& kept) {
 
 tulle::Layer layer(nb::handle from, const tulle::Model& m, Kept& kept) {
   tulle::Layer l;
-  const std::size_t q = m.heads * m.head_dim, kv = m.kv_heads * m.head_dim;
+  l.kv_heads = size(from, "kv_heads");
+  l.head_dim = size(from, "head_dim");
+  const std::size_t q = m.heads * l.head_dim, kv = l.kv_heads * l.head_dim;
+  l.kv_from = get<int>(from, "kv_from");
+  l.value_is_key = get<bool>(from, "value_is_key");
+  l.output_scale = get<float>(from, "output_scale");
   l.input_norm = norm(field(from, "input_norm"), m.hidden, kept);
   l.post_norm = norm(field(from, "post_norm"), m.hidden, kept);
   l.attention_after = norm(field(from, "attention_after"), m.hidden, kept);
   l.feed_forward_after = norm(field(from, "feed_forward_after"), m.hidden, kept);
-  l.query_norm = norm(field(from, "query_norm"), m.norm_all_heads ? q : m.head_dim, kept);
-  l.key_norm = norm(field(from, "key_norm"), m.norm_all_heads ? kv : m.head_dim, kept);
+  l.query_norm = norm(field(from, "query_norm"), m.norm_all_heads ? q : l.head_dim, kept);
+  l.key_norm = norm(field(from, "key_norm"), m.norm_all_heads ? kv : l.head_dim, kept);
+  l.value_norm = norm(field(from, "value_norm"), l.head_dim, kept);
   l.output_norm = norm(field(from, "output_norm"), q, kept);
   l.sinks = array_of<float>(from, "sinks", m.heads, kept);
   const nb::object recurrent = field(from, "recurrent");
@@ -273,11 +284,16 @@ tulle::Layer layer(nb::handle from, const tulle::Model& m, Kept& kept) {
     l.qkv = group(field(from, "qkv"), kept);
     l.o = group(field(from, "o"), kept);
   }
+  const nb::object input_gate = field(from, "input_gate");
+  if (!input_gate.is_none()) {
+    l.input_gate = {group(field(input_gate, "gate"), kept), group(field(input_gate, "down"), kept),
+                    norm(field(input_gate, "norm"), m.hidden, kept)};
+  }
   const nb::object experts = field(from, "mixture"), dense = field(from, "feed_forward");
   const bool mixed = l.mixer != tulle::Mixer::none;
   if (!experts.is_none() && !dense.is_none()) throw std::invalid_argument("layer: expected a feed_forward or a mixture");
   if (!mixed && experts.is_none() && dense.is_none()) throw std::invalid_argument("layer: expected a part, found none");
-  if (!experts.is_none()) l.mixture = mixture(experts, kept);
+  if (!experts.is_none()) l.mixture = mixture(experts, m.hidden, kept);
   else if (!dense.is_none()) l.feed_forward = feed_forward(dense, kept);
   l.inner_norm = norm(field(from, "inner_norm"), l.feed_forward.intermediate, kept);
   return l;
@@ -290,7 +306,6 @@ tulle::Model model(nb::handle from, Kept& kept) {
   m.kv_heads = size(from, "kv_heads");
   m.head_dim = size(from, "head_dim");
   m.value_dim = size(from, "value_dim");
-  if (m.value_dim == 0) m.value_dim = m.head_dim;
   m.vocabulary = size(from, "vocabulary");
   static const char* gates[] = {"silu", "relu", "relu2", "gelu_tanh", "xielu", "quick_gelu"};
   m.gate = one_of<tulle::Gate>(gates, "gate", get<std::string>(from, "gate"));
@@ -315,15 +330,22 @@ tulle::Model model(nb::handle from, Kept& kept) {
   m.query = grid(field(from, "query"));
   m.key = grid(field(from, "key"));
   m.value = grid(field(from, "value"));
-  const nb::object rotation = field(from, "head_rotation");
-  if (!rotation.is_none()) m.head_rotation = transform(rotation);
+  for (nb::handle t : get<nb::list>(from, "head_rotations")) m.head_rotations.push_back(transform(t));
   const std::size_t elements = m.vocabulary * m.hidden;
   m.embedding = table(field(from, "embedding"), elements, kept);
   const nb::object exact = field(from, "exact_head");
   if (!exact.is_none()) m.exact_head = table(exact, elements, kept);
   m.norm = norm(field(from, "norm"), m.hidden, kept);
   m.head = group(field(from, "head"), kept);
-  for (nb::handle l : get<nb::list>(from, "layers")) m.layers.push_back(layer(l, m, kept));
+  const nb::list layers = get<nb::list>(from, "layers");
+  const nb::object inputs = field(from, "layer_inputs");
+  if (!inputs.is_none()) {
+    m.layer_inputs.width = size(inputs, "width");
+    m.layer_inputs.projection = group(field(inputs, "projection"), kept);
+    m.layer_inputs.norm = norm(field(inputs, "norm"), m.layer_inputs.width, kept);
+    m.layer_inputs.table = table(field(inputs, "table"), m.vocabulary * nb::len(layers) * m.layer_inputs.width, kept);
+  }
+  for (nb::handle l : layers) m.layers.push_back(layer(l, m, kept));
   return m;
 }
 

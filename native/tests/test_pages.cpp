@@ -49,7 +49,7 @@ void attention_case(const tulle::Isa& isa, CacheKind kind, std::size_t dk, std::
                     std::size_t tokens, std::size_t window, std::mt19937& rng) {
   const tulle::OpsKernels& ops = *isa.ops;
   // The sizes of a page, from a cache of one page; its memory is not used.
-  const tulle::CacheView sizes = tulle::KvCache(kind, 1, 1, 1, dk, d).view(0, 0, nullptr);
+  const tulle::CacheView sizes = tulle::KvCache(kind, {{1, dk, d}}, 1).view(0, 0, nullptr);
   const bool codes = kind == CacheKind::u8 || kind == CacheKind::u4;
   // What a page held before is of no account, NaN not either.
   const auto keys = exact(std::vector<std::uint8_t>(kPages * sizes.key_bytes, 0xff));
@@ -119,31 +119,32 @@ void attention_case(const tulle::Isa& isa, CacheKind kind, std::size_t dk, std::
 }
 
 void copies(CacheKind kind) {
-  constexpr std::size_t kLayers = 2, kHeads = 3, d = 10;
+  // Layers of different sizes.
+  const std::vector<tulle::KvSizes> layers = {{3, 10, 10}, {1, 34, 18}, {2, 6, 6}};
   const tulle::OpsKernels& ops = *tulle::active_isa().ops;
-  tulle::KvCache cache(kind, kLayers, kPages, kHeads, d, d);
+  tulle::KvCache cache(kind, layers, kPages);
   const std::int32_t pages[] = {3, 7};
   const tulle::Grid none{0, true, 1.0f};
   std::mt19937 rng(5);
-  for (std::size_t layer = 0; layer < kLayers; ++layer) {
-    for (std::size_t head = 0; head < kHeads; ++head) {
+  for (std::size_t layer = 0; layer < layers.size(); ++layer) {
+    for (std::size_t head = 0; head < layers[layer].heads; ++head) {
       for (std::size_t t = 0; t < 5; ++t) {
-        std::vector<float> k = normal(d, rng), v = normal(d, rng);
+        std::vector<float> k = normal(layers[layer].key_dim, rng), v = normal(layers[layer].value_dim, rng);
         cache.append(ops, cache.view(layer, head, pages), t, k.data(), v.data(), none, none);
       }
     }
   }
   cache.copy(3, 7);
   cache.copy(3, 3);
-  for (std::size_t layer = 0; layer < kLayers; ++layer) {
-    for (std::size_t head = 0; head < kHeads; ++head) {
+  for (std::size_t layer = 0; layer < layers.size(); ++layer) {
+    for (std::size_t head = 0; head < layers[layer].heads; ++head) {
       const tulle::CacheView view = cache.view(layer, head, pages);
       const auto same = [&](const auto* data, std::size_t each) {
         return std::memcmp(data + 3 * each, data + 7 * each, each * sizeof *data) == 0;
       };
       const bool equal = same(view.keys, view.key_bytes) && same(view.values, view.value_bytes) &&
                          (view.scales == nullptr || same(view.scales, tulle::kPageScales));
-      if (!equal) fail("any", "copy", static_cast<std::size_t>(kind), d);
+      if (!equal) fail("any", "copy", static_cast<std::size_t>(kind), layers[layer].key_dim);
     }
   }
 }

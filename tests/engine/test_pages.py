@@ -147,7 +147,7 @@ def test_bad_sizes_and_pages(model: Model) -> None:
 
 def test_bytes(model: Model) -> None:
     """A page holds 16 tokens of every layer; int4 pads values to 32 channels, and codes have four numbers a token."""
-    heads = len(model.layers) * model.kv_heads * 16
+    heads = 16 * sum(layer.kv_heads for layer in model.layers)
     for cache, each in (("f32", 8 * 20), ("bf16", 4 * 20), ("int8", 2 * 20 + 16), ("int4", 10 + 16 + 16)):
         native = Runner(model, cache=cache).native
         assert (native.page_bytes, native.cache_bytes, native.state_bytes) == (heads * each, 12 * heads * each, 0)

@@ -161,6 +161,8 @@ struct Router {
   bool normalise = false;  // weights are made to sum to 1
   float scale = 1;         // of weights
   const float* correction = nullptr;  // [experts], added to scores for choosing
+  const float* expert_scales = nullptr;  // [experts], of weights, the last; or null
+  Norm norm;  // [hidden], of the stream, where it does not read what the shared expert does
   // Equal groups of experts, of which `chosen_groups` are eligible by the sum of their `group_best` best scores.
   std::size_t groups = 1, chosen_groups = 1, group_best = 1;
 };
@@ -170,10 +172,20 @@ struct Mixture {
   Router router;
   std::vector<FeedForward> experts;  // the shared one last
   bool shared = false, shared_gate = false;
+  Norm expert_norm;                  // [hidden], of the stream, where routed experts do not read what the shared one does
+  Norm shared_after, experts_after;  // [hidden], of what the shared expert gives, and of the sum of the others
 
   bool present() const { return !experts.empty(); }
   std::size_t routed() const { return experts.size() - (shared ? 1 : 0); }
   std::size_t per_token() const { return router.chosen + (shared ? 1 : 0); }
+};
+
+// What a layer does, behind its feed-forward, with an input p of its own of every token: x + norm(down(act(gate(x)) · p)).
+struct InputGate {
+  Group gate, down;
+  Norm norm;  // [hidden]
+
+  bool present() const { return norm.present(); }
 };
 
 // What mixes tokens in a layer. A kind that carries a state from token to token has floats of it in every sequence's
@@ -190,11 +202,18 @@ struct Layer {
   // Before attention and feed-forward, and on their outputs; any of them may be missing.
   Norm input_norm, post_norm, attention_after, feed_forward_after;  // [hidden]
   Norm query_norm, key_norm;  // [head_dim], or of all heads at once
+  Norm value_norm;            // [head_dim]
   Norm output_norm;           // of what o reads, [heads · head_dim]; attention's
   Norm inner_norm;            // of what down reads, [intermediate]
   Group qkv, o;
   FeedForward feed_forward;   // of a layer without
   Mixture mixture;
+  InputGate input_gate;       // of a model whose layers have inputs of their own
+  float output_scale = 1;     // of the stream behind the layer
+  // Attention's. KV heads of head_dim channels each, as queries have; those of an earlier layer, or of its own (−1).
+  std::size_t kv_heads = 0, head_dim = 0;
+  int kv_from = -1;
+  bool value_is_key = false;  // there are no linears for values: keys are, before their norm and position
   const float* sinks = nullptr;  // [heads], scores that take part in the softmax and have no value; or null
   std::size_t window = 0;  // tokens that attention reaches back, itself included; 0: all
   int rotary = 0;          // number of a table of the model; −1: queries and keys know no position
@@ -227,8 +246,20 @@ struct Table {
   void copy_row(std::size_t row, std::size_t hidden, float* x) const;
 };
 
+// Gives every layer an input of its own of each token: of the embedding h, scaled, and the token's row of a table, which
+// has a part for every layer, p = (norm(P·h / √hidden) + √width · part) / √2.
+struct LayerInputs {
+  std::size_t width = 0;  // of a layer's input; 0: layers have none
+  Table table;            // [vocabulary][layer · width], of numbers
+  Group projection;       // P, [layer · width][hidden]
+  Norm norm;              // [width]
+
+  bool present() const { return width > 0; }
+};
+
 struct Model {
-  std::size_t hidden = 0, heads = 0, kv_heads = 0, head_dim = 0, vocabulary = 0;
+  std::size_t hidden = 0, heads = 0, vocabulary = 0;
+  std::size_t kv_heads = 0, head_dim = 0;  // of what latent attention keeps; attention's layers have their own
   Gate gate = Gate::silu;
   bool gated = true;           // a feed-forward of down(act(gate) · up), not of down(act(up))
   float gate_limit = 0;        // gate is at most this, and up at most this far from 0; 0: none
@@ -241,14 +272,15 @@ struct Model {
   float attention_cap = 0;     // likewise
   bool output_gate = false;    // behind every query head come as many channels whose σ multiplies its output
   bool norm_all_heads = false, norm_after_rotary = false;  // of queries and keys
-  std::size_t value_dim = 0;   // of the values that are kept; head_dim, but in latent attention
+  std::size_t value_dim = 0;   // of the values that latent attention keeps
   // A query at position p is multiplied by 1 + beta · ln(1 + ⌊p / length⌋); length 0: by 1.
   float position_beta = 0;
   std::int32_t position_length = 0;
   std::vector<Rotary> rotary;
   Grid query{0, true, 1}, key{0, true, 1}, value{0, true, 1};
-  Transform head_rotation;  // channels 0: none
+  std::vector<Transform> head_rotations;  // of the quantisers, one for each size of heads that is rotated
   Table embedding;
+  LayerInputs layer_inputs;
   std::vector<Layer> layers;
   Norm norm;
   Group head;
@@ -256,7 +288,14 @@ struct Model {
   Table exact_head;
 
   // Channels from one query head of `qkv` to the next.
-  std::size_t query_step() const { return output_gate ? 2 * head_dim : head_dim; }
+  std::size_t query_step(const Layer& layer) const { return output_gate ? 2 * layer.head_dim : layer.head_dim; }
+  // Of queries and keys of so many channels; null: none.
+  const Transform* head_rotation(std::size_t channels) const {
+    for (const Transform& t : head_rotations) {
+      if (t.channels == channels) return &t;
+    }
+    return nullptr;
+  }
   MixerSizes mixer_sizes(const Layer& layer) const {
     switch (layer.mixer) {
       case Mixer::attention: break;
@@ -281,7 +320,9 @@ struct Model {
         return {queries + own.rank + own.rotary, heads * own.value, 0, std::max({own.query_rank, own.rank, own.query()})};
       }
     }
-    return {heads * query_step() + 2 * kv_heads * head_dim, heads * head_dim, 0, kv_heads * head_dim};
+    const std::size_t kv = layer.kv_heads * layer.head_dim;
+    const std::size_t kept = layer.kv_from >= 0 ? 0 : layer.value_is_key ? kv : 2 * kv;
+    return {heads * query_step(layer) + kept, heads * layer.head_dim, 0, kv};
   }
 };
 

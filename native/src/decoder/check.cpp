@@ -112,13 +112,16 @@ void check(const Transform& t) {
 }
 
 void check(const Model& m) {
-  require(m.hidden > 0 && m.heads > 0 && m.kv_heads > 0 && m.vocabulary > 0, "sizes of the model", 1, 0);
-  require(m.head_dim > 0 && m.head_dim % 2 == 0, "an even head_dim", 2, m.head_dim);
-  require_equal("query heads left over by KV heads", 0, m.heads % m.kv_heads);
-  for (const Rotary& table : m.rotary) {
-    require(2 * table.frequencies.size() <= m.head_dim, "frequencies, at most half of", m.head_dim,
-            table.frequencies.size());
-  }
+  require(m.hidden > 0 && m.heads > 0 && m.vocabulary > 0, "sizes of the model", 1, 0);
+  // Of what a layer keeps, and the table that rotates it.
+  const auto check_heads = [&](std::size_t kv_heads, std::size_t head_dim, int rotary) {
+    require(kv_heads > 0, "KV heads", 1, 0);
+    require(head_dim > 0 && head_dim % 2 == 0, "an even head_dim", 2, head_dim);
+    require_equal("query heads left over by KV heads", 0, m.heads % kv_heads);
+    if (rotary < 0) return;
+    const std::size_t frequencies = m.rotary[static_cast<std::size_t>(rotary)].frequencies.size();
+    require(2 * frequencies <= head_dim, "frequencies, at most half of", head_dim, frequencies);
+  };
   require(m.embedding.present() && m.norm.present(), "embedding and norm", 1, 0);
   const auto even_scales = [](std::size_t inputs, const LinearView& w) {
     require_equal("inputs left over by scales", 0, inputs % w.scales_per_row());
@@ -168,7 +171,12 @@ void check(const Model& m) {
     else fits(f.gate_up, m.hidden, {f.intermediate});
     fits(f.down, f.intermediate, {m.hidden});
   };
-  const std::size_t q = m.heads * m.query_step(), kv = m.kv_heads * m.head_dim;
+  const LayerInputs& own_inputs = m.layer_inputs;
+  if (own_inputs.present()) {
+    const std::size_t all = m.layers.size() * own_inputs.width;
+    fits(own_inputs.projection, m.hidden, {all});
+    require(own_inputs.norm.present() && own_inputs.table.numbers != nullptr, "norm and table of layers' inputs", 2, 0);
+  }
   require(!m.output_gate || !m.norm_all_heads, "norms of all queries and keys beside an output gate", 0, 1);
   for (const Layer& layer : m.layers) {
     require(layer.rotary >= -1 && layer.rotary < static_cast<int>(m.rotary.size()), "rotary tables, fewer than",
@@ -176,12 +184,29 @@ void check(const Model& m) {
     // What a pass runs without asking.
     const bool both = layer.query_norm.present() && layer.key_norm.present();
     require(layer.mixer != Mixer::attention || !m.norm_all_heads || both, "norms of all queries and keys", 2, 0);
-    if (layer.mixer == Mixer::attention) require_equal("channels of values", m.head_dim, m.value_dim);
     require(!m.parallel || layer.input_norm.present(), "a norm before attention and feed-forward side by side", 1, 0);
     const bool whole = layer.mixer != Mixer::none && (layer.mixture.present() || layer.feed_forward.present());
     require(!m.parallel || whole, "attention and feed-forward side by side", 2, 1);
     switch (layer.mixer) {
-      case Mixer::attention: fits(layer.qkv, m.hidden, {q, kv, kv}); break;
+      case Mixer::attention: {
+        const std::size_t q = m.heads * m.query_step(layer), kv = layer.kv_heads * layer.head_dim;
+        check_heads(layer.kv_heads, layer.head_dim, layer.rotary);
+        if (layer.kv_from < 0) {
+          if (layer.value_is_key) fits(layer.qkv, m.hidden, {q, kv});
+          else fits(layer.qkv, m.hidden, {q, kv, kv});
+          break;
+        }
+        fits(layer.qkv, m.hidden, {q});
+        const std::size_t from = static_cast<std::size_t>(layer.kv_from);
+        const std::size_t index = static_cast<std::size_t>(&layer - m.layers.data());
+        require(from < index, "keys and values of an earlier layer than", index, from);
+        const Layer& source = m.layers[from];
+        const bool keeps = source.mixer == Mixer::attention && source.kv_from < 0 && !m.norm_all_heads;
+        require(keeps, "keys and values of a layer that keeps some", 1, 0);
+        require_equal("KV heads of a layer that shares others'", source.kv_heads, layer.kv_heads);
+        require_equal("head_dim of a layer that shares others' keys", source.head_dim, layer.head_dim);
+        break;
+      }
       case Mixer::delta_net: {
         const DeltaNet& net = layer.delta;
         check(net);
@@ -202,6 +227,7 @@ void check(const Model& m) {
         const LatentAttention& own = layer.latent;
         const std::size_t queries = m.heads * own.query();
         check(own, m.heads);
+        check_heads(m.kv_heads, m.head_dim, layer.rotary);
         fits(layer.qkv, m.hidden, {own.query_rank > 0 ? own.query_rank : queries, own.rank + own.rotary});
         if (own.query_rank > 0) fits(own.query_up, own.query_rank, {queries});
         if (!own.absorbed()) fits(own.kv_up, own.rank, {m.heads * (own.plain + own.value)});
@@ -212,7 +238,7 @@ void check(const Model& m) {
           for (const auto& [linear, inputs] : {std::pair{&own.keys, own.plain}, std::pair{&own.values, own.rank}}) {
             if (linear->weight.is_codes()) even_scales(inputs, linear->weight);
           }
-          const bool plain = m.query.bits == 0 && m.key.bits == 0 && m.value.bits == 0 && m.head_rotation.channels == 0;
+          const bool plain = m.query.bits == 0 && m.key.bits == 0 && m.value.bits == 0 && m.head_rotations.empty();
           require(plain, "absorbed keys without quantisers of heads", 0, 1);
         }
         require(!m.output_gate && !m.norm_all_heads && m.position_length == 0 && m.attention_cap == 0 &&
@@ -227,6 +253,12 @@ void check(const Model& m) {
       case Mixer::none: break;
     }
     if (layer.mixer != Mixer::none) fits(layer.o, m.mixer_sizes(layer).mixed, {m.hidden});
+    require(layer.input_gate.present() == own_inputs.present(), "inputs of every layer's own, in all layers or none", 0, 1);
+    if (layer.input_gate.present()) {
+      require(!m.parallel, "layers' own inputs behind attention and feed-forward in turn", 1, 0);
+      fits(layer.input_gate.gate, m.hidden, {own_inputs.width});
+      fits(layer.input_gate.down, own_inputs.width, {m.hidden});
+    }
     if (!layer.mixture.present()) {
       if (layer.feed_forward.present()) check_feed_forward(layer.feed_forward);
       continue;
@@ -238,7 +270,6 @@ void check(const Model& m) {
   }
   fits(m.head, m.hidden, {m.vocabulary});
   for (const Grid& grid : {m.query, m.key, m.value}) check(grid, 8);
-  if (m.head_rotation.channels) require_equal("channels of the head rotation", m.head_dim, m.head_rotation.channels);
 }
 
 }  // namespace tulle

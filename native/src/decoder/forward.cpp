@@ -38,11 +38,15 @@ float* Engine::State::vector(const Pass& pass, std::size_t number) const {
 void Engine::State::forward(const PassInput& input, float* logits, float* embeddings) {
   const std::size_t n = input.n;
   const bool one = n == 1;
-  attention.group(input.slots, n);
+  for (Attention& shape : attention) shape.group(input.slots, n);
   for (LayerPlans& of : plans) {
-    for (Plan* plan : {&of.qkv, &of.query_up, &of.kv_up, &of.o, &of.gate_up, &of.down, &of.router}) plan->restart();
+    for (Plan* plan : {&of.qkv, &of.query_up, &of.kv_up, &of.o, &of.gate_up, &of.down, &of.router, &of.input_gate,
+                       &of.input_down}) {
+      plan->restart();
+    }
   }
   head_plan.restart();
+  layer_inputs_plan.restart();
   if (one) ++reads.tokens;
   in_team(threads, [&](std::size_t thread, std::size_t team) {
     ThreadMemory& memory = of_thread[thread];
@@ -63,6 +67,7 @@ void Engine::State::forward(const PassInput& input, float* logits, float* embedd
       if (one && thread != 0) continue;
       for (RotaryTables& table : rotary) table.set(t, pass.positions[t]);  // known to all when the first products are
     }
+    if (model.layer_inputs.present()) prepare_layer_inputs(pass);
     for (std::size_t index = 0; index < model.layers.size(); ++index) layer(pass, index);
     if (pass.wanted > 0) head(pass, logits, embeddings);
   });
@@ -75,7 +80,7 @@ void Engine::State::layer(const Pass& pass, std::size_t index) {
   const bool mixes = l.mixer != Mixer::none;
   if (mixes) {
     for (std::size_t t = pass.first; t < pass.last; ++t) {
-      if (index > 0) add_feed_forward(pass, index - 1, t);
+      if (index > 0) add_last(pass, index - 1, t);
       quantise_inputs(pass, l.qkv, plan.qkv, read_stream(pass, l.input_norm, t), t);
     }
     pass.publish();
@@ -90,11 +95,12 @@ void Engine::State::layer(const Pass& pass, std::size_t index) {
   const bool experts = l.mixture.present(), mixer_alone = !experts && !l.feed_forward.present();
   const Group& reader = experts ? l.mixture.router.group : l.feed_forward.gate_up;
   const Plan& read = experts ? plan.router : plan.gate_up;
+  const Norm& before = experts && l.mixture.router.norm.present() ? l.mixture.router.norm : l.post_norm;
   float* const spare = of_thread[pass.thread].outputs.data();
   for (std::size_t t = pass.first; t < pass.last; ++t) {
     const auto add_before = [&] {
       if (!mixes) {
-        if (index > 0) add_feed_forward(pass, index - 1, t);
+        if (index > 0) add_last(pass, index - 1, t);
         return;
       }
       const float* const y = reduce(pass, l.o, plan.o, partial_sums.back, n, back.data(), t, 0, model.hidden, spare);
@@ -109,14 +115,17 @@ void Engine::State::layer(const Pass& pass, std::size_t index) {
     }
     add_before();
     if (mixer_alone) continue;
-    quantise_inputs(pass, reader, read, read_stream(pass, l.post_norm, t), t);
+    quantise_inputs(pass, reader, read, read_stream(pass, before, t), t);
   }
   pass.publish();
-  if (mixer_alone) return;
-  if (experts) return mixture(pass, index);
-  multiply(pass, l.feed_forward.gate_up, plan.gate_up, partial_sums.wide, n, wide.data());
-  feed_forward(pass, index);
-  multiply(pass, l.feed_forward.down, plan.down, partial_sums.back, n, back.data());
+  if (experts) {
+    mixture(pass, index);
+  } else if (!mixer_alone) {
+    multiply(pass, l.feed_forward.gate_up, plan.gate_up, partial_sums.wide, n, wide.data());
+    feed_forward(pass, index);
+    multiply(pass, l.feed_forward.down, plan.down, partial_sums.back, n, back.data());
+  }
+  if (l.input_gate.present()) gate_input(pass, index);
 }
 
 // From the mixer's first linears, in `wide`, to what it carries and what it makes.
@@ -164,6 +173,22 @@ void Engine::State::add_feed_forward(const Pass& pass, std::size_t index, std::s
   add_to_residual(pass, y, l.feed_forward_after, t);
 }
 
+// What a layer's last product gave of token t, added to the residual stream, which is the layer's output then.
+void Engine::State::add_last(const Pass& pass, std::size_t index, std::size_t t) {
+  const Layer& l = model.layers[index];
+  if (l.input_gate.present()) {
+    float* const spare = of_thread[pass.thread].outputs.data();
+    const float* const y = reduce(pass, l.input_gate.down, plans[index].input_down, partial_sums.back, pass.n, back.data(),
+                                  t, 0, model.hidden, spare);
+    l.input_gate.norm.run(ops, y, model.hidden, spare);
+    ops.add(pass.hidden + t * model.hidden, spare, model.hidden);
+  } else {
+    add_feed_forward(pass, index, t);
+  }
+  float* const x = pass.hidden + t * model.hidden;
+  if (l.output_scale != 1) ops.scaled(x, l.output_scale, model.hidden, x);
+}
+
 // y, what o or the feed-forward gave of token t, added to the residual stream.
 void Engine::State::add_to_residual(const Pass& pass, const float* y, const Norm& after, std::size_t t) {
   float* const spare = of_thread[pass.thread].outputs.data();
@@ -182,7 +207,7 @@ void Engine::State::add_to_residual(const Pass& pass, const float* y, const Norm
 const float* Engine::State::mixed(const Pass& pass, std::size_t index, std::size_t t) {
   const Layer& l = model.layers[index];
   const Plan& plan = plans[index].qkv;
-  const std::size_t d = model.head_dim, width = model.heads * d;
+  const std::size_t d = l.head_dim, width = model.heads * d;
   float *const found = vector(pass, 0), *const spare = of_thread[pass.thread].outputs.data();
   const float* x = attended.data() + t * width;
   if (l.output_norm.present()) {
@@ -191,7 +216,7 @@ const float* Engine::State::mixed(const Pass& pass, std::size_t index, std::size
   }
   if (!model.output_gate) return x;
   for (std::size_t h = 0; h < model.heads; ++h) {
-    const std::size_t first = h * model.query_step() + d;
+    const std::size_t first = h * model.query_step(l) + d;
     const float* const gate = reduce(pass, l.qkv, plan, partial_sums.wide, pass.n, wide.data(), t, first, first + d, spare);
     ops.gate(Gate::sigmoid, nullptr, gate, x + h * d, d, found + h * d);
   }
@@ -201,31 +226,32 @@ const float* Engine::State::mixed(const Pass& pass, std::size_t index, std::size
 // From queries, keys and values in `wide` to `attended`.
 void Engine::State::attend(const Pass& pass, std::size_t index) {
   const Layer& l = model.layers[index];
-  const std::size_t d = model.head_dim, q = model.heads * d, shared = model.heads / model.kv_heads;
-  const std::size_t blocks = attention.blocks().size();
-  const Vectors queries{wide.data(), plans[index].qkv.outputs, model.query_step()}, outputs{attended.data(), q, d};
+  const std::size_t d = l.head_dim, q = model.heads * d, kv_heads = l.kv_heads, shared = model.heads / kv_heads;
+  const Attention& own = attention[plans[index].attention];
+  const std::size_t blocks = own.blocks().size(), appended = l.kv_from < 0 ? kv_heads : 0;
+  const Vectors queries{wide.data(), plans[index].qkv.outputs, model.query_step(l)}, outputs{attended.data(), q, d};
   float* const scores = of_thread[pass.thread].scores.data();
   if (model.norm_all_heads) normalise_heads(pass, index);
   const auto run = [&](std::size_t kv_head, const QueryBlock& block) {
-    const CacheView pages = view(pass, index, kv_head, attention.slot_of(block, pass.slots));
-    attention.run(ops, pages, kv_head, block, pass.positions, l.window, queries, outputs, l.sinks, scores);
+    const CacheView pages = view(pass, index, kv_head, own.slot_of(block, pass.slots));
+    own.run(ops, pages, kv_head, block, pass.positions, l.window, queries, outputs, l.sinks, scores);
   };
-  if (model.kv_heads % pass.team == 0) {
+  if (kv_heads % pass.team == 0) {
     // All threads get as many KV heads, and a head's queries and keys are one thread's business.
-    for (std::size_t h = pass.thread; h < model.kv_heads; h += pass.team) {
+    for (std::size_t h = pass.thread; h < kv_heads; h += pass.team) {
       for (std::size_t t = 0; t < pass.n; ++t) {
         for (std::size_t head = h * shared; head < (h + 1) * shared; ++head) append_head(pass, index, head, t);
-        append_head(pass, index, model.heads + h, t);
+        if (appended > 0) append_head(pass, index, model.heads + h, t);
       }
-      for (const QueryBlock& block : attention.blocks()) run(h, block);
+      for (const QueryBlock& block : own.blocks()) run(h, block);
     }
   } else {
-    const std::size_t heads = model.heads + model.kv_heads;
+    const std::size_t heads = model.heads + appended;
     for (std::size_t i = pass.thread; i < pass.n * heads; i += pass.team)
       append_head(pass, index, i % heads, i / heads);
     wait();
-    for (std::size_t i = pass.thread; i < blocks * model.kv_heads; i += pass.team) {
-      run(i / blocks, attention.blocks()[i % blocks]);
+    for (std::size_t i = pass.thread; i < blocks * kv_heads; i += pass.team) {
+      run(i / blocks, own.blocks()[i % blocks]);
     }
   }
   wait();
@@ -235,7 +261,7 @@ void Engine::State::attend(const Pass& pass, std::size_t index) {
 void Engine::State::normalise_heads(const Pass& pass, std::size_t index) {
   const Layer& l = model.layers[index];
   const Plan& plan = plans[index].qkv;
-  const std::size_t q = model.heads * model.head_dim, kv = model.kv_heads * model.head_dim;
+  const std::size_t q = model.heads * l.head_dim, kv = l.kv_heads * l.head_dim;
   for (std::size_t t = pass.first; t < pass.last && (!pass.replicated || pass.thread == 0); ++t) {
     float* const row = wide.data() + t * plan.outputs;
     reduce(pass, l.qkv, plan, partial_sums.wide, pass.n, wide.data(), t, 0, plan.outputs, row);
@@ -250,27 +276,32 @@ void Engine::State::normalise_heads(const Pass& pass, std::size_t index) {
 void Engine::State::append_head(const Pass& pass, std::size_t index, std::size_t head, std::size_t t) {
   const Layer& l = model.layers[index];
   const Plan& plan = plans[index].qkv;
-  const std::size_t d = model.head_dim, q = model.heads * model.query_step(), kv = model.kv_heads * d;
+  const std::size_t d = l.head_dim, q = model.heads * model.query_step(l), kv = l.kv_heads * d;
+  const Transform* const rotation = model.head_rotation(d);
   float* const row = wide.data() + t * plan.outputs;
   const auto of = [&](std::size_t first) {
     if (!model.norm_all_heads) reduce(pass, l.qkv, plan, partial_sums.wide, pass.n, wide.data(), t, first, first + d, row + first);
     return row + first;
   };
   if (head < model.heads) {
-    float* const query = of(head * model.query_step());
+    float* const query = of(head * model.query_step(l));
     finish_head(l, query, l.query_norm, t);
     if (model.position_length > 0) {
       const std::int32_t steps = pass.positions[t] / model.position_length;
       ops.scaled(query, 1.0f + model.position_beta * std::log(1.0f + static_cast<float>(steps)), d, query);
     }
-    if (model.head_rotation.channels) rotate_head(pass, query);
+    if (rotation != nullptr) rotate_head(pass, *rotation, query);
     if (model.query.bits > 0) ops.fake_quantise(query, d, ops.range(query, d, model.query));
     return;
   }
   head -= model.heads;
-  float *const key = of(q + head * d), *const value = of(q + kv + head * d);
+  float* const key = of(q + head * d);
+  float* value = vector(pass, 2);
+  if (l.value_is_key) std::memcpy(value, key, d * sizeof(float));
+  else value = of(q + kv + head * d);
+  if (l.value_norm.present()) l.value_norm.run(ops, value, d, value);
   finish_head(l, key, l.key_norm, t);
-  if (model.head_rotation.channels) rotate_head(pass, key);
+  if (rotation != nullptr) rotate_head(pass, *rotation, key);
   cache.append(ops, view(pass, index, head, static_cast<std::size_t>(pass.slots[t])),
                static_cast<std::size_t>(pass.positions[t]), key, value, model.key, model.value);
 }
@@ -283,16 +314,16 @@ CacheView Engine::State::view(const Pass& pass, std::size_t layer, std::size_t k
 // Norm and position of one query or key head.
 void Engine::State::finish_head(const Layer& layer, float* x, const Norm& norm, std::size_t t) const {
   const bool own = norm.present() && !model.norm_all_heads;
-  if (own && !model.norm_after_rotary) norm.run(ops, x, model.head_dim, x);
+  if (own && !model.norm_after_rotary) norm.run(ops, x, layer.head_dim, x);
   if (layer.rotary >= 0) rotary[static_cast<std::size_t>(layer.rotary)].rotate(ops, t, x);
-  if (own && model.norm_after_rotary) norm.run(ops, x, model.head_dim, x);
+  if (own && model.norm_after_rotary) norm.run(ops, x, layer.head_dim, x);
 }
 
 // The quantisers' rotation of one query or key head.
-void Engine::State::rotate_head(const Pass& pass, float* x) const {
+void Engine::State::rotate_head(const Pass& pass, const Transform& rotation, float* x) const {
   float* const rotated = vector(pass, 0);
-  model.head_rotation.run(ops, x, rotated, vector(pass, 1));
-  std::memcpy(x, rotated, model.head_dim * sizeof(float));
+  rotation.run(ops, x, rotated, vector(pass, 1));
+  std::memcpy(x, rotated, rotation.channels * sizeof(float));
 }
 
 // act(gate) · up of n channels, both within the model's limit; the spare ones may be what they were reduced to.
@@ -346,7 +377,7 @@ void Engine::State::head(const Pass& pass, float* logits, float* embeddings) {
   const auto normed = [&](std::size_t row) { return pass.replicated ? vector(pass, 0) : back.data() + row * d; };
   for (std::size_t i = begin; i < wanted; i += step) {
     const std::size_t row = static_cast<std::size_t>(rows[i]);
-    if (!model.layers.empty()) add_feed_forward(pass, model.layers.size() - 1, row);
+    if (!model.layers.empty()) add_last(pass, model.layers.size() - 1, row);
     model.norm.run(ops, pass.hidden + row * d, d, normed(row));
     if (embeddings != nullptr && (!pass.replicated || pass.thread == 0)) {
       std::memcpy(embeddings + i * d, normed(row), d * sizeof(float));

@@ -17,13 +17,12 @@ std::size_t value_page_bytes(CacheKind kind, std::size_t d) {
   return kind == CacheKind::u4 ? round_up(d, 32) / 2 * kKeyBlock : key_page_bytes(kind, d);
 }
 
-// [layer][head][page] of `each`. Throws std::invalid_argument where that is more than memory has.
+// So many of so many bytes or numbers each. Throws std::invalid_argument where that is more than memory has.
 template <typename T>
-Buffer<T> reserve(std::size_t layers, std::size_t pages, std::size_t heads, std::size_t each) {
-  const double count = static_cast<double>(layers) * static_cast<double>(pages) * static_cast<double>(heads) *
-                       static_cast<double>(each);
+Buffer<T> reserve(std::size_t pages, double each) {
+  const double count = static_cast<double>(pages) * each;
   try {
-    if (count < 0x1p47) return Buffer<T>(layers * pages * heads * each);
+    if (count < 0x1p47) return Buffer<T>(static_cast<std::size_t>(count));
   } catch (const std::bad_alloc&) {
   }
   throw std::invalid_argument("pages of the KV cache: expected as many as memory has room for, found " +
@@ -32,25 +31,35 @@ Buffer<T> reserve(std::size_t layers, std::size_t pages, std::size_t heads, std:
 
 }  // namespace
 
-KvCache::KvCache(CacheKind kind, std::size_t layers, std::size_t pages, std::size_t heads, std::size_t key_dim,
-                 std::size_t value_dim)
-    : kind_(kind), layers_(layers), pages_(pages), heads_(heads), key_dim_(key_dim), value_dim_(value_dim),
-      key_bytes_(key_page_bytes(kind, key_dim)), value_bytes_(value_page_bytes(kind, value_dim)),
-      keys_(reserve<std::uint8_t>(layers, pages, heads, key_bytes_)),
-      values_(reserve<std::uint8_t>(layers, pages, heads, value_bytes_)) {
-  if (codes()) scales_ = reserve<float>(layers, pages, heads, kPageScales);
+KvCache::KvCache(CacheKind kind, const std::vector<KvSizes>& layers, std::size_t pages) : kind_(kind), pages_(pages) {
+  // Of a page, all layers and heads together; whole numbers far beyond any memory.
+  double keys = 0, values = 0, heads = 0;
+  for (const KvSizes& sizes : layers) {
+    const LayerPages found = {sizes, key_page_bytes(kind, sizes.key_dim), value_page_bytes(kind, sizes.value_dim),
+                              static_cast<std::size_t>(keys) * pages, static_cast<std::size_t>(values) * pages,
+                              static_cast<std::size_t>(heads)};
+    layers_.push_back(found);
+    heads += static_cast<double>(sizes.heads);
+    keys += static_cast<double>(sizes.heads) * static_cast<double>(found.key_bytes);
+    values += static_cast<double>(sizes.heads) * static_cast<double>(found.value_bytes);
+  }
+  keys_ = reserve<std::uint8_t>(pages, keys);
+  values_ = reserve<std::uint8_t>(pages, values);
+  if (codes()) scales_ = reserve<float>(pages, heads * kPageScales);
+  page_bytes_ = static_cast<std::uint64_t>(keys + values + (codes() ? heads * kPageScales * sizeof(float) : 0));
 }
 
 CacheView KvCache::view(std::size_t layer, std::size_t head, const std::int32_t* table) const {
-  const std::size_t first = (layer * heads_ + head) * pages_;
+  const LayerPages& own = layers_[layer];
+  const std::size_t first = head * pages_;
   return {kind_,
-          key_dim_,
-          value_dim_,
-          keys_.data() + first * key_bytes_,
-          values_.data() + first * value_bytes_,
-          codes() ? scales_.data() + first * kPageScales : nullptr,
-          key_bytes_,
-          value_bytes_,
+          own.sizes.key_dim,
+          own.sizes.value_dim,
+          keys_.data() + own.keys + first * own.key_bytes,
+          values_.data() + own.values + first * own.value_bytes,
+          codes() ? scales_.data() + (own.head * pages_ + first) * kPageScales : nullptr,
+          own.key_bytes,
+          own.value_bytes,
           table};
 }
 
@@ -63,25 +72,23 @@ void KvCache::append(const OpsKernels& ops, const CacheView& view, std::size_t p
     if (grid.bits > 0) ops.fake_quantise(x, n, ops.range(x, n, grid));
     return bits > 0 ? ops.range(x, n, {bits, false, 1.0f}) : GridRange{};
   };
-  const GridRange key_range = range(key, key_dim_, key_grid), value_range = range(value, value_dim_, value_grid);
+  const GridRange key_range = range(key, view.key_dim, key_grid), value_range = range(value, view.value_dim, value_grid);
   ops.append_to_cache(view, position, key, value, key_range, value_range);
 }
 
 void KvCache::copy(std::size_t source, std::size_t target) {
   if (source == target) return;
-  for (std::size_t first = 0; first < layers_ * heads_ * pages_; first += pages_) {
-    const auto move = [&](auto* data, std::size_t size) {
-      std::memcpy(data + (first + target) * size, data + (first + source) * size, size * sizeof *data);
-    };
-    move(keys_.data(), key_bytes_);
-    move(values_.data(), value_bytes_);
-    if (codes()) move(scales_.data(), kPageScales);
+  const auto move = [&](auto* data, std::size_t size) {
+    std::memcpy(data + target * size, data + source * size, size * sizeof *data);
+  };
+  for (std::size_t layer = 0; layer < layers_.size(); ++layer) {
+    for (std::size_t head = 0; head < layers_[layer].sizes.heads; ++head) {
+      const CacheView pages = view(layer, head, nullptr);
+      move(pages.keys, pages.key_bytes);
+      move(pages.values, pages.value_bytes);
+      if (codes()) move(pages.scales, kPageScales);
+    }
   }
-}
-
-std::uint64_t KvCache::page_bytes() const {
-  const std::size_t scales = codes() ? kPageScales * sizeof(float) : 0;
-  return static_cast<std::uint64_t>(layers_) * heads_ * (key_bytes_ + value_bytes_ + scales);
 }
 
 }  // namespace tulle

@@ -4,18 +4,23 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "cpu/buffer.hpp"
 #include "tulle/ops.hpp"
 
 namespace tulle {
 
+// Of a layer: KV heads, and channels of a key and of a value.
+struct KvSizes {
+  std::size_t heads, key_dim, value_dim;
+};
+
 // [layer][KV head][page] of what CacheView describes: pages that follow each other are one run of memory.
 class KvCache {
  public:
   // Reserved at once, and only as resident as it is used. Throws std::invalid_argument for sizes that no memory holds.
-  KvCache(CacheKind kind, std::size_t layers, std::size_t pages, std::size_t heads, std::size_t key_dim,
-          std::size_t value_dim);
+  KvCache(CacheKind kind, const std::vector<KvSizes>& layers, std::size_t pages);
 
   std::size_t pages() const { return pages_; }
   // `table`: the pages of a sequence.
@@ -28,15 +33,22 @@ class KvCache {
   // Page `target` becomes what page `source` is.
   void copy(std::size_t source, std::size_t target);
 
-  std::uint64_t page_bytes() const;
+  std::uint64_t page_bytes() const { return page_bytes_; }
   std::uint64_t bytes() const { return page_bytes() * pages_; }
 
  private:
+  struct LayerPages {
+    KvSizes sizes;
+    std::size_t key_bytes, value_bytes;  // of a page and head
+    std::size_t keys, values, head;      // where they begin: bytes of keys and of values, and KV heads of all before
+  };
+
   bool codes() const { return kind_ == CacheKind::u8 || kind_ == CacheKind::u4; }
 
   CacheKind kind_;
-  std::size_t layers_, pages_, heads_, key_dim_, value_dim_;
-  std::size_t key_bytes_, value_bytes_;  // of a page, layer and head
+  std::size_t pages_;
+  std::vector<LayerPages> layers_;
+  std::uint64_t page_bytes_ = 0;
   Buffer<std::uint8_t> keys_, values_;
   Buffer<float> scales_;
 };

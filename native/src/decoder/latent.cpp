@@ -30,7 +30,7 @@ void Engine::State::attend_latents(const Pass& pass, std::size_t index) {
   for (std::size_t i = pass.thread; i < all; i += pass.team) absorb_query(pass, index, i % heads, i / heads);
   wait();
   multiply_pieces(pass, own.keys, latent.keys, heads * own.parts, latent.products.data());
-  const std::vector<QueryBlock>& blocks = attention.blocks();
+  const std::vector<QueryBlock>& blocks = attention[plans[index].attention].blocks();
   for (std::size_t i = pass.thread; i < blocks.size(); i += pass.team) attend_absorbed(pass, index, blocks[i]);
   wait();
   multiply_pieces(pass, own.values, latent.values, heads, attended.data());
@@ -119,7 +119,8 @@ void Engine::State::attend_absorbed(const Pass& pass, std::size_t index, const Q
     to[r] = room + (kQueries + r) * own.rank;
     end[r] = static_cast<std::size_t>(pass.positions[t]) + 1;
   }
-  ops.attend(view(pass, index, 0, attention.slot_of(block, pass.slots)), block.count, queries, latents, begin, end,
+  const std::size_t slot = attention[plans[index].attention].slot_of(block, pass.slots);
+  ops.attend(view(pass, index, 0, slot), block.count, queries, latents, begin, end,
              model.attention_scale, 0, nullptr, to, of_thread[pass.thread].scores.data());
   for (std::size_t r = 0; r < block.count; ++r) {
     const std::size_t t = (block.first + r) / heads, head = (block.first + r) % heads;
@@ -162,11 +163,12 @@ void Engine::State::expand(const Pass& pass, std::size_t index) {
   wait();
   const Vectors queries{latent.queries.data(), width, own.query()};
   const Vectors outputs{attended.data(), heads * own.tiled_value(), own.tiled_value()};
-  const std::vector<QueryBlock>& blocks = attention.blocks();
+  const Attention& attends = attention[plans[index].attention];
+  const std::vector<QueryBlock>& blocks = attends.blocks();
   for (std::size_t i = pass.thread; i < blocks.size() * heads; i += pass.team) {
     const QueryBlock& block = blocks[i % blocks.size()];
     const std::size_t head = i / blocks.size();
-    attention.run(ops, view(pass, index, head, attention.slot_of(block, pass.slots)), head, block, pass.positions, 0,
+    attends.run(ops, view(pass, index, head, attends.slot_of(block, pass.slots)), head, block, pass.positions, 0,
                   queries, outputs, nullptr, of_thread[pass.thread].scores.data());
   }
   wait();
@@ -179,7 +181,7 @@ void Engine::State::append_expanded(const Pass& pass, std::size_t index, std::si
   const Plan& plan = plans[index].kv_up;
   float* const query = latent.queries.data() + (t * model.heads + head) * own.query();
   if (l.rotary >= 0) rotary[static_cast<std::size_t>(l.rotary)].rotate(ops, t, query + own.plain);
-  if (model.head_rotation.channels) rotate_head(pass, query);
+  if (const Transform* rotation = model.head_rotation(own.query())) rotate_head(pass, *rotation, query);
   if (model.query.bits > 0) ops.fake_quantise(query, own.query(), ops.range(query, own.query(), model.query));
   const std::size_t both = own.plain + own.value, first = head * both;
   float* const row = latent.products.data() + t * plan.outputs + first;
@@ -188,7 +190,7 @@ void Engine::State::append_expanded(const Pass& pass, std::size_t index, std::si
   std::memcpy(key, row, own.plain * sizeof(float));
   std::memcpy(key + own.plain, latent.kept.data() + t * (own.rank + own.rotary) + own.rank,
               own.rotary * sizeof(float));
-  if (model.head_rotation.channels) rotate_head(pass, key);
+  if (const Transform* rotation = model.head_rotation(own.query())) rotate_head(pass, *rotation, key);
   cache.append(ops, view(pass, index, head, static_cast<std::size_t>(pass.slots[t])),
                static_cast<std::size_t>(pass.positions[t]), key, row + own.plain, model.key, model.value);
 }

@@ -41,19 +41,17 @@ std::uint64_t Routes::bytes() const {
 }
 
 void Engine::State::mixture(const Pass& pass, std::size_t index) {
-  const Layer& l = model.layers[index];
+  const Mixture& own = model.layers[index].mixture;
   // Nobody takes items of the layer before any more, and of this one nobody before the router's outputs are there.
   if (pass.thread == 0) {
     for (std::atomic<std::size_t>& count : taken) count.store(0, std::memory_order_relaxed);
   }
-  multiply(pass, l.mixture.router.group, plans[index].router, partial_sums.wide, pass.n, wide.data());
+  multiply(pass, own.router.group, plans[index].router, partial_sums.wide, pass.n, wide.data());
   for (std::size_t t = pass.first; t < pass.last; ++t) route(pass, index, t);
   pass.publish();
   if (pass.replicated || pass.thread == 0) arrange(pass, index);
   pass.publish();
-  for (std::size_t t = pass.first; t < pass.last; ++t) {
-    quantise_for_experts(pass, index, read_stream(pass, l.post_norm, t), t);
-  }
+  for (std::size_t t = pass.first; t < pass.last; ++t) quantise_for_experts(pass, index, t);
   pass.publish();
   multiply(pass, pass.routes->gate_up, taken[0]);
   gate_experts(pass, index);
@@ -123,9 +121,12 @@ void Engine::State::arrange(const Pass& pass, std::size_t index) {
   }
 }
 
-// x, token t's input of all its experts.
-void Engine::State::quantise_for_experts(const Pass& pass, std::size_t index, const float* x, std::size_t t) {
-  const Mixture& mixture = model.layers[index].mixture;
+// The inputs of all of token t's experts.
+void Engine::State::quantise_for_experts(const Pass& pass, std::size_t index, std::size_t t) {
+  const Layer& l = model.layers[index];
+  const Mixture& mixture = l.mixture;
+  const bool apart = mixture.expert_norm.present();
+  const float* x = read_stream(pass, apart ? mixture.expert_norm : l.post_norm, t);
   const std::vector<ExpertPlan>& of = plans[index].experts;
   const Routes& routes = *pass.routes;
   const std::size_t per_token = mixture.per_token();
@@ -137,6 +138,7 @@ void Engine::State::quantise_for_experts(const Pass& pass, std::size_t index, co
   };
   for (std::size_t k = 0; k < per_token; ++k) {
     const Outline& outline = of[experts[k]].gate_up;
+    if (apart && experts[k] == mixture.routed()) x = read_stream(pass, l.post_norm, t);  // the shared one, the last
     std::size_t same = 0;
     while (of[experts[same]].like != of[experts[k]].like) ++same;
     if (same == k) {
@@ -198,11 +200,17 @@ const float* Engine::State::sum_of_experts(const Pass& pass, std::size_t index, 
   const std::size_t per_token = mixture.per_token(), d = model.hidden;
   float *const total = vector(pass, 0), *const spare = vector(pass, 1);
   std::memset(total, 0, d * sizeof(float));
-  for (std::size_t k = t * per_token; k < (t + 1) * per_token; ++k) {
-    const std::size_t part = routes.part_of.data()[routes.experts.data()[k]];
-    const std::size_t row = routes.rows.data()[k] - routes.parts[part].first;
-    const float* const y = reduce(routes.down.all[part], row, 0, d, spare);
-    ops.vector_matrix(routes.weights.data() + k, y, 1, d, total);
+  const std::size_t chosen = mixture.router.chosen;
+  for (std::size_t k = 0; k < per_token; ++k) {
+    const std::size_t at = t * per_token + k, part = routes.part_of.data()[routes.experts.data()[at]];
+    const std::size_t row = routes.rows.data()[at] - routes.parts[part].first;
+    const float* y = reduce(routes.down.all[part], row, 0, d, spare);
+    if (k == chosen && mixture.shared_after.present()) {
+      mixture.shared_after.run(ops, y, d, spare);
+      y = spare;
+    }
+    ops.vector_matrix(routes.weights.data() + at, y, 1, d, total);
+    if (k + 1 == chosen && mixture.experts_after.present()) mixture.experts_after.run(ops, total, d, total);
   }
   return total;
 }

@@ -63,7 +63,10 @@ void choose_experts(const Router& r, float* scores, std::size_t count, std::uint
   float total = kNormaliser;
   for (std::size_t k = 0; k < r.chosen; ++k) total += weights[k] = scores[experts[k]];
   const float factor = r.normalise ? r.scale / total : r.scale;
-  for (std::size_t k = 0; k < r.chosen; ++k) weights[k] *= factor;
+  for (std::size_t k = 0; k < r.chosen; ++k) {
+    weights[k] *= factor;
+    if (r.expert_scales != nullptr) weights[k] *= r.expert_scales[experts[k]];
+  }
 }
 
 }  // namespace tulle

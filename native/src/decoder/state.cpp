@@ -9,7 +9,7 @@ namespace {
 constexpr std::size_t kVectors = 8;  // of ThreadMemory::vectors
 
 std::size_t widest(const Model& m) {
-  std::size_t found = std::max({m.hidden, m.heads * m.head_dim, m.kv_heads * m.head_dim});
+  std::size_t found = std::max({m.hidden, m.heads * m.head_dim, m.kv_heads * m.head_dim, m.layer_inputs.width});
   for (const Layer& layer : m.layers) {
     found = std::max({found, layer.feed_forward.intermediate, 2 * layer.mixture.experts.size()});
     for (const FeedForward& expert : layer.mixture.experts) found = std::max(found, expert.intermediate);
@@ -21,8 +21,14 @@ std::size_t widest(const Model& m) {
 
 bool attends(const Layer& l) { return l.mixer == Mixer::attention || l.mixer == Mixer::latent; }
 
-std::size_t attention_layers(const Model& m) {
-  return static_cast<std::size_t>(std::count_if(m.layers.begin(), m.layers.end(), attends));
+// What the layers keep that attend to keys and values of their own.
+std::vector<KvSizes> kept_sizes(const Model& m) {
+  std::vector<KvSizes> found;
+  for (const Layer& l : m.layers) {
+    if (l.mixer == Mixer::latent) found.push_back({m.kv_heads, m.head_dim, m.value_dim});
+    if (l.mixer == Mixer::attention && l.kv_from < 0) found.push_back({l.kv_heads, l.head_dim, l.head_dim});
+  }
+  return found;
 }
 
 // Of a sequence's record, all layers together.
@@ -45,9 +51,8 @@ Engine::State::State(Model m, const EngineSizes& s)
       threads(std::max<std::size_t>(sizes.threads, 1)), linear(*active_isa().linear),
       ops(*active_isa().ops), plans(model.layers.size()),
       state_floats(floats_of(model)),
-      cache(sizes.cache, attention_layers(model), sizes.pages, model.kv_heads, model.head_dim, model.value_dim),
-      states(sizes.slots, sizes.snapshots, state_floats), runs(sizes.slots, sizes.batch), check(model.vocabulary, sizes),
-      attention(model.heads, model.kv_heads, model.head_dim, sizes.batch, model.attention_scale, model.attention_cap) {
+      cache(sizes.cache, kept_sizes(model), sizes.pages),
+      states(sizes.slots, sizes.snapshots, state_floats), runs(sizes.slots, sizes.batch), check(model.vocabulary, sizes) {
   for (const Rotary& table : model.rotary) {
     rotary.emplace_back(sizes.batch, table.frequencies, table.scale, table.interleaved);
   }
@@ -85,7 +90,8 @@ Engine::State::State(Model m, const EngineSizes& s)
                             add_expert(one.down, own_threads, expert.back_sums), number});
       for (std::size_t i = 0; i < number && to.experts[number].like == number; ++i) {
         const bool first = to.experts[i].like == i;
-        if (first && same_inputs(mixture.experts[i].gate_up, to.experts[i].gate_up, one.gate_up, to.experts[number].gate_up))
+        const bool alike = number < mixture.routed() || !mixture.expert_norm.present();
+        if (first && alike && same_inputs(mixture.experts[i].gate_up, to.experts[i].gate_up, one.gate_up, to.experts[number].gate_up))
           to.experts[number].like = i;
       }
       expert.wide_row = std::max(expert.wide_row, 2 * one.intermediate);
@@ -115,9 +121,21 @@ Engine::State::State(Model m, const EngineSizes& s)
     absorbed_keys.add(own.keys);
     absorbed_values.add(own.values);
   };
+  std::vector<std::pair<std::size_t, std::size_t>> shapes;  // of attention, KV heads and their channels
   for (std::size_t i = 0; i < plans.size(); ++i) {
     const Layer& layer = model.layers[i];
-    plans[i].kept = attends(layer) ? cached++ : floats;
+    if (!attends(layer)) {
+      plans[i].kept = floats;
+    } else {
+      const bool latent = layer.mixer == Mixer::latent, shares = !latent && layer.kv_from >= 0;
+      plans[i].kept = shares ? plans[static_cast<std::size_t>(layer.kv_from)].kept : cached++;
+      const std::pair shape{latent ? model.kv_heads : layer.kv_heads, latent ? model.head_dim : layer.head_dim};
+      plans[i].attention = static_cast<std::size_t>(std::find(shapes.begin(), shapes.end(), shape) - shapes.begin());
+      if (plans[i].attention == shapes.size()) {
+        shapes.push_back(shape);
+        attention.emplace_back(model.heads, shape.first, shape.second, batch, model.attention_scale, model.attention_cap);
+      }
+    }
     const MixerSizes mixer = model.mixer_sizes(layer);
     floats += round_up(mixer.state, 16);
     outputs = std::max(outputs, mixer.outputs);
@@ -125,6 +143,11 @@ Engine::State::State(Model m, const EngineSizes& s)
     add(layer.qkv, plans[i].qkv, partial_in);
     add(layer.o, plans[i].o, partial_back);
     if (layer.mixer == Mixer::latent) add_latent(layer.latent, plans[i]);
+    if (layer.input_gate.present()) {
+      outputs = std::max(outputs, model.layer_inputs.width);
+      add(layer.input_gate.gate, plans[i].input_gate, partial_in);
+      add(layer.input_gate.down, plans[i].input_down, partial_back);
+    }
     if (layer.mixture.present()) {
       add_mixture(layer.mixture, plans[i]);
       continue;
@@ -135,6 +158,10 @@ Engine::State::State(Model m, const EngineSizes& s)
     add(layer.feed_forward.down, plans[i].down, partial_back);
   }
   add(model.head, head_plan, partial_in);
+  if (model.layer_inputs.present()) {
+    add(model.layer_inputs.projection, layer_inputs_plan, partial_in);
+    layer_inputs = Buffer<float>(batch * layer_inputs_plan.outputs);
+  }
 
   inputs = group_inputs(input_kinds, input_sizes, batch);
   partial_sums.wide = Buffer<float>(batch * partial_in);
@@ -197,7 +224,7 @@ std::uint64_t LatentMemory::bytes() const {
 std::uint64_t Engine::State::work_bytes() const {
   std::uint64_t bytes = 0;
   for (const RotaryTables& table : rotary) bytes += table.bytes();
-  for (const Buffer<float>* b : {&partial_sums.wide, &partial_sums.back, &hidden, &attended, &back, &wide, &gated, &ones,
+  for (const Buffer<float>* b : {&partial_sums.wide, &partial_sums.back, &hidden, &attended, &back, &wide, &gated, &ones, &layer_inputs,
                                  &expert.wide, &expert.back, &expert.gated, &expert.sums.wide, &expert.sums.back}) {
     bytes += b->bytes();
   }

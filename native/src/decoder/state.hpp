@@ -5,6 +5,7 @@
 //   convolution.cpp    causal convolutions of recurrent mixers, and the mixer that is one between two gates
 //   mamba.cpp          what Mamba-2 does between its linears
 //   latent.cpp         latent attention
+//   layer_inputs.cpp   inputs of every layer's own
 //   group_product.cpp  a group of linears: quantise the inputs, multiply, reduce partial sums
 //   mixture.cpp        experts: which tokens go to which, and their products
 //   routing.cpp        a token's experts and their weights
@@ -127,8 +128,10 @@ struct Engine::State {
   struct LayerPlans {
     Plan qkv, o, gate_up, down, router;
     Plan query_up, kv_up;  // of latent attention
+    Plan input_gate, input_down;
     std::vector<ExpertPlan> experts;
     std::size_t kept = 0;  // of attention, latent or not: its layer of the cache; otherwise where its floats begin in a record
+    std::size_t attention = 0;  // number among Engine::State::attention
   };
 
   State(Model model, const EngineSizes& sizes);
@@ -147,14 +150,14 @@ struct Engine::State {
   const OpsKernels& ops;
 
   std::vector<LayerPlans> plans;
-  Plan head_plan;
+  Plan head_plan, layer_inputs_plan;
   const std::size_t state_floats;  // of a record, filled in with `plans`
   KvCache cache;
   RecurrentStates states;
   SequenceRuns runs;  // of a model that has recurrent states
   PassCheck check;
   std::vector<RotaryTables> rotary;
-  Attention attention;
+  std::vector<Attention> attention;  // one for each shape of heads
 
   // Of all tokens of a pass.
   GroupInputs inputs, expert_inputs;
@@ -168,6 +171,7 @@ struct Engine::State {
   Buffer<float> attended;  // what the mixer made, [token][inputs of o]
   Buffer<float> back;      // outputs of o and down, [token][hidden]
   Buffer<float> wide;      // outputs of qkv, or of gate and up, [token][outputs]
+  Buffer<float> layer_inputs;  // of a model whose layers have inputs of their own, [token][layer · width]
   Buffer<float> gated;     // of a pass of one token: [widest intermediate]
   Buffer<float> ones;      // likewise, of a feed-forward without gate
   std::vector<ThreadMemory> of_thread;
@@ -200,22 +204,28 @@ struct Engine::State {
   void normalise_heads(const Pass& pass, std::size_t index);
   void append_head(const Pass& pass, std::size_t index, std::size_t head, std::size_t t);
   void finish_head(const Layer& layer, float* x, const Norm& norm, std::size_t t) const;
-  void rotate_head(const Pass& pass, float* x) const;
+  void rotate_head(const Pass& pass, const Transform& rotation, float* x) const;
   void feed_forward(const Pass& pass, std::size_t index);
   void gate(const Layer& layer, const float* gate, const float* up, std::size_t n, float* spare_gate, float* spare_up,
             float* out) const;
   const float* read_stream(const Pass& pass, const Norm& norm, std::size_t t);
   void add_feed_forward(const Pass& pass, std::size_t index, std::size_t t);
+  void add_last(const Pass& pass, std::size_t index, std::size_t t);
   void add_to_residual(const Pass& pass, const float* y, const Norm& after, std::size_t t);
   void head(const Pass& pass, float* logits, float* embeddings);
   CacheView view(const Pass& pass, std::size_t layer, std::size_t kv_head, std::size_t slot) const;
   float* vector(const Pass& pass, std::size_t number) const;
 
+  // layer_inputs.cpp
+  void prepare_layer_inputs(const Pass& pass);
+  void finish_layer_inputs(const Pass& pass, std::size_t t);
+  void gate_input(const Pass& pass, std::size_t index);
+
   // mixture.cpp
   void mixture(const Pass& pass, std::size_t index);
   void route(const Pass& pass, std::size_t index, std::size_t t);
   void arrange(const Pass& pass, std::size_t index);
-  void quantise_for_experts(const Pass& pass, std::size_t index, const float* x, std::size_t t);
+  void quantise_for_experts(const Pass& pass, std::size_t index, std::size_t t);
   void gate_experts(const Pass& pass, std::size_t index);
   const float* sum_of_experts(const Pass& pass, std::size_t index, std::size_t t);
 

@@ -61,11 +61,11 @@ def default_threads() -> int:
     return max(len(cores), 1)
 
 
-def _page_bytes(cache: str, layers: int, heads: int, numbers: int) -> int:
+def _page_bytes(cache: str, heads: int, numbers: int) -> int:
     """Of a page of keys and values, so many numbers per token and head; with steps and zero points where they are
     quantised."""
     bits, steps = {"f32": (32, 0), "bf16": (16, 0), "int8": (8, 16), "int4": (4, 16)}[cache]
-    return PAGE * layers * heads * (numbers * bits // 8 + steps)
+    return PAGE * heads * (numbers * bits // 8 + steps)
 
 
 def _limit(config: Mapping[str, Any]) -> int | None:
@@ -178,11 +178,11 @@ class Engine:
         if cache == "auto":
             # Codes of quantised keys and values are what they are in a cache of bytes.
             attention = source.packed.attention if source.packed else None
-            plain = self._fine_or_bf16(kept.numbers)
+            plain = self._fine_or_bf16(sum(one.heads * (one.key_dim + one.value_dim) for one in kept))
             cache = "int8" if attention and attention.key and attention.value else plain
         self.vocabulary, self.cache_kind = model.vocabulary, cache
         settings = settings_of(source, file, facts, bits, range(len(model.layers)), self.context)
-        page_bytes = _page_bytes(cache, kept.layers, kept.heads, kept.key_dim + kept.value_dim)
+        page_bytes = sum(_page_bytes(cache, one.heads, one.key_dim + one.value_dim) for one in kept)
         state_bytes = settings.state_bytes
         pages, snapshots = self._count_pages(page_bytes, state_bytes)
         self._native: _native.Engine | _native.ScalingEngine
@@ -198,7 +198,7 @@ class Engine:
         if cache == "auto":
             cache = self._fine_or_bf16(2 * shape.layers * shape.hidden)
         self.cache_kind = cache
-        pages, _ = self._count_pages(_page_bytes(cache, shape.layers, shape.heads, 2 * shape.hidden // shape.heads))
+        pages, _ = self._count_pages(_page_bytes(cache, shape.layers * shape.heads, 2 * shape.hidden // shape.heads))
         # Every page's end may be where another sequence goes on.
         self._native = _native.ScalingEngine(
             settings, pages, self.sequences, self.context, BATCH, cache, self.threads, pages, self._deterministic

@@ -378,6 +378,10 @@ class Router:
     groups: int
     chosen_groups: int
     group_best: int
+    expert_scales: Floats | None = None
+    """``[experts]``, of their weights, the last."""
+    norm: Norm | None = None
+    """Of the stream, where it does not read what the shared expert does."""
 
 
 @dataclass
@@ -388,6 +392,20 @@ class Mixture:
     experts: list[FeedForward]
     shared: FeedForward | None
     shared_gate: bool
+    expert_norm: Norm | None = None
+    """Of the stream, where routed experts do not read what the shared one does."""
+    shared_after: Norm | None = None
+    experts_after: Norm | None = None
+    """Of what the shared expert gives, and of the sum of the others."""
+
+
+@dataclass
+class InputGate:
+    """What a layer does with its own input p: x + norm(down(act(gate(x))·p)), behind the feed-forward."""
+
+    gate: Group
+    down: Group
+    norm: Norm
 
 
 @dataclass
@@ -422,6 +440,18 @@ class Layer:
     mixture: Mixture | None = None
     sinks: Floats | None = None
     """``[heads]``: scores that take part in attention's softmax and have no value."""
+    kv_heads: int = 0
+    head_dim: int = 0
+    """Of attention that is not latent."""
+    kv_from: int = -1
+    """An earlier layer whose keys and values are attended to; -1: its own."""
+    value_is_key: bool = False
+    """Keys, before their norm and position, are the values: there are no linears for these."""
+    value_norm: Norm | None = None
+    """``[head_dim]``"""
+    input_gate: InputGate | None = None
+    output_scale: float = 1.0
+    """Of the stream behind the layer."""
 
 
 @dataclass
@@ -444,6 +474,17 @@ class Table:
 
 
 @dataclass
+class LayerInputs:
+    """Inputs of every layer's own (:class:`tulle.models.description.PerLayerEmbedding`)."""
+
+    width: int
+    table: Table
+    """``[vocabulary · layers · width]``"""
+    projection: Group
+    norm: Norm
+
+
+@dataclass
 class Model:
     """A decoder, as ``_native.Engine`` takes it."""
 
@@ -458,8 +499,8 @@ class Model:
     query: Grid
     key: Grid
     value: Grid
-    head_rotation: Transform | None
-    """Of every query and key head, after RoPE."""
+    head_rotations: list[Transform]
+    """Of every query and key head of their sizes, after RoPE."""
     embedding: Table | Linear
     """Of codes a linear: the head's own where the model ties them, so that the codes are in memory once."""
     layers: list[Layer]
@@ -491,15 +532,11 @@ class Model:
     norm_after_rotary: bool = False
     """Of queries and keys."""
     value_dim: int = 0
-    """Of the values that are kept; 0: ``head_dim``."""
+    """Of the values that latent attention keeps, as ``kv_heads`` and ``head_dim``."""
     position_beta: float = 0.0
     position_length: int = 0
     """A query at position p is multiplied by 1 + beta·ln(1 + ⌊p/length⌋); 0: by 1."""
-
-    @property
-    def attention_layers(self) -> int:
-        """Those with keys and values."""
-        return sum(layer.recurrent is None for layer in self.layers)
+    layer_inputs: LayerInputs | None = None
 
     @property
     def state_bytes(self) -> int:

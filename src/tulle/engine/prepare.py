@@ -29,8 +29,9 @@ from tulle.models.tensor_file import TensorFile
 LAYOUT = 13
 """Of the file: another number, another file."""
 HEADS = ("int8", "int4", "bf16", "as stored")
-EMBEDDING, HEAD, EXACT_HEAD = "embedding", "head", "exact_head"
-"""Names of the outer tables in the engine's file; the first and the last only where :func:`tables` lists them."""
+EMBEDDING, HEAD, EXACT_HEAD, LAYER_INPUTS = "embedding", "head", "exact_head", "layer_inputs"
+"""Names of the outer tables in the engine's file, and of what gives layers inputs of their own; all but the head only
+where :func:`tables` lists them."""
 Progress = Callable[[str, int, int], None]
 Packed = tuple[str, LinearFacts, dict[str, NDArray[Any]]]
 """Name, facts and arrays of linears that are fused (under the first one's name), or of an outer table."""
@@ -239,7 +240,7 @@ def _densified(part: StoredLinear) -> StoredLinear:
 
 def tables(source: Source, head: str) -> list[str]:
     """The outer tables that the kernels need: the head; the embedding where it is stored in codes, unless it is the
-    same codes; a head in codes of which a rougher one is asked for."""
+    same codes; a head in codes of which a rougher one is asked for; what gives layers inputs of their own."""
     kept, tied = head_as_coded(source, head), source.description.tied
     coded = [source.coded_bits(name) is not None for name in (source.embedding_name(), source.head_name())]
     found = [HEAD]
@@ -247,7 +248,7 @@ def tables(source: Source, head: str) -> list[str]:
         found.append(EMBEDDING)
     if coded[1] and not kept and not tied:
         found.append(EXACT_HEAD)
-    return found
+    return found if source.description.per_layer is None else [*found, LAYER_INPUTS]
 
 
 def head_as_coded(source: Source, head: str) -> bool:
@@ -260,6 +261,11 @@ def head_as_coded(source: Source, head: str) -> bool:
 def _table(source: Source, name: str, head: str) -> StoredLinear:
     if name == HEAD:
         return quantised_head(source, head)
+    if name == LAYER_INPUTS:
+        inputs, model = source.description.per_layer, source.description
+        assert inputs is not None
+        shape = inputs.tensors(len(model.layers), model.hidden)[inputs.projection]
+        return StoredLinear(source.kernel_floats(inputs.projection, shape))
     stored = source.embedding_name() if name == EMBEDDING else source.head_name()
     found = source.coded(stored, (source.description.vocabulary, source.description.hidden))
     assert found is not None  # tables() lists those in codes

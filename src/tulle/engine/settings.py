@@ -19,7 +19,9 @@ from tulle.engine.native_model import (
     Floats,
     Grid,
     Group,
+    InputGate,
     Layer,
+    LayerInputs,
     Linear,
     LinearFacts,
     Mixture,
@@ -36,7 +38,7 @@ from tulle.engine.native_model import LatentAttention as NativeLatentAttention
 from tulle.engine.native_model import Mamba2 as NativeMamba2
 from tulle.engine.native_model import Norm as NativeNorm
 from tulle.engine.native_model import ShortConvolution as NativeShortConvolution
-from tulle.engine.prepare import EMBEDDING, EXACT_HEAD, HEAD, absorbed_names
+from tulle.engine.prepare import EMBEDDING, EXACT_HEAD, HEAD, LAYER_INPUTS, absorbed_names
 from tulle.errors import UserError
 from tulle.format.spec import HeadSpec, LinearSpec
 from tulle.models.description import (
@@ -52,8 +54,10 @@ from tulle.models.description import (
     Rotary,
     ShortConvolution,
 )
+from tulle.models.description import InputGate as DecoderInputGate
 from tulle.models.description import Layer as DecoderLayer
 from tulle.models.description import Mixture as DecoderMixture
+from tulle.models.description import Router as DecoderRouter
 from tulle.models.features import require
 from tulle.models.rotary import depends_on_length, frequencies
 
@@ -78,6 +82,8 @@ FEATURES = frozenset(
         "attention sinks",
         "experts",
         "experts without gates",
+        "norms of experts",
+        "scales of a router's inputs or of experts",
         "feed-forwards that differ between layers",
         "gates with a limit",
         "gated delta nets",
@@ -91,6 +97,13 @@ FEATURES = frozenset(
         "scale of attention",
         "soft cap of attention",
         "scale of queries by position",
+        "norm of values",
+        "keys and values of an earlier layer",
+        "keys that are the values",
+        "kv_heads that differ between layers",
+        "head_dim that differ between layers",
+        "inputs of every layer's own",
+        "scale of the layers' outputs",
         "norm of the heads' outputs",
         "norms of queries and keys over all heads",
         "norms of queries and keys after the rotation",
@@ -126,6 +139,9 @@ def settings_of(
     require_runnable(description)
     first, attention = description.layers[0], source.packed.attention if source.packed else None
     inner, mixer, kept = feed_forward_of(description), attention_of(description), kept_of(source)
+    latent = None if latent_of(description) is None else kept[0]
+    blocks = list(blocks)
+    whole = len(blocks) == len(description.layers)
     linears = _Linears(source, file, facts, engine_bits)
     layers = []
     tables = list(description.rotary)
@@ -154,24 +170,25 @@ def settings_of(
             own["latent"] = _latent(source, linears, layer, layer.mixer)
         else:
             norms |= _head_norms(layer.attention)
-            own["window"] = layer.attention.window or 0
-            own["sinks"] = _sinks(source, layer.attention, layer.prefix)
+            own |= _attention(source, layer.attention, layer.prefix)
+        if layer.input_gate is not None and whole:
+            own["input_gate"] = _input_gate(source, linears, layer, layer.input_gate)
+        if layer.output_scale is not None:
+            own["output_scale"] = float(source.floats(layer.prefix + layer.output_scale, (1,))[0])
         own["rotary"] = -1 if layer.mixer.rotary is None else tables.index(layer.mixer.rotary)
         read: dict[str, Any] = {key: _norm(source, norm, layer.prefix, size) for key, (norm, size) in norms.items()}
         layers.append(Layer(activation=_xielu(source, layer), **own, **read, **groups))
     head = description.embedding if description.tied else description.head
-    rotation = None
-    if attention and attention.hadamard and hadamard_block(kept.key_dim) > 1:
-        rotation = hadamard(kept.key_dim, hadamard_block(kept.key_dim))
+    rotated = {one.key_dim for one in kept} if attention and attention.hadamard else set[int]()
     beta, length = mixer.position_scale or (0.0, 0)
     final = _norm(source, description.final_norm, "", description.hidden)
     assert final is not None
     return Model(
         hidden=description.hidden,
         heads=mixer.heads,
-        kv_heads=kept.heads,
-        head_dim=kept.key_dim,
-        value_dim=kept.value_dim,
+        kv_heads=latent.heads if latent else 0,
+        head_dim=latent.key_dim if latent else 0,
+        value_dim=latent.value_dim if latent else 0,
         vocabulary=description.vocabulary,
         gate=inner.activation,
         gated=isinstance(inner, GatedMLP),
@@ -193,8 +210,9 @@ def settings_of(
         query=_head_grid(attention.query if attention else None),
         key=_head_grid(attention.key if attention else None),
         value=_head_grid(attention.value if attention else None),
-        head_rotation=rotation,
+        head_rotations=[hadamard(dim, block) for dim in sorted(rotated) if (block := hadamard_block(dim)) > 1],
         embedding=_embedding(source, linears, facts),
+        layer_inputs=_layer_inputs(source, linears, description) if whole else None,
         layers=layers,
         norm=final,
         head=Group([], [linears.linear([head.removesuffix(".weight")], HEAD, None)]),
@@ -204,30 +222,30 @@ def settings_of(
 
 @dataclass(frozen=True)
 class Kept:
-    """Keys and values of a token."""
+    """Keys and values of a token in one layer."""
 
-    layers: int
-    """That have them."""
     heads: int
     key_dim: int
     value_dim: int
 
-    @property
-    def numbers(self) -> int:
-        return self.layers * self.heads * (self.key_dim + self.value_dim)
+
+def kept_of(source: Source) -> list[Kept]:
+    """What the layers keep that attend to keys and values of their own."""
+    return [
+        _kept(layer.mixer, bool(source.absorbed))
+        for layer in source.description.layers
+        if isinstance(layer.mixer, LatentAttention)
+        or isinstance(layer.mixer, Attention)
+        and layer.mixer.kv_from is None
+    ]
 
 
-def kept_of(source: Source) -> Kept:
-    """What attention keeps, those of a model's layers that have one. Raises ``UserError`` where none has."""
-    model = source.description
-    layers = sum(isinstance(layer.mixer, Attention | LatentAttention) for layer in model.layers)
-    mixer = latent_of(model)
-    if mixer is None:
-        plain = attention_of(model)
-        return Kept(layers, plain.kv_heads, plain.head_dim, plain.head_dim)
-    if source.absorbed:
-        return Kept(layers, 1, mixer.rotary_dim, mixer.kv_rank)
-    return Kept(layers, mixer.heads, mixer.plain_dim + mixer.rotary_dim, mixer.value_dim)
+def _kept(mixer: Attention | LatentAttention, absorbed: bool) -> Kept:
+    if isinstance(mixer, Attention):
+        return Kept(mixer.kv_heads, mixer.head_dim, mixer.head_dim)
+    if absorbed:
+        return Kept(1, mixer.rotary_dim, mixer.kv_rank)
+    return Kept(mixer.heads, mixer.plain_dim + mixer.rotary_dim, mixer.value_dim)
 
 
 def latent_of(model: Decoder) -> LatentAttention | None:
@@ -284,6 +302,13 @@ def _mixture(source: Source, linears: _Linears, layer: DecoderLayer, mixture: De
         for expert in layer.experts
     ]
     shared = None if mixture.shared is None else _feed_forward(linears, layer, mixture.shared.intermediate)
+    scales = None
+    if router.expert_scale is not None:
+        scales = source.floats(layer.prefix + router.expert_scale, (router.experts,))
+    norms = (
+        _norm(source, norm, layer.prefix, layer.hidden)
+        for norm in (mixture.expert_norm, mixture.shared_norm_after, mixture.experts_norm_after)
+    )
     return Mixture(
         Router(
             linears.group(names_of(layer, "router")),
@@ -295,11 +320,22 @@ def _mixture(source: Source, linears: _Linears, layer: DecoderLayer, mixture: De
             router.groups,
             router.chosen_groups,
             router.group_best,
+            scales,
+            _router_norm(source, layer, router),
         ),
         experts,
         shared,
         mixture.shared_gate is not None,
+        *norms,
     )
+
+
+def _router_norm(source: Source, layer: DecoderLayer, router: DecoderRouter) -> NativeNorm | None:
+    """Of a router that reads the stream x as x/√(mean x² + ε)·scale/√d."""
+    if router.input_scale is None:
+        return None
+    gain = source.floats(layer.prefix + router.input_scale, (layer.hidden,)) * np.float32(layer.hidden**-0.5)
+    return NativeNorm(np.ascontiguousarray(gain), None, router.input_eps, False)
 
 
 def _latent(source: Source, linears: _Linears, layer: DecoderLayer, mixer: LatentAttention) -> NativeLatentAttention:
@@ -320,6 +356,40 @@ def _latent(source: Source, linears: _Linears, layer: DecoderLayer, mixer: Laten
         kv_up=None if absorbs else linears.group([name]),
         absorbed=linears.absorbed(name, mixer) if absorbs else None,
     )
+
+
+def _attention(source: Source, mixer: Attention, prefix: str) -> dict[str, Any]:
+    """What attention has besides linears and norms with gains."""
+    ones = np.ones(mixer.head_dim, np.float32)
+    return {
+        "kv_heads": mixer.kv_heads,
+        "head_dim": mixer.head_dim,
+        "kv_from": -1 if mixer.kv_from is None else mixer.kv_from,
+        "value_is_key": mixer.value_is_key,
+        "value_norm": None if mixer.value_eps is None else NativeNorm(ones, None, mixer.value_eps, False),
+        "window": mixer.window or 0,
+        "sinks": _sinks(source, mixer, prefix),
+    }
+
+
+def _input_gate(source: Source, linears: _Linears, layer: DecoderLayer, gate: DecoderInputGate) -> InputGate:
+    norm = _norm(source, gate.norm, layer.prefix, layer.hidden)
+    assert norm is not None
+    first, last = (linears.group(names_of(layer, role)) for role in ("input_gate", "input_down"))
+    return InputGate(first, last, norm)
+
+
+def _layer_inputs(source: Source, linears: _Linears, model: Decoder) -> LayerInputs | None:
+    """Inputs of every layer's own; of the table the rows that the model has tokens for."""
+    own = model.per_layer
+    if own is None:
+        return None
+    name, norm = own.table, _norm(source, own.norm, "", own.width)
+    assert norm is not None
+    table = source.kernel_floats(name, own.tensors(len(model.layers), model.hidden)[name])[: model.vocabulary]
+    kind = WeightKind.BF16 if table.dtype == np.uint16 else WeightKind.F32
+    projection = linears.linear([own.projection.removesuffix(".weight")], LAYER_INPUTS, None)
+    return LayerInputs(own.width, Table(kind, table.reshape(-1)), Group([], [projection]), norm)
 
 
 def _sinks(source: Source, mixer: Attention, prefix: str) -> Floats | None:
@@ -594,6 +664,11 @@ def require_runnable(model: Decoder) -> None:
         own = {key: getattr(inner, key, None) for key in ("activation", "limit", "up_offset")}
         if type(inner) is not type(first) or any(getattr(first, key, None) != value for key, value in own.items()):
             raise UserError("expected feed-forwards alike but for their widths, found others; use transformers for it")
+        if layer.input_gate is not None and layer.input_gate.activation != first.activation:
+            raise UserError(
+                f"expected one activation in a model, found {layer.input_gate.activation} of layers' own inputs beside "
+                f"{first.activation}; use transformers for it"
+            )
         if isinstance(layer.mixer, ShortConvolution | Absent):
             continue
         if (latent := latent_of(model)) is not None:
