@@ -25,7 +25,7 @@ ARCHITECTURES = {
     "nemotron": "nemotron", "arcee": "arcee", "apertus": "apertus", "ministral3": "mistral3", "bitnet": "bitnet",
     "mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "olmoe": "olmoe", "gpt_oss": "gpt-oss",
     "granitemoe": "granitemoe", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe",
-    "lfm2": "lfm2",
+    "lfm2": "lfm2", "gemma4_text": "gemma4",
 }  # fmt: skip
 PERMUTED = ("llama", "granite", "granitemoe", "smollm3", "arcee", "mistral3")
 """Architectures whose converters are children of Llama's and reorder q and k."""
@@ -89,6 +89,14 @@ READ_ONLY: dict[str, dict[str, Any]] = {
         "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
     "lfm2": {"norm_eps": 1e-5, "conv_L_cache": 3, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": True,
              "layer_types": ["conv", "conv", "full_attention", "conv", "full_attention"]},
+    "gemma4_text": {"head_dim": 16, "global_head_dim": 32, "sliding_window": 8, "tie_word_embeddings": True,
+                    "layer_types": ["sliding_attention"] + ["sliding_attention", "full_attention"] * 2,
+                    "num_kv_shared_layers": 2, "use_double_wide_mlp": True, "hidden_size_per_layer_input": 32,
+                    "vocab_size_per_layer_input": 96, "attention_k_eq_v": True, "num_global_key_value_heads": 1,
+                    "final_logit_softcapping": 3.0, "rope_parameters": {
+                        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                        "full_attention": {"rope_type": "proportional", "rope_theta": 1000.0,
+                                           "partial_rotary_factor": 0.25}}},
 }  # fmt: skip
 """Families whose files are read, but not written."""
 XIELU = ("alpha_p", "alpha_n", "beta", "eps")
@@ -160,7 +168,7 @@ def random_bytes(
 def theirs(name: str, architecture: str = "llama") -> str:
     """The GGUF name of a Hugging Face tensor, by the gguf library."""
     name = name.replace("block_sparse_moe.router.weight", "block_sparse_moe.router.layer.weight")
-    name = name + ".weight" if name.endswith("sinks") else name
+    name = name + ".weight" if name.endswith(("sinks", "layer_scalar")) else name
     if architecture == "bitnet" and "_sub_norm" in name:  # the library knows an older spelling
         name = name.replace("self_attn.attn_sub_norm", "self_attn.inner_attn_ln").replace(
             "ffn_sub_norm", "ffn_layernorm"
@@ -219,7 +227,7 @@ def write_random(
             continue
         if tensor.ndim == 1:
             values = rng.standard_normal(tensor.shape).astype(np.float32) * 0.1
-            values = values + 1 if name.endswith(("norm.weight", "layernorm.weight")) else values
+            values = values + 1 if name.endswith(("norm.weight", "layernorm.weight", "layer_scalar")) else values
             state[name] = torch.from_numpy(values)
             stored = values + np.float32(1) if architecture in OFFSET and name.endswith("norm.weight") else values
             raw, of = stored.view(np.uint8), Type.F32
@@ -330,13 +338,16 @@ def write_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
-    if config["model_type"] != "qwen3_5_moe_text":
+    if config["model_type"] not in ("qwen3_5_moe_text", "gemma4_text"):
         writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     kv_heads = config["num_key_value_heads"]
     if config["model_type"] == "lfm2":
         writer.add_head_count_kv([0 if kind == "conv" else kv_heads for kind in config["layer_types"]])
         writer.add_shortconv_l_cache(config["conv_L_cache"])
+    elif config["model_type"] == "gemma4_text":
+        _write_gemma4(writer, config)
+        return
     else:
         writer.add_head_count_kv(kv_heads)
     if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
@@ -391,6 +402,35 @@ def write_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
         writer.add_expert_feed_forward_length(width or config["intermediate_size"])
     if "shared_expert_intermediate_size" in config:
         writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
+    writer.add_vocab_size(config["vocab_size"])
+
+
+def _write_gemma4(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    """What Gemma 4's converter writes besides sizes that all models have."""
+    narrow = [kind == "sliding_attention" for kind in config["layer_types"]]
+    shared, inner = config["num_kv_shared_layers"], config["intermediate_size"]
+    wide = [inner] * (len(narrow) - shared) + [inner * (1 + config["use_double_wide_mlp"])] * shared
+    writer.add_feed_forward_length(wide if config["use_double_wide_mlp"] else inner)
+    kv_heads, of_wide = config["num_key_value_heads"], config["num_global_key_value_heads"]
+    writer.add_head_count_kv([kv_heads if one else of_wide for one in narrow])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_shared_kv_layers(shared)
+    writer.add_embedding_length_per_layer_input(config["hidden_size_per_layer_input"])
+    writer.add_sliding_window_pattern(narrow)
+    writer.add_sliding_window(config["sliding_window"])
+    writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+    writer.add_key_length(config["global_head_dim"])
+    writer.add_value_length(config["global_head_dim"])
+    writer.add_key_length_swa(config["head_dim"])
+    writer.add_value_length_swa(config["head_dim"])
+    writer.add_rope_dimension_count(config["global_head_dim"])
+    writer.add_rope_dimension_count_swa(config["head_dim"])
+    rope = config["rope_parameters"]
+    writer.add_rope_freq_base(rope["full_attention"]["rope_theta"])
+    writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
+    pairs = config["global_head_dim"] // 2
+    rotated = int(pairs * rope["full_attention"]["partial_rotary_factor"])
+    writer.add_tensor("rope_freqs.weight", np.array([1.0] * rotated + [1e30] * (pairs - rotated), np.float32))
     writer.add_vocab_size(config["vocab_size"])
 
 

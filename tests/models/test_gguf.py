@@ -502,6 +502,12 @@ def test_windows_of_exaone_s_larger_model_alone(tmp_path: Path) -> None:
         ("cohere2", "cohere2.attention.sliding_window_pattern", [True, False], "sliding_window_pattern"),
         ("apertus", "xielu.beta", [0.5], "xielu.beta"),
         ("apertus", "xielu.beta", "much", "xielu.beta"),
+        ("gemma4_text", "gemma4.attention.shared_kv_layers", 5, "shared_kv_layers"),
+        ("gemma4_text", "gemma4.attention.shared_kv_layers", 1, "a layer with a window and one without before those"),
+        ("gemma4_text", "gemma4.attention.value_length_swa", 8, "value_length_swa"),
+        ("gemma4_text", "gemma4.attention.head_count_kv", [1, 2], "attention.head_count_kv"),
+        ("gemma4_text", "gemma4.feed_forward_length", [96, 96, 96, 192, 288], "feed_forward_length"),
+        ("gemma4_text", "gemma4.expert_count", 4, "gemma4.expert_count"),
     ],
 )
 def test_what_a_family_does_not_do_is_refused(

@@ -250,7 +250,7 @@ struct Table {
 // has a part for every layer, p = (norm(P·h / √hidden) + √width · part) / √2.
 struct LayerInputs {
   std::size_t width = 0;  // of a layer's input; 0: layers have none
-  Table table;            // [vocabulary][layer · width], of numbers
+  Table table;            // [vocabulary · layer][width]
   Group projection;       // P, [layer · width][hidden]
   Norm norm;              // [width]
 

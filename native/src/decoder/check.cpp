@@ -128,14 +128,16 @@ void check(const Model& m) {
     const std::size_t real = inputs / w.scales_per_row(), room = w.segment * w.segments_per_scale;
     require(real <= room, "inputs per scale, at most", room, real);
   };
-  for (const Table* table : {&m.embedding, &m.exact_head}) {
-    if (!table->present() || table->numbers != nullptr) continue;
-    const LinearView& w = table->codes;
+  const auto check_table = [&](const Table& table, std::size_t rows, std::size_t columns) {
+    if (!table.present() || table.numbers != nullptr) return;
+    const LinearView& w = table.codes;
     require(w.is_codes() && w.layout == Layout::tiles, "a table of codes in dense tiles", 1, 0);
-    require_equal("rows of a table", m.vocabulary, w.rows);
-    require_equal("columns of a table", m.hidden, w.columns);
-    even_scales(m.hidden, w);
-  }
+    require(w.rows >= rows, "rows of a table, at least", rows, w.rows);
+    require_equal("columns of a table", columns, w.columns);
+    even_scales(columns, w);
+  };
+  for (const Table* table : {&m.embedding, &m.exact_head}) check_table(*table, m.vocabulary, m.hidden);
+  check_table(m.layer_inputs.table, m.vocabulary * m.layers.size(), m.layer_inputs.width);
   require_equal("linears of the head", 1, m.head.linears.size());
   const auto fits = [&](const Group& group, std::size_t inputs, std::initializer_list<std::size_t> outputs) {
     // Input-major ones may be fused to one, its outputs one linear's behind another's.
@@ -175,7 +177,7 @@ void check(const Model& m) {
   if (own_inputs.present()) {
     const std::size_t all = m.layers.size() * own_inputs.width;
     fits(own_inputs.projection, m.hidden, {all});
-    require(own_inputs.norm.present() && own_inputs.table.numbers != nullptr, "norm and table of layers' inputs", 2, 0);
+    require(own_inputs.norm.present() && own_inputs.table.present(), "norm and table of layers' inputs", 2, 0);
   }
   require(!m.output_gate || !m.norm_all_heads, "norms of all queries and keys beside an output gate", 0, 1);
   for (const Layer& layer : m.layers) {

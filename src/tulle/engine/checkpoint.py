@@ -96,6 +96,17 @@ class StoredLinear:
 
         return StoredLinear(**{field.name: ordered(getattr(self, field.name)) for field in fields(self)})
 
+    def with_width(self, width: int) -> StoredLinear:
+        """Every row cut into several of so many inputs, whose scales lie within one of them."""
+        rows = self.values.size // width
+
+        def cut(x: Any) -> Any:
+            if not isinstance(x, np.ndarray):
+                return x
+            return x.repeat(rows // len(x)) if x.ndim == 1 else x.reshape(rows, -1)
+
+        return StoredLinear(**{field.name: cut(getattr(self, field.name)) for field in fields(self)})
+
     def floats(self) -> NDArray[np.float32]:
         """``[C_out, C_in]``: what codes stand for, without a mask."""
         whole = self.with_whole_scales()
@@ -200,6 +211,12 @@ class Source(Checkpoint):
         if (spec := self.specs.get(name.removesuffix(".weight"))) is not None:
             return spec.bits
         return self.source.bits(name) if isinstance(self.source, GgufSource) else None
+
+    def scale_width(self, name: str) -> int | None:
+        """How many numbers of a row share a scale, of a tensor that is stored in codes; None of one in floats."""
+        if (spec := self.specs.get(name.removesuffix(".weight"))) is not None:
+            return None if spec.bits is None else spec.group_size or spec.shape[1]
+        return self.source.scale_width(name) if isinstance(self.source, GgufSource) else None
 
     def embedding_name(self) -> str:
         """The embedding's name in the files."""

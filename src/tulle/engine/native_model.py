@@ -478,8 +478,8 @@ class LayerInputs:
     """Inputs of every layer's own (:class:`tulle.models.description.PerLayerEmbedding`)."""
 
     width: int
-    table: Table
-    """``[vocabulary · layers · width]``"""
+    table: Table | Linear
+    """``[vocabulary · layers · width]``; of codes a linear of ``vocabulary · layers`` rows, or more."""
     projection: Group
     norm: Norm
 

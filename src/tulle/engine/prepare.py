@@ -29,9 +29,10 @@ from tulle.models.tensor_file import TensorFile
 LAYOUT = 13
 """Of the file: another number, another file."""
 HEADS = ("int8", "int4", "bf16", "as stored")
-EMBEDDING, HEAD, EXACT_HEAD, LAYER_INPUTS = "embedding", "head", "exact_head", "layer_inputs"
-"""Names of the outer tables in the engine's file, and of what gives layers inputs of their own; all but the head only
-where :func:`tables` lists them."""
+EMBEDDING, HEAD, EXACT_HEAD = "embedding", "head", "exact_head"
+LAYER_INPUTS, LAYER_TABLE = "layer_inputs", "layer_table"
+"""Names of the outer tables in the engine's file, and of the linear and the table that give layers inputs of their own;
+all but the head only where :func:`tables` lists them."""
 Progress = Callable[[str, int, int], None]
 Packed = tuple[str, LinearFacts, dict[str, NDArray[Any]]]
 """Name, facts and arrays of linears that are fused (under the first one's name), or of an outer table."""
@@ -248,7 +249,17 @@ def tables(source: Source, head: str) -> list[str]:
         found.append(EMBEDDING)
     if coded[1] and not kept and not tied:
         found.append(EXACT_HEAD)
-    return found if source.description.per_layer is None else [*found, LAYER_INPUTS]
+    own = source.description.per_layer
+    if own is None:
+        return found
+    return [*found, LAYER_INPUTS, LAYER_TABLE] if layer_table_as_coded(source) else [*found, LAYER_INPUTS]
+
+
+def layer_table_as_coded(source: Source) -> bool:
+    """Whether the table of layers' own inputs is stored in codes whose scales lie within a layer's part."""
+    own = source.description.per_layer
+    width = None if own is None else source.scale_width(own.table)
+    return own is not None and width is not None and own.width % width == 0
 
 
 def head_as_coded(source: Source, head: str) -> bool:
@@ -261,15 +272,25 @@ def head_as_coded(source: Source, head: str) -> bool:
 def _table(source: Source, name: str, head: str) -> StoredLinear:
     if name == HEAD:
         return quantised_head(source, head)
-    if name == LAYER_INPUTS:
-        inputs, model = source.description.per_layer, source.description
-        assert inputs is not None
-        shape = inputs.tensors(len(model.layers), model.hidden)[inputs.projection]
-        return StoredLinear(source.kernel_floats(inputs.projection, shape))
+    if name in (LAYER_INPUTS, LAYER_TABLE):
+        return _layer_input(source, name)
     stored = source.embedding_name() if name == EMBEDDING else source.head_name()
     found = source.coded(stored, (source.description.vocabulary, source.description.hidden))
     assert found is not None  # tables() lists those in codes
     return found
+
+
+def _layer_input(source: Source, name: str) -> StoredLinear:
+    """The linear that gives layers inputs of their own; the table, a row for every token and layer."""
+    own, model = source.description.per_layer, source.description
+    assert own is not None
+    shapes = own.tensors(len(model.layers), model.hidden)
+    if name == LAYER_INPUTS:
+        return StoredLinear(source.kernel_floats(own.projection, shapes[own.projection]))
+    rows, columns = shapes[own.table]
+    table = source.coded(own.table, (rows, columns))
+    assert table is not None  # tables() lists one in codes
+    return table.with_width(own.width)
 
 
 def quantised_head(source: Source, head: str) -> StoredLinear:

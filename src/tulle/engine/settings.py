@@ -38,7 +38,7 @@ from tulle.engine.native_model import LatentAttention as NativeLatentAttention
 from tulle.engine.native_model import Mamba2 as NativeMamba2
 from tulle.engine.native_model import Norm as NativeNorm
 from tulle.engine.native_model import ShortConvolution as NativeShortConvolution
-from tulle.engine.prepare import EMBEDDING, EXACT_HEAD, HEAD, LAYER_INPUTS, absorbed_names
+from tulle.engine.prepare import EMBEDDING, EXACT_HEAD, HEAD, LAYER_INPUTS, LAYER_TABLE, absorbed_names
 from tulle.errors import UserError
 from tulle.format.spec import HeadSpec, LinearSpec
 from tulle.models.description import (
@@ -212,7 +212,7 @@ def settings_of(
         value=_head_grid(attention.value if attention else None),
         head_rotations=[hadamard(dim, block) for dim in sorted(rotated) if (block := hadamard_block(dim)) > 1],
         embedding=_embedding(source, linears, facts),
-        layer_inputs=_layer_inputs(source, linears, description) if whole else None,
+        layer_inputs=_layer_inputs(source, linears, facts) if whole else None,
         layers=layers,
         norm=final,
         head=Group([], [linears.linear([head.removesuffix(".weight")], HEAD, None)]),
@@ -379,17 +379,22 @@ def _input_gate(source: Source, linears: _Linears, layer: DecoderLayer, gate: De
     return InputGate(first, last, norm)
 
 
-def _layer_inputs(source: Source, linears: _Linears, model: Decoder) -> LayerInputs | None:
-    """Inputs of every layer's own; of the table the rows that the model has tokens for."""
-    own = model.per_layer
+def _layer_inputs(source: Source, linears: _Linears, facts: Mapping[str, LinearFacts]) -> LayerInputs | None:
+    """Inputs of every layer's own; of a table in floats the rows that the model has tokens for."""
+    own, model = source.description.per_layer, source.description
     if own is None:
         return None
     name, norm = own.table, _norm(source, own.norm, "", own.width)
     assert norm is not None
-    table = source.kernel_floats(name, own.tensors(len(model.layers), model.hidden)[name])[: model.vocabulary]
-    kind = WeightKind.BF16 if table.dtype == np.uint16 else WeightKind.F32
+    table: Table | Linear
+    if LAYER_TABLE in facts:
+        table = linears.linear([name.removesuffix(".weight")], LAYER_TABLE, None)
+    else:
+        shape = own.tensors(len(model.layers), model.hidden)[name]
+        numbers = source.kernel_floats(name, shape)[: model.vocabulary]
+        table = Table(WeightKind.BF16 if numbers.dtype == np.uint16 else WeightKind.F32, numbers.reshape(-1))
     projection = linears.linear([own.projection.removesuffix(".weight")], LAYER_INPUTS, None)
-    return LayerInputs(own.width, Table(kind, table.reshape(-1)), Group([], [projection]), norm)
+    return LayerInputs(own.width, table, Group([], [projection]), norm)
 
 
 def _sinks(source: Source, mixer: Attention, prefix: str) -> Floats | None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tulle.errors import UserError
 from tulle.models.config_keys import DEEPEST, same
 from tulle.models.description import Rotary
-from tulle.models.gguf import names
+from tulle.models.gguf import gemma4, names
 from tulle.models.gguf.families import Experts, Family, Windows, family_of
 from tulle.models.rotary import frequencies
 
@@ -132,7 +132,7 @@ def config_of(
         "hidden_size": hidden,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": keys.size("attention.head_count_kv", heads, also_zero=family.convolution is not None),
+        "num_key_value_heads": heads,
         "head_dim": head_dim,
         "max_position_embeddings": context,
         eps_key: keys.number(eps, 1e-5),
@@ -141,7 +141,10 @@ def config_of(
         "rope_theta": keys.number("rope.freq_base", 10000.0),
         **family.fixed,
     }
-    if family.experts is None or not family.experts.alone:
+    if not family.differing:
+        some = family.convolution is not None
+        config["num_key_value_heads"] = keys.size("attention.head_count_kv", heads, also_zero=some)
+    if not family.differing and (family.experts is None or not family.experts.alone):
         config["intermediate_size"] = keys.size("feed_forward_length")
     for key, value in family.required.items():
         if not same(keys.get(key, value), value):
@@ -158,7 +161,11 @@ def config_of(
     if family.delta_net:
         config |= _delta_net(keys, layers)
     config |= _windows(keys, family.windows, layers)
-    config |= _rotary(keys, family, config, rotated, rope or {})
+    if family.differing:
+        config |= gemma4.layers_differ(keys, config, stored, rope or {})
+        del config["rope_theta"]  # of tables of their own
+    else:
+        config |= _rotary(keys, family, config, rotated, rope or {})
     for number in family.numbers:
         found = keys.number(number.key, 0.0) or number.default
         into = config["rope_parameters"] if number.rotary else config

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from tulle.errors import UserError
 from tulle.models.description import Attention, Decoder
-from tulle.models.gguf import delta_net
+from tulle.models.gguf import delta_net, gemma4
 from tulle.models.gguf.names import Names
 
 Config = Mapping[str, Any]
@@ -122,6 +122,8 @@ class Family:
     experts: Experts | None = None
     delta_net: bool = False
     """Layers without attention are gated delta nets; the last layers may be heads for several tokens."""
+    differing: bool = False
+    """Heads and feed-forwards differ between layers, as Gemma 4's do (:mod:`tulle.models.gguf.gemma4`)."""
     convolution: str | None = None
     """The key of how many tokens gated short convolutions see; layers without heads of keys are such."""
     written: bool = True
@@ -265,6 +267,9 @@ FAMILIES = (
     Family("gemma3", "gemma3_text", "Gemma3ForCausalLM", **GEMMA, windows=Windows(6, fixed=True),
            numbers=(_logit_cap(None),), derived={"query_pre_attn_scalar": _gemma_scale(62)},
            tables=Tables(10000.0)),
+    Family("gemma4", "gemma4_text", "Gemma4ForCausalLM", head="tied", windows=Windows(6), ratios=True, differing=True,
+           names=GEMMA["names"] | gemma4.MODULES, outer=gemma4.OUTER, bare=gemma4.BARE, fixed=GEMMA["fixed"],
+           numbers=(_logit_cap(None),), written=False),
     Family("phi3", "phi3", "Phi3ForCausalLM", names={"attn_qkv": "self_attn.qkv_proj", **FUSED}, square=True,
            windows=Windows(0, used=False), partial=True, longrope=True),
     Family("olmo2", "olmo3", "Olmo3ForCausalLM", when="attention.sliding_window", names=ONLY_AFTER, head="own",

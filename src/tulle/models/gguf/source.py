@@ -186,6 +186,14 @@ class GgufSource:
         kind = self._find(name).kind
         return None if kind in STORED else blocks.bits_of(kind)
 
+    def scale_width(self, name: str) -> int | None:
+        """How many numbers of a row share a scale, of a quantised tensor; None of one in floats."""
+        place = self._find(name)
+        if place.kind in STORED:
+            return None
+        row = blocks.decode(place.raw()[:1], place.kind)
+        return row.codes.shape[1] // row.scale.shape[1]
+
     def identity(self) -> str:
         """Of the headers, the files' facts, and a page of every tensor."""
         from tulle.models.identity import add_file, page

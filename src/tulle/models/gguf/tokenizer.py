@@ -4,6 +4,7 @@
   name (``tokenizer.ggml.pre``): :data:`PRE` has the regular expressions.
 * **llama**: SentencePiece's BPE, with scores instead of merges, and bytes for what has no token. The pair whose token
   has the highest score is merged first; so merges in falling order of scores do the same.
+* **gemma4**: the same with merges of its own, and nothing put before a text.
 
 Control tokens are special, user-defined ones are found in the text before anything else.
 """
@@ -107,8 +108,10 @@ def tokenizer_of(metadata: Mapping[str, Any]) -> GgufTokenizer:
             tokenizer, bos = _byte_level(metadata, tokens)
         elif model == "llama":
             tokenizer, bos = _sentencepiece(metadata, tokens, kinds)
+        elif model == "gemma4":
+            tokenizer, bos = _with_spaces(tokens, kinds, _merges(metadata), prefix=False), True
         else:
-            raise UserError(f"expected a GGUF tokenizer of the model gpt2 or llama, found {model!r}")
+            raise UserError(f"expected a GGUF tokenizer of the model gpt2, llama or gemma4, found {model!r}")
         added = [
             AddedToken(token, special=kind == CONTROL, normalized=False)
             for token, kind in zip(tokens, kinds, strict=True)
@@ -218,20 +221,21 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> tuple[Tokeniz
     if pre is None:
         known = ", ".join(sorted({*PRE, *SAME}))
         raise UserError(f"expected tokenizer.ggml.pre of {known}, found {name!r}; give the Hugging Face folder")
-    merges = metadata.get("tokenizer.ggml.merges")
-    if not isinstance(merges, list):
-        raise UserError("expected tokenizer.ggml.merges in the GGUF file, found none; convert it again")
-    pairs = []
-    for merge in merges:
-        left, _, right = str(merge).partition(" ")
-        pairs.append((left, right))
-    model = models.BPE(_vocabulary(tokens), pairs, ignore_merges=pre.ignore_merges)
+    model = models.BPE(_vocabulary(tokens), _merges(metadata), ignore_merges=pre.ignore_merges)
     tokenizer = Tokenizer(model)
     cuts = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in pre.cuts]
     bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, bytes_of])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer, pre.bos
+
+
+def _merges(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
+    merges = metadata.get("tokenizer.ggml.merges")
+    if not isinstance(merges, list):
+        raise UserError("expected tokenizer.ggml.merges in the GGUF file, found none; convert it again")
+    parts = (str(merge).partition(" ") for merge in merges)
+    return [(left, right) for left, _, right in parts]
 
 
 def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], kinds: list[int]) -> tuple[Tokenizer, bool]:
@@ -241,7 +245,6 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], kinds: list[i
         raise UserError(f"expected tokenizer.ggml.scores of {len(tokens)} tokens, found none; convert the file again")
     if _flag(metadata, "remove_extra_whitespaces", False):
         raise UserError("expected a llama tokenizer that keeps white space, found remove_extra_whitespaces")
-    vocabulary = _vocabulary(tokens)
     merged = [n for n, kind in enumerate(kinds) if kind in (NORMAL, USER_DEFINED, UNUSED)]
     known = {tokens[n] for n in merged}
     ranked = sorted((-float(scores[n]), n) for n in merged)
@@ -252,16 +255,20 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], kinds: list[i
         for cut in range(1, len(token))
         if token[:cut] in known and token[cut:] in known
     ]
+    return _with_spaces(tokens, kinds, pairs, _flag(metadata, "add_space_prefix", True)), True
+
+
+def _with_spaces(tokens: list[str], kinds: list[int], pairs: list[tuple[str, str]], prefix: bool) -> Tokenizer:
+    """BPE of whole texts in which ▁ stands for a space; ``prefix``: one is put before the text."""
     unknown = next((token for token, kind in zip(tokens, kinds, strict=True) if kind == UNKNOWN), None)
     bytes_too = BYTE in kinds
-    model = models.BPE(vocabulary, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=bytes_too)
+    model = models.BPE(_vocabulary(tokens), pairs, unk_token=unknown, fuse_unk=True, byte_fallback=bytes_too)
     tokenizer = Tokenizer(model)
-    prefix = _flag(metadata, "add_space_prefix", True)
     spaces = normalizers.Replace(" ", "▁")
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
-    return tokenizer, True
+    return tokenizer
 
 
 def _surround(tokenizer: Tokenizer, bos: str | None, eos: str | None) -> None:
