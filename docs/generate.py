@@ -218,7 +218,7 @@ NEEDED: dict[str, dict[str, Any]] = {
 
 def model_families() -> str:
     """A row per family: what its file says first, what is special, which rotations and exports it takes."""
-    from tulle.engine.settings import FEATURES
+    from tulle.engine.runnable import FEATURES
     from tulle.models.description import describe, families
     from tulle.models.features import features
     from tulle.models.gguf.families import FAMILIES, WRITTEN

@@ -22,9 +22,10 @@ from tulle.engine.choose import check_layout, choose_layout, layouts_for
 from tulle.engine.kv_cache import PAGE, KVCache, PageTable
 from tulle.engine.prepare import Progress, prepared
 from tulle.engine.request import Event, Finish, Request
+from tulle.engine.runnable import kept_of
 from tulle.engine.sampling import Sampling
 from tulle.engine.scheduler import Scheduler
-from tulle.engine.settings import kept_of, settings_of
+from tulle.engine.settings import settings_of
 from tulle.errors import UserError
 from tulle.models.description import describe, families
 from tulle.models.source import open_source

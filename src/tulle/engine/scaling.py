@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from tulle.engine.checkpoint import Checkpoint
 from tulle.engine.files import ALIGNMENT, huge
+from tulle.engine.mixers import rotary_frequencies
 from tulle.engine.native_model import (
     Convolution,
     Matrix,
@@ -30,7 +31,6 @@ from tulle.engine.native_model import (
     WeightKind,
 )
 from tulle.engine.prepare import Progress
-from tulle.engine.settings import rotary_frequencies
 from tulle.errors import UserError
 from tulle.format.pack import bf16_to_f32, f32_to_bf16
 from tulle.models.config_keys import ConfigKeys
