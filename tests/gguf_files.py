@@ -98,6 +98,11 @@ READ_ONLY: dict[str, dict[str, Any]] = {
                         "full_attention": {"rope_type": "proportional", "rope_theta": 1000.0,
                                            "partial_rotary_factor": 0.25}}},
 }  # fmt: skip
+READ_ONLY["gemma4_text, experts"] = READ_ONLY["gemma4_text"] | {
+    "model_type": "gemma4_text", "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0,
+    "use_double_wide_mlp": False,
+    "enable_moe_block": True, "num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 32,
+}  # fmt: skip
 """Families whose files are read, but not written."""
 XIELU = ("alpha_p", "alpha_n", "beta", "eps")
 
@@ -167,6 +172,8 @@ def random_bytes(
 
 def theirs(name: str, architecture: str = "llama") -> str:
     """The GGUF name of a Hugging Face tensor, by the gguf library."""
+    if name.endswith(("router.scale", "router.per_expert_scale")):
+        return f"blk.{name.split('.')[2]}.ffn_{'down_exps' if 'expert' in name else 'gate_inp'}.scale"
     name = name.replace("block_sparse_moe.router.weight", "block_sparse_moe.router.layer.weight")
     name = name + ".weight" if name.endswith(("sinks", "layer_scalar")) else name
     if architecture == "bitnet" and "_sub_norm" in name:  # the library knows an older spelling
@@ -227,7 +234,7 @@ def write_random(
             continue
         if tensor.ndim == 1:
             values = rng.standard_normal(tensor.shape).astype(np.float32) * 0.1
-            values = values + 1 if name.endswith(("norm.weight", "layernorm.weight", "layer_scalar")) else values
+            values = values + 1 if name.endswith(("norm.weight", "layernorm.weight", "scalar", "scale")) else values
             state[name] = torch.from_numpy(values)
             stored = values + np.float32(1) if architecture in OFFSET and name.endswith("norm.weight") else values
             raw, of = stored.view(np.uint8), Type.F32
@@ -272,6 +279,10 @@ def _write_experts(
     """Writes transformers' tensor of all experts as GGUF's one or two; returns it. gpt-oss stores gate and up by turns,
     and inputs before outputs."""
     layer, module = name.split(".")[2], name.split(".")[-1]
+    if architecture == "gemma4" and module == "gate_up_proj":  # as they are
+        raw = random_bytes(rng, kind, shape[0] * shape[1], shape[2], size)
+        writer.add_tensor(f"blk.{layer}.ffn_gate_up_exps.weight", raw.reshape(*shape[:2], -1), raw_dtype=kind)
+        return torch.from_numpy(dequantised(raw, kind).reshape(shape))
     bias, by_turns = module.endswith("_bias"), architecture == "gpt-oss"
     parts = ("gate", "up") if "gate_up" in module else ("down",)
     rows, columns = (shape[-1], 1) if bias else (shape[-1], shape[1]) if by_turns else shape[1:]
@@ -432,6 +443,10 @@ def _write_gemma4(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     rotated = int(pairs * rope["full_attention"]["partial_rotary_factor"])
     writer.add_tensor("rope_freqs.weight", np.array([1.0] * rotated + [1e30] * (pairs - rotated), np.float32))
     writer.add_vocab_size(config["vocab_size"])
+    if config.get("enable_moe_block"):
+        writer.add_expert_count(config["num_experts"])
+        writer.add_expert_used_count(config["top_k_experts"])
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
 
 
 def add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:

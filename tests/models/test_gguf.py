@@ -453,8 +453,9 @@ LONG = {"rope_factors_long.weight": [2.0 + i for i in range(6)], "rope_factors_s
 @pytest.mark.parametrize("family", [*FAMILIES, *READ_ONLY])
 def test_families(tmp_path: Path, family: str) -> None:
     """What the library's writer stores as the converter of a family does, against transformers."""
-    model = write_random(tmp_path / "model.gguf", family_config(family), Type.F32, size=0.2)
-    assert GgufSource(tmp_path / "model.gguf").config["model_type"] == family
+    size = 0.1 if "gemma4" in family else 0.2  # whose scores are not scaled
+    model = write_random(tmp_path / "model.gguf", family_config(family), Type.F32, size=size)
+    assert GgufSource(tmp_path / "model.gguf").config["model_type"] == family.partition(",")[0]
     _same_logits(tmp_path / "model.gguf", model, 1e-5)
 
 
@@ -507,7 +508,7 @@ def test_windows_of_exaone_s_larger_model_alone(tmp_path: Path) -> None:
         ("gemma4_text", "gemma4.attention.value_length_swa", 8, "value_length_swa"),
         ("gemma4_text", "gemma4.attention.head_count_kv", [1, 2], "attention.head_count_kv"),
         ("gemma4_text", "gemma4.feed_forward_length", [96, 96, 96, 192, 288], "feed_forward_length"),
-        ("gemma4_text", "gemma4.expert_count", 4, "gemma4.expert_count"),
+        ("gemma4_text, experts", "gemma4.expert_count", 4, "expected 4 experts in blk.0.ffn_"),
     ],
 )
 def test_what_a_family_does_not_do_is_refused(

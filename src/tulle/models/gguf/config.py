@@ -186,7 +186,7 @@ def _experts(keys: _Keys, experts: Experts | None) -> dict[str, Any]:
     """How many experts there are, how many a token goes to, and their channels."""
     if experts is None:
         return {}
-    found = {experts.count: keys.size("expert_count"), "num_experts_per_tok": keys.size("expert_used_count")}
+    found = {experts.count: keys.size("expert_count"), experts.chosen: keys.size("expert_used_count")}
     for ours, key in ((experts.width, "expert_feed_forward_length"),
                       (experts.shared, "expert_shared_feed_forward_length")):  # fmt: skip
         if ours is not None:

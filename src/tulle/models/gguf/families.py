@@ -43,7 +43,7 @@ class Experts:
     """Experts, of which a token goes to a few."""
 
     count: str
-    """The config's key of how many there are; a token's are ``num_experts_per_tok``."""
+    """The config's key of how many there are."""
     module: str
     """Of a layer: their list."""
     parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
@@ -53,6 +53,12 @@ class Experts:
     """The same of the shared expert."""
     alone: bool = False
     """Whether the config has no width of dense layers."""
+    chosen: str = "num_experts_per_tok"
+    """The config's key of how many a token goes to."""
+    beside: bool = False
+    """Whether a dense feed-forward stands beside them."""
+    fused: bool = False
+    """Whether a tensor may hold gate and up of all of them, an expert's gate first."""
 
     def stacks(self) -> dict[str, str]:
         """GGUF's modules that hold all experts → names of their parts, with {} for an expert's number."""
@@ -162,7 +168,7 @@ class Family:
         left_out: dict[str, str | None] = {"output": None} if self.head == "tied" else {}
         if self.experts is None:
             return Names({**self.names, **left_out}, self.biased, bare=self.bare, outer=self.outer)
-        dense: dict[str, str | None] = dict.fromkeys(FEED_FORWARD)
+        dense: dict[str, str | None] = {} if self.experts.beside else dict.fromkeys(FEED_FORWARD)
         return Names({**dense, **self.names, **left_out}, self.biased, self.experts.stacks(), self.bare)
 
 
@@ -267,6 +273,11 @@ FAMILIES = (
     Family("gemma3", "gemma3_text", "Gemma3ForCausalLM", **GEMMA, windows=Windows(6, fixed=True),
            numbers=(_logit_cap(None),), derived={"query_pre_attn_scalar": _gemma_scale(62)},
            tables=Tables(10000.0)),
+    Family("gemma4", "gemma4_text", "Gemma4ForCausalLM", when="expert_count", head="tied", windows=Windows(6),
+           ratios=True, differing=True, names=GEMMA["names"] | gemma4.EXPERTS, bare=gemma4.BARE | gemma4.SCALES,
+           fixed=GEMMA["fixed"] | {"enable_moe_block": True}, numbers=(_logit_cap(None),), written=False,
+           experts=Experts("num_experts", "experts", width="moe_intermediate_size", chosen="top_k_experts",
+                           beside=True, fused=True)),
     Family("gemma4", "gemma4_text", "Gemma4ForCausalLM", head="tied", windows=Windows(6), ratios=True, differing=True,
            names=GEMMA["names"] | gemma4.MODULES, outer=gemma4.OUTER, bare=gemma4.BARE, fixed=GEMMA["fixed"],
            numbers=(_logit_cap(None),), written=False),

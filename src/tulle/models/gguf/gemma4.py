@@ -24,6 +24,11 @@ OUTER: dict[str, str | None] = {
     "per_layer_model_proj": "model.per_layer_model_projection",
     "per_layer_proj_norm": "model.per_layer_projection_norm",
 }
+EXPERTS: dict[str, str | None] = {
+    "ffn_gate_inp": "router.proj", "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
+    "post_ffw_norm_1": "post_feedforward_layernorm_1", "post_ffw_norm_2": "post_feedforward_layernorm_2",
+}  # fmt: skip
+SCALES = {"ffn_gate_inp.scale": "router.scale", "ffn_down_exps.scale": "router.per_expert_scale"}
 BARE = {"layer_output_scale.weight": "layer_scalar"}
 STILL = 1e29
 """Factors from here on: channels that are not rotated."""

@@ -29,6 +29,8 @@ LAYER = {
 }
 """Of a layer's modules: ``blk.3.attn_q.weight`` is ``model.layers.3.self_attn.q_proj.weight``."""
 ROPE = "rope_freqs.weight"
+GATE_UP = "ffn_gate_up_exps.weight"
+"""Gate and up of all experts."""
 ONE_OUTPUT = "ffn_gate_inp_shexp.weight"
 """A linear of one output, which may be stored as a vector."""
 CONVOLUTIONS = ("ssm_conv1d.weight", "shortconv.conv.weight")

@@ -39,11 +39,13 @@ TOKENIZER_VERSION = 1
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor is stored: by itself, or as that of one expert in a tensor of all."""
+    """Where a tensor is stored: by itself, or as that of one expert in a tensor of all, or as half of that."""
 
     file: GgufFile
     theirs: str
     expert: int | None = None
+    half: int | None = None
+    """Of an expert's rows."""
 
     @property
     def kind(self) -> blocks.Type:
@@ -52,6 +54,8 @@ class _Place:
     @property
     def shape(self) -> tuple[int, ...]:
         found = self.file.tensors[self.theirs].shape
+        if self.half is not None:
+            return found[1] // 2, *found[2:]
         if self.expert is not None:
             return found[1:]
         if self.theirs.endswith(names.CONVOLUTIONS) and len(found) == 2:
@@ -62,13 +66,16 @@ class _Place:
     @property
     def bytes(self) -> int:
         entry = self.file.tensors[self.theirs]
-        return entry.bytes if self.expert is None else entry.bytes // entry.shape[0]
+        parts = 1 if self.expert is None else entry.shape[0]
+        return entry.bytes // (parts if self.half is None else 2 * parts)
 
     def raw(self) -> NDArray[np.uint8]:
         """``[..., bytes of a row]``, of a vector one row."""
         found = self.file.raw(self.theirs)
         if self.expert is not None:
             found = found[self.expert]
+        if self.half is not None:
+            found = np.split(found, 2)[self.half]
         return found.reshape(*self.shape[:-1], -1) if len(self.shape) > 1 else found.reshape(1, -1)
 
 
@@ -105,13 +112,14 @@ class GgufSource:
             elif ours is not None:
                 self._by_name[ours] = _Place(file, theirs)
             elif (part := family.tensors.experts(theirs)) is not None:
-                shape = file.tensors[theirs].shape
-                if len(shape) != (3 if theirs.endswith("weight") else 2):
-                    raise UserError(f"expected a tensor of all experts as {theirs}, found shape {list(shape)}")
-                if shape[0] != experts:
-                    raise UserError(f"expected {experts} experts in {theirs}, found {shape[0]}; copy the file again")
-                for expert in range(shape[0]):
+                for expert in range(_count(file, theirs, experts)):
                     self._by_name[part.format(expert)] = _Place(file, theirs, expert)
+            elif family.experts is not None and family.experts.fused and theirs.endswith(names.GATE_UP):
+                for half, kind in enumerate(("gate", "up")):
+                    part = family.tensors.experts(theirs.replace("gate_up", kind))
+                    assert part is not None
+                    for expert in range(_count(file, theirs, experts, halves=True)):
+                        self._by_name[part.format(expert)] = _Place(file, theirs, expert, half)
             elif theirs in known:
                 rope[theirs] = blocks.to_float32(file.raw(theirs), file.tensors[theirs].type).reshape(-1)
             else:
@@ -270,6 +278,17 @@ class GgufSource:
         if rows != heads * head_dim or head_dim % 2:
             raise UserError(f"expected {heads} heads of {head_dim} channels in {theirs}, found {rows} rows")
         return names.restored_rows(heads, head_dim)
+
+
+def _count(file: GgufFile, theirs: str, experts: Any, halves: bool = False) -> int:
+    """Of the experts in a tensor of all. Raises ``UserError`` where they are not as many as the file says, or have no
+    ``halves``."""
+    shape = file.tensors[theirs].shape
+    if len(shape) != (3 if theirs.endswith("weight") else 2) or (halves and shape[1] % 2):
+        raise UserError(f"expected a tensor of all experts as {theirs}, found shape {list(shape)}")
+    if shape[0] != experts:
+        raise UserError(f"expected {experts} experts in {theirs}, found {shape[0]}; copy the file again")
+    return shape[0]
 
 
 def _numbers(metadata: Mapping[str, Any], family: Family, config: Mapping[str, Any]) -> dict[str, NDArray[np.float32]]:
