@@ -25,7 +25,7 @@ ARCHITECTURES = {
     "nemotron": "nemotron", "arcee": "arcee", "apertus": "apertus", "ministral3": "mistral3", "bitnet": "bitnet",
     "mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "olmoe": "olmoe", "gpt_oss": "gpt-oss",
     "granitemoe": "granitemoe", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe",
-    "lfm2": "lfm2", "gemma4_text": "gemma4",
+    "lfm2": "lfm2", "gemma4_text": "gemma4", "glm4_moe": "glm4moe",
 }  # fmt: skip
 PERMUTED = ("llama", "granite", "granitemoe", "smollm3", "arcee", "mistral3")
 """Architectures whose converters are children of Llama's and reorder q and k."""
@@ -89,6 +89,10 @@ READ_ONLY: dict[str, dict[str, Any]] = {
         "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
     "lfm2": {"norm_eps": 1e-5, "conv_L_cache": 3, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": True,
              "layer_types": ["conv", "conv", "full_attention", "conv", "full_attention"]},
+    "glm4_moe": {"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 2,
+                 "first_k_dense_replace": 2, "norm_topk_prob": True, "routed_scaling_factor": 1.5, "use_qk_norm": True,
+                 "attention_bias": True, "n_group": 1, "topk_group": 1, "rope_parameters": {
+                     "rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.5}},
     "gemma4_text": {"head_dim": 16, "global_head_dim": 32, "sliding_window": 8, "tie_word_embeddings": True,
                     "layer_types": ["sliding_attention"] + ["sliding_attention", "full_attention"] * 2,
                     "num_kv_shared_layers": 2, "use_double_wide_mlp": True, "hidden_size_per_layer_input": 32,
@@ -174,6 +178,7 @@ def theirs(name: str, architecture: str = "llama") -> str:
     """The GGUF name of a Hugging Face tensor, by the gguf library."""
     if name.endswith(("router.scale", "router.per_expert_scale")):
         return f"blk.{name.split('.')[2]}.ffn_{'down_exps' if 'expert' in name else 'gate_inp'}.scale"
+    name = name.replace("e_score_correction_bias", "e_score_correction.bias")
     name = name.replace("block_sparse_moe.router.weight", "block_sparse_moe.router.layer.weight")
     name = name + ".weight" if name.endswith(("sinks", "layer_scalar")) else name
     if architecture == "bitnet" and "_sub_norm" in name:  # the library knows an older spelling
@@ -405,7 +410,15 @@ def write_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
         writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
     if config["model_type"] == "olmo3":
         writer.add_sliding_window_pattern([(i + 1) % 4 != 0 for i in range(config["num_hidden_layers"])])
-    experts = config.get("num_experts", config.get("num_local_experts"))
+    experts = next(
+        (config[key] for key in ("num_experts", "num_local_experts", "n_routed_experts") if key in config), None
+    )
+    if "n_routed_experts" in config:
+        writer.add_expert_shared_count(config["n_shared_experts"])
+        writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+        writer.add_expert_weights_scale(config["routed_scaling_factor"])
+        writer.add_expert_weights_norm(config["norm_topk_prob"])
     if experts is not None:
         writer.add_expert_count(experts)
         writer.add_expert_used_count(config["num_experts_per_tok"])

@@ -33,6 +33,8 @@ HARMLESS = {
 }
 """Keys under the architecture's name that change nothing, and why."""
 
+SIGMOID = 2
+"""``expert_gating_func``, as llama.cpp numbers them."""
 FURTHER_HEADS = "nextn_predict_layers"
 NOTHING = (
     "expert_count", "expert_used_count", "attention.scale", "attention.sliding_window",
@@ -153,6 +155,8 @@ def config_of(
         config[flag] = f"blk.0.{module}.bias" in stored
     for flag, module in family.absent.items():
         config[flag] = f"blk.0.{module}.weight" not in stored
+    for flag, module in family.present.items():
+        config[flag] = f"blk.0.{module}.weight" in stored
     if family.partial:
         config["partial_rotary_factor"] = _share(rotated, head_dim)
     config |= _experts(keys, family.experts)
@@ -191,13 +195,29 @@ def _experts(keys: _Keys, experts: Experts | None) -> dict[str, Any]:
                       (experts.shared, "expert_shared_feed_forward_length")):  # fmt: skip
         if ours is not None:
             found[ours] = keys.size(key)
-    return found
+    return found | (_counted(keys) if experts.counted else {})
+
+
+def _counted(keys: _Keys) -> dict[str, Any]:
+    """Shared experts, dense first layers, and how experts' weights are made of sigmoids."""
+    keys.read.add(FURTHER_HEADS)
+    if keys.get("expert_gating_func", SIGMOID) not in (0, SIGMOID):
+        raise keys.refused("expert_gating_func", f"{SIGMOID} (sigmoids)", keys.get("expert_gating_func"))
+    normalise, dense = keys.get("expert_weights_norm", False), keys.get("leading_dense_block_count", 0)
+    if not isinstance(normalise, bool):
+        raise keys.refused("expert_weights_norm", "true or false", normalise)
+    return {
+        "n_shared_experts": keys.size("expert_shared_count"),
+        "first_k_dense_replace": keys.size("leading_dense_block_count") if dense else 0,
+        "norm_topk_prob": normalise,
+        "routed_scaling_factor": keys.number("expert_weights_scale", 0.0) or 1.0,
+    }
 
 
 def further_layers(metadata: Mapping[str, Any], family: Family) -> range:
     """The last layers that are heads for several tokens, which nobody reads."""
     layers, count = (metadata.get(f"{family.architecture}.{key}", 0) for key in ("block_count", FURTHER_HEADS))
-    if not family.delta_net or not all(type(one) is int and one > 0 for one in (layers, count)):
+    if not family.further or not all(type(one) is int and one > 0 for one in (layers, count)):
         return range(0)
     return range(layers - count, layers)
 

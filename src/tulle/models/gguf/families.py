@@ -59,6 +59,8 @@ class Experts:
     """Whether a dense feed-forward stands beside them."""
     fused: bool = False
     """Whether a tensor may hold gate and up of all of them, an expert's gate first."""
+    counted: bool = False
+    """Whether the file counts shared experts and dense first layers, and says how weights are made (DeepSeek)."""
 
     def stacks(self) -> dict[str, str]:
         """GGUF's modules that hold all experts → names of their parts, with {} for an expert's number."""
@@ -116,6 +118,8 @@ class Family:
     """Config keys that are true where a module of the first layer has a bias."""
     absent: Mapping[str, str] = field(default_factory=dict)
     """Config keys that are true where the first layer has no such module."""
+    present: Mapping[str, str] = field(default_factory=dict)
+    """The same where it has one."""
     eps: tuple[str, str] = ("attention.layer_norm_rms_epsilon", "rms_norm_eps")
     """Keys of the norms' eps."""
     norm_offset: float = 0.0
@@ -127,7 +131,9 @@ class Family:
     numbers: tuple[Number, ...] = ()
     experts: Experts | None = None
     delta_net: bool = False
-    """Layers without attention are gated delta nets; the last layers may be heads for several tokens."""
+    """Layers without attention are gated delta nets."""
+    further: bool = False
+    """The last layers may be heads for several tokens."""
     differing: bool = False
     """Heads and feed-forwards differ between layers, as Gemma 4's do (:mod:`tulle.models.gguf.gemma4`)."""
     convolution: str | None = None
@@ -227,7 +233,7 @@ SHARED: dict[str, str | None] = {
 }
 HYBRID: dict[str, Any] = {
     "names": {**delta_net.NAMES, "post_attention_norm": "post_attention_layernorm"}, "bare": delta_net.BARE,
-    "delta_net": True, "norm_offset": 1.0, "partial": True, "written": False,
+    "delta_net": True, "further": True, "norm_offset": 1.0, "partial": True, "written": False,
 }  # fmt: skip
 
 FAMILIES = (
@@ -255,6 +261,14 @@ FAMILIES = (
     Family("granitemoe", "granitemoe", "GraniteMoeForCausalLM", permuted=True, ratios=True, numbers=GRANITE,
            required={"rope.scaling.finetuned": True}, names={"ffn_gate_inp": "block_sparse_moe.router.layer"},
            experts=Experts("num_local_experts", "block_sparse_moe.experts")),
+    Family("glm4moe", "glm4_moe", "Glm4MoeForCausalLM", biased=(*QKV, "exp_probs_b"), partial=True, further=True,
+           flags={"attention_bias": "attn_q"}, present={"use_qk_norm": "attn_q_norm"}, written=False, names={
+               "post_attention_norm": "post_attention_layernorm", "ffn_norm": None, "ffn_gate_inp": "mlp.gate",
+               **{f"ffn_{part}_shexp": f"mlp.shared_experts.{part}_proj" for part in PARTS}},
+           bare={"exp_probs_b.bias": "mlp.gate.e_score_correction_bias"},
+           fixed={"hidden_act": "silu", "n_group": 1, "topk_group": 1},
+           experts=Experts("n_routed_experts", "mlp.experts", width="moe_intermediate_size", beside=True,
+                           counted=True)),
     Family("qwen35", "qwen3_5_text", "Qwen3_5ForCausalLM", **HYBRID),
     Family("qwen35moe", "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", **HYBRID | {
            "names": {**HYBRID["names"], "ffn_gate_inp": "mlp.gate", **SHARED}},
