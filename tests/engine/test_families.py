@@ -72,3 +72,18 @@ def test_longrope_of_long_contexts(tmp_path: Path) -> None:
     for context, tokens in ((64, TOKENS), (16, TOKENS[:16])):
         engine = Engine(folder, threads=1, context=context, cache="f32", head="as stored")
         assert difference(engine.forward(tokens), wanted(folder, tokens)) <= 5e-5
+
+
+@pytest.mark.parametrize("cache", ["f32", "auto"])
+def test_quantised_keys_of_heads_of_several_sizes(tmp_path: Path, cache: str) -> None:
+    """Rotated head by head in front of the quantisers; the last layers read earlier ones' codes."""
+    folder = write_family(tmp_path / "dense", "gemma4_text", 2)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["num_kv_shared_layers"] == 2
+    recipe = {"calibration": {"samples": 4, "length": 24}, "steps": [{"kv_cache": {"bits": 4}}]}
+    compress(folder, recipe, tmp_path / "out", calibration=TEXT)
+    found = Engine(tmp_path / "out", threads=2, cache=cache, head="as stored").forward(TOKENS)
+    expected = wanted(tmp_path / "out", TOKENS, packed=True)
+    assert np.linalg.norm(found - expected) <= 5e-3 * np.linalg.norm(expected)
+    dense = wanted(folder, TOKENS)
+    assert np.linalg.norm(found - dense) > 2e-2 * np.linalg.norm(dense)
