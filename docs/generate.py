@@ -224,7 +224,7 @@ def model_families() -> str:
     from tulle.models.gguf.families import FAMILIES, WRITTEN
     from tulle.models.rewrite import NOT_ROTATED
 
-    read = {family.model_type for family in FAMILIES}
+    read = {family.model_type for family in FAMILIES} | {"qwen3_next"}  # as Qwen 3.5, the same function
     rows = []
     for family in families():
         decoder = describe({"model_type": family} | NEEDED.get(family, {}))

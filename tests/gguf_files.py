@@ -26,10 +26,11 @@ ARCHITECTURES = {
     "mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "olmoe": "olmoe", "gpt_oss": "gpt-oss",
     "granitemoe": "granitemoe", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe",
     "lfm2": "lfm2", "gemma4_text": "gemma4", "glm4_moe": "glm4moe",
+    "qwen3_next": "qwen3next",
 }  # fmt: skip
 PERMUTED = ("llama", "granite", "granitemoe", "smollm3", "arcee", "mistral3")
 """Architectures whose converters are children of Llama's and reorder q and k."""
-OFFSET = ("gemma2", "gemma3", "nemotron", "qwen35", "qwen35moe")
+OFFSET = ("gemma2", "gemma3", "nemotron", "qwen35", "qwen35moe", "qwen3next")
 """Whose converters add 1 to norms."""
 HALVES = {
     Type.Q4_0: (0,), Type.Q4_1: (0, 2), Type.Q5_0: (0,), Type.Q5_1: (0, 2), Type.Q8_0: (0,), Type.Q2_K: (80, 82),
@@ -86,6 +87,8 @@ DELTA_NET = {
 READ_ONLY: dict[str, dict[str, Any]] = {
     "qwen3_5_text": DELTA_NET,
     "qwen3_5_moe_text": DELTA_NET | {
+        "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
+    "qwen3_next": DELTA_NET | {
         "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
     "lfm2": {"norm_eps": 1e-5, "conv_L_cache": 3, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": True,
              "layer_types": ["conv", "conv", "full_attention", "conv", "full_attention"]},
@@ -323,7 +326,9 @@ def _write_delta_net(
     """Writes a tensor of a gated delta net as Qwen 3.5's converter does, value heads in its order; returns it."""
     keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
     layer, module = name.split(".")[2], name.split("linear_attn.")[1]
+    fused = config["model_type"] == "qwen3_next"
     theirs = {
+        "in_proj_qkvz.weight": "attn_qkv.weight", "in_proj_ba.weight": "ssm_ba.weight",
         "in_proj_qkv.weight": "attn_qkv.weight", "in_proj_z.weight": "attn_gate.weight", "A_log": "ssm_a",
         "in_proj_a.weight": "ssm_alpha.weight", "in_proj_b.weight": "ssm_beta.weight", "dt_bias": "ssm_dt.bias",
         "norm.weight": "ssm_norm.weight", "conv1d.weight": "ssm_conv1d.weight", "out_proj.weight": "ssm_out.weight",
@@ -336,6 +341,15 @@ def _write_delta_net(
         raw = rng.standard_normal(tuple(tensor.shape)).astype(np.float32) * np.float32(0.3)
         found = torch.from_numpy(raw.copy())
         raw = -np.exp(raw) if module == "A_log" else raw.squeeze()
+    if fused:
+        if module == "in_proj_qkvz.weight":
+            width = config["linear_key_head_dim"], values // keys * config["linear_value_head_dim"]
+            by_head = np.split(raw.reshape(keys, -1, raw.shape[1]), np.cumsum([width[0], width[0], width[1]]), 1)
+            *qkv, z = (np.ascontiguousarray(part).reshape(-1, raw.shape[1]) for part in by_head)
+            writer.add_tensor(f"blk.{layer}.attn_gate.weight", z, raw_dtype=kind)
+            raw = np.concatenate(qkv)
+        writer.add_tensor(f"blk.{layer}.{theirs}", np.ascontiguousarray(raw), raw_dtype=kind)
+        return found
     before = 2 * keys * config["linear_key_head_dim"] if module in ("in_proj_qkv.weight", "conv1d.weight") else 0
 
     def tiled(rows: NDArray[Any]) -> NDArray[Any]:

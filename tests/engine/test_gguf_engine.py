@@ -65,6 +65,7 @@ def test_fused_tensors_and_norms_that_are_more_than_stored(tmp_path: Path, famil
         ("qwen3_5_text", Type.Q8_0, 3e-3),
         ("qwen3_5_moe_text", Type.Q5_1, 3e-3),
         ("glm4_moe", Type.Q8_0, 3e-4),
+        ("qwen3_next", Type.Q8_0, 3e-3),
         ("gemma4_text", Type.F32, 1e-5),
         ("gemma4_text", Type.Q8_0, 3e-3),
         ("gemma4_text, experts", Type.Q8_0, 3e-3),
@@ -75,7 +76,7 @@ def test_experts_and_delta_nets_and_layers_that_differ(tmp_path: Path, family: s
     inputs. What inputs of 16 bits round grows from token to token in a state, and where scores are large."""
     config = family_config(family)
     if "layer_types" not in config:  # whose kinds of layers stand in the config
-        config["num_hidden_layers"] = 4 if "qwen3_5" in family or family == "glm4_moe" else 2
+        config["num_hidden_layers"] = 4 if family.startswith(("qwen3_5", "qwen3_next", "glm4")) else 2
     if kind == Type.Q4_K:
         config |= {"hidden_size": 256, "num_attention_heads": 8, "moe_intermediate_size": 256}
     embedding = kind if "gemma4" in family else Type.F16  # whose layers have a table, too

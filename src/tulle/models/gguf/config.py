@@ -148,6 +148,7 @@ def config_of(
         config["num_key_value_heads"] = keys.size("attention.head_count_kv", heads, also_zero=some)
     if not family.differing and (family.experts is None or not family.experts.alone):
         config["intermediate_size"] = keys.size("feed_forward_length")
+    keys.read.add("feed_forward_length")  # of dense layers, where there are none
     for key, value in family.required.items():
         if not same(keys.get(key, value), value):
             raise keys.refused(key, str(value), keys.get(key))

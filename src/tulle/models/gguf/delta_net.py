@@ -3,6 +3,8 @@
 In a folder, the value heads that share a key head follow each other: head r of key head k is number k·R + r. Converters
 store it at r·K + k. Rows (and the output linear's columns) are whole blocks of a quantised type, so that putting them
 back rounds nothing. A_log is stored as −e^A_log.
+
+Files of Qwen3-Next have the folder's order, and b and a in one tensor: of every key head its value heads' b, then a.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ NAMES: dict[str, str | None] = {
 }  # fmt: skip
 DECAY, CONVOLUTION, OUTPUT, NORM = "ssm_a", "ssm_conv1d.weight", "ssm_out.weight", "ssm_norm.weight"
 BARE = {"ssm_dt.bias": "linear_attn.dt_bias", DECAY: "linear_attn.A_log"}
+BOTH = "ssm_ba.weight"
+PARTS_OF_BOTH = ("linear_attn.in_proj_b.weight", "linear_attn.in_proj_a.weight")
 ALL_INPUTS = ("attn_qkv.weight", CONVOLUTION)
 """Queries and keys, whose order stays, and then values."""
 PER_HEAD = ("ssm_alpha.weight", "ssm_beta.weight", "ssm_dt.bias", DECAY)

@@ -132,6 +132,8 @@ class Family:
     experts: Experts | None = None
     delta_net: bool = False
     """Layers without attention are gated delta nets."""
+    tiled: bool = False
+    """Their value heads stand in another order (:mod:`tulle.models.gguf.delta_net`)."""
     further: bool = False
     """The last layers may be heads for several tokens."""
     differing: bool = False
@@ -233,7 +235,7 @@ SHARED: dict[str, str | None] = {
 }
 HYBRID: dict[str, Any] = {
     "names": {**delta_net.NAMES, "post_attention_norm": "post_attention_layernorm"}, "bare": delta_net.BARE,
-    "delta_net": True, "further": True, "norm_offset": 1.0, "partial": True, "written": False,
+    "delta_net": True, "tiled": True, "further": True, "norm_offset": 1.0, "partial": True, "written": False,
 }  # fmt: skip
 
 FAMILIES = (
@@ -273,6 +275,10 @@ FAMILIES = (
     Family("qwen35moe", "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", **HYBRID | {
            "names": {**HYBRID["names"], "ffn_gate_inp": "mlp.gate", **SHARED}},
            experts=Experts("num_experts", "mlp.experts", width="moe_intermediate_size",
+                           shared="shared_expert_intermediate_size", alone=True)),
+    Family("qwen3next", "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", **HYBRID | {
+           "names": {**HYBRID["names"], "ffn_gate_inp": "mlp.gate", **SHARED}, "tiled": False},
+           experts=Experts("num_experts", "mlp.experts", width="moe_intermediate_size", fused=True,
                            shared="shared_expert_intermediate_size", alone=True)),
     Family("lfm2", "lfm2", "Lfm2ForCausalLM", eps=("attention.layer_norm_rms_epsilon", "norm_eps"), square=True,
            convolution="shortconv.l_cache", written=False, outer={"output_norm": None,

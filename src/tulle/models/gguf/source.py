@@ -39,13 +39,14 @@ TOKENIZER_VERSION = 1
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor is stored: by itself, or as that of one expert in a tensor of all, or as half of that."""
+    """Where a tensor is stored: by itself, as that of one expert in a tensor of all, or as half of one of these."""
 
     file: GgufFile
     theirs: str
     expert: int | None = None
     half: int | None = None
-    """Of an expert's rows."""
+    groups: int = 1
+    """Of an expert's rows, or all, or of each of so many equal groups of them."""
 
     @property
     def kind(self) -> blocks.Type:
@@ -54,10 +55,12 @@ class _Place:
     @property
     def shape(self) -> tuple[int, ...]:
         found = self.file.tensors[self.theirs].shape
-        if self.half is not None:
-            return found[1] // 2, *found[2:]
         if self.expert is not None:
-            return found[1:]
+            found = found[1:]
+        if self.half is not None:
+            return found[0] // 2, *found[1:]
+        if self.expert is not None:
+            return found
         if self.theirs.endswith(names.CONVOLUTIONS) and len(found) == 2:
             return found[0], 1, found[1]
         # A gate of one output is a row, whether or not the file says so.
@@ -75,7 +78,8 @@ class _Place:
         if self.expert is not None:
             found = found[self.expert]
         if self.half is not None:
-            found = np.split(found, 2)[self.half]
+            rows = found.reshape(self.groups, 2, self.shape[0] // self.groups, -1)
+            found = np.ascontiguousarray(rows[:, self.half])
         return found.reshape(*self.shape[:-1], -1) if len(self.shape) > 1 else found.reshape(1, -1)
 
 
@@ -120,6 +124,10 @@ class GgufSource:
                     assert part is not None
                     for expert in range(_count(file, theirs, experts, halves=True)):
                         self._by_name[part.format(expert)] = _Place(file, theirs, expert, half)
+            elif family.delta_net and not family.tiled and theirs.endswith(f".{delta_net.BOTH}"):
+                for half, part in enumerate(delta_net.PARTS_OF_BOTH):
+                    name = f"model.layers.{names.layer_of(theirs)}.{part}"
+                    self._by_name[name] = _Place(file, theirs, half=half, groups=self._key_heads(file, theirs))
             elif theirs in known:
                 rope[theirs] = blocks.to_float32(file.raw(theirs), file.tensors[theirs].type).reshape(-1)
             else:
@@ -135,6 +143,13 @@ class GgufSource:
         self.notes: list[str] = []
         if left_out:
             self.notes.append(f"left out: {left_out} tensors of heads for several tokens")
+
+    def _key_heads(self, file: GgufFile, theirs: str) -> int:
+        """Of delta nets, in each of which a tensor has as many b as a."""
+        count, shape = self.metadata.get(f"{self.family.architecture}.ssm.group_count"), file.tensors[theirs].shape
+        if type(count) is not int or count < 1 or len(shape) != 2 or shape[0] % (2 * count):
+            raise UserError(f"expected b and a of {count} key heads in {theirs}, found shape {list(shape)}")
+        return count
 
     def names(self) -> list[str]:
         return sorted([*self._by_name, *self._numbers])
@@ -259,12 +274,14 @@ class GgufSource:
 
     def _by_columns(self, place: _Place) -> bool:
         """Whether it is columns that are put back."""
-        return self.family.delta_net and place.theirs.endswith(delta_net.OUTPUT)
+        return self.family.tiled and place.theirs.endswith(delta_net.OUTPUT)
 
     def _order(self, place: _Place) -> NDArray[np.int64] | None:
         """The order of a tensor's rows (or columns), where it is not the stored one."""
         theirs, shape = place.theirs, place.shape
         if self.family.delta_net:
+            if not self.family.tiled:
+                return None
             order = delta_net.order(theirs, self.config)
             wide = shape[1 if self._by_columns(place) else 0]
             if order is not None and len(order) != wide:
