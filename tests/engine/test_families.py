@@ -62,6 +62,17 @@ def test_refused_by_name(tmp_path: Path) -> None:
         Engine(write_family(tmp_path / "model", "starcoder2", 1, hidden_act="gelu"), threads=1)
 
 
+@pytest.mark.parametrize("family", ["llama", "granite", "gemma2", "gemma3_text", "gemma4_text"])
+def test_an_embedding_in_codes(family: str, tmp_path: Path) -> None:
+    """Rows are scaled as the dense model's are, in the engine and in transformers."""
+    folder = write_family(tmp_path / "dense", family, 2)
+    steps = [{"round_to_nearest": {"bits": 8, "targets": ["embedding"]}}]
+    compress(folder, {"calibration": {"samples": 4, "length": 24}, "steps": steps}, tmp_path / "out", calibration=TEXT)
+    found = Engine(tmp_path / "out", threads=2, cache="f32", head="as stored").forward(TOKENS)
+    assert difference(found, wanted(tmp_path / "out", TOKENS, packed=True)) <= 1e-4
+    assert difference(found, wanted(folder, TOKENS)) <= 0.2
+
+
 def test_longrope_of_long_contexts(tmp_path: Path) -> None:
     """Beyond the first training's length all texts have the long factors, as transformers has them of long texts."""
     folder = write_family(tmp_path / "model", "phi3", 1)

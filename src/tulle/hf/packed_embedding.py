@@ -15,7 +15,8 @@ from tulle.hf.packed_linear import DTYPES, dequantise
 
 
 class PackedEmbedding(nn.Module):
-    """An embedding ``[V, d]`` whose buffers are the packed tensors of ``spec``; rows come out in ``dtype``.
+    """An embedding ``[V, d]`` whose buffers are the packed tensors of ``spec``; rows come out in ``dtype``, multiplied
+    by ``multiplier``.
 
     ``forward`` unpacks the rows that are asked for. :meth:`table` keeps what it unpacked until the next loading or
     moving.
@@ -27,9 +28,10 @@ class PackedEmbedding(nn.Module):
         padding_idx: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        multiplier: float = 1.0,
     ) -> None:
         super().__init__()
-        self.spec, self.padding_idx = spec, padding_idx
+        self.spec, self.padding_idx, self.multiplier = spec, padding_idx, multiplier
         self.num_embeddings, self.embedding_dim = spec.shape
         for suffix, (kind, shape) in spec.tensors().items():
             self.register_buffer(suffix, torch.zeros(shape, dtype=DTYPES[kind], device=device))
@@ -45,7 +47,13 @@ class PackedEmbedding(nn.Module):
             if buffer is not None
         }
         spec = replace(self.spec, shape=(len(unique), self.embedding_dim))
-        return dequantise(spec, rows)[places].to(self._dtype).reshape(*tokens.shape, self.embedding_dim)
+        found = dequantise(spec, rows)[places].to(self._dtype).reshape(*tokens.shape, self.embedding_dim)
+        # As transformers does: the multiplier, too, in the rows' dtype.
+        return (
+            found
+            if self.multiplier == 1
+            else found * torch.tensor(self.multiplier, dtype=found.dtype, device=found.device)
+        )
 
     def dequantise(self) -> Tensor:
         """The float32 table ``[V, d]``."""

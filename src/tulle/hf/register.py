@@ -228,12 +228,27 @@ def _replace(model: PreTrainedModel, name: str, spec: LinearSpec) -> None:
         raise UserError(f"expected a linear {name}, found none in {type(model).__name__}; {MISMATCH}") from None
     if isinstance(linear, nn.Embedding) and tuple(linear.weight.shape) == tuple(spec.shape):
         weight = linear.weight
-        setattr(parent, child, PackedEmbedding(spec, linear.padding_idx, device=weight.device, dtype=weight.dtype))
+        scale = _embedding_scale(name, linear)
+        packed = PackedEmbedding(spec, linear.padding_idx, device=weight.device, dtype=weight.dtype, multiplier=scale)
+        setattr(parent, child, packed)
         return
     if not isinstance(linear, nn.Linear) or (linear.out_features, linear.in_features) != tuple(spec.shape):
         raise UserError(f"expected {name} as a linear of shape {list(spec.shape)}, found {linear}; {MISMATCH}")
     weight = linear.weight
     setattr(parent, child, PackedLinear(spec, linear.bias is not None, device=weight.device, dtype=weight.dtype))
+
+
+def _embedding_scale(name: str, embedding: nn.Embedding) -> float:
+    """What an embedding's rows are multiplied by (Gemma's). Raises ``UserError`` for a class that may do otherwise."""
+    if type(embedding) is nn.Embedding:
+        return 1.0
+    scale = getattr(embedding, "scalar_embed_scale", None)
+    if scale is None:
+        raise UserError(
+            f"expected {name} as an embedding that at most scales its rows, found {type(embedding).__name__}; use "
+            "transformers 5.0 or newer, or the engine"
+        )
+    return float(scale)
 
 
 def _tie_head(model: PreTrainedModel) -> None:

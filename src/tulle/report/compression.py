@@ -142,29 +142,35 @@ def _charts(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         for label, key in (("before", "dense"), ("after", "packed"))
     ]
     errors = {name: (_role(linears, name), row) for name, row in zip(names, column("output_error"), strict=True)}
-    charts = [
+    # Of a recipe that has changed tables alone there is nothing to draw by linears.
+    by_linear = [
         chart(
             "Output error per linear",
             "‖ŷ − y‖² / ‖y‖² over the calibration tokens: what the linear gives in the compressed model against the "
             "dense model, so errors of the blocks before it are included.",
             plots.error_per_linear(errors),
         ),
-        chart(
-            "Size",
-            "All tensors of the files. The rest is embedding, head, norms and biases.",
-            plots.totals(sizes),
-        ),
         chart("Size per block", "Linears only, dense and packed.", plots.size_per_block(dense, packed)),
-        chart(
-            "Error growth through the blocks",
-            "The same measure for the residual stream after each block.",
-            plots.block_error([block["output_error"] for block in report["blocks"]]),
-        ),
         chart(
             "Bits per weight",
             "Packed bytes × 8 / weights: codes, scales, zero points and bitmask. Transforms of inputs are not in it.",
             plots.matrix("bits", names, column("bits_per_weight"), lambda v: f"{v:.2f}"),
         ),
+    ] if linears else []  # fmt: skip
+    charts = [
+        *by_linear[:1],
+        chart(
+            "Size",
+            "All tensors of the files. The rest is embedding, head, norms and biases.",
+            plots.totals(sizes),
+        ),
+        *by_linear[1:2],
+        chart(
+            "Error growth through the blocks",
+            "The same measure for the residual stream after each block.",
+            plots.block_error([block["output_error"] for block in report["blocks"]]),
+        ),
+        *by_linear[2:],
     ]
     charts.append(chart("Time per stage", _time_note(report), plots.durations(stage_seconds(report))))
     return charts + activity_charts(_activity(report), report["calibration"]["tokens"]) + sparsity_charts(report)
