@@ -115,6 +115,39 @@ def test_a_stopped_run_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pyt
     assert any("left as stored: model.embed_tokens_per_layer.weight" in note for note in report["notes"])
 
 
+@pytest.mark.parametrize("group_size", [8, 16])
+def test_the_table_of_inputs_in_codes(group_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is what rounding a layer's part gives; groups that do not fit into one leave it as it is. Stopped, the run
+    goes on with it."""
+    folder = write_family(tmp_path / "model", "gemma4_text", SHARING)
+    assert CONFIG["hidden_size_per_layer_input"] == 8
+    step = {"bits": 4, "group_size": group_size, "targets": ["embedding"]}
+    recipe = RECIPE | {"steps": [{"round_to_nearest": step}]}
+    compress(folder, recipe, tmp_path / "whole", calibration=TEXT)
+    name = "model.embed_tokens_per_layer.weight"
+    dense, packed = Checkpoint.open(folder), Checkpoint.open(tmp_path / "whole")
+    table, rows = dense.read(name).float(), torch.tensor([3, 5, 250])
+    found = packed.read_part(name, rows, slice(8, 24))
+    if group_size == 16:
+        assert name in packed and torch.equal(found, table[rows, 8:24])
+        return
+    parts = table[rows, 8:24].unflatten(-1, (2, 8))
+    scale = (parts.abs().amax(-1, keepdim=True) / 7).bfloat16().float()
+    wanted = ((parts / scale).round().clamp(-7, 7) * scale).flatten(1)
+    assert name not in packed and float((found - wanted).abs().max()) < 1e-6
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage.startswith("block 2/4"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(folder, recipe, tmp_path / "stopped", calibration=TEXT, progress=stop)
+    report = compress(folder, recipe, tmp_path / "stopped", calibration=TEXT, resume=True)
+    assert report["reload"]["difference"] < 1e-5
+    for file in (tmp_path / "whole").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "stopped" / file.name).read_bytes()
+
+
 @torch.no_grad()
 def test_experts_beside_a_dense_feed_forward(tmp_path: Path) -> None:
     for seed in range(4):
@@ -170,8 +203,10 @@ def test_a_quantised_embedding_gives_the_inputs_too(tmp_path: Path) -> None:
     steps = [{"round_to_nearest": {"bits": 4, "targets": ["down", "embedding"]}}]
     report = compress(folder, {**RECIPE, "steps": steps}, tmp_path / "out", calibration=TEXT)
     assert report["reload"]["difference"] < 1e-5
-    (table,) = report["tables"]
-    assert table["name"] == "model.embed_tokens"
+    assert [table["name"] for table in report["tables"]] == ["model.embed_tokens", "model.embed_tokens_per_layer"]
+    assert {table["bits"] for table in report["tables"]} == {4}
+    assert report["tables"][1]["group_size"] == CONFIG["hidden_size_per_layer_input"]  # a scale for every layer's part
+    assert not any("embed_tokens_per_layer.weight" in note for note in report["notes"])
 
 
 @torch.no_grad()

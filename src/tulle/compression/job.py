@@ -21,6 +21,7 @@ from torch import Tensor
 from tulle import machine
 from tulle.compression.block_work import DENSIFIED, SPARSE_FROM
 from tulle.compression.calibration import calibration_sequences, calibration_text
+from tulle.compression.layer_table import LayerTable
 from tulle.compression.recipe import Recipe, Step, read_recipe
 from tulle.compression.reload import Rows, confirm, first_windows, losses, rounding_of
 from tulle.compression.report import linear_report, run_report, table_report
@@ -120,18 +121,21 @@ def compress(
             )  # fmt: skip
             decisions.input_sparsity = {**(input_shares or {}), **decisions.input_sparsity}
             decisions.notes[:0] = group_sizes(dense.description, chosen)
-            decisions.notes.extend([*dense.checkpoint.source.notes, *_left_as_stored(dense)])
+            decisions.notes.extend(dense.checkpoint.source.notes)
             if decisions.changes_basis and any(
                 zero_share(t) >= SPARSE_FROM for t in dense.read_block(0, experts=False).values()
             ):
                 decisions.notes.append(DENSIFIED)
             dense = dense.rewritten(decisions.residual, decisions.values)
             tables = table_steps(dense.tied, chosen)
+            layer_table = LayerTable.of(dense, run, state, tables)
+            decisions.notes.extend(_left_as_stored(dense, layer_table))
             walker = Walker(
                 dense.description, chosen, batches, run.work, decisions, device, dtype, progress, seed,
                 embedding_changes="embedding" in tables, inputs=dense.token_inputs(),
+                compressed_inputs=None if layer_table is None else layer_table.inputs(),
             )  # fmt: skip
-            job = _Job(dense, chosen, walker, run, state, tables, decisions.head_hessian, decisions.grids)
+            job = _Job(dense, chosen, walker, run, state, tables, decisions.head_hessian, decisions.grids, layer_table)
             closing = job.run_to_end()
             windows = first_windows(dense.description, batches)
             reload = confirm(
@@ -251,6 +255,8 @@ class _Job:
     """Of the inputs of a tied table."""
     grids: Mapping[str, Grid]
     """Of tables by module name, where a step allotted them."""
+    layer_table: LayerTable | None
+    """Of a model whose layers have inputs of their own, where a step quantises it."""
 
     def run_to_end(self) -> dict[str, Tensor]:
         """Everything that the state does not count as done; the tensors behind the blocks as the file means them."""
@@ -270,7 +276,8 @@ class _Job:
         self.state.count({"load": time.perf_counter() - begun})
         if "embedding" in self.tables:
             tensors, compressed = self._quantised_table("embedding", name, embedding, self.head_hessian)
-        self.run.write(self.state, 0, tensors | self.dense.per_layer_tensors())
+        tensors |= self.dense.per_layer_tensors() if self.layer_table is None else self.layer_table.tensors()
+        self.run.write(self.state, 0, tensors)
         self.walker.begin(embedding, compressed)
         self.state.next_block = 0
         self.run.commit(self.state)
@@ -399,9 +406,11 @@ class _Job:
         return lambda start, stop: table[start:stop].float()
 
 
-def _left_as_stored(dense: DenseModel) -> list[str]:
-    """A line for the tables of a model's inputs by layer."""
-    stored = {name: dense.checkpoint.info(name).bytes for name in dense.description.per_layer_tensors()}
+def _left_as_stored(dense: DenseModel, quantised: LayerTable | None) -> list[str]:
+    """A line for what gives layers inputs of their own, but for a table that is ``quantised``."""
+    done = () if quantised is None else (quantised.name,)
+    names = [name for name in dense.description.per_layer_tensors() if name not in done]
+    stored = {name: dense.checkpoint.info(name).bytes for name in names}
     return [f"left as stored: {', '.join(stored)} ({sum(stored.values()):,} bytes)"] if stored else []
 
 

@@ -8,6 +8,10 @@ and are done in parts: memory is a part in float32.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
 from torch import Tensor
 
 from tulle.compression.recipe import Recipe, Step
@@ -35,6 +39,19 @@ def table_steps(tied: bool, recipe: Recipe) -> dict[str, Step]:
     return {"embedding": next(iter(found.values()))}
 
 
+def quantised_parts(
+    step: Step, role: str, name: str, table: Tensor, statistics: Statistics, grid: Grid | None
+) -> Iterator[LinearState]:
+    """``ROWS`` rows after the others."""
+    for rows in table.split(ROWS):
+        weight = rows.float()
+        state = LinearState(name, weight, weight, role, allotted_grid=grid)
+        method = step.method.at(state)
+        assert method is not None
+        method.apply_linear(state, statistics)
+        yield state
+
+
 def quantise_table(
     step: Step, role: str, name: str, table: Tensor, hessian: Hessian | None, grid: Grid | None = None
 ) -> LinearState:
@@ -45,17 +62,28 @@ def quantise_table(
     statistics = Statistics(tokens=hessian.tokens, hessian=hessian)
     parts: list[Quantised] = []
     notes: dict[str, None] = {}
-    for rows in table.split(ROWS):
-        weight = rows.float()
-        state = LinearState(name, weight, weight, role, allotted_grid=grid)
-        method = step.method.at(state)
-        assert method is not None
-        method.apply_linear(state, statistics)
+    for state in quantised_parts(step, role, name, table, statistics, grid):
         assert state.quantised is not None
         parts.append(state.quantised)
         notes |= dict.fromkeys(state.notes)
     whole = joined(parts)
     return LinearState(name, whole.dequantise(), table, role, quantised=whole, notes=list(notes))
+
+
+def layer_table_grid(step: Step, name: str, width: int) -> Grid | None:
+    """The grid of the table that gives layers inputs of their own, ``width`` numbers each: the step's, a layer's part
+    being what it takes for a row. None where the step's groups do not fit into that, or one scale serves a tensor."""
+    size = getattr(step.method, "group_size", None)
+    if isinstance(size, int) and width % size:
+        return None
+    row = torch.ones(1, width)
+    state = LinearState(name, row, row, "embedding")
+    method = step.method.at(state)
+    assert method is not None
+    method.apply_linear(state, Statistics(tokens=1, hessian=Hessian.identity(width, row.device)))
+    assert state.quantised is not None
+    grid = state.quantised.grid
+    return None if grid.format == "nvfp4" else replace(grid, group_size=grid.group_size or width)
 
 
 def relative_error(table: Tensor, rounded: Tensor) -> float:

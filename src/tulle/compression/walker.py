@@ -122,6 +122,7 @@ class Walker:
         seed: int = 0,
         embedding_changes: bool = False,
         inputs: TokenInputs | None = None,
+        compressed_inputs: TokenInputs | None = None,
     ):
         self._model, self._recipe, self._batches, self._folder = model, recipe, batches, folder
         self._decisions = decisions or Decisions()
@@ -132,7 +133,8 @@ class Walker:
         parked = 2 * tokens * (widest_state(model) + widest) * dtype.itemsize
         self._parking = Parking(folder, on_disk=parked > PARKED_SHARE * memory_bytes())
         self._seconds: dict[str, float] = {}
-        self._embedding_changes, self._inputs = embedding_changes, inputs
+        self._embedding_changes = embedding_changes
+        self._inputs = {"dense": inputs, "compressed": compressed_inputs or inputs}
 
     def states(self, path: str, block: int) -> HiddenStates:
         """Inputs of ``block`` on the ``dense`` or the ``compressed`` path; the same file for block 0 where the
@@ -541,8 +543,8 @@ class Walker:
         states, first = self.states(path, block), self.states(path, 0)
         for i, batch in enumerate(self._batches):
             state = states.read(i)
-            if self._inputs is not None:
-                state = self._inputs.join(block, state, batch.tokens, partial(first.read, i))
+            if (inputs := self._inputs[path]) is not None:
+                state = inputs.join(block, state, batch.tokens, partial(first.read, i))
             yield state.to(self._device)
 
     def _masks(self) -> list[Tensor]:

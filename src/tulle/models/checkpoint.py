@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from tulle.core.grid import all_finite
 from tulle.errors import UserError
-from tulle.format.spec import QuantizationConfig
+from tulle.format.pack import unpack_linear
+from tulle.format.spec import LinearSpec, QuantizationConfig
 from tulle.models import tensor_file
 from tulle.models.description import Decoder, Layer
 from tulle.models.source import (
@@ -48,6 +50,22 @@ COMPANIONS = (
     "additional_chat_templates/*.jinja", "generation_config.json",
 )  # fmt: skip
 """Files that travel with a model unchanged (glob patterns)."""
+
+
+def unpacked_rows(
+    read: Callable[[str], NDArray[Any]],
+    name: str,
+    spec: LinearSpec,
+    rows: NDArray[np.int64] | None,
+    columns: slice | None = None,
+) -> Tensor:
+    """Some rows, or all, of a table ``NAME`` in codes, which has no mask, float32; ``read`` gives its tensors."""
+    stored = {}
+    for suffix in spec.tensors():
+        tensor = read(f"{name}.{suffix}")
+        stored[suffix] = np.array(tensor if rows is None or suffix == "tensor_scale" else tensor[rows])
+    found = unpack_linear(spec if rows is None else replace(spec, shape=(len(rows), spec.shape[1])), stored)
+    return torch.from_numpy(found if columns is None else np.ascontiguousarray(found[:, columns]))
 
 
 @dataclass(frozen=True)
@@ -127,8 +145,12 @@ class Checkpoint:
         return tensor if tensor.dtype == dtype else tensor.view(dtype)
 
     def read_part(self, name: str, rows: Tensor | None = None, columns: slice | None = None) -> Tensor:
-        """As :meth:`read`; for :class:`tulle.models.state.TokenInputs`."""
-        return self.read(name, None if rows is None else rows.numpy(), columns)
+        """As :meth:`read`, and of a table in codes its numbers; for :class:`tulle.models.state.TokenInputs`."""
+        places = None if rows is None else rows.numpy()
+        spec = self.packed.linears.get(name.removesuffix(".weight")) if self.packed else None
+        if spec is None:
+            return self.read(name, places, columns)
+        return unpacked_rows(self.source.read, name.removesuffix(".weight"), spec, places, columns)
 
     def read_many(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Several tensors."""

@@ -151,13 +151,14 @@ class DenseModel:
 
     def token_inputs(self) -> TokenInputs:
         """The inputs that blocks have of their own."""
-        return TokenInputs(self.description, self._read_part)
+        return TokenInputs(self.description, self.read_part)
 
     def per_layer_tensors(self) -> dict[str, Tensor]:
         """What they are made of, by full name, in the stored dtype."""
-        return {name: self._read_part(name) for name in self.description.per_layer_tensors()}
+        return {name: self.read_part(name) for name in self.description.per_layer_tensors()}
 
-    def _read_part(self, name: str, rows: Tensor | None = None, columns: slice | None = None) -> Tensor:
+    def read_part(self, name: str, rows: Tensor | None = None, columns: slice | None = None) -> Tensor:
+        """Of these tensors, some rows or columns, in the stored dtype."""
         stored = self.checkpoint.read_part(name, rows, columns)
         settings = self.description.per_layer
         if not self.residual or settings is None or name != settings.projection:
