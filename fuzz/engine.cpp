@@ -613,14 +613,19 @@ void decoder(Bytes& bytes) {
   if (grids & 2) m.key = {4, false, 1.0f};
   if (grids & 4) m.value = {4, false, 0.9f};
   const std::size_t layers = grids >> 7 ? 2 : 1;
-  if (grids & 8) make(m.head_rotation, m.head_dim, bytes, random);
+  tulle::Transform rotation;
+  if (grids & 8) make(rotation, m.head_dim, bytes, random);
+  // The second layer attends to the first one's keys, or keys are the values.
+  const bool shares = layers == 2 && (more & 16), same = more & 32;
   auto cache = static_cast<tulle::CacheKind>(grids >> 4 & 3);
   const std::size_t q = m.heads * m.head_dim, kv = m.kv_heads * m.head_dim;
   std::vector<LayerParts> parts(layers);
   for (LayerParts& layer : parts) {
     layer.window = bytes.below(4);
     layer.head_norms = grids & 64;
-    layer.qkv = make_group(m.hidden, {q, kv, kv}, bytes, random);
+    if (shares && &layer != parts.data()) layer.qkv = make_group(m.hidden, {q}, bytes, random);
+    else if (same) layer.qkv = make_group(m.hidden, {q, kv}, bytes, random);
+    else layer.qkv = make_group(m.hidden, {q, kv, kv}, bytes, random);
     layer.o = make_group(q, {m.hidden}, bytes, random);
     layer.sunk = more & 4;
     if (more & 8) make(layer.mixture, m.hidden, intermediate, bytes, random);
@@ -639,7 +644,7 @@ void decoder(Bytes& bytes) {
   to.field(eps);
   to.field(rope_scale);
   for (tulle::Grid* grid : {&m.query, &m.key, &m.value}) places(*grid, to);
-  places(m.head_rotation, to);
+  places(rotation, to);
   for (LayerParts& layer : parts) {
     to.field(layer.window);
     for (GroupParts* group : {&layer.qkv, &layer.o}) places(*group, to);
@@ -653,12 +658,18 @@ void decoder(Bytes& bytes) {
   to.damage(bytes);
 
   // As bindings/engine.cpp makes a model.
-  m.value_dim = m.head_dim;
-  if (m.head_rotation.channels) tulle::check(m.head_rotation);
+  if (rotation.channels) {
+    tulle::check(rotation);
+    m.head_rotations.push_back(rotation);
+  }
   m.rotary.push_back({std::vector<float>(frequencies, 0.5f), rope_scale, false});
   for (LayerParts& of : parts) {
     tulle::Layer layer;
     layer.window = of.window;
+    layer.kv_heads = m.kv_heads;
+    layer.head_dim = m.head_dim;
+    if (shares && !m.layers.empty()) layer.kv_from = 0;
+    else layer.value_is_key = same;
     layer.qkv = of.qkv.bind(random);
     layer.o = of.o.bind(random);
     if (of.sunk) of.sinks = Array::floats(m.heads, random);

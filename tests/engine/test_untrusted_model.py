@@ -15,7 +15,9 @@ from tulle.engine.native_model import (
     FeedForward,
     Grid,
     Group,
+    InputGate,
     Layer,
+    LayerInputs,
     Linear,
     Model,
     Norm,
@@ -40,9 +42,10 @@ def small() -> Model:
     wide = Group([], [linear(16, 8), linear(16, 8)])
     norm = Norm(ones, None, 1e-6, False)
     feed_forward = FeedForward(16, wide, Group([], [linear(8, 16)]))
-    layer = Layer(Group([], [linear(8, 8) for _ in "qkv"]), Group([], [linear(8, 8)]), feed_forward, norm, norm)
+    qkv, o = Group([], [linear(8, 8) for _ in "qkv"]), Group([], [linear(8, 8)])
+    layer = Layer(qkv, o, feed_forward, norm, norm, kv_heads=1, head_dim=8)
     table = Table(WeightKind.F32, np.full(12 * 8, 0.1, np.float32))
-    return Model(8, 1, 1, 8, 12, "silu", [RotaryTable([0.5] * 4, 1.0, False)], Grid(), Grid(), Grid(), None, table,
+    return Model(8, 1, 0, 0, 12, "silu", [RotaryTable([0.5] * 4, 1.0, False)], Grid(), Grid(), Grid(), [], table,
                  [layer], norm, Group([], [linear(12, 8)]), None)  # fmt: skip
 
 
@@ -88,6 +91,32 @@ def side_by_side(model: Model) -> None:
     model.parallel, model.layers[0].input_norm = True, None
 
 
+def gate(model: Model) -> None:
+    """Of inputs that nothing gives."""
+    norm = model.norm
+    model.layers[0].input_gate = InputGate(Group([], [linear(4, 8)]), Group([], [linear(8, 4)]), norm)
+
+
+def inputs(rows: int, width: int = 4) -> Change:
+    """Of a layer's own, from a table of so many numbers."""
+
+    def change(model: Model) -> None:
+        gate(model)
+        table = Table(WeightKind.F32, np.zeros(rows * 4, np.float32))
+        norm = Norm(np.ones(width, np.float32), None, 1e-6, False)
+        model.layer_inputs = LayerInputs(width, table, Group([], [linear(4, 8)]), norm)
+
+    return change
+
+
+def test_inputs_of_a_layer_s_own_run() -> None:
+    model = small()
+    inputs(12)(model)
+    zero, logits = np.zeros(1, np.int32), np.empty((1, 12), np.float32)
+    engine(model).forward(zero, zero, zero, zero[None], zero, logits)  # type: ignore[attr-defined]
+    assert np.isfinite(logits).all()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -112,6 +141,14 @@ def side_by_side(model: Model) -> None:
         (side_by_side, "side by side"),
         (lambda m: setattr(m.layers[0], "rotary", 1), "rotary tables"),
         (lambda m: m.rotary[0].frequencies.append(0.5), "frequencies, at most half"),
+        (lambda m: setattr(m.layers[0], "kv_from", 0), "linears of a group"),
+        (lambda m: (setattr(m.layers[0], "kv_from", 0), m.layers[0].qkv.linears.__delitem__(slice(1, 3))), "earlier"),
+        (lambda m: setattr(m.layers[0], "kv_heads", 3), "left over by KV heads"),
+        (lambda m: setattr(m.layers[0], "kv_heads", 0), "KV heads"),
+        (lambda m: setattr(m.layers[0], "head_dim", 7), "even head_dim"),
+        (gate, "inputs of every layer's own"),
+        (inputs(11), "48 elements, found 44"),
+        (inputs(12, width=8), "96 elements, found 48"),
     ],
 )
 def test_refused(change: Change, message: str) -> None:
