@@ -77,10 +77,8 @@ def layer_table_grid(step: Step, name: str, width: int) -> Grid | None:
     if isinstance(size, int) and width % size:
         return None
     row = torch.ones(1, width)
-    state = LinearState(name, row, row, "embedding")
-    method = step.method.at(state)
-    assert method is not None
-    method.apply_linear(state, Statistics(tokens=1, hessian=Hessian.identity(width, row.device)))
+    statistics = Statistics(tokens=1, hessian=Hessian.identity(width, row.device))
+    (state,) = quantised_parts(step, "embedding", name, row, statistics, None)
     assert state.quantised is not None
     grid = state.quantised.grid
     return None if grid.format == "nvfp4" else replace(grid, group_size=grid.group_size or width)

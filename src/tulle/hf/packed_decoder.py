@@ -8,24 +8,18 @@ in :class:`tulle.hf.packed_linear.PackedLinear`, but products are of floats: rou
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from tulle.core.quantised_input import QuantisedInput
 from tulle.core.transform import Transform
-from tulle.errors import UserError
-from tulle.format.pack import unpack_linear
 from tulle.format.spec import LinearSpec
 from tulle.hf.attention import grids_of
 from tulle.hf.packed_linear import InputTransform, input_grid, input_selection
-from tulle.models.checkpoint import Checkpoint
+from tulle.models.checkpoint import Checkpoint, unpacked_rows
 from tulle.models.decoder import DecoderBlock
 from tulle.models.description import Layer, Linear
 from tulle.models.state import TokenInputs
@@ -49,13 +43,16 @@ class PackedDecoder:
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden ``[B, T, d]`` of tokens ``[B, T]``."""
         seen, places = tokens.unique(return_inverse=True)
-        rows = self._rows(self.decoder.embedding_name(self._checkpoint), seen) * self.decoder.embedding_scale
+        rows = (
+            self._checkpoint.read_part(self.decoder.embedding_name(self._checkpoint), seen).float()
+            * self.decoder.embedding_scale
+        )
         return rows[places].to(self.device, self._dtype)
 
     def head(self, start: int, stop: int) -> Tensor:
         """Rows ``[stop − start, d]`` of the head, float32."""
         name = self.decoder.embedding_name(self._checkpoint) if self.decoder.tied else self.decoder.head
-        return self._rows(name, torch.arange(start, stop)).to(self.device)
+        return self._checkpoint.read_part(name, torch.arange(start, stop)).float().to(self.device)
 
     def outer(self) -> dict[str, Tensor]:
         """The final norm's tensors, and the head's bias where it has one, float32, by full name."""
@@ -100,7 +97,7 @@ class PackedDecoder:
         if spec is None:
             stored = self._checkpoint.read(f"{name}.weight")
         else:
-            stored = torch.from_numpy(self._unpacked(name, spec))
+            stored = unpacked_rows(self._checkpoint.source.read, name, spec)
         weight = stored.to(self.device, self._dtype)
         bias = self._checkpoint.read(f"{name}.bias").to(self.device, self._dtype) if linear.bias else None
         inputs = input_of(self._checkpoint, self._specs, name, self.device)
@@ -113,25 +110,6 @@ class PackedDecoder:
             return found
 
         return answer
-
-    def _unpacked(self, name: str, spec: LinearSpec, rows: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
-        """Weight ``[C_out, C_in]`` of a spec, or ``rows`` of one that is not sparse, whose tensors have a row each."""
-        stored: dict[str, NDArray[Any]] = {}
-        for suffix in spec.tensors():
-            tensor = self._checkpoint.source.read(f"{name}.{suffix}")
-            stored[suffix] = np.array(tensor if rows is None or suffix == "tensor_scale" else tensor[rows])
-        try:
-            return unpack_linear(spec if rows is None else replace(spec, shape=(len(rows), spec.shape[1])), stored)
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from None
-
-    def _rows(self, name: str, rows: Tensor) -> Tensor:
-        """Of a table ``[V, d]``, float32."""
-        module = name.removesuffix(".weight")
-        spec = self._specs.get(module)
-        if spec is None:
-            return self._checkpoint.read(name, rows.numpy()).float()
-        return torch.from_numpy(self._unpacked(module, spec, rows.numpy()))
 
 
 def input_of(

@@ -56,15 +56,19 @@ def unpacked_rows(
     read: Callable[[str], NDArray[Any]],
     name: str,
     spec: LinearSpec,
-    rows: NDArray[np.int64] | None,
+    rows: NDArray[np.int64] | None = None,
     columns: slice | None = None,
 ) -> Tensor:
-    """Some rows, or all, of a table ``NAME`` in codes, which has no mask, float32; ``read`` gives its tensors."""
+    """The weight ``[C_out, C_in]`` of a spec, float32, or ``rows`` of one that is not sparse, whose tensors have a row
+    each; ``read`` gives the tensors of ``name``. Raises ``UserError`` where one does not fit the spec."""
     stored = {}
     for suffix in spec.tensors():
         tensor = read(f"{name}.{suffix}")
         stored[suffix] = np.array(tensor if rows is None or suffix == "tensor_scale" else tensor[rows])
-    found = unpack_linear(spec if rows is None else replace(spec, shape=(len(rows), spec.shape[1])), stored)
+    try:
+        found = unpack_linear(spec if rows is None else replace(spec, shape=(len(rows), spec.shape[1])), stored)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
     return torch.from_numpy(found if columns is None else np.ascontiguousarray(found[:, columns]))
 
 
