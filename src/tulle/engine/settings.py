@@ -204,9 +204,7 @@ def _layer_inputs(source: Source, linears: Linears, facts: Mapping[str, LinearFa
     if LAYER_TABLE in facts:
         table = linears.linear([name.removesuffix(".weight")], LAYER_TABLE, None)
     else:
-        shape = own.tensors(len(model.layers), model.hidden)[name]
-        numbers = source.kernel_floats(name, shape)[: model.vocabulary]
-        table = Table(WeightKind.BF16 if numbers.dtype == np.uint16 else WeightKind.F32, numbers.reshape(-1))
+        table = _table(source, name, own.tensors(len(model.layers), model.hidden)[name])
     projection = linears.linear([own.projection.removesuffix(".weight")], LAYER_INPUTS, None)
     return LayerInputs(own.width, table, Group([], [projection]), norm)
 
@@ -229,7 +227,7 @@ def _embedding(source: Source, linears: Linears, facts: Mapping[str, LinearFacts
     """In floats as it is stored; of codes those of its own, or the head's, which are the same."""
     name = source.embedding_name()
     if source.coded_bits(name) is None:
-        return _table(source, name)
+        return _table(source, name, (source.description.vocabulary, source.description.hidden))
     return linears.linear([name.removesuffix(".weight")], EMBEDDING if EMBEDDING in facts else HEAD, None)
 
 
@@ -237,7 +235,8 @@ def _exact_head(source: Source, linears: Linears, facts: Mapping[str, LinearFact
     """What is finer than the head: None where that is as it was stored."""
     name = source.head_name()
     if source.coded_bits(name) is None:
-        return _table(source, name) if facts[HEAD].kind.is_codes else None
+        shape = source.description.vocabulary, source.description.hidden
+        return _table(source, name, shape) if facts[HEAD].kind.is_codes else None
     if EXACT_HEAD in facts:
         return linears.linear([name.removesuffix(".weight")], EXACT_HEAD, None)
     if source.description.tied and EMBEDDING in facts:
@@ -245,9 +244,9 @@ def _exact_head(source: Source, linears: Linears, facts: Mapping[str, LinearFact
     return None
 
 
-def _table(source: Source, name: str) -> Table:
-    """Embedding or head as it is stored: bits of bfloat16, or float32."""
-    values = source.kernel_floats(name, (source.description.vocabulary, source.description.hidden))
+def _table(source: Source, name: str, shape: tuple[int, ...]) -> Table:
+    """A table as it is stored, bits of bfloat16 or float32; the rows that the model has tokens for."""
+    values = source.kernel_floats(name, shape)[: source.description.vocabulary]
     return Table(WeightKind.BF16 if source.dtype(name) == "BF16" else WeightKind.F32, values.reshape(-1))
 
 
